@@ -1,0 +1,48 @@
+# Every target sets up .venv by itself, once: Python 3.11 or newer and make are all that is needed.
+# Variables are passed on as they were typed: quoted for the shell, and never expanded by make.
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11 python,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
+BIN := .venv/bin
+READY := .venv/ready
+
+quoted = '$(subst ','\'',$(value $(1)))'
+option = $(if $(value $(1)),--$(2)=$(call quoted,$(1)))
+typed = $(if $(filter command line,$(origin $(1))),$(call quoted,$(1)))
+unexport NAME TRIALS EPOCHS TIMEOUT DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT
+
+STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout DATASET:dataset DATA_DIR:data-dir DEVICE:device SEED:seed \
+  VERSION:version STORAGE:storage TRACKING_URI:tracking-uri SET:set
+
+.DEFAULT_GOAL := help
+.PHONY: help setup study ui test check format
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+setup: $(READY) ## create .venv and install everything (the other targets do it too)
+
+study: $(READY) ## run or go on with a study: NAME= [DATASET= TRIALS= EPOCHS= TIMEOUT= DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= TRACKING_URI=]
+	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make study NAME=attention (in studies/: '$$(cd studies && ls *.py | sed 's/\.py$$//' | paste -sd' ' -)')' >&2; exit 2; }
+	@$(BIN)/python -m pipeline study $(foreach o,$(STUDY_OPTIONS),$(call option,$(firstword $(subst :, ,$(o))),$(lastword $(subst :, ,$(o))))) -- $(call typed,NAME)
+
+ui: $(READY) ## open the MLflow UI on 127.0.0.1 with links to the studies: [NAME= PORT=5000 TRACKING_URI=]
+	@$(BIN)/python -m pipeline ui $(call option,PORT,port) $(call option,TRACKING_URI,tracking-uri) $(if $(call typed,NAME),-- $(call typed,NAME))
+
+test: $(READY) ## run the tests (DATA_DIR= with CIFAR-10 in it runs those on real data too)
+	@$(if $(value DATA_DIR),DATA_DIR=$(call quoted,DATA_DIR)) $(BIN)/python -m pytest
+
+check: $(READY) ## ruff, formatting, types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: $(READY) ## put the code into shape
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+$(READY): pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or newer found; install one, or say PYTHON=/path/to/python3.12' >&2; exit 2; }
+	@echo 'Setting up .venv with $(PYTHON), once (torch with its GPU libraries takes some minutes and 5 GB) ...'
+	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) can't make virtual environments; on Debian and Ubuntu install python3-venv" >&2; rm -rf .venv; exit 2; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(READY)

@@ -1,0 +1,1 @@
+"""Hyper-parameter studies for image classifiers: Optuna searches, torch trains, MLflow remembers."""

@@ -1,0 +1,266 @@
+"""The command line: parse, call, print. Exit codes: 0 done, 1 a bug, 2 bad input, 3 no data, 130 interrupted."""
+
+import itertools
+import json
+import logging
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from rich.console import Console
+
+from pipeline.errors import UserError, validation_lines
+
+if TYPE_CHECKING:
+    import optuna
+    import torch
+
+    from pipeline.search.study import Search
+    from pipeline.tracking.runs import MlflowTracker, StudyRuns
+
+HOME = Path("mlruns")
+UI_PORT = 5000
+INTERRUPTED = 130
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help=(__doc__ or "").splitlines()[0], pretty_exceptions_enable=False
+)
+
+
+class StudyOptions(BaseModel):
+    """The options of `study`, as typed; checked together, so that all faults are told at once."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    trials: int | None = Field(None, ge=1, le=1_000_000)
+    epochs: int | None = Field(None, ge=1, le=10_000)
+    timeout: float | None = Field(None, gt=0)
+    seed: int | None = Field(None, ge=0, le=2**32 - 1)
+    version: int | None = Field(None, ge=1, le=1_000_000)
+    device: str = "auto"
+
+    @field_validator("timeout", mode="before")
+    @classmethod
+    def _duration(cls, value: str | None) -> object:
+        """Seconds, or a number with s, m, h or d behind it."""
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value or ""):
+            return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise ValueError("should be auto, cpu, cuda or cuda:N")
+        return value
+
+
+@app.callback()
+def _commands() -> None:
+    """Hyper-parameter studies for image classifiers: search, train, track, compare."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="A module of studies/, e.g. attention.")],
+    trials: Annotated[str | None, typer.Option(metavar="N", help="Trials in all, those already done included.")] = None,
+    epochs: Annotated[str | None, typer.Option(metavar="N", help="Epochs of a trial that isn't pruned.")] = None,
+    timeout: Annotated[
+        str | None, typer.Option(metavar="TIME", help="No trial starts after so long: 90, 30m, 2h.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="cifar10, digits, or a folder with train/<class>/*.")] = None,
+    data_dir: Annotated[Path, typer.Option(help="Where downloaded data sets lie, or are put.")] = Path("data"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[str | None, typer.Option(metavar="N", help="Seeds the search and every training.")] = None,
+    version: Annotated[
+        str | None, typer.Option(metavar="N", help="Start or go on with another version of the study.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="Optuna's database instead of mlruns/optuna.db.")
+    ] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(metavar="URL", help="MLflow server or database instead of mlruns/mlflow.db.")
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the base recipe; repeatable."),
+    ] = None,
+) -> None:
+    """Run a study, or go on with it: search, train, track, and show the best trials."""
+    typed = {"trials": trials, "epochs": epochs, "timeout": timeout, "seed": seed, "version": version, "device": device}
+    search = _resolve(name, {key: value for key, value in typed.items() if value is not None}, dataset, change or [])
+    if storage and storage == tracking_uri:
+        raise UserError("STORAGE and TRACKING_URI are the same database: Optuna and MLflow need one each")
+
+    from pipeline.console import StudyView
+    from pipeline.data.datasets import load
+    from pipeline.data.prepare import prepare
+    from pipeline.search import workers
+    from pipeline.search.storage import open_storage
+    from pipeline.search.trial import StudyInterrupted
+    from pipeline.tracking.runs import MlflowTracker
+
+    where = _device(device)
+    tracker = MlflowTracker(HOME, tracking_uri)
+    data = prepare(load(search.base.data.dataset, search.base.data.image_size, data_dir), search.base.data, where)
+    console = Console()
+    console.print(
+        f"{search.key(data)} on {where}: {len(data.train.labels):,} training and {len(data.validation.labels):,} validation "
+        f"images of {len(data.classes)} classes; up to {search.trials} trials of {search.base.training.epochs} epochs",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    try:
+        with StudyView(console, search) as view:
+            done = workers.run(search, data, where, view, open_storage(HOME, storage), tracker, HOME)
+    except StudyInterrupted:
+        console.print(f"interrupted; the same command goes on with {search.key(data)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    _finish(console, search, done, tracker)
+
+
+def _resolve(name: str, typed: dict[str, Any], dataset: str | None, change: list[str]) -> "Search":
+    """A study with the options applied; UserError with every fault, before anything starts."""
+    from pipeline.search.study import Search, load_study
+
+    definition = load_study(name)
+    lines: list[str] = []
+    try:
+        options = StudyOptions.model_validate(typed)
+    except ValidationError as error:
+        lines = [re.sub(r"^\w+", lambda option: option[0].upper(), line) for line in validation_lines(error)]
+        options = StudyOptions()
+
+    from pipeline.data.datasets import default_image_size
+
+    base, trials = definition.base, definition.trials
+    changes: dict[str, Any] = {}
+    if dataset is not None:
+        changes["data.dataset"] = dataset
+    chosen = dataset or base.data.dataset
+    if chosen != base.data.dataset and (size := default_image_size(chosen)):
+        changes["data.image_size"] = size
+    if variant := definition.variants.get(chosen):
+        changes |= variant.changes
+        trials = variant.trials
+    changes |= {
+        field: value
+        for field, value in (("training.epochs", options.epochs), ("training.seed", options.seed))
+        if value is not None
+    }
+    for assignment in itertools.chain.from_iterable(shlex.split(text) for text in change):
+        field, equals, value = assignment.partition("=")
+        if not equals:
+            lines.append(f"--set {assignment}: should be FIELD=VALUE, e.g. training.batch_size=256")
+        else:
+            changes[field] = _parsed(value)
+    try:
+        base = base.changed(changes)
+    except UserError as error:
+        lines += error.lines
+    if lines:
+        raise UserError(lines)
+    search = Search(
+        name=name,
+        study=definition,
+        base=base,
+        version=options.version or definition.version,
+        trials=options.trials or trials,
+        timeout_s=options.timeout,
+    )
+    search.check()
+    return search
+
+
+def _parsed(value: str) -> Any:
+    """JSON where it is, else the word itself."""
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"DEVICE {name}: torch sees {torch.cuda.device_count()} GPUs here; DEVICE=cpu trains without")
+    return device
+
+
+def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "MlflowTracker") -> None:
+    """The table of the best trials, and what to do next."""
+    from pipeline.console import print_links, trials_table
+    from pipeline.search.study import best_trials
+
+    if not best_trials(done):
+        raise UserError(f"no trial of {done.study_name} was completed: the reasons are above, and in the UI (make ui)")
+    console.print(trials_table(done, search))
+    links = next(_links(tracker, study, UI_PORT) for study in tracker.studies() if study.name == done.study_name)
+    commands = [] if tracker.is_remote else [("open the UI", "make ui")]
+    print_links(console, "Next:", commands + [(f"see the {what}", link) for what, link in links.items()])
+
+
+@app.command()
+def ui(
+    name: Annotated[str | None, typer.Argument(help="Only this study's links, e.g. attention.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = UI_PORT,
+    tracking_uri: Annotated[
+        str | None, typer.Option(metavar="URL", help="MLflow server or database instead of mlruns/mlflow.db.")
+    ] = None,
+) -> None:
+    """Open the MLflow UI on this machine, with links to each study's trials, charts and comparison. Ctrl-C ends it."""
+    from pipeline.console import print_links
+    from pipeline.tracking import ui as mlflow_ui
+    from pipeline.tracking.runs import MlflowTracker
+
+    if tracking_uri is None and not (HOME / "mlflow.db").exists():
+        raise UserError(f"no runs yet in {HOME}: make study NAME=attention DATASET=digits makes some")
+    tracker = MlflowTracker(HOME, tracking_uri)
+    studies = [study for study in tracker.studies() if name is None or study.name.startswith(f"{name}-v")]
+    if name and not studies:
+        known = sorted(study.name for study in tracker.studies())
+        raise UserError(f"no study {name} in the tracking store; there: {', '.join(known) or 'none'}")
+    console = Console()
+    server = None if tracker.is_remote else mlflow_ui.start_server(tracker.uri, HOME, port)
+    try:
+        for study in studies:
+            print_links(console, study.name, list(_links(tracker, study, port).items()))
+        if server:
+            console.print(
+                f"MLflow UI on http://{mlflow_ui.HOST}:{port}, this machine only; Ctrl-C ends it", highlight=False
+            )
+            server.wait()
+    finally:
+        if server:
+            mlflow_ui.stop_server(server)
+
+
+def _links(tracker: "MlflowTracker", study: "StudyRuns", port: int) -> dict[str, str]:
+    from pipeline.tracking.ui import HOST, study_links
+
+    base = tracker.uri.rstrip("/") if tracker.is_remote else f"http://{HOST}:{port}"
+    return study_links(base, study.experiment, study.objective, tracker.best_run_ids(study, 10))
+
+
+def main() -> None:
+    """Run a command; the user's faults are printed as lines, ours as a traceback."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        for line in error.lines:
+            print(f"error: {line}" if not line.startswith(" ") else line, file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        sys.exit(INTERRUPTED)

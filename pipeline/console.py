@@ -1,0 +1,180 @@
+"""What a person sees of a study: live progress on a terminal, plain lines elsewhere, and the tables at its end."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.experiment import Outcome
+from pipeline.recipe import Recipe
+from pipeline.search.study import Search, best_trials
+from pipeline.training.loop import EpochReport
+
+_PLAIN_EVERY_S = 30.0
+
+
+class StudyView:
+    """An Observer that shows the study and the current trial."""
+
+    def __init__(self, console: Console, search: Search):
+        self._console = console
+        self._search = search
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._study_line = self._trial_line = self._step_line = ""
+        self._started = time.monotonic()
+        self._finished_before: int | None = None
+        self._epoch_started = self._said = time.monotonic()
+
+    def __enter__(self) -> "StudyView":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def study_progress(self, study: optuna.Study, finished: int) -> None:
+        """See Observer."""
+        if self._finished_before is None:
+            self._finished_before = finished
+        states = [trial.state for trial in study.get_trials(deepcopy=False)]
+        best = best_trials(study, 1)
+        parts = [
+            f"{finished} of {self._search.trials} trials",
+            f"{states.count(TrialState.PRUNED)} pruned",
+            f"{finished - states.count(TrialState.PRUNED) - states.count(TrialState.COMPLETE)} failed",
+        ]
+        if best:
+            parts.append(f"best {self._search.study.objective} {best[0].value:.4f} (trial {best[0].number})")
+        if left := self._time_left(finished):
+            parts.append(f"about {duration(left)} left")
+        self._study_line = f"{study.study_name}: {', '.join(parts)}"
+        self._show(self._study_line)
+
+    def trial_started(self, number: int, recipe: Recipe) -> None:
+        """See Observer."""
+        changes = recipe.difference(self._search.base)
+        what = ", ".join(f"{name}={_short(value[0])}" for name, value in changes.items() if value[0] is not None)
+        self._epochs = recipe.training.epochs
+        self._batch_size = recipe.training.batch_size
+        self._trial_line = f"trial {number}: {what or 'the control, the base recipe'}"
+        self._epoch = 1
+        self._epoch_started = time.monotonic()
+        self._step_line = "preparing"
+        self._show(self._trial_line)
+
+    def step(self, step: int, steps: int) -> None:
+        """See Observer."""
+        now = time.monotonic()
+        if not self._live and now - self._said < _PLAIN_EVERY_S:
+            return
+        rate = step * self._batch_size / max(now - self._epoch_started, 1e-9)
+        self._step_line = f"epoch {self._epoch}/{self._epochs}, step {step}/{steps}, {rate:.0f} images/s"
+        if self._live:
+            self._refresh()
+        else:
+            self._show(f"  {self._step_line}")
+
+    def epoch(self, number: int, report: EpochReport) -> None:
+        """See Observer."""
+        m = report.metrics
+        line = (
+            f"epoch {report.epoch}/{self._epochs}: {m['throughput/images_per_s']:.0f} images/s, "
+            f"loss {m['train/loss']:.3f} train {m['val/loss']:.3f} val, "
+            f"accuracy {m['val/accuracy']:.4f}, macro-F1 {m['val/f1_macro']:.4f}"
+        )
+        self._trial_line = self._trial_line.splitlines()[0] + f"\n  {line}"
+        self._epoch = report.epoch + 1
+        self._epoch_started = time.monotonic()
+        self._show(f"  {line}")
+
+    def trial_ended(self, number: int, outcome: Outcome) -> None:
+        """See Observer."""
+        score = outcome.metrics.get(self._search.study.objective)
+        reason = f" ({outcome.reason})" if outcome.reason else ""
+        scored = f", {self._search.study.objective} {score:.4f}" if score is not None else ""
+        line = f"trial {number} {outcome.state}{reason}{scored}, {outcome.epochs} epochs in {duration(outcome.seconds)}"
+        self._trial_line = self._step_line = ""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _time_left(self, finished: int) -> float | None:
+        done_now = finished - (self._finished_before or 0)
+        if not done_now:
+            return None
+        return (time.monotonic() - self._started) / done_now * (self._search.trials - finished)
+
+    def _show(self, line: str) -> None:
+        """Refresh the live lines, or say one plainly."""
+        if self._live:
+            self._refresh()
+        else:
+            self._said = time.monotonic()
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _refresh(self) -> None:
+        assert self._live
+        lines = [self._study_line, self._trial_line, f"  {self._step_line}" if self._step_line else ""]
+        self._live.update(Text("\n".join(line for line in lines if line)))
+
+
+def trials_table(study: optuna.Study, search: Search, count: int = 10) -> Table:
+    """The best trials: score, macro-F1, weakest class, cost, and what differs from the control."""
+    best = best_trials(study, count)
+    table = Table(title=f"{study.study_name}: best {len(best)} of {len(study.trials)} trials, validation split")
+    for heading in (
+        "trial",
+        search.study.objective,
+        "macro-F1",
+        "weakest class",
+        "time",
+        "differs from the control in",
+    ):
+        table.add_column(heading, justify="left" if heading.startswith(("weak", "diff")) else "right", overflow="fold")
+    for trial in best:
+        metrics = trial.user_attrs["metrics"]
+        f1 = {name.removeprefix("val/f1/"): value for name, value in metrics.items() if name.startswith("val/f1/")}
+        weakest = min(f1, key=lambda name: f1[name])
+        table.add_row(
+            str(trial.number),
+            f"{trial.value:.4f}",
+            f"{metrics['val/f1_macro']:.4f}",
+            Text(f"{weakest} {f1[weakest]:.3f}"),
+            duration(trial.user_attrs["seconds"]),
+            Text(_differences(trial, search)),
+        )
+    return table
+
+
+def duration(seconds: float) -> str:
+    """`8 s`, `3 min 20 s` or `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _differences(trial: FrozenTrial, search: Search) -> str:
+    changes = search.recipe(trial.params).difference(search.base)
+    shown = [f"{name.partition('.')[2]} {_short(here)}" for name, (here, _) in changes.items() if here is not None]
+    return ", ".join(shown) or "nothing: it is the control"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def print_links(console: Console, title: str, links: Sequence[tuple[str, str]]) -> None:
+    """Links or commands in two columns; never wrapped, so that a terminal can open or copy them."""
+    console.print(title, markup=False, highlight=False)
+    width = max(len(name) for name, _ in links)
+    for name, link in links:
+        console.print(f"  {name:<{width}}  {link}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,81 @@
+"""One image file -> pixels: the file formats and pixel modes that the pipeline takes, all to 8-bit RGB of one size."""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipeline.errors import DataError
+
+# Given to Pillow by name, so that a file's content never reaches another decoder (EPS would start Ghostscript).
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 50_000_000
+
+
+class BadImage(DataError):
+    """A file that is no usable image; its line names the file and the reason."""
+
+    def __init__(self, path: Path, reason: str):
+        self.path, self.reason = path, reason
+        super().__init__(f"{path}: {reason}")
+
+
+def read_image(path: Path, size: int) -> np.ndarray:
+    """The first frame of an image file as uint8 RGB, (3, size, size), squashed by antialiased bilinear resampling.
+
+    EXIF orientation is applied and transparency is laid over white; colour profiles are not applied.
+    A large JPEG is decoded at a fraction of its size, which moves a pixel by at most a few of 255 levels.
+    Raises BadImage for whatever can't be read, has more than MAX_PIXELS or is of another format, whatever its name.
+    """
+    try:
+        return _decode(path, size)
+    except UnidentifiedImageError:
+        raise BadImage(path, _why_unidentified(path)) from None
+    except Image.DecompressionBombError:  # Pillow's own limit, above ours and checked while it opens the file
+        raise BadImage(path, f"has more than {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+        raise BadImage(path, getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
+
+
+def _decode(path: Path, size: int) -> np.ndarray:
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise ValueError("not a file" if path.exists() else "no such file")
+    with Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
+        image.draft(None, (4 * size, 4 * size))  # JPEG only: decodes at 1/2, 1/4 or 1/8, if still four times too large
+        image.load()
+        with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the orientation, the pixels are whole
+            ImageOps.exif_transpose(image, in_place=True)
+        rgb = _to_rgb(image)
+    return np.ascontiguousarray(np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit or signed pixels have no agreed black and white: save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        image = _grey_8_bit(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _grey_8_bit(image: Image.Image) -> Image.Image:
+    """12- or 16-bit grey scaled to 8 bits; Pillow's own conversion clips, so that nearly all becomes white."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    white = 2 ** tags.get(258, (16,))[0] - 1  # BitsPerSample
+    values = np.asarray(image).astype(np.float64)
+    grey = np.rint(values * (255 / white)).astype(np.uint8)
+    result = Image.fromarray(255 - grey if tags.get(262) == 0 else grey)  # PhotometricInterpretation: white is zero
+    if "transparency" in image.info:
+        result.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return result
+
+
+def _why_unidentified(path: Path) -> str:
+    return "empty file" if path.stat().st_size == 0 else "not a JPEG, PNG, GIF, WebP, BMP or TIFF image, or cut short"

@@ -1,0 +1,70 @@
+"""A data set, split and moved to the device once, as every trial of a study uses it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.data.datasets import Dataset, Split
+from pipeline.data.splits import partition
+from pipeline.recipe import Data
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Training and validation images on one device; the test split is not here."""
+
+    name: str
+    classes: tuple[str, ...]
+    source: str
+    digest: str
+    split_digest: str
+    train: Split
+    validation: Split
+    validation_ids: Tensor  # (num_validation,) positions in the data set's training part, on the CPU
+    mean: Tensor  # (3,) of the training images' pixels, in [0, 1]
+    std: Tensor  # (3,)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return self.train.images.shape[-1]
+
+
+def prepare(dataset: Dataset, recipe: Data, device: torch.device) -> TrainingData:
+    """Split as the recipe says, measure the training images, move everything to the device as uint8."""
+    parts = partition(dataset.train.labels, recipe.validation_fraction, recipe.split_seed)
+    images, labels = dataset.train.images, dataset.train.labels
+    train, validation = images[parts.train], images[parts.validation]
+    mean, std = pixel_statistics(train)
+    return TrainingData(
+        name=dataset.name,
+        classes=dataset.classes,
+        source=dataset.source,
+        digest=dataset.digest,
+        split_digest=parts.digest,
+        train=Split(train.to(device), labels[parts.train].to(device)),
+        validation=Split(validation.to(device), labels[parts.validation].to(device)),
+        validation_ids=parts.validation,
+        mean=mean.to(device),
+        std=std.to(device),
+    )
+
+
+def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, (3,) float32 in [0, 1] units, of uint8 images (N, 3, S, S).
+
+    Counts the 256 values of each channel, which is exact whatever N. A channel that never varies gets 1, not 0.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in range(3):
+        counts = torch.zeros(256, dtype=torch.float64)
+        for chunk in images[:, channel].split(4096):
+            counts += torch.bincount(chunk.flatten(), minlength=256)
+        share = counts / counts.sum()
+        mean = (share * values).sum()
+        deviation = (share * (values - mean) ** 2).sum().sqrt()
+        means.append(mean)
+        deviations.append(deviation if deviation > 0 else torch.ones_like(deviation))
+    return torch.stack(means).float(), torch.stack(deviations).float()

@@ -1,0 +1,55 @@
+"""What can go wrong by a user's hand: one line per fault, and the exit code that a command ends with."""
+
+import difflib
+from collections.abc import Collection, Iterable, Sequence
+
+from pydantic import ValidationError
+
+
+class UserError(Exception):
+    """Bad input. Each line names the value, the rule and the way out; the command prints them and exits with `exit_code`."""
+
+    exit_code = 2
+
+    def __init__(self, lines: str | Sequence[str]):
+        self.lines = [lines] if isinstance(lines, str) else list(lines)
+        super().__init__("\n".join(self.lines))
+
+
+class DataError(UserError):
+    """The data set is missing, damaged or not what it was."""
+
+    exit_code = 3
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` where one of the known words is close, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def validation_lines(error: ValidationError, tags: Collection[str] = ()) -> list[str]:
+    """One line per fault of a pydantic model: `optimizer.lr = -0.1: should be greater than 0`.
+
+    pydantic puts the chosen kind of a union into the path (`optimizer.sgd.lr`); the user knows no such level, so
+    `tags`, the names of kinds, are left out.
+    """
+    lines = []
+    for fault in error.errors():
+        field = ".".join(str(part) for part in fault["loc"] if part not in tags)
+        rule = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{field}: no such field")
+        elif fault["type"] == "missing":
+            lines.append(f"{field}: needs a value")
+        elif fault["type"] == "union_tag_invalid":
+            kind, context = fault["ctx"]["discriminator"].strip("'"), fault["ctx"]
+            known = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
+            lines.append(
+                f"{field}.{kind} = {context['tag']}: not one of {', '.join(known)}{did_you_mean(context['tag'], known)}"
+            )
+        elif isinstance(fault["input"], dict):  # a rule over several fields names them itself
+            lines.append(f"{field}: {rule}" if field else rule)
+        else:
+            lines.append(f"{field} = {fault['input']}: {rule}")
+    return lines

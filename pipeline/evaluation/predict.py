@@ -1,0 +1,62 @@
+"""From a network and images to logits."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.augment import normalise
+
+
+def bf16_supported(device: torch.device) -> bool:
+    """Whether bfloat16 is fast here, not merely possible: emulated on older CPUs it loses to float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags: list[Callable[[], bool]] = [
+        getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    ]
+    return any(flag() for flag in flags)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a network runs at a recipe's `training.precision`; `auto` is bf16 where it is fast."""
+    bf16 = precision == "bf16" or (precision == "auto" and bf16_supported(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+@torch.inference_mode()
+def predict_logits(
+    network: nn.Module, images: Tensor, mean: Tensor, std: Tensor, precision: str, batch_size: int = 500
+) -> Tensor:
+    """uint8 images (N, 3, S, S) -> float32 logits (N, num_classes) on the same device, in evaluation mode.
+
+    Leaves the network in the mode that it was in. Does not synchronise with the device.
+    """
+    was_training = network.training
+    network.eval()
+    logits = []
+    for chunk in images.split(batch_size):
+        x = normalise(chunk, mean, std).contiguous(memory_format=torch.channels_last)
+        with autocast(images.device, precision):
+            logits.append(network(x).float())
+    network.train(was_training)
+    return torch.cat(logits)
+
+
+@torch.inference_mode()
+def latency_ms(network: nn.Module, image_size: int, precision: str, repeats: int = 20) -> float:
+    """Median milliseconds from one normalised image on the device to its class, after three warm-up passes."""
+    device = next(network.parameters()).device
+    was_training = network.training
+    network.eval()
+    image = torch.zeros(1, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
+    times = []
+    for _ in range(repeats + 3):
+        start = time.perf_counter()
+        with autocast(device, precision):
+            network(image).argmax().item()  # the transfer waits for the device
+        times.append(time.perf_counter() - start)
+    network.train(was_training)
+    return statistics.median(times[3:]) * 1000

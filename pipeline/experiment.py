@@ -1,0 +1,168 @@
+"""One recipe trained, scored and tracked. Exceptions become states here and nowhere else."""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.data.prepare import TrainingData
+from pipeline.evaluation import figures
+from pipeline.evaluation.predict import latency_ms
+from pipeline.evaluation.scores import most_confident, per_class_table, reliability, score
+from pipeline.models.build import num_parameters
+from pipeline.recipe import Recipe
+from pipeline.tracking.runs import Run, State, Tracker
+from pipeline.training.checkpoints import save_checkpoint
+from pipeline.training.loop import Diverged, EpochReport, Result, train
+
+
+class Prune(Exception):
+    """Raised by `on_epoch`: this training isn't worth going on with."""
+
+
+class Interrupted(Exception):
+    """Raised by `on_step` or `on_epoch`: somebody asked to stop."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an experiment ended. `metrics` are the last epoch's, with the final scores where it finished."""
+
+    state: State
+    run_id: str
+    reason: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    epochs: int = 0
+    seconds: float = 0.0
+
+
+def run(
+    recipe: Recipe,
+    data: TrainingData,
+    device: torch.device,
+    tracker: Tracker,
+    name: str,
+    parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    on_start: Callable[[str], None] = lambda run_id: None,
+    on_epoch: Callable[[EpochReport], None] = lambda report: None,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+) -> Outcome:
+    """Train, score and track one recipe.
+
+    A diverged or too large one ends FAILED, one that `on_epoch` prunes PRUNED, an interrupted one INTERRUPTED.
+    Any other exception is a bug, or a tracker that broke: its run ends FAILED, and it is raised.
+    """
+    started = time.perf_counter()
+    seen: list[EpochReport] = []
+
+    with tracker.run(name, recipe, data, parent, tags) as tracked:
+
+        def record(report: EpochReport) -> None:
+            seen.append(report)
+            tracked.log_metrics(report.metrics, report.epoch)
+            on_epoch(report)
+
+        state, reason, final = State.FINISHED, "", {}
+        try:
+            on_start(tracked.id)
+            result = train(recipe, data, device, record, on_step)
+            final = publish(tracked, recipe, data, result)
+        except Prune as verdict:
+            state, reason = State.PRUNED, str(verdict)
+        except Diverged as error:
+            state, reason = State.FAILED, f"diverged: {error}"
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            state, reason = State.FAILED, f"out of memory: {error}"
+        except (Interrupted, KeyboardInterrupt):
+            state, reason = State.INTERRUPTED, "interrupted"
+        tracked.end(state, reason)
+
+    if state is State.FAILED and device.type == "cuda":
+        torch.cuda.empty_cache()
+    last = seen[-1].metrics if seen else {}
+    return Outcome(state, tracked.id, reason, last | final, len(seen), time.perf_counter() - started)
+
+
+def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) -> dict[str, float]:
+    """Score a finished training on the validation split; log the scores and everything that explains them."""
+    labels = data.validation.labels.cpu().numpy()
+    probabilities = result.validation_logits.double().softmax(1).cpu().numpy()
+    scores = score(probabilities, labels)
+    metrics = scores.metrics(data.classes) | {
+        "model/parameters": float(num_parameters(result.network)),
+        "model/latency_ms": latency_ms(result.network, data.image_size, recipe.training.precision),
+        "time/training_s": result.seconds,
+    }
+    logged = result.history[-1].metrics  # by the loop, of the same logits: a point is logged once
+    tracked.log_metrics({name: value for name, value in metrics.items() if name not in logged}, len(result.history))
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "artifacts"
+        facts = {
+            "recipe": json.loads(recipe.to_json()),
+            "recipe_digest": recipe.digest(),
+            "data_digest": data.digest,
+            "split_digest": data.split_digest,
+            "classes": list(data.classes),
+            "mean": data.mean.tolist(),
+            "std": data.std.tolist(),
+            "run_id": tracked.id,
+        }
+        averaged = result.network if result.plain else None
+        save_checkpoint(folder, result.plain or result.network, averaged, facts)
+        per_class_table(scores, data.classes).to_csv(folder / "per_class.csv", index=False)
+        _write_predictions(folder / "predictions.parquet", data, labels, probabilities)
+        history = [{"epoch": report.epoch, **report.metrics} for report in result.history]
+        pictures = {
+            "confusion_matrix": figures.confusion_matrix_figure(scores, data.classes),
+            "learning_curves": figures.learning_curves_figure(history),
+            "reliability": figures.reliability_figure(reliability(probabilities, labels)),
+            "most_confident_correct": _gallery(data, labels, probabilities, correct=True),
+            "most_confident_wrong": _gallery(data, labels, probabilities, correct=False),
+        }
+        for picture, figure in pictures.items():
+            figures.save(figure, folder / f"{picture}.png")
+        tracked.log_files(folder)
+    return {name: value for name, value in metrics.items() if name not in logged}
+
+
+def _write_predictions(path: Path, data: TrainingData, labels: np.ndarray, probabilities: np.ndarray) -> None:
+    """One row per validation image: id (its place in the training part), label, predicted, confidence, probabilities."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(
+        {
+            "id": pa.array(data.validation_ids.numpy(), pa.int64()),
+            "label": pa.array(labels, pa.int32()),
+            "predicted": pa.array(probabilities.argmax(1), pa.int32()),
+            "confidence": pa.array(probabilities.max(1), pa.float32()),
+            "probabilities": pa.array(list(probabilities), pa.list_(pa.float32())),
+        },
+        metadata={"classes": json.dumps(data.classes)},
+    )
+    pq.write_table(table, path)
+
+
+def _gallery(data: TrainingData, labels: np.ndarray, probabilities: np.ndarray, correct: bool) -> figures.Figure:
+    chosen = most_confident(probabilities, labels, correct, 16)
+    return figures.gallery_figure(
+        data.validation.images[torch.from_numpy(chosen).to(data.validation.images.device)].cpu().numpy(),
+        [data.classes[i] for i in labels[chosen]],
+        [data.classes[i] for i in probabilities[chosen].argmax(1)],
+        list(probabilities[chosen].max(1)),
+        f"Most confident {'correct' if correct else 'wrong'} of {len(labels):,} validation images",
+    )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch raises a plain RuntimeError where the CPU has no more memory."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

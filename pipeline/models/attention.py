@@ -1,0 +1,85 @@
+"""`attention`: a residual network whose blocks attend to channels, then to places (CBAM, arXiv 1807.06521).
+
+conv 3x3 - BN - ReLU; stages of attention residual blocks, each stage after the first halving height and width;
+conv 1x1 - BN; global average pooling; dropout; linear. System 003 of the five that this project replaces.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.recipe import Attention
+
+
+class ChannelAttention(nn.Module):
+    """(N, C, H, W) -> weights (N, C, 1, 1): one small MLP sees the average and the maximum of each channel."""
+
+    def __init__(self, channels: int, reduction: int):
+        super().__init__()
+        hidden = max(channels // reduction, 1)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, channels, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = torch.stack([x.mean((2, 3)), x.amax((2, 3))])
+        return self.mlp(pooled).sum(0).sigmoid()[:, :, None, None]
+
+
+class SpatialAttention(nn.Module):
+    """(N, C, H, W) -> weights (N, 1, H, W): a convolution over the mean and the maximum of each place's channels."""
+
+    def __init__(self, kernel: int):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+        return self.conv(pooled).sigmoid()
+
+
+class AttentionResidualBlock(nn.Module):
+    """Two 3x3 convolutions, channel attention, spatial attention, and the shortcut added."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, recipe: Attention):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.channel = ChannelAttention(outputs, recipe.reduction)
+        self.spatial = SpatialAttention(recipe.spatial_kernel)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        y = y * self.channel(y)
+        y = y * self.spatial(y)
+        return torch.relu(y + self.shortcut(x))
+
+
+class AttentionNetwork(nn.Module):
+    """(N, 3, S, S) normalised images -> (N, num_classes) logits."""
+
+    def __init__(self, recipe: Attention, num_classes: int):
+        super().__init__()
+        first, last = recipe.widths[0], recipe.widths[-1]
+        self.stem = nn.Sequential(nn.Conv2d(3, first, 3, 1, 1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
+        blocks, inputs = [], first
+        for stage, width in enumerate(recipe.widths):
+            for block in range(recipe.blocks_per_stage):
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(AttentionResidualBlock(inputs, width, stride, recipe))
+                inputs = width
+        self.stages = nn.Sequential(*blocks)
+        self.head = nn.Sequential(nn.Conv2d(last, last, 1, bias=False), nn.BatchNorm2d(last))
+        self.dropout = nn.Dropout(recipe.dropout)
+        self.classifier = nn.Linear(last, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(self.stages(self.stem(x))).mean((2, 3))
+        return self.classifier(self.dropout(x))

@@ -1,0 +1,262 @@
+"""What a run is: an immutable, validated value, JSON both ways, with a digest.
+
+The dotted name of a field (`optimizer.lr`) is also the name of a search parameter and of an MLflow parameter column.
+A section that comes in kinds (`model.network`, `optimizer.name`, `schedule.name`) has just the fields of its kind.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import UserError, did_you_mean, validation_lines
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """An immutable part of a recipe; unknown fields, NaN and infinity are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class Data(Section):
+    """What is learnt from."""
+
+    dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, or a folder with train/<class>/*")
+    image_size: int = Field(32, ge=8, le=512, description="height and width in pixels that the network sees")
+    validation_fraction: float = Field(0.1, gt=0, lt=0.5, description="share of the training images that judges")
+    split_seed: int = Field(0, ge=0, le=2**32 - 1, description="draws the stratified validation split")
+
+
+class Attention(Section):
+    """Residual network with channel and spatial attention (CBAM), `pipeline/models/attention.py`."""
+
+    network: Literal["attention"] = "attention"
+    widths: tuple[Annotated[int, Field(ge=4, le=1024)], ...] = Field(
+        (31, 62, 124, 248), min_length=1, max_length=5, description="channels of each stage"
+    )
+    blocks_per_stage: int = Field(2, ge=1, le=8)
+    reduction: int = Field(16, ge=1, le=64, description="the channel attention's hidden layer is this much narrower")
+    spatial_kernel: Literal[3, 5, 7] = Field(7, description="kernel of the spatial attention, in pixels")
+    dropout: float = Field(0.3, ge=0, lt=1, description="before the classifier")
+
+
+class Augmentation(Section):
+    """What is done to a training image, drawn anew per image and epoch, in this order; 0 switches a step off."""
+
+    crop_padding: int = Field(4, ge=0, le=64, description="pixels; pad by so many, then crop at random")
+    crop_mode: Literal["reflect", "constant"] = Field(
+        "reflect", description="what the padding shows: a mirror, or black"
+    )
+    horizontal_flip: Fraction = Field(0.5, description="probability")
+    rotation: float = Field(0.0, ge=0, le=180, description="degrees; the angle is uniform in [-rotation, rotation]")
+    perspective: Fraction = Field(0.0, description="distortion scale, as in torchvision's RandomPerspective")
+    perspective_probability: Fraction = 0.5
+    brightness: Fraction = Field(0.0, description="the factor is uniform in [1 - b, 1 + b]")
+    contrast: Fraction = Field(0.0, description="the factor is uniform in [1 - c, 1 + c]")
+    saturation: Fraction = Field(0.0, description="the factor is uniform in [1 - s, 1 + s]")
+    hue: float = Field(0.0, ge=0, le=0.5, description="the shift is uniform in [-hue, hue] turns of the colour wheel")
+    erasing: Fraction = Field(
+        0.0, description="probability of a rectangle replaced by the mean colour (random erasing)"
+    )
+    mixup: Fraction = Field(0.0, description="probability that an image is blended with another")
+    mixup_alpha: float = Field(0.2, gt=0, le=10, description="the blend is Beta(alpha, alpha)")
+    cutmix: Fraction = Field(0.0, description="probability that an image gets a rectangle of another")
+    cutmix_alpha: float = Field(1.0, gt=0, le=10, description="the kept area is Beta(alpha, alpha)")
+
+    @model_validator(mode="after")
+    def _mixing_is_exclusive(self) -> Self:
+        if self.mixup + self.cutmix > 1:
+            raise ValueError(f"mixup {self.mixup} and cutmix {self.cutmix} exclude each other: their sum is at most 1")
+        return self
+
+
+class Sgd(Section):
+    """torch.optim.SGD; `weight_decay` is its L2 coefficient, so a step shrinks the weights by lr * weight_decay."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: float = Field(gt=0, le=100)
+    weight_decay: float = Field(5e-4, ge=0, le=10)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class Adaptive(Section):
+    """What Adam and AdamW share."""
+
+    lr: float = Field(gt=0, le=100)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+
+
+class Adam(Adaptive):
+    """torch.optim.Adam; `weight_decay` is an L2 term in the gradient."""
+
+    name: Literal["adam"] = "adam"
+    weight_decay: float = Field(0.0, ge=0, le=10)
+
+
+class AdamW(Adaptive):
+    """torch.optim.AdamW (arXiv 1711.05101); `weight_decay` acts on the weights: a step shrinks them by lr * weight_decay."""
+
+    name: Literal["adamw"] = "adamw"
+    weight_decay: float = Field(0.01, ge=0, le=10)
+
+
+class Schedule(Section):
+    """Every schedule: fractions are of the whole training, so that a change of length keeps its shape."""
+
+    warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the steps in which the rate rises linearly from 0")
+
+
+class Constant(Schedule):
+    """The rate stays."""
+
+    name: Literal["constant"] = "constant"
+
+
+class Cosine(Schedule):
+    """Half a cosine down (SGDR without restarts, arXiv 1608.03983)."""
+
+    name: Literal["cosine"] = "cosine"
+    final_fraction: Fraction = Field(0.0, description="the last rate, as a fraction of the highest")
+
+
+class Linear(Schedule):
+    """A straight line down."""
+
+    name: Literal["linear"] = "linear"
+    final_fraction: Fraction = Field(0.0, description="the last rate, as a fraction of the highest")
+
+
+class OneCycle(Section):
+    """Up to the highest rate and down again, both by half a cosine (1cycle, arXiv 1708.07120)."""
+
+    name: Literal["one_cycle"] = "one_cycle"
+    initial_fraction: Fraction = Field(0.04, description="the first rate, as a fraction of the highest")
+    peak: float = Field(0.3, gt=0, lt=1, description="where the highest rate stands, as a fraction of the steps")
+    final_fraction: Fraction = Field(0.0, description="the last rate, as a fraction of the highest")
+
+
+class Step(Schedule):
+    """The rate is multiplied by `gamma` after each `interval`."""
+
+    name: Literal["step"] = "step"
+    interval: float = Field(0.3, gt=0, le=1, description="fraction of the steps between two drops")
+    gamma: float = Field(0.1, gt=0, le=1)
+
+
+class Loss(Section):
+    """Cross-entropy against soft targets."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+
+
+class Training(Section):
+    """How long, how precisely, from which seed."""
+
+    epochs: int = Field(ge=1, le=10_000)
+    batch_size: int = Field(128, ge=2, le=65_536)
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
+    clip_norm: float = Field(0.0, ge=0, description="largest norm of the whole gradient; 0: not clipped")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the weights; 0: none")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="initial weights, data order, augmentation, dropout")
+    deterministic: bool = Field(False, description="on a GPU: bit for bit the same run again, slower; a CPU always is")
+
+
+Model = Attention
+Optimizer = Annotated[Sgd | Adam | AdamW, Field(discriminator="name")]
+AnySchedule = Annotated[Constant | Cosine | Linear | OneCycle | Step, Field(discriminator="name")]
+
+# The field of a section that says which kind it is; a change of kind starts from that kind's defaults.
+KIND = {"model": "network", "optimizer": "name", "schedule": "name"}
+_TAGS = frozenset({"sgd", "adam", "adamw", "constant", "cosine", "linear", "one_cycle", "step"})
+
+
+class Recipe(Section):
+    """Everything that a run depends on but the data's bytes, the code and the machine."""
+
+    data: Data = Data()
+    model: Model
+    augmentation: Augmentation = Augmentation()
+    optimizer: Optimizer
+    schedule: AnySchedule = Cosine()
+    loss: Loss = Loss()
+    training: Training
+
+    @model_validator(mode="after")
+    def _mirror_fits(self) -> Self:
+        padding, size = self.augmentation.crop_padding, self.data.image_size
+        if self.augmentation.crop_mode == "reflect" and padding >= size:
+            raise ValueError(
+                f"augmentation.crop_padding {padding} mirrors images of data.image_size {size}: must be smaller"
+            )
+        return self
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted field name -> value, the whole recipe."""
+        return {
+            f"{section}.{field}": value
+            for section, fields in self.model_dump().items()
+            for field, value in fields.items()
+        }
+
+    def changed(self, changes: Mapping[str, Any]) -> "Recipe":
+        """A copy with some dotted fields changed, validated as a whole.
+
+        Changing a section's kind (`optimizer.name`) starts that section from the new kind's defaults.
+        Raises UserError with a line for each fault.
+        """
+        sections = self.model_dump()
+        lines = [
+            f"{name}: no such field{did_you_mean(name, self.flat())}"
+            for name in changes
+            if name.partition(".")[0] not in sections or not name.partition(".")[2]
+        ]
+        if lines:
+            raise UserError(lines)
+        for name, kind in KIND.items():
+            new = changes.get(f"{name}.{kind}", sections[name][kind])
+            if new != sections[name][kind]:
+                sections[name] = {kind: new}
+        for dotted, value in changes.items():
+            section, _, field = dotted.partition(".")
+            sections[section][field] = value
+        return parse_recipe(sections)
+
+    def difference(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
+        """Dotted field -> (value here, value there), where they differ; None where a kind has no such field."""
+        mine, theirs = self.flat(), other.flat()
+        return {
+            name: (mine.get(name), theirs.get(name))
+            for name in mine | theirs
+            if mine.get(name) != theirs.get(name) or (name in mine) != (name in theirs)
+        }
+
+    def to_json(self) -> str:
+        """Readable JSON; `parse_recipe` takes it back."""
+        return self.model_dump_json(indent=2)
+
+    def digest(self) -> str:
+        """64 hexadecimal digits that change with any field."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def parse_recipe(source: str | bytes | Mapping[str, Any]) -> Recipe:
+    """A recipe from JSON text or nested dictionaries; UserError with a line for each fault."""
+    try:
+        if isinstance(source, (str, bytes)):
+            return Recipe.model_validate_json(source)
+        return Recipe.model_validate(source)
+    except ValidationError as error:
+        raise UserError(validation_lines(error, _TAGS)) from None

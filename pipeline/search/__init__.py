@@ -1,0 +1,1 @@
+"""What is tried next: the only user of Optuna, beside studies/."""

@@ -1,0 +1,134 @@
+"""What a `space(trial)` function asks for, found out before anything runs."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+
+Space = Callable[[Any], None]
+
+
+class ScriptedTrial:
+    """Answers a space's questions from `answers`, or else with `choose(distribution)`, and remembers what was asked.
+
+    Raises nothing for a wrong range: `faults` holds one line each, so that all are told at once.
+    """
+
+    def __init__(self, answers: dict[str, Any], choose: Callable[[BaseDistribution], Any]):
+        self.params: dict[str, Any] = {}
+        self.distributions: dict[str, BaseDistribution] = {}
+        self.faults: list[str] = []
+        self._answers = answers
+        self._choose = choose
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        """As optuna.Trial.suggest_float."""
+        return self._ask(name, low, lambda: FloatDistribution(low, high, log, step))
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        """As optuna.Trial.suggest_int."""
+        return self._ask(name, low, lambda: IntDistribution(low, high, log, step))
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """As optuna.Trial.suggest_categorical."""
+        return self._ask(name, choices[0] if choices else None, lambda: CategoricalDistribution(choices))
+
+    def _ask(self, name: str, fallback: Any, make: Callable[[], BaseDistribution]) -> Any:
+        try:
+            distribution = make()
+        except ValueError as error:
+            self.faults.append(f"{name}: {str(error).splitlines()[0]}")
+            self.params[name] = fallback
+            return fallback
+        self.distributions[name] = distribution
+        self.params[name] = self._answers[name] if name in self._answers else self._choose(distribution)
+        return self.params[name]
+
+
+def explore(space: Space, base: Recipe) -> dict[str, BaseDistribution]:
+    """Every parameter that the space can ask for, with its range; every recipe tried on the way is validated.
+
+    Each value that may open a branch (all choices, both ends of a range) is forced once, along with the values that
+    led to its question; so a parameter is found however deep it lies behind choices. Then random answers look for
+    ranges that are valid one by one and not together. Raises UserError with all faults, one line each.
+    """
+    found: dict[str, BaseDistribution] = {}
+    faults: dict[str, None] = {}  # ordered, each line once
+    waiting: list[dict[str, Any]] = [{}]
+    while waiting:
+        answers = waiting.pop(0)
+        trial = _ask(space, ScriptedTrial(answers, lambda d: _extremes(d)[0]), base, faults)
+        for name, distribution in trial.distributions.items():
+            if name not in found:
+                found[name] = distribution
+                waiting += [answers | {name: value} for value in _extremes(distribution)]
+            elif found[name] != distribution:
+                faults[f"{name}: asked with two ranges, {describe(found[name])} and {describe(distribution)}"] = None
+    if not faults:
+        chance = random.Random(0)
+        for choose in [lambda d: _extremes(d)[-1]] + [lambda d: chance.choice(_extremes(d))] * 64:
+            _ask(space, ScriptedTrial({}, choose), base, faults)
+    if faults:
+        raise UserError(list(faults))
+    return found
+
+
+def control(space: Space, base: Recipe) -> dict[str, Any]:
+    """The answers with which the space gives the base recipe itself; UserError where it can't."""
+    trial = ScriptedTrial(base.flat(), lambda d: _extremes(d)[0])
+    space(trial)
+    flat, lines = base.flat(), []
+    for name, distribution in trial.distributions.items():
+        if name not in flat:
+            lines.append(f"{name}: asked for, but the base recipe has no such field")
+        elif not _contains(distribution, flat[name]):
+            lines.append(f"{name} = {flat[name]} in the base recipe: outside the space, {describe(distribution)}")
+    if lines:
+        raise UserError(lines)
+    return trial.params
+
+
+def describe(distribution: BaseDistribution) -> str:
+    """A range as a person would write it."""
+    if isinstance(distribution, CategoricalDistribution):
+        return "one of " + ", ".join(str(choice) for choice in distribution.choices)
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    scale = " (log)" if distribution.log else ""
+    step = f" in steps of {distribution.step:g}" if distribution.step and distribution.step != 1 else ""
+    return f"{distribution.low:g} to {distribution.high:g}{step}{scale}"
+
+
+def _ask(space: Space, trial: ScriptedTrial, base: Recipe, faults: dict[str, None]) -> ScriptedTrial:
+    space(trial)
+    try:
+        base.changed(trial.params)
+    except UserError as error:
+        trial.faults += error.lines
+    faults.update(dict.fromkeys(trial.faults))
+    return trial
+
+
+def _extremes(distribution: BaseDistribution) -> list[Any]:
+    """The values that may open a branch: every choice, or both ends."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    return [distribution.low, distribution.high]
+
+
+def _contains(distribution: BaseDistribution, value: Any) -> bool:
+    try:
+        return distribution._contains(distribution.to_internal_repr(value))
+    except (ValueError, TypeError):
+        return False

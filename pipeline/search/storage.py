@@ -1,0 +1,118 @@
+"""Where Optuna keeps a study: SQLite on one machine, PostgreSQL beyond."""
+
+import datetime
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+from filelock import FileLock
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
+from pipeline.search.study import Search, check_same
+from pipeline.tracking.runs import MlflowTracker, public_uri
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def open_storage(home: Path, url: str | None = None) -> RDBStorage:
+    """`optuna.db` in the home folder, or another database by its SQLAlchemy address; UserError where it can't be opened."""
+    home.mkdir(parents=True, exist_ok=True)
+    url = url or f"sqlite:///{home.resolve() / 'optuna.db'}"
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if url.startswith("sqlite"):
+        options["connect_args"] = {"timeout": 60}
+    else:
+        url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+        options |= {"pool_size": 1, "max_overflow": 2}
+    try:
+        with FileLock(home / "optuna.lock"):  # first starts at the same time would each create the tables
+            return RDBStorage(url, engine_kwargs=options)
+    except ImportError:
+        raise UserError(f"STORAGE {public_uri(url)}: needs a driver; .venv/bin/pip install -e '.[postgres]'") from None
+    except Exception as error:  # whatever a driver raises: the address is the user's
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"STORAGE {public_uri(url)}: can't be opened ({reason}); leave it out for mlruns/optuna.db"
+        ) from None
+
+
+def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Path) -> optuna.Study:
+    """The Optuna study of this search, made with the control as its first trial, or resumed.
+
+    Raises UserError where it exists and asks another question.
+    """
+    key, fingerprint = search.key(data), search.fingerprint(data)
+    with FileLock(home / "optuna.lock"):
+        study = optuna.create_study(
+            storage=storage,
+            study_name=key,
+            load_if_exists=True,
+            direction="maximize",
+            pruner=search.pruner(),
+        )
+        stored = study.user_attrs.get("fingerprint")
+        if stored is None:
+            study.set_user_attr("fingerprint", json.dumps(fingerprint))
+        else:
+            check_same(key, json.loads(stored), fingerprint, search.version)
+        if not study.get_trials(deepcopy=False):
+            study.enqueue_trial(search.control(), user_attrs={"control": True})
+    study.sampler = search.sampler(len(study.get_trials(deepcopy=False)))
+    return study
+
+
+def this_worker() -> dict[str, Any]:
+    """Names this process so that another can tell whether it still lives."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def reconcile(study: optuna.Study, tracker: MlflowTracker, home: Path) -> list[int]:
+    """Ask again what a process that is gone left RUNNING, and close the runs; the numbers of those trials.
+
+    Only processes of this machine can be judged here.
+    """
+    with FileLock(home / "optuna.lock"):
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        abandoned = [trial for trial in running if _is_gone(trial)]
+        for trial in abandoned:
+            ask_again(study, trial)
+            study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        alive = {trial.number for trial in running} - {trial.number for trial in abandoned}
+        tracker.close_abandoned(study.study_name, alive)
+    return [trial.number for trial in abandoned]
+
+
+def ask_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> None:
+    """Queue the parameters of a trial that ended through no fault of its own; it no longer counts as finished."""
+    study._storage.set_trial_user_attr(trial._trial_id, "asked_again", True)
+    attributes = {"retry_of": trial.number}
+    if trial.user_attrs.get("control"):
+        attributes["control"] = True
+    study.enqueue_trial(trial.params, user_attrs=attributes)
+
+
+def num_finished(study: optuna.Study) -> int:
+    """How many trials count against the budget: all that ended but those asked again."""
+    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    return sum(not trial.user_attrs.get("asked_again") for trial in ended)
+
+
+def _is_gone(trial: FrozenTrial) -> bool:
+    """Whether a trial's worker was on this machine and has ended."""
+    worker = trial.user_attrs.get("worker")
+    if worker is None:  # it names itself at once, unless it dies before
+        assert trial.datetime_start
+        return datetime.datetime.now() - trial.datetime_start > datetime.timedelta(minutes=1)
+    if worker["host"] != socket.gethostname():
+        return False
+    try:
+        return abs(psutil.Process(worker["pid"]).create_time() - worker["started"]) > 1
+    except psutil.NoSuchProcess:
+        return True

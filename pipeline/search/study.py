@@ -1,0 +1,179 @@
+"""A study: one question, asked by a search around a base recipe."""
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.pruners import MedianPruner
+from optuna.samplers import TPESampler
+
+from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError, did_you_mean
+from pipeline.recipe import Recipe
+from pipeline.search.space import Space, control, describe, explore
+
+FOLDER = Path(__file__).resolve().parents[2] / "studies"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The same question on other data: a few changed fields and another number of trials."""
+
+    changes: Mapping[str, Any]
+    trials: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What a module in studies/ defines.
+
+    `space(trial)` asks an Optuna trial for values; a parameter's name is the recipe field that it sets in `base`.
+    `version` goes up when space or base change: scores of different questions don't mix in one search.
+    """
+
+    question: str
+    base: Recipe
+    space: Space
+    objective: Literal["val/accuracy", "val/f1_macro"]
+    trials: int
+    version: int = 1
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A study resolved for one data set: what is run."""
+
+    name: str
+    study: Study
+    base: Recipe
+    version: int
+    trials: int
+    timeout_s: float | None
+
+    def key(self, data: TrainingData) -> str:
+        """The name in Optuna and MLflow: study, version, data set."""
+        return f"{self.name}-v{self.version}-{data.name}"
+
+    def recipe(self, params: Mapping[str, Any]) -> Recipe:
+        """The recipe of a trial with these parameters."""
+        return self.base.changed(params)
+
+    def pruner(self) -> MedianPruner:
+        """Stops a trial whose score at an epoch is below the median's, after a third of the epochs.
+
+        Learning curves cross while the rate is high, so early verdicts are wrong ones (shared facts, "Pruners").
+        """
+        return MedianPruner(
+            n_startup_trials=max(2, min(10, self.trials // 3)),
+            n_warmup_steps=self.base.training.epochs // 3,
+            n_min_trials=max(2, min(5, self.trials // 4)),
+        )
+
+    def sampler(self, num_asked: int) -> TPESampler:
+        """TPE; seeded anew at each resume, or the first draws would be drawn again."""
+        return TPESampler(
+            seed=(self.base.training.seed * 1_000_003 + num_asked) % 2**32, n_startup_trials=min(10, self.trials // 2)
+        )
+
+    def fingerprint(self, data: TrainingData) -> dict[str, Any]:
+        """All that the scores of one search have in common; JSON."""
+        space = explore(self.study.space, self.base)
+        return {
+            "objective": self.study.objective,
+            "data": data.digest,
+            "split": data.split_digest,
+            "base": json.loads(json.dumps(self.base.flat())),
+            "space": {name: distribution_to_json(space[name]) for name in sorted(space)},
+        }
+
+    def check(self) -> None:
+        """UserError, a line for each fault, where the space asks for what can't be, or can't give the base recipe."""
+        explore(self.study.space, self.base)
+        self.control()
+
+    def control(self) -> dict[str, Any]:
+        """The parameters of trial 0, the base recipe."""
+        return control(self.study.space, self.base)
+
+
+def available() -> list[str]:
+    """The names of the studies in studies/."""
+    return sorted(file.stem for file in FOLDER.glob("*.py") if not file.stem.startswith("_"))
+
+
+def load_study(name: str) -> Study:
+    """The study that studies/<name>.py defines; UserError where there is none, or it can't be read."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+        raise UserError(
+            f"study name {name!r}: must be small letters, digits, _ and -, and begin with a letter or digit"
+        )
+    if name not in available():
+        raise UserError([f"no study {name}{did_you_mean(name, available())}", f"studies: {', '.join(available())}"])
+    file = FOLDER / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"studies.{name}", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        study = module.STUDY
+    except UserError as error:
+        raise UserError([f"{file.name}: {line}" for line in error.lines]) from None
+    except (Exception, SystemExit) as error:
+        place = _line_of(error, file)
+        raise UserError(f"{file}{place}: {type(error).__name__}: {str(error) or 'no reason given'}") from error
+    if not isinstance(study, Study):
+        raise UserError(f"{file}: STUDY is a {type(study).__name__}: must be a pipeline.search.study.Study")
+    return study
+
+
+def check_same(name: str, stored: Mapping[str, Any], now: Mapping[str, Any], version: int) -> None:
+    """UserError, with the difference, where a study would go on with another space, base, data set or split."""
+    lines = [
+        f"{what}: {stored.get(what)} then, {now.get(what)} now"
+        for what in ("objective", "data", "split")
+        if stored.get(what) != now.get(what)
+    ]
+    for part, show in (("base", str), ("space", _describe_json)):
+        then, today = stored.get(part, {}), now[part]
+        lines += [
+            f"{part} {key}: {show(then.get(key))} then, {show(today.get(key))} now"
+            for key in sorted(then.keys() | today.keys())
+            if then.get(key) != today.get(key)
+        ]
+    if lines:
+        lines = [f"study {name} has trials that answer another question:", *(f"  {line}" for line in lines)]
+        way = (
+            f"VERSION={version + 1} (or `version` in the module) starts a new study beside it; the former values go on"
+        )
+        raise UserError([*lines, f"way out: {way}"])
+
+
+def _describe_json(distribution: str | None) -> str:
+    return describe(json_to_distribution(distribution)) if distribution else "not asked"
+
+
+def _line_of(error: BaseException, file: Path) -> str:
+    """`, line N` of the study's module, where an error arose there."""
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return f", line {error.lineno}"
+    place, traceback = "", error.__traceback__
+    while traceback:
+        if traceback.tb_frame.f_code.co_filename == str(file):
+            place = f", line {traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return place
+
+
+def best_trials(study: optuna.Study, count: int | None = None) -> list[optuna.trial.FrozenTrial]:
+    """The completed trials, best first."""
+    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    return sorted(done, key=lambda trial: (-(trial.value or 0.0), trial.number))[:count]

@@ -1,0 +1,97 @@
+"""A worker pulls trials from a study until the budget is spent. So far: one, in this process."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+import optuna
+import torch
+from optuna.storages import RDBStorage
+
+from pipeline.data.prepare import TrainingData
+from pipeline.search.storage import num_finished, open_study, reconcile
+from pipeline.search.study import Search
+from pipeline.search.trial import Objective, Observer, StudyInterrupted, TrialFailed
+from pipeline.tracking.runs import MlflowTracker, State
+
+
+class StopOnSignal:
+    """While it is open, Ctrl-C and SIGTERM ask the trial to end at its next step, not in the middle of a write.
+
+    A second one raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Self:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def run(
+    search: Search,
+    data: TrainingData,
+    device: torch.device,
+    observer: Observer,
+    storage: RDBStorage,
+    tracker: MlflowTracker,
+    home: Path,
+) -> optuna.Study:
+    """Run or resume a study until its trials are done, its time is up, or somebody stops it (StudyInterrupted).
+
+    `home` is the folder `mlruns`, where the locks lie. Raises UserError where the stored study asks another question.
+    """
+    study = open_study(search, data, storage, home)
+    reconcile(study, tracker, home)
+    parent = tracker.open_study(study.study_name, search.study.question, {"objective": search.study.objective})
+    state = State.FAILED
+    try:
+        with StopOnSignal() as stop:
+            objective = Objective(search, data, device, tracker, parent.id, observer, lambda: stop.requested)
+            _work(study, objective, lambda: stop.requested)
+            state = State.INTERRUPTED if stop.requested else State.FINISHED
+    except (StudyInterrupted, KeyboardInterrupt):
+        state = State.INTERRUPTED
+        raise StudyInterrupted from None
+    finally:
+        parent.log_metrics(_summary(study), step=num_finished(study))
+        parent.end(state)
+    return study
+
+
+def _work(study: optuna.Study, objective: Objective, stop_requested: Callable[[], bool]) -> None:
+    search, started = objective.search, time.monotonic()
+    objective.observer.study_progress(study, num_finished(study))
+    while (finished := num_finished(study)) < search.trials:
+        if stop_requested():
+            raise StudyInterrupted
+        if search.timeout_s is not None and time.monotonic() - started >= search.timeout_s:
+            break
+        study.optimize(objective, n_trials=1, catch=(TrialFailed,))
+        objective.observer.study_progress(study, finished + 1)
+
+
+def _summary(study: optuna.Study) -> Mapping[str, float]:
+    """Numbers of the study itself, for its parent run."""
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    counts = {
+        f"study/{state.name.lower()}": float(states.count(state))
+        for state in (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL)
+    }
+    return counts | ({"study/best": study.best_value} if counts["study/complete"] else {})

@@ -1,0 +1,331 @@
+"""The only opener of MLflow runs: an experiment per study, a parent run for the study, a child run per trial."""
+
+import contextlib
+import enum
+import json
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# A server that doesn't answer is reported within half a minute; MLflow's own patience is 4 minutes a call.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+
+import mlflow
+from filelock import FileLock
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+from pipeline.tracking.lineage import code, environment, hardware
+
+for _noisy in ("mlflow", "alembic"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
+
+
+class State(enum.StrEnum):
+    """How a run ended, kept in its tag `state`; MLflow has no word for a pruned one."""
+
+    FINISHED = "finished"
+    PRUNED = "pruned"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+
+_STATUS = {
+    State.FINISHED: "FINISHED",
+    State.PRUNED: "KILLED",
+    State.FAILED: "FAILED",
+    State.INTERRUPTED: "KILLED",
+}
+_BATCH_LIMIT = 1000  # metrics that a store takes at once
+_TAG_LIMIT = 5000  # characters; MLflow cuts longer ones silently
+
+
+@dataclass(frozen=True)
+class StudyRuns:
+    """Where a study's runs are in MLflow, and the metric that ranks them."""
+
+    name: str
+    experiment: str
+    objective: str
+
+
+class Run(Protocol):
+    """An open run."""
+
+    id: str
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """One batch of finite numbers; `step` is an epoch, from 1."""
+
+    def log_files(self, folder: Path) -> None:
+        """Every file of a folder becomes an artifact."""
+
+    def end(self, state: State, reason: str = "") -> None:
+        """Close the run; the first call counts."""
+
+
+class Tracker(Protocol):
+    """Where runs are remembered: MLflow, or nowhere."""
+
+    def run(
+        self,
+        name: str,
+        recipe: Recipe,
+        data: TrainingData,
+        parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> contextlib.AbstractContextManager[Run]:
+        """A run that is never left open: one that its user didn't end is FAILED when the block is left."""
+
+
+class NullTracker:
+    """Remembers nothing; for measurements of the training alone."""
+
+    @contextlib.contextmanager
+    def run(
+        self,
+        name: str,
+        recipe: Recipe,
+        data: TrainingData,
+        parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> Iterator[Run]:
+        """See Tracker."""
+        yield _NullRun()
+
+
+class _NullRun:
+    id = ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
+    def log_files(self, folder: Path) -> None: ...
+    def end(self, state: State, reason: str = "") -> None: ...
+
+
+class MlflowTracker:
+    """Runs in an MLflow store: `mlflow.db` in the home folder, another database, or a tracking server.
+
+    Raises UserError where the store can't be opened; a store that fails later raises MLflow's exceptions.
+    """
+
+    def __init__(self, home: Path, uri: str | None = None):
+        self.uri = uri or f"sqlite:///{home.resolve() / 'mlflow.db'}"
+        self.is_remote = self.uri.startswith("http")  # a server, which keeps the artifacts too
+        self._artifacts = None if self.is_remote else (home.resolve() / "artifacts").as_uri()
+        home.mkdir(parents=True, exist_ok=True)
+        self.client = mlflow.MlflowClient(self.uri)
+        try:
+            # Several processes that create the tables at once break a database for good.
+            with FileLock(home / "mlflow.lock"):
+                self.client.search_experiments(max_results=1)
+                if self.uri.startswith("sqlite"):
+                    _write_ahead(self.uri)
+        except Exception as error:  # whatever a driver raises: the address is the user's
+            raise UserError(
+                f"TRACKING_URI {public_uri(self.uri)}: can't be opened ({_first_line(error)}); "
+                "start that server, or leave TRACKING_URI out to keep runs in mlruns/mlflow.db"
+            ) from None
+
+    def experiment(self, name: str) -> str:
+        """The id of the experiment of this name, made where there is none."""
+        found = self.client.get_experiment_by_name(name)
+        if found and found.lifecycle_stage == "deleted":
+            raise UserError(
+                f"the MLflow experiment {name} was deleted: restore it in the UI, or give the study another VERSION"
+            )
+        return found.experiment_id if found else self.client.create_experiment(name, self._artifacts)
+
+    def open_study(self, name: str, note: str, tags: Mapping[str, str]) -> "MlflowRun":
+        """The study's parent run, RUNNING: the one it had before, or a new one."""
+        experiment = self.experiment(name)
+        found = self.client.search_runs([experiment], f"tags.study = '{name}' and tags.role = 'study'", max_results=1)
+        if found:
+            run_id = found[0].info.run_id
+            self.client.update_run(run_id, status="RUNNING")
+        else:
+            all_tags = {"study": name, "role": "study", "mlflow.note.content": note, **_provenance(), **tags}
+            run_id = self.client.create_run(experiment, tags=all_tags, run_name=name).info.run_id
+        return MlflowRun(self.client, run_id)
+
+    @contextlib.contextmanager
+    def run(
+        self,
+        name: str,
+        recipe: Recipe,
+        data: TrainingData,
+        parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> Iterator["MlflowRun"]:
+        """See Tracker; with `parent`, a child of that run in its experiment."""
+        experiment = self.client.get_run(parent).info.experiment_id if parent else self.experiment(data.name)
+        all_tags = {
+            "recipe_digest": recipe.digest(),
+            "data_digest": data.digest,
+            "split_digest": data.split_digest,
+            **_provenance(),
+            **({MLFLOW_PARENT_RUN_ID: parent} if parent else {}),
+            **(tags or {}),
+        }
+        run = MlflowRun(self.client, self.client.create_run(experiment, tags=all_tags, run_name=name).info.run_id)
+        monitor = None
+        try:
+            run.start(recipe, data)
+            monitor = SystemMetricsMonitor(run.id, sampling_interval=5, tracking_uri=self.uri)
+            monitor.start()
+            yield run
+        except BaseException as error:
+            run.end(State.FAILED, repr(error))
+            raise
+        finally:
+            if monitor:
+                monitor.finish()
+            run.end(State.FAILED, "ended without a state")
+
+    def studies(self) -> list["StudyRuns"]:
+        """The studies in this store, the last one run first."""
+        found = []
+        for experiment in self.client.search_experiments(max_results=1000):
+            parents = self.client.search_runs([experiment.experiment_id], "tags.role = 'study'", max_results=1)
+            if parents:
+                tags = parents[0].data.tags
+                ended = parents[0].info.end_time or float("inf")
+                found.append((ended, StudyRuns(tags["study"], experiment.experiment_id, tags["objective"])))
+        return [study for _, study in sorted(found, key=lambda item: -item[0])]
+
+    def best_run_ids(self, study: "StudyRuns", count: int) -> list[str]:
+        """The finished trials' runs, best first."""
+        found = self.client.search_runs(
+            [study.experiment],
+            "tags.role = 'trial' and tags.state = 'finished'",
+            order_by=[f"metrics.`{study.objective}` DESC"],
+            max_results=count,
+        )
+        return [run.info.run_id for run in found]
+
+    def close_abandoned(self, study: str, alive: Collection[int]) -> None:
+        """Close the study's trial runs that are RUNNING though their trials aren't among the living."""
+        found = self.client.search_runs(
+            [self.experiment(study)],
+            f"attributes.status = 'RUNNING' and tags.role = 'trial' and tags.study = '{study}'",
+        )
+        for run in found:
+            if int(run.data.tags["trial"]) not in alive:
+                MlflowRun(self.client, run.info.run_id).end(State.INTERRUPTED, "its process is gone")
+
+
+class MlflowRun:
+    """An open run in MLflow; see Run."""
+
+    def __init__(self, client: mlflow.MlflowClient, run_id: str):
+        self.id = run_id
+        self._client = client
+        self._open = True
+
+    def start(self, recipe: Recipe, data: TrainingData) -> None:
+        """What is known before the first step: parameters, data set, code and environment."""
+        params = [Param(name, json.dumps(v) if isinstance(v, tuple) else str(v)) for name, v in recipe.flat().items()]
+        self._client.log_batch(self.id, params=params)
+        self._client.log_inputs(self.id, datasets=[_dataset_input(data)])
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "recipe.json").write_text(recipe.to_json() + "\n")
+            (Path(folder) / "environment.txt").write_text(environment())
+            if code().dirty:
+                (Path(folder) / "diff.patch").write_text(code().diff)
+            self.log_files(Path(folder))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """See Run. Infinity would be stored as 1.8e308 and win every comparison, so it is refused here."""
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise ValueError(f"not a finite number: {', '.join(bad)}")
+        now = int(time.time() * 1000)
+        points = [Metric(name, value, now, step) for name, value in metrics.items()]
+        for start in range(0, len(points), _BATCH_LIMIT):  # three scores per class add up where there are many
+            self._client.log_batch(self.id, metrics=points[start : start + _BATCH_LIMIT])
+
+    def log_files(self, folder: Path) -> None:
+        """See Run."""
+        self._client.log_artifacts(self.id, str(folder))
+
+    def end(self, state: State, reason: str = "") -> None:
+        """See Run."""
+        if self._open:
+            self._open = False
+            tags = [RunTag("state", state), RunTag("reason", reason[:_TAG_LIMIT])]
+            self._client.log_batch(self.id, tags=tags)
+            self._client.set_terminated(self.id, _STATUS[state])
+
+
+def public_uri(uri: str) -> str:
+    """An address without its password, for messages."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(uri).render_as_string(hide_password=True)
+    except ArgumentError:
+        return uri.rpartition("@")[2]
+
+
+def _write_ahead(uri: str) -> None:
+    """SQLite's write-ahead log, kept in the file once set: halves small writes, and readers don't block the writer."""
+    from sqlalchemy import create_engine, text
+
+    engine = create_engine(uri)
+    with engine.connect() as connection:
+        connection.execute(text("PRAGMA journal_mode=WAL"))
+    engine.dispose()
+
+
+def _provenance() -> dict[str, str]:
+    """Tags of every run: which code, on what."""
+    import getpass
+    import socket
+
+    import torch
+
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as in containers
+        user = str(os.getuid())
+    return {
+        "mlflow.user": user,
+        "mlflow.source.name": "python -m pipeline",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": code().commit,
+        "git_dirty": str(code().dirty).lower(),
+        "host": socket.gethostname(),
+        "hardware": "; ".join(hardware()),
+        "torch": torch.__version__,
+    }
+
+
+def _dataset_input(data: TrainingData) -> DatasetInput:
+    """The data set as MLflow shows it, with our own digest over every pixel (MLflow's reads the first 10,000 numbers)."""
+    shape = {"images": list(data.train.images.shape[1:]), "classes": list(data.classes)}
+    profile = {"num_train": len(data.train.labels), "num_validation": len(data.validation.labels)}
+    dataset = Dataset(
+        name=data.name,
+        digest=data.digest[:36],  # the column's width
+        source_type="local",
+        source=json.dumps({"uri": data.source}),
+        schema=json.dumps(shape),
+        profile=json.dumps(profile | {"split_digest": data.split_digest}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,1 @@
+"""How it learns; knows neither MLflow nor Optuna."""

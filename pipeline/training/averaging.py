@@ -1,0 +1,48 @@
+"""An exponential moving average of a network's weights, the one to be judged and kept."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """Exponential moving average of a network's parameters and floating buffers (batch-norm's running statistics).
+
+    Integer buffers are copied. Update t (from 0) keeps min(decay, (1 + t) / (10 + t)) of the average, so that the
+    random start is forgotten soon (TensorFlow's ExponentialMovingAverage with num_updates).
+    `network` is a copy in eval mode, in the same memory format, that holds the averages.
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        """`decay` in [0, 1); 0 follows the network itself."""
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self._decay = decay
+        self._updates = 0
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Take in the weights after one more step; nothing waits for the device."""
+        decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
+        floating, others = _tensors(self.network)
+        new_floating, new_others = _tensors(network)
+        torch._foreach_lerp_(floating, new_floating, 1 - decay)
+        if others:
+            torch._foreach_copy_(others, new_others)
+        self._updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs; the tensors are the live ones, as torch's state dicts are."""
+        return {"updates": self._updates, "network": self.network.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.network.load_state_dict(state["network"])
+        self._updates = state["updates"]
+
+
+def _tensors(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The floating parameters and buffers, and all the others, in a fixed order."""
+    everything = [*network.parameters(), *network.buffers()]
+    return [t for t in everything if t.is_floating_point()], [t for t in everything if not t.is_floating_point()]

@@ -1,0 +1,190 @@
+"""Weights and checkpoints on disk: whole or not at all, and a damaged byte is found.
+
+A checkpoint is a folder: `weights.safetensors` (the averaged weights where there are any, else the plain ones),
+`weights_plain.safetensors` (where there are averaged ones) and `checkpoint.json` (facts, SHA-256 of each file).
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from pipeline.errors import UserError
+
+FORMAT = 1
+WEIGHTS = "weights.safetensors"
+PLAIN_WEIGHTS = "weights_plain.safetensors"
+RECORD = "checkpoint.json"
+
+
+def save_weights(path: Path, network: nn.Module, metadata: dict[str, str]) -> None:
+    """The network's state dict as a safetensors file, contiguous, floating tensors in float32; equal input, equal bytes.
+
+    Not atomic: a kill leaves a cut file, which `load_weights` refuses.
+    """
+    _write(path, _weights(network, metadata))
+
+
+def load_weights(path: Path, network: nn.Module) -> None:
+    """Fill `network` from a safetensors file, on its own device and in its own memory format.
+
+    UserError, with the network as it was, where the file can't be read or a tensor's name or shape differs.
+    """
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: can't be read as weights: {error}") from None
+    expected = network.state_dict()
+    for name in [*expected, *found]:
+        there, here = (tuple(tensors[name].shape) if name in tensors else None for tensors in (found, expected))
+        if there != here:
+            raise UserError(f"{path}: {name} has {_shape(there)} in the file and {_shape(here)} in the network")
+    network.load_state_dict(found)
+
+
+def save_checkpoint(folder: Path, plain: nn.Module, averaged: nn.Module | None, facts: dict[str, Any]) -> None:
+    """Write the checkpoint `folder`; one that is there is replaced, and all else in it goes.
+
+    `facts` is anything that JSON takes. Killed at any moment, it leaves what `read_checkpoint` finds as the old or
+    the new checkpoint (or none, where there was none); what else it leaves is hidden and goes with the next save.
+    One writer at a time. UserError where `folder` holds something that is no checkpoint.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists()):
+        raise UserError(f"{folder}: holds something that is no checkpoint, so it is not replaced")
+    new = _beside(folder, "new")
+    _discard(new)
+    new.mkdir(parents=True)
+    networks = {WEIGHTS: plain} if averaged is None else {WEIGHTS: averaged, PLAIN_WEIGHTS: plain}
+    digests = {}
+    for name, network in networks.items():
+        content = _weights(network, {"weights": "plain" if network is plain else "averaged"})
+        digests[name] = hashlib.sha256(content).hexdigest()
+        _write(new / name, content)
+    _write(new / RECORD, _record({"format": FORMAT, "facts": facts, "sha256": digests}))
+    _fsync_folder(new)
+    _move_into_place(new, folder)
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint whose files are all as they were written.
+
+    Call it before reading any of the files: it also ends what a killed `save_checkpoint` left half done.
+    UserError where there is no checkpoint, it is of another format, or a file is missing or damaged.
+    """
+    _undo_half_a_replacement(folder)
+    record = folder / RECORD
+    try:
+        body = json.loads(record.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no checkpoint here ({RECORD} is missing)") from None
+    except ValueError:
+        raise UserError(f"{record}: damaged, it is no JSON") from None
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise UserError(f"{record}: not of format {FORMAT}, the one that is read here")
+    digest = body.pop("digest", None)
+    if digest != _digest(body):
+        raise UserError(f"{record}: damaged, its digest differs")
+    faults = {folder / name: _fault(folder / name, digest) for name, digest in body["sha256"].items()}
+    if any(faults.values()):
+        raise UserError([f"{path}: {fault}" for path, fault in faults.items() if fault])
+    return body["facts"]
+
+
+def _weights(network: nn.Module, metadata: dict[str, str]) -> bytes:
+    """safetensors' bytes; it writes metadata in random order, so the header gets them here, sorted."""
+    tensors = {
+        name: tensor.detach().to(
+            device="cpu",
+            dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype,
+            memory_format=torch.contiguous_format,
+            copy=True,  # tensors that share memory are refused
+        )
+        for name, tensor in network.state_dict().items()
+    }
+    content = save(tensors)
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items()))} | json.loads(content[8:end])).encode()
+    header += b" " * (-len(header) % 8)  # the tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + content[end:]
+
+
+def _record(body: dict[str, Any]) -> bytes:
+    """checkpoint.json, with a digest of itself."""
+    body = json.loads(json.dumps(body))  # as it will be read: lists for tuples, strings for keys
+    return json.dumps(body | {"digest": _digest(body)}, indent=2).encode()
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _fault(path: Path, digest: str) -> str | None:
+    if not path.exists():
+        return "missing"
+    with path.open("rb") as file:
+        return None if hashlib.file_digest(file, "sha256").hexdigest() == digest else "damaged, its digest differs"
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "no place" if shape is None else f"shape {shape}"
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f".{folder.name}.{suffix}")
+
+
+def _move_into_place(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`. A folder that isn't empty can't be renamed over, so the old one steps aside first."""
+    old = _beside(folder, "old")
+    while True:
+        try:
+            os.replace(new, folder)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        _fsync_folder(folder.parent)  # a killed writer's last rename, before what it replaced goes
+        _discard(old)
+        os.replace(folder, old)  # a reader may take it for half a replacement and undo it: then once more
+    _fsync_folder(folder.parent)
+    _discard(old)
+
+
+def _undo_half_a_replacement(folder: Path) -> None:
+    """Put the old checkpoint back where a kill came after it stepped aside and before the new one took its place."""
+    old = _beside(folder, "old")
+    if not (folder / RECORD).exists() and (old / RECORD).exists():
+        try:
+            os.replace(old, folder)
+        except OSError:
+            if not folder.exists():  # else a living writer has finished just now
+                raise
+
+
+def _discard(folder: Path) -> None:
+    """Remove it, the record first, so that what a kill leaves of it never looks like a checkpoint."""
+    (folder / RECORD).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

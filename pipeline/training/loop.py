@@ -1,0 +1,212 @@
+"""The one loop that trains. It knows neither MLflow nor Optuna: `on_epoch` is its only way out."""
+
+import contextlib
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pipeline.data.augment import Augmenter
+from pipeline.data.datasets import Split
+from pipeline.data.prepare import TrainingData
+from pipeline.evaluation.predict import autocast, predict_logits
+from pipeline.evaluation.scores import accuracy_from, f1_macro_from
+from pipeline.models.build import build_network
+from pipeline.recipe import Recipe
+from pipeline.training.averaging import WeightAverage
+from pipeline.training.losses import soft_cross_entropy
+from pipeline.training.optimizers import build_optimizer, set_lr
+from pipeline.training.schedules import lr_factor
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What an epoch measured; `metrics` by MLflow name, losses in nats, times in seconds."""
+
+    epoch: int  # from 1
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished training. The last epoch counts, not the best: choosing an epoch by its score would flatter it."""
+
+    network: nn.Module  # the averaged weights where the recipe averages, else the trained ones
+    plain: nn.Module | None  # the trained weights, where `network` holds averaged ones
+    validation_logits: Tensor  # (num_validation, num_classes) float32, of `network`
+    history: list[EpochReport]
+    seconds: float
+
+
+def train(
+    recipe: Recipe,
+    data: TrainingData,
+    device: torch.device,
+    on_epoch: Callable[[EpochReport], None] = lambda report: None,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+) -> Result:
+    """Train a recipe's network on `data` and score it on the validation split after every epoch.
+
+    `on_epoch` may raise to end the training. `on_step(step, steps)` tells how far the epoch is, by the host's count:
+    nothing is read from the device inside an epoch but a copy of the loss that has already arrived.
+    An epoch's data order, augmentation and dropout depend on (seed, epoch) alone; on a CPU with the same number of
+    threads, and on a GPU with `training.deterministic`, equal recipes give equal weights, bit for bit.
+    Raises Diverged as soon as a loss is seen that is not finite.
+    """
+    settings = recipe.training
+    images, labels = data.train.images, data.train.labels
+    batch_size = min(settings.batch_size, len(images))
+    steps = len(images) // batch_size  # what doesn't fill a batch waits for another epoch's order
+    history = []
+    started = time.perf_counter()
+
+    with _reproducible(settings.deterministic, device):
+        network = build_network(recipe.model, len(data.classes), settings.seed)
+        network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        average = WeightAverage(network, settings.ema_decay) if settings.ema_decay else None
+        judged = average.network if average else network
+        optimizer = build_optimizer(network, recipe.optimizer, device)
+        augmenter = Augmenter(images, labels, len(data.classes), data.mean, data.std, recipe.augmentation)
+        generator = torch.Generator(device)
+        watch = _LossWatch(device)
+
+        for epoch in range(1, settings.epochs + 1):
+            epoch_started = time.perf_counter()
+            torch.manual_seed(_stream(settings.seed, epoch, "dropout"))
+            generator.manual_seed(_stream(settings.seed, epoch, "data"))
+            order = torch.randperm(len(images), generator=generator, device=device)
+            loss_sum, num_correct = torch.zeros((), device=device), torch.zeros((), device=device)
+            network.train()
+            for step in range(steps):
+                lr = recipe.optimizer.lr * lr_factor(
+                    recipe.schedule, (epoch - 1) * steps + step, settings.epochs * steps
+                )
+                set_lr(optimizer, lr)
+                batch, targets = augmenter.batch(order[step * batch_size : (step + 1) * batch_size], generator)
+                with autocast(device, settings.precision):
+                    logits = network(batch)
+                loss = soft_cross_entropy(logits, targets, recipe.loss.label_smoothing)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if settings.clip_norm:
+                    nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+                optimizer.step()
+                if average:
+                    average.update(network)
+                with torch.no_grad():
+                    loss_sum += loss
+                    num_correct += (logits.argmax(1) == targets.argmax(1)).sum()
+                watch.look(loss.detach(), epoch, step)
+                on_step(step + 1, steps)
+
+            logits = predict_logits(judged, data.validation.images, data.mean, data.std, settings.precision)
+            measured = _measure(
+                torch.stack([loss_sum / steps, num_correct / (steps * batch_size)]), logits, data.validation
+            )
+            seconds = time.perf_counter() - epoch_started
+            report = EpochReport(
+                epoch,
+                measured
+                | {
+                    "optimizer/lr": lr,
+                    "time/epoch_s": seconds,
+                    "throughput/images_per_s": steps * batch_size / seconds,
+                    "memory/peak_gib": _peak_gib(device),
+                },
+            )
+            if not (math.isfinite(measured["train/loss"]) and math.isfinite(measured["val/loss"])):
+                raise Diverged(f"loss is not finite after epoch {epoch}")
+            history.append(report)
+            on_epoch(report)
+
+    return Result(judged, network if average else None, logits, history, time.perf_counter() - started)
+
+
+def _measure(train: Tensor, logits: Tensor, validation: Split) -> dict[str, float]:
+    """An epoch's losses and scores, in the epoch's one transfer from the device.
+
+    train: (2,) loss and accuracy; accuracy is against each target's largest class, which mixing makes hard to reach.
+    """
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    true = (validation.labels[:, None] == classes).float()
+    predicted = (logits.argmax(1)[:, None] == classes).float()
+    confusion = true.T @ predicted
+    loss = cross_entropy(logits, validation.labels)
+    numbers = torch.cat([train, loss[None], confusion.flatten()]).double().cpu().numpy()
+    matrix = numbers[3:].reshape(len(classes), -1).round().astype("int64")
+    return {
+        "train/loss": float(numbers[0]),
+        "train/accuracy": float(numbers[1]),
+        "val/loss": float(numbers[2]),
+        "val/accuracy": accuracy_from(matrix),
+        "val/f1_macro": f1_macro_from(matrix),
+    }
+
+
+class _LossWatch:
+    """Sees a loss that is not finite within a few steps, without making the host wait for a GPU."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._arrived = torch.zeros((), pin_memory=self._on_gpu)
+        self._copied: torch.cuda.Event | None = None
+
+    def look(self, loss: Tensor, epoch: int, step: int) -> None:
+        """Raise Diverged if the newest loss that has arrived on the host is not finite."""
+        if not self._on_gpu:
+            self._check(loss.item(), epoch, step)
+        elif self._copied is None:
+            self._arrived.copy_(loss, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        elif self._copied.query():
+            self._copied = None
+            self._check(self._arrived.item(), epoch, step)
+
+    def _check(self, loss: float, epoch: int, step: int) -> None:
+        if not math.isfinite(loss):
+            raise Diverged(f"loss is {loss} in epoch {epoch}, step {step + 1}")
+
+
+def _stream(seed: int, epoch: int, use: str) -> int:
+    """A seed of its own for each epoch and use, so that an epoch can be repeated without those before it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}/{use}".encode()).digest()[:7])
+
+
+@contextlib.contextmanager
+def _reproducible(deterministic: bool, device: torch.device) -> Iterator[None]:
+    """Set the global switches a run depends on, and put them back: its random state, and how a GPU computes."""
+    gpus = [device] if device.type == "cuda" else []
+    was = torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may add in another order
+    with (
+        torch.random.fork_rng(devices=gpus),
+        torch.backends.cudnn.flags(enabled=True, benchmark=not deterministic, deterministic=deterministic),
+    ):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was)
+
+
+def _peak_gib(device: torch.device) -> float:
+    """Most memory in use so far, GiB: of this process on the GPU, or its resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,500 @@
+"""Operations against torchvision at equal parameters, draws against distributions, targets against pixels."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as reference
+
+from pipeline.data import augment
+from pipeline.data.augment import Augmenter
+from pipeline.errors import UserError
+from pipeline.recipe import Augmentation
+
+MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.25])
+OFF: dict[str, Any] = {"crop_padding": 0, "horizontal_flip": 0.0}
+EVERYTHING: dict[str, Any] = {
+    "rotation": 30.0,
+    "perspective": 0.5,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.4,
+    "hue": 0.2,
+    "erasing": 0.5,
+    "mixup": 0.4,
+    "cutmix": 0.4,
+}
+STEPS: list[dict[str, Any]] = [
+    {"crop_padding": 4},
+    {"crop_padding": 4, "crop_mode": "constant"},
+    {"rotation": 15.0},
+    {"perspective": 0.5, "perspective_probability": 1.0},
+    {"brightness": 0.4},
+    {"contrast": 0.4},
+    {"saturation": 0.4},
+    {"hue": 0.2},
+    {"erasing": 1.0},
+    {"mixup": 1.0, "mixup_alpha": 1.0},
+    {"cutmix": 1.0},
+]
+sizes = pytest.mark.parametrize("size", [16, 32])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(count: int, size: int = 16, seed: int = 0) -> Tensor:
+    return torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator(seed))
+
+
+def smooth_images(count: int, size: int) -> Tensor:
+    """float32 in [0.1, 0.9], without detail that a second bilinear sampling would blur."""
+    coarse = random_images(count, 4).float() / 255 * 0.8 + 0.1
+    return torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(0.1, 0.9)
+
+
+def augmenter(images: Tensor, mean: Tensor = MEAN, std: Tensor = STD, **changes: Any) -> Augmenter:
+    return Augmenter(images, torch.arange(len(images)) % 10, 10, mean, std, Augmentation(**(OFF | changes)))
+
+
+def colours(images: Tensor, count: int | None = None, seed: int = 0, **changes: Any) -> Tensor:
+    """A batch in [0, 1], not standardised: of all the images, or `count` times the first."""
+    made = augmenter(images, torch.zeros(3), torch.ones(3), **changes)
+    indices = torch.arange(len(images)) if count is None else torch.zeros(count, dtype=torch.int64)
+    return made.batch(indices, generator(seed))[0]
+
+
+def one_by_one(operation: Any, images: Tensor, parameters: Tensor) -> Tensor:
+    """torchvision takes one parameter for a whole batch."""
+    return torch.stack([operation(image, value.item()) for image, value in zip(images, parameters, strict=True)])
+
+
+def assert_same_distribution(sample: Tensor, other: Tensor) -> None:
+    assert stats.ks_2samp(sample.numpy(), other.numpy()).pvalue > 0.01
+
+
+# What every batch is.
+
+
+@sizes
+def test_normalise_is_torchvisions_and_channels_last(size: int) -> None:
+    images = random_images(5, size)
+    result = augment.normalise(images, MEAN, STD)
+    torch.testing.assert_close(result, reference.normalize(images.float() / 255, MEAN.tolist(), STD.tolist()))
+    assert result.dtype == torch.float32
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@sizes
+def test_a_recipe_of_zeros_gives_the_images_as_evaluation_sees_them(size: int) -> None:
+    images, indices = random_images(20, size), torch.tensor([3, 17, 3, 0])
+    result, targets = augmenter(images).batch(indices, generator())
+    assert torch.equal(result, augment.normalise(images[indices], MEAN, STD))
+    assert torch.equal(targets, torch.eye(10)[[3, 7, 3, 0]])
+
+
+@sizes
+def test_each_operation_at_its_neutral_parameter_is_the_identity(size: int) -> None:
+    images, zeros, ones = smooth_images(4, size), torch.zeros(4), torch.ones(4)
+    still = torch.zeros(4, 4, 2, dtype=torch.int64)
+    for result in [
+        augment.warp(images, augment.rotation(zeros)),
+        augment.warp(images, augment.perspective(still, size)),
+        augment.adjust_brightness(images, ones),
+        augment.adjust_contrast(images, ones),
+        augment.adjust_saturation(images, ones),
+        augment.adjust_hue(images, zeros),
+        augment.erase(images, zeros, zeros, zeros, ones),
+        augment.mix(images, torch.eye(4), augment.cutmix_share(ones, zeros, zeros, size))[0],
+    ]:
+        torch.testing.assert_close(result, images, rtol=0, atol=1e-4)
+
+
+@sizes
+@pytest.mark.parametrize("changes", [{}, {"perspective": 1.0, "crop_mode": "constant", "rotation": 180.0, "hue": 0.5}])
+def test_with_every_step_on_batches_are_finite_and_targets_are_distributions(size: int, changes: Any) -> None:
+    made = augmenter(random_images(300, size), **({"crop_padding": 4, "horizontal_flip": 0.5} | EVERYTHING | changes))
+    images, targets = made.batch(torch.arange(300), generator())
+    assert images.shape == (300, 3, size, size)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert images.dtype == targets.dtype == torch.float32
+    assert images.isfinite().all()
+    assert (images >= -MEAN.view(3, 1, 1) / STD.view(3, 1, 1) - 1e-4).all()
+    assert (images <= (1 - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1) + 1e-4).all()
+    assert (targets >= 0).all()
+    torch.testing.assert_close(targets.sum(1), torch.ones(300))
+
+
+def test_the_generators_state_decides_every_bit() -> None:
+    made, indices, state = augmenter(random_images(50), **EVERYTHING), torch.arange(50), generator()
+    first, second = made.batch(indices, state), made.batch(indices, state)
+    again = made.batch(indices, generator())
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("changes", STEPS, ids=lambda changes: "-".join(changes))
+def test_each_image_of_a_batch_gets_its_own_draw(changes: Any) -> None:
+    images = random_images(2)
+    indices = torch.tensor([0, 1]).repeat(32)  # two images, so that mixing has something to mix
+    result, _ = augmenter(images, **changes).batch(indices, generator())
+    assert len(result[::2].flatten(1).unique(dim=0)) > 16
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Refuses what makes a host wait for a GPU: reading values, shapes that depend on values, constants copied over."""
+
+    BANNED = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "equal", "is_nonzero", "solve", "unique")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        assert not any(name == banned or name.endswith(f"_{banned}") for banned in self.BANNED), name
+        if name in ("index", "index_put", "index_put_"):
+            assert not any(index is not None and index.dtype == torch.bool for index in args[1]), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device() -> None:
+    made = augmenter(random_images(20), crop_padding=4, horizontal_flip=0.5, **EVERYTHING)
+    indices, state, values = torch.arange(20), generator(), torch.rand(3)
+    with NoSynchronisation():
+        made.batch(indices, state)
+        for waits in [values.sum().item, values.nonzero, lambda: values[values > 0.5], lambda: torch.tensor([1.0])]:
+            with pytest.raises(AssertionError):
+                waits()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_nothing_waits_and_bits_repeat() -> None:
+    images, labels = random_images(64).cuda(), torch.arange(64).cuda() % 10
+    made = Augmenter(images, labels, 10, MEAN.cuda(), STD.cuda(), Augmentation(**EVERYTHING))
+    indices, states = torch.arange(64).cuda(), [torch.Generator("cuda").manual_seed(0) for _ in range(2)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = [made.batch(indices, state) for state in states]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(batches[0][0], batches[1][0])
+    assert torch.equal(batches[0][1], batches[1][1])
+
+
+# Crop and flip.
+
+
+@given(size=st.integers(8, 33), padding=st.integers(0, 7), mode=st.sampled_from(["reflect", "constant"]))
+@settings(max_examples=30, deadline=None)
+def test_padding_is_torchs(size: int, padding: int, mode: str) -> None:
+    images = random_images(2, size)
+    expected = torch.nn.functional.pad(images.float(), [padding] * 4, mode=mode)
+    assert torch.equal(augment.pad(images, padding, mode), expected.byte())
+
+
+@sizes
+def test_a_crop_is_the_window_mirrored_where_asked(size: int) -> None:
+    padded, indices = random_images(6, size + 8), torch.tensor([5, 0, 5, 2])
+    top, left = torch.tensor([0, 8, 3, 4]), torch.tensor([8, 0, 1, 4])
+    result = augment.crop(padded, indices, top, left, torch.tensor([False, True, True, False]), size)
+    for image, index, y, x, flip in zip(result, indices, top, left, [0, 1, 1, 0], strict=True):
+        window = padded[index, :, y : y + size, x : x + size]
+        assert torch.equal(image, window.flip(-1) if flip else window)
+    assert result.dtype == torch.uint8
+
+
+def test_crops_start_anywhere_alike_and_half_of_them_are_mirrored() -> None:
+    places = torch.arange(1, 17, dtype=torch.uint8).expand(16, 16)
+    image = torch.stack([places.t(), places, torch.full_like(places, 255)])[None]
+    centre = (colours(image, 8100, crop_padding=4, crop_mode="constant")[:, :2, 8, 8] * 255).round().long() - 9
+    counts = torch.bincount((centre[:, 0] + 4) * 9 + centre[:, 1] + 4, minlength=81)
+    assert len(counts) == 81
+    assert stats.chisquare(counts.numpy()).pvalue > 0.01
+
+    corner = (colours(image, 4000, horizontal_flip=0.3)[:, 1, 0, 0] * 255).round()
+    assert set(corner.tolist()) == {1.0, 16.0}
+    assert stats.binomtest(int((corner == 16).sum()), 4000, 0.3).pvalue > 0.01
+
+
+def test_constant_padding_is_black_and_reflection_mirrors() -> None:
+    white = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
+    assert colours(white, 50, crop_padding=4, crop_mode="constant").amin() == 0
+    assert colours(white, 50, crop_padding=4, crop_mode="reflect").amin() == 1
+
+
+def test_a_mirror_wider_than_the_image_is_the_users_error() -> None:
+    images = random_images(2)
+    with pytest.raises(UserError, match=r"augmentation\.crop_padding = 16.*data\.image_size = 16"):
+        augmenter(images, crop_padding=16)
+    augmenter(images, crop_padding=15)
+    augmenter(images, crop_padding=16, crop_mode="constant")
+
+
+# Rotation and perspective.
+
+
+@sizes
+def test_rotation_is_torchvisions(size: int) -> None:
+    images = random_images(8, size).float() / 255
+    degrees = torch.tensor([0.5, -12.0, 30.0, 45.0, 89.0, 135.0, -179.0, 0.0])
+    expected = one_by_one(
+        lambda image, angle: reference.rotate(image, angle, v2.InterpolationMode.BILINEAR), images, degrees
+    )
+    torch.testing.assert_close(augment.warp(images, augment.rotation(degrees)), expected, rtol=0, atol=1e-4)
+
+
+def corners_after(moves: Tensor, size: int) -> list[list[int]]:
+    (a, b), (c, d), (e, f), (g, h) = moves.tolist()
+    far = size - 1
+    return [[a, b], [far - c, d], [far - e, far - f], [g, far - h]]
+
+
+def torchvision_perspective(image: Tensor, moves: Tensor) -> Tensor:
+    size = image.shape[-1]
+    start = corners_after(torch.zeros(4, 2, dtype=torch.int64), size)
+    return reference.perspective(image, start, corners_after(moves, size), v2.InterpolationMode.BILINEAR)
+
+
+@sizes
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_perspective_is_torchvisions(size: int, seed: int) -> None:
+    images = random_images(4, size, seed).float() / 255
+    moves = torch.randint(size // 4 + 1, (4, 4, 2), generator=generator(seed))  # as at a distortion of 0.5
+    result = augment.warp(images, augment.perspective(moves, size))
+    for image, move, warped in zip(images, moves, result, strict=True):
+        torch.testing.assert_close(warped, torchvision_perspective(image, move), rtol=0, atol=1e-3)
+
+
+def test_corners_without_a_homography_give_black_and_never_nan() -> None:
+    moves = torch.zeros(2, 4, 2, dtype=torch.int64)
+    moves[0, 0] = 8  # top right, top left and bottom left on one line, where 17 pixels have a middle
+    moves[1] = 8  # all four corners in one point
+    result = augment.warp(torch.ones(2, 3, 17, 17), augment.perspective(moves, 17))
+    assert result.isfinite().all()
+    assert result[1].abs().max() == 0
+
+
+@sizes
+def test_rotation_comes_before_perspective_in_one_sampling(size: int) -> None:
+    images = smooth_images(40, size)
+    made = augmenter((images * 255).byte(), rotation=20.0, perspective=0.5, perspective_probability=1.0)
+    made._mean, made._std = torch.zeros(3), torch.ones(3)
+    result, _ = made.batch(torch.arange(40), generator())
+
+    state = generator()  # the same draws: flip and crop, then the angle, then the corners
+    torch.rand(40, generator=state), torch.randint(1, (2, 40), generator=state)
+    degrees = torch.rand(40, generator=state) * 40 - 20
+    moves = torch.randint(size // 4 + 1, (40, 4, 2), generator=state)
+    for image, angle, move, warped in zip((images * 255).byte().float() / 255, degrees, moves, result, strict=True):
+        rotated = reference.rotate(image, angle.item(), v2.InterpolationMode.BILINEAR)
+        inside = reference.rotate(torch.ones(1, size, size), angle.item(), v2.InterpolationMode.BILINEAR)
+        seen = (torchvision_perspective(inside, move) > 0.999).expand(3, -1, -1)
+        assert seen.any()
+        assert (warped - torchvision_perspective(rotated, move))[seen].abs().mean() < 0.01
+
+
+def test_angles_are_uniform_up_to_the_rotation() -> None:
+    ramp = torch.arange(32, dtype=torch.uint8).mul(8).expand(1, 3, 32, 32).contiguous()
+    red = colours(ramp, 2000, rotation=40.0)[:, 0]
+    degrees = torch.rad2deg(torch.atan2(red[:, 15, 16] - red[:, 17, 16], red[:, 16, 17] - red[:, 16, 15]))
+    assert stats.kstest(degrees.numpy(), stats.uniform(-40, 80).cdf).pvalue > 0.01
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.6])
+def test_perspectives_are_distributed_as_torchvisions(scale: float) -> None:
+    # With fill=0 torchvision multiplies border pixels by their coverage twice; with None once.
+    white, other = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8), v2.RandomPerspective(scale, p=1.0, fill=None)
+    torch.manual_seed(0)
+    expected = torch.stack([other(torch.ones(1, 32, 32)) for _ in range(400)])
+    result = colours(white, 2000, perspective=scale, perspective_probability=1.0)[:, :1]
+    for area in [np.s_[...], np.s_[..., :16, :16], np.s_[..., 16:, :16]]:
+        assert_same_distribution(result[area].mean((1, 2, 3)), expected[area].mean((1, 2, 3)))
+
+    moved = colours(white, 2000, perspective=scale, perspective_probability=0.3).amin((1, 2, 3)) < 0.99
+    assert stats.binomtest(int(moved.sum()), 2000, 0.3).pvalue > 0.01
+
+
+# Colour.
+
+
+@sizes
+@given(seed=st.integers(0, 10_000), factors=st.lists(st.floats(0, 2, width=32), min_size=4, max_size=4))
+@settings(max_examples=20, deadline=None)
+def test_brightness_contrast_and_saturation_are_torchvisions(size: int, seed: int, factors: list[float]) -> None:
+    images, factor = random_images(4, size, seed).float() / 255, torch.tensor(factors)
+    for ours, theirs in [
+        (augment.adjust_brightness, reference.adjust_brightness),
+        (augment.adjust_contrast, reference.adjust_contrast),
+        (augment.adjust_saturation, reference.adjust_saturation),
+    ]:
+        torch.testing.assert_close(ours(images, factor), one_by_one(theirs, images, factor), rtol=0, atol=1e-5)
+
+
+@given(seed=st.integers(0, 10_000), turns=st.lists(st.floats(-0.5, 0.5, width=32), min_size=4, max_size=4))
+@settings(max_examples=20, deadline=None)
+def test_hue_is_torchvisions(seed: int, turns: list[float]) -> None:
+    shift = torch.tensor(turns)
+    levels = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])  # greys, primaries and ties of two channels
+    palette = torch.cartesian_prod(levels, levels, levels).t().reshape(1, 3, 5, 25).expand(4, -1, -1, -1)
+    for images in (random_images(4, 32, seed).float() / 255, palette):
+        expected = one_by_one(reference.adjust_hue, images, shift)
+        torch.testing.assert_close(augment.adjust_hue(images, shift), expected, rtol=0, atol=1e-4)
+
+
+def test_the_jitter_runs_in_the_order_of_the_recipe_and_before_normalising() -> None:
+    images = random_images(30)
+    made = augmenter(images, brightness=0.5, contrast=0.6, saturation=0.7, hue=0.3)
+    result, _ = made.batch(torch.arange(30), generator())
+    state = generator()  # the same draws: flip and crop, then the four factors
+    torch.rand(30, generator=state), torch.randint(1, (2, 30), generator=state)
+    expected = images.float() / 255
+    for adjust, centre, reach in [
+        (reference.adjust_brightness, 1, 0.5),
+        (reference.adjust_contrast, 1, 0.6),
+        (reference.adjust_saturation, 1, 0.7),
+        (reference.adjust_hue, 0, 0.3),
+    ]:
+        expected = one_by_one(adjust, expected, centre + (torch.rand(30, generator=state) * 2 - 1) * reach)
+    expected = reference.normalize(expected, MEAN.tolist(), STD.tolist())
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("step", ["brightness", "contrast", "saturation", "hue"])
+def test_jitter_is_distributed_as_torchvisions(step: str) -> None:
+    image = torch.full((1, 3, 16, 16), 120, dtype=torch.uint8)
+    image[:, 1] = 80
+    image[..., 8:] //= 2
+    jitter = v2.ColorJitter(**{step: 0.4})
+    torch.manual_seed(0)
+    expected = torch.stack([jitter(image[0].float() / 255) for _ in range(500)])
+    result = colours(image, 2000, **{step: 0.4})
+    for channel in range(3):
+        assert_same_distribution(result[:, channel, 0, 0], expected[:, channel, 0, 0])
+
+
+# Erasing.
+
+
+@sizes
+def test_erasing_puts_the_mean_colour_into_the_rectangle_and_nowhere_else(size: int) -> None:
+    images = torch.rand(3, 3, size, size) + 0.1
+    box = [torch.tensor(values) for values in ([0, 5, 3], [2, 0, 8], [4, size - 5, 0], [3, 7, 6])]
+    expected = images.clone()
+    for image, top, left, height, width in zip(expected, *(values.tolist() for values in box), strict=True):
+        image[:, top : top + height, left : left + width] = 0
+    assert torch.equal(augment.erase(images, *box), expected)
+
+
+def boxes(images: Tensor) -> Tensor:
+    """(B, 4): top, left, height and width of the zeros in white images (B, 3, S, S)."""
+    erased = images.abs().amax(1) == 0
+    rows, columns = erased.any(2).int(), erased.any(1).int()
+    assert torch.equal(erased.sum((1, 2)), rows.sum(1) * columns.sum(1))
+    return torch.stack([rows.argmax(1), columns.argmax(1), rows.sum(1), columns.sum(1)], dim=1)
+
+
+@sizes
+def test_rectangles_are_distributed_as_torchvisions(size: int) -> None:
+    white, other = torch.full((1, 3, size, size), 255, dtype=torch.uint8), v2.RandomErasing(p=1.0)
+    torch.manual_seed(0)
+    expected = boxes(torch.stack([other(torch.ones(3, size, size)) for _ in range(800)]))
+    result = boxes(colours(white, 4000, erasing=1.0))
+    for start, length in [(result[:, 0], result[:, 2]), (result[:, 1], result[:, 3])]:
+        rate = 1 / (size + 1 - length)  # of every possible place
+        error = (rate * (1 - rate)).sum().sqrt()
+        assert abs((start == 0).sum() - rate.sum()) < 2.6 * error
+        assert abs((start + length == size).sum() - rate.sum()) < 2.6 * error
+    for column in range(4):
+        assert_same_distribution(result[:, column], expected[:, column])
+    assert_same_distribution(result[:, 2] / result[:, 3], expected[:, 2] / expected[:, 3])
+
+    erased = (colours(white, 4000, erasing=0.3) == 0).flatten(1).any(1)
+    assert stats.binomtest(int(erased.sum()), 4000, 0.3).pvalue > 0.01
+
+
+def test_erased_pixels_are_zero_after_normalising() -> None:
+    images = torch.full((50, 3, 16, 16), 255, dtype=torch.uint8)
+    result, _ = augmenter(images, erasing=1.0).batch(torch.arange(50), generator())
+    assert (boxes(result)[:, 2:] > 0).all()
+
+
+# Mixing.
+
+
+def flat_images(count: int) -> Tensor:
+    """Constant colours, each far from the one before it."""
+    levels = torch.arange(count) * 100 % 251
+    return levels.to(torch.uint8)[:, None, None, None].expand(-1, 3, 16, 16).contiguous()
+
+
+def mixed(count: int, **changes: Any) -> tuple[Tensor, Tensor]:
+    """For constant images with labels of their own: each pixel's own share (count, 16, 16), and the targets."""
+    images = flat_images(count)
+    made = Augmenter(images, torch.arange(count), count, torch.zeros(3), torch.ones(3), Augmentation(**(OFF | changes)))
+    result, targets = made.batch(torch.arange(count), generator())
+    own = images[:, 0] / 255
+    partner = own.roll(1, dims=0)
+    return (result[:, 0] - partner) / (own - partner), targets
+
+
+@pytest.mark.parametrize("changes", [{"mixup": 1.0}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 0.4}])
+def test_targets_say_how_much_of_each_image_the_pixels_hold(changes: Any) -> None:
+    share, targets = mixed(200, mixup_alpha=1.0, **changes)
+    own = share.mean((1, 2))
+    torch.testing.assert_close(targets.diagonal(), own, rtol=0, atol=1e-4)
+    before = targets[torch.arange(200), torch.arange(200) - 1]
+    torch.testing.assert_close(before, 1 - own, rtol=0, atol=1e-4)
+    torch.testing.assert_close(targets.sum(1), torch.ones(200))
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
+def test_mixups_blend_is_beta(alpha: float) -> None:
+    share, targets = mixed(2000, mixup=1.0, mixup_alpha=alpha)
+    assert (share.amax((1, 2)) - share.amin((1, 2))).max() < 1e-4
+    assert stats.kstest(targets.diagonal().numpy(), stats.beta(alpha, alpha).cdf).pvalue > 0.01
+
+
+def test_cutmix_pastes_a_square_of_the_drawn_area_cut_at_the_border() -> None:
+    kept, centre = torch.tensor([0.75, 0.75, 0.0, 1.0]), torch.tensor([8, 1, 15, 3])
+    pasted = 1 - augment.cutmix_share(kept, centre, centre, 16)
+    expected = torch.zeros(4, 1, 16, 16)
+    expected[0, :, 4:12, 4:12] = expected[1, :, :5, :5] = expected[2, :, 7:, 7:] = 1
+    assert torch.equal(pasted, expected)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_cutmix_squares_are_distributed_as_torchvisions(alpha: float) -> None:
+    share, _ = mixed(2000, cutmix=1.0, cutmix_alpha=alpha)
+    assert torch.equal(share, share.round())
+    other, labels = v2.CutMix(alpha=alpha, num_classes=2), torch.tensor([0, 1])
+    pair = torch.stack([torch.zeros(1, 16, 16), torch.ones(1, 16, 16)])
+    torch.manual_seed(0)
+    expected = 1 - torch.stack([other(pair, labels)[0][0, 0] for _ in range(1000)])
+    for area in [np.s_[:], np.s_[:, :8, :8], np.s_[:, 0], np.s_[:, :, 15]]:
+        assert_same_distribution(share[area].flatten(1).mean(1), expected[area].flatten(1).mean(1))
+
+
+def test_an_image_is_blended_or_pasted_or_left_at_the_rates_of_the_recipe() -> None:
+    share, _ = mixed(3000, mixup=0.3, mixup_alpha=2.0, cutmix=0.5, cutmix_alpha=2.0)
+    blended = ((share > 1e-3) & (share < 1 - 1e-3)).flatten(1)
+    assert torch.equal(blended.any(1), blended.all(1))  # never both
+    assert stats.binomtest(int(blended.any(1).sum()), 3000, 0.3).pvalue > 0.01
+    # Beta(2, 2) pastes less than 1 / 64, which leaves no pixel, at a rate of 0.0007 only.
+    pasted = ~blended.any(1) & (share.mean((1, 2)) < 0.999)
+    assert stats.binomtest(int(pasted.sum()), 3000, 0.5).pvalue > 0.01

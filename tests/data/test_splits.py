@@ -1,0 +1,91 @@
+"""The training and validation split: exact sizes, stratified, the same for ever."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data.splits import partition, sealed
+from pipeline.errors import UserError
+
+
+@given(
+    counts=st.lists(st.integers(2, 40), min_size=2, max_size=12),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_image_is_on_one_side_and_every_class_on_both(counts: list[int], fraction: float, seed: int) -> None:
+    labels = torch.from_numpy(np.random.RandomState(1).permutation(np.repeat(np.arange(len(counts)), counts)))
+    total = round(fraction * len(labels))
+    if not len(counts) <= total <= len(labels) - len(counts):
+        with pytest.raises(UserError, match="validation_fraction"):
+            partition(labels, fraction, seed)
+        return
+    split = partition(labels, fraction, seed)
+    assert sorted([*split.train.tolist(), *split.validation.tolist()]) == list(range(len(labels)))
+    assert split.train.tolist() == sorted(split.train.tolist())
+    assert split.validation.tolist() == sorted(split.validation.tolist())
+    assert split.train.dtype == split.validation.dtype == torch.int64
+    assert len(split.validation) == total
+    shares = labels[split.validation].bincount(minlength=len(counts)).tolist()
+    assert all(1 <= share < count for share, count in zip(shares, counts, strict=True))
+    quotas = [count * total / len(labels) for count in counts]
+    if all(1 <= quota <= count - 1 for quota, count in zip(quotas, counts, strict=True)):
+        assert all(abs(share - quota) < 1 for share, quota in zip(shares, quotas, strict=True))
+
+
+def test_images_left_over_go_to_the_largest_remainders() -> None:
+    labels = torch.repeat_interleave(torch.arange(4), torch.tensor([14, 18, 16, 12]))  # 60 images; quotas of 0.25:
+    split = partition(labels, 0.25, 0)  # 3.5, 4.5, 4, 3: one more for the first of the two halves
+    assert labels[split.validation].bincount().tolist() == [4, 4, 4, 3]
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor([13, 14, 13]))  # quotas 3.25, 3.5, 3.25
+    assert labels[partition(labels, 0.25, 0).validation].bincount().tolist() == [3, 4, 3]
+
+
+def test_cifar10_sizes_give_500_of_each_class_and_a_digest_that_never_changes() -> None:
+    labels = torch.arange(50_000) % 10
+    split = partition(labels, 0.1, 0)
+    assert labels[split.validation].bincount().tolist() == [500] * 10
+    assert labels[split.train].bincount().tolist() == [4500] * 10
+    assert split.digest == "fadff1b091e927cf147e8684701aca996c80ac6f534e7c742d32f88927cbaeb6"
+
+
+def test_a_seed_repeats_its_split_and_another_changes_it() -> None:
+    labels = torch.arange(1000) % 7
+    again, other = partition(labels, 0.1, 3), partition(labels, 0.1, 4)
+    assert partition(labels, 0.1, 3).digest == again.digest != other.digest
+    assert not torch.equal(again.validation, other.validation)
+
+
+def test_each_class_is_drawn_apart_so_that_neither_side_is_the_front_of_the_files() -> None:
+    labels = torch.arange(2).repeat_interleave(500)
+    chosen = partition(labels, 0.2, 0).validation
+    assert chosen[:100].float().mean() == pytest.approx(249.5, abs=45)  # a mean of 100 uniform draws, 3 sigma
+    assert (chosen[100:] - 500).tolist() != chosen[:100].tolist()
+
+
+def test_a_class_with_one_image_can_not_be_split() -> None:
+    with pytest.raises(UserError) as caught:
+        partition(torch.tensor([0, 0, 0, 0, 1, 3, 3]), 0.3, 0)
+    assert caught.value.lines == [
+        "class 1 has 1 image: a split needs at least 2",
+        "class 2 has 0 images: a split needs at least 2",
+    ]
+
+
+def test_a_fraction_too_small_for_the_classes_says_what_fits() -> None:
+    with pytest.raises(UserError) as caught:
+        partition(torch.arange(30) % 10, 0.1, 0)
+    assert caught.value.lines == [
+        "data.validation_fraction = 0.1: gives 3 of 30 images, but 10 classes with at least one image on each side "
+        "need 10 to 20"
+    ]
+
+
+def test_a_sealed_part_is_a_stratified_part_that_training_never_sees() -> None:
+    labels = torch.arange(100) % 5
+    usable, test = sealed(labels, 0.2, 9)
+    assert labels[test].bincount().tolist() == [4] * 5
+    assert set(usable.tolist()) | set(test.tolist()) == set(range(100))
+    assert not set(usable.tolist()) & set(test.tolist())
