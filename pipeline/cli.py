@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
     from pipeline.search.study import Search
     from pipeline.tracking.runs import MlflowTracker, StudyRuns
+
+# torch's threads wait for each other by spinning, for ever as it seems once another program wants the cores too: two
+# threads beside two busy processes trained 30 times slower (9 to 30 images/s, not 340). This many turns, then sleep.
+# GNU's OpenMP reads it when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 HOME = Path("mlruns")
 UI_PORT = 5000
@@ -200,12 +206,12 @@ def _device(name: str) -> "torch.device":
 
 def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "MlflowTracker") -> None:
     """The table of the best trials, and what to do next."""
-    from pipeline.console import print_links, trials_table
+    from pipeline.console import print_best_trials, print_links
     from pipeline.search.study import best_trials
 
     if not best_trials(done):
         raise UserError(f"no trial of {done.study_name} was completed: the reasons are above, and in the UI (make ui)")
-    console.print(trials_table(done, search))
+    print_best_trials(console, done, search)
     links = next(_links(tracker, study, UI_PORT) for study in tracker.studies() if study.name == done.study_name)
     commands = [] if tracker.is_remote else [("open the UI", "make ui")]
     print_links(console, "Next:", commands + [(f"see the {what}", link) for what, link in links.items()])
@@ -250,7 +256,7 @@ def _links(tracker: "MlflowTracker", study: "StudyRuns", port: int) -> dict[str,
     from pipeline.tracking.ui import HOST, study_links
 
     base = tracker.uri.rstrip("/") if tracker.is_remote else f"http://{HOST}:{port}"
-    return study_links(base, study.experiment, study.objective, tracker.best_run_ids(study, 10))
+    return study_links(base, study.experiment, study.objective, study.view, tracker.best_run_ids(study, 10))
 
 
 def main() -> None:

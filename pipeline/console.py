@@ -1,18 +1,18 @@
 """What a person sees of a study: live progress on a terminal, plain lines elsewhere, and the tables at its end."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.experiment import Outcome
-from pipeline.recipe import Recipe
+from pipeline.recipe import KIND, Recipe
 from pipeline.search.study import Search, best_trials
 from pipeline.training.loop import EpochReport
 
@@ -58,13 +58,11 @@ class StudyView:
         self._study_line = f"{study.study_name}: {', '.join(parts)}"
         self._show(self._study_line)
 
-    def trial_started(self, number: int, recipe: Recipe) -> None:
+    def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:
         """See Observer."""
-        changes = recipe.difference(self._search.base)
-        what = ", ".join(f"{name}={_short(value[0])}" for name, value in changes.items() if value[0] is not None)
         self._epochs = recipe.training.epochs
         self._batch_size = recipe.training.batch_size
-        self._trial_line = f"trial {number}: {what or 'the control, the base recipe'}"
+        self._trial_line = f"trial {number}: {changes_text(params, self._search)}"
         self._epoch = 1
         self._epoch_started = time.monotonic()
         self._step_line = "preparing"
@@ -124,32 +122,27 @@ class StudyView:
         self._live.update(Text("\n".join(line for line in lines if line)))
 
 
-def trials_table(study: optuna.Study, search: Search, count: int = 10) -> Table:
-    """The best trials: score, macro-F1, weakest class, cost, and what differs from the control."""
+def print_best_trials(console: Console, study: optuna.Study, search: Search, count: int = 10) -> None:
+    """The best trials: score, macro-F1, weakest class and cost, then what the best three change in the control."""
     best = best_trials(study, count)
     table = Table(title=f"{study.study_name}: best {len(best)} of {len(study.trials)} trials, validation split")
-    for heading in (
-        "trial",
-        search.study.objective,
-        "macro-F1",
-        "weakest class",
-        "time",
-        "differs from the control in",
-    ):
-        table.add_column(heading, justify="left" if heading.startswith(("weak", "diff")) else "right", overflow="fold")
+    for heading in ("trial", search.study.objective, "macro-F1", "weakest class (F1)", "epochs", "time"):
+        table.add_column(heading, justify="left" if heading.startswith("weak") else "right")
     for trial in best:
         metrics = trial.user_attrs["metrics"]
         f1 = {name.removeprefix("val/f1/"): value for name, value in metrics.items() if name.startswith("val/f1/")}
         weakest = min(f1, key=lambda name: f1[name])
         table.add_row(
-            str(trial.number),
+            f"{trial.number}{' (control)' if trial.user_attrs.get('control') else ''}",
             f"{trial.value:.4f}",
             f"{metrics['val/f1_macro']:.4f}",
-            Text(f"{weakest} {f1[weakest]:.3f}"),
+            Text(f"{weakest} ({f1[weakest]:.3f})"),
+            str(trial.user_attrs["epochs"]),
             duration(trial.user_attrs["seconds"]),
-            Text(_differences(trial, search)),
         )
-    return table
+    console.print(table)
+    for trial in best[:3]:
+        console.print(f"trial {trial.number}: {changes_text(trial.params, search)}", markup=False, highlight=False)
 
 
 def duration(seconds: float) -> str:
@@ -162,10 +155,13 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _differences(trial: FrozenTrial, search: Search) -> str:
-    changes = search.recipe(trial.params).difference(search.base)
-    shown = [f"{name.partition('.')[2]} {_short(here)}" for name, (here, _) in changes.items() if here is not None]
-    return ", ".join(shown) or "nothing: it is the control"
+def changes_text(params: Mapping[str, Any], search: Search) -> str:
+    """A trial's parameters that differ from the control's: `rotation 10, optimizer adam, lr 0.003`."""
+    base = search.base.flat()
+    kinds = {f"{section}.{field}": section for section, field in KIND.items()}
+    changed = {name: value for name, value in params.items() if base.get(name) != value}
+    shown = [f"{kinds.get(name, name.partition('.')[2])} {_short(value)}" for name, value in changed.items()]
+    return ", ".join(shown) or "the control, the base recipe"
 
 
 def _short(value: Any) -> str:

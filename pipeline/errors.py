@@ -12,7 +12,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, lines: str | Sequence[str]):
-        self.lines = [lines] if isinstance(lines, str) else list(lines)
+        self.lines = [_one_line(line) for line in ([lines] if isinstance(lines, str) else lines)]
         super().__init__("\n".join(self.lines))
 
 
@@ -45,11 +45,20 @@ def validation_lines(error: ValidationError, tags: Collection[str] = ()) -> list
         elif fault["type"] == "union_tag_invalid":
             kind, context = fault["ctx"]["discriminator"].strip("'"), fault["ctx"]
             known = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
-            lines.append(
-                f"{field}.{kind} = {context['tag']}: not one of {', '.join(known)}{did_you_mean(context['tag'], known)}"
-            )
+            hint = did_you_mean(context["tag"], known)
+            lines.append(f"{field}.{kind} = {_shortened(context['tag'])}: not one of {', '.join(known)}{hint}")
         elif isinstance(fault["input"], dict):  # a rule over several fields names them itself
             lines.append(f"{field}: {rule}" if field else rule)
         else:
-            lines.append(f"{field} = {fault['input']}: {rule}")
+            lines.append(f"{field} = {_shortened(fault['input'])}: {rule}")
     return lines
+
+
+def _one_line(text: str) -> str:
+    """Line breaks and control characters shown as escapes, so that a value can't pose as a message or move a cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shortened(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

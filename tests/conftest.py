@@ -9,6 +9,14 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # as pipeline/cli.py does, and why; before torch is imported
+
+import torch
+
+from pipeline.data.datasets import load
+from pipeline.data.prepare import TrainingData, prepare
+from pipeline.recipe import Recipe, parse_recipe
+
 UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack_cifar10.py"
 
 
@@ -25,3 +33,24 @@ def cifar10_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     subprocess.run([sys.executable, str(UNPACK), str(folder)], check=True, stdout=subprocess.DEVNULL)
     yield folder
     shutil.rmtree(folder)  # 184 MB, which pytest would keep for three sessions
+
+
+@pytest.fixture(scope="session")
+def small_recipe() -> Recipe:
+    """A recipe on digits that trains in a second: a narrow attention network, two epochs."""
+    return parse_recipe(
+        {
+            "data": {"dataset": "digits", "image_size": 8},
+            "model": {"network": "attention", "widths": (4, 8), "blocks_per_stage": 1, "reduction": 4, "dropout": 0.1},
+            "augmentation": {"crop_padding": 1, "horizontal_flip": 0.0, "mixup": 0.3, "cutmix": 0.3},
+            "optimizer": {"name": "sgd", "lr": 0.1},
+            "loss": {"label_smoothing": 0.1},
+            "training": {"epochs": 2, "batch_size": 64, "clip_norm": 1.0, "ema_decay": 0.9},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def digits(small_recipe: Recipe) -> TrainingData:
+    """scikit-learn's digits at 8 x 8, split and ready on the CPU."""
+    return prepare(load("digits", 8, Path("data")), small_recipe.data, torch.device("cpu"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 
@@ -85,7 +85,7 @@ class Search:
 
     def fingerprint(self, data: TrainingData) -> dict[str, Any]:
         """All that the scores of one search have in common; JSON."""
-        space = explore(self.study.space, self.base)
+        space = self.space()
         return {
             "objective": self.study.objective,
             "data": data.digest,
@@ -96,8 +96,12 @@ class Search:
 
     def check(self) -> None:
         """UserError, a line for each fault, where the space asks for what can't be, or can't give the base recipe."""
-        explore(self.study.space, self.base)
+        self.space()
         self.control()
+
+    def space(self) -> dict[str, BaseDistribution]:
+        """Every parameter that the study can ask for, with its range."""
+        return explore(self.study.space, self.base)
 
     def control(self) -> dict[str, Any]:
         """The parameters of trial 0, the base recipe."""

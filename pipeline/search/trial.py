@@ -1,8 +1,8 @@
 """One Optuna trial: from the space to an experiment, and back to a value."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import optuna
 import torch
@@ -23,7 +23,7 @@ class Observer(Protocol):
     def study_progress(self, study: optuna.Study, finished: int) -> None:
         """The study opened, or a trial ended."""
 
-    def trial_started(self, number: int, recipe: Recipe) -> None:
+    def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:
         """A trial's recipe is known."""
 
     def step(self, step: int, steps: int) -> None:
@@ -74,7 +74,7 @@ class Objective:
         self.search.study.space(trial)
         recipe = self.search.recipe(trial.params)
         trial.set_user_attr("recipe_digest", recipe.digest())
-        self.observer.trial_started(trial.number, recipe)
+        self.observer.trial_started(trial.number, recipe, trial.params)
 
         def on_epoch(report: EpochReport) -> None:
             self.observer.epoch(trial.number, report)

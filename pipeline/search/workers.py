@@ -59,7 +59,7 @@ def run(
     """
     study = open_study(search, data, storage, home)
     reconcile(study, tracker, home)
-    parent = tracker.open_study(study.study_name, search.study.question, {"objective": search.study.objective})
+    parent = tracker.open_study(study.study_name, search.study.question, search.study.objective, list(search.space()))
     state = State.FAILED
     try:
         with StopOnSignal() as stop:

@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +28,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.tracking.lineage import code, environment, hardware
+from pipeline.tracking.ui import shared_view
 
 for _noisy in ("mlflow", "alembic"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
@@ -59,6 +60,7 @@ class StudyRuns:
     name: str
     experiment: str
     objective: str
+    view: str | None  # the key of its view in the UI
 
 
 class Run(Protocol):
@@ -145,18 +147,24 @@ class MlflowTracker:
             raise UserError(
                 f"the MLflow experiment {name} was deleted: restore it in the UI, or give the study another VERSION"
             )
-        return found.experiment_id if found else self.client.create_experiment(name, self._artifacts)
+        if found:
+            return found.experiment_id
+        return self.client.create_experiment(
+            name, self._artifacts, tags={"mlflow.experimentKind": "custom_model_development"}
+        )
 
-    def open_study(self, name: str, note: str, tags: Mapping[str, str]) -> "MlflowRun":
-        """The study's parent run, RUNNING: the one it had before, or a new one."""
+    def open_study(self, name: str, note: str, objective: str, params: Sequence[str]) -> "MlflowRun":
+        """The study's parent run, RUNNING: the one it had before, or a new one; `params` are those that it searches."""
         experiment = self.experiment(name)
-        found = self.client.search_runs([experiment], f"tags.study = '{name}' and tags.role = 'study'", max_results=1)
+        key, view = shared_view(objective, params)
+        self.client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{key}", view)
+        tags = {"study": name, "role": "study", "objective": objective, "view": key, "mlflow.note.content": note}
+        found = self.client.search_runs([experiment], "tags.role = 'study'", max_results=1)
         if found:
             run_id = found[0].info.run_id
             self.client.update_run(run_id, status="RUNNING")
         else:
-            all_tags = {"study": name, "role": "study", "mlflow.note.content": note, **_provenance(), **tags}
-            run_id = self.client.create_run(experiment, tags=all_tags, run_name=name).info.run_id
+            run_id = self.client.create_run(experiment, tags=_provenance() | tags, run_name=name).info.run_id
         return MlflowRun(self.client, run_id)
 
     @contextlib.contextmanager
@@ -201,7 +209,9 @@ class MlflowTracker:
             if parents:
                 tags = parents[0].data.tags
                 ended = parents[0].info.end_time or float("inf")
-                found.append((ended, StudyRuns(tags["study"], experiment.experiment_id, tags["objective"])))
+                found.append(
+                    (ended, StudyRuns(tags["study"], experiment.experiment_id, tags["objective"], tags.get("view")))
+                )
         return [study for _, study in sorted(found, key=lambda item: -item[0])]
 
     def best_run_ids(self, study: "StudyRuns", count: int) -> list[str]:
@@ -263,8 +273,8 @@ class MlflowRun:
         """See Run."""
         if self._open:
             self._open = False
-            tags = [RunTag("state", state), RunTag("reason", reason[:_TAG_LIMIT])]
-            self._client.log_batch(self.id, tags=tags)
+            tags = {"state": str(state)} | ({"reason": reason[:_TAG_LIMIT]} if reason else {})
+            self._client.log_batch(self.id, tags=[RunTag(name, value) for name, value in tags.items()])
             self._client.set_terminated(self.id, _STATUS[state])
 
 

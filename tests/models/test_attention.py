@@ -1,0 +1,68 @@
+"""The attention network is the one that its system describes."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.models.attention import AttentionNetwork, AttentionResidualBlock, ChannelAttention, SpatialAttention
+from pipeline.models.build import build_network, num_parameters
+from pipeline.recipe import Attention
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return build_network(Attention(), 10, seed=0)
+
+
+def test_it_has_at_most_the_published_parameters(network: nn.Module) -> None:
+    assert num_parameters(network) == 2_707_745
+    assert num_parameters(network) <= 4_913_705
+
+
+def test_it_is_built_as_described(network: AttentionNetwork) -> None:
+    blocks = [m for m in network.modules() if isinstance(m, AttentionResidualBlock)]
+    assert [b.body[0].out_channels for b in blocks] == [31, 31, 62, 62, 124, 124, 248, 248]
+    assert [b.body[0].stride[0] for b in blocks] == [1, 1, 2, 1, 2, 1, 2, 1]
+    assert network.stem[0].weight.shape == (31, 3, 3, 3)
+    assert network.head[0].weight.shape == (248, 248, 1, 1)
+    assert network.dropout.p == 0.3
+    assert network.classifier.weight.shape == (10, 248)
+
+
+@pytest.mark.parametrize(("size", "classes"), [(16, 10), (32, 10), (33, 2), (64, 100)])
+def test_it_takes_any_size_and_number_of_classes(size: int, classes: int) -> None:
+    network = build_network(Attention(), classes, seed=0).eval()
+    assert network(torch.randn(2, 3, size, size)).shape == (2, classes)
+
+
+def test_every_parameter_gets_a_gradient(network: nn.Module) -> None:
+    network(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
+
+
+def test_channel_attention_weighs_channels_from_both_poolings() -> None:
+    attention, x = ChannelAttention(8, 2), torch.randn(3, 8, 5, 5)
+    expected = torch.sigmoid(attention.mlp(x.mean((2, 3))) + attention.mlp(x.flatten(2).max(2).values))
+    weights = attention(x)
+    assert weights.shape == (3, 8, 1, 1)
+    torch.testing.assert_close(weights[:, :, 0, 0], expected)
+
+
+def test_spatial_attention_weighs_places_from_both_poolings() -> None:
+    attention, x = SpatialAttention(7), torch.randn(3, 8, 5, 5)
+    pooled = torch.stack([x.mean(1), x.max(1).values], 1)
+    weights = attention(x)
+    assert weights.shape == (3, 1, 5, 5)
+    torch.testing.assert_close(weights, torch.sigmoid(nn.functional.conv2d(pooled, attention.conv.weight, padding=3)))
+
+
+def test_the_seed_alone_draws_the_weights() -> None:
+    torch.manual_seed(1)
+    first = build_network(Attention(), 10, seed=3)
+    state = torch.get_rng_state()
+    second = build_network(Attention(), 10, seed=3)
+    assert torch.equal(torch.get_rng_state(), state), "building must not disturb the global random state"
+    other = build_network(Attention(), 10, seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.stem[0].weight, other.stem[0].weight)

@@ -1,0 +1,128 @@
+"""A recipe is one immutable, validated value."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipeline.errors import UserError
+from pipeline.recipe import KIND, Recipe, parse_recipe
+
+SMALL = {
+    "model": {"network": "attention"},
+    "optimizer": {"name": "sgd", "lr": 0.1},
+    "training": {"epochs": 3},
+}
+RECIPE = parse_recipe(SMALL)
+
+
+def lines_of(changes: dict) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        RECIPE.changed(changes)
+    return caught.value.lines
+
+
+def test_json_brings_back_the_same_recipe_and_digest() -> None:
+    again = parse_recipe(RECIPE.to_json())
+    assert again == RECIPE
+    assert again.digest() == RECIPE.digest()
+
+
+def test_the_digest_is_frozen() -> None:
+    """It ties trials, runs and models of earlier days together: a change here makes strangers of them all."""
+    assert RECIPE.digest() == "37c45d754934330ce44dafbb3f868db5db61c36baaf97c5d8d9b27c590323af1"
+
+
+@given(st.sampled_from(sorted(RECIPE.flat())), st.floats(0.01, 0.09))
+def test_the_digest_changes_with_any_number(name: str, value: float) -> None:
+    if not isinstance(RECIPE.flat()[name], float):
+        return
+    assert RECIPE.changed({name: value}).digest() != RECIPE.digest()
+
+
+def test_a_recipe_cannot_be_changed_in_place() -> None:
+    with pytest.raises(ValidationError):
+        RECIPE.training.epochs = 5  # type: ignore[misc]
+
+
+def test_every_field_has_its_dotted_name() -> None:
+    flat = RECIPE.flat()
+    assert flat["optimizer.lr"] == 0.1
+    assert flat["model.widths"] == (31, 62, 124, 248)
+    assert set(Recipe.model_fields) == {name.partition(".")[0] for name in flat}
+
+
+def test_a_change_of_kind_starts_from_its_defaults() -> None:
+    adam = RECIPE.changed({"optimizer.name": "adam", "optimizer.lr": 0.01})
+    assert adam.optimizer.weight_decay == 0.0
+    assert "optimizer.momentum" not in adam.flat()
+    assert RECIPE.changed({"optimizer.name": "sgd", "optimizer.momentum": 0.8}).optimizer.lr == 0.1
+
+
+def test_a_change_of_kind_asks_for_what_has_no_default() -> None:
+    assert lines_of({"optimizer.name": "adam"}) == ["optimizer.lr: needs a value"]
+
+
+def test_all_faults_are_told_at_once_with_field_value_and_rule() -> None:
+    lines = lines_of(
+        {"optimizer.lr": -0.1, "training.epochs": 0, "model.network": "atention", "augmentation.mixup": 1.5}
+    )
+    assert lines == [
+        "model.network = atention: should be 'attention'",
+        "augmentation.mixup = 1.5: should be less than or equal to 1",
+        "optimizer.lr = -0.1: should be greater than 0",
+        "training.epochs = 0: should be greater than or equal to 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"optimzer.lr": 1}, "optimzer.lr: no such field (did you mean optimizer.lr?)"),
+        ({"lr": 1}, "lr: no such field"),
+        ({"optimizer.beta1": 0.9}, "optimizer.beta1: no such field"),
+        ({"optimizer.name": "sgdd"}, "optimizer.name = sgdd: not one of sgd, adam, adamw (did you mean sgd?)"),
+        ({"augmentation.rotatoin": 3}, "augmentation.rotatoin: no such field"),
+        ({"optimizer.lr": float("nan")}, "optimizer.lr = nan: should be a finite number"),
+        ({"optimizer.lr": float("inf")}, "optimizer.lr = inf: should be a finite number"),
+        ({"schedule.final_fraction": 2}, "schedule.final_fraction = 2: should be less than or equal to 1"),
+        (
+            {"augmentation.mixup": 0.7, "augmentation.cutmix": 0.5},
+            "augmentation: mixup 0.7 and cutmix 0.5 exclude each other: their sum is at most 1",
+        ),
+        (
+            {"data.image_size": 8, "augmentation.crop_padding": 8},
+            "augmentation.crop_padding 8 mirrors images of data.image_size 8: must be smaller",
+        ),
+        ({"optimizer.momentum": 0, "optimizer.nesterov": True}, "optimizer: nesterov needs a momentum above 0"),
+    ],
+)
+def test_each_fault_is_one_line(changes: dict, line: str) -> None:
+    assert lines_of(changes) == [line]
+
+
+@given(st.text(max_size=30), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary()))
+def test_any_name_and_value_is_taken_or_refused_in_lines(name: str, value: object) -> None:
+    for field in (name, "optimizer.lr", "model.widths", "schedule.name", "training.seed"):
+        lines: list[str] = []
+        try:
+            RECIPE.changed({field: value})
+        except UserError as error:
+            lines = error.lines or ["\n"]
+        assert not any(re.search(r"[\n\r]", line) for line in lines)
+
+
+def test_difference_names_what_differs() -> None:
+    other = RECIPE.changed({"optimizer.name": "adam", "optimizer.lr": 0.01})
+    difference = other.difference(RECIPE)
+    assert difference["optimizer.lr"] == (0.01, 0.1)
+    assert difference["optimizer.momentum"] == (None, 0.9)
+    assert "training.epochs" not in difference
+    assert not RECIPE.difference(RECIPE)
+
+
+def test_every_section_that_comes_in_kinds_is_known_as_such() -> None:
+    for section, field in KIND.items():
+        assert f"{section}.{field}" in RECIPE.flat()

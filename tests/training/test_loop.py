@@ -1,0 +1,182 @@
+"""The one loop that trains."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from pipeline.data.prepare import TrainingData
+from pipeline.recipe import Recipe
+from pipeline.training import loop
+from pipeline.training.loop import Diverged, EpochReport, train
+
+CPU = torch.device("cpu")
+
+
+def weights(network: torch.nn.Module) -> list[torch.Tensor]:
+    return list(network.state_dict().values())
+
+
+def test_the_same_recipe_gives_the_same_weights_bit_for_bit(small_recipe: Recipe, digits: TrainingData) -> None:
+    first, second = train(small_recipe, digits, CPU), train(small_recipe, digits, CPU)
+    assert first.plain
+    assert second.plain
+    for one, two in ((first.network, second.network), (first.plain, second.plain)):
+        assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(two), strict=True))
+    other = train(small_recipe.changed({"training.seed": 1}), digits, CPU)
+    assert not all(torch.equal(a, b) for a, b in zip(weights(first.network), weights(other.network), strict=True))
+
+
+def test_training_leaves_the_global_random_state_alone(small_recipe: Recipe, digits: TrainingData) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(small_recipe, digits, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)  # and what others drew before doesn't reach into it
+    first = train(small_recipe, digits, CPU)
+    second = train(small_recipe, digits, CPU)
+    assert torch.equal(first.validation_logits, second.validation_logits)
+
+
+def test_it_learns_digits(small_recipe: Recipe, digits: TrainingData) -> None:
+    recipe = small_recipe.changed({"training.epochs": 6, "augmentation.mixup": 0, "augmentation.cutmix": 0})
+    history = train(recipe, digits, CPU).history
+    assert history[-1].metrics["val/accuracy"] > 0.7, [report.metrics["val/accuracy"] for report in history]
+    assert history[-1].metrics["train/loss"] < history[0].metrics["train/loss"]
+
+
+def test_each_epoch_is_reported_with_every_metric_of_its_own(small_recipe: Recipe, digits: TrainingData) -> None:
+    seen: list[EpochReport] = []
+    result = train(small_recipe, digits, CPU, seen.append)
+    assert [report.epoch for report in seen] == [1, 2]
+    assert seen == result.history
+    assert set(seen[0].metrics) == {
+        "train/loss",
+        "train/accuracy",
+        "val/loss",
+        "val/accuracy",
+        "val/f1_macro",
+        "optimizer/lr",
+        "time/epoch_s",
+        "throughput/images_per_s",
+        "memory/peak_gib",
+    }
+    assert all(math.isfinite(value) for report in seen for value in report.metrics.values())
+
+
+def test_the_reported_scores_are_those_of_the_returned_network(small_recipe: Recipe, digits: TrainingData) -> None:
+    result = train(small_recipe.changed({"training.precision": "fp32"}), digits, CPU)
+    pixels = digits.validation.images.float() / 255
+    with torch.no_grad():
+        logits = result.network((pixels - digits.mean[:, None, None]) / digits.std[:, None, None])
+    torch.testing.assert_close(result.validation_logits, logits, atol=1e-4, rtol=1e-4)
+    metrics = result.history[-1].metrics
+    assert metrics["val/loss"] == pytest.approx(cross_entropy(logits, digits.validation.labels).item(), abs=1e-4)
+    assert metrics["val/accuracy"] == pytest.approx(
+        (logits.argmax(1) == digits.validation.labels).double().mean().item()
+    )
+
+
+def test_averaged_weights_are_what_is_judged(small_recipe: Recipe, digits: TrainingData) -> None:
+    averaged = train(small_recipe, digits, CPU)
+    plain = train(small_recipe.changed({"training.ema_decay": 0}), digits, CPU)
+    assert plain.plain is None
+    assert averaged.plain
+    assert all(torch.equal(a, b) for a, b in zip(weights(averaged.plain), weights(plain.network), strict=True)), (
+        "averaging must not change the training"
+    )
+    assert not torch.equal(averaged.validation_logits, plain.validation_logits)
+
+
+def test_a_training_that_diverges_ends_at_once(small_recipe: Recipe, digits: TrainingData) -> None:
+    steps = []
+    recipe = small_recipe.changed(
+        {"optimizer.lr": 99, "optimizer.weight_decay": 9, "training.clip_norm": 0, "training.epochs": 50}
+    )
+    with pytest.raises(Diverged, match=r"loss is (nan|inf) in epoch \d+, step \d+"):
+        train(recipe, digits, CPU, on_step=lambda step, total: steps.append(step))
+    assert 0 < len(steps) < 50 * 20
+
+
+def test_on_epoch_ends_the_training_by_raising(small_recipe: Recipe, digits: TrainingData) -> None:
+    def stop(report: EpochReport) -> None:
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        train(small_recipe, digits, CPU, stop)
+
+
+def test_steps_are_counted_and_a_batch_larger_than_the_data_is_the_data(
+    small_recipe: Recipe, digits: TrainingData
+) -> None:
+    seen: list[tuple[int, int]] = []
+    train(small_recipe, digits, CPU, on_step=lambda step, steps: seen.append((step, steps)))
+    steps = len(digits.train.labels) // 64
+    assert seen == [(i, steps) for i in range(1, steps + 1)] * 2
+    seen.clear()
+    train(small_recipe.changed({"training.batch_size": 60_000}), digits, CPU, on_step=lambda *at: seen.append(at))
+    assert seen == [(1, 1)] * 2
+
+
+@pytest.mark.parametrize("change", [{"training.precision": "bf16"}, {"optimizer.name": "adamw", "optimizer.lr": 1e-3}])
+def test_every_precision_and_optimizer_trains(change: dict, small_recipe: Recipe, digits: TrainingData) -> None:
+    result = train(small_recipe.changed(change), digits, CPU)
+    assert math.isfinite(result.history[-1].metrics["train/loss"])
+
+
+def test_the_loop_knows_neither_mlflow_nor_optuna() -> None:
+    source = inspect.getsource(loop)
+    assert "mlflow" not in source.lower().replace("neither mlflow", "").replace("by mlflow name", "")
+    assert "import optuna" not in source
+
+
+def test_a_real_slice_of_cifar10_is_learnt(cifar10_dir, small_recipe: Recipe) -> None:
+    from pipeline.data.datasets import Dataset, Split, load
+    from pipeline.data.prepare import prepare
+
+    whole = load("cifar10", 32, cifar10_dir)
+    few = Dataset(whole.name, whole.classes, Split(whole.train.images[:3000], whole.train.labels[:3000]), "", "")
+    recipe = small_recipe.changed(
+        {"data.dataset": "cifar10", "data.image_size": 32, "model.widths": (16, 32), "training.epochs": 3}
+        | {"augmentation.mixup": 0, "augmentation.cutmix": 0}
+    )
+    result = train(recipe, prepare(few, recipe.data, CPU), CPU)
+    assert result.history[-1].metrics["val/accuracy"] > 0.2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_step_waits_for_the_gpu(small_recipe: Recipe, tmp_path) -> None:
+    """torch raises at any synchronising call inside an epoch's steps."""
+    from pipeline.data.datasets import load
+    from pipeline.data.prepare import prepare
+
+    gpu = torch.device("cuda")
+    data = prepare(load("digits", 8, tmp_path), small_recipe.data, gpu)
+    full = small_recipe.changed(
+        {"augmentation.rotation": 15, "augmentation.perspective": 0.2, "augmentation.hue": 0.1}
+        | {"augmentation.brightness": 0.2, "augmentation.contrast": 0.2, "augmentation.saturation": 0.2}
+        | {"augmentation.erasing": 0.5}
+    )
+    train(full, data, gpu)  # warm: libraries synchronise when they start
+
+    def guard(step: int, steps: int) -> None:
+        torch.cuda.set_sync_debug_mode("default" if step == steps else "error")
+
+    try:
+        train(full, data, gpu, on_step=guard)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_deterministic_recipe_repeats_on_a_gpu(small_recipe: Recipe, tmp_path) -> None:
+    from pipeline.data.datasets import load
+    from pipeline.data.prepare import prepare
+
+    gpu = torch.device("cuda")
+    data = prepare(load("digits", 8, tmp_path), small_recipe.data, gpu)
+    recipe = small_recipe.changed({"training.deterministic": True, "augmentation.rotation": 15})
+    first, second = train(recipe, data, gpu), train(recipe, data, gpu)
+    assert all(torch.equal(a, b) for a, b in zip(weights(first.network), weights(second.network), strict=True))
