@@ -33,7 +33,10 @@ UI_PORT = 5000
 INTERRUPTED = 130
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help=(__doc__ or "").splitlines()[0], pretty_exceptions_enable=False
+    add_completion=False,
+    no_args_is_help=True,
+    help=f"Hyper-parameter studies for image classifiers. {(__doc__ or '').partition('. ')[2]}",
+    pretty_exceptions_enable=False,
 )
 
 
@@ -67,7 +70,6 @@ class StudyOptions(BaseModel):
 
 @app.callback()
 def _commands() -> None:
-    """Hyper-parameter studies for image classifiers: search, train, track, compare."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO)
 
@@ -95,7 +97,7 @@ def study(
     ] = None,
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the base recipe; repeatable."),
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change fields of the base recipe, e.g. data.image_size=64."),
     ] = None,
 ) -> None:
     """Run a study, or go on with it: search, train, track, and show the best trials."""
@@ -113,8 +115,8 @@ def study(
     from pipeline.tracking.runs import MlflowTracker
 
     where = _device(device)
-    tracker = MlflowTracker(HOME, tracking_uri)
     data = prepare(load(search.base.data.dataset, search.base.data.image_size, data_dir), search.base.data, where)
+    tracker = MlflowTracker(HOME, tracking_uri)
     console = Console()
     console.print(
         f"{search.key(data)} on {where}: {len(data.train.labels):,} training and {len(data.validation.labels):,} validation "

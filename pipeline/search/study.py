@@ -7,17 +7,19 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 
-from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, did_you_mean
 from pipeline.recipe import Recipe
 from pipeline.search.space import Space, control, describe, explore
+
+if TYPE_CHECKING:  # it brings torch with it, and a wrong name is to be told at once
+    from pipeline.data.prepare import TrainingData
 
 FOLDER = Path(__file__).resolve().parents[2] / "studies"
 
@@ -58,7 +60,7 @@ class Search:
     trials: int
     timeout_s: float | None
 
-    def key(self, data: TrainingData) -> str:
+    def key(self, data: "TrainingData") -> str:
         """The name in Optuna and MLflow: study, version, data set."""
         return f"{self.name}-v{self.version}-{data.name}"
 
@@ -83,7 +85,7 @@ class Search:
             seed=(self.base.training.seed * 1_000_003 + num_asked) % 2**32, n_startup_trials=min(10, self.trials // 2)
         )
 
-    def fingerprint(self, data: TrainingData) -> dict[str, Any]:
+    def fingerprint(self, data: "TrainingData") -> dict[str, Any]:
         """All that the scores of one search have in common; JSON."""
         space = self.space()
         return {

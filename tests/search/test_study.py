@@ -1,0 +1,120 @@
+"""A study's definition, its identity, and how it is found."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+from pipeline.search import study as study_module
+from pipeline.search.study import Search, Study, available, check_same, load_study
+
+
+def space(trial: Any) -> None:
+    trial.suggest_float("optimizer.lr", 0.01, 1, log=True)
+
+
+@pytest.fixture
+def search(small_recipe: Recipe) -> Search:
+    study = Study(question="?", base=small_recipe, space=space, objective="val/accuracy", trials=8)
+    return Search("tiny", study, small_recipe, version=1, trials=8, timeout_s=None)
+
+
+def refusal(search: Search, other: Search, data: TrainingData) -> list[str]:
+    stored = json.loads(json.dumps(search.fingerprint(data)))
+    with pytest.raises(UserError) as caught:
+        check_same(search.key(data), stored, other.fingerprint(data), 1)
+    return caught.value.lines
+
+
+def test_the_same_search_goes_on(search: Search, digits: TrainingData) -> None:
+    check_same("tiny", json.loads(json.dumps(search.fingerprint(digits))), search.fingerprint(digits), 1)
+
+
+def test_a_changed_space_is_refused_with_the_difference_and_the_way_out(
+    search: Search, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    def wider(trial: Any) -> None:
+        trial.suggest_float("optimizer.lr", 0.001, 1, log=True)
+        trial.suggest_float("optimizer.momentum", 0, 0.95)
+
+    changed = Study(question="?", base=small_recipe, space=wider, objective="val/accuracy", trials=8)
+    other = Search("tiny", changed, small_recipe, version=1, trials=8, timeout_s=None)
+    assert refusal(search, other, digits) == [
+        "study tiny-v1-digits has trials that answer another question:",
+        "  space optimizer.lr: 0.01 to 1 (log) then, 0.001 to 1 (log) now",
+        "  space optimizer.momentum: not asked then, 0 to 0.95 now",
+        "way out: VERSION=2 (or `version` in the module) starts a new study beside it; the former values go on",
+    ]
+
+
+def test_a_changed_base_objective_data_set_or_split_is_refused(search: Search, digits: TrainingData) -> None:
+    stored = search.fingerprint(digits)
+    for what in ("objective", "data", "split"):
+        with pytest.raises(UserError, match=rf"{what}: other then"):
+            check_same("tiny", stored | {what: "other"}, stored, 1)
+    longer = Search("tiny", search.study, search.base.changed({"training.epochs": 5}), 1, 8, None)
+    assert "  base training.epochs: 2 then, 5 now" in refusal(search, longer, digits)
+
+
+def test_the_number_of_trials_may_change(search: Search, digits: TrainingData) -> None:
+    more = Search("tiny", search.study, search.base, 1, trials=99, timeout_s=5)
+    check_same("tiny", search.fingerprint(digits), more.fingerprint(digits), 1)
+
+
+def test_the_pruner_waits_for_a_third_of_the_epochs(search: Search) -> None:
+    thirty = Search("tiny", search.study, search.base.changed({"training.epochs": 30}), 1, 100, None)
+    assert thirty.pruner()._n_warmup_steps == 10
+    assert thirty.pruner()._n_startup_trials == 10
+
+
+def test_samplers_draw_anew_after_a_resume(search: Search) -> None:
+    import optuna
+
+    def first_draw(num_asked: int) -> float:
+        trial = optuna.create_study(sampler=search.sampler(num_asked)).ask()
+        return trial.suggest_float("x", 0, 1)
+
+    assert first_draw(0) == first_draw(0) != first_draw(3)
+
+
+@pytest.mark.parametrize("name", ["", "A", "../x", "a b", "a'b", "-a", "é", "a/b", "a.py", "$(x)", "a\nb", "_x"])
+def test_a_name_outside_the_alphabet_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="must be small letters") as caught:
+        load_study(name)
+    assert len(caught.value.lines) == 1
+
+
+def test_an_unknown_study_is_told_with_the_nearest_and_the_list() -> None:
+    with pytest.raises(UserError) as caught:
+        load_study("atention")
+    assert caught.value.lines[0] == "no study atention (did you mean attention?)"
+    assert caught.value.lines[1].startswith("studies: ")
+    assert "attention" in available()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("STUDY = ", "line 1: SyntaxError"),
+        ("x = 1\ny = x / 0\n", "line 2: ZeroDivisionError: division by zero"),
+        ("STUDY = 3\n", "STUDY is a int: must be a pipeline.search.study.Study"),
+        ("pass\n", "AttributeError: module 'studies.broken' has no attribute 'STUDY'"),
+        ("import nothing_of_that_name\n", "line 1: ModuleNotFoundError"),
+        (
+            "from pipeline.recipe import parse_recipe\nBASE = parse_recipe({'optimizer': {'name': 'sgd', 'lr': -1}})\n",
+            "optimizer.lr = -1: should be greater than 0",
+        ),
+    ],
+)
+def test_a_broken_study_is_told_with_file_and_line(
+    text: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text(text)
+    monkeypatch.setattr(study_module, "FOLDER", tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_study("broken")
+    assert any("broken.py" in got and line in got for got in caught.value.lines), caught.value.lines

