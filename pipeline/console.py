@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import optuna
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +17,8 @@ from pipeline.recipe import KIND, Recipe
 from pipeline.search.study import Search, best_trials
 from pipeline.training.loop import EpochReport
 
-_PLAIN_EVERY_S = 30.0
+_PLAIN_EVERY_S = 30.0  # a line, where nothing can be redrawn
+_BAR_WIDTH = 20
 
 
 class StudyView:
@@ -26,12 +28,13 @@ class StudyView:
         self._console = console
         self._search = search
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
-        self._study_line = self._trial_line = self._step_line = ""
-        self._started = time.monotonic()
+        self._study_bar = ProgressBar(total=search.trials, width=_BAR_WIDTH)
+        self._trial_bar = ProgressBar(total=search.base.training.epochs, width=_BAR_WIDTH)
+        self._study = self._trial = self._step = self._scores = ""
+        self._started = self._epoch_started = self._said = time.monotonic()
         self._finished_before: int | None = None
-        self._epoch_started = self._said = time.monotonic()
 
-    def __enter__(self) -> "StudyView":
+    def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self
@@ -45,28 +48,24 @@ class StudyView:
         if self._finished_before is None:
             self._finished_before = finished
         states = [trial.state for trial in study.get_trials(deepcopy=False)]
-        best = best_trials(study, 1)
-        parts = [
-            f"{finished} of {self._search.trials} trials",
-            f"{states.count(TrialState.PRUNED)} pruned",
-            f"{finished - states.count(TrialState.PRUNED) - states.count(TrialState.COMPLETE)} failed",
-        ]
-        if best:
+        pruned, complete = states.count(TrialState.PRUNED), states.count(TrialState.COMPLETE)
+        parts = [f"{finished} of {self._search.trials} trials, {pruned} pruned, {finished - pruned - complete} failed"]
+        if best := best_trials(study, 1):
             parts.append(f"best {self._search.study.objective} {best[0].value:.4f} (trial {best[0].number})")
         if left := self._time_left(finished):
             parts.append(f"about {duration(left)} left")
-        self._study_line = f"{study.study_name}: {', '.join(parts)}"
-        self._show(self._study_line)
+        self._study = f"{study.study_name}: {', '.join(parts)}"
+        self._study_bar.update(finished)
+        self._show(self._study)
 
     def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:
         """See Observer."""
-        self._epochs = recipe.training.epochs
-        self._batch_size = recipe.training.batch_size
-        self._trial_line = f"trial {number}: {changes_text(params, self._search)}"
-        self._epoch = 1
+        self._epochs, self._batch_size, self._epoch = recipe.training.epochs, recipe.training.batch_size, 1
+        self._trial = f"trial {number}: {changes_text(params, self._search)}"
+        self._step, self._scores = "preparing", ""
+        self._trial_bar.update(0, self._epochs)
         self._epoch_started = time.monotonic()
-        self._step_line = "preparing"
-        self._show(self._trial_line)
+        self._show(self._trial)
 
     def step(self, step: int, steps: int) -> None:
         """See Observer."""
@@ -74,24 +73,21 @@ class StudyView:
         if not self._live and now - self._said < _PLAIN_EVERY_S:
             return
         rate = step * self._batch_size / max(now - self._epoch_started, 1e-9)
-        self._step_line = f"epoch {self._epoch}/{self._epochs}, step {step}/{steps}, {rate:.0f} images/s"
-        if self._live:
-            self._refresh()
-        else:
-            self._show(f"  {self._step_line}")
+        self._step = f"epoch {self._epoch}/{self._epochs}, step {step}/{steps}, {rate:.0f} images/s"
+        self._trial_bar.update(self._epoch - 1 + step / steps)
+        self._show(f"  {self._step}")
 
     def epoch(self, number: int, report: EpochReport) -> None:
         """See Observer."""
         m = report.metrics
-        line = (
+        self._scores = (
             f"epoch {report.epoch}/{self._epochs}: {m['throughput/images_per_s']:.0f} images/s, "
             f"loss {m['train/loss']:.3f} train {m['val/loss']:.3f} val, "
             f"accuracy {m['val/accuracy']:.4f}, macro-F1 {m['val/f1_macro']:.4f}"
         )
-        self._trial_line = self._trial_line.splitlines()[0] + f"\n  {line}"
         self._epoch = report.epoch + 1
         self._epoch_started = time.monotonic()
-        self._show(f"  {line}")
+        self._show(f"  {self._scores}")
 
     def trial_ended(self, number: int, outcome: Outcome) -> None:
         """See Observer."""
@@ -99,7 +95,7 @@ class StudyView:
         reason = f" ({outcome.reason})" if outcome.reason else ""
         scored = f", {self._search.study.objective} {score:.4f}" if score is not None else ""
         line = f"trial {number} {outcome.state}{reason}{scored}, {outcome.epochs} epochs in {duration(outcome.seconds)}"
-        self._trial_line = self._step_line = ""
+        self._trial = self._step = self._scores = ""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _time_left(self, finished: int) -> float | None:
@@ -110,16 +106,15 @@ class StudyView:
 
     def _show(self, line: str) -> None:
         """Refresh the live lines, or say one plainly."""
-        if self._live:
-            self._refresh()
-        else:
+        if not self._live:
             self._said = time.monotonic()
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def _refresh(self) -> None:
-        assert self._live
-        lines = [self._study_line, self._trial_line, f"  {self._step_line}" if self._step_line else ""]
-        self._live.update(Text("\n".join(line for line in lines if line)))
+            return
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(self._study_bar, Text(self._study))
+        if self._trial:
+            grid.add_row(self._trial_bar, Text("\n".join(filter(None, (self._step, self._scores, self._trial)))))
+        self._live.update(grid)
 
 
 def print_best_trials(console: Console, study: optuna.Study, search: Search, count: int = 10) -> None:

@@ -82,7 +82,7 @@ def run(
                 raise
             state, reason = State.FAILED, f"out of memory: {error}"
         except (Interrupted, KeyboardInterrupt):
-            state, reason = State.INTERRUPTED, "interrupted"
+            state, reason = State.INTERRUPTED, "stopped by the user"
         tracked.end(state, reason)
 
     if state is State.FAILED and device.type == "cuda":

@@ -87,12 +87,13 @@ class Search:
 
     def fingerprint(self, data: "TrainingData") -> dict[str, Any]:
         """All that the scores of one search have in common; JSON."""
-        space = self.space()
+        space, base = self.space(), self.base.flat()
+        del base["data.dataset"]  # where the data lies; what it is, its digest says
         return {
             "objective": self.study.objective,
             "data": data.digest,
             "split": data.split_digest,
-            "base": json.loads(json.dumps(self.base.flat())),
+            "base": json.loads(json.dumps(base)),
             "space": {name: distribution_to_json(space[name]) for name in sorted(space)},
         }
 

@@ -1,5 +1,6 @@
 """Where a run comes from: the code's commit and uncommitted difference, and the environment."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
+# A user's own settings (colours, prefixes, other programs) would make a patch that `git apply` refuses.
+_DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Code:
     """The project's code: `commit` is `none` outside a git repository."""
 
     commit: str
-    diff: str  # what differs from the commit, untracked code included; a patch for `git apply`
+    diff: bytes  # what differs from the commit, untracked code included; a patch for `git apply`
 
     @property
     def dirty(self) -> bool:
@@ -27,23 +30,24 @@ class Code:
 @cache
 def code() -> Code:
     """Read once a process: a module that is already imported doesn't change with its file."""
-    commit = _git("rev-parse", "HEAD")
+    commit = _git("rev-parse", "HEAD").decode().strip()
     if not commit:
-        return Code("none", "")
-    diff = _git("diff", "--binary", "HEAD")
-    for file in _git("ls-files", "--others", "--exclude-standard", "--", "pipeline", "studies").splitlines():
-        diff += _git("diff", "--binary", "--no-index", "--", "/dev/null", file)
-    return Code(commit.strip(), diff)
+        return Code("none", b"")
+    diff = _git(*_DIFF, "HEAD")
+    new = _git("ls-files", "-z", "--others", "--exclude-standard", "--", "pipeline", "studies")
+    for file in filter(None, os.fsdecode(new).split("\0")):
+        diff += _git(*_DIFF, "--no-index", "--", os.devnull, file)
+    return Code(commit, diff)
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str) -> bytes:
     """git's output, or nothing where there is no git or no repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
+        return b""
     ok = (0, 1) if "--no-index" in arguments else (0,)  # that form answers 1 where the files differ
-    return done.stdout.decode(errors="replace") if done.returncode in ok else ""
+    return done.stdout if done.returncode in ok else b""
 
 
 @cache

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -127,13 +128,14 @@ class MlflowTracker:
         self.is_remote = self.uri.startswith("http")  # a server, which keeps the artifacts too
         self._artifacts = None if self.is_remote else (home.resolve() / "artifacts").as_uri()
         home.mkdir(parents=True, exist_ok=True)
-        self.client = mlflow.MlflowClient(self.uri)
+        self._lock = FileLock(home / "mlflow.lock")
         try:
             # Several processes that create the tables at once break a database for good.
-            with FileLock(home / "mlflow.lock"):
+            with self._lock:
+                if not self.is_remote:
+                    _connect_once(self.uri)
+                self.client = mlflow.MlflowClient(self.uri)
                 self.client.search_experiments(max_results=1)
-                if self.uri.startswith("sqlite"):
-                    _write_ahead(self.uri)
         except Exception as error:  # whatever a driver raises: the address is the user's
             raise UserError(
                 f"TRACKING_URI {public_uri(self.uri)}: can't be opened ({_first_line(error)}); "
@@ -252,7 +254,7 @@ class MlflowRun:
             (Path(folder) / "recipe.json").write_text(recipe.to_json() + "\n")
             (Path(folder) / "environment.txt").write_text(environment())
             if code().dirty:
-                (Path(folder) / "diff.patch").write_text(code().diff)
+                (Path(folder) / "diff.patch").write_bytes(code().diff)
             self.log_files(Path(folder))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -278,25 +280,25 @@ class MlflowRun:
             self._client.set_terminated(self.id, _STATUS[state])
 
 
-def public_uri(uri: str) -> str:
-    """An address without its password, for messages."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        return make_url(uri).render_as_string(hide_password=True)
-    except ArgumentError:
-        return uri.rpartition("@")[2]
+def public_uri(text: str) -> str:
+    """An address, or a message that shows some, without users and passwords; an address may be a mistyped one."""
+    return re.sub(r"(\w[\w+]*://)?\S*@", r"\1***@", re.sub(r"password=[^\s&]*", "password=***", text))
 
 
-def _write_ahead(uri: str) -> None:
-    """SQLite's write-ahead log, kept in the file once set: halves small writes, and readers don't block the writer."""
+def _connect_once(uri: str) -> None:
+    """Fail at once where MLflow would try for 100 s; and set SQLite's write-ahead log, which the file keeps.
+
+    That log halves small writes, and readers don't block the writer.
+    """
     from sqlalchemy import create_engine, text
 
     engine = create_engine(uri)
-    with engine.connect() as connection:
-        connection.execute(text("PRAGMA journal_mode=WAL"))
-    engine.dispose()
+    try:
+        with engine.connect() as connection:
+            if engine.dialect.name == "sqlite":
+                connection.execute(text("PRAGMA journal_mode=WAL"))
+    finally:
+        engine.dispose()
 
 
 def _provenance() -> dict[str, str]:
@@ -338,4 +340,4 @@ def _dataset_input(data: TrainingData) -> DatasetInput:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return public_uri((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
