@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.errors import UserError
 from pipeline.recipe import Augmentation
 
 ERASED_AREA = (0.02, 0.33)  # share of the image, uniform
@@ -179,20 +178,12 @@ class Augmenter:
     def __init__(
         self, images: Tensor, labels: Tensor, num_classes: int, mean: Tensor, std: Tensor, augmentation: Augmentation
     ):
-        """images uint8 (N, 3, S, S); labels int64 (N,); mean and std float32 (3,), colours in [0, 1]; on one device.
-
-        Raises UserError where the padding is too wide to be a mirror image.
-        """
+        """images uint8 (N, 3, S, S); labels int64 (N,); mean and std float32 (3,), colours in [0, 1]; on one device."""
         assert images.dtype == torch.uint8
         assert images.shape[1] == 3
         assert images.shape[2] == images.shape[3]
         assert labels.shape == images.shape[:1]
         self._augmentation, self._size = augmentation, images.shape[-1]
-        if augmentation.crop_mode == "reflect" and augmentation.crop_padding >= self._size:
-            raise UserError(
-                f"augmentation.crop_padding = {augmentation.crop_padding}: with augmentation.crop_mode = reflect it is"
-                f" less than data.image_size = {self._size}; make it smaller, or the mode constant"
-            )
         self._padded = pad(images, augmentation.crop_padding, augmentation.crop_mode).contiguous()
         self._labels, self._num_classes = labels, num_classes
         self._mean, self._std = mean, std

@@ -1,15 +1,16 @@
 """The MLflow UI on this machine, and links into it."""
 
 import base64
+import contextlib
 import hashlib
+import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ def study_links(
     order = workflow | {"orderByKey": f"metrics.`{objective}`", "orderByAsc": "false"}
     runs = f"{base}/#/experiments/{experiment}/runs?"
     links = {
-        "trials": runs + urlencode(order | ({"viewStateShareKey": view} if view else {})),
+        # With an order beside it the page leaves the view out, which has its own.
+        "trials": runs + urlencode(workflow | {"viewStateShareKey": view} if view else order),
         "charts": runs + urlencode(order | {"compareRunsMode": "CHART"}),
     }
     if len(best_run_ids) > 1:
@@ -72,8 +74,7 @@ def start_server(tracking_uri: str, home: Path, port: int) -> subprocess.Popen[b
 
     One worker, no telemetry and no job execution: 0.4 GB of memory instead of 2.5.
     """
-    if _answers(port, "/"):
-        raise UserError(f"PORT {port}: something else answers there; choose another with PORT=")
+    _check_free(port)
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--artifacts-destination", (home.resolve() / "artifacts").as_uri()]
     settings = {
@@ -85,31 +86,44 @@ def start_server(tracking_uri: str, home: Path, port: int) -> subprocess.Popen[b
     with log_file.open("wb") as log:
         server = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
     limit = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < limit and server.poll() is None:
-        if _answers(port, "/health"):
-            return server
-        time.sleep(0.3)
+    try:
+        while time.monotonic() < limit and server.poll() is None:
+            if _is_ready(port):
+                return server
+            time.sleep(0.3)
+    except BaseException:  # Ctrl-C doesn't reach a session of its own
+        stop_server(server)
+        raise
     stop_server(server)
     tail = " | ".join(log_file.read_text(errors="replace").splitlines()[-3:])
     raise UserError(f"the MLflow server did not start on port {port}: {tail} (all of it in {log_file})")
 
 
 def stop_server(server: subprocess.Popen[bytes]) -> None:
-    """End the server and the workers that it started."""
+    """End the server and the workers that it started, those too that outlived it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if server.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, number)
-            try:
-                server.wait(10)
-            except subprocess.TimeoutExpired:
-                continue
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(10)
 
 
-def _answers(port: int, path: str) -> bool:
+def _check_free(port: int) -> None:
+    """UserError where a server couldn't listen on the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: a port just left is free
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(f"PORT {port}: {error.strerror}; choose another with PORT=") from None
+
+
+def _is_ready(port: int) -> bool:
+    connection = http.client.HTTPConnection(HOST, port, timeout=2)  # urllib would ask a proxy, where one is set
     try:
-        with urllib.request.urlopen(f"http://{HOST}:{port}{path}", timeout=2):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
         return False
+    finally:
+        connection.close()
