@@ -7,6 +7,7 @@ A section that comes in kinds (`model.network`, `optimizer.name`, `schedule.name
 import hashlib
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -42,6 +43,93 @@ class Attention(Section):
     reduction: int = Field(16, ge=1, le=64, description="the channel attention's hidden layer is this much narrower")
     spatial_kernel: Literal[3, 5, 7] = Field(7, description="kernel of the spatial attention, in pixels")
     dropout: float = Field(0.3, ge=0, lt=1, description="before the classifier")
+
+    @property
+    def halvings(self) -> int:
+        """How often the image is halved."""
+        return len(self.widths) - 1
+
+
+Width = Annotated[int, Field(ge=1, le=4096)]
+
+
+class Baseline(Section):
+    """Small, shallow network without batch norm, `pipeline/models/baseline.py`."""
+
+    network: Literal["baseline"] = "baseline"
+    widths: tuple[Width, ...] = Field((16, 32), min_length=1, max_length=5, description="channels of each convolution")
+    hidden: int = Field(64, ge=1, le=65_536, description="width of the hidden layer")
+
+    @property
+    def halvings(self) -> int:
+        """How often the image is halved."""
+        return len(self.widths)
+
+
+class Improved(Section):
+    """Stages of two convolutions, a hidden layer between dropouts, `pipeline/models/improved.py`."""
+
+    network: Literal["improved"] = "improved"
+    widths: tuple[Width, ...] = Field((32, 64, 128), min_length=1, max_length=6, description="channels of each stage")
+    hidden: int = Field(256, ge=1, le=65_536, description="width of the hidden layer")
+    dropout: float = Field(0.5, ge=0, lt=1, description="before and behind the hidden layer")
+
+    @property
+    def halvings(self) -> int:
+        """How often the image is halved."""
+        return len(self.widths)
+
+
+class Expert(Section):
+    """Blocks of convolutions mixed per image by soft attention, `pipeline/models/expert.py`."""
+
+    network: Literal["expert"] = "expert"
+    widths: tuple[Width, ...] = Field(
+        (64, 64, 128, 128, 256),
+        min_length=1,
+        max_length=16,
+        description="channels of each block; halved where they grow",
+    )
+    branches: int = Field(3, ge=1, le=16, description="K, the convolutions of a block")
+    reduction: int = Field(4, ge=1, le=64, description="the expert branch's hidden layer is this much narrower")
+    dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier")
+
+    @property
+    def halvings(self) -> int:
+        """How often the image is halved."""
+        return sum(after > before for before, after in pairwise(self.widths))
+
+
+class Efficient(Section):
+    """Dilated, depthwise-separable and residual, under a million parameters, `pipeline/models/efficient.py`."""
+
+    network: Literal["efficient"] = "efficient"
+    widths: tuple[Width, Width, Width] = Field((48, 96, 192), description="channels of the three stages")
+    dilation: int = Field(2, ge=1, le=8, description="of the first stage's convolutions")
+    separable_blocks: int = Field(2, ge=1, le=16, description="residual blocks of the second stage")
+    standard_blocks: int = Field(1, ge=1, le=16, description="residual blocks of the third stage")
+    dropout: float = Field(0.03, ge=0, lt=1, description="behind each residual block")
+
+    @property
+    def halvings(self) -> int:
+        """How often the image is halved."""
+        return 2
+
+
+class Plain(Section):
+    """Convolution blocks, flatten, linear, `pipeline/models/plain.py`."""
+
+    network: Literal["plain"] = "plain"
+    widths: tuple[Width, ...] = Field(
+        (32, 64, 128, 256), min_length=1, max_length=6, description="channels of each block"
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="before the classifier")
+    convolution_dropout: float = Field(0.0, ge=0, lt=1, description="of whole channels, behind each block")
+
+    @property
+    def halvings(self) -> int:
+        """How often the image is halved."""
+        return len(self.widths) - 1
 
 
 class Augmentation(Section):
@@ -173,13 +261,19 @@ class Training(Section):
     deterministic: bool = Field(False, description="on a GPU: bit for bit the same run again, slower; a CPU always is")
 
 
-Model = Attention
+Model = Annotated[
+    Attention | Baseline | Efficient | Expert | Improved | Plain,
+    Field(discriminator="network"),
+]
 Optimizer = Annotated[Sgd | Adam | AdamW, Field(discriminator="name")]
 AnySchedule = Annotated[Constant | Cosine | Linear | OneCycle | Step, Field(discriminator="name")]
 
 # The field of a section that says which kind it is; a change of kind starts from that kind's defaults.
 KIND = {"model": "network", "optimizer": "name", "schedule": "name"}
-_TAGS = frozenset({"sgd", "adam", "adamw", "constant", "cosine", "linear", "one_cycle", "step"})
+_TAGS = frozenset(
+    {"attention", "baseline", "efficient", "expert", "improved", "plain"}
+    | {"sgd", "adam", "adamw", "constant", "cosine", "linear", "one_cycle", "step"}
+)
 
 
 class Recipe(Section):
@@ -192,6 +286,16 @@ class Recipe(Section):
     schedule: AnySchedule = Cosine()
     loss: Loss = Loss()
     training: Training
+
+    @model_validator(mode="after")
+    def _network_fits(self) -> Self:
+        halvings, size = self.model.halvings, self.data.image_size
+        if size < 2**halvings:
+            raise ValueError(
+                f"model.network {self.model.network} halves images {halvings} times: data.image_size {size} must be at "
+                f"least {2**halvings}, or model.widths fewer"
+            )
+        return self
 
     @model_validator(mode="after")
     def _mirror_fits(self) -> Self:

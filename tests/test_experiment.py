@@ -98,7 +98,7 @@ def test_the_weights_give_the_predictions_back(
     kept = read_checkpoint(tracker.folder)
     assert parse_recipe(kept["recipe"]) == small_recipe
     assert kept["recipe_digest"] == small_recipe.digest()
-    network = build_network(small_recipe.model, len(kept["classes"]), seed=99)
+    network = build_network(small_recipe.model, len(kept["classes"]), digits.image_size, seed=99)
     load_weights(tracker.folder / "weights.safetensors", network)
     mean, std = torch.tensor(kept["mean"]), torch.tensor(kept["std"])
     logits = predict_logits(network, digits.validation.images, mean, std, small_recipe.training.precision)

@@ -69,8 +69,9 @@ def test_all_faults_are_told_at_once_with_field_value_and_rule() -> None:
     lines = lines_of(
         {"optimizer.lr": -0.1, "training.epochs": 0, "model.network": "atention", "augmentation.mixup": 1.5}
     )
+    networks = "attention, baseline, efficient, expert, improved, plain"
     assert lines == [
-        "model.network = atention: should be 'attention'",
+        f"model.network = atention: not one of {networks} (did you mean attention?)",
         "augmentation.mixup = 1.5: should be less than or equal to 1",
         "optimizer.lr = -0.1: should be greater than 0",
         "training.epochs = 0: should be greater than or equal to 1",
@@ -95,6 +96,10 @@ def test_all_faults_are_told_at_once_with_field_value_and_rule() -> None:
         (
             {"data.image_size": 8, "augmentation.crop_padding": 8},
             "augmentation.crop_padding 8 mirrors images of data.image_size 8: must be smaller",
+        ),
+        (
+            {"data.image_size": 8, "model.network": "plain", "model.widths": (8, 8, 8, 8, 8)},
+            "model.network plain halves images 4 times: data.image_size 8 must be at least 16, or model.widths fewer",
         ),
         ({"optimizer.momentum": 0, "optimizer.nesterov": True}, "optimizer: nesterov needs a momentum above 0"),
     ],

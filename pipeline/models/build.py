@@ -1,19 +1,69 @@
-"""From a recipe's `model` section to a network."""
+"""From a recipe's `model` section to a network, and what can be counted of one."""
+
+import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from pipeline import recipe
 from pipeline.models.attention import AttentionNetwork
-from pipeline.recipe import Model
+from pipeline.models.baseline import BaselineNetwork
+from pipeline.models.efficient import EfficientNetwork
+from pipeline.models.expert import ExpertNetwork
+from pipeline.models.improved import ImprovedNetwork
+from pipeline.models.plain import PlainNetwork
 
 
-def build_network(model: Model, num_classes: int, seed: int) -> nn.Module:
+def build_network(model: recipe.Model, num_classes: int, image_size: int, seed: int) -> nn.Module:
     """A fresh network on the CPU, (N, 3, S, S) float -> (N, num_classes) logits, its weights drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AttentionNetwork(model, num_classes)
+        return _build(model, num_classes, image_size)
+
+
+def _build(model: recipe.Model, num_classes: int, image_size: int) -> nn.Module:
+    match model:
+        case recipe.Attention():
+            return AttentionNetwork(model, num_classes)
+        case recipe.Baseline():
+            return BaselineNetwork(model, num_classes, image_size)
+        case recipe.Efficient():
+            return EfficientNetwork(model, num_classes)
+        case recipe.Expert():
+            return ExpertNetwork(model, num_classes)
+        case recipe.Improved():
+            return ImprovedNetwork(model, num_classes, image_size)
+        case recipe.Plain():
+            return PlainNetwork(model, num_classes, image_size)
 
 
 def num_parameters(network: nn.Module) -> int:
     """How many trainable numbers the network has."""
     return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def receptive_field(features: nn.Module, image_size: int = 128) -> int:
+    """Side in pixels of the square that one place of `features`' output depends on; exact where below `image_size`.
+
+    Reads it off the gradient: with positive weights and a positive image nothing cancels, batch norm in evaluation
+    mode is a positive scale, and maxima are made averages, which see all of their window.
+    """
+    network = copy.deepcopy(features).double().eval()
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, 1 / 64)
+    network = _without_maxima(network)
+    image = torch.ones(1, 3, image_size, image_size, dtype=torch.float64, requires_grad=True)
+    output: Tensor = network(image)
+    output[0, :, output.shape[2] // 2, output.shape[3] // 2].sum().backward()
+    assert image.grad is not None
+    columns = image.grad[0].sum((0, 1)).nonzero().flatten()
+    return int(columns[-1] - columns[0]) + 1  # dilated convolutions leave gaps
+
+
+def _without_maxima(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        if isinstance(child, nn.MaxPool2d):
+            setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride))
+        else:
+            _without_maxima(child)
+    return module

@@ -71,7 +71,7 @@ def train(
     started = time.perf_counter()
 
     with _reproducible(settings.deterministic, device):
-        network = build_network(recipe.model, len(data.classes), settings.seed)
+        network = build_network(recipe.model, len(data.classes), data.image_size, settings.seed)
         network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         average = WeightAverage(network, settings.ema_decay) if settings.ema_decay else None
         judged = average.network if average else network

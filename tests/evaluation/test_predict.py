@@ -15,7 +15,7 @@ MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
 
 
 def test_logits_are_those_of_the_normalised_images_in_evaluation_mode() -> None:
-    network = build_network(Attention(widths=(4, 8), reduction=4), 5, seed=0).train()
+    network = build_network(Attention(widths=(4, 8), reduction=4), 5, 8, seed=0).train()
     images = torch.randint(0, 256, (23, 3, 8, 8), dtype=torch.uint8)
     logits = predict_logits(network, images, MEAN, STD, "fp32", batch_size=10)
     assert network.training, "the mode is put back"

@@ -11,7 +11,7 @@ from pipeline.recipe import Attention
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
-    return build_network(Attention(), 10, seed=0)
+    return build_network(Attention(), 10, 32, seed=0)
 
 
 def test_it_has_at_most_the_published_parameters(network: nn.Module) -> None:
@@ -31,7 +31,7 @@ def test_it_is_built_as_described(network: AttentionNetwork) -> None:
 
 @pytest.mark.parametrize(("size", "classes"), [(16, 10), (32, 10), (33, 2), (64, 100)])
 def test_it_takes_any_size_and_number_of_classes(size: int, classes: int) -> None:
-    network = build_network(Attention(), classes, seed=0).eval()
+    network = build_network(Attention(), classes, size, seed=0).eval()
     assert network(torch.randn(2, 3, size, size)).shape == (2, classes)
 
 
@@ -59,10 +59,10 @@ def test_spatial_attention_weighs_places_from_both_poolings() -> None:
 
 def test_the_seed_alone_draws_the_weights() -> None:
     torch.manual_seed(1)
-    first = build_network(Attention(), 10, seed=3)
+    first = build_network(Attention(), 10, 32, seed=3)
     state = torch.get_rng_state()
-    second = build_network(Attention(), 10, seed=3)
+    second = build_network(Attention(), 10, 32, seed=3)
     assert torch.equal(torch.get_rng_state(), state), "building must not disturb the global random state"
-    other = build_network(Attention(), 10, seed=4)
+    other = build_network(Attention(), 10, 32, seed=4)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.stem[0].weight, other.stem[0].weight)

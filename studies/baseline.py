@@ -1,0 +1,41 @@
+"""How far does a small, shallow network get, if only it is trained well?
+
+Question: which augmentation, optimizer and schedule give system 001's reference network (published with
+about 68.5 % test accuracy, macro-F1 69 %) its best validation accuracy in 20 epochs?
+Command:  make study NAME=baseline
+Cost and result: see README.md beside this file.
+"""
+
+from optuna import Trial
+
+from pipeline.recipe import parse_recipe
+from pipeline.search.spaces import ask_augmentation, ask_optimizer, ask_schedule
+from pipeline.search.study import Study, Variant
+
+# Published: a compact network, SGD. Filled in with the usual values: its sizes, the rate, momentum, batch size, length.
+BASE = parse_recipe(
+    {
+        "model": {"network": "baseline"},
+        "augmentation": {"crop_padding": 0, "horizontal_flip": 0},
+        "optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.9, "weight_decay": 0},
+        "schedule": {"name": "constant"},
+        "training": {"epochs": 20, "batch_size": 128},
+    }
+)
+
+
+def space(trial: Trial) -> None:
+    """Augmentation, optimizer and schedule; a constant rate is what the system has."""
+    ask_augmentation(trial)
+    ask_optimizer(trial, weight_decays=(0, 1e-5, 1e-4, 1e-3, 1e-2))
+    ask_schedule(trial, kinds=("constant", "cosine", "one_cycle", "step"))
+
+
+STUDY = Study(
+    question=__doc__.splitlines()[0],
+    base=BASE,
+    space=space,
+    objective="val/accuracy",
+    trials=30,
+    variants={"digits": Variant(changes={"training.epochs": 9, "training.batch_size": 64}, trials=12)},
+)

@@ -1,0 +1,51 @@
+"""Are its author's lessons true: rotation hurts, dropout in convolutions hurts, more is not better?
+
+Question: which augmentation, optimizer, schedule and place of dropout give system 004 (published with about
+89 % test accuracy after 60 epochs) its best validation accuracy?
+Command:  make study NAME=plain
+Cost and result: see README.md beside this file.
+"""
+
+from optuna import Trial
+
+from pipeline.recipe import parse_recipe
+from pipeline.search.spaces import ask_augmentation, ask_optimizer, ask_schedule
+from pipeline.search.study import Study, Variant
+
+# The published recipe: no schedule, no weight decay. Its strengths are not published.
+BASE = parse_recipe(
+    {
+        "model": {"network": "plain", "widths": (32, 64, 128, 256), "dropout": 0.1, "convolution_dropout": 0},
+        "augmentation": {
+            "crop_padding": 4,
+            "crop_mode": "constant",
+            "horizontal_flip": 0.5,
+            "brightness": 0.2,
+            "contrast": 0.2,
+            "saturation": 0.2,
+            "erasing": 0.25,
+        },
+        "optimizer": {"name": "adam", "lr": 1e-3, "weight_decay": 0},
+        "schedule": {"name": "constant"},
+        "training": {"epochs": 60, "batch_size": 128},
+    }
+)
+
+
+def space(trial: Trial) -> None:
+    """Augmentation, optimizer and schedule, and where dropout stands; whether more epochs help, EPOCHS= asks."""
+    ask_augmentation(trial)
+    ask_optimizer(trial, weight_decays=(0, 1e-5, 1e-4, 1e-3, 1e-2))
+    ask_schedule(trial, kinds=("constant", "cosine", "one_cycle", "step"))
+    trial.suggest_float("model.convolution_dropout", 0, 0.2, step=0.1)
+    trial.suggest_float("model.dropout", 0, 0.5, step=0.1)
+
+
+STUDY = Study(
+    question=__doc__.splitlines()[0],
+    base=BASE,
+    space=space,
+    objective="val/accuracy",
+    trials=30,
+    variants={"digits": Variant(changes={"training.epochs": 9, "training.batch_size": 64}, trials=12)},
+)

@@ -1,0 +1,137 @@
+"""The networks of systems 000, 001, 002 and 004 are those that their systems describe."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import recipe
+from pipeline.models.build import build_network, num_parameters, receptive_field
+from pipeline.models.efficient import EfficientNetwork
+from pipeline.models.expert import ExpertBlock, ExpertNetwork
+from pipeline.models.layers import conv_bn_relu
+
+EVERY = [recipe.Baseline(), recipe.Efficient(), recipe.Expert(), recipe.Improved(), recipe.Plain(), recipe.Attention()]
+each = pytest.mark.parametrize("model", EVERY, ids=lambda model: model.network)
+
+
+def layers(network: nn.Module, kind: type) -> list:
+    return [module for module in network.modules() if isinstance(module, kind)]
+
+
+@each
+@pytest.mark.parametrize(("size", "classes"), [(8, 10), (16, 3), (32, 10), (45, 2)])
+def test_input_size_and_classes_come_from_the_data(model: recipe.Model, size: int, classes: int) -> None:
+    network = build_network(model, classes, size, seed=0).eval()
+    assert network(torch.randn(2, 3, size, size)).shape == (2, classes)
+
+
+@each
+def test_a_smaller_image_than_the_network_can_halve_is_not_a_recipe(model: recipe.Model) -> None:
+    smallest = max(2**model.halvings, 8)
+    network = build_network(model, 10, smallest, seed=0).eval()
+    assert network(torch.randn(1, 3, smallest, smallest)).isfinite().all()
+
+
+@each
+def test_every_parameter_gets_a_gradient(model: recipe.Model) -> None:
+    network = build_network(model, 10, 32, seed=0)
+    network(torch.randn(8, 3, 32, 32)).square().sum().backward()
+    assert not [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+@each
+def test_the_seed_draws_the_weights(model: recipe.Model) -> None:
+    first, second = (build_network(model, 10, 32, seed=3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        (recipe.Baseline(), 136_874),
+        (recipe.Improved(), 814_570),
+        (recipe.Efficient(), 774_010),
+        (recipe.Plain(), 429_866),
+        (recipe.Expert(), 1_786_905),
+    ],
+    ids=lambda value: getattr(value, "network", ""),
+)
+def test_sizes_are_known(model: recipe.Model, parameters: int) -> None:
+    assert num_parameters(build_network(model, 10, 32, seed=0)) == parameters
+
+
+def test_improved_has_its_stages_and_its_head() -> None:
+    network = build_network(recipe.Improved(), 10, 32, seed=0)
+    assert [c.out_channels for c in layers(network, nn.Conv2d)] == [32, 32, 64, 64, 128, 128]
+    assert [(f.in_features, f.out_features) for f in layers(network, nn.Linear)] == [(2048, 256), (256, 10)]
+    assert [d.p for d in layers(network, nn.Dropout)] == [0.5, 0.5]
+    assert len(layers(network, nn.MaxPool2d)) == 3
+    weight = layers(network, nn.Conv2d)[5].weight
+    assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02), "Kaiming"
+
+
+def test_efficient_is_small_wide_sighted_dilated_separable_and_residual() -> None:
+    network = build_network(recipe.Efficient(), 10, 32, seed=0)
+    assert isinstance(network, EfficientNetwork)
+    assert num_parameters(network) < 1_000_000
+    assert receptive_field(network.features) == 46
+    assert [c.dilation for c in layers(network, nn.Conv2d)].count((2, 2)) == 2
+    assert sum(c.groups == c.in_channels > 1 for c in layers(network, nn.Conv2d)) == 4
+    assert {d.p for d in layers(network, nn.Dropout)} == {0.03}
+    assert [f.in_features for f in layers(network, nn.Linear)] == [192], "global average pooling"
+
+
+def test_plain_has_four_blocks_and_no_global_pooling() -> None:
+    network = build_network(recipe.Plain(), 10, 32, seed=0)
+    kinds = [type(layer).__name__ for layer in network.features if not isinstance(layer, nn.Dropout2d)]
+    block = ["Conv2d", "BatchNorm2d", "ReLU"]
+    assert kinds == block + 3 * [*block, "MaxPool2d"]
+    assert network.classifier.in_features == 256 * 4 * 4
+    assert network.dropout.p == 0.1
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), 3),
+        (nn.Sequential(*conv_bn_relu(3, 4), *conv_bn_relu(4, 4)), 5),
+        (nn.Sequential(nn.Conv2d(3, 4, 3, padding=2, dilation=2)), 5),
+        (nn.Sequential(*conv_bn_relu(3, 4), nn.MaxPool2d(2), *conv_bn_relu(4, 4)), 8),
+        (nn.Sequential(nn.Conv2d(3, 4, 7, 2, 3), nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 4, 3, padding=1)), 19),
+        (nn.Sequential(*[layer for i in range(5) for layer in conv_bn_relu(3 if i == 0 else 4, 4)]), 11),
+    ],
+)
+def test_the_receptive_field_of_known_networks(features: nn.Module, expected: int) -> None:
+    """By the recurrence r += (kernel - 1) * dilation * jump; the fifth is ResNet's stem and one convolution."""
+    assert receptive_field(features) == expected
+
+
+@pytest.fixture
+def block() -> ExpertBlock:
+    torch.manual_seed(0)
+    return ExpertBlock(6, 8, branches=3, reduction=2)
+
+
+def test_experts_weights_sum_to_one_and_differ_by_image(block: ExpertBlock) -> None:
+    weights = block.mixing_weights(torch.randn(16, 6, 9, 9) * 3)
+    torch.testing.assert_close(weights.sum(1), torch.ones(16))
+    assert weights.std(0).min() > 1e-3
+
+
+def test_mixing_kernels_equals_mixing_outputs_and_the_naive_sum(block: ExpertBlock) -> None:
+    x = torch.randn(5, 6, 9, 9)
+    weights = block.mixing_weights(x)
+    kernels = block.branches.weight.view(3, 8, 6, 3, 3)
+    naive = sum(nn.functional.conv2d(x, kernels[k], padding=1) * weights[:, k, None, None, None] for k in range(3))
+    torch.testing.assert_close(block.mixed_outputs(x, weights), naive)
+    torch.testing.assert_close(block.mixed_kernels(x, weights), naive)
+
+
+def test_every_branch_of_every_expert_gets_a_gradient() -> None:
+    network = build_network(recipe.Expert(), 10, 32, seed=0)
+    assert isinstance(network, ExpertNetwork)
+    network(torch.randn(8, 3, 32, 32)).square().sum().backward()
+    for block in layers(network, ExpertBlock):
+        gradient = block.branches.weight.grad.unflatten(0, (block.num_branches, -1))
+        assert (gradient.flatten(1).abs().sum(1) > 0).all()
+        assert block.expert[2].weight.grad.any()
