@@ -1,13 +1,16 @@
 """The command line: parse, call, print. Exit codes: 0 done, 1 a bug, 2 bad input, 3 no data, 130 interrupted."""
 
+import contextlib
 import itertools
 import json
 import logging
 import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -248,7 +251,8 @@ def ui(
             console.print(
                 f"MLflow UI on http://{mlflow_ui.HOST}:{port}, this machine only; Ctrl-C ends it", highlight=False
             )
-            server.wait()
+            with contextlib.suppress(KeyboardInterrupt):
+                server.wait()
     finally:
         if server:
             mlflow_ui.stop_server(server)
@@ -261,8 +265,15 @@ def _links(tracker: "MlflowTracker", study: "StudyRuns", port: int) -> dict[str,
     return study_links(base, study.experiment, study.objective, study.view, tracker.best_run_ids(study, 10))
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run a command; the user's faults are printed as lines, ours as a traceback."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # under nohup a hang-up is to be ignored
+            signal.signal(number, _interrupt)  # or what we started, as the UI's server, would outlive us
     try:
         app(standalone_mode=True)
     except UserError as error:

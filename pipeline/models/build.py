@@ -15,5 +15,5 @@ def build_network(model: Model, num_classes: int, seed: int) -> nn.Module:
 
 
 def num_parameters(network: nn.Module) -> int:
-    """How many trainable numbers the network has."""
-    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+    """How many learnt numbers the network has; batch norm's running statistics are none."""
+    return sum(p.numel() for p in network.parameters())

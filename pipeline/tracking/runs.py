@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# A server that doesn't answer is reported within half a minute; MLflow's own patience is 4 minutes a call.
+# A server that refuses is reported after 13 s, a silent one after 2 minutes; MLflow's own patience is 4 minutes a call.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; PostgreSQL's own is 2 minutes
 
 import mlflow
 from filelock import FileLock
@@ -157,16 +158,17 @@ class MlflowTracker:
 
     def open_study(self, name: str, note: str, objective: str, params: Sequence[str]) -> "MlflowRun":
         """The study's parent run, RUNNING: the one it had before, or a new one; `params` are those that it searches."""
-        experiment = self.experiment(name)
         key, view = shared_view(objective, params)
-        self.client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{key}", view)
         tags = {"study": name, "role": "study", "objective": objective, "view": key, "mlflow.note.content": note}
-        found = self.client.search_runs([experiment], "tags.role = 'study'", max_results=1)
-        if found:
-            run_id = found[0].info.run_id
-            self.client.update_run(run_id, status="RUNNING")
-        else:
-            run_id = self.client.create_run(experiment, tags=_provenance() | tags, run_name=name).info.run_id
+        with self._lock:  # two commands at once would each make the parent
+            experiment = self.experiment(name)
+            self.client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{key}", view)
+            found = self.client.search_runs([experiment], "tags.role = 'study'", max_results=1)
+            if found:
+                run_id = found[0].info.run_id
+                self.client.update_run(run_id, status="RUNNING")
+            else:
+                run_id = self.client.create_run(experiment, tags=_provenance() | tags, run_name=name).info.run_id
         return MlflowRun(self.client, run_id)
 
     @contextlib.contextmanager
@@ -209,8 +211,8 @@ class MlflowTracker:
         for experiment in self.client.search_experiments(max_results=1000):
             parents = self.client.search_runs([experiment.experiment_id], "tags.role = 'study'", max_results=1)
             if parents:
-                tags = parents[0].data.tags
-                ended = parents[0].info.end_time or float("inf")
+                tags, info = parents[0].data.tags, parents[0].info
+                ended = float("inf") if info.status == "RUNNING" else info.end_time  # one opened again has both
                 found.append(
                     (ended, StudyRuns(tags["study"], experiment.experiment_id, tags["objective"], tags.get("view")))
                 )
