@@ -261,7 +261,7 @@ def ui(
 def _links(tracker: "MlflowTracker", study: "StudyRuns", port: int) -> dict[str, str]:
     from pipeline.tracking.ui import HOST, study_links
 
-    base = tracker.uri.rstrip("/") if tracker.is_remote else f"http://{HOST}:{port}"
+    base = re.sub("//[^/]*@", "//", tracker.uri).rstrip("/") if tracker.is_remote else f"http://{HOST}:{port}"
     return study_links(base, study.experiment, study.objective, study.view, tracker.best_run_ids(study, 10))
 
 

@@ -37,7 +37,7 @@ def open_storage(home: Path, url: str | None = None) -> RDBStorage:
     except ImportError:
         raise UserError(f"STORAGE {public_uri(url)}: needs a driver; .venv/bin/pip install -e '.[postgres]'") from None
     except Exception as error:  # whatever a driver raises: the address is the user's
-        reason = str(error).splitlines()[0][:200]
+        reason = public_uri(str(error).splitlines()[0][:200])
         raise UserError(
             f"STORAGE {public_uri(url)}: can't be opened ({reason}); leave it out for mlruns/optuna.db"
         ) from None

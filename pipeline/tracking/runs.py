@@ -51,7 +51,6 @@ _STATUS = {
     State.FAILED: "FAILED",
     State.INTERRUPTED: "KILLED",
 }
-_BATCH_LIMIT = 1000  # metrics that a store takes at once
 _TAG_LIMIT = 5000  # characters; MLflow cuts longer ones silently
 
 
@@ -265,9 +264,7 @@ class MlflowRun:
         if bad:
             raise ValueError(f"not a finite number: {', '.join(bad)}")
         now = int(time.time() * 1000)
-        points = [Metric(name, value, now, step) for name, value in metrics.items()]
-        for start in range(0, len(points), _BATCH_LIMIT):  # three scores per class add up where there are many
-            self._client.log_batch(self.id, metrics=points[start : start + _BATCH_LIMIT])
+        self._client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
 
     def log_files(self, folder: Path) -> None:
         """See Run."""

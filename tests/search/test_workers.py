@@ -259,7 +259,7 @@ def test_a_storage_that_cannot_be_opened_is_one_line_without_its_password(tmp_pa
         open_storage(tmp_path, "postgresql://me:secret@127.0.0.1:9/none")
     assert len(caught.value.lines) == 1
     assert "secret" not in caught.value.lines[0]
-    assert caught.value.lines[0].startswith("STORAGE postgresql+psycopg://me:***@127.0.0.1:9/none: can't be opened")
+    assert caught.value.lines[0].startswith("STORAGE postgresql+psycopg://***@127.0.0.1:9/none: can't be opened")
 
 
 def test_several_first_starts_at_once_make_one_study(tmp_path: Path) -> None:
