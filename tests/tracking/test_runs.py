@@ -250,7 +250,7 @@ def test_a_study_opened_again_goes_on_with_its_parent_run(tracker: MlflowTracker
     first = tracker.open_study("again-v1-digits", "Which rate is best?", "val/f1_macro", ["optimizer.lr"])
     first.end(State.INTERRUPTED)
     assert stored(tracker, first.id).info.status == "KILLED"
-    second = tracker.open_study("again-v1-digits", "Which rate is best?", "val/f1_macro", ["optimizer.lr"])
+    second = tracker.open_study("again-v1-digits", "Which rate is best?", "val/f1_macro", ["optimizer.lr"], first.id)
     found = stored(tracker, second.id)
     assert second.id == first.id
     assert found.info.status == "RUNNING"
@@ -260,17 +260,26 @@ def test_a_study_opened_again_goes_on_with_its_parent_run(tracker: MlflowTracker
     assert f"mlflow.sharedViewState.{found.data.tags['view']}" in experiment.tags
     second.end(State.FINISHED)
     assert stored(tracker, second.id).info.status == "FINISHED"
+    stranger = tracker.open_study("again-v1-digits", "Which rate is best?", "val/f1_macro", ["optimizer.lr"])
+    assert stranger.id != first.id, "another store's study of this name"
+    stranger.end(State.FINISHED)
+    tracker.client.delete_run(first.id)
+    fresh = tracker.open_study("again-v1-digits", "Which rate is best?", "val/f1_macro", ["optimizer.lr"], first.id)
+    assert fresh.id not in (first.id, stranger.id)
+    fresh.end(State.FINISHED)
 
 
 def test_the_studies_of_a_store_are_listed_the_last_one_run_first(tmp_path: Path) -> None:
     tracker = MlflowTracker(tmp_path)
     assert tracker.studies() == []
+    parents = {}
     for name in ("a-v1-digits", "b-v1-digits", "c-v1-digits"):
-        tracker.open_study(name, "Why?", "val/accuracy", []).end(State.FINISHED)
+        parents[name] = tracker.open_study(name, "Why?", "val/accuracy", [])
+        parents[name].end(State.FINISHED)
         time.sleep(0.01)  # MLflow counts milliseconds
     tracker.experiment("no-study")
     assert [study.name for study in tracker.studies()] == ["c-v1-digits", "b-v1-digits", "a-v1-digits"]
-    reopened = tracker.open_study("a-v1-digits", "Why?", "val/accuracy", [])
+    reopened = tracker.open_study("a-v1-digits", "Why?", "val/accuracy", [], parents["a-v1-digits"].id)
     assert [study.name for study in tracker.studies()] == ["a-v1-digits", "c-v1-digits", "b-v1-digits"]
     reopened.end(State.FINISHED)
     assert [study.name for study in tracker.studies()] == ["a-v1-digits", "c-v1-digits", "b-v1-digits"]
@@ -311,7 +320,7 @@ def test_runs_are_closed_where_their_trials_are_dead_and_only_there(
 
         dead, alive = run(parent, "left-v1-digits", 1), run(parent, "left-v1-digits", 2)
         elsewhere = run(other, "other-v1-digits", 1)
-        tracker.close_abandoned("left-v1-digits", alive={2})
+        tracker.close_abandoned(parent.id, abandoned=(), alive={2})
         closed = stored(tracker, dead)
         assert (closed.info.status, closed.data.tags["state"]) == ("KILLED", "interrupted")
         assert closed.data.tags["reason"] == "its process is gone"
@@ -337,11 +346,12 @@ def open_at_once(home: Path, together: Barrier, number: int, parents: Any) -> No
     together.wait(60)
     tracker = MlflowTracker(home)
     together.wait(60)
-    parents.put(tracker.open_study("shared-v1-digits", "Why?", "val/accuracy", []).id)
+    tracker.open_study("shared-v1-digits", "Why?", "val/accuracy", []).end(State.FINISHED)
+    parents.put(tracker.experiment("shared-v1-digits"))
     tracker.open_study(f"own{number}-v1-digits", "Why?", "val/accuracy", []).end(State.FINISHED)
 
 
-def test_processes_that_open_a_fresh_store_at_once_all_succeed_and_share_their_study(tmp_path: Path) -> None:
+def test_processes_that_open_a_fresh_store_at_once_all_succeed_and_share_an_experiment(tmp_path: Path) -> None:
     # The server of forks imports once for all four, so that they start within milliseconds of each other.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.tracking.runs"])
