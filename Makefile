@@ -6,12 +6,20 @@ BIN := .venv/bin
 READY := .venv/ready
 
 quoted = '$(subst ','\'',$(value $(1)))'
-option = $(if $(value $(1)),--$(2)=$(call quoted,$(1)))
-typed = $(if $(filter command line,$(origin $(1))),$(call quoted,$(1)))
+# What the command line says; of what is exported only DATA_DIR, as names like VERSION mean other things elsewhere.
+typed = $(if $(value $(1)),$(if $(filter command line,$(origin $(1)))$(filter DATA_DIR,$(1)),$(call quoted,$(1))))
+option = $(if $(call typed,$(1)),--$(2)=$(call typed,$(1)))
 unexport NAME TRIALS EPOCHS TIMEOUT DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT
 
 STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout DATASET:dataset DATA_DIR:data-dir DEVICE:device SEED:seed \
   VERSION:version STORAGE:storage TRACKING_URI:tracking-uri SET:set
+
+# A mistyped variable would silently run something else.
+KNOWN := NAME PORT PYTHON $(foreach o,$(STUDY_OPTIONS),$(firstword $(subst :, ,$(o))))
+UNKNOWN := $(strip $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(filter-out $(KNOWN),$(v)))))
+ifneq ($(filter-out -%,$(UNKNOWN)),)
+$(error no such variable: $(UNKNOWN) (there are $(KNOWN)))
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup study ui test check format

@@ -1,13 +1,14 @@
 """The command line: parse, call, print. Exit codes: 0 done, 1 a bug, 2 bad input, 3 no data, 130 interrupted."""
 
-import itertools
+import contextlib
 import json
 import logging
 import os
 import re
-import shlex
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -63,7 +64,7 @@ class StudyOptions(BaseModel):
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
             raise ValueError("should be auto, cpu, cuda or cuda:N")
         return value
 
@@ -102,9 +103,10 @@ def study(
 ) -> None:
     """Run a study, or go on with it: search, train, track, and show the best trials."""
     typed = {"trials": trials, "epochs": epochs, "timeout": timeout, "seed": seed, "version": version, "device": device}
-    search = _resolve(name, {key: value for key, value in typed.items() if value is not None}, dataset, change or [])
-    if storage and storage == tracking_uri:
-        raise UserError("STORAGE and TRACKING_URI are the same database: Optuna and MLflow need one each")
+    faults = _database_faults(storage, tracking_uri)
+    search = _resolve(
+        name, {key: text for key, text in typed.items() if text is not None}, dataset, change or [], faults
+    )
 
     from pipeline.console import StudyView
     from pipeline.data.datasets import load
@@ -115,7 +117,8 @@ def study(
     from pipeline.tracking.runs import MlflowTracker
 
     where = _device(device)
-    data = prepare(load(search.base.data.dataset, search.base.data.image_size, data_dir), search.base.data, where)
+    images = load(search.base.data.dataset, search.base.data.image_size, data_dir.expanduser())
+    data = prepare(images, search.base.data, where)
     tracker = MlflowTracker(HOME, tracking_uri)
     console = Console()
     console.print(
@@ -134,45 +137,56 @@ def study(
     _finish(console, search, done, tracker)
 
 
-def _resolve(name: str, typed: dict[str, Any], dataset: str | None, change: list[str]) -> "Search":
-    """A study with the options applied; UserError with every fault, before anything starts."""
+def _database_faults(storage: str | None, tracking_uri: str | None) -> list[str]:
+    """One line for each database that can't be meant, before anything is made."""
+    lines = []
+    if HOME.exists() and not HOME.is_dir():
+        lines.append(f"{HOME.resolve()}: is a file: must be a folder, where runs are kept; move it away")
+    if odd := sorted(set(str(HOME.resolve())) & set("%?#")):
+        lines.append(
+            f"{HOME.resolve()}: has {' '.join(odd)} in it, which database addresses can't hold; use another folder"
+        )
+    paths = []
+    for variable, uri, default in (("STORAGE", storage, "optuna.db"), ("TRACKING_URI", tracking_uri, "mlflow.db")):
+        if uri in ("sqlite://", "sqlite:///:memory:"):
+            lines.append(f"{variable} {uri}: keeps nothing when the command ends; name a file, or leave it out")
+        path = f"sqlite:///{HOME / default}" if uri is None else uri
+        paths.append(str(Path(path[10:]).resolve()) if path.startswith("sqlite:///") else path)
+    if paths[0] == paths[1]:
+        lines.append("STORAGE and TRACKING_URI: are the same database; Optuna and MLflow need one each")
+    return lines
+
+
+def _resolve(name: str, typed: dict[str, Any], dataset: str | None, change: list[str], lines: list[str]) -> "Search":
+    """A study with the options applied; UserError with every fault, those in `lines` too, before anything starts."""
     from pipeline.search.study import Search, load_study
 
     definition = load_study(name)
-    lines: list[str] = []
+    options = StudyOptions()
     try:
         options = StudyOptions.model_validate(typed)
     except ValidationError as error:
-        lines = [re.sub(r"^\w+", lambda option: option[0].upper(), line) for line in validation_lines(error)]
-        options = StudyOptions()
+        lines = lines + [re.sub(r"^\w+", lambda option: option[0].upper(), line) for line in validation_lines(error)]
+    assigned, faults = _assignments(change)
+    lines = lines + faults
 
     from pipeline.data.datasets import default_image_size
 
     base, trials = definition.base, definition.trials
     changes: dict[str, Any] = {}
-    if dataset is not None:
-        changes["data.dataset"] = dataset
-    chosen = dataset or base.data.dataset
+    chosen = dataset or str(assigned.get("data.dataset", base.data.dataset))
+    changes["data.dataset"] = chosen
     if chosen != base.data.dataset and (size := default_image_size(chosen)):
         changes["data.image_size"] = size
     if variant := definition.variants.get(chosen):
         changes |= variant.changes
         trials = variant.trials
-    changes |= {
-        field: value
-        for field, value in (("training.epochs", options.epochs), ("training.seed", options.seed))
-        if value is not None
-    }
-    for assignment in itertools.chain.from_iterable(shlex.split(text) for text in change):
-        field, equals, value = assignment.partition("=")
-        if not equals:
-            lines.append(f"--set {assignment}: should be FIELD=VALUE, e.g. training.batch_size=256")
-        else:
-            changes[field] = _parsed(value)
+    typed_fields = {"training.epochs": options.epochs, "training.seed": options.seed}
+    changes |= {field: value for field, value in typed_fields.items() if value is not None} | assigned
     try:
         base = base.changed(changes)
     except UserError as error:
-        lines += error.lines
+        lines = lines + error.lines
     if lines:
         raise UserError(lines)
     search = Search(
@@ -187,22 +201,32 @@ def _resolve(name: str, typed: dict[str, Any], dataset: str | None, change: list
     return search
 
 
-def _parsed(value: str) -> Any:
-    """JSON where it is, else the word itself."""
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value
+def _assignments(texts: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """`a.b=1 c.d=[4, 8]` as fields and values (JSON where it is, else the word itself), and a line for each fault."""
+    assigned, lines = {}, []
+    for text in texts:
+        for assignment in re.split(r"\s+(?=[\w.]+=)", text.strip()):
+            field, equals, value = assignment.partition("=")
+            if not equals:
+                lines.append(f"SET {assignment}: should be FIELD=VALUE, e.g. training.batch_size=256")
+                continue
+            try:
+                assigned[field] = json.loads(value)
+            except (ValueError, RecursionError):
+                assigned[field] = value
+    return assigned, lines
 
 
 def _device(name: str) -> "torch.device":
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"DEVICE {name}: torch sees {torch.cuda.device_count()} GPUs here; DEVICE=cpu trains without")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or streams and events are those of the first GPU
     return device
 
 
@@ -212,10 +236,12 @@ def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "
     from pipeline.search.study import best_trials
 
     if not best_trials(done):
-        raise UserError(f"no trial of {done.study_name} was completed: the reasons are above, and in the UI (make ui)")
+        console.print("no trial was completed: the lines above say why; make ui shows what there is", highlight=False)
+        raise typer.Exit(1)
     print_best_trials(console, done, search)
     links = next(_links(tracker, study, UI_PORT) for study in tracker.studies() if study.name == done.study_name)
-    commands = [] if tracker.is_remote else [("open the UI", "make ui")]
+    elsewhere = "" if tracker.uri.endswith(str(HOME.resolve() / "mlflow.db")) else " TRACKING_URI=..."
+    commands = [] if tracker.is_remote else [("open the UI", f"make ui{elsewhere}")]
     print_links(console, "Next:", commands + [(f"see the {what}", link) for what, link in links.items()])
 
 
@@ -235,7 +261,9 @@ def ui(
     if tracking_uri is None and not (HOME / "mlflow.db").exists():
         raise UserError(f"no runs yet in {HOME}: make study NAME=attention DATASET=digits makes some")
     tracker = MlflowTracker(HOME, tracking_uri)
-    studies = [study for study in tracker.studies() if name is None or study.name.startswith(f"{name}-v")]
+    studies = [
+        study for study in tracker.studies() if name is None or re.match(rf"{re.escape(name)}-v\d+-", study.name)
+    ]
     if name and not studies:
         known = sorted(study.name for study in tracker.studies())
         raise UserError(f"no study {name} in the tracking store; there: {', '.join(known) or 'none'}")
@@ -248,7 +276,9 @@ def ui(
             console.print(
                 f"MLflow UI on http://{mlflow_ui.HOST}:{port}, this machine only; Ctrl-C ends it", highlight=False
             )
-            server.wait()
+            with contextlib.suppress(KeyboardInterrupt):
+                server.wait()
+                raise UserError(f"the MLflow server ended by itself: {HOME / 'server.log'} may say why")
     finally:
         if server:
             mlflow_ui.stop_server(server)
@@ -257,12 +287,19 @@ def ui(
 def _links(tracker: "MlflowTracker", study: "StudyRuns", port: int) -> dict[str, str]:
     from pipeline.tracking.ui import HOST, study_links
 
-    base = tracker.uri.rstrip("/") if tracker.is_remote else f"http://{HOST}:{port}"
+    base = re.sub("//[^/]*@", "//", tracker.uri).rstrip("/") if tracker.is_remote else f"http://{HOST}:{port}"
     return study_links(base, study.experiment, study.objective, study.view, tracker.best_run_ids(study, 10))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run a command; the user's faults are printed as lines, ours as a traceback."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # under nohup a hang-up is to be ignored
+            signal.signal(number, _interrupt)  # or what we started, as the UI's server, would outlive us
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from pipeline.experiment import Outcome
 from pipeline.recipe import KIND, Recipe
+from pipeline.search.storage import num_finished
 from pipeline.search.study import Search, best_trials
 from pipeline.training.loop import EpochReport
 
@@ -48,8 +49,8 @@ class StudyView:
         if self._finished_before is None:
             self._finished_before = finished
         states = [trial.state for trial in study.get_trials(deepcopy=False)]
-        pruned, complete = states.count(TrialState.PRUNED), states.count(TrialState.COMPLETE)
-        parts = [f"{finished} of {self._search.trials} trials, {pruned} pruned, {finished - pruned - complete} failed"]
+        pruned, failed = states.count(TrialState.PRUNED), finished - states.count(TrialState.COMPLETE)
+        parts = [f"{finished} of {self._search.trials} trials, {pruned} pruned, {failed - pruned} failed"]
         if best := best_trials(study, 1):
             parts.append(f"best {self._search.study.objective} {best[0].value:.4f} (trial {best[0].number})")
         if left := self._time_left(finished):
@@ -120,7 +121,7 @@ class StudyView:
 def print_best_trials(console: Console, study: optuna.Study, search: Search, count: int = 10) -> None:
     """The best trials: score, macro-F1, weakest class and cost, then what the best three change in the control."""
     best = best_trials(study, count)
-    table = Table(title=f"{study.study_name}: best {len(best)} of {len(study.trials)} trials, validation split")
+    table = Table(title=f"{study.study_name}: best {len(best)} of {num_finished(study)} trials, validation split")
     for heading in ("trial", search.study.objective, "macro-F1", "weakest class (F1)", "epochs", "time"):
         table.add_column(heading, justify="left" if heading.startswith("weak") else "right")
     for trial in best:

@@ -164,5 +164,6 @@ def _gallery(data: TrainingData, labels: np.ndarray, probabilities: np.ndarray, 
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """torch raises a plain RuntimeError where the CPU has no more memory."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """torch has an exception for it, but its CPU allocator, cuBLAS and cuDNN raise plain RuntimeErrors."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)

@@ -321,21 +321,33 @@ class Recipe(Section):
         Raises UserError with a line for each fault.
         """
         sections = self.model_dump()
-        lines = [
-            f"{name}: no such field{did_you_mean(name, self.flat())}"
-            for name in changes
-            if name.partition(".")[0] not in sections or not name.partition(".")[2]
-        ]
-        if lines:
-            raise UserError(lines)
+        known = {name: value for name, value in changes.items() if name.partition(".")[0] in sections and "." in name}
+        lines = [f"{name}: no such field" for name in changes if name not in known]
         for name, kind in KIND.items():
-            new = changes.get(f"{name}.{kind}", sections[name][kind])
+            new = known.get(f"{name}.{kind}", sections[name][kind])
             if new != sections[name][kind]:
                 sections[name] = {kind: new}
-        for dotted, value in changes.items():
+        for dotted, value in known.items():
             section, _, field = dotted.partition(".")
             sections[section][field] = value
-        return parse_recipe(sections)
+        try:
+            recipe = parse_recipe(sections)
+        except UserError as error:
+            lines += error.lines
+        if lines:
+            raise UserError([line + self._hint(line) for line in lines])
+        return recipe
+
+    def _hint(self, line: str) -> str:
+        """For a field that isn't there, the one that may be meant: of its section, or of all where there is none."""
+        name, unknown, _ = line.partition(": no such field")
+        if not unknown:
+            return ""
+        section, _, field = name.partition(".")
+        siblings = [other.partition(".")[2] for other in self.flat() if other.startswith(f"{section}.")]
+        if not siblings:
+            return did_you_mean(name, self.flat())
+        return did_you_mean(field, siblings).replace("mean ", f"mean {section}.")
 
     def difference(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
         """Dotted field -> (value here, value there), where they differ; None where a kind has no such field."""

@@ -47,5 +47,5 @@ STUDY = Study(
     space=space,
     objective="val/accuracy",
     trials=30,
-    variants={"digits": Variant(changes={"training.epochs": 9, "training.batch_size": 64}, trials=12)},
+    variants={"digits": Variant(changes={"training.epochs": 8, "training.batch_size": 64}, trials=10)},
 )

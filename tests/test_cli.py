@@ -193,13 +193,33 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
             ["TRIALS = 0:", "EPOCHS = x:", "TIMEOUT = -1:", "SEED = -1:", "DEVICE = gpu: should be auto, cpu, cuda"],
         ),
         (
-            ["study", "attention", "--set", "optimizer.lr=-1 training.epochs=0 model.network=vgg loss=3 lr"],
-            ["loss: no such field", "--set lr: should be FIELD=VALUE"],
+            [
+                *(
+                    "study",
+                    "attention",
+                    "--set",
+                    "optimizer.lr=-1 training.epoch=0 loss=3",
+                    "--set",
+                    "lr",
+                    "--trials",
+                    "0",
+                ),
+                *("--storage", "sqlite:///mlruns/mlflow.db"),
+            ],
+            [
+                *("loss: no such field", "SET lr: should be FIELD=VALUE", "optimizer.lr = -1:", "TRIALS = 0:"),
+                "training.epoch: no such field (did you mean training.epochs?)",
+                "are the same database",
+            ],
         ),
         (
             ["study", "attention", "--set", "optimizer.lr=-1 training.epochs=0 model.network=vgg"],
             ["optimizer.lr = -1:", "training.epochs = 0:", "model.network = vgg:"],
         ),
+        (["study", "attention", "--set", 'model.widths=[4, -8] data.dataset="x'], ["model.widths.1 = -8:"]),
+        (["study", "attention", "--set", "training.seed=" + "9" * 5000], ["training.seed = 999"]),
+        (["study", "attention", "--storage", "sqlite://"], ["STORAGE sqlite://: keeps nothing"]),
+        (["study", "attention", "--device", "cuda:" + "9" * 30], ["should be auto, cpu, cuda or cuda:N"]),
         (["study", "attention", "--dataset", "cifar100"], ["data.dataset = cifar100:"]),
         (
             ["study", "attention", "--set", "optimizer.lr=5"],
@@ -288,6 +308,15 @@ def test_make_study_without_a_name_says_what_to_type(made: Path) -> None:
         done = make(made, "study", **environment)
         assert done.returncode == 2
         assert "which study? make study NAME=attention (in studies/: attention)" in done.stderr
+
+
+def test_make_refuses_a_mistyped_variable_and_ignores_exported_ones(made: Path) -> None:
+    done = make(made, "study", "NAME=attention", "DATSET=digits")
+    assert done.returncode == 2
+    assert "no such variable: DATSET" in done.stderr
+    exported = make(made, "study", "NAME=attention", VERSION="1.2.3", DATA_DIR="/my data").stdout
+    assert "--version" not in exported
+    assert "[--data-dir=/my data]" in exported
 
 
 def test_make_help_lists_every_target_in_one_line_each() -> None:

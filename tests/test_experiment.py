@@ -59,7 +59,9 @@ def finished(
     return tracker, experiment.run(small_recipe, digits, CPU, tracker, "one")
 
 
-def test_every_number_of_a_run_is_logged_once(finished: tuple[Folder, Outcome], digits: TrainingData) -> None:
+def test_every_number_of_a_run_is_logged_once(
+    finished: tuple[Folder, Outcome], digits: TrainingData, small_recipe: Recipe
+) -> None:
     tracker, outcome = finished
     assert tracker.ended == [(State.FINISHED, "")]
     assert outcome.state is State.FINISHED
@@ -71,6 +73,8 @@ def test_every_number_of_a_run_is_logged_once(finished: tuple[Folder, Outcome], 
     per_class = {f"val/{score}/{name}" for score in ("f1", "precision", "recall") for name in digits.classes}
     assert at_the_end - by_epoch == per_class | {"val/ece", "model/parameters", "model/latency_ms", "time/training_s"}
     assert outcome.metrics.keys() == at_the_end
+    counted = sum(p.numel() for p in build_network(small_recipe.model, 10, digits.image_size, seed=0).parameters())
+    assert outcome.metrics["model/parameters"] == counted
 
 
 def test_the_predictions_give_the_scores_back(finished: tuple[Folder, Outcome], digits: TrainingData) -> None:

@@ -85,7 +85,7 @@ def test_all_faults_are_told_at_once_with_field_value_and_rule() -> None:
         ({"lr": 1}, "lr: no such field"),
         ({"optimizer.beta1": 0.9}, "optimizer.beta1: no such field"),
         ({"optimizer.name": "sgdd"}, "optimizer.name = sgdd: not one of sgd, adam, adamw (did you mean sgd?)"),
-        ({"augmentation.rotatoin": 3}, "augmentation.rotatoin: no such field"),
+        ({"augmentation.rotatoin": 3}, "augmentation.rotatoin: no such field (did you mean augmentation.rotation?)"),
         ({"optimizer.lr": float("nan")}, "optimizer.lr = nan: should be a finite number"),
         ({"optimizer.lr": float("inf")}, "optimizer.lr = inf: should be a finite number"),
         ({"schedule.final_fraction": 2}, "schedule.final_fraction = 2: should be less than or equal to 1"),

@@ -270,7 +270,13 @@ def _files_by_class(root: Path) -> dict[str, list[Path]]:
 
 
 def _class_names(split: Path) -> list[str]:
-    return sorted(path.name for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = sorted(path.name for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
+    odd = [name for name in names if any(c < " " or "\ud800" <= c <= "\udfff" for c in name)]
+    if odd:  # bytes that aren't UTF-8 reach us as surrogates, which no file or database takes
+        raise DataError(
+            [f"{split}: class folder {name!a}: rename it, without control characters, in UTF-8" for name in odd]
+        )
+    return names
 
 
 def _image_files(folder: Path) -> list[Path]:

@@ -38,8 +38,8 @@ def _build(model: recipe.Model, num_classes: int, image_size: int) -> nn.Module:
 
 
 def num_parameters(network: nn.Module) -> int:
-    """How many trainable numbers the network has."""
-    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+    """How many learnt numbers the network has; batch norm's running statistics are none."""
+    return sum(p.numel() for p in network.parameters())
 
 
 def receptive_field(features: nn.Module, image_size: int = 128) -> int:

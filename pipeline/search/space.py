@@ -1,6 +1,7 @@
 """What a `space(trial)` function asks for, found out before anything runs."""
 
 import random
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,7 +111,16 @@ def describe(distribution: BaseDistribution) -> str:
 
 
 def _ask(space: Space, trial: ScriptedTrial, base: Recipe, faults: dict[str, None]) -> ScriptedTrial:
-    space(trial)
+    try:
+        space(trial)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"{place.filename}, line {place.lineno}: space: {type(error).__name__}: {error}") from error
+    trial.faults += [
+        f"{name}: the trials of a study share their data, so it can't be searched; --set {name}=... changes it for all"
+        for name in trial.params
+        if name.startswith("data.")
+    ]
     try:
         base.changed(trial.params)
     except UserError as error:

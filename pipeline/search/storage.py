@@ -23,7 +23,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 def open_storage(home: Path, url: str | None = None) -> RDBStorage:
     """`optuna.db` in the home folder, or another database by its SQLAlchemy address; UserError where it can't be opened."""
-    home.mkdir(parents=True, exist_ok=True)
+    way_out = "leave it out for mlruns/optuna.db" if url else "move that file away"
     url = url or f"sqlite:///{home.resolve() / 'optuna.db'}"
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.startswith("sqlite"):
@@ -32,15 +32,14 @@ def open_storage(home: Path, url: str | None = None) -> RDBStorage:
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
         options |= {"pool_size": 1, "max_overflow": 2}
     try:
+        home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / "optuna.lock"):  # first starts at the same time would each create the tables
             return RDBStorage(url, engine_kwargs=options)
     except ImportError:
         raise UserError(f"STORAGE {public_uri(url)}: needs a driver; .venv/bin/pip install -e '.[postgres]'") from None
     except Exception as error:  # whatever a driver raises: the address is the user's
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"STORAGE {public_uri(url)}: can't be opened ({reason}); leave it out for mlruns/optuna.db"
-        ) from None
+        reason = public_uri(str(error).splitlines()[0][:200])
+        raise UserError(f"STORAGE {public_uri(url)}: can't be opened ({reason}); mend it, or {way_out}") from None
 
 
 def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Path) -> optuna.Study:
@@ -73,10 +72,10 @@ def this_worker() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
-def reconcile(study: optuna.Study, tracker: MlflowTracker, home: Path) -> list[int]:
+def reconcile(study: optuna.Study, tracker: MlflowTracker, parent: str, home: Path) -> list[int]:
     """Ask again what a process that is gone left RUNNING, and close the runs; the numbers of those trials.
 
-    Only processes of this machine can be judged here.
+    Only processes of this machine can be judged here. `parent` is the study's run in MLflow.
     """
     with FileLock(home / "optuna.lock"):
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -84,18 +83,20 @@ def reconcile(study: optuna.Study, tracker: MlflowTracker, home: Path) -> list[i
         for trial in abandoned:
             ask_again(study, trial)
             study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-        alive = {trial.number for trial in running} - {trial.number for trial in abandoned}
-        tracker.close_abandoned(study.study_name, alive)
-    return [trial.number for trial in abandoned]
+        numbers = {trial.number for trial in abandoned}
+        tracker.close_abandoned(parent, numbers, {trial.number for trial in running} - numbers)
+    return sorted(numbers)
 
 
 def ask_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> None:
-    """Queue the parameters of a trial that ended through no fault of its own; it no longer counts as finished."""
+    """Queue the parameters of a trial that ended through no fault of its own, once; it no longer counts as finished."""
+    frozen = study._storage.get_trial(trial._trial_id)
     study._storage.set_trial_user_attr(trial._trial_id, "asked_again", True)
-    attributes = {"retry_of": trial.number}
-    if trial.user_attrs.get("control"):
-        attributes["control"] = True
-    study.enqueue_trial(trial.params, user_attrs=attributes)
+    if any(other.user_attrs.get("retry_of") == frozen.number for other in study.get_trials(deepcopy=False)):
+        return
+    attributes = {"retry_of": frozen.number} | ({"control": True} if frozen.user_attrs.get("control") else {})
+    # What was fixed and not asked yet belongs to it too: the space may have been left half-way.
+    study.enqueue_trial(frozen.system_attrs.get("fixed_params", {}) | frozen.params, user_attrs=attributes)
 
 
 def num_finished(study: optuna.Study) -> int:

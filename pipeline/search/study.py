@@ -21,6 +21,7 @@ from pipeline.search.space import Space, control, describe, explore
 if TYPE_CHECKING:  # it brings torch with it, and a wrong name is to be told at once
     from pipeline.data.prepare import TrainingData
 
+OBJECTIVES = ("val/accuracy", "val/f1_macro")
 FOLDER = Path(__file__).resolve().parents[2] / "studies"
 
 
@@ -47,6 +48,21 @@ class Study:
     trials: int
     version: int = 1
     variants: Mapping[str, Variant] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """UserError, a line for each fault."""
+        rules = {
+            "base": (isinstance(self.base, Recipe), "a Recipe, as parse_recipe makes"),
+            "space": (callable(self.space), "a function of a trial"),
+            "objective": (self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}"),
+            "trials": (isinstance(self.trials, int) and self.trials >= 1, "a whole number of at least 1"),
+            "version": (isinstance(self.version, int) and self.version >= 1, "a whole number of at least 1"),
+        }
+        lines = [
+            f"{name} = {getattr(self, name)!r}: must be {rule}" for name, (kept, rule) in rules.items() if not kept
+        ]
+        if lines:
+            raise UserError(lines)
 
 
 @dataclass(frozen=True)
@@ -145,7 +161,7 @@ def load_study(name: str) -> Study:
 def check_same(name: str, stored: Mapping[str, Any], now: Mapping[str, Any], version: int) -> None:
     """UserError, with the difference, where a study would go on with another space, base, data set or split."""
     lines = [
-        f"{what}: {stored.get(what)} then, {now.get(what)} now"
+        f"{what}: {str(stored.get(what))[:16]} then, {str(now.get(what))[:16]} now"
         for what in ("objective", "data", "split")
         if stored.get(what) != now.get(what)
     ]

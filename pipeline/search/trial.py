@@ -66,6 +66,9 @@ class Objective:
             return self._run(trial)
         except (optuna.TrialPruned, TrialFailed):
             raise
+        except SystemExit as error:  # rich ends so where nobody reads any more; Optuna would leave the trial RUNNING
+            ask_again(trial.study, trial)
+            raise StudyInterrupted from error
         except BaseException:
             ask_again(trial.study, trial)
             raise

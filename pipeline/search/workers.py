@@ -1,18 +1,21 @@
 """A worker pulls trials from a study until the budget is spent. So far: one, in this process."""
 
+import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import optuna
 import torch
+from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage
 
 from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
 from pipeline.search.storage import num_finished, open_study, reconcile
 from pipeline.search.study import Search
 from pipeline.search.trial import Objective, Observer, StudyInterrupted, TrialFailed
@@ -20,18 +23,20 @@ from pipeline.tracking.runs import MlflowTracker, State
 
 
 class StopOnSignal:
-    """While it is open, Ctrl-C and SIGTERM ask the trial to end at its next step, not in the middle of a write.
+    """While it is open, Ctrl-C, SIGTERM and a closed terminal ask the trial to end at its next step.
 
-    A second one raises KeyboardInterrupt at once.
+    So none comes in the middle of a write. A second one raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> Self:
-        self._before = {}
+        self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with a hang-up
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -57,22 +62,40 @@ def run(
 
     `home` is the folder `mlruns`, where the locks lie. Raises UserError where the stored study asks another question.
     """
-    study = open_study(search, data, storage, home)
-    reconcile(study, tracker, home)
-    parent = tracker.open_study(study.study_name, search.study.question, search.study.objective, list(search.space()))
-    state = State.FAILED
-    try:
-        with StopOnSignal() as stop:
+    with StopOnSignal() as stop, _alone(search.key(data), home):
+        study = open_study(search, data, storage, home)
+        parent = tracker.open_study(
+            study.study_name,
+            search.study.question,
+            search.study.objective,
+            list(search.space()),
+            study.user_attrs.get("mlflow_run_id"),
+        )
+        state = State.FAILED
+        try:
+            study.set_user_attr("mlflow_run_id", parent.id)
+            reconcile(study, tracker, parent.id, home)
             objective = Objective(search, data, device, tracker, parent.id, observer, lambda: stop.requested)
             _work(study, objective, lambda: stop.requested)
-            state = State.INTERRUPTED if stop.requested else State.FINISHED
-    except (StudyInterrupted, KeyboardInterrupt):
-        state = State.INTERRUPTED
-        raise StudyInterrupted from None
-    finally:
-        parent.log_metrics(_summary(study), step=num_finished(study))
-        parent.end(state)
+            parent.log_metrics(_summary(study), step=num_finished(study))
+            state = State.FINISHED
+        except (StudyInterrupted, KeyboardInterrupt):
+            state = State.INTERRUPTED
+            raise StudyInterrupted from None
+        finally:
+            parent.end(state)
     return study
+
+
+@contextlib.contextmanager
+def _alone(key: str, home: Path) -> Iterator[None]:
+    """One command at a time goes on with a study: two would draw the same trials, and each end the other's run."""
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(home / f"{key}.lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"study {key}: another command is running it; wait for it, or stop it") from None
 
 
 def _work(study: optuna.Study, objective: Objective, stop_requested: Callable[[], bool]) -> None:

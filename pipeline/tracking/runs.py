@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Protocol
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# A server that doesn't answer is reported within half a minute; MLflow's own patience is 4 minutes a call.
+# A server that refuses is reported after 13 s, a silent one after 2 minutes; MLflow's own patience is 4 minutes a call.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; PostgreSQL's own is 2 minutes
 
 import mlflow
 from filelock import FileLock
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
@@ -31,7 +33,7 @@ from pipeline.recipe import Recipe
 from pipeline.tracking.lineage import code, environment, hardware
 from pipeline.tracking.ui import shared_view
 
-for _noisy in ("mlflow", "alembic"):
+for _noisy in ("mlflow", "alembic", "urllib3"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 
@@ -50,7 +52,6 @@ _STATUS = {
     State.FAILED: "FAILED",
     State.INTERRUPTED: "KILLED",
 }
-_BATCH_LIMIT = 1000  # metrics that a store takes at once
 _TAG_LIMIT = 5000  # characters; MLflow cuts longer ones silently
 
 
@@ -59,6 +60,7 @@ class StudyRuns:
     """Where a study's runs are in MLflow, and the metric that ranks them."""
 
     name: str
+    parent: str
     experiment: str
     objective: str
     view: str | None  # the key of its view in the UI
@@ -125,11 +127,12 @@ class MlflowTracker:
 
     def __init__(self, home: Path, uri: str | None = None):
         self.uri = uri or f"sqlite:///{home.resolve() / 'mlflow.db'}"
+        way_out = "leave TRACKING_URI out to keep runs in mlruns/mlflow.db" if uri else "move that file away"
         self.is_remote = self.uri.startswith("http")  # a server, which keeps the artifacts too
         self._artifacts = None if self.is_remote else (home.resolve() / "artifacts").as_uri()
-        home.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(home / "mlflow.lock")
         try:
+            home.mkdir(parents=True, exist_ok=True)
             # Several processes that create the tables at once break a database for good.
             with self._lock:
                 if not self.is_remote:
@@ -138,8 +141,7 @@ class MlflowTracker:
                 self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever a driver raises: the address is the user's
             raise UserError(
-                f"TRACKING_URI {public_uri(self.uri)}: can't be opened ({_first_line(error)}); "
-                "start that server, or leave TRACKING_URI out to keep runs in mlruns/mlflow.db"
+                f"TRACKING_URI {public_uri(self.uri)}: can't be opened ({_first_line(error)}); mend it, or {way_out}"
             ) from None
 
     def experiment(self, name: str) -> str:
@@ -155,19 +157,29 @@ class MlflowTracker:
             name, self._artifacts, tags={"mlflow.experimentKind": "custom_model_development"}
         )
 
-    def open_study(self, name: str, note: str, objective: str, params: Sequence[str]) -> "MlflowRun":
-        """The study's parent run, RUNNING: the one it had before, or a new one; `params` are those that it searches."""
-        experiment = self.experiment(name)
+    def open_study(
+        self, name: str, note: str, objective: str, params: Sequence[str], run_id: str | None = None
+    ) -> "MlflowRun":
+        """A study's parent run, RUNNING: the one of this id, or a new one; `params` are those that it searches.
+
+        The study itself remembers the id: others may have one of the same name in a shared store.
+        """
+        with self._lock:  # two commands at once would each make the experiment
+            experiment = self.experiment(name)
         key, view = shared_view(objective, params)
         self.client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{key}", view)
-        tags = {"study": name, "role": "study", "objective": objective, "view": key, "mlflow.note.content": note}
-        found = self.client.search_runs([experiment], "tags.role = 'study'", max_results=1)
-        if found:
-            run_id = found[0].info.run_id
+        if run_id and self._is_there(run_id):
             self.client.update_run(run_id, status="RUNNING")
-        else:
-            run_id = self.client.create_run(experiment, tags=_provenance() | tags, run_name=name).info.run_id
-        return MlflowRun(self.client, run_id)
+            return MlflowRun(self.client, run_id)
+        tags = {"study": name, "role": "study", "objective": objective, "view": key, "mlflow.note.content": note}
+        made = self.client.create_run(experiment, tags=_provenance() | tags, run_name=name)
+        return MlflowRun(self.client, made.info.run_id)
+
+    def _is_there(self, run_id: str) -> bool:
+        try:
+            return self.client.get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException:
+            return False
 
     @contextlib.contextmanager
     def run(
@@ -207,34 +219,39 @@ class MlflowTracker:
         """The studies in this store, the last one run first."""
         found = []
         for experiment in self.client.search_experiments(max_results=1000):
-            parents = self.client.search_runs([experiment.experiment_id], "tags.role = 'study'", max_results=1)
-            if parents:
-                tags = parents[0].data.tags
-                ended = parents[0].info.end_time or float("inf")
-                found.append(
-                    (ended, StudyRuns(tags["study"], experiment.experiment_id, tags["objective"], tags.get("view")))
-                )
+            for parent in self.client.search_runs([experiment.experiment_id], "tags.role = 'study'"):
+                tags, info = parent.data.tags, parent.info
+                ended = float("inf") if info.status == "RUNNING" else info.end_time  # one opened again has both
+                study = StudyRuns(tags["study"], info.run_id, info.experiment_id, tags["objective"], tags.get("view"))
+                found.append((ended, study))
         return [study for _, study in sorted(found, key=lambda item: -item[0])]
 
     def best_run_ids(self, study: "StudyRuns", count: int) -> list[str]:
         """The finished trials' runs, best first."""
         found = self.client.search_runs(
             [study.experiment],
-            "tags.role = 'trial' and tags.state = 'finished'",
+            f"{_child_of(study.parent)} and tags.state = 'finished'",
             order_by=[f"metrics.`{study.objective}` DESC"],
             max_results=count,
         )
         return [run.info.run_id for run in found]
 
-    def close_abandoned(self, study: str, alive: Collection[int]) -> None:
-        """Close the study's trial runs that are RUNNING though their trials aren't among the living."""
-        found = self.client.search_runs(
-            [self.experiment(study)],
-            f"attributes.status = 'RUNNING' and tags.role = 'trial' and tags.study = '{study}'",
-        )
-        for run in found:
-            if int(run.data.tags["trial"]) not in alive:
+    def close_abandoned(self, parent: str, abandoned: Collection[int], alive: Collection[int]) -> None:
+        """Close the runs of a study's abandoned trials, and any RUNNING one whose trial isn't among the living.
+
+        An abandoned trial's run may have finished: its process died before it could tell. Its trial is asked again.
+        """
+        experiment = self.client.get_run(parent).info.experiment_id
+        for run in self.client.search_runs([experiment], _child_of(parent), max_results=50_000):
+            number, runs = int(run.data.tags["trial"]), run.info.status == "RUNNING"
+            if (number in abandoned and run.data.tags.get("state") != State.INTERRUPTED) or (
+                runs and number not in alive
+            ):
                 MlflowRun(self.client, run.info.run_id).end(State.INTERRUPTED, "its process is gone")
+
+
+def _child_of(parent: str) -> str:
+    return f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}'"
 
 
 class MlflowRun:
@@ -263,9 +280,7 @@ class MlflowRun:
         if bad:
             raise ValueError(f"not a finite number: {', '.join(bad)}")
         now = int(time.time() * 1000)
-        points = [Metric(name, value, now, step) for name, value in metrics.items()]
-        for start in range(0, len(points), _BATCH_LIMIT):  # three scores per class add up where there are many
-            self._client.log_batch(self.id, metrics=points[start : start + _BATCH_LIMIT])
+        self._client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
 
     def log_files(self, folder: Path) -> None:
         """See Run."""

@@ -95,7 +95,8 @@ def start_server(tracking_uri: str, home: Path, port: int) -> subprocess.Popen[b
         stop_server(server)
         raise
     stop_server(server)
-    tail = " | ".join(log_file.read_text(errors="replace").splitlines()[-3:])
+    log_text = log_file.read_text(errors="replace").replace(tracking_uri, "TRACKING_URI")  # it may hold a password
+    tail = " | ".join(log_text.splitlines()[-3:])
     raise UserError(f"the MLflow server did not start on port {port}: {tail} (all of it in {log_file})")
 
 

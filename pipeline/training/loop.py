@@ -69,6 +69,8 @@ def train(
     steps = len(images) // batch_size  # what doesn't fill a batch waits for another epoch's order
     history = []
     started = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
     with _reproducible(settings.deterministic, device):
         network = build_network(recipe.model, len(data.classes), data.image_size, settings.seed)
@@ -168,7 +170,7 @@ class _LossWatch:
         elif self._copied is None:
             self._arrived.copy_(loss, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(loss.device))
         elif self._copied.query():
             self._copied = None
             self._check(self._arrived.item(), epoch, step)
@@ -202,7 +204,7 @@ def _reproducible(deterministic: bool, device: torch.device) -> Iterator[None]:
 
 
 def _peak_gib(device: torch.device) -> float:
-    """Most memory in use so far, GiB: of this process on the GPU, or its resident set on a CPU."""
+    """Most memory in use so far, GiB: of this training on a GPU; on a CPU, of the process, earlier trainings included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource

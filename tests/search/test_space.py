@@ -111,6 +111,22 @@ def test_one_name_with_two_ranges_is_refused(small_recipe: Recipe) -> None:
     assert faults(two, small_recipe) == ["optimizer.lr: asked with two ranges, 0.01 to 0.2 and 0.01 to 0.5"]
 
 
+def test_what_all_trials_share_cannot_be_searched(small_recipe: Recipe) -> None:
+    def sizes(trial: Any) -> None:
+        trial.suggest_categorical("data.image_size", [8, 16])
+
+    assert faults(sizes, small_recipe)[0].startswith("data.image_size: the trials of a study share their data")
+
+
+def test_a_space_that_raises_is_told_with_its_line(small_recipe: Recipe) -> None:
+    def broken(trial: Any) -> None:
+        trial.number  # noqa: B018
+
+    (line,) = faults(broken, small_recipe)
+    assert "test_space.py, line " in line
+    assert "AttributeError" in line
+
+
 def test_ranges_are_described_as_a_person_would() -> None:
     assert describe(FloatDistribution(0.001, 0.3, log=True)) == "0.001 to 0.3 (log)"
     assert describe(FloatDistribution(0, 30, step=5)) == "0 to 30 in steps of 5"

@@ -23,6 +23,12 @@ def search(small_recipe: Recipe) -> Search:
     return Search("tiny", study, small_recipe, version=1, trials=8, timeout_s=None)
 
 
+def test_a_studys_own_fields_are_checked_at_once(small_recipe: Recipe) -> None:
+    with pytest.raises(UserError) as caught:
+        Study(question="?", base={}, space=3, objective="val/acc", trials=0)  # type: ignore[arg-type]
+    assert [line.split(" = ")[0] for line in caught.value.lines] == ["base", "space", "objective", "trials"]
+
+
 def refusal(search: Search, other: Search, data: TrainingData) -> list[str]:
     stored = json.loads(json.dumps(search.fingerprint(data)))
     with pytest.raises(UserError) as caught:

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.experiment import Outcome
 from pipeline.recipe import Recipe
 from pipeline.search import workers
-from pipeline.search.storage import num_finished, open_storage, reconcile
+from pipeline.search.storage import ask_again, num_finished, open_storage, reconcile
 from pipeline.search.study import Search, Study
 from pipeline.search.trial import StudyInterrupted
 from pipeline.tracking.runs import MlflowTracker, State
@@ -233,14 +233,79 @@ def test_trials_of_a_process_that_is_gone_are_asked_again_and_those_of_a_living_
     me = psutil.Process()
     alive.set_user_attr("worker", {"host": host, "pid": me.pid, "started": me.create_time()})
 
-    assert reconcile(study, lab.tracker, lab.home) == [dead.number]
+    parent = study.user_attrs["mlflow_run_id"]
+    assert reconcile(study, lab.tracker, parent, lab.home) == [dead.number]
     trials = lab.study().trials
     assert trials[dead.number].state == TrialState.FAIL
     assert trials[alive.number].state == TrialState.RUNNING
     waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
     assert [trial.user_attrs["retry_of"] for trial in waiting] == [dead.number]
     assert num_finished(lab.study()) == 1
-    assert reconcile(study, lab.tracker, lab.home) == []
+    assert reconcile(study, lab.tracker, parent, lab.home) == []
+
+
+def test_a_trial_that_ended_half_way_through_its_space_is_asked_again_whole_and_once(lab: Lab) -> None:
+    study = lab.run(1)
+    study.enqueue_trial({"optimizer.lr": 0.5, "optimizer.momentum": 0.7}, user_attrs={"control": True})
+    trial = study.ask()
+    trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)  # killed before it asks for the momentum
+    ask_again(study, trial)
+    ask_again(study, trial)
+    waiting = study.get_trials(states=(TrialState.WAITING,))
+    assert [again.system_attrs["fixed_params"] for again in waiting] == [
+        {"optimizer.lr": 0.5, "optimizer.momentum": 0.7}
+    ]
+    assert waiting[0].user_attrs == {"retry_of": trial.number, "control": True}
+
+
+def test_a_finished_run_whose_trial_was_never_told_is_not_among_the_best(lab: Lab) -> None:
+    """Its process was killed between the two: the trial is asked again, and would stand there twice."""
+    lab.run(1)
+    study = lab.study()
+    parent = study.user_attrs["mlflow_run_id"]
+    lab.tracker.close_abandoned(parent, abandoned={0}, alive=())
+    run = lab.mlflow_runs()[0]
+    assert (run.info.status, run.data.tags["state"]) == ("KILLED", State.INTERRUPTED)
+    assert not lab.tracker.best_run_ids(lab.tracker.studies()[0], 10)
+
+
+def test_two_stores_of_one_study_share_an_mlflow_without_touching_each_other(
+    lab: Lab, tmp_path: Path, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    other = Lab(tmp_path / "other", small_recipe, digits)
+    other.tracker = lab.tracker
+
+    def meanwhile(number: int, report: EpochReport) -> None:
+        if report.epoch == 1:
+            other.run(1)
+
+    lab.run(1, observer=Silent(meanwhile))
+    experiment = lab.tracker.experiment("lab-v1-digits")
+    runs = lab.tracker.client.search_runs([experiment], "tags.role = 'trial'")
+    assert [run.info.status for run in runs] == ["FINISHED"] * 2
+    assert all("reason" not in run.data.tags for run in runs)
+    assert len(lab.tracker.studies()) == 2
+    assert [len(lab.tracker.best_run_ids(study, 10)) for study in lab.tracker.studies()] == [1, 1]
+
+
+def test_a_study_that_is_running_is_not_run_twice(lab: Lab) -> None:
+    def twice(number: int, report: EpochReport) -> None:
+        with pytest.raises(UserError, match="another command is running it"):
+            lab.run(2)
+
+    assert len(lab.run(1, observer=Silent(twice)).trials) == 1
+
+
+def test_nobody_reading_any_more_interrupts_the_study(lab: Lab) -> None:
+    def closed(number: int, report: EpochReport) -> None:
+        raise SystemExit(1)  # as rich does on a broken pipe
+
+    with pytest.raises(StudyInterrupted):
+        lab.run(1, observer=Silent(closed))
+    lab.assert_nothing_runs()
+    study = lab.run(1)
+    assert [trial.user_attrs.get("control") for trial in study.trials] == [True, True]
+    assert num_finished(study) == 1
 
 
 def test_postgresql_keeps_a_study_as_sqlite_does(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
@@ -259,7 +324,7 @@ def test_a_storage_that_cannot_be_opened_is_one_line_without_its_password(tmp_pa
         open_storage(tmp_path, "postgresql://me:secret@127.0.0.1:9/none")
     assert len(caught.value.lines) == 1
     assert "secret" not in caught.value.lines[0]
-    assert caught.value.lines[0].startswith("STORAGE postgresql+psycopg://me:***@127.0.0.1:9/none: can't be opened")
+    assert caught.value.lines[0].startswith("STORAGE postgresql+psycopg://***@127.0.0.1:9/none: can't be opened")
 
 
 def test_several_first_starts_at_once_make_one_study(tmp_path: Path) -> None:

