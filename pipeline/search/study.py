@@ -87,7 +87,7 @@ class Search:
     def pruner(self) -> MedianPruner:
         """Stops a trial whose score at an epoch is below the median's, after a third of the epochs.
 
-        Learning curves cross while the rate is high, so early verdicts are wrong ones (shared facts, "Pruners").
+        Learning curves cross while the rate is high, so early verdicts are wrong ones.
         """
         return MedianPruner(
             n_startup_trials=max(2, min(10, self.trials // 3)),
