@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from pipeline.search.study import Search
     from pipeline.tracking.runs import MlflowTracker, StudyRuns
 
-# torch's threads wait for each other by spinning, for ever as it seems once another program wants the cores too: two
-# threads beside two busy processes trained 30 times slower (9 to 30 images/s, not 340). This many turns, then sleep.
+# torch's threads wait for each other by spinning, for ever as it seems once another program wants the cores too: beside
+# two busy processes, two threads trained at under 32 images/s, and at 340 with this: so many turns, then sleep.
 # GNU's OpenMP reads it when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 

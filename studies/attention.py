@@ -10,7 +10,7 @@ from optuna import Trial
 
 from pipeline.recipe import parse_recipe
 from pipeline.search.spaces import ask_augmentation, ask_optimizer, ask_schedule
-from pipeline.search.study import Study, Variant
+from pipeline.search.study import Study
 
 # The system's published recipe. Not published, and filled in with the usual values: the amount of label smoothing, the
 # clipping norm, the strengths of colour jitter and perspective, and the parameters of mixup's and CutMix's Beta.
@@ -52,5 +52,4 @@ STUDY = Study(
     space=space,
     objective="val/accuracy",
     trials=30,
-    variants={"digits": Variant(changes={"training.epochs": 8, "training.batch_size": 64}, trials=10)},
 )

@@ -10,7 +10,7 @@ from optuna import Trial
 
 from pipeline.recipe import parse_recipe
 from pipeline.search.spaces import ask_augmentation, ask_optimizer, ask_schedule
-from pipeline.search.study import Study, Variant
+from pipeline.search.study import Study
 
 # Published: a compact network, SGD. Filled in with the usual values: its sizes, the rate, momentum, batch size, length.
 BASE = parse_recipe(
@@ -37,5 +37,4 @@ STUDY = Study(
     space=space,
     objective="val/accuracy",
     trials=30,
-    variants={"digits": Variant(changes={"training.epochs": 8, "training.batch_size": 64}, trials=10)},
 )
