@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipeline.tracking.runs import MlflowTracker, StudyRuns
 
 # torch's threads wait for each other by spinning, for ever as it seems once another program wants the cores too: beside
-# two busy processes, two threads trained at under 32 images/s, and at 340 with this: so many turns, then sleep.
+# two busy processes, two threads trained at under 32 images/s, and at 340 with this (one run; studies/README.md).
 # GNU's OpenMP reads it when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
