@@ -9,29 +9,37 @@ quoted = '$(subst ','\'',$(value $(1)))'
 # What the command line says; of what is exported only DATA_DIR, as names like VERSION mean other things elsewhere.
 typed = $(if $(value $(1)),$(if $(filter command line,$(origin $(1)))$(filter DATA_DIR,$(1)),$(call quoted,$(1))))
 option = $(if $(call typed,$(1)),--$(2)=$(call typed,$(1)))
-unexport NAME TRIALS EPOCHS TIMEOUT DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT
+unexport NAME TRIALS EPOCHS TIMEOUT DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT IMAGE MODEL METHOD SHOW OUTPUT
 
 STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout DATASET:dataset DATA_DIR:data-dir DEVICE:device SEED:seed \
   VERSION:version STORAGE:storage TRACKING_URI:tracking-uri SET:set
 
+PREDICT_OPTIONS := MODEL:model METHOD:method OUTPUT:output DEVICE:device TRACKING_URI:tracking-uri
+
 # A mistyped variable would silently run something else.
-KNOWN := NAME PORT PYTHON $(foreach o,$(STUDY_OPTIONS),$(firstword $(subst :, ,$(o))))
+KNOWN := NAME PORT IMAGE SHOW PYTHON $(sort $(foreach o,$(STUDY_OPTIONS) $(PREDICT_OPTIONS),$(firstword $(subst :, ,$(o)))))
 UNKNOWN := $(strip $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(filter-out $(KNOWN),$(v)))))
 ifneq ($(filter-out -%,$(UNKNOWN)),)
 $(error no such variable: $(UNKNOWN) (there are $(KNOWN)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study ui test check format
+.PHONY: help setup study predict ui test check format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
 
 setup: $(READY) ## create .venv and install everything (the other targets do it too)
 
+options = $(foreach o,$(1),$(call option,$(firstword $(subst :, ,$(o))),$(lastword $(subst :, ,$(o)))))
+
 study: $(READY) ## run or go on with a study: NAME= [DATASET= TRIALS= EPOCHS= TIMEOUT= DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= TRACKING_URI=]
 	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make study NAME=attention (in studies/: '$$(cd studies && ls *.py | sed 's/\.py$$//' | paste -sd' ' -)')' >&2; exit 2; }
-	@$(BIN)/python -m pipeline study $(foreach o,$(STUDY_OPTIONS),$(call option,$(firstword $(subst :, ,$(o))),$(lastword $(subst :, ,$(o))))) -- $(call typed,NAME)
+	@$(BIN)/python -m pipeline study $(call options,$(STUDY_OPTIONS)) -- $(call typed,NAME)
+
+predict: $(READY) ## classify an image, a folder or a pickle of images: IMAGE= [MODEL= METHOD=plain SHOW=1 OUTPUT=out.csv DEVICE= TRACKING_URI=]
+	@test -n $(or $(call typed,IMAGE),'') || { echo 'error: which image? make predict IMAGE=cat.jpg' >&2; exit 2; }
+	@$(BIN)/python -m pipeline predict $(call options,$(PREDICT_OPTIONS)) $(if $(call typed,SHOW),$(if $(filter-out 0,$(value SHOW)),--show)) -- $(call typed,IMAGE)
 
 ui: $(READY) ## open the MLflow UI on 127.0.0.1 with links to the studies: [NAME= PORT=5000 TRACKING_URI=]
 	@$(BIN)/python -m pipeline ui $(call option,PORT,port) $(call option,TRACKING_URI,tracking-uri) $(if $(call typed,NAME),-- $(call typed,NAME))

@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Exit codes: 0 done, 1 a bug, 2 bad input, 3 no data, 130 interrupted."""
+"""The command line: parse, call, print.
+
+Exit codes: 0 done, 1 a bug, 2 bad input, 3 no data, 4 some files were no use, 130 interrupted.
+"""
 
 import contextlib
 import json
@@ -7,6 +10,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,12 +19,15 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from rich.console import Console
 
-from pipeline.errors import UserError, validation_lines
+from pipeline.errors import PartlyDone, UserError, did_you_mean, validation_lines
 
 if TYPE_CHECKING:
+    import numpy as np
     import optuna
     import torch
 
+    from pipeline.classifier import Classifier
+    from pipeline.prediction import Predicted
     from pipeline.search.study import Search
     from pipeline.tracking.runs import MlflowTracker, StudyRuns
 
@@ -32,11 +39,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 HOME = Path("mlruns")
 UI_PORT = 5000
 INTERRUPTED = 130
+DEVICE_NAMES = r"auto|cpu|cuda(:\d{1,3})?"
+MOST_PRINTED = 10  # of the predictions that a file holds anyway
+MOST_SHOWN = 12  # images of one picture
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help=f"Hyper-parameter studies for image classifiers. {(__doc__ or '').partition('. ')[2]}",
+    help=f"Hyper-parameter studies for image classifiers. {' '.join((__doc__ or '').split()[5:])}",
     pretty_exceptions_enable=False,
 )
 
@@ -64,7 +74,7 @@ class StudyOptions(BaseModel):
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
+        if not re.fullmatch(DEVICE_NAMES, value):
             raise ValueError("should be auto, cpu, cuda or cuda:N")
         return value
 
@@ -98,7 +108,11 @@ def study(
     ] = None,
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Change fields of the base recipe, e.g. data.image_size=64."),
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Change fields of the base recipe for all trials, e.g. data.image_size=64.",
+        ),
     ] = None,
 ) -> None:
     """Run a study, or go on with it: search, train, track, and show the best trials."""
@@ -123,7 +137,7 @@ def study(
     console = Console()
     console.print(
         f"{search.key(data)} on {where}: {len(data.train.labels):,} training and {len(data.validation.labels):,} validation "
-        f"images of {len(data.classes)} classes; up to {search.trials} trials of {search.base.training.epochs} epochs",
+        f"images of {len(data.classes)} classes; up to {search.trials} trials of {search.most_epochs} epochs",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -196,6 +210,7 @@ def _resolve(name: str, typed: dict[str, Any], dataset: str | None, change: list
         version=options.version or definition.version,
         trials=options.trials or trials,
         timeout_s=options.timeout,
+        fixed=frozenset(changes),
     )
     search.check()
     return search
@@ -220,6 +235,8 @@ def _assignments(texts: list[str]) -> tuple[dict[str, Any], list[str]]:
 def _device(name: str) -> "torch.device":
     import torch
 
+    if not re.fullmatch(DEVICE_NAMES, name):
+        raise UserError(f"DEVICE {name}: should be auto, cpu, cuda or cuda:N")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -289,6 +306,122 @@ def _links(tracker: "MlflowTracker", study: "StudyRuns", port: int) -> dict[str,
 
     base = re.sub("//[^/]*@", "//", tracker.uri).rstrip("/") if tracker.is_remote else f"http://{HOST}:{port}"
     return study_links(base, study.experiment, study.objective, study.view, tracker.best_run_ids(study, 10))
+
+
+@app.command()
+def predict(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Images, folders of images, and CIFAR's or Kaggle's pickles of images."),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A run's id, a folder with weights, or models:/NAME@ALIAS. Default: the champion, else the best run.",
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="plain, tta, specialised or adaptive.")] = "plain",
+    show: Annotated[bool, typer.Option("--show", help="Draw the first images with their probabilities.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write id, label and probabilities: .csv or .parquet.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    tracking_uri: Annotated[
+        str | None, typer.Option(metavar="URL", help="MLflow server or database instead of mlruns/mlflow.db.")
+    ] = None,
+) -> None:
+    """Classify images: class, confidence and the next two. Files that are no use are named at the end (exit code 4)."""
+    from pipeline.prediction import check_output, predict_files, predictions_table, write_predictions
+
+    if output:
+        check_output(output)
+    console = Console(highlight=False, soft_wrap=True)
+    classifier = _classifier(model, method, _device(device), tracking_uri, console)
+    classes = classifier.facts.classes
+    with console.status("") as status:
+        found = predict_files(
+            classifier,
+            [file.expanduser() for file in files],
+            method,
+            keep=MOST_SHOWN if show else 0,
+            on_progress=lambda done: status.update(f"{done:,} images"),
+        )
+    _print_predictions(console, found.ids, found.probabilities, classes, MOST_PRINTED if output else None)
+    if found.ids and output:
+        write_predictions(predictions_table(found.ids, found.probabilities, classes), output)
+        console.print(f"{output}: {len(found.ids):,} images", markup=False)
+    if found.ids and show:
+        _show(console, found, classes)
+    if found.faults:
+        raise PartlyDone([line for fault in found.faults for line in fault.lines])
+
+
+def _classifier(
+    wanted: str | None, method: str, device: "torch.device", tracking_uri: str | None, console: Console
+) -> "Classifier":
+    """The model that is meant, and said; with what the method gains on it."""
+    from pipeline.classifier import Classifier
+    from pipeline.evaluation.methods import METHODS, f1_changes, verdict
+
+    if method not in METHODS:
+        raise UserError(f"METHOD {method}: not one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
+    if wanted and Path(wanted).expanduser().is_dir():
+        classifier, what = Classifier.load(Path(wanted).expanduser(), device), wanted
+    else:
+        from pipeline.tracking.models import find_model
+
+        with find_model(HOME, tracking_uri, wanted) as model:
+            classifier, what = Classifier.load(model.folder, device), model.what
+    console.print(f"model: {what}", markup=False)
+    if method != "plain":
+        for tell in (verdict, f1_changes):
+            console.print(tell(classifier.facts.measured, method, classifier.facts.classes), markup=False)
+    return classifier
+
+
+def _print_predictions(
+    console: Console, ids: list[str], probabilities: "np.ndarray", classes: Sequence[str], most: int | None
+) -> None:
+    """A line per image: its class and the next two, with their probabilities."""
+    for name, row in list(zip(ids, probabilities, strict=True))[:most]:
+        best = (-row).argsort(kind="stable")[:3]
+        console.print(f"{name}: {', '.join(f'{classes[i]} {row[i]:.1%}' for i in best)}", markup=False)
+    if most and len(ids) > most:
+        console.print(f"and {len(ids) - most:,} more")
+
+
+def _show(console: Console, found: "Predicted", classes: Sequence[str]) -> None:
+    """The first images with their probabilities as a PNG, opened where there is a screen."""
+    from pipeline.evaluation.figures import prediction_figure, save
+
+    count = len(found.images)
+    more = f" (the first {count} of {len(found.ids):,})" if count < len(found.ids) else ""
+    HOME.mkdir(exist_ok=True)
+    path = HOME / "prediction.png"
+    save(
+        prediction_figure(found.images, found.ids[:count], found.probabilities[:count], classes, f"Predicted{more}"),
+        path,
+    )
+    console.print(f"picture: {path}{more}", markup=False)
+    if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        typer.launch(str(path))
+
+
+@app.command()
+def ensemble(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Two or more tables of predict --output.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Where the mean goes: .csv or .parquet.")],
+) -> None:
+    """Average the probabilities of several predictions of the same images."""
+    from pipeline.prediction import average, check_output, read_predictions, write_predictions
+
+    check_output(output)
+    if len(files) < 2:
+        raise UserError(f"{files[0]}: one file; an ensemble needs at least two")
+    table = average({str(file): read_predictions(file) for file in files})
+    write_predictions(table, output)
+    Console(soft_wrap=True).print(f"{output}: {len(table):,} images, the mean of {len(files)} files", markup=False)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -22,6 +22,12 @@ class DataError(UserError):
     exit_code = 3
 
 
+class PartlyDone(UserError):
+    """Some of the inputs could not be used; all the others were."""
+
+    exit_code = 4
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` where one of the known words is close, else nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)

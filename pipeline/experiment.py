@@ -10,15 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.classifier import Facts
 from pipeline.data.prepare import TrainingData
 from pipeline.evaluation import figures
-from pipeline.evaluation.predict import latency_ms
+from pipeline.evaluation.methods import fit, measure, methods_table, out_of_fold, views, views_of
+from pipeline.evaluation.predict import latency_ms, predict_logits
 from pipeline.evaluation.scores import most_confident, per_class_table, reliability, score
 from pipeline.models.build import num_parameters
 from pipeline.recipe import Recipe
 from pipeline.tracking.runs import Run, State, Tracker
 from pipeline.training.checkpoints import save_checkpoint
 from pipeline.training.loop import Diverged, EpochReport, Result, train
+
+COMPARED = ("accuracy", "f1_macro")  # of the prediction methods
 
 
 class Prune(Exception):
@@ -94,9 +98,28 @@ def run(
 def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) -> dict[str, float]:
     """Score a finished training on the validation split; log the scores and everything that explains them."""
     labels = data.validation.labels.cpu().numpy()
-    probabilities = result.validation_logits.double().softmax(1).cpu().numpy()
+    logits = _logits_of_views(recipe, data, result)
+    probabilities = torch.from_numpy(logits[0]).softmax(1).numpy()
     scores = score(probabilities, labels)
+    judged = out_of_fold(logits, labels)
+    measured = measure(judged, labels)
+    facts = Facts(
+        recipe=recipe,
+        recipe_digest=recipe.digest(),
+        data_digest=data.digest,
+        split_digest=data.split_digest,
+        classes=data.classes,
+        mean=tuple(data.mean.tolist()),
+        std=tuple(data.std.tolist()),
+        run_id=tracked.id,
+        fitted=fit(logits[0], labels),
+        measured=measured,
+    )
     metrics = scores.metrics(data.classes) | {
+        "calibration/temperature": facts.fitted.temperature,
+        "calibration/ece": measured["plain"].ece,
+        "calibration/loss": measured["plain"].loss,
+        **{f"methods/{score}_{method}": getattr(m, score) for method, m in measured.items() for score in COMPARED},
         "model/parameters": float(num_parameters(result.network)),
         "model/latency_ms": latency_ms(result.network, data.image_size, recipe.training.precision),
         "time/training_s": result.seconds,
@@ -106,25 +129,18 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "artifacts"
-        facts = {
-            "recipe": json.loads(recipe.to_json()),
-            "recipe_digest": recipe.digest(),
-            "data_digest": data.digest,
-            "split_digest": data.split_digest,
-            "classes": list(data.classes),
-            "mean": data.mean.tolist(),
-            "std": data.std.tolist(),
-            "run_id": tracked.id,
-        }
         averaged = result.network if result.plain else None
-        save_checkpoint(folder, result.plain or result.network, averaged, facts)
+        save_checkpoint(folder, result.plain or result.network, averaged, facts.as_json())
         per_class_table(scores, data.classes).to_csv(folder / "per_class.csv", index=False)
+        methods_table(measured, data.classes).to_csv(folder / "prediction_methods.csv", index=False)
         _write_predictions(folder / "predictions.parquet", data, labels, probabilities)
         history = [{"epoch": report.epoch, **report.metrics} for report in result.history]
         pictures = {
             "confusion_matrix": figures.confusion_matrix_figure(scores, data.classes),
             "learning_curves": figures.learning_curves_figure(history),
-            "reliability": figures.reliability_figure(reliability(probabilities, labels)),
+            "reliability": figures.reliability_figure(
+                reliability(probabilities, labels), reliability(judged["plain"], labels), facts.fitted.temperature
+            ),
             "most_confident_correct": _gallery(data, labels, probabilities, correct=True),
             "most_confident_wrong": _gallery(data, labels, probabilities, correct=False),
         }
@@ -132,6 +148,14 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
             figures.save(figure, folder / f"{picture}.png")
         tracked.log_files(folder)
     return {name: value for name, value in metrics.items() if name not in logged}
+
+
+def _logits_of_views(recipe: Recipe, data: TrainingData, result: Result) -> np.ndarray:
+    """(V, N, C) float64 of the validation images; those of the images themselves are there already."""
+    others = views(data.validation.images, *views_of(recipe))[1:]
+    precision = recipe.training.precision
+    logits = [predict_logits(result.network, view, data.mean, data.std, precision) for view in others]
+    return torch.stack([result.validation_logits, *logits]).double().cpu().numpy()
 
 
 def _write_predictions(path: Path, data: TrainingData, labels: np.ndarray, probabilities: np.ndarray) -> None:

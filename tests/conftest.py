@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks gain nothing from
 
 import torch
 
+from pipeline import experiment
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.recipe import Recipe, parse_recipe
+from pipeline.tracking.runs import MlflowTracker, State
 
 UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack_cifar10.py"
 
@@ -54,3 +57,42 @@ def small_recipe() -> Recipe:
 def digits(small_recipe: Recipe) -> TrainingData:
     """scikit-learn's digits at 8 x 8, split and ready on the CPU."""
     return prepare(load("digits", 8, Path("data")), small_recipe.data, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A store with one study of two trials: the first finished, the second pruned after an epoch."""
+
+    home: Path  # a folder mlruns
+    finished: str  # run ids
+    pruned: str
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits: TrainingData) -> Trained:
+    """A real MLflow store, for those who use a model."""
+    home = tmp_path_factory.mktemp("trained") / "mlruns"
+    tracker = MlflowTracker(home)
+    parent = tracker.open_study("tiny-v1-digits", "?", "val/accuracy", ["optimizer.lr"])
+
+    def prune(report: object) -> None:
+        raise experiment.Prune("below the median")
+
+    runs = []
+    for number, on_epoch in enumerate([lambda report: None, prune]):
+        tags = {"role": "trial", "study": "tiny-v1-digits", "trial": str(number)}
+        runs.append(
+            experiment.run(
+                small_recipe,
+                digits,
+                torch.device("cpu"),
+                tracker,
+                f"trial {number}",
+                parent.id,
+                tags,
+                on_epoch=on_epoch,
+            )
+        )
+    parent.end(State.FINISHED)
+    assert [run.state for run in runs] == [State.FINISHED, State.PRUNED]
+    return Trained(home, *(run.run_id for run in runs))

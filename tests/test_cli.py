@@ -12,7 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Trained
 from PIL import Image
+
+from pipeline.prediction import read_predictions
+from pipeline.tracking.models import find_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 augmentation.crop_padding=2"
@@ -22,6 +26,7 @@ ARTIFACTS = {
     "environment.txt",
     "predictions.parquet",
     "per_class.csv",
+    "prediction_methods.csv",
     "confusion_matrix.png",
     "learning_curves.png",
     "reliability.png",
@@ -221,12 +226,13 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
         (["study", "attention", "--storage", "sqlite://"], ["STORAGE sqlite://: keeps nothing"]),
         (["study", "attention", "--device", "cuda:" + "9" * 30], ["should be auto, cpu, cuda or cuda:N"]),
         (["study", "attention", "--dataset", "cifar100"], ["data.dataset = cifar100:"]),
-        (
-            ["study", "attention", "--set", "optimizer.lr=5"],
-            ["optimizer.lr = 5.0 in the base recipe: outside the space"],
-        ),
         (["study", "attention", "--device", "cuda:99"], ["DEVICE cuda:99: torch sees"]),
         (["ui"], ["no runs yet in mlruns"]),
+        (["predict", "cat.jpg"], ["no finished run yet: make study NAME=attention DATASET=digits"]),
+        (["predict", "cat.jpg", "--method", "ttta"], ["METHOD ttta: not one of plain, tta,", "(did you mean tta?)"]),
+        (["predict", "cat.jpg", "--device", "gpu"], ["DEVICE gpu: should be auto, cpu, cuda or cuda:N"]),
+        (["predict", "cat.jpg", "--output", "out.xls"], ["out.xls: should end in .csv or .parquet"]),
+        (["ensemble", "a.csv", "--output", "c.csv"], ["a.csv: one file; an ensemble needs at least two"]),
     ],
 )
 def test_bad_input_is_told_in_lines_and_leaves_nothing(words: list[str], lines: list[str], tmp_path: Path) -> None:
@@ -250,6 +256,8 @@ def test_the_public_surface_is_frozen() -> None:
         for name, command in group.commands.items()  # type: ignore[attr-defined]
     }
     assert surface == {
+        "ensemble": ["--output", "files"],
+        "predict": ["--device", "--method", "--model", "--output", "--show", "--tracking-uri", "files"],
         "study": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--storage", "--timeout"),
             *("--tracking-uri", "--trials", "--version", "name"),
@@ -258,7 +266,107 @@ def test_the_public_surface_is_frozen() -> None:
     }
 
 
+# ---------------------------------------------------------------------------------------------------------- predict
+
+
+def write_digits(folder: Path, count: int) -> list[Path]:
+    """Some of scikit-learn's digits as PNG files, named by what they show."""
+    from sklearn.datasets import load_digits
+
+    images = load_digits()
+    files = []
+    for number in range(count):
+        grey = (images.images[number] * 255 / 16).round().astype(np.uint8)
+        files.append(folder / f"{number}-shows-{images.target[number]}.png")
+        Image.fromarray(grey).save(files[-1])
+    return files
+
+
+def test_predict_names_the_model_each_class_and_what_was_no_use(trained: Trained, tmp_path: Path) -> None:
+    files = write_digits(tmp_path, 3)
+    (tmp_path / "cut.png").write_bytes(files[0].read_bytes()[:60])
+    (tmp_path / "empty.jpg").touch()
+    out = tmp_path / "out.csv"
+    words = [str(path) for path in (tmp_path / "cut.png", *files, tmp_path / "empty.jpg", tmp_path / "none.gif")]
+    done = pipeline("predict", *words, "--output", str(out), "--show", cwd=trained.home.parent, DISPLAY="")
+    assert done.returncode == 4, done.stderr
+    first, *lines = done.stdout.splitlines()
+    assert first.startswith("model: the best finished run (no champion yet), trial 0 of tiny-v1-digits, run ")
+    for file, line in zip(files, lines, strict=False):
+        assert re.fullmatch(rf"{re.escape(str(file))}: \d \d+\.\d%, \d \d+\.\d%, \d \d+\.\d%", line)
+    assert f"{out}: 3 images" in done.stdout
+    assert "picture: mlruns/prediction.png" in done.stdout
+    with Image.open(trained.home / "prediction.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5, "not blank"
+    errors = done.stderr.splitlines()
+    assert len(errors) == 3 and "Traceback" not in done.stderr
+    for name, line in zip(("cut.png", "empty.jpg", "none.gif"), errors, strict=True):
+        assert line.startswith(f"error: {tmp_path / name}: ")
+    rows = out.read_text().splitlines()
+    assert rows[0] == "id,label," + ",".join(f"p_{digit}" for digit in range(10))
+    assert [row.split(",")[0] for row in rows[1:]] == [str(file) for file in files]
+
+
+def test_methods_differ_and_say_what_they_gain_and_an_ensemble_averages_them(trained: Trained, tmp_path: Path) -> None:
+    files = write_digits(tmp_path, 30)
+    tables = []
+    for method in ("plain", "tta"):
+        tables.append(tmp_path / f"{method}.csv")
+        words = ["predict", str(tmp_path), "--method", method, "--model", trained.finished, "--output", str(tables[-1])]
+        done = pipeline(*words, cwd=trained.home.parent)
+        assert done.returncode == 0, done.stderr
+        assert ("tta on the 144 validation images: " in done.stdout) == (method == "tta")
+        assert "and 20 more" in done.stdout
+    out = tmp_path / "mean.parquet"
+    done = pipeline("ensemble", *map(str, tables), "--output", str(out), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{out}: 30 images, the mean of 2 files"
+    plain, tta, mean = (read_predictions(path).drop(columns="label").set_index("id") for path in (*tables, out))
+    assert len(mean) == len(files)
+    assert not np.allclose(plain, tta)
+    np.testing.assert_allclose(mean, (plain + tta) / 2)
+    tables[1].write_text("".join(tables[1].read_text().splitlines(keepends=True)[:-1]))
+    done = pipeline("ensemble", *map(str, tables), "--output", str(out), cwd=tmp_path)
+    assert done.returncode == 3
+    assert "its ids are not those of" in done.stderr
+
+
+def test_a_pickle_of_images_is_predicted_by_a_folders_model(trained: Trained, tmp_path: Path) -> None:
+    """As Kaggle's: no labels, its rows numbered."""
+    import pickle
+
+    with find_model(trained.home, None, trained.finished) as model:
+        shutil.copytree(model.folder, tmp_path / "model")
+    images = np.random.RandomState(0).randint(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    (tmp_path / "cifar_test_nolabels.pkl").write_bytes(pickle.dumps({b"data": images}))
+    words = ["predict", "cifar_test_nolabels.pkl", "--model", "model", "--output", "out.parquet"]
+    done = pipeline(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "model: model" in done.stdout
+    assert list(read_predictions(tmp_path / "out.parquet")["id"]) == [str(number) for number in range(12)]
+    assert not (tmp_path / "mlruns").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------- make
+
+
+def test_make_predict_passes_every_variable_on(made: Path) -> None:
+    words = ["MODEL=models:/x@y", "METHOD=tta", "OUTPUT=my out.csv", "DEVICE=cpu", "TRACKING_URI=u"]
+    done = make(made, "predict", "IMAGE=my cat's.png", "SHOW=1", *words, MODEL="exported")
+    got = re.findall(r"\[(.*)\]", done.stdout)
+    options = [
+        "--model=models:/x@y",
+        "--method=tta",
+        "--output=my out.csv",
+        "--device=cpu",
+        "--tracking-uri=u",
+        "--show",
+    ]
+    assert got == ["-m", "pipeline", "predict", *options, "--", "my cat's.png"]
+    assert "--show" not in make(made, "predict", "IMAGE=a", "SHOW=0", MODEL="exported").stdout
+    nothing = make(made, "predict")
+    assert nothing.returncode == 2
+    assert "which image? make predict IMAGE=cat.jpg" in nothing.stderr
 
 
 @pytest.fixture(scope="module")

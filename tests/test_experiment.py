@@ -16,8 +16,11 @@ from PIL import Image
 from sklearn.metrics import f1_score
 
 from pipeline import experiment
+from pipeline.classifier import Facts
 from pipeline.data.prepare import TrainingData
+from pipeline.evaluation.methods import METHODS, fit_temperature, out_of_fold
 from pipeline.evaluation.predict import predict_logits
+from pipeline.evaluation.scores import score
 from pipeline.experiment import Interrupted, Outcome, Prune
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe, parse_recipe
@@ -71,7 +74,10 @@ def test_every_number_of_a_run_is_logged_once(
     assert by_epoch >= {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/f1_macro", "optimizer/lr"}
     at_the_end = {name for name, step in places if step == 2}
     per_class = {f"val/{score}/{name}" for score in ("f1", "precision", "recall") for name in digits.classes}
-    assert at_the_end - by_epoch == per_class | {"val/ece", "model/parameters", "model/latency_ms", "time/training_s"}
+    methods = {f"methods/{score}_{method}" for score in ("accuracy", "f1_macro") for method in METHODS}
+    calibration = {"calibration/temperature", "calibration/ece", "calibration/loss"}
+    others = {"val/ece", "model/parameters", "model/latency_ms", "time/training_s"}
+    assert at_the_end - by_epoch == per_class | methods | calibration | others
     assert outcome.metrics.keys() == at_the_end
     counted = sum(p.numel() for p in build_network(small_recipe.model, 10, digits.image_size, seed=0).parameters())
     assert outcome.metrics["model/parameters"] == counted
@@ -89,6 +95,23 @@ def test_the_predictions_give_the_scores_back(finished: tuple[Folder, Outcome], 
     assert (frame.label == frame.predicted).mean() == pytest.approx(outcome.metrics["val/accuracy"])
     macro = f1_score(frame.label, probabilities.argmax(1), average="macro")
     assert macro == pytest.approx(outcome.metrics["val/f1_macro"])
+
+
+def test_methods_and_calibration_are_measured_on_the_stored_predictions(finished: tuple[Folder, Outcome]) -> None:
+    tracker, outcome = finished
+    frame = pq.read_table(tracker.folder / "predictions.parquet").to_pandas()
+    probabilities, labels = np.stack(frame.probabilities).astype(np.float64), frame.label.to_numpy()
+    facts = Facts.model_validate(read_checkpoint(tracker.folder))
+    assert facts.fitted.temperature == outcome.metrics["calibration/temperature"]
+    assert facts.fitted.temperature == pytest.approx(fit_temperature(np.log(probabilities), labels), rel=1e-3)
+    judged = score(out_of_fold(np.log(probabilities)[None], labels)["plain"], labels)
+    assert outcome.metrics["calibration/ece"] == pytest.approx(judged.ece, rel=0.01)
+    assert outcome.metrics["calibration/loss"] == pytest.approx(judged.loss, rel=0.01)
+    assert outcome.metrics["methods/accuracy_plain"] == pytest.approx(outcome.metrics["val/accuracy"])
+    assert outcome.metrics["methods/accuracy_tta"] != outcome.metrics["methods/accuracy_plain"]
+    table = pd.read_csv(tracker.folder / "prediction_methods.csv", dtype={"class": str})
+    assert list(table["class"]) == ["all", "all", *facts.classes]
+    assert table["adaptive"][0] == pytest.approx(facts.measured["adaptive"].accuracy, abs=1e-4)
 
 
 def test_the_weights_give_the_predictions_back(

@@ -14,17 +14,15 @@ import re
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.images import SUFFIXES, BadImage, read_image
+from pipeline.data.images import SUFFIXES, BadImage, image_files, read_images, resized
 from pipeline.data.splits import sealed
 from pipeline.errors import DataError, UserError, did_you_mean
 
@@ -100,16 +98,6 @@ def _check_memory(images: int, image_size: int) -> None:
         )
 
 
-def _resized(images: Tensor, size: int) -> Tensor:
-    """Antialiased bilinear. On uint8 torch computes in integers: the same on every CPU, within 2 levels of Pillow."""
-    if images.shape[-1] == size:
-        return images.contiguous()
-    result = torch.empty(*images.shape[:2], size, size, dtype=torch.uint8)
-    for source, target in zip(images.split(1000), result.split(1000), strict=True):  # bounds the working memory
-        target.copy_(F.interpolate(source, size=(size, size), mode="bilinear", antialias=True))
-    return result
-
-
 # ---------------------------------------------------------------------------------------------------------- CIFAR-10
 
 
@@ -123,7 +111,7 @@ def _cifar10(image_size: int, data_dir: Path) -> Dataset:
         data = _read_cifar10(folder) if there else _download_cifar10(folder)
     except OSError as error:
         raise DataError(f"cifar10: {error.filename or folder}: {error.strerror or error}") from error
-    images = _resized(torch.from_numpy(data.data).permute(0, 3, 1, 2), image_size)
+    images = resized(torch.from_numpy(data.data).permute(0, 3, 1, 2), image_size)
     return _dataset("cifar10", data.classes, images, torch.tensor(data.targets), str(folder))
 
 
@@ -212,7 +200,7 @@ def _digits(image_size: int) -> Dataset:
     labels = torch.from_numpy(digits.target.astype(np.int64))
     usable, _ = sealed(labels, DIGITS_TEST_FRACTION, DIGITS_TEST_SEED)
     grey = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[usable]
-    images = _resized(grey[:, None].expand(-1, 3, -1, -1), image_size)
+    images = resized(grey[:, None].expand(-1, 3, -1, -1), image_size)
     source = f"scikit-learn {sklearn.__version__}"
     return _dataset("digits", [str(digit) for digit in range(10)], images, labels[usable], source)
 
@@ -250,7 +238,7 @@ def _files_by_class(root: Path) -> dict[str, list[Path]]:
     train = root / "train"
     if not train.is_dir():
         raise DataError(f"{root}: has no folder train: put the images into {train}/<class>/")
-    files = {name: _image_files(train / name) for name in _class_names(train)}
+    files = {name: image_files(train / name) for name in _class_names(train)}
     if len(files) < 2:
         raise DataError(f"{train}: holds {len(files)} class folder(s), needs at least 2: one for each class")
     lines = [
@@ -279,37 +267,16 @@ def _class_names(split: Path) -> list[str]:
     return names
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """All images below a folder, in ImageFolder's order; hidden files and folders don't count."""
-    found: list[tuple[str, str]] = []
-    seen: set[str] = set()
-    for parent, subfolders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        real = os.path.realpath(parent)
-        subfolders[:] = [] if real in seen else [name for name in subfolders if not name.startswith(".")]
-        if real not in seen:  # links may lead in a circle
-            found += [(parent, name) for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
-        seen.add(real)
-    return [Path(parent, name) for parent, name in sorted(found)]
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
 def _decoded(paths: Sequence[Path], size: int) -> Tensor:
     """uint8 (N, 3, size, size); one DataError for all the files that can't be read."""
     log.info("reading %d images", len(paths))
     images = np.empty((len(paths), 3, size, size), dtype=np.uint8)
-
-    def decode(index: int) -> str | None:
-        try:
-            images[index] = read_image(paths[index], size)
-        except BadImage as error:
-            return error.lines[0]
-        return None
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes and resizes without the GIL
-        bad = [line for line in pool.map(decode, range(len(paths))) if line]
+    bad = []
+    for index, result in enumerate(read_images(paths, size)):
+        if isinstance(result, BadImage):
+            bad += result.lines
+        else:
+            images[index] = result
     if bad:
         raise DataError([*_first(bad), f"{len(bad)} of {len(paths)} images can't be used: replace or remove them"])
     return torch.from_numpy(images)

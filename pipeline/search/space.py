@@ -2,7 +2,7 @@
 
 import random
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import (
@@ -57,6 +57,21 @@ class ScriptedTrial:
         return self.params[name]
 
 
+class FixedFields:
+    """A trial as a space sees it, some of whose answers are given: their questions never reach the trial."""
+
+    def __init__(self, trial: Any, given: Mapping[str, Any]):
+        self._trial, self._given = trial, given
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._trial, name)
+        if not name.startswith("suggest_"):
+            return found
+        return lambda field, *range_, **more: (
+            self._given[field] if field in self._given else found(field, *range_, **more)
+        )
+
+
 def explore(space: Space, base: Recipe) -> dict[str, BaseDistribution]:
     """Every parameter that the space can ask for, with its range; every recipe tried on the way is validated.
 
@@ -69,16 +84,16 @@ def explore(space: Space, base: Recipe) -> dict[str, BaseDistribution]:
     waiting: list[dict[str, Any]] = [{}]
     while waiting:
         answers = waiting.pop(0)
-        trial = _ask(space, ScriptedTrial(answers, lambda d: _extremes(d)[0]), base, faults)
+        trial = _ask(space, ScriptedTrial(answers, lambda d: extremes(d)[0]), base, faults)
         for name, distribution in trial.distributions.items():
             if name not in found:
                 found[name] = distribution
-                waiting += [answers | {name: value} for value in _extremes(distribution)]
+                waiting += [answers | {name: value} for value in extremes(distribution)]
             elif found[name] != distribution:
                 faults[f"{name}: asked with two ranges, {describe(found[name])} and {describe(distribution)}"] = None
     if not faults:
         chance = random.Random(0)
-        for choose in [lambda d: _extremes(d)[-1]] + [lambda d: chance.choice(_extremes(d))] * 64:
+        for choose in [lambda d: extremes(d)[-1]] + [lambda d: chance.choice(extremes(d))] * 64:
             _ask(space, ScriptedTrial({}, choose), base, faults)
     if faults:
         raise UserError(list(faults))
@@ -87,7 +102,7 @@ def explore(space: Space, base: Recipe) -> dict[str, BaseDistribution]:
 
 def control(space: Space, base: Recipe) -> dict[str, Any]:
     """The answers with which the space gives the base recipe itself; UserError where it can't."""
-    trial = ScriptedTrial(base.flat(), lambda d: _extremes(d)[0])
+    trial = ScriptedTrial(base.flat(), lambda d: extremes(d)[0])
     space(trial)
     flat, lines = base.flat(), []
     for name, distribution in trial.distributions.items():
@@ -129,7 +144,7 @@ def _ask(space: Space, trial: ScriptedTrial, base: Recipe, faults: dict[str, Non
     return trial
 
 
-def _extremes(distribution: BaseDistribution) -> list[Any]:
+def extremes(distribution: BaseDistribution) -> list[Any]:
     """The values that may open a branch: every choice, or both ends."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)

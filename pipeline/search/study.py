@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ from optuna.samplers import TPESampler
 
 from pipeline.errors import UserError, did_you_mean
 from pipeline.recipe import Recipe
-from pipeline.search.space import Space, control, describe, explore
+from pipeline.search.space import FixedFields, Space, control, describe, explore, extremes
 
 if TYPE_CHECKING:  # it brings torch with it, and a wrong name is to be told at once
     from pipeline.data.prepare import TrainingData
@@ -79,10 +80,16 @@ class Search:
     version: int
     trials: int
     timeout_s: float | None
+    fixed: frozenset[str] = frozenset()  # fields that were set for all trials: not searched, though the space may ask
 
     def key(self, data: "TrainingData") -> str:
         """The name in Optuna and MLflow: study, version, data set."""
         return f"{self.name}-v{self.version}-{data.name}"
+
+    def ask(self, trial: Any) -> None:
+        """Put the space's questions to a trial, but those that are answered for all trials."""
+        flat = self.base.flat()
+        self.study.space(FixedFields(trial, {name: flat[name] for name in self.fixed if name in flat}))
 
     def recipe(self, params: Mapping[str, Any]) -> Recipe:
         """The recipe of a trial with these parameters."""
@@ -95,9 +102,23 @@ class Search:
         """
         return MedianPruner(
             n_startup_trials=max(2, min(10, self.trials // 3)),
-            n_warmup_steps=self.base.training.epochs // 3,
+            n_warmup_steps=self.most_epochs // 3,
             n_min_trials=max(2, min(5, self.trials // 4)),
         )
+
+    def step(self, epoch: int, recipe: Recipe) -> int:
+        """Where a trial stands after an epoch, for the pruner: in epochs of the study's longest trial.
+
+        A short training is ahead of a long one at the same epoch, as its rate has fallen further; so the same share
+        of both is compared.
+        """
+        return round(epoch * self.most_epochs / recipe.training.epochs)
+
+    @cached_property
+    def most_epochs(self) -> int:
+        """Of any trial, where the space asks for `training.epochs`; else those of all."""
+        asked = self.space().get("training.epochs")
+        return max(extremes(asked)) if asked else self.base.training.epochs
 
     def sampler(self, num_asked: int) -> TPESampler:
         """TPE; seeded anew at each resume, or the first draws would be drawn again."""
@@ -124,11 +145,11 @@ class Search:
 
     def space(self) -> dict[str, BaseDistribution]:
         """Every parameter that the study can ask for, with its range."""
-        return explore(self.study.space, self.base)
+        return explore(self.ask, self.base)
 
     def control(self) -> dict[str, Any]:
         """The parameters of trial 0, the base recipe."""
-        return control(self.study.space, self.base)
+        return control(self.ask, self.base)
 
 
 def available() -> list[str]:

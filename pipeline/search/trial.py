@@ -74,14 +74,14 @@ class Objective:
             raise
 
     def _run(self, trial: optuna.Trial) -> float:
-        self.search.study.space(trial)
+        self.search.ask(trial)
         recipe = self.search.recipe(trial.params)
         trial.set_user_attr("recipe_digest", recipe.digest())
         self.observer.trial_started(trial.number, recipe, trial.params)
 
         def on_epoch(report: EpochReport) -> None:
             self.observer.epoch(trial.number, report)
-            trial.report(report.metrics[self.search.study.objective], report.epoch)
+            trial.report(report.metrics[self.search.study.objective], self.search.step(report.epoch, recipe))
             if report.epoch < recipe.training.epochs and trial.should_prune():
                 raise Prune(f"below the median after epoch {report.epoch}")
             if self.stop_requested():

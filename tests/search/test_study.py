@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from pipeline.data.prepare import TrainingData
@@ -77,9 +78,53 @@ def test_the_pruner_waits_for_a_third_of_the_epochs(search: Search) -> None:
     assert thirty.pruner()._n_startup_trials == 10
 
 
-def test_samplers_draw_anew_after_a_resume(search: Search) -> None:
-    import optuna
+def lengths(trial: Any) -> None:
+    trial.suggest_float("optimizer.lr", 0.01, 1, log=True)
+    trial.suggest_int("training.epochs", 2, 8, step=2)
 
+
+def with_lengths(recipe: Recipe, **more: Any) -> Search:
+    study = Study(question="?", base=recipe, space=lengths, objective="val/accuracy", trials=8)
+    return Search("tiny", study, recipe, version=1, trials=8, timeout_s=None, **more)
+
+
+def test_short_and_long_trainings_are_compared_at_equal_shares(small_recipe: Recipe) -> None:
+    search = with_lengths(small_recipe)
+    short, long = (search.recipe({"training.epochs": epochs}) for epochs in (2, 8))
+    assert search.most_epochs == 8
+    assert [search.step(epoch, short) for epoch in (1, 2)] == [4, 8]
+    assert [search.step(epoch, long) for epoch in (1, 4, 8)] == [1, 4, 8]
+    assert search.pruner()._n_warmup_steps == 8 // 3
+
+
+def test_what_is_set_for_all_trials_is_not_searched(small_recipe: Recipe) -> None:
+    """So EPOCHS= may lie outside what a space asks, and a data set's variant too."""
+    base = small_recipe.changed({"training.epochs": 3})
+    with pytest.raises(UserError, match=r"training.epochs = 3 in the base recipe: outside the space"):
+        with_lengths(base).check()
+    search = with_lengths(base, fixed=frozenset({"training.epochs", "data.dataset"}))
+    search.check()
+    assert list(search.space()) == list(search.control()) == ["optimizer.lr"]
+    assert search.most_epochs == 3
+    trial = optuna.create_study(sampler=search.sampler(0)).ask()
+    search.ask(trial)
+    assert list(trial.params) == ["optimizer.lr"]
+    assert search.recipe(trial.params).training.epochs == 3
+
+
+def test_a_space_sees_the_fixed_value_and_all_else_of_its_trial(small_recipe: Recipe) -> None:
+    seen = []
+
+    def branching(trial: Any) -> None:
+        seen.append((trial.suggest_categorical("optimizer.name", ["sgd", "adam"]), trial.number))
+
+    study = Study(question="?", base=small_recipe, space=branching, objective="val/accuracy", trials=8)
+    search = Search("tiny", study, small_recipe, 1, 8, None, fixed=frozenset({"optimizer.name"}))
+    search.ask(optuna.create_study().ask())
+    assert seen == [("sgd", 0)]
+
+
+def test_samplers_draw_anew_after_a_resume(search: Search) -> None:
     def first_draw(num_asked: int) -> float:
         trial = optuna.create_study(sampler=search.sampler(num_asked)).ask()
         return trial.suggest_float("x", 0, 1)

@@ -7,8 +7,8 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FixedTrial
 
 from pipeline.recipe import KIND
-from pipeline.search.space import control, explore
-from pipeline.search.study import FOLDER, available, load_study
+from pipeline.search.space import control, explore, extremes
+from pipeline.search.study import FOLDER, Search, available, load_study
 
 
 @pytest.mark.parametrize("name", available())
@@ -24,8 +24,7 @@ def test_every_variant_is_a_valid_base_inside_the_space(name: str) -> None:
     study = load_study(name)
     for dataset, variant in study.variants.items():
         base = study.base.changed({"data.dataset": dataset, **variant.changes})
-        explore(study.space, base)
-        control(study.space, base)
+        Search(name, study, base, 1, variant.trials, None, fixed=frozenset(variant.changes)).check()
         assert variant.trials >= 8
 
 
@@ -67,6 +66,21 @@ def test_attention_asks_only_what_applies_to_the_chosen_kind() -> None:
     assert "optimizer.beta2" in asked(optimizer_name="adamw") - asked(optimizer_name="sgd")
     assert "schedule.peak" in asked(schedule_name="one_cycle") - asked(schedule_name="cosine")
     assert {"schedule.interval", "schedule.gamma"} <= asked(schedule_name="step") - asked(schedule_name="cosine")
+
+
+def test_plain_asks_whether_its_authors_lessons_are_true() -> None:
+    study = load_study("plain")
+    space = explore(study.space, study.base)
+    rotation_more_dropout_longer = {
+        "augmentation.rotation": 0,
+        "augmentation.erasing": 0,
+        "augmentation.mixup": 0,
+        "model.convolution_dropout": 0,
+        "training.epochs": 15,
+    }
+    for name, lowest in rotation_more_dropout_longer.items():
+        low, *_, high = extremes(space[name])
+        assert low == lowest and high > low, name
 
 
 def test_attention_begins_with_the_published_recipe() -> None:

@@ -1,0 +1,67 @@
+"""Tests of differences against other implementations, by hand and by repetition."""
+
+from itertools import product
+from math import comb
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+from sklearn.metrics import f1_score
+
+from pipeline.evaluation.significance import f1_macro_error, mcnemar
+
+
+def test_mcnemar_is_the_two_sided_binomial_test() -> None:
+    for better, worse in [*product(range(16), repeat=2), (31, 10), (500, 431), (4000, 4200)]:
+        if better + worse:
+            expected = binomtest(better, better + worse, 0.5).pvalue
+            assert mcnemar(better, worse) == pytest.approx(expected, rel=1e-9), (better, worse)
+
+
+def test_mcnemar_by_hand() -> None:
+    assert mcnemar(10, 2) == pytest.approx(2 * (comb(12, 0) + comb(12, 1) + comb(12, 2)) / 2**12)
+    assert mcnemar(2, 10) == mcnemar(10, 2)
+
+
+def test_methods_that_never_or_equally_often_beat_each_other_dont_differ() -> None:
+    assert mcnemar(0, 0) == mcnemar(1, 1) == mcnemar(50, 50) == mcnemar(1, 0) == 1.0
+
+
+def predictions(seed: int, images: int, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels of unequally frequent classes, and two predictions that are equally good and often agree."""
+    rng = np.random.default_rng(seed)
+    frequency = np.arange(1, classes + 1) / np.arange(1, classes + 1).sum()
+    labels = rng.choice(classes, size=images, p=frequency)
+    shared = rng.random(images) < 0.7
+    first, second = (
+        np.where(shared ^ (rng.random(images) < 0.1), labels, rng.integers(classes, size=images)) for _ in range(2)
+    )
+    return labels, first, second
+
+
+def f1_difference(labels: np.ndarray, first: np.ndarray, second: np.ndarray, classes: int) -> float:
+    scores = (
+        f1_score(labels, found, labels=range(classes), average="macro", zero_division=0) for found in (second, first)
+    )
+    return next(scores) - next(scores)
+
+
+def test_the_error_of_a_macro_f1_difference_is_that_of_the_bootstrap() -> None:
+    labels, first, second = predictions(0, 800, 5)
+    rng = np.random.default_rng(1)
+    drawn = [rng.integers(len(labels), size=len(labels)) for _ in range(500)]
+    differences = [f1_difference(labels[rows], first[rows], second[rows], 5) for rows in drawn]
+    assert f1_macro_error(labels, first, second, 5) == pytest.approx(np.std(differences), rel=0.1)
+
+
+def test_equally_good_predictions_rarely_seem_to_differ_in_macro_f1() -> None:
+    alarms = 0
+    for seed in range(300):
+        labels, first, second = predictions(seed, 600, 4)
+        alarms += abs(f1_difference(labels, first, second, 4)) > 1.96 * f1_macro_error(labels, first, second, 4)
+    assert 3 <= alarms <= 30  # 15 expected at 5 %
+
+
+def test_equal_predictions_have_no_error_even_where_a_class_never_occurs() -> None:
+    labels, first, _ = predictions(0, 50, 3)
+    assert f1_macro_error(labels, first, first, 7) == 0

@@ -1,0 +1,98 @@
+"""Which model is meant is found in a real MLflow store, and said."""
+
+from pathlib import Path
+
+import mlflow
+import pytest
+from conftest import Trained
+
+from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+from pipeline.tracking.models import find_model
+from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.training.checkpoints import read_checkpoint
+
+
+def refusal(home: Path, wanted: str | None) -> str:
+    with pytest.raises(UserError) as caught, find_model(home, None, wanted):
+        pass
+    return caught.value.lines[0]
+
+
+def test_a_run_is_found_by_its_id_and_its_files_go_with_the_block(trained: Trained) -> None:
+    with find_model(trained.home, None, trained.finished) as model:
+        assert model.what == f"trial 0 of tiny-v1-digits, run {trained.finished}"
+        assert read_checkpoint(model.folder)["run_id"] == trained.finished
+    assert not model.folder.exists()
+
+
+def test_what_has_no_model_is_told_with_its_state(trained: Trained) -> None:
+    assert refusal(trained.home, trained.pruned) == (
+        f"trial 1 of tiny-v1-digits, run {trained.pruned}: pruned, without a model; only a finished run has one"
+    )
+    assert refusal(trained.home, "0" * 32).startswith(f"{'0' * 32}: no such run")
+    assert refusal(trained.home, "best").startswith("best: neither a folder, nor a run's id")
+    for name in ("models:/image-classifier@champion", "models:/x/3", "models:/x", "models:/a/b@c", "models:/"):
+        assert refusal(trained.home, name).startswith(f"{name}: no such registered model")
+
+
+def test_no_store_is_told_and_not_made(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "mlruns", None).startswith("no finished run yet: make study")
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_a_store_without_a_finished_run_is_told(tmp_path: Path) -> None:
+    MlflowTracker(tmp_path).open_study("s", "?", "val/accuracy", []).end(State.FINISHED)
+    assert refusal(tmp_path, None).startswith("no finished run yet")
+
+
+def scored(
+    tracker: MlflowTracker, study: str, recipe: Recipe, data: TrainingData, score: float, parent: str | None = None
+) -> str:
+    """A finished run with this score, in a study of its own."""
+    parent_run = tracker.open_study(study, "?", "val/accuracy", [])
+    with tracker.run("trial 0", recipe, data, parent_run.id, {"study": study, "trial": "0"}) as run:
+        run.log_metrics({"val/accuracy": score}, 1)
+        run.end(State.FINISHED)
+    parent_run.end(State.FINISHED)
+    return run.id
+
+
+def test_the_default_is_the_best_run_of_all_studies_on_the_last_ones_data(
+    tmp_path: Path, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    import dataclasses
+
+    tracker = MlflowTracker(tmp_path)
+    elsewhere = dataclasses.replace(digits, digest="other pixels")
+    scored(tracker, "a-v1-other", small_recipe, elsewhere, 0.99)
+    best = scored(tracker, "b-v1-digits", small_recipe, digits, 0.8)
+    scored(tracker, "c-v1-digits", small_recipe, digits, 0.7)
+    # These runs have no weights, so the line that says so names the one that was chosen.
+    assert refusal(tmp_path, None).startswith(
+        f"the best finished run (no champion yet), trial 0 of b-v1-digits, run {best}, val/accuracy 0.8000: finished,"
+    )
+    last = scored(tracker, "a-v1-other", small_recipe, elsewhere, 0.5)
+    assert "val/accuracy 0.9900" in refusal(tmp_path, None), last
+
+
+def test_the_champion_comes_before_the_best_run(trained: Trained) -> None:
+    client = mlflow.MlflowClient(MlflowTracker(trained.home).uri)
+    with find_model(trained.home, None, None) as model:
+        assert model.what.startswith("the best finished run (no champion yet), trial 0 of tiny-v1-digits")
+    client.create_registered_model("image-classifier")
+    version = client.create_model_version("image-classifier", "nowhere", trained.finished).version
+    try:
+        client.set_registered_model_alias("image-classifier", "champion", version)
+        name = f"image-classifier version {version}, trial 0 of tiny-v1-digits, run {trained.finished}"
+        for wanted, what in {
+            None: f"the champion, {name}",
+            "models:/image-classifier@champion": name,
+            f"models:/image-classifier/{version}": name,
+        }.items():
+            with find_model(trained.home, None, wanted) as model:
+                assert model.what == what
+                assert read_checkpoint(model.folder)["run_id"] == trained.finished
+    finally:
+        client.delete_registered_model("image-classifier")
