@@ -19,7 +19,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from rich.console import Console
 
-from pipeline.errors import PartlyDone, UserError, did_you_mean, validation_lines
+from pipeline.errors import PartlyDone, UserError, did_you_mean, one_line, validation_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -373,10 +373,10 @@ def _classifier(
 
         with find_model(HOME, tracking_uri, wanted) as model:
             classifier, what = Classifier.load(model.folder, device), model.what
-    console.print(f"model: {what}", markup=False)
+    console.print(one_line(f"model: {what}"), markup=False)
     if method != "plain":
         for tell in (verdict, f1_changes):
-            console.print(tell(classifier.facts.measured, method, classifier.facts.classes), markup=False)
+            console.print(one_line(tell(classifier.facts.measured, method, classifier.facts.classes)), markup=False)
     return classifier
 
 
@@ -386,7 +386,7 @@ def _print_predictions(
     """A line per image: its class and the next two, with their probabilities."""
     for name, row in list(zip(ids, probabilities, strict=True))[:most]:
         best = (-row).argsort(kind="stable")[:3]
-        console.print(f"{name}: {', '.join(f'{classes[i]} {row[i]:.1%}' for i in best)}", markup=False)
+        console.print(one_line(f"{name}: {', '.join(f'{classes[i]} {row[i]:.1%}' for i in best)}"), markup=False)
     if most and len(ids) > most:
         console.print(f"and {len(ids) - most:,} more")
 

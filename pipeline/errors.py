@@ -12,7 +12,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, lines: str | Sequence[str]):
-        self.lines = [_one_line(line) for line in ([lines] if isinstance(lines, str) else lines)]
+        self.lines = [one_line(line) for line in ([lines] if isinstance(lines, str) else lines)]
         super().__init__("\n".join(self.lines))
 
 
@@ -60,7 +60,7 @@ def validation_lines(error: ValidationError, tags: Collection[str] = ()) -> list
     return lines
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """Line breaks and control characters shown as escapes, so that a value can't pose as a message or move a cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
