@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.tracking.runs import MlflowTracker, State
+
+# A shell starts what runs in its background with Ctrl-C ignored, which the commands under test would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack_cifar10.py"
 
