@@ -19,7 +19,7 @@ from optuna import Trial
 
 from pipeline.recipe import parse_recipe
 from pipeline.search.spaces import ask_schedule
-from pipeline.search.study import Study, Variant
+from pipeline.search.study import Study
 
 # airbench94_muon's, whose loss is a sum over 2,000 images: rates of 0.053 and 0.67 there are 2,000 times as much here.
 BASE = parse_recipe(

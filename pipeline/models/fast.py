@@ -44,7 +44,9 @@ class FastBlock(nn.Module):
 
     def __init__(self, inputs: int, width: int, recipe: Fast, halve: bool):
         super().__init__()
-        self.convolutions = nn.ModuleList([_convolution(inputs if i == 0 else width, width) for i in range(recipe.depth)])
+        self.convolutions = nn.ModuleList(
+            [_convolution(inputs if i == 0 else width, width) for i in range(recipe.depth)]
+        )
         self.norms = nn.ModuleList([ShiftNorm(width, recipe.norm_momentum) for _ in range(recipe.depth)])
         self.pool = nn.MaxPool2d(2) if halve else nn.Identity()
 

@@ -42,8 +42,9 @@ class Whitening(nn.Module):
     def __init__(self, kernel: int):
         super().__init__()
         drawn = nn.Conv2d(3, 6 * kernel**2, kernel)
+        assert drawn.bias is not None
         self.register_buffer("weight", drawn.weight.detach())
-        self.bias = nn.Parameter(drawn.bias)
+        self.bias = drawn.bias
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:

@@ -22,6 +22,7 @@ from pipeline.models.layers import FitsFirstLayer
 from pipeline.recipe import Recipe
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.losses import soft_cross_entropy
+from pipeline.training.memory import keep_freed_memory
 from pipeline.training.optimizers import build_optimizer, set_lr
 
 FIRST_LAYER_IMAGES = 5000  # as many as the speed runs take; a covariance of 12 numbers needs no more
@@ -73,6 +74,8 @@ def train(
     started = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        keep_freed_memory()
 
     with _reproducible(settings.deterministic, device):
         network = build_network(recipe.model, len(data.classes), data.image_size, settings.seed)

@@ -18,6 +18,8 @@ _FUSED = frozenset({"cpu", "cuda"})
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _QUINTIC_STEPS = 3
 
+_Tensors = list[Tensor] | tuple[Tensor, ...]
+
 
 def build_optimizer(network: nn.Module, optimizer: recipe.Optimizer, device: torch.device) -> torch.optim.Optimizer:
     """torch's SGD, Adam or AdamW over every parameter of `network`, which lies on `device`; or Muon.
@@ -104,13 +106,13 @@ class Muon(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            gradients = [p.grad for p in parameters]
+            gradients: _Tensors = [p.grad for p in parameters]
             if not group["filters"]:
                 gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
             buffers = [self._buffer(p) for p in parameters]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, gradients)
-            steps = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
+            steps: _Tensors = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
             if group["filters"]:
                 for parameter in parameters:
                     parameter *= len(parameter) ** 0.5 / parameter.norm()
