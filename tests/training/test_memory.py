@@ -5,7 +5,8 @@ import pytest
 
 from pipeline.training.memory import keep_freed_memory
 
-# 64 MiB are 16,384 pages: those of the second tensor are the first's, or the system's again.
+# 64 MiB are 16,384 pages: those of the second tensor are the first's, or the system's again. It is a little smaller,
+# as glibc before 2.38 doesn't put an aligned block where one of the same size was.
 FAULTS = """
 import resource
 import torch
@@ -14,7 +15,7 @@ if {keep}:
     keep_freed_memory()
 torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**24)
+torch.ones(2**24 - 2**10)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -27,4 +28,4 @@ def test_a_large_tensor_takes_the_memory_of_the_one_before_it() -> None:
 
     if not keep_freed_memory():
         pytest.skip("no glibc")
-    assert faults(keep=True) < 100
+    assert faults(keep=True) < 1000 < 16_000 < faults(keep=False)
