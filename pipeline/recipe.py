@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.errors import UserError, did_you_mean, validation_lines
 
@@ -132,6 +132,28 @@ class Plain(Section):
         return len(self.widths) - 1
 
 
+class Fast(Section):
+    """A whitening layer and blocks for short trainings (speed-run lineage), `pipeline/models/fast.py`."""
+
+    network: Literal["fast"] = "fast"
+    whitening_kernel: int = Field(2, ge=2, le=4, description="side of the patches that the first layer whitens, pixels")
+    widths: tuple[Width, ...] = Field((64, 256, 256), min_length=1, max_length=6, description="channels of each block")
+    depth: Literal[2, 3] = Field(2, description="convolutions of a block; the third has a shortcut around it")
+    norm_momentum: Fraction = Field(0.4, description="a batch's share in batch norm's running statistics, as torch's")
+
+    @property
+    def halvings(self) -> int:
+        """How often the image is halved."""
+        return len(self.widths)
+
+
+# A probability, or the one mode that needs none.
+Flip = Annotated[
+    Annotated[Fraction, Tag("probability")] | Annotated[Literal["alternating"], Tag("alternating")],
+    Discriminator(lambda value: "alternating" if isinstance(value, str) else "probability"),
+]
+
+
 class Augmentation(Section):
     """What is done to a training image, drawn anew per image and epoch, in this order; 0 switches a step off."""
 
@@ -139,7 +161,9 @@ class Augmentation(Section):
     crop_mode: Literal["reflect", "constant"] = Field(
         "reflect", description="what the padding shows: a mirror, or black"
     )
-    horizontal_flip: Fraction = Field(0.5, description="probability")
+    horizontal_flip: Flip = Field(
+        0.5, description="probability; or alternating: a coin for the first epoch, then the other way round each time"
+    )
     rotation: float = Field(0.0, ge=0, le=180, description="degrees; the angle is uniform in [-rotation, rotation]")
     perspective: Fraction = Field(0.0, description="distortion scale, as in torchvision's RandomPerspective")
     perspective_probability: Fraction = 0.5
@@ -198,6 +222,28 @@ class AdamW(Adaptive):
 
     name: Literal["adamw"] = "adamw"
     weight_decay: float = Field(0.01, ge=0, le=10)
+
+
+class Muon(Section):
+    """Orthogonalised momentum for convolution filters, SGD with Nesterov momentum for everything else.
+
+    After airbench94_muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/). Every rate is of the mean loss and
+    follows the schedule. A step first sets the norm of each convolution's weights to the root of its output channels,
+    so batch norm has to follow every convolution; filters don't decay.
+    """
+
+    name: Literal["muon"] = "muon"
+    lr: float = Field(gt=0, le=100, description="of the filters: about the length that a step moves each of them")
+    momentum: float = Field(0.6, ge=0, lt=1, description="of the filters")
+    bias_lr: float = Field(gt=0, le=1e6, description="of biases, scales and all else that has one dimension")
+    head_lr: float = Field(gt=0, le=1e6, description="of linear layers' weights")
+    sgd_momentum: float = Field(0.85, ge=0, lt=1, description="of all but the filters")
+    weight_decay: float = Field(
+        0.004, ge=0, le=1, description="of all but the filters: their rate * L2 coefficient, whatever the rate"
+    )
+    whitening_share: Fraction = Field(
+        1.0, description="of the training, in which a whitening layer's bias learns, the schedule squeezed into it"
+    )
 
 
 class Schedule(Section):
@@ -262,17 +308,18 @@ class Training(Section):
 
 
 Model = Annotated[
-    Attention | Baseline | Efficient | Expert | Improved | Plain,
+    Attention | Baseline | Efficient | Expert | Fast | Improved | Plain,
     Field(discriminator="network"),
 ]
-Optimizer = Annotated[Sgd | Adam | AdamW, Field(discriminator="name")]
+Optimizer = Annotated[Sgd | Adam | AdamW | Muon, Field(discriminator="name")]
 AnySchedule = Annotated[Constant | Cosine | Linear | OneCycle | Step, Field(discriminator="name")]
 
 # The field of a section that says which kind it is; a change of kind starts from that kind's defaults.
 KIND = {"model": "network", "optimizer": "name", "schedule": "name"}
 _TAGS = frozenset(
-    {"attention", "baseline", "efficient", "expert", "improved", "plain"}
-    | {"sgd", "adam", "adamw", "constant", "cosine", "linear", "one_cycle", "step"}
+    {"attention", "baseline", "efficient", "expert", "fast", "improved", "plain"}
+    | {"sgd", "adam", "adamw", "muon", "constant", "cosine", "linear", "one_cycle", "step"}
+    | {"probability", "alternating"}
 )
 
 

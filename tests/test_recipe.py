@@ -69,7 +69,7 @@ def test_all_faults_are_told_at_once_with_field_value_and_rule() -> None:
     lines = lines_of(
         {"optimizer.lr": -0.1, "training.epochs": 0, "model.network": "atention", "augmentation.mixup": 1.5}
     )
-    networks = "attention, baseline, efficient, expert, improved, plain"
+    networks = "attention, baseline, efficient, expert, fast, improved, plain"
     assert lines == [
         f"model.network = atention: not one of {networks} (did you mean attention?)",
         "augmentation.mixup = 1.5: should be less than or equal to 1",
@@ -84,10 +84,15 @@ def test_all_faults_are_told_at_once_with_field_value_and_rule() -> None:
         ({"optimzer.lr": 1}, "optimzer.lr: no such field (did you mean optimizer.lr?)"),
         ({"lr": 1}, "lr: no such field"),
         ({"optimizer.beta1": 0.9}, "optimizer.beta1: no such field"),
-        ({"optimizer.name": "sgdd"}, "optimizer.name = sgdd: not one of sgd, adam, adamw (did you mean sgd?)"),
+        ({"optimizer.name": "sgdd"}, "optimizer.name = sgdd: not one of sgd, adam, adamw, muon (did you mean sgd?)"),
         ({"augmentation.rotatoin": 3}, "augmentation.rotatoin: no such field (did you mean augmentation.rotation?)"),
         ({"optimizer.lr": float("nan")}, "optimizer.lr = nan: should be a finite number"),
         ({"optimizer.lr": float("inf")}, "optimizer.lr = inf: should be a finite number"),
+        ({"augmentation.horizontal_flip": 2}, "augmentation.horizontal_flip = 2: should be less than or equal to 1"),
+        (
+            {"augmentation.horizontal_flip": "alternate"},
+            "augmentation.horizontal_flip = alternate: should be 'alternating'",
+        ),
         ({"schedule.final_fraction": 2}, "schedule.final_fraction = 2: should be less than or equal to 1"),
         (
             {"augmentation.mixup": 0.7, "augmentation.cutmix": 0.5},

@@ -176,9 +176,19 @@ class Augmenter:
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, num_classes: int, mean: Tensor, std: Tensor, augmentation: Augmentation
+        self,
+        images: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        mean: Tensor,
+        std: Tensor,
+        augmentation: Augmentation,
+        seed: int = 0,
     ):
-        """images uint8 (N, 3, S, S); labels int64 (N,); mean and std float32 (3,), colours in [0, 1]; on one device."""
+        """images uint8 (N, 3, S, S); labels int64 (N,); mean and std float32 (3,), colours in [0, 1]; on one device.
+
+        `seed` draws which images an alternating flip mirrors in odd epochs; the others are mirrored in even ones.
+        """
         assert images.dtype == torch.uint8
         assert images.shape[1] == 3
         assert images.shape[2] == images.shape[3]
@@ -187,8 +197,15 @@ class Augmenter:
         self._padded = pad(images, augmentation.crop_padding, augmentation.crop_mode).contiguous()
         self._labels, self._num_classes = labels, num_classes
         self._mean, self._std = mean, std
+        coins = torch.rand(len(images), generator=torch.Generator().manual_seed(seed)) < 0.5
+        self._mirrored_when_odd = coins.to(images.device)
+        self.start_epoch(1)
         self._mixup_quantiles = _beta_quantiles(augmentation.mixup_alpha, images.device)
         self._cutmix_quantiles = _beta_quantiles(augmentation.cutmix_alpha, images.device)
+
+    def start_epoch(self, epoch: int) -> None:
+        """The batches from now on are of `epoch`, from 1; only an alternating flip depends on it."""
+        self._mirrored = self._mirrored_when_odd ^ (epoch % 2 == 0)
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The images `indices` (B,), int64 on the device, with random numbers from `generator` (of the same device).
@@ -206,7 +223,9 @@ class Augmenter:
 
     def _cropped(self, indices: Tensor, draw: "_Draws") -> Tensor:
         places = 2 * self._augmentation.crop_padding + 1
-        flip = draw.chance(self._augmentation.horizontal_flip)
+        chance = self._augmentation.horizontal_flip
+        # Alternating (Jordan 2024, arXiv 2404.00498): two epochs show both sides of an image, where chance repeats half.
+        flip = self._mirrored.index_select(0, indices) if isinstance(chance, str) else draw.chance(chance)
         return crop(self._padded, indices, draw.integers(places), draw.integers(places), flip, self._size)
 
     def _warped(self, images: Tensor, draw: "_Draws") -> Tensor:

@@ -40,7 +40,7 @@ _STRICTLY = 1e-12  # more than rounding
 def views_of(recipe: Recipe) -> tuple[bool, int]:
     """`flip` and `shift` of `views`: only what the network was trained to take for the same image."""
     a, size = recipe.augmentation, recipe.data.image_size
-    return a.horizontal_flip > 0, min(a.crop_padding, max(1, round(size / 32)))
+    return a.horizontal_flip != 0, min(a.crop_padding, max(1, round(size / 32)))
 
 
 def views(images: Tensor, flip: bool, shift: int) -> list[Tensor]:

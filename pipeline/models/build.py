@@ -10,6 +10,7 @@ from pipeline.models.attention import AttentionNetwork
 from pipeline.models.baseline import BaselineNetwork
 from pipeline.models.efficient import EfficientNetwork
 from pipeline.models.expert import ExpertNetwork
+from pipeline.models.fast import FastNetwork
 from pipeline.models.improved import ImprovedNetwork
 from pipeline.models.plain import PlainNetwork
 
@@ -31,6 +32,8 @@ def _build(model: recipe.Model, num_classes: int, image_size: int) -> nn.Module:
             return EfficientNetwork(model, num_classes)
         case recipe.Expert():
             return ExpertNetwork(model, num_classes)
+        case recipe.Fast():
+            return FastNetwork(model, num_classes, image_size)
         case recipe.Improved():
             return ImprovedNetwork(model, num_classes, image_size)
         case recipe.Plain():

@@ -230,6 +230,32 @@ def test_crops_start_anywhere_alike_and_half_of_them_are_mirrored() -> None:
     assert stats.binomtest(int((corner == 16).sum()), 4000, 0.3).pvalue > 0.01
 
 
+def mirrored_by_epoch(count: int, epochs: int, seed: int = 0, indices: Tensor | None = None) -> Tensor:
+    """bool (epochs, count): which images an alternating flip mirrors."""
+    image = torch.arange(16, dtype=torch.uint8).expand(1, 3, 16, 16)
+    labels, settings = torch.zeros(count, dtype=torch.int64), Augmentation(**OFF | {"horizontal_flip": "alternating"})
+    made = Augmenter(image.repeat(count, 1, 1, 1), labels, 1, torch.zeros(3), torch.ones(3), settings, seed)
+    seen = []
+    for epoch in range(1, epochs + 1):
+        made.start_epoch(epoch)
+        images, _ = made.batch(torch.arange(count) if indices is None else indices, generator(epoch))
+        seen.append(images[:, 0, 0, 0] > 0)
+    return torch.stack(seen)
+
+
+def test_an_alternating_flip_shows_every_image_both_ways_in_two_epochs() -> None:
+    first, *others = mirrored_by_epoch(4000, 5)
+    assert stats.binomtest(int(first.sum()), 4000, 0.5).pvalue > 0.01
+    for epoch, mirrored in enumerate(others, start=2):
+        assert torch.equal(mirrored, first if epoch % 2 else ~first), epoch
+
+
+def test_an_alternating_flip_belongs_to_the_image_and_the_seed() -> None:
+    order = torch.randperm(200, generator=generator())
+    assert torch.equal(mirrored_by_epoch(200, 2, indices=order), mirrored_by_epoch(200, 2)[:, order])
+    assert not torch.equal(mirrored_by_epoch(200, 1, seed=1), mirrored_by_epoch(200, 1))
+
+
 def test_constant_padding_is_black_and_reflection_mirrors() -> None:
     white = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
     assert colours(white, 50, crop_padding=4, crop_mode="constant").amin() == 0

@@ -99,11 +99,12 @@ def test_views_are_distinct_images_of_the_same_kind_the_first_untouched(flip: bo
         (32, 4, 0.5, (True, 1)),
         (32, 0, 0.0, (False, 0)),
         (8, 1, 0.1, (True, 1)),
+        (32, 2, "alternating", (True, 1)),
         (64, 4, 0.0, (False, 2)),
         (64, 1, 0.0, (False, 1)),  # it never saw a shift by 2
     ],
 )
-def test_views_are_what_training_showed(size: int, crop: int, flip: float, expected: tuple[bool, int]) -> None:
+def test_views_are_what_training_showed(size: int, crop: int, flip: float | str, expected: tuple[bool, int]) -> None:
     recipe = parse_recipe(
         {
             "data": {"image_size": size},

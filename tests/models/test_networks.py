@@ -1,4 +1,4 @@
-"""The networks of systems 000, 001, 002 and 004 are those that their systems describe."""
+"""The networks of systems 000, 001, 002 and 004 and of the speed runs are those that their sources describe."""
 
 import pytest
 import torch
@@ -8,9 +8,19 @@ from pipeline import recipe
 from pipeline.models.build import build_network, num_parameters, receptive_field
 from pipeline.models.efficient import EfficientNetwork
 from pipeline.models.expert import ExpertBlock, ExpertNetwork
-from pipeline.models.layers import conv_bn_relu
+from pipeline.models.fast import FastNetwork
+from pipeline.models.layers import Whitening, conv_bn_relu
 
-EVERY = [recipe.Baseline(), recipe.Efficient(), recipe.Expert(), recipe.Improved(), recipe.Plain(), recipe.Attention()]
+EVERY = [
+    recipe.Baseline(),
+    recipe.Efficient(),
+    recipe.Expert(),
+    recipe.Fast(),
+    recipe.Fast(depth=3, whitening_kernel=4),
+    recipe.Improved(),
+    recipe.Plain(),
+    recipe.Attention(),
+]
 each = pytest.mark.parametrize("model", EVERY, ids=lambda model: model.network)
 
 
@@ -53,6 +63,7 @@ def test_the_seed_draws_the_weights(model: recipe.Model) -> None:
         (recipe.Efficient(), 774_010),
         (recipe.Plain(), 429_866),
         (recipe.Expert(), 1_786_905),
+        (recipe.Fast(), 1_971_352),  # airbench94_muon's 1,972,792 less what is frozen there
     ],
     ids=lambda value: getattr(value, "network", ""),
 )
@@ -135,3 +146,72 @@ def test_every_branch_of_every_expert_gets_a_gradient() -> None:
         gradient = block.branches.weight.grad.unflatten(0, (block.num_branches, -1))
         assert (gradient.flatten(1).abs().sum(1) > 0).all()
         assert block.expert[2].weight.grad.any()
+
+
+def images_of_few_colours(count: int = 300, size: int = 12) -> torch.Tensor:
+    """Smooth images whose channels are much alike, as photographs: patches are far from white."""
+    generator = torch.Generator().manual_seed(0)
+    grey = nn.functional.interpolate(torch.randn(count, 1, 5, 5, generator=generator), size, mode="bilinear")
+    return grey + 0.3 * torch.randn(count, 3, size, size, generator=generator)
+
+
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_a_fitted_whitening_layer_gives_uncorrelated_outputs_of_size_one(kernel: int) -> None:
+    images = images_of_few_colours()
+    layer = Whitening(kernel)
+    nn.init.zeros_(layer.bias)
+
+    def moments() -> torch.Tensor:
+        outputs = layer(images).transpose(0, 1).flatten(1)[: 3 * kernel**2]
+        return outputs @ outputs.T / outputs.shape[1]
+
+    identity = torch.eye(3 * kernel**2)
+    assert (moments() - identity).abs().max() > 0.3, "as drawn"
+    layer.fit(images)
+    torch.testing.assert_close(moments().detach(), identity, rtol=0, atol=0.01)
+    assert torch.equal(layer.weight[3 * kernel**2 :], -layer.weight[: 3 * kernel**2])
+
+
+def test_whitening_images_that_hardly_vary_stays_finite() -> None:
+    layer = Whitening(2)
+    layer.fit(torch.ones(10, 3, 8, 8))
+    assert layer.weight.isfinite().all()
+    assert layer.weight.abs().max() < 50
+
+
+def test_what_whitening_computes_is_saved_and_neither_learnt_nor_counted() -> None:
+    layer = Whitening(2)
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    assert set(layer.state_dict()) == {"weight", "bias"}
+
+
+def test_fast_is_the_speed_runs_network() -> None:
+    network = build_network(recipe.Fast(), 10, 32, seed=0).eval()
+    assert isinstance(network, FastNetwork)
+    convolutions = layers(network, nn.Conv2d)
+    assert [(c.in_channels, c.out_channels) for c in convolutions] == [
+        (24, 64), (64, 64), (64, 256), (256, 256), (256, 256), (256, 256)
+    ]  # fmt: skip
+    assert all(n.momentum == 0.4 for n in layers(network, nn.BatchNorm2d))
+    assert network.head.weight.std().item() == pytest.approx(1)
+    x = torch.randn(2, 24, 7, 7)
+    copied = nn.functional.conv2d(x, convolutions[0].weight[:24], padding=1)
+    torch.testing.assert_close(copied, x)  # filters begin as copies of their inputs
+    x = torch.randn(2, 3, 32, 32)
+    naive = nn.functional.gelu(nn.functional.conv2d(x, network.whitening.weight, network.whitening.bias))
+    for block in network.blocks:
+        (first, second), (before, behind) = block.convolutions, block.norms
+        naive = nn.functional.gelu(before(nn.functional.max_pool2d(first(naive), 2)))
+        naive = nn.functional.gelu(behind(second(naive)))
+    assert naive.shape[2:] == (3, 3)
+    torch.testing.assert_close(network(x), nn.functional.max_pool2d(naive, 3).flatten(1) @ network.head.weight.T / 256)
+
+
+def test_a_third_convolution_has_a_shortcut_around_both_behind_the_first() -> None:
+    network = build_network(recipe.Fast(widths=(4,), depth=3), 10, 16, seed=0).eval()
+    assert isinstance(network, FastNetwork)
+    block = network.blocks[0]
+    nn.init.zeros_(block.convolutions[2].weight)  # so that the shortcut alone is left
+    x = torch.randn(2, 24, 15, 15)
+    first = nn.functional.gelu(block.norms[0](block.pool(block.convolutions[0](x))))
+    torch.testing.assert_close(block(x), nn.functional.gelu(first))

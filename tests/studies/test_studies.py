@@ -35,7 +35,8 @@ def test_the_search_is_over_augmentation_optimizer_and_schedule(name: str) -> No
     assert {"augmentation", "optimizer", "schedule"} <= {parameter.partition(".")[0] for parameter in space}
     rates = [space["optimizer.lr"], space["optimizer.weight_decay"]]
     assert all(rate.log for rate in rates if not isinstance(rate, CategoricalDistribution)), "rates: on a log scale"
-    assert f"optimizer.{KIND['optimizer']}" in space
+    if name != "fast":  # its question is how to use Muon, not whether
+        assert f"optimizer.{KIND['optimizer']}" in space
 
 
 @pytest.mark.parametrize("name", available())

@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from pipeline.data.augment import normalise
 from pipeline.data.prepare import TrainingData
+from pipeline.models.build import build_network
+from pipeline.models.fast import FastNetwork
 from pipeline.recipe import Recipe
 from pipeline.training import loop
 from pipeline.training.loop import Diverged, EpochReport, train
@@ -120,7 +123,46 @@ def test_steps_are_counted_and_a_batch_larger_than_the_data_is_the_data(
     assert seen == [(1, 1)] * 2
 
 
-@pytest.mark.parametrize("change", [{"training.precision": "bf16"}, {"optimizer.name": "adamw", "optimizer.lr": 1e-3}])
+MUON = {"optimizer.name": "muon", "optimizer.lr": 0.1, "optimizer.bias_lr": 1, "optimizer.head_lr": 1}
+FAST = {
+    "model.network": "fast",
+    "model.widths": (8, 16),
+    "augmentation.horizontal_flip": "alternating",
+    **MUON,
+    "optimizer.bias_lr": 10,
+    "optimizer.head_lr": 100,
+    "optimizer.whitening_share": 0.5,
+}
+
+
+def test_the_speed_runs_recipe_repeats_bit_for_bit_and_its_first_layer_comes_from_the_data(
+    small_recipe: Recipe, digits: TrainingData
+) -> None:
+    recipe = small_recipe.changed(FAST)
+    first, second = train(recipe, digits, CPU), train(recipe, digits, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(weights(first.network), weights(second.network), strict=True))
+    assert first.plain
+    images = normalise(digits.train.images, digits.mean, digits.std)
+    fitted = build_network(recipe.model, 10, 8, seed=recipe.training.seed)
+    assert isinstance(fitted, FastNetwork)
+    fitted.fit_first_layer(images)
+    for trained in (first.network, first.plain):
+        assert torch.equal(trained.whitening.weight, fitted.whitening.weight)
+    other = train(recipe.changed({"training.seed": 1}), digits, CPU)
+    assert torch.equal(other.network.whitening.weight, fitted.whitening.weight)
+    assert not torch.equal(other.network.head.weight, first.network.head.weight)
+
+
+def test_the_speed_runs_recipe_learns_digits(small_recipe: Recipe, digits: TrainingData) -> None:
+    plain = {"augmentation.mixup": 0, "augmentation.cutmix": 0, "augmentation.horizontal_flip": 0}
+    recipe = small_recipe.changed(FAST | plain | {"training.epochs": 6})
+    history = train(recipe, digits, CPU).history
+    assert history[-1].metrics["val/accuracy"] > 0.7, [report.metrics["val/accuracy"] for report in history]
+
+
+@pytest.mark.parametrize(
+    "change", [{"training.precision": "bf16"}, {"optimizer.name": "adamw", "optimizer.lr": 1e-3}, MUON]
+)
 def test_every_precision_and_optimizer_trains(change: dict, small_recipe: Recipe, digits: TrainingData) -> None:
     result = train(small_recipe.changed(change), digits, CPU)
     assert math.isfinite(result.history[-1].metrics["train/loss"])

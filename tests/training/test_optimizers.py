@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from pipeline import recipe
-from pipeline.training.optimizers import build_optimizer, set_lr
+from pipeline.models.layers import Whitening
+from pipeline.training.optimizers import build_optimizer, orthogonalise, set_lr
 
 CPU = torch.device("cpu")
 
@@ -79,9 +80,111 @@ def test_a_set_rate_holds_from_the_next_step():
     network.weight.grad = torch.ones_like(network.weight)
     optimizer.step()
     assert network.weight.item() == 0.5
-    set_lr(optimizer, 0.125)
+    set_lr(optimizer, recipe.Linear(final_fraction=0.25), 3, 4)
     optimizer.step()
     assert network.weight.item() == 0.375
+
+
+MUON = recipe.Muon(lr=0.3, momentum=0.6, bias_lr=2, head_lr=5, sgd_momentum=0.8, weight_decay=0.01)
+
+
+def muon_by_hand(network: nn.Module, section: recipe.Muon, steps: int) -> None:
+    """`fit` with Muon, a parameter and a step at a time."""
+    generator, momenta = torch.Generator().manual_seed(1), {}
+    for _ in range(steps):
+        for parameter in network.parameters():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            filters = parameter.ndim == 4
+            kept = section.momentum if filters else section.sgd_momentum
+            rate = {4: section.lr, 2: section.head_lr, 1: section.bias_lr}[parameter.ndim]
+            if not filters:
+                gradient += section.weight_decay / rate * parameter.data
+            momenta[parameter] = momenta.get(parameter, 0) * kept + gradient
+            step = gradient + kept * momenta[parameter]
+            if filters:
+                parameter.data *= len(parameter) ** 0.5 / parameter.data.square().sum().sqrt()
+                x = step.reshape(len(step), -1).bfloat16()
+                x = x / x.norm()
+                for _ in range(3):
+                    x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+                step = x.view(step.shape)
+            parameter.data -= rate * step
+
+
+def test_muon_steps_as_written_out_by_hand() -> None:
+    ours = convnet()
+    theirs = copy.deepcopy(ours)
+    fit(ours, build_optimizer(ours, MUON, CPU))
+    muon_by_hand(theirs, MUON, steps=5)
+    for (name, mine), reference in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        near = {"rtol": 0, "atol": 0.02} if mine.ndim == 4 else {"rtol": 1e-5, "atol": 1e-5}  # bfloat16
+        torch.testing.assert_close(mine, reference, msg=lambda text, name=name: f"{name}: {text}", **near)
+
+
+@pytest.mark.parametrize("shape", [(64, 64 * 9), (64, 27), (8, 8), (16, 4)])
+def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int, int]) -> None:
+    left, _, right = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), False)
+    values = torch.linspace(1, 0.3, min(shape))
+    result = orthogonalise(1e-3 * left * values @ right).float()
+    assert result.shape == shape
+    assert ((torch.linalg.svdvals(result) - 1).abs() < 0.35).all()
+    rotation = left @ right
+    assert (result * rotation).sum() / result.norm() / rotation.norm() > 0.98, "the directions stay"
+
+
+def test_muons_steps_are_as_long_whatever_the_gradients_size() -> None:
+    def moved(scale: float) -> torch.Tensor:
+        network = nn.Conv2d(8, 16, 3, bias=False)
+        optimizer = build_optimizer(network, MUON, CPU)
+        nn.init.constant_(network.weight, 1 / 72**0.5)  # normalised already
+        before = network.weight.detach().clone()
+        network.weight.grad = scale * torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+        return network.weight.detach() - before
+
+    torch.testing.assert_close(moved(1e-4), moved(1e4), rtol=0, atol=5e-3)
+    assert moved(1.0).norm().item() == pytest.approx(0.3 * 4, rel=0.2)  # 16 filters, each about a rate's length
+
+
+def with_whitening() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Whitening(2), nn.Conv2d(24, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(100, 5))
+
+
+def test_each_group_has_its_own_rate_times_the_schedules_factor() -> None:
+    network = with_whitening()
+    optimizer = build_optimizer(network, MUON, CPU)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
+
+    def rates(step: int) -> dict[int, float]:
+        set_lr(optimizer, recipe.Linear(), step, 5)
+        return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+    expected = {"1.weight": 0.3, "4.weight": 5}
+    for step, factor in [(0, 1), (1, 0.75), (3, 0.25), (4, 0), (2, 0.5)]:
+        now = rates(step)
+        for name, parameter in network.named_parameters():
+            assert now[id(parameter)] == pytest.approx(expected.get(name, 2) * factor), (name, step)
+    assert optimizer.param_groups[0]["lr"] == 0.15, "the first group's rate is the one that is logged"
+
+
+def test_a_whitening_bias_has_the_schedule_in_its_share_and_is_frozen_then() -> None:
+    network = with_whitening()
+    optimizer = build_optimizer(network, MUON.model_copy(update={"whitening_share": 0.4}), CPU)
+    bias, group = network[0].bias, optimizer.param_groups[1]
+    assert group["params"] == [bias]
+    seen = []
+    for step in range(10):
+        set_lr(optimizer, recipe.Linear(), step, 10)
+        before = bias.detach().clone()
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        seen.append((round(group["lr"], 6) if bias.requires_grad else None, not torch.equal(bias, before)))
+    moving = [(2.0, True), (1.333333, True), (0.666667, True), (0.0, False)]
+    assert seen == moving + 6 * [(None, False)]
+    assert all(p.requires_grad for p in network.parameters() if p is not bias)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
