@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import optuna
 from optuna.trial import TrialState
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -170,3 +171,37 @@ def print_links(console: Console, title: str, links: Sequence[tuple[str, str]]) 
     width = max(len(name) for name, _ in links)
     for name, link in links:
         console.print(f"  {name:<{width}}  {link}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_bench(console: Console, report: Mapping[str, Any]) -> None:
+    """A column per network, and a line for what a peer's script did beside one."""
+    results = report["results"]
+    console.print(
+        f"{report['dataset']}; {report['hardware']}, {report['threads']} threads, torch {report['torch']}, "
+        f"load {report['load']} before; images/s of training, and the shares of a whole trial",
+        markup=False,
+        soft_wrap=True,
+    )
+    rows = {
+        "images/s": [f"{result['images_per_second']:,.0f}" for result in results],
+        "batch": [str(result["batch_size"]) for result in results],
+        "epoch": [duration(result["epoch_s"]) for result in results],
+    }
+    rows |= {part: [f"{result['shares'][part]:.1%}" for result in results] for part in results[0]["shares"]}
+    if results[0]["bf16_peak_share"] is not None:
+        rows["of bf16 peak"] = [f"{result['bf16_peak_share']:.1%}" for result in results]
+        rows["of bandwidth"] = [f"{result['bandwidth_share']:.1%}" for result in results]
+    table = Table("", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for result in results:
+        table.add_column(result["model"], justify="right")
+    for heading, cells in rows.items():
+        table.add_row(heading, *cells)
+    console.print(table)
+    for result in results:
+        if peer := result.get("against"):
+            ratio = peer["ratio"]
+            console.print(
+                f"{result['model']} beside {peer['script']}: {ratio['median']:.2f} times its images/s "
+                f"({ratio['min']:.2f} to {ratio['max']:.2f} in {len(peer['images_per_second'])} rounds)",
+                markup=False,
+            )
