@@ -151,7 +151,7 @@ def study(
     )
     try:
         with StudyView(console, search) as view:
-            done = workers.run(search, data, where, view, open_storage(HOME, storage), tracker, HOME)
+            done = workers.run(search, data, where, view, open_storage(HOME, storage), tracker, HOME, plans=True)
     except StudyInterrupted:
         console.print(f"interrupted; the same command goes on with {search.key(data)}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -264,12 +264,14 @@ def _device(name: str) -> "torch.device":
 
 def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "MlflowTracker") -> None:
     """The table of the best trials, and what to do next."""
-    from pipeline.console import print_best_trials, print_links
+    from pipeline.console import print_best_trials, print_forecast, print_links
     from pipeline.search.study import best_trials
 
     if not best_trials(done):
         console.print("no trial was completed: the lines above say why; make ui shows what there is", highlight=False)
         raise typer.Exit(1)
+    if done.user_attrs.get("actual"):
+        print_forecast(console, done.user_attrs["forecast"], done.user_attrs["actual"])
     print_best_trials(console, done, search)
     links = next(_links(tracker, study, UI_PORT) for study in tracker.studies() if study.name == done.study_name)
     elsewhere = "" if tracker.uri.endswith(str(HOME.resolve() / "mlflow.db")) else " TRACKING_URI=..."
@@ -437,6 +439,38 @@ def ensemble(
     table = average({str(file): read_predictions(file) for file in files})
     write_predictions(table, output)
     Console(soft_wrap=True).print(f"{output}: {len(table):,} images, the mean of {len(files)} files", markup=False)
+
+
+@app.command()
+def plan(
+    name: Annotated[str, typer.Argument(help="A module of studies/, e.g. attention.")],
+    trials: TrialsOption = None,
+    epochs: EpochsOption = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = Path("data"),
+    device: DeviceOption = "auto",
+    seed: SeedOption = None,
+    version: VersionOption = None,
+    change: ChangeOption = None,
+) -> None:
+    """Say what a study, or the rest of it, will cost: time, epochs, disk, GPU memory. Measures a few steps; runs no trial."""
+    typed = {"trials": trials, "epochs": epochs, "seed": seed, "version": version, "device": device}
+    search = _resolve(name, typed, dataset, change or [], [])
+
+    from dataclasses import asdict
+
+    from pipeline.console import print_forecast
+    from pipeline.search.plan import forecast
+    from pipeline.search.storage import find_study, open_storage
+
+    where = _device(device)
+    data = _data(search, data_dir, where)
+    stored = find_study(search, data, open_storage(HOME)) if (HOME / "optuna.db").exists() else None
+    console = Console(highlight=False)
+    if found := forecast(search, data, where, stored):
+        print_forecast(console, asdict(found))
+    else:
+        console.print(f"{search.key(data)}: its {search.trials} trials are done; TRIALS= asks for more")
 
 
 @app.command()

@@ -45,6 +45,10 @@ class StudyView:
         if self._live:
             self._live.stop()
 
+    def planned(self, forecast: Mapping[str, Any]) -> None:
+        """See Observer."""
+        print_forecast(self._console, forecast)
+
     def study_progress(self, study: optuna.Study, finished: int) -> None:
         """See Observer."""
         if self._finished_before is None:
@@ -205,3 +209,33 @@ def print_bench(console: Console, report: Mapping[str, Any]) -> None:
                 f"({ratio['min']:.2f} to {ratio['max']:.2f} in {len(peer['images_per_second'])} rounds)",
                 markup=False,
             )
+
+
+def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mapping[str, Any] | None = None) -> None:
+    """What a study will cost; beside it, where it is over, what it cost."""
+    memory = forecast["memory_gib"]
+    rows = {
+        "trials": ("trials", "{:.0f}".format),
+        "time": ("seconds", duration),
+        "time of an epoch": ("epoch_s", duration),
+        "epochs": ("epochs", "{:.0f}".format),
+        "pruned": ("pruned", "{:.0f}".format),
+        "disk": ("disk_mib", "{:.1f} MiB".format),
+    }
+    table = Table(box=box.SIMPLE_HEAD)
+    headings = ["", "forecast", *(["truth", "truth / forecast"] if actual else ["without pruning"])]
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, (key, show) in rows.items():
+        cells = [show(forecast[key])]
+        if actual:
+            ratio = actual[key] / forecast[key] if forecast[key] else float("nan")
+            cells += [show(actual[key]), f"{ratio:.2f}"]
+        elif (unpruned := forecast.get(f"unpruned_{key}")) is not None:
+            cells.append(show(unpruned))
+        table.add_row(name, *cells)
+    if memory is not None and not actual:
+        table.add_row("GPU memory", f"{memory:.1f} GiB")
+    console.print(table)
+    if not actual:
+        console.print(f"from a few steps of {forecast['measured']} recipes, the control first; other work changes it")

@@ -265,6 +265,9 @@ def test_the_public_surface_is_frozen() -> None:
         "bench": ["--against", "--data-dir", "--dataset", "--device", "--json", "--model"],
         "ensemble": ["--output", "files"],
         "predict": ["--device", "--method", "--model", "--output", "--show", "--tracking-uri", "files"],
+        "plan": [
+            *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--trials", "--version", "name"),
+        ],
         "study": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--storage", "--timeout"),
             *("--tracking-uri", "--trials", "--version", "name"),
@@ -374,6 +377,14 @@ def test_make_predict_passes_every_variable_on(made: Path) -> None:
     nothing = make(made, "predict")
     assert nothing.returncode == 2
     assert "which image? make predict IMAGE=cat.jpg" in nothing.stderr
+
+
+def test_make_plan_passes_the_options_that_matter_on(made: Path) -> None:
+    names = ["TRIALS", "EPOCHS", "DATASET", "DATA_DIR", "DEVICE", "SEED", "VERSION", "SET"]
+    done = make(made, "plan", "NAME=attention", *(f"{name}={name.lower()} value" for name in names), "TIMEOUT=1")
+    expected = [f"--{name.lower().replace('_', '-')}={name.lower()} value" for name in names]
+    assert re.findall(r"\[(.*)\]", done.stdout) == ["-m", "pipeline", "plan", *expected, "--", "attention"]
+    assert "which study? make plan NAME=attention" in make(made, "plan").stderr
 
 
 def test_make_bench_passes_every_variable_on(made: Path) -> None:
