@@ -9,22 +9,24 @@ quoted = '$(subst ','\'',$(value $(1)))'
 # What the command line says; of what is exported only DATA_DIR, as names like VERSION mean other things elsewhere.
 typed = $(if $(value $(1)),$(if $(filter command line,$(origin $(1)))$(filter DATA_DIR,$(1)),$(call quoted,$(1))))
 option = $(if $(call typed,$(1)),--$(2)=$(call typed,$(1)))
-unexport NAME TRIALS EPOCHS TIMEOUT DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT IMAGE MODEL METHOD SHOW OUTPUT
+unexport NAME TRIALS EPOCHS TIMEOUT DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT IMAGE MODEL METHOD SHOW OUTPUT AGAINST JSON
 
 STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout DATASET:dataset DATA_DIR:data-dir DEVICE:device SEED:seed \
   VERSION:version STORAGE:storage TRACKING_URI:tracking-uri SET:set
 
 PREDICT_OPTIONS := MODEL:model METHOD:method OUTPUT:output DEVICE:device TRACKING_URI:tracking-uri
+PLAN_OPTIONS := $(filter-out TIMEOUT:% STORAGE:% TRACKING_URI:%,$(STUDY_OPTIONS))
+BENCH_OPTIONS := MODEL:model DATASET:dataset DATA_DIR:data-dir DEVICE:device AGAINST:against
 
 # A mistyped variable would silently run something else.
-KNOWN := NAME PORT IMAGE SHOW PYTHON $(sort $(foreach o,$(STUDY_OPTIONS) $(PREDICT_OPTIONS),$(firstword $(subst :, ,$(o)))))
+KNOWN := NAME PORT IMAGE SHOW JSON PYTHON $(sort $(foreach o,$(STUDY_OPTIONS) $(PREDICT_OPTIONS) $(BENCH_OPTIONS),$(firstword $(subst :, ,$(o)))))
 UNKNOWN := $(strip $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(filter-out $(KNOWN),$(v)))))
 ifneq ($(filter-out -%,$(UNKNOWN)),)
 $(error no such variable: $(UNKNOWN) (there are $(KNOWN)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study predict ui test check format
+.PHONY: help setup study plan predict ui bench test check format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -37,12 +39,19 @@ study: $(READY) ## run or go on with a study: NAME= [DATASET= TRIALS= EPOCHS= TI
 	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make study NAME=attention (in studies/: '$$(cd studies && ls *.py | sed 's/\.py$$//' | paste -sd' ' -)')' >&2; exit 2; }
 	@$(BIN)/python -m pipeline study $(call options,$(STUDY_OPTIONS)) -- $(call typed,NAME)
 
+plan: $(READY) ## what a study will cost in time, disk and GPU memory: NAME= [DATASET= TRIALS= EPOCHS= DATA_DIR= DEVICE= SEED= VERSION= SET=]
+	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make plan NAME=attention' >&2; exit 2; }
+	@$(BIN)/python -m pipeline plan $(call options,$(PLAN_OPTIONS)) -- $(call typed,NAME)
+
 predict: $(READY) ## classify an image, a folder or a pickle of images: IMAGE= [MODEL= METHOD=plain SHOW=1 OUTPUT=out.csv DEVICE= TRACKING_URI=]
 	@test -n $(or $(call typed,IMAGE),'') || { echo 'error: which image? make predict IMAGE=cat.jpg' >&2; exit 2; }
 	@$(BIN)/python -m pipeline predict $(call options,$(PREDICT_OPTIONS)) $(if $(call typed,SHOW),$(if $(filter-out 0,$(value SHOW)),--show)) -- $(call typed,IMAGE)
 
 ui: $(READY) ## open the MLflow UI on 127.0.0.1 with links to the studies: [NAME= PORT=5000 TRACKING_URI=]
 	@$(BIN)/python -m pipeline ui $(call option,PORT,port) $(call option,TRACKING_URI,tracking-uri) $(if $(call typed,NAME),-- $(call typed,NAME))
+
+bench: $(READY) ## how fast each network trains here, and where the time goes: [MODEL=all DATASET= DATA_DIR= DEVICE= JSON=1 AGAINST=peer.py]
+	@$(BIN)/python -m pipeline bench $(call options,$(BENCH_OPTIONS)) $(if $(call typed,JSON),$(if $(filter-out 0,$(value JSON)),--json))
 
 test: $(READY) ## run the tests (DATA_DIR= with CIFAR-10 in it runs those on real data too)
 	@$(if $(value DATA_DIR),DATA_DIR=$(call quoted,DATA_DIR)) $(BIN)/python -m pytest

@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.classifier import Classifier
+    from pipeline.data.prepare import TrainingData
     from pipeline.prediction import Predicted
+    from pipeline.recipe import Recipe
     from pipeline.search.study import Search
     from pipeline.tracking.runs import MlflowTracker, StudyRuns
 
@@ -42,6 +44,25 @@ INTERRUPTED = 130
 DEVICE_NAMES = r"auto|cpu|cuda(:\d{1,3})?"
 MOST_PRINTED = 10  # of the predictions that a file holds anyway
 MOST_SHOWN = 12  # images of one picture
+
+# What several commands ask for.
+DatasetOption = Annotated[str | None, typer.Option(help="cifar10, digits, or a folder with train/<class>/*.")]
+DataDirOption = Annotated[Path, typer.Option(help="Where downloaded data sets lie, or are put.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+TrialsOption = Annotated[str | None, typer.Option(metavar="N", help="Trials in all, those already done included.")]
+EpochsOption = Annotated[str | None, typer.Option(metavar="N", help="Epochs of a trial that isn't pruned.")]
+SeedOption = Annotated[str | None, typer.Option(metavar="N", help="Seeds the search and every training.")]
+VersionOption = Annotated[
+    str | None, typer.Option(metavar="N", help="Start or go on with another version of the study.")
+]
+ChangeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change fields of the base recipe for all trials, e.g. data.image_size=64.",
+    ),
+]
 
 app = typer.Typer(
     add_completion=False,
@@ -88,51 +109,37 @@ def _commands() -> None:
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(help="A module of studies/, e.g. attention.")],
-    trials: Annotated[str | None, typer.Option(metavar="N", help="Trials in all, those already done included.")] = None,
-    epochs: Annotated[str | None, typer.Option(metavar="N", help="Epochs of a trial that isn't pruned.")] = None,
+    trials: TrialsOption = None,
+    epochs: EpochsOption = None,
     timeout: Annotated[
         str | None, typer.Option(metavar="TIME", help="No trial starts after so long: 90, 30m, 2h.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="cifar10, digits, or a folder with train/<class>/*.")] = None,
-    data_dir: Annotated[Path, typer.Option(help="Where downloaded data sets lie, or are put.")] = Path("data"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    seed: Annotated[str | None, typer.Option(metavar="N", help="Seeds the search and every training.")] = None,
-    version: Annotated[
-        str | None, typer.Option(metavar="N", help="Start or go on with another version of the study.")
-    ] = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = Path("data"),
+    device: DeviceOption = "auto",
+    seed: SeedOption = None,
+    version: VersionOption = None,
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="Optuna's database instead of mlruns/optuna.db.")
     ] = None,
     tracking_uri: Annotated[
         str | None, typer.Option(metavar="URL", help="MLflow server or database instead of mlruns/mlflow.db.")
     ] = None,
-    change: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Change fields of the base recipe for all trials, e.g. data.image_size=64.",
-        ),
-    ] = None,
+    change: ChangeOption = None,
 ) -> None:
     """Run a study, or go on with it: search, train, track, and show the best trials."""
     typed = {"trials": trials, "epochs": epochs, "timeout": timeout, "seed": seed, "version": version, "device": device}
     faults = _database_faults(storage, tracking_uri)
-    search = _resolve(
-        name, {key: text for key, text in typed.items() if text is not None}, dataset, change or [], faults
-    )
+    search = _resolve(name, typed, dataset, change or [], faults)
 
     from pipeline.console import StudyView
-    from pipeline.data.datasets import load
-    from pipeline.data.prepare import prepare
     from pipeline.search import workers
     from pipeline.search.storage import open_storage
     from pipeline.search.trial import StudyInterrupted
     from pipeline.tracking.runs import MlflowTracker
 
     where = _device(device)
-    images = load(search.base.data.dataset, search.base.data.image_size, data_dir.expanduser())
-    data = prepare(images, search.base.data, where)
+    data = _data(search, data_dir, where)
     tracker = MlflowTracker(HOME, tracking_uri)
     console = Console()
     console.print(
@@ -144,7 +151,7 @@ def study(
     )
     try:
         with StudyView(console, search) as view:
-            done = workers.run(search, data, where, view, open_storage(HOME, storage), tracker, HOME)
+            done = workers.run(search, data, where, view, open_storage(HOME, storage), tracker, HOME, plans=True)
     except StudyInterrupted:
         console.print(f"interrupted; the same command goes on with {search.key(data)}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -178,7 +185,7 @@ def _resolve(name: str, typed: dict[str, Any], dataset: str | None, change: list
     definition = load_study(name)
     options = StudyOptions()
     try:
-        options = StudyOptions.model_validate(typed)
+        options = StudyOptions.model_validate({key: text for key, text in typed.items() if text is not None})
     except ValidationError as error:
         lines = lines + [re.sub(r"^\w+", lambda option: option[0].upper(), line) for line in validation_lines(error)]
     assigned, faults = _assignments(change)
@@ -232,6 +239,14 @@ def _assignments(texts: list[str]) -> tuple[dict[str, Any], list[str]]:
     return assigned, lines
 
 
+def _data(search: "Search", data_dir: Path, device: "torch.device") -> "TrainingData":
+    from pipeline.data.datasets import load
+    from pipeline.data.prepare import prepare
+
+    images = load(search.base.data.dataset, search.base.data.image_size, data_dir.expanduser())
+    return prepare(images, search.base.data, device)
+
+
 def _device(name: str) -> "torch.device":
     import torch
 
@@ -249,12 +264,14 @@ def _device(name: str) -> "torch.device":
 
 def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "MlflowTracker") -> None:
     """The table of the best trials, and what to do next."""
-    from pipeline.console import print_best_trials, print_links
+    from pipeline.console import print_best_trials, print_forecast, print_links
     from pipeline.search.study import best_trials
 
     if not best_trials(done):
         console.print("no trial was completed: the lines above say why; make ui shows what there is", highlight=False)
         raise typer.Exit(1)
+    if done.user_attrs.get("actual"):
+        print_forecast(console, done.user_attrs["forecast"], done.user_attrs["actual"])
     print_best_trials(console, done, search)
     links = next(_links(tracker, study, UI_PORT) for study in tracker.studies() if study.name == done.study_name)
     elsewhere = "" if tracker.uri.endswith(str(HOME.resolve() / "mlflow.db")) else " TRACKING_URI=..."
@@ -326,7 +343,7 @@ def predict(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write id, label and probabilities: .csv or .parquet.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: DeviceOption = "auto",
     tracking_uri: Annotated[
         str | None, typer.Option(metavar="URL", help="MLflow server or database instead of mlruns/mlflow.db.")
     ] = None,
@@ -422,6 +439,86 @@ def ensemble(
     table = average({str(file): read_predictions(file) for file in files})
     write_predictions(table, output)
     Console(soft_wrap=True).print(f"{output}: {len(table):,} images, the mean of {len(files)} files", markup=False)
+
+
+@app.command()
+def plan(
+    name: Annotated[str, typer.Argument(help="A module of studies/, e.g. attention.")],
+    trials: TrialsOption = None,
+    epochs: EpochsOption = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = Path("data"),
+    device: DeviceOption = "auto",
+    seed: SeedOption = None,
+    version: VersionOption = None,
+    change: ChangeOption = None,
+) -> None:
+    """Say what a study, or the rest of it, will cost: time, epochs, disk, GPU memory. Measures a few steps; runs no trial."""
+    typed = {"trials": trials, "epochs": epochs, "seed": seed, "version": version, "device": device}
+    search = _resolve(name, typed, dataset, change or [], [])
+
+    from dataclasses import asdict
+
+    from pipeline.console import print_forecast
+    from pipeline.search.plan import forecast
+    from pipeline.search.storage import find_study, open_storage
+
+    where = _device(device)
+    data = _data(search, data_dir, where)
+    stored = find_study(search, data, open_storage(HOME)) if (HOME / "optuna.db").exists() else None
+    console = Console(highlight=False)
+    if found := forecast(search, data, where, stored):
+        print_forecast(console, asdict(found))
+    else:
+        console.print(f"{search.key(data)}: its {search.trials} trials are done; TRIALS= asks for more")
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="A network by the name of its study, or all.")] = "all",
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = Path("data"),
+    device: DeviceOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    peer: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="SCRIPT", help="Run a peer's script alternately with ours; needs --model."),
+    ] = None,
+) -> None:
+    """Measure how fast each network trains by its study's base recipe, and where the time goes; stores nothing."""
+    from pipeline.search.study import available
+
+    if peer and model == "all":
+        raise UserError("AGAINST: compares one network; say MODEL=improved")
+    names = available() if model == "all" else [model]
+    searches = [_resolve(name, {"device": device}, dataset, [], []) for name in names]
+    if peer and searches[0].base.data.dataset != "cifar10":
+        raise UserError(f"DATASET {dataset}: peers train on CIFAR-10; leave it out")
+
+    from pipeline.bench import against, benchmark, machine
+    from pipeline.console import print_bench
+
+    where = _device(device)
+
+    def networks() -> "Iterator[tuple[str, Recipe, TrainingData]]":
+        data, loaded = None, None
+        for search in searches:
+            if data is None or search.base.data != loaded:
+                data, loaded = _data(search, data_dir, where), search.base.data
+            status.update(search.name)
+            yield search.name, search.base, data
+
+    report = machine(where) | {"dataset": searches[0].base.data.dataset}
+    with Console(stderr=True).status("preparing") as status:
+        report["results"] = list(benchmark(networks(), where))
+        if peer:
+            status.update(f"{model} and {peer.name}, in turn")
+            directory = data_dir.expanduser()
+            report["results"][0]["against"] = against(peer.expanduser(), model, searches[0].base, directory, where)
+    if as_json:
+        sys.stdout.write(json.dumps(report) + "\n")
+    else:
+        print_bench(Console(highlight=False), report)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

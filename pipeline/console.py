@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import optuna
 from optuna.trial import TrialState
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -43,6 +44,10 @@ class StudyView:
     def __exit__(self, *exception: object) -> None:
         if self._live:
             self._live.stop()
+
+    def planned(self, forecast: Mapping[str, Any]) -> None:
+        """See Observer."""
+        print_forecast(self._console, forecast)
 
     def study_progress(self, study: optuna.Study, finished: int) -> None:
         """See Observer."""
@@ -170,3 +175,67 @@ def print_links(console: Console, title: str, links: Sequence[tuple[str, str]]) 
     width = max(len(name) for name, _ in links)
     for name, link in links:
         console.print(f"  {name:<{width}}  {link}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_bench(console: Console, report: Mapping[str, Any]) -> None:
+    """A column per network, and a line for what a peer's script did beside one."""
+    results = report["results"]
+    console.print(
+        f"{report['dataset']}; {report['hardware']}, {report['threads']} threads, torch {report['torch']}, "
+        f"load {report['load']} before; images/s of training, and the shares of a whole trial",
+        markup=False,
+        soft_wrap=True,
+    )
+    rows = {
+        "images/s": [f"{result['images_per_second']:,.0f}" for result in results],
+        "batch": [str(result["batch_size"]) for result in results],
+        "epoch": [duration(result["epoch_s"]) for result in results],
+    }
+    rows |= {part: [f"{result['shares'][part]:.1%}" for result in results] for part in results[0]["shares"]}
+    if results[0]["bf16_peak_share"] is not None:
+        rows["of bf16 peak"] = [f"{result['bf16_peak_share']:.1%}" for result in results]
+        rows["of bandwidth"] = [f"{result['bandwidth_share']:.1%}" for result in results]
+    table = Table("", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for result in results:
+        table.add_column(result["model"], justify="right")
+    for heading, cells in rows.items():
+        table.add_row(heading, *cells)
+    console.print(table)
+    for result in results:
+        if peer := result.get("against"):
+            ratio = peer["ratio"]
+            console.print(
+                f"{result['model']} beside {peer['script']}: {ratio['median']:.2f} times its images/s "
+                f"({ratio['min']:.2f} to {ratio['max']:.2f} in {len(peer['images_per_second'])} rounds)",
+                markup=False,
+            )
+
+
+def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mapping[str, Any] | None = None) -> None:
+    """What a study will cost; beside it, where it is over, what it cost."""
+    memory = forecast["memory_gib"]
+    rows = {
+        "trials": ("trials", "{:.0f}".format),
+        "time": ("seconds", duration),
+        "time of an epoch": ("epoch_s", duration),
+        "epochs": ("epochs", "{:.0f}".format),
+        "pruned": ("pruned", "{:.0f}".format),
+        "disk": ("disk_mib", "{:.1f} MiB".format),
+    }
+    table = Table(box=box.SIMPLE_HEAD)
+    headings = ["", "forecast", *(["truth", "truth / forecast"] if actual else ["without pruning"])]
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, (key, show) in rows.items():
+        cells = [show(forecast[key])]
+        if actual:
+            ratio = actual[key] / forecast[key] if forecast[key] else float("nan")
+            cells += [show(actual[key]), f"{ratio:.2f}"]
+        elif (unpruned := forecast.get(f"unpruned_{key}")) is not None:
+            cells.append(show(unpruned))
+        table.add_row(name, *cells)
+    if memory is not None and not actual:
+        table.add_row("GPU memory", f"{memory:.1f} GiB")
+    console.print(table)
+    if not actual:
+        console.print(f"from a few steps of {forecast['measured']} recipes, the control first; other work changes it")

@@ -18,8 +18,9 @@ FLOORS = [
     {"classifier"},
     {"tracking"},
     {"experiment", "prediction"},
+    {"speed"},
     {"search", "registry"},
-    {"report", "console"},
+    {"report", "console", "bench"},
     {"cli"},
     {"__main__"},
 ]

@@ -232,6 +232,12 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
         (["predict", "cat.jpg", "--method", "ttta"], ["METHOD ttta: not one of plain, tta,", "(did you mean tta?)"]),
         (["predict", "cat.jpg", "--device", "gpu"], ["DEVICE gpu: should be auto, cpu, cuda or cuda:N"]),
         (["predict", "cat.jpg", "--output", "out.xls"], ["out.xls: should end in .csv or .parquet"]),
+        (["bench", "--model", "improvd"], ["no study improvd (did you mean improved?)"]),
+        (["bench", "--against", "peer.py"], ["AGAINST: compares one network; say MODEL=improved"]),
+        (
+            ["bench", "--against", "peer.py", "--model", "plain", "--dataset", "digits"],
+            ["DATASET digits: peers train on CIFAR-10; leave it out"],
+        ),
         (["ensemble", "a.csv", "--output", "c.csv"], ["a.csv: one file; an ensemble needs at least two"]),
     ],
 )
@@ -256,8 +262,12 @@ def test_the_public_surface_is_frozen() -> None:
         for name, command in group.commands.items()  # type: ignore[attr-defined]
     }
     assert surface == {
+        "bench": ["--against", "--data-dir", "--dataset", "--device", "--json", "--model"],
         "ensemble": ["--output", "files"],
         "predict": ["--device", "--method", "--model", "--output", "--show", "--tracking-uri", "files"],
+        "plan": [
+            *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--trials", "--version", "name"),
+        ],
         "study": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--storage", "--timeout"),
             *("--tracking-uri", "--trials", "--version", "name"),
@@ -367,6 +377,22 @@ def test_make_predict_passes_every_variable_on(made: Path) -> None:
     nothing = make(made, "predict")
     assert nothing.returncode == 2
     assert "which image? make predict IMAGE=cat.jpg" in nothing.stderr
+
+
+def test_make_plan_passes_the_options_that_matter_on(made: Path) -> None:
+    names = ["TRIALS", "EPOCHS", "DATASET", "DATA_DIR", "DEVICE", "SEED", "VERSION", "SET"]
+    done = make(made, "plan", "NAME=attention", *(f"{name}={name.lower()} value" for name in names), "TIMEOUT=1")
+    expected = [f"--{name.lower().replace('_', '-')}={name.lower()} value" for name in names]
+    assert re.findall(r"\[(.*)\]", done.stdout) == ["-m", "pipeline", "plan", *expected, "--", "attention"]
+    assert "which study? make plan NAME=attention" in make(made, "plan").stderr
+
+
+def test_make_bench_passes_every_variable_on(made: Path) -> None:
+    words = ["MODEL=plain", "DATASET=digits", "DATA_DIR=my data", "DEVICE=cpu", "AGAINST=a peer.py"]
+    got = re.findall(r"\[(.*)\]", make(made, "bench", *words, "JSON=1", AGAINST="exported").stdout)
+    options = ["--model=plain", "--dataset=digits", "--data-dir=my data", "--device=cpu", "--against=a peer.py"]
+    assert got == ["-m", "pipeline", "bench", *options, "--json"]
+    assert re.findall(r"\[(.*)\]", make(made, "bench", "JSON=0").stdout) == ["-m", "pipeline", "bench"]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ constant is copied from the host while training. Images are square; colours are 
 """
 
 import math
+from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -207,14 +208,18 @@ class Augmenter:
         """The batches from now on are of `epoch`, from 1; only an alternating flip depends on it."""
         self._mirrored = self._mirrored_when_odd ^ (epoch % 2 == 0)
 
-    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: Tensor, generator: torch.Generator, on_part: Callable[[str], None] = lambda part: None
+    ) -> tuple[Tensor, Tensor]:
         """The images `indices` (B,), int64 on the device, with random numbers from `generator` (of the same device).
 
         Returns images float32 (B, 3, S, S), normalised, in channels_last, and targets float32 (B, num_classes), rows
-        summing to 1.
+        summing to 1. Calls `on_part("augmentation")` when the pixels are gathered (`training.loop.PARTS`).
         """
         draw = _Draws(len(indices), generator)
-        images = self._warped(_unit(self._cropped(indices, draw)), draw)
+        pixels = self._cropped(indices, draw)
+        on_part("augmentation")
+        images = self._warped(_unit(pixels), draw)
         images = _standardise(self._jittered(images, draw), self._mean, self._std)
         labels = self._labels.index_select(0, indices)
         targets = images.new_zeros(len(indices), self._num_classes).scatter_(1, labels[:, None], 1.0)

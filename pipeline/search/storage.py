@@ -67,6 +67,16 @@ def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Pa
     return study
 
 
+def find_study(search: Search, data: TrainingData, storage: RDBStorage) -> optuna.Study | None:
+    """The stored study of this search, if there is one; UserError where it asks another question."""
+    key = search.key(data)
+    if key not in optuna.get_all_study_names(storage):
+        return None
+    study = optuna.load_study(study_name=key, storage=storage)
+    check_same(key, json.loads(study.user_attrs["fingerprint"]), search.fingerprint(data), search.version)
+    return study
+
+
 def this_worker() -> dict[str, Any]:
     """Names this process so that another can tell whether it still lives."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}

@@ -20,6 +20,9 @@ from pipeline.training.loop import EpochReport
 class Observer(Protocol):
     """Sees a study happen; for a person at a terminal."""
 
+    def planned(self, forecast: Mapping[str, Any]) -> None:
+        """What the study will cost is known: `search.plan.Forecast` as a mapping."""
+
     def study_progress(self, study: optuna.Study, finished: int) -> None:
         """The study opened, or a trial ended."""
 
@@ -110,6 +113,7 @@ class Objective:
             ("epochs", outcome.epochs),
             ("seconds", round(outcome.seconds, 3)),
             ("metrics", outcome.metrics),
+            ("epoch_s", outcome.metrics.get("time/epoch_s")),
         ):
             trial.set_user_attr(name, value)
         self.observer.trial_ended(trial.number, outcome)

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from optuna.storages import RDBStorage
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
+from pipeline.search.plan import actual, forecast, size_mib
 from pipeline.search.storage import num_finished, open_study, reconcile
 from pipeline.search.study import Search
 from pipeline.search.trial import Objective, Observer, StudyInterrupted, TrialFailed
@@ -57,10 +59,13 @@ def run(
     storage: RDBStorage,
     tracker: MlflowTracker,
     home: Path,
+    plans: bool = False,
 ) -> optuna.Study:
     """Run or resume a study until its trials are done, its time is up, or somebody stops it (StudyInterrupted).
 
     `home` is the folder `mlruns`, where the locks lie. Raises UserError where the stored study asks another question.
+    With `plans` the forecast for the trials that are left is stored before the first of them, and afterwards what they
+    took: the study's attributes `forecast` and `actual`.
     """
     with StopOnSignal() as stop, _alone(search.key(data), home):
         study = open_study(search, data, storage, home)
@@ -76,7 +81,8 @@ def run(
             study.set_user_attr("mlflow_run_id", parent.id)
             reconcile(study, tracker, parent.id, home)
             objective = Objective(search, data, device, tracker, parent.id, observer, lambda: stop.requested)
-            _work(study, objective, lambda: stop.requested)
+            with _planned(objective, study, home) if plans else contextlib.nullcontext():
+                _work(study, objective, lambda: stop.requested)
             parent.log_metrics(_summary(study), step=num_finished(study))
             state = State.FINISHED
         except (StudyInterrupted, KeyboardInterrupt):
@@ -96,6 +102,26 @@ def _alone(key: str, home: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise UserError(f"study {key}: another command is running it; wait for it, or stop it") from None
+
+
+@contextlib.contextmanager
+def _planned(objective: Objective, study: optuna.Study, home: Path) -> Iterator[None]:
+    def on_step(step: int, steps: int) -> None:
+        if objective.stop_requested():
+            raise StudyInterrupted
+
+    study.set_user_attr("actual", None)
+    planned = forecast(objective.search, objective.data, objective.device, study, on_step)
+    study.set_user_attr("forecast", asdict(planned) if planned else None)
+    if not planned:
+        yield
+        return
+    objective.observer.planned(asdict(planned))
+    before = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+    began, size = time.monotonic(), size_mib(home)
+    yield
+    taken = actual(study, before, time.monotonic() - began, size_mib(home) - size)
+    study.set_user_attr("actual", asdict(taken))
 
 
 def _work(study: optuna.Study, objective: Objective, stop_requested: Callable[[], bool]) -> None:

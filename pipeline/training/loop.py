@@ -27,6 +27,10 @@ from pipeline.training.optimizers import build_optimizer, set_lr
 
 FIRST_LAYER_IMAGES = 5000  # as many as the speed runs take; a covariance of 12 numbers needs no more
 
+# What the time of a training goes to. "data" gathers a batch's pixels, crop and mirror folded into the gather, after the
+# set-up of network and images; "tracking" is what the callbacks take.
+PARTS = ("data", "augmentation", "forward", "backward", "optimizer", "evaluation", "tracking")
+
 
 class Diverged(ArithmeticError):
     """The loss is no longer a finite number."""
@@ -57,11 +61,13 @@ def train(
     device: torch.device,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
+    on_part: Callable[[str], None] = lambda part: None,
 ) -> Result:
     """Train a recipe's network on `data` and score it on the validation split after every epoch.
 
     `on_epoch` may raise to end the training. `on_step(step, steps)` tells how far the epoch is, by the host's count:
     nothing is read from the device inside an epoch but a copy of the loss that has already arrived.
+    `on_part(part)` is told which of PARTS the time belongs to from here on; it must not wait for the device either.
     An epoch's data order, augmentation and dropout depend on (seed, epoch) alone; on a CPU with the same number of
     threads, and on a GPU with `training.deterministic`, equal recipes give equal weights, bit for bit.
     Raises Diverged as soon as a loss is seen that is not finite.
@@ -71,6 +77,7 @@ def train(
     batch_size = min(settings.batch_size, len(images))
     steps = len(images) // batch_size  # what doesn't fill a batch waits for another epoch's order
     history = []
+    on_part("data")
     started = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -101,23 +108,30 @@ def train(
             network.train()
             for step in range(steps):
                 set_lr(optimizer, recipe.schedule, (epoch - 1) * steps + step, settings.epochs * steps)
-                batch, targets = augmenter.batch(order[step * batch_size : (step + 1) * batch_size], generator)
+                indices = order[step * batch_size : (step + 1) * batch_size]
+                batch, targets = augmenter.batch(indices, generator, on_part)
+                on_part("forward")
                 with autocast(device, settings.precision):
                     logits = network(batch)
                 loss = soft_cross_entropy(logits, targets, recipe.loss.label_smoothing)
+                with torch.no_grad():
+                    loss_sum += loss
+                    num_correct += (logits.argmax(1) == targets.argmax(1)).sum()
+                watch.look(loss.detach(), epoch, step)
+                on_part("backward")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                on_part("optimizer")
                 if settings.clip_norm:
                     nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
                 optimizer.step()
                 if average:
                     average.update(network)
-                with torch.no_grad():
-                    loss_sum += loss
-                    num_correct += (logits.argmax(1) == targets.argmax(1)).sum()
-                watch.look(loss.detach(), epoch, step)
+                on_part("tracking")
                 on_step(step + 1, steps)
+                on_part("data")
 
+            on_part("evaluation")
             logits = predict_logits(judged, data.validation.images, data.mean, data.std, settings.precision)
             measured = _measure(
                 torch.stack([loss_sum / steps, num_correct / (steps * batch_size)]), logits, data.validation
@@ -136,7 +150,9 @@ def train(
             if not (math.isfinite(measured["train/loss"]) and math.isfinite(measured["val/loss"])):
                 raise Diverged(f"loss is not finite after epoch {epoch}")
             history.append(report)
+            on_part("tracking")
             on_epoch(report)
+            on_part("data")
 
     return Result(judged, network if average else None, logits, history, time.perf_counter() - started)
 

@@ -35,6 +35,8 @@ class Silent:
         self.progress: list[int] = []
         self._at_epoch = at_epoch
 
+    def planned(self, forecast: Any) -> None: ...
+
     def study_progress(self, study: optuna.Study, finished: int) -> None:
         self.progress.append(finished)
 

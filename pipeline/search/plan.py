@@ -1,0 +1,180 @@
+"""What a study will cost: a forecast from a few measured steps, and what it came to."""
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+import torch
+from optuna.trial import TrialState
+
+from pipeline.data.prepare import TrainingData
+from pipeline.recipe import Recipe
+from pipeline.search.storage import num_finished
+from pipeline.search.study import Search
+from pipeline.speed import measure, measure_overhead, trial_seconds
+from pipeline.tracking.runs import NullTracker, Run
+
+CONTROL_S = 1.5  # of measuring the base recipe; on slow networks two short epochs take longer
+OTHERS = 3  # random recipes, while all the measuring takes less than SHARE of the forecast
+SHARE = 0.02
+DRAWS = 200  # random recipes whose epochs are looked at
+TRACKING_S = 0.3  # a trial's writes to MLflow's own database, seen; they aren't measured, or they would leave a run
+ROW_BYTES = 300  # of a number in mlflow.db, its indices included, seen
+EPOCH_NUMBERS = 9
+MACHINE_NUMBERS_PER_S = 2.0  # what MLflow's monitor logs: about ten numbers every 5 s
+PRIOR = 10  # trials' worth of the guess that the pruner stops half of those that it judges
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the trials that are left will take; times in seconds. `unpruned_*`: if no trial is stopped."""
+
+    trials: int
+    seconds: float
+    unpruned_seconds: float
+    epochs: float
+    unpruned_epochs: float
+    pruned: float  # trials
+    epoch_s: float
+    disk_mib: float
+    memory_gib: float | None  # of a GPU; the most of the measured recipes
+    measured: int  # recipes, the control the first
+
+
+@dataclass(frozen=True)
+class Actual:
+    """What they took."""
+
+    trials: int
+    seconds: float
+    epochs: int
+    pruned: int
+    epoch_s: float  # of each trial's last epoch, weighted by its epochs
+    disk_mib: float
+
+
+def forecast(
+    search: Search,
+    data: TrainingData,
+    device: torch.device,
+    study: optuna.Study | None,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+) -> Forecast | None:
+    """Measure the control and a few random recipes; None where no trial is left. `study` is what is stored so far.
+
+    Time: the mean of the measured epochs, times the mean epochs of random recipes of the space (the search will come to
+    prefer some, which isn't foreseen), and what a trial takes beside. Pruned: once the pruner's first trials are done,
+    it is taken to stop a share of the others right after its warm-up; the share is what it was in the study's trials
+    so far and, for PRIOR trials, a half. Other work on the machine changes all of it. `on_step` may raise to end it.
+    """
+    done = num_finished(study) if study else 0
+    left = search.trials - done
+    if left <= 0:
+        return None
+    counter = _FileCounter()
+    began = time.perf_counter()
+    control = search.base
+    speeds = [measure(control, data, device, CONTROL_S, on_step)]
+    overhead = measure_overhead(control, data, device, speeds[0], counter)
+    whole_s = sum(trial_seconds(control, speeds[0], overhead).values()) + TRACKING_S
+    recipes = _random_recipes(search)
+    for recipe in recipes[:OTHERS]:
+        if time.perf_counter() - began > SHARE * whole_s * left:
+            break
+        speeds.append(measure(recipe, data, device, CONTROL_S / 3, on_step))
+
+    epochs = statistics.mean(recipe.training.epochs for recipe in recipes)
+    epoch_s = statistics.mean(speed.epoch_s for speed in speeds) + overhead.epoch_s
+    end_s = whole_s - control.training.epochs * (speeds[0].epoch_s + overhead.epoch_s)
+    pruned = _pruned(search, study, left, done)
+    lost = pruned * epochs * (1 - (search.pruner()._n_warmup_steps + 1) / search.most_epochs)
+    total = left * epochs
+    seconds = (total - lost) * epoch_s + (left - pruned) * end_s
+    numbers = (total - lost) * EPOCH_NUMBERS + seconds * MACHINE_NUMBERS_PER_S
+    return Forecast(
+        trials=left,
+        seconds=seconds,
+        unpruned_seconds=total * epoch_s + left * end_s,
+        epochs=total - lost,
+        unpruned_epochs=total,
+        pruned=pruned,
+        epoch_s=epoch_s,
+        disk_mib=((left - pruned) * counter.bytes + numbers * ROW_BYTES) / 2**20,
+        memory_gib=max(speed.memory_gib for speed in speeds) if device.type == "cuda" else None,
+        measured=len(speeds),
+    )
+
+
+def actual(study: optuna.Study, before: int, seconds: float, disk_mib: float) -> Actual:
+    """What the trials from number `before` on took; `seconds` and `disk_mib` are those of this command."""
+    trials = [trial for trial in study.get_trials(deepcopy=False)[before:] if trial.state.is_finished()]
+    epochs = sum(trial.user_attrs.get("epochs", 0) for trial in trials)
+    return Actual(
+        trials=len(trials),
+        seconds=seconds,
+        epochs=epochs,
+        pruned=sum(trial.state is TrialState.PRUNED for trial in trials),
+        epoch_s=_epoch_s(trials),
+        disk_mib=disk_mib,
+    )
+
+
+def size_mib(folder: Path) -> float:
+    """Of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
+
+
+def _epoch_s(trials: list[optuna.trial.FrozenTrial]) -> float:
+    seconds = [trial.user_attrs.get("epoch_s", math.nan) for trial in trials]
+    epochs = [trial.user_attrs.get("epochs", 0) for trial in trials]
+    known = [(s * n, n) for s, n in zip(seconds, epochs, strict=True) if n and math.isfinite(s)]
+    return sum(s for s, _ in known) / sum(n for _, n in known) if known else math.nan
+
+
+def _random_recipes(search: Search) -> list[Recipe]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=search.base.training.seed))
+    recipes = []
+    for _ in range(DRAWS if "training.epochs" in search.space() else OTHERS):
+        trial = study.ask()
+        search.ask(trial)
+        recipes.append(search.recipe(trial.params))
+    return recipes
+
+
+def _pruned(search: Search, study: optuna.Study | None, left: int, done: int) -> float:
+    """How many of the trials that are left the pruner will stop."""
+    first = search.pruner()._n_startup_trials
+    if search.most_epochs <= search.pruner()._n_warmup_steps + 1:
+        return 0.0
+    states = [trial.state for trial in study.get_trials(deepcopy=False)[first:]] if study else []
+    pruned, completed = states.count(TrialState.PRUNED), states.count(TrialState.COMPLETE)
+    share = (pruned + PRIOR / 2) / (pruned + completed + PRIOR)
+    return share * min(left, max(0, search.trials - max(first, done)))
+
+
+class _FileCounter(NullTracker):
+    """Counts the bytes of the files that a run is given, and keeps none."""
+
+    bytes = 0
+
+    @contextlib.contextmanager
+    def run(
+        self,
+        name: str,
+        recipe: Recipe,
+        data: TrainingData,
+        parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> Iterator[Run]:
+        """See Tracker."""
+        with super().run(name, recipe, data, parent, tags) as run:
+            run.log_files = self._count  # type: ignore[method-assign]
+            yield run
+
+    def _count(self, folder: Path) -> None:
+        self.bytes += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
