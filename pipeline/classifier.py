@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from pipeline.errors import UserError, validation_lines
-from pipeline.evaluation.methods import Fitted, Measured, combine, views, views_of
+from pipeline.evaluation.methods import METHODS, Fitted, Measured, combine, views, views_of
 from pipeline.evaluation.predict import predict_logits
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
@@ -44,6 +44,11 @@ class Facts(BaseModel):
             raise ValueError(f"{len(self.fitted.thresholds)} thresholds for {len(self.classes)} classes")
         if min(self.fitted.temperature, *self.fitted.thresholds, *self.std) <= 0:
             raise ValueError("temperature, thresholds and std should be above 0")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("a class stands there twice")
+        of_each_class = all(its.n > 0 and len(its.f1) == len(self.classes) for its in self.measured.values())
+        if set(self.measured) != set(METHODS) or not of_each_class:
+            raise ValueError(f"measured should have {', '.join(METHODS)}, each with the F1 of every class")
         return self
 
     def as_json(self) -> dict[str, Any]:

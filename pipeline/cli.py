@@ -67,7 +67,7 @@ ChangeOption = Annotated[
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help=f"Hyper-parameter studies for image classifiers. {' '.join((__doc__ or '').split()[5:])}",
+    help=f"Hyper-parameter studies for image classifiers. {(__doc__ or '').partition('.')[2].strip()}",
     pretty_exceptions_enable=False,
 )
 
@@ -141,7 +141,7 @@ def study(
     where = _device(device)
     data = _data(search, data_dir, where)
     tracker = MlflowTracker(HOME, tracking_uri)
-    console = Console()
+    console = _console()
     console.print(
         f"{search.key(data)} on {where}: {len(data.train.labels):,} training and {len(data.validation.labels):,} validation "
         f"images of {len(data.classes)} classes; up to {search.trials} trials of {search.most_epochs} epochs",
@@ -243,8 +243,23 @@ def _data(search: "Search", data_dir: Path, device: "torch.device") -> "Training
     from pipeline.data.datasets import load
     from pipeline.data.prepare import prepare
 
-    images = load(search.base.data.dataset, search.base.data.image_size, data_dir.expanduser())
+    images = load(search.base.data.dataset, search.base.data.image_size, _home(data_dir))
     return prepare(images, search.base.data, device)
+
+
+def _console(stderr: bool = False) -> Console:
+    """What is printed is text: no colons that become pictures, no colours for numbers."""
+    return Console(stderr=stderr, emoji=False, highlight=False)
+
+
+def _say(console: Console, text: str) -> None:
+    """A line that may hold names of files and classes, which can hold anything."""
+    console.print(one_line(text), markup=False, soft_wrap=True)
+
+
+def _home(path: Path) -> Path:
+    """`~` means the home folder; Path's own raises where there is no such user."""
+    return Path(os.path.expanduser(path))
 
 
 def _device(name: str) -> "torch.device":
@@ -301,7 +316,7 @@ def ui(
     if name and not studies:
         known = sorted(study.name for study in tracker.studies())
         raise UserError(f"no study {name} in the tracking store; there: {', '.join(known) or 'none'}")
-    console = Console()
+    console = _console()
     server = None if tracker.is_remote else mlflow_ui.start_server(tracker.uri, HOME, port)
     try:
         for study in studies:
@@ -352,26 +367,42 @@ def predict(
     from pipeline.prediction import check_output, predict_files, predictions_table, write_predictions
 
     if output:
+        output = _home(output)
         check_output(output)
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console()
     classifier = _classifier(model, method, _device(device), tracking_uri, console)
     classes = classifier.facts.classes
     with console.status("") as status:
         found = predict_files(
             classifier,
-            [file.expanduser() for file in files],
+            [_home(file) for file in files],
             method,
             keep=MOST_SHOWN if show else 0,
             on_progress=lambda done: status.update(f"{done:,} images"),
         )
     _print_predictions(console, found.ids, found.probabilities, classes, MOST_PRINTED if output else None)
-    if found.ids and output:
-        write_predictions(predictions_table(found.ids, found.probabilities, classes), output)
-        console.print(f"{output}: {len(found.ids):,} images", markup=False)
-    if found.ids and show:
-        _show(console, found, classes)
-    if found.faults:
-        raise PartlyDone([line for fault in found.faults for line in fault.lines])
+    failed: list[str] = []  # what else is to be told does not wait for it
+    with _told_later(failed):
+        if found.ids and output:
+            write_predictions(predictions_table(found.ids, found.probabilities, classes), output)
+            _say(console, f"{output}: {len(found.ids):,} images")
+    with _told_later(failed):
+        if found.ids and show:
+            _show(console, found, classes)
+    useless = [line for fault in found.faults for line in fault.lines]
+    if failed:
+        raise UserError(useless + failed)
+    if useless:
+        raise PartlyDone(useless)
+
+
+@contextlib.contextmanager
+def _told_later(lines: list[str]) -> Iterator[None]:
+    """The user's faults within become lines."""
+    try:
+        yield
+    except UserError as error:
+        lines += error.lines
 
 
 def _classifier(
@@ -383,17 +414,17 @@ def _classifier(
 
     if method not in METHODS:
         raise UserError(f"METHOD {method}: not one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
-    if wanted and Path(wanted).expanduser().is_dir():
-        classifier, what = Classifier.load(Path(wanted).expanduser(), device), wanted
+    if wanted and (folder := _home(Path(wanted))).is_dir():
+        classifier, what = Classifier.load(folder, device), wanted
     else:
         from pipeline.tracking.models import find_model
 
         with find_model(HOME, tracking_uri, wanted) as model:
             classifier, what = Classifier.load(model.folder, device), model.what
-    console.print(one_line(f"model: {what}"), markup=False)
+    _say(console, f"model: {what}")
     if method != "plain":
         for tell in (verdict, f1_changes):
-            console.print(one_line(tell(classifier.facts.measured, method, classifier.facts.classes)), markup=False)
+            _say(console, tell(classifier.facts.measured, method, classifier.facts.classes))
     return classifier
 
 
@@ -403,9 +434,9 @@ def _print_predictions(
     """A line per image: its class and the next two, with their probabilities."""
     for name, row in list(zip(ids, probabilities, strict=True))[:most]:
         best = (-row).argsort(kind="stable")[:3]
-        console.print(one_line(f"{name}: {', '.join(f'{classes[i]} {row[i]:.1%}' for i in best)}"), markup=False)
+        _say(console, f"{name}: {', '.join(f'{classes[i]} {row[i]:.1%}' for i in best)}")
     if most and len(ids) > most:
-        console.print(f"and {len(ids) - most:,} more")
+        _say(console, f"and {len(ids) - most:,} more")
 
 
 def _show(console: Console, found: "Predicted", classes: Sequence[str]) -> None:
@@ -414,13 +445,16 @@ def _show(console: Console, found: "Predicted", classes: Sequence[str]) -> None:
 
     count = len(found.images)
     more = f" (the first {count} of {len(found.ids):,})" if count < len(found.ids) else ""
-    HOME.mkdir(exist_ok=True)
     path = HOME / "prediction.png"
-    save(
-        prediction_figure(found.images, found.ids[:count], found.probabilities[:count], classes, f"Predicted{more}"),
-        path,
+    figure = prediction_figure(
+        found.images, found.ids[:count], found.probabilities[:count], classes, f"Predicted{more}"
     )
-    console.print(f"picture: {path}{more}", markup=False)
+    try:
+        HOME.mkdir(exist_ok=True)
+        save(figure, path)
+    except OSError as error:
+        raise UserError(f"{path}: the picture can't be written: {error.strerror or error}") from None
+    _say(console, f"picture: {path}{more}")
     if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
         typer.launch(str(path))
 
@@ -433,12 +467,15 @@ def ensemble(
     """Average the probabilities of several predictions of the same images."""
     from pipeline.prediction import average, check_output, read_predictions, write_predictions
 
+    output, files = _home(output), [_home(file) for file in files]
     check_output(output)
     if len(files) < 2:
         raise UserError(f"{files[0]}: one file; an ensemble needs at least two")
+    if twice := [file for i, file in enumerate(files) if file.resolve() in [other.resolve() for other in files[:i]]]:
+        raise UserError(f"{twice[0]}: named twice; each file has one voice")
     table = average({str(file): read_predictions(file) for file in files})
     write_predictions(table, output)
-    Console(soft_wrap=True).print(f"{output}: {len(table):,} images, the mean of {len(files)} files", markup=False)
+    _say(_console(), f"{output}: {len(table):,} images, the mean of {len(files)} files")
 
 
 @app.command()
@@ -466,7 +503,7 @@ def plan(
     where = _device(device)
     data = _data(search, data_dir, where)
     stored = find_study(search, data, open_storage(HOME)) if (HOME / "optuna.db").exists() else None
-    console = Console(highlight=False)
+    console = _console()
     if found := forecast(search, data, where, stored):
         print_forecast(console, asdict(found))
     else:
@@ -509,16 +546,16 @@ def bench(
             yield search.name, search.base, data
 
     report = machine(where) | {"dataset": searches[0].base.data.dataset}
-    with Console(stderr=True).status("preparing") as status:
+    with _console(stderr=True).status("preparing") as status:
         report["results"] = list(benchmark(networks(), where))
         if peer:
             status.update(f"{model} and {peer.name}, in turn")
-            directory = data_dir.expanduser()
-            report["results"][0]["against"] = against(peer.expanduser(), model, searches[0].base, directory, where)
+            directory = _home(data_dir)
+            report["results"][0]["against"] = against(_home(peer), model, searches[0].base, directory, where)
     if as_json:
         sys.stdout.write(json.dumps(report) + "\n")
     else:
-        print_bench(Console(highlight=False), report)
+        print_bench(_console(), report)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".csv", ".parquet")
 _PREFIX = "p_"
-_TOLERANCE = 1e-3  # of a row's sum; what was rounded to four digits is still taken
+_ROUNDING = 1e-4  # of each probability: tables rounded to four digits are taken
 
 
 @dataclass
@@ -101,11 +101,14 @@ def read_predictions(path: Path) -> "pd.DataFrame":
         if path.suffix.lower() == ".csv":
             table = pd.read_csv(path, dtype={"id": str, "label": str}, keep_default_na=False)
         else:
-            table = pd.read_parquet(path).astype({"id": str, "label": str})
+            table = pd.read_parquet(path)
+            if table[["id", "label"]].isna().any(axis=None):
+                raise ValueError("an id or a label is missing")
+            table = table.astype({"id": str, "label": str})
         values = _probabilities(table).to_numpy(dtype=np.float64)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, OverflowError) as error:  # pandas' and Arrow's own errors are ValueErrors
+    except (ValueError, KeyError, TypeError, OverflowError) as error:  # pandas' and Arrow's own errors are ValueErrors
         raise DataError(f"{path}: can't be read as predictions: {str(error).splitlines()[0]}") from None
     fault = _fault(table, values)
     if fault:
@@ -148,7 +151,9 @@ def _fault(table: "pd.DataFrame", values: np.ndarray) -> str | None:
         return "holds no rows"
     if table["id"].duplicated().any():
         return f"id {table['id'][table['id'].duplicated()].iloc[0]} stands there twice"
-    off = ~((values >= 0).all(axis=1) & (np.abs(values.sum(axis=1) - 1) <= _TOLERANCE))  # NaN is off too
+    off = ~(
+        (values >= 0).all(axis=1) & (np.abs(values.sum(axis=1) - 1) <= values.shape[1] * _ROUNDING)
+    )  # NaN is off too
     if off.any():
         return f"the probabilities of id {table['id'][off].iloc[0]} are not between 0 and 1 with a sum of 1"
     return None

@@ -14,7 +14,8 @@ from conftest import Trained
 from pipeline.classifier import Classifier
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
-from pipeline.evaluation.methods import METHODS, views, views_of
+from pipeline.evaluation.methods import METHODS, combine, views, views_of
+from pipeline.evaluation.predict import predict_logits
 from pipeline.evaluation.scores import score
 from pipeline.recipe import Recipe
 from pipeline.tracking.models import find_model
@@ -49,6 +50,13 @@ def test_every_method_gives_probabilities_and_only_two_look_at_views(folder: Pat
     for probabilities in by_method.values():
         assert probabilities.shape == (20, 10)
         np.testing.assert_allclose(probabilities.sum(1), 1)
+    mean, std = torch.tensor(classifier.facts.mean), torch.tensor(classifier.facts.std)
+    logits = [
+        predict_logits(classifier.network, view, mean, std, "auto")
+        for view in views(images, *views_of(classifier.facts.recipe))
+    ]
+    expected = combine("tta", torch.stack(logits).double().numpy(), classifier.facts.fitted)
+    np.testing.assert_allclose(by_method["tta"], expected)
     assert views_of(classifier.facts.recipe) == (False, 1)  # digits are not mirrored in training, but cropped
     assert len(views(images, False, 1)) == 3
     assert np.abs(by_method["tta"] - by_method["plain"]).max() > 1e-3
@@ -79,6 +87,8 @@ def other(folder: Path, at: Path, **changes: object) -> Path:
         ({"mean": [0.1, 0.2]}, "mean"),
         ({"recipe": {}}, "recipe.model: needs a value"),
         ({"surplus": 1}, "surplus: no such field"),
+        ({"classes": ["0"] * 10}, "a class stands there twice"),
+        ({"measured": {}}, "measured should have plain, tta,"),
     ],
 )
 def test_facts_that_do_not_fit_are_told(changes: dict, line: str, folder: Path, tmp_path: Path) -> None:

@@ -239,6 +239,8 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
             ["DATASET digits: peers train on CIFAR-10; leave it out"],
         ),
         (["ensemble", "a.csv", "--output", "c.csv"], ["a.csv: one file; an ensemble needs at least two"]),
+        (["ensemble", "a.csv", "./a.csv", "--output", "c.csv"], ["a.csv: named twice; each file has one voice"]),
+        (["predict", "~nobody/cat.jpg", "--model", "~nobody/x"], ["no finished run yet"]),
     ],
 )
 def test_bad_input_is_told_in_lines_and_leaves_nothing(words: list[str], lines: list[str], tmp_path: Path) -> None:
@@ -339,6 +341,50 @@ def test_methods_differ_and_say_what_they_gain_and_an_ensemble_averages_them(tra
     done = pipeline("ensemble", *map(str, tables), "--output", str(out), cwd=tmp_path)
     assert done.returncode == 3
     assert "its ids are not those of" in done.stderr
+
+
+def test_odd_names_reach_terminal_and_table_on_one_line_as_they_are(trained: Trained, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    assert Console().render_str(":smile:").plain != ":smile:", "what rich does by itself"
+    (digit,) = write_digits(tmp_path, 1)
+    names = [":smile:.png", "[red]x.png", "a\nerror: b.png", "c\x1b[31m.png", "d\re.png"]
+    for name in names:
+        shutil.copy(digit, tmp_path / name)
+    digit.unlink()
+    out = tmp_path / "out.csv"
+    done = pipeline("predict", str(tmp_path), "--output", str(out), cwd=trained.home.parent)
+    assert done.returncode == 0, done.stderr
+    shown = [
+        f"{tmp_path}/{name}"
+        for name in (":smile:.png", "[red]x.png", r"a\nerror: b.png", r"c\x1b[31m.png", r"d\re.png")
+    ]
+    assert [line.partition(".png: ")[0] + ".png" for line in done.stdout.splitlines()[1:-1]] == shown
+    assert "\x1b" not in done.stdout
+    assert list(read_predictions(out)["id"]) == shown
+
+
+def test_what_can_not_be_written_hides_no_useless_file(trained: Trained, tmp_path: Path) -> None:
+    (digit,) = write_digits(tmp_path, 1)
+    (tmp_path / "mlruns").touch()
+    with find_model(trained.home, None, trained.finished) as model:
+        words = ["predict", str(digit), "none.png", "--model", str(model.folder), "--show"]
+        done = pipeline(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines() == [
+        "error: none.png: no such file",
+        "error: mlruns/prediction.png: the picture can't be written: File exists",
+    ]
+
+
+def test_help_tells_the_exit_codes() -> None:
+    from typer.testing import CliRunner
+
+    from pipeline.cli import app
+
+    text = " ".join(CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300"}).output.split())
+    assert "Hyper-parameter studies for image classifiers. Exit codes: 0 done, 1 a bug" in text
 
 
 def test_a_pickle_of_images_is_predicted_by_a_folders_model(trained: Trained, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Predictions as tables: what is written is read back the same, and what doesn't fit together isn't averaged."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,7 @@ def test_other_ids_or_classes_are_refused_each_with_its_name() -> None:
     [
         ("id,label,p_a,p_b\n1,a,0.6,0.4\n1,a,0.6,0.4\n", "id 1 stands there twice"),
         ("id,label,p_a,p_b\n1,a,0.6,0.3\n", "the probabilities of id 1 are not"),
+        ("id,label,p_a,p_b\n1,a,0.6,0.401\n", "the probabilities of id 1 are not"),
         ("id,label,p_a,p_b\n1,a,1.6,-0.6\n", "the probabilities of id 1 are not"),
         ("id,label,p_a,p_b\n1,a,0.6,\n", "can't be read as predictions"),
         ("id,label,p_a,p_b\n1,a,nan,1\n", "the probabilities of id 1 are not"),
@@ -114,6 +116,32 @@ def test_a_table_that_holds_no_predictions_is_told(text: str, line: str, tmp_pat
     with pytest.raises(DataError, match=line) as caught:
         read_predictions(path)
     assert len(caught.value.lines) == 1
+
+
+def test_probabilities_rounded_to_four_digits_are_taken(tmp_path: Path) -> None:
+    many = predictions_table(["1"], np.full((1, 100), 0.01) + 4e-5, [str(name) for name in range(100)])
+    write_predictions(many.round(4), tmp_path / "a.csv")
+    assert len(read_predictions(tmp_path / "a.csv")) == 1
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"id": ["1"], "label": ["a"], "p_a": ["one"], "p_b": ["zero"]},
+        {"id": ["1"], "label": ["a"], "p_a": [{"x": 1}], "p_b": [{"x": 1}]},
+        {"id": ["1", None], "label": ["a", "a"], "p_a": [1.0, 1.0], "p_b": [0.0, 0.0]},
+    ],
+)
+def test_parquet_with_other_things_in_it_is_told(columns: dict, tmp_path: Path) -> None:
+    pd.DataFrame(columns).to_parquet(tmp_path / "odd.parquet")
+    with pytest.raises(DataError, match=r"odd.parquet: can't be read as predictions"):
+        read_predictions(tmp_path / "odd.parquet")
+
+
+def test_a_folder_that_can_not_be_written_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    with pytest.raises(UserError, match="can't be written to"):
+        check_output(tmp_path / "out.csv")
 
 
 def test_a_file_that_is_missing_or_no_parquet_is_told(tmp_path: Path) -> None:

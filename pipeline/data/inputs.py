@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.data.images import SUFFIXES, BadImage, image_files, read_images, resized
 from pipeline.data.pickles import read_pickle
+from pipeline.errors import one_line
 
 OnFault = Callable[[BadImage], None]
 Batch = tuple[list[str], Tensor]
@@ -119,5 +120,5 @@ def _same_id(path: Path) -> BadImage:
 
 
 def _text(path: Path) -> str:
-    """The path as valid UTF-8, which tables need and file names need not be."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """The path on one line of valid UTF-8, which tables and terminals need and file names need not be."""
+    return one_line(os.fsencode(path).decode("utf-8", "backslashreplace"))

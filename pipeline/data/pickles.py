@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline.data.images import BadImage
+from pipeline.errors import one_line
 
 MAX_BYTES = 2 * 2**30
 _IMAGES = frozenset({"u1"})
@@ -208,7 +209,7 @@ def _ids(value: Any, count: int) -> list[str]:
         raise _Unfit(f"has {len(value):,} ids for {count:,} images")
     ids: dict[str, None] = {}
     for item in value:
-        text = _text(item)
+        text = one_line(_text(item))
         if text in ids:
             raise _Unfit(f"has the id {text:.80} twice")
         ids[text] = None

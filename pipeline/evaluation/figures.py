@@ -8,6 +8,8 @@ Names hold anything: they are cut to the room there is, and "$" is no mathematic
 as boxes unless `font.family` in a matplotlibrc names a font that has it.
 """
 
+import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from pipeline.evaluation.scores import Reliability, Scores
 
 _TRAIN, _VAL, _F1, _RIGHT, _WRONG, _FAINT = "#7f7f7f", "#1f77b4", "#e07b00", "#1a7f37", "#c62828", "#b0b0b0"
 _GRID = "#e8e8e8"
+warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the boxes say so
 _DPI = 100
 _MOST_NUMBERED = 25  # classes whose confusion matrix has room for a number in each cell
 _MOST_NAMED = 100  # classes that have room for their names
@@ -149,9 +152,14 @@ class _Panel:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG; OSError where that fails."""
-    with path.open("wb") as file:
-        FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": 1})
+    """Write a figure as PNG, whole or not at all; OSError where that fails."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with new.open("wb") as file:
+            FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": 1})
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def confusion_matrix_figure(scores: Scores, classes: Sequence[str], split: str = "validation") -> Figure:

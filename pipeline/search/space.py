@@ -63,13 +63,11 @@ class FixedFields:
     def __init__(self, trial: Any, given: Mapping[str, Any]):
         self._trial, self._given = trial, given
 
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._trial, name)
-        if not name.startswith("suggest_"):
+    def __getattr__(self, attribute: str) -> Any:
+        found = getattr(self._trial, attribute)
+        if not attribute.startswith("suggest_"):
             return found
-        return lambda field, *range_, **more: (
-            self._given[field] if field in self._given else found(field, *range_, **more)
-        )
+        return lambda name, *range_, **more: self._given[name] if name in self._given else found(name, *range_, **more)
 
 
 def explore(space: Space, base: Recipe) -> dict[str, BaseDistribution]:

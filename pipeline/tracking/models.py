@@ -11,10 +11,11 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError
-from pipeline.tracking.runs import MlflowTracker
+from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.training.checkpoints import PLAIN_WEIGHTS, RECORD, WEIGHTS
 
 CHAMPION = "models:/image-classifier@champion"
+_NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias that isn't set
 _NO_RUN = "no finished run yet: make study NAME=attention DATASET=digits makes some; or MODEL= names a model's folder"
 
 
@@ -45,8 +46,7 @@ def find_model(home: Path, uri: str | None, wanted: str | None) -> Iterator[Mode
         except (MlflowException, OSError) as error:
             raise UserError(f"{what}: its files can't be read ({str(error).splitlines()[0]})") from None
         if RECORD not in names:
-            state = run.data.tags.get("state", run.info.status.lower())
-            raise UserError(f"{what}: {state}, without a model; only a finished run has one")
+            raise UserError(f"{what}: {_why_no_model(run)}")
         yield Model(Path(folder), what)
 
 
@@ -73,7 +73,10 @@ def _champion(tracker: MlflowTracker) -> tuple[Run, str] | None:
 
 
 def _registered(tracker: MlflowTracker, uri: str) -> tuple[Run, str] | None:
-    """The run behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
+    """The run behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`; None where there is no such version.
+
+    UserError where there is one whose run can't be read: another model in its place would be a silent change.
+    """
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
     if not match:
         return None
@@ -83,10 +86,16 @@ def _registered(tracker: MlflowTracker, uri: str) -> tuple[Run, str] | None:
             version = tracker.client.get_model_version_by_alias(name, alias)
         else:
             version = tracker.client.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code in _NOT_THERE:
+            return None
+        raise UserError(f"{uri}: can't be looked up ({str(error).splitlines()[0]})") from None
+    what = f"{name} version {version.version}"
+    try:
         run = tracker.client.get_run(version.run_id or "")  # a version may have been made of no run
     except MlflowException:
-        return None
-    return run, f"{name} version {version.version}, {_name(run)}"
+        raise UserError(f"{uri}: {what} is there, but not the run that it was made of") from None
+    return run, f"{what}, {_name(run)}"
 
 
 def _best_run(tracker: MlflowTracker) -> tuple[Run, str]:
@@ -105,6 +114,15 @@ def _best_run(tracker: MlflowTracker) -> tuple[Run, str]:
         raise UserError(_NO_RUN)
     _, run, what = max(best, key=lambda item: item[0])
     return run, f"the best finished run (no champion yet), {what}"
+
+
+def _why_no_model(run: Run) -> str:
+    state = run.data.tags.get("state", run.info.status.lower())
+    if run.data.tags.get("role") == "study":
+        return "a whole study, not one of its trials; its trials have models"
+    if state == State.FINISHED:
+        return f"finished, but its model is not at {run.info.artifact_uri}"
+    return f"{state}, without a model; only a finished run has one"
 
 
 def _name(run: Run) -> str:

@@ -389,6 +389,11 @@ def test_a_macro_f1_beyond_chance_counts_where_the_accuracy_is_not() -> None:
     assert said.endswith("macro-F1 +2.0 ± 0.4; most gained: b +6.0.")
 
 
+def test_macro_f1_of_a_few_images_a_class_claims_nothing() -> None:
+    its = facts(right=20, wrong=20, f1_macro=0.71, f1_macro_error=0.004, f1=(0.8, 0.66, 0.67), n=29)
+    assert "no difference beyond chance" in verdict({"plain": facts(n=29), "specialised": its}, "specialised", "abc")
+
+
 def test_a_loss_is_no_gain() -> None:
     its = facts(right=1, wrong=60, p=1e-9, f1_macro=0.67, f1_macro_error=0.002, f1=(0.79, 0.6, 0.6))
     said = verdict({"plain": facts(), "tta": its}, "tta", "abc")

@@ -54,6 +54,15 @@ def test_the_error_of_a_macro_f1_difference_is_that_of_the_bootstrap() -> None:
     assert f1_macro_error(labels, first, second, 5) == pytest.approx(np.std(differences), rel=0.1)
 
 
+def test_the_error_of_a_macro_f1_difference_is_that_of_the_jackknife() -> None:
+    """Closer than the bootstrap's own chance allows."""
+    labels, first, second = predictions(0, 500, 5)
+    whole = np.arange(len(labels))
+    without = np.array([f1_difference(*(x[whole != out] for x in (labels, first, second)), 5) for out in whole])
+    jackknife = np.sqrt((len(labels) - 1) * without.var())
+    assert f1_macro_error(labels, first, second, 5) == pytest.approx(jackknife, rel=0.02)
+
+
 def test_equally_good_predictions_rarely_seem_to_differ_in_macro_f1() -> None:
     alarms = 0
     for seed in range(300):

@@ -116,7 +116,7 @@ def test_a_space_sees_the_fixed_value_and_all_else_of_its_trial(small_recipe: Re
     seen = []
 
     def branching(trial: Any) -> None:
-        seen.append((trial.suggest_categorical("optimizer.name", ["sgd", "adam"]), trial.number))
+        seen.append((trial.suggest_categorical(name="optimizer.name", choices=["sgd", "adam"]), trial.number))
 
     study = Study(question="?", base=small_recipe, space=branching, objective="val/accuracy", trials=8)
     search = Search("tiny", study, small_recipe, 1, 8, None, fixed=frozenset({"optimizer.name"}))

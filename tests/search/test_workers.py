@@ -107,6 +107,17 @@ def test_a_study_runs_its_trials_and_tracks_each_once(lab: Lab, small_recipe: Re
     lab.assert_nothing_runs()
 
 
+def lengths(trial: Any) -> None:
+    trial.suggest_int("training.epochs", 2, 4, step=2)
+
+
+def test_a_short_trial_reports_on_the_scale_of_the_longest(lab: Lab) -> None:
+    study = lab.run(4, space=lengths)
+    reported = {trial.params["training.epochs"]: list(trial.intermediate_values) for trial in study.trials}
+    assert reported[2] == [2, 4], "trial 0, the control, has two epochs"
+    assert reported.get(4, [1, 2, 3, 4])[:2] == [1, 2]
+
+
 def test_the_same_call_goes_on_up_to_the_number_of_trials(lab: Lab) -> None:
     assert len(lab.run(1).trials) == 1
     assert len(lab.run(2).trials) == 2

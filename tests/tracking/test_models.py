@@ -31,6 +31,8 @@ def test_what_has_no_model_is_told_with_its_state(trained: Trained) -> None:
     assert refusal(trained.home, trained.pruned) == (
         f"trial 1 of tiny-v1-digits, run {trained.pruned}: pruned, without a model; only a finished run has one"
     )
+    parent = MlflowTracker(trained.home).studies()[0].parent
+    assert "a whole study, not one of its trials" in refusal(trained.home, parent)
     assert refusal(trained.home, "0" * 32).startswith(f"{'0' * 32}: no such run")
     assert refusal(trained.home, "best").startswith("best: neither a folder, nor a run's id")
     for name in ("models:/image-classifier@champion", "models:/x/3", "models:/x", "models:/a/b@c", "models:/"):
@@ -73,6 +75,10 @@ def test_the_default_is_the_best_run_of_all_studies_on_the_last_ones_data(
     assert refusal(tmp_path, None).startswith(
         f"the best finished run (no champion yet), trial 0 of b-v1-digits, run {best}, val/accuracy 0.8000: finished,"
     )
+    scored(tracker, "d-v1-digits", small_recipe, dataclasses.replace(digits, split_digest="another split"), 0.95)
+    assert "val/accuracy 0.9500" in refusal(tmp_path, None)
+    scored(tracker, "c-v1-digits", small_recipe, digits, 0.6)
+    assert "val/accuracy 0.8000" in refusal(tmp_path, None)
     last = scored(tracker, "a-v1-other", small_recipe, elsewhere, 0.5)
     assert "val/accuracy 0.9900" in refusal(tmp_path, None), last
 
@@ -96,3 +102,23 @@ def test_the_champion_comes_before_the_best_run(trained: Trained) -> None:
                 assert read_checkpoint(model.folder)["run_id"] == trained.finished
     finally:
         client.delete_registered_model("image-classifier")
+
+
+def test_a_champion_whose_run_is_gone_is_told_and_not_replaced(trained: Trained) -> None:
+    client = mlflow.MlflowClient(MlflowTracker(trained.home).uri)
+    client.create_registered_model("image-classifier")
+    try:
+        version = client.create_model_version("image-classifier", "nowhere").version  # of no run
+        client.set_registered_model_alias("image-classifier", "champion", version)
+        for wanted in (None, "models:/image-classifier@champion"):
+            assert refusal(trained.home, wanted) == (
+                "models:/image-classifier@champion: image-classifier version 1 is there, "
+                "but not the run that it was made of"
+            )
+    finally:
+        client.delete_registered_model("image-classifier")
+
+
+def test_a_run_whose_files_are_gone_is_told(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
+    run = scored(MlflowTracker(tmp_path), "a-v1-digits", small_recipe, digits, 0.5)
+    assert "finished, but its model is not at " in refusal(tmp_path, run)
