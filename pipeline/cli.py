@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.classifier import Classifier
+    from pipeline.data.prepare import TrainingData
     from pipeline.prediction import Predicted
     from pipeline.search.study import Search
     from pipeline.tracking.runs import MlflowTracker, StudyRuns
@@ -42,6 +43,19 @@ INTERRUPTED = 130
 DEVICE_NAMES = r"auto|cpu|cuda(:\d{1,3})?"
 MOST_PRINTED = 10  # of the predictions that a file holds anyway
 MOST_SHOWN = 12  # images of one picture
+
+# What several commands ask for.
+DatasetOption = Annotated[str | None, typer.Option(help="cifar10, digits, or a folder with train/<class>/*.")]
+DataDirOption = Annotated[Path, typer.Option(help="Where downloaded data sets lie, or are put.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+ChangeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change fields of the base recipe for all trials, e.g. data.image_size=64.",
+    ),
+]
 
 app = typer.Typer(
     add_completion=False,
@@ -93,9 +107,9 @@ def study(
     timeout: Annotated[
         str | None, typer.Option(metavar="TIME", help="No trial starts after so long: 90, 30m, 2h.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="cifar10, digits, or a folder with train/<class>/*.")] = None,
-    data_dir: Annotated[Path, typer.Option(help="Where downloaded data sets lie, or are put.")] = Path("data"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = Path("data"),
+    device: DeviceOption = "auto",
     seed: Annotated[str | None, typer.Option(metavar="N", help="Seeds the search and every training.")] = None,
     version: Annotated[
         str | None, typer.Option(metavar="N", help="Start or go on with another version of the study.")
@@ -106,33 +120,21 @@ def study(
     tracking_uri: Annotated[
         str | None, typer.Option(metavar="URL", help="MLflow server or database instead of mlruns/mlflow.db.")
     ] = None,
-    change: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Change fields of the base recipe for all trials, e.g. data.image_size=64.",
-        ),
-    ] = None,
+    change: ChangeOption = None,
 ) -> None:
     """Run a study, or go on with it: search, train, track, and show the best trials."""
     typed = {"trials": trials, "epochs": epochs, "timeout": timeout, "seed": seed, "version": version, "device": device}
     faults = _database_faults(storage, tracking_uri)
-    search = _resolve(
-        name, {key: text for key, text in typed.items() if text is not None}, dataset, change or [], faults
-    )
+    search = _resolve(name, typed, dataset, change or [], faults)
 
     from pipeline.console import StudyView
-    from pipeline.data.datasets import load
-    from pipeline.data.prepare import prepare
     from pipeline.search import workers
     from pipeline.search.storage import open_storage
     from pipeline.search.trial import StudyInterrupted
     from pipeline.tracking.runs import MlflowTracker
 
     where = _device(device)
-    images = load(search.base.data.dataset, search.base.data.image_size, data_dir.expanduser())
-    data = prepare(images, search.base.data, where)
+    data = _data(search, data_dir, where)
     tracker = MlflowTracker(HOME, tracking_uri)
     console = Console()
     console.print(
@@ -178,7 +180,7 @@ def _resolve(name: str, typed: dict[str, Any], dataset: str | None, change: list
     definition = load_study(name)
     options = StudyOptions()
     try:
-        options = StudyOptions.model_validate(typed)
+        options = StudyOptions.model_validate({key: text for key, text in typed.items() if text is not None})
     except ValidationError as error:
         lines = lines + [re.sub(r"^\w+", lambda option: option[0].upper(), line) for line in validation_lines(error)]
     assigned, faults = _assignments(change)
@@ -230,6 +232,14 @@ def _assignments(texts: list[str]) -> tuple[dict[str, Any], list[str]]:
             except (ValueError, RecursionError):
                 assigned[field] = value
     return assigned, lines
+
+
+def _data(search: "Search", data_dir: Path, device: "torch.device") -> "TrainingData":
+    from pipeline.data.datasets import load
+    from pipeline.data.prepare import prepare
+
+    images = load(search.base.data.dataset, search.base.data.image_size, data_dir.expanduser())
+    return prepare(images, search.base.data, device)
 
 
 def _device(name: str) -> "torch.device":
@@ -326,7 +336,7 @@ def predict(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write id, label and probabilities: .csv or .parquet.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: DeviceOption = "auto",
     tracking_uri: Annotated[
         str | None, typer.Option(metavar="URL", help="MLflow server or database instead of mlruns/mlflow.db.")
     ] = None,
@@ -422,6 +432,61 @@ def ensemble(
     table = average({str(file): read_predictions(file) for file in files})
     write_predictions(table, output)
     Console(soft_wrap=True).print(f"{output}: {len(table):,} images, the mean of {len(files)} files", markup=False)
+
+
+@app.command()
+def curves(
+    name: Annotated[str, typer.Argument(help="A module of studies/, e.g. baseline.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The table, a CSV; it is gone on with if it is there.")],
+    recipes: Annotated[int, typer.Option(metavar="N", min=2, help="In all; the first is the control.")] = 60,
+    epochs: Annotated[str | None, typer.Option(metavar="N", help="Of each recipe.")] = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = Path("data"),
+    device: DeviceOption = "auto",
+    seed: Annotated[str | None, typer.Option(metavar="N", help="Seeds the draw and every training.")] = None,
+    change: ChangeOption = None,
+) -> None:
+    """Train random recipes of a study to the end and keep their learning curves, for `replay`. Ctrl-C loses one recipe."""
+    search = _resolve(name, {"epochs": epochs, "seed": seed, "device": device}, dataset, change or [], [])
+
+    from pipeline.console import CurvesView
+    from pipeline.search.curves import averaging, collect
+
+    where = _device(device)
+    data = _data(search, data_dir, where)
+    search = averaging(search, data)
+    with CurvesView(Console(highlight=False, soft_wrap=True), recipes, search.base.training.epochs) as view:
+        for curve in collect(search, data, where, output, recipes, view.epoch):
+            view.recipe_ended(curve)
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A table of learning curves, as `curves` writes.")],
+    orders: Annotated[int, typer.Option(metavar="N", min=1, help="Random orders of the recipes.")] = 500,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Draws the orders.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with a list `results`.")] = False,
+) -> None:
+    """Replay ways of pruning on learning curves: epochs used, regret, and how early scores rank the recipes."""
+    from pipeline.console import print_replay
+    from pipeline.search.curves import load_curves, scores
+    from pipeline.search.replay import JUDGES, replay_all
+
+    known = load_curves(file)
+    console = Console(highlight=False)
+    with Console(stderr=True).status("replaying"):
+        found = replay_all({judge: scores(known, judge) for judge in JUDGES}, orders, seed)
+    if as_json:
+        about = {"curves": str(file), "recipes": len(known), "epochs": len(known[0].plain), "orders": orders}
+        print(json.dumps(about | {"results": [line.as_json() for line in found]}, indent=2))  # noqa: T201
+        return
+    console.print(
+        f"{len(known)} recipes of {len(known[0].plain)} epochs, {orders} random orders; intervals: 95 %, recipes drawn "
+        "with replacement and their orders. Regret: the best recipe's last score less that of the best that was not "
+        "pruned, each by the weights that judge.",
+        markup=False,
+    )
+    print_replay(console, found)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
