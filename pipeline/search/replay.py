@@ -76,7 +76,7 @@ class Percentile:
         seen.append(score)
         if epoch < self.first_decision or len(others) < self._fewest:
             return False
-        return max(seen) < _quantile(others, self._share)
+        return max(seen) < quantile(others, self._share)
 
     def complete(self, trial: int) -> None:
         """See Rule."""
@@ -276,7 +276,7 @@ def _estimate(value: float, resampled: Sequence[float]) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
-def _quantile(ascending: Sequence[float], share: float) -> float:
+def quantile(ascending: Sequence[float], share: float) -> float:
     """np.percentile's of a sorted list, to the last bit."""
     place = share * (len(ascending) - 1)
     below = int(place)

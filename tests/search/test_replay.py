@@ -6,10 +6,12 @@ from collections.abc import Callable
 import numpy as np
 import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from optuna.pruners import BasePruner
 from optuna.trial import TrialState
 
-from pipeline.search.replay import STRATEGIES, Estimate, Never, Replayed, replay_all, rule, simulate
+from pipeline.search.replay import STRATEGIES, Estimate, Never, Replayed, quantile, replay_all, rule, simulate
 
 Make = Callable[[int, int], BasePruner]
 
@@ -54,6 +56,11 @@ def test_the_rules_give_the_verdicts_of_optunas_pruners(make: Make, workers: int
         assert simulate(rows, rule(make(*curves.shape), name), workers) == simulate(rows, theirs, workers)
 
 
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.sampled_from([25, 50, 70, 90]))
+def test_quantiles_are_numpys_to_the_last_bit(values: list[float], percent: float) -> None:
+    assert quantile(sorted(values), percent / 100) == np.percentile(values, percent)
+
+
 def test_most_strategies_prune_here_or_the_test_above_would_show_nothing() -> None:
     curves = rising_curves(0)
     whole = simulate(curves.tolist(), Never(), 1)[0]
@@ -93,6 +100,8 @@ def found(curves: np.ndarray, **more: np.ndarray) -> dict[tuple[str, str, int], 
 
 def test_without_pruning_all_is_used_and_nothing_lost() -> None:
     lines = found(rising_curves(0))
+    used = [lines["plain", "median from 1/6", workers].epochs_used.value for workers in (1, 2, 4)]
+    assert used == sorted(set(used)), "more workers know less when they decide"
     for workers in (1, 2, 4):
         line = lines["plain", "no pruning", workers]
         assert line.epochs_used == Estimate(1, 1, 1)
