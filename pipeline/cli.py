@@ -558,6 +558,61 @@ def bench(
         print_bench(_console(), report)
 
 
+@app.command()
+def curves(
+    name: Annotated[str, typer.Argument(help="A module of studies/, e.g. baseline.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The table, a CSV; it is gone on with if it is there.")],
+    recipes: Annotated[int, typer.Option(metavar="N", min=2, help="In all; the first is the control.")] = 60,
+    epochs: Annotated[str | None, typer.Option(metavar="N", help="Of each recipe.")] = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = Path("data"),
+    device: DeviceOption = "auto",
+    seed: Annotated[str | None, typer.Option(metavar="N", help="Seeds the draw and every training.")] = None,
+    change: ChangeOption = None,
+) -> None:
+    """Train random recipes of a study to the end and keep their learning curves, for `replay`. Ctrl-C loses one recipe."""
+    search = _resolve(name, {"epochs": epochs, "seed": seed, "device": device}, dataset, change or [], [])
+
+    from pipeline.console import CurvesView
+    from pipeline.search.curves import averaging, collect
+
+    where = _device(device)
+    data = _data(search, data_dir, where)
+    search = averaging(search, data)
+    with CurvesView(_console(), recipes, search.base.training.epochs) as view:
+        for curve in collect(search, data, where, _home(output), recipes, view.epoch):
+            view.recipe_ended(curve)
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A table of learning curves, as `curves` writes.")],
+    orders: Annotated[int, typer.Option(metavar="N", min=1, help="Random orders of the recipes.")] = 500,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Draws the orders.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with a list `results`.")] = False,
+) -> None:
+    """Replay ways of pruning on learning curves: epochs used, regret, and how early scores rank the recipes."""
+    from pipeline.console import print_replay
+    from pipeline.search.curves import load_curves, scores
+    from pipeline.search.replay import JUDGES, replay_all
+
+    known = load_curves(_home(file))
+    console = _console()
+    with _console(stderr=True).status("replaying"):
+        found = replay_all({judge: scores(known, judge) for judge in JUDGES}, orders, seed)
+    if as_json:
+        about = {"curves": str(file), "recipes": len(known), "epochs": len(known[0].plain), "orders": orders}
+        print(json.dumps(about | {"results": [line.as_json() for line in found]}, indent=2))  # noqa: T201
+        return
+    console.print(
+        f"{len(known)} recipes of {len(known[0].plain)} epochs, {orders} random orders; intervals: 95 %, recipes drawn "
+        "with replacement and their orders. Regret: the best recipe's last score less that of the best that was not "
+        "pruned, each by the weights that judge.",
+        markup=False,
+    )
+    print_replay(console, found)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 

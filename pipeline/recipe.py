@@ -29,7 +29,8 @@ class Data(Section):
     dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, or a folder with train/<class>/*")
     image_size: int = Field(32, ge=8, le=512, description="height and width in pixels that the network sees")
     validation_fraction: float = Field(0.1, gt=0, lt=0.5, description="share of the training images that judges")
-    split_seed: int = Field(0, ge=0, le=2**32 - 1, description="draws the stratified validation split")
+    train_fraction: float = Field(1.0, gt=0, le=1, description="share of the images left for training that is used")
+    split_seed: int = Field(0, ge=0, le=2**32 - 1, description="draws the stratified split, and which images are used")
 
 
 class Attention(Section):
@@ -323,6 +324,10 @@ _TAGS = frozenset(
 )
 
 
+# Fields that came later, with the value that stands for what was before: with it they don't count in the digest.
+_LATER = {"data.train_fraction": 1.0}
+
+
 class Recipe(Section):
     """Everything that a run depends on but the data's bytes, the code and the machine."""
 
@@ -411,7 +416,10 @@ class Recipe(Section):
 
     def digest(self) -> str:
         """64 hexadecimal digits that change with any field."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        sections = self.model_dump(mode="json")
+        for section, field in (name.split(".") for name, before in _LATER.items() if self.flat().get(name) == before):
+            del sections[section][field]
+        canonical = json.dumps(sections, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -1,5 +1,6 @@
 """The real commands, as a user types them, each in a process of its own."""
 
+import json
 import os
 import re
 import shutil
@@ -227,6 +228,10 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
         (["study", "attention", "--device", "cuda:" + "9" * 30], ["should be auto, cpu, cuda or cuda:N"]),
         (["study", "attention", "--dataset", "cifar100"], ["data.dataset = cifar100:"]),
         (["study", "attention", "--device", "cuda:99"], ["DEVICE cuda:99: torch sees"]),
+        (
+            ["curves", "baseline", "--output", "c.csv", "--epochs", "0", "--set", "data.train_fraction=2"],
+            ["EPOCHS = 0:", "data.train_fraction = 2: should be less than or equal to 1"],
+        ),
         (["ui"], ["no runs yet in mlruns"]),
         (["predict", "cat.jpg"], ["no finished run yet: make study NAME=attention DATASET=digits"]),
         (["predict", "cat.jpg", "--method", "ttta"], ["METHOD ttta: not one of plain, tta,", "(did you mean tta?)"]),
@@ -265,17 +270,46 @@ def test_the_public_surface_is_frozen() -> None:
     }
     assert surface == {
         "bench": ["--against", "--data-dir", "--dataset", "--device", "--json", "--model"],
-        "ensemble": ["--output", "files"],
-        "predict": ["--device", "--method", "--model", "--output", "--show", "--tracking-uri", "files"],
         "plan": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--trials", "--version", "name"),
         ],
+        "curves": [
+            *("--data-dir", "--dataset", "--device", "--epochs", "--output", "--recipes", "--seed", "--set", "name"),
+        ],
+        "ensemble": ["--output", "files"],
+        "predict": ["--device", "--method", "--model", "--output", "--show", "--tracking-uri", "files"],
+        "replay": ["--json", "--orders", "--seed", "file"],
         "study": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--storage", "--timeout"),
             *("--tracking-uri", "--trials", "--version", "name"),
         ],
         "ui": ["--port", "--tracking-uri", "name"],
     }
+
+
+# --------------------------------------------------------------------------------------------------- curves, replay
+
+
+def test_curves_are_collected_gone_on_with_and_replayed(tmp_path: Path) -> None:
+    table = tmp_path / "curves" / "digits.csv"
+    words = ("curves", "baseline", "--dataset", "digits", "--epochs", "2", "--output", str(table))
+    tiny = ("--set", "model.widths=[4,8] model.hidden=16 data.train_fraction=0.5")
+    first = pipeline(*words, *tiny, "--recipes", "2", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert re.search(r"recipe 1 \(2 of 2\): plain 0\.\d{4}, averaged 0\.\d{4}, ", first.stdout)
+    more = pipeline(*words, *tiny, "--recipes", "3", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert "recipe 2 (3 of 3)" in more.stdout and "recipe 1" not in more.stdout
+    assert len(table.read_text().splitlines()) == 1 + 3 * 2
+    assert [file.name for file in tmp_path.iterdir()] == ["curves"], "nothing is tracked"
+
+    shown = pipeline("replay", str(table), "--orders", "5", "--json", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    as_json = json.loads(shown.stdout)
+    assert (as_json["recipes"], as_json["epochs"], as_json["orders"]) == (3, 2, 5)
+    nothing = as_json["results"][0]
+    assert (nothing["judged_by"], nothing["strategy"], nothing["workers"]) == ("plain", "no pruning", 1)
+    assert nothing["epochs_used"] == {"value": 1.0, "low": 1.0, "high": 1.0}
 
 
 # ---------------------------------------------------------------------------------------------------------- predict

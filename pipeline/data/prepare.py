@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.datasets import Dataset, Split
-from pipeline.data.splits import partition
+from pipeline.data.splits import partition, thinned
 from pipeline.recipe import Data
 
 
@@ -33,8 +33,9 @@ class TrainingData:
 
 def prepare(dataset: Dataset, recipe: Data, device: torch.device) -> TrainingData:
     """Split as the recipe says, measure the training images, move everything to the device as uint8."""
-    parts = partition(dataset.train.labels, recipe.validation_fraction, recipe.split_seed)
     images, labels = dataset.train.images, dataset.train.labels
+    parts = partition(labels, recipe.validation_fraction, recipe.split_seed)
+    parts = thinned(parts, labels, recipe.train_fraction, recipe.split_seed)
     train, validation = images[parts.train], images[parts.validation]
     mean, std = pixel_statistics(train)
     return TrainingData(

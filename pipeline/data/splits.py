@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """Indices (int64, ascending, disjoint, together all) into a data set's images; the digest changes with either."""
+    """Indices (int64, ascending, disjoint) into a data set's images; the digest changes with either."""
 
     train: Tensor
     validation: Tensor
@@ -25,19 +25,38 @@ class Partition:
 
 
 def partition(labels: Tensor, fraction: float, seed: int) -> Partition:
-    """A stratified split of N images by their labels (int64, (N,), 0 to classes - 1).
+    """A stratified split of N images by their labels (int64, (N,), 0 to classes - 1); together the sides are all.
 
     Validation gets exactly round(fraction * N) images, shared over the classes by largest remainder, and each class has
     at least one image on both sides; UserError where that can't be.
     """
-    classes = labels.numpy()
-    shares = _shares(np.bincount(classes), round(fraction * len(classes)), fraction)
-    random = np.random.RandomState(seed)
-    is_validation = np.zeros(len(classes), dtype=bool)
-    for label, share in enumerate(shares):
-        is_validation[random.permutation(np.flatnonzero(classes == label))[:share]] = True
-    train, validation = np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
+    is_validation = _drawn(labels.numpy(), fraction, seed, "validation_fraction")
+    return _partition(np.flatnonzero(~is_validation), np.flatnonzero(is_validation))
+
+
+def thinned(parts: Partition, labels: Tensor, fraction: float, seed: int) -> Partition:
+    """`parts` with round(fraction * N) of its N training images, drawn as `partition` draws; 1 leaves it as it is.
+
+    `labels` are those of the whole data set. UserError where a class would be left with none.
+    """
+    if fraction == 1:
+        return parts
+    is_used = _drawn(labels[parts.train].numpy(), fraction, seed, "train_fraction")
+    return _partition(parts.train.numpy()[is_used], parts.validation.numpy())
+
+
+def _partition(train: np.ndarray, validation: np.ndarray) -> Partition:
     return Partition(torch.from_numpy(train), torch.from_numpy(validation), _digest(train, validation))
+
+
+def _drawn(classes: np.ndarray, fraction: float, seed: int, field: str) -> np.ndarray:
+    """bool (N,): which images are drawn, the same share of each class."""
+    shares = _shares(np.bincount(classes), round(fraction * len(classes)), f"data.{field} = {fraction}")
+    random = np.random.RandomState(seed)
+    is_drawn = np.zeros(len(classes), dtype=bool)
+    for label, share in enumerate(shares):
+        is_drawn[random.permutation(np.flatnonzero(classes == label))[:share]] = True
+    return is_drawn
 
 
 def sealed(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -46,8 +65,8 @@ def sealed(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     return split.train, split.validation
 
 
-def _shares(counts: np.ndarray, total: int, fraction: float) -> np.ndarray:
-    """How many of each class's images validate: `total` in all, from 1 to count - 1 each."""
+def _shares(counts: np.ndarray, total: int, asked: str) -> np.ndarray:
+    """How many of each class's images are drawn: `total` in all, from 1 to count - 1 each."""
     images, classes = counts.sum(), len(counts)
     lines = [
         f"class {label} has {count} {'image' if count == 1 else 'images'}: a split needs at least 2"
@@ -58,7 +77,7 @@ def _shares(counts: np.ndarray, total: int, fraction: float) -> np.ndarray:
         raise UserError(lines)
     if not classes <= total <= images - classes:
         raise UserError(
-            f"data.validation_fraction = {fraction}: gives {total} of {images} images, but {classes} classes with at "
+            f"{asked}: gives {total} of {images} images, but {classes} classes with at "
             f"least one image on each side need {classes} to {images - classes}"
         )
     shares = np.ones_like(counts)

@@ -130,6 +130,7 @@ class Search:
         """All that the scores of one search have in common; JSON."""
         space, base = self.space(), self.base.flat()
         del base["data.dataset"]  # where the data lies; what it is, its digest says
+        del base["data.train_fraction"]  # the split's digest says it, and studies older than the field go on
         return {
             "objective": self.study.objective,
             "data": data.digest,

@@ -62,12 +62,15 @@ def train(
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
     on_part: Callable[[str], None] = lambda part: None,
+    score_plain: bool = False,
 ) -> Result:
     """Train a recipe's network on `data` and score it on the validation split after every epoch.
 
     `on_epoch` may raise to end the training. `on_step(step, steps)` tells how far the epoch is, by the host's count:
     nothing is read from the device inside an epoch but a copy of the loss that has already arrived.
     `on_part(part)` is told which of PARTS the time belongs to from here on; it must not wait for the device either.
+    With `score_plain`, a recipe that averages its weights has the trained ones scored too, for another evaluation an
+    epoch: `plain/accuracy` beside `val/accuracy`, and so on.
     An epoch's data order, augmentation and dropout depend on (seed, epoch) alone; on a CPU with the same number of
     threads, and on a GPU with `training.deterministic`, equal recipes give equal weights, bit for bit.
     Raises Diverged as soon as a loss is seen that is not finite.
@@ -132,10 +135,15 @@ def train(
                 on_part("data")
 
             on_part("evaluation")
+            of_training = torch.stack([loss_sum / steps, num_correct / (steps * batch_size)])
             logits = predict_logits(judged, data.validation.images, data.mean, data.std, settings.precision)
-            measured = _measure(
-                torch.stack([loss_sum / steps, num_correct / (steps * batch_size)]), logits, data.validation
-            )
+            measured = _measure(of_training, logits, data.validation)
+            if score_plain and average:
+                plain = predict_logits(network, data.validation.images, data.mean, data.std, settings.precision)
+                scores = _measure(of_training, plain, data.validation)
+                measured |= {
+                    name.replace("val/", "plain/"): value for name, value in scores.items() if name.startswith("val/")
+                }
             seconds = time.perf_counter() - epoch_started
             report = EpochReport(
                 epoch,

@@ -40,3 +40,11 @@ def test_the_split_seed_changes_the_split_and_its_digest(digits: TrainingData, t
     again = prepare(whole, Data(dataset="digits", image_size=8), torch.device("cpu"))
     assert other.split_digest != digits.split_digest == again.split_digest
     assert not torch.equal(other.validation_ids, digits.validation_ids)
+
+
+def test_part_of_the_training_images_is_judged_by_the_same_validation_images(digits: TrainingData, tmp_path) -> None:
+    whole = load("digits", 8, tmp_path)
+    third = prepare(whole, Data(dataset="digits", image_size=8, train_fraction=1 / 3), torch.device("cpu"))
+    assert len(third.train.labels) == round(len(digits.train.labels) / 3)
+    assert torch.equal(third.validation.images, digits.validation.images)
+    assert torch.equal(third.mean, pixel_statistics(third.train.images)[0])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.splits import partition, sealed
+from pipeline.data.splits import partition, sealed, thinned
 from pipeline.errors import UserError
 
 
@@ -89,3 +89,17 @@ def test_a_sealed_part_is_a_stratified_part_that_training_never_sees() -> None:
     assert labels[test].bincount().tolist() == [4] * 5
     assert set(usable.tolist()) | set(test.tolist()) == set(range(100))
     assert not set(usable.tolist()) & set(test.tolist())
+
+
+def test_fewer_training_images_keep_the_shares_of_the_classes_and_leave_validation_alone() -> None:
+    labels = torch.arange(3000) % 3
+    whole = partition(labels, 0.1, 0)
+    third = thinned(whole, labels, 1 / 3, 0)
+    assert torch.equal(third.validation, whole.validation)
+    assert labels[third.train].bincount().tolist() == [300] * 3
+    assert set(third.train.tolist()) < set(whole.train.tolist())
+    assert third.train.tolist() == sorted(third.train.tolist())
+    assert len({whole.digest, third.digest, thinned(whole, labels, 1 / 3, 1).digest}) == 3
+    assert thinned(whole, labels, 1.0, 0) is whole
+    with pytest.raises(UserError, match=r"^data.train_fraction = 0.0001: gives 0 of 2700 images"):
+        thinned(whole, labels, 1e-4, 0)

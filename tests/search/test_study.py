@@ -6,8 +6,10 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 
-from pipeline.data.prepare import TrainingData
+from pipeline.data.datasets import load
+from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.search import study as study_module
@@ -65,6 +67,16 @@ def test_a_changed_base_objective_data_set_or_split_is_refused(search: Search, d
             check_same("tiny", stored | {what: "other"}, stored, 1)
     longer = Search("tiny", search.study, search.base.changed({"training.epochs": 5}), 1, 8, None)
     assert "  base training.epochs: 2 then, 5 now" in refusal(search, longer, digits)
+
+
+def test_a_share_of_the_training_images_is_another_question_told_by_the_split(
+    search: Search, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
+) -> None:
+    """The field itself is not in the fingerprint: studies stored before there was one go on."""
+    third = small_recipe.changed({"data.train_fraction": 0.3})
+    data = prepare(load("digits", 8, tmp_path), third.data, torch.device("cpu"))
+    then, now = search.fingerprint(digits), Search("tiny", search.study, third, 1, 8, None).fingerprint(data)
+    assert {key for key in then if then[key] != now[key]} == {"split"}
 
 
 def test_the_number_of_trials_may_change(search: Search, digits: TrainingData) -> None:

@@ -1,0 +1,286 @@
+"""Ways of pruning replayed on whole learning curves: what each would have cost, and what it would have found.
+
+Every epoch costs 1 and the workers take the next recipe as soon as they are free, in lockstep. Optuna's pruners are
+replayed by the same rules on plain lists, a few hundred times faster; the tests hold the two to the same verdicts.
+"""
+
+from bisect import insort
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from optuna.pruners import (
+    BasePruner,
+    HyperbandPruner,
+    MedianPruner,
+    NopPruner,
+    PercentilePruner,
+    SuccessiveHalvingPruner,
+)
+
+# Name -> the pruner for so many trials of so many epochs.
+STRATEGIES: Mapping[str, Callable[[int, int], BasePruner]] = {
+    "no pruning": lambda trials, epochs: NopPruner(),
+    "median from 1/3": lambda trials, epochs: MedianPruner(10, epochs // 3, n_min_trials=5),
+    "median from 1/6": lambda trials, epochs: MedianPruner(5, epochs // 6, n_min_trials=5),
+    "best quarter from 1/3": lambda trials, epochs: PercentilePruner(25, 5, epochs // 3, n_min_trials=5),
+    "best quarter from 1/6": lambda trials, epochs: PercentilePruner(25, 5, epochs // 6, n_min_trials=5),
+    "halving, eta 2": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 4), 2),
+    "halving, eta 3": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 9), 3),
+    "halving, eta 4": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 16), 4),
+    "Hyperband, eta 3": lambda trials, epochs: HyperbandPruner(max(1, epochs // 9), epochs, 3),
+}
+WORKERS = (1, 2, 4)
+JUDGES = ("plain", "averaged")
+ORDERS_EACH = 10  # of a resample
+
+
+class Rule(Protocol):
+    """A pruner, told what a study's trials do; they are numbered in the order in which they start."""
+
+    def prune(self, trial: int, epoch: int, score: float) -> bool:
+        """A trial scored after an epoch (from 1), not its last: is it to end here?"""
+
+    def complete(self, trial: int) -> None:
+        """A trial reached its last epoch. One that diverges or is pruned just isn't heard of again."""
+
+
+class Never:
+    """NopPruner."""
+
+    first_decision = 1
+
+    def prune(self, trial: int, epoch: int, score: float) -> bool:
+        """See Rule."""
+        return False
+
+    def complete(self, trial: int) -> None:
+        """See Rule."""
+
+
+class Percentile:
+    """PercentilePruner, and so MedianPruner: a trial's best so far against the completed trials' scores at the epoch."""
+
+    def __init__(self, pruner: PercentilePruner):
+        self.first_decision = max(1, pruner._n_warmup_steps)
+        self._share = (100 - pruner._percentile) / 100
+        self._fewest = max(1, pruner._n_startup_trials, pruner._n_min_trials)
+        self._seen: dict[int, list[float]] = defaultdict(list)
+        self._completed: dict[int, list[float]] = defaultdict(list)  # by epoch, ascending
+
+    def prune(self, trial: int, epoch: int, score: float) -> bool:
+        """See Rule."""
+        seen, others = self._seen[trial], self._completed[epoch]
+        seen.append(score)
+        if epoch < self.first_decision or len(others) < self._fewest:
+            return False
+        return max(seen) < quantile(others, self._share)
+
+    def complete(self, trial: int) -> None:
+        """See Rule."""
+        for epoch, score in enumerate(self._seen.pop(trial, []), 1):
+            insort(self._completed[epoch], score)
+
+
+class Halving:
+    """SuccessiveHalvingPruner (ASHA, arXiv 1810.05934): at each rung only the best 1/eta of those who came goes on."""
+
+    def __init__(self, pruner: SuccessiveHalvingPruner):
+        assert pruner._min_resource is not None and not pruner._bootstrap_count
+        self._eta = pruner._reduction_factor
+        self.first_decision = pruner._min_resource * self._eta**pruner._min_early_stopping_rate
+        self._rung: dict[int, int] = defaultdict(int)
+        self._scores: dict[int, list[float]] = defaultdict(list)  # by rung, ascending
+
+    def prune(self, trial: int, epoch: int, score: float) -> bool:
+        """See Rule."""
+        while epoch >= self.first_decision * self._eta ** self._rung[trial]:
+            scores = self._scores[self._rung[trial]]
+            insort(scores, score)
+            if score < scores[-max(1, len(scores) // self._eta)]:
+                return True
+            self._rung[trial] += 1
+        return False
+
+    def complete(self, trial: int) -> None:
+        """See Rule."""
+
+
+class Hyperband:
+    """HyperbandPruner (arXiv 1603.06560): successive halving in brackets that begin to judge at different epochs."""
+
+    def __init__(self, pruner: HyperbandPruner, name: str):
+        pruner._try_initialization(None)  # type: ignore[arg-type]
+        brackets = [Halving(bracket) for bracket in pruner._pruners]
+        self.first_decision = min(bracket.first_decision for bracket in brackets)
+        self._draw = lambda trial: brackets[pruner._get_bracket_id(_Named(name), _Numbered(trial))]  # type: ignore[arg-type]
+        self._bracket: dict[int, Halving] = {}
+
+    def prune(self, trial: int, epoch: int, score: float) -> bool:
+        """See Rule."""
+        if epoch == 1:
+            self._bracket[trial] = self._draw(trial)
+        return self._bracket[trial].prune(trial, epoch, score)
+
+    def complete(self, trial: int) -> None:
+        """See Rule."""
+
+
+class _Named(NamedTuple):
+    study_name: str
+
+
+class _Numbered(NamedTuple):
+    number: int
+
+
+AnyRule = Never | Percentile | Halving | Hyperband
+
+
+def rule(pruner: BasePruner, name: str) -> AnyRule:
+    """What an Optuna pruner does in a study called `name`, by which Hyperband draws its brackets."""
+    if isinstance(pruner, PercentilePruner):
+        return Percentile(pruner)
+    if isinstance(pruner, SuccessiveHalvingPruner):
+        return Halving(pruner)
+    if isinstance(pruner, HyperbandPruner):
+        return Hyperband(pruner, name)
+    assert isinstance(pruner, NopPruner)
+    return Never()
+
+
+def simulate(curves: Sequence[Sequence[float]], rule: Rule, workers: int) -> tuple[int, list[int]]:
+    """A study of these recipes in this order, one curve of scores each; NaN where it diverged.
+
+    Returns the epochs that were trained, the one in which a recipe diverged included, and who came to the last one.
+    """
+    waiting = iter(range(workers, len(curves)))
+    running = deque((trial, 1) for trial in range(min(workers, len(curves))))  # and the epoch that comes next
+    used, completed = 0, []
+    while running:
+        trial, epoch = running.popleft()
+        used += 1
+        score = curves[trial][epoch - 1]
+        if score == score:  # not NaN
+            if epoch == len(curves[trial]):
+                rule.complete(trial)
+                completed.append(trial)
+            elif not rule.prune(trial, epoch, score):
+                running.append((trial, epoch + 1))
+                continue
+        if (new := next(waiting, None)) is not None:
+            running.append((new, 1))
+    return used, completed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, and the 95 % interval around it."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a strategy did with the scores of one kind of weights, on average over many random orders of the recipes."""
+
+    judged_by: str  # the plain or the averaged weights
+    strategy: str
+    workers: int
+    first_decision: int  # epoch
+    rank_correlation: Estimate  # Spearman's, of the scores at the first decision and at the end
+    epochs_used: Estimate  # share of those without pruning
+    regret: Estimate  # final score of the best recipe less that of the best completed one, as judged
+
+    def as_json(self) -> dict[str, Any]:
+        """Nested dictionaries."""
+        return asdict(self)
+
+
+def replay_all(scores: Mapping[str, np.ndarray], orders: int, seed: int = 0, resamples: int = 200) -> list[Replayed]:
+    """Every strategy on the curves of each judge, (num_recipes, num_epochs), NaN where a recipe had diverged.
+
+    Values are means over `orders` random orders, the same for all. The intervals are percentile bootstraps over recipes:
+    as many recipes are drawn with replacement, `resamples` times, and each time the mean is over ORDERS_EACH orders.
+    Regret is in the terms of the judge's own last score; a study that completes nothing is counted as scoring 0.
+    """
+    return [
+        line
+        for judge, curves in scores.items()
+        for name, make in STRATEGIES.items()
+        for line in _replay(curves, judge, name, make, orders, seed, resamples)
+    ]
+
+
+def _replay(
+    curves: np.ndarray,
+    judge: str,
+    name: str,
+    make: Callable[[int, int], BasePruner],
+    orders: int,
+    seed: int,
+    resamples: int,
+) -> list[Replayed]:
+    random = np.random.RandomState(seed)
+    num_recipes, num_epochs = curves.shape
+    first = rule(make(num_recipes, num_epochs), "").first_decision
+    given = [random.permutation(num_recipes) for _ in range(orders)]
+    choices = [random.randint(num_recipes, size=num_recipes) for _ in range(resamples)]
+    drawn = [[random.permutation(chosen) for _ in range(ORDERS_EACH)] for chosen in choices]
+    correlation = _estimate(
+        _rank_correlation(curves, first), [_rank_correlation(curves[chosen], first) for chosen in choices]
+    )
+    found = []
+    for workers in WORKERS:
+        mean = _mean_outcome(curves, given, make, workers)
+        means = np.array([_mean_outcome(curves, those, make, workers) for those in drawn])
+        used, regret = (_estimate(mean[i], list(means[:, i])) for i in (0, 1))
+        found.append(Replayed(judge, name, workers, first, correlation, used, regret))
+    return found
+
+
+def _mean_outcome(
+    curves: np.ndarray, orders: Sequence[np.ndarray], make: Callable[[int, int], BasePruner], workers: int
+) -> tuple[float, float]:
+    """(share of the epochs, regret), the mean over these orders."""
+    rows, finals = curves.tolist(), np.nan_to_num(curves[:, -1])
+    shares, regrets = [], []
+    for number, order in enumerate(orders):
+        ordered = [rows[i] for i in order]
+        used, completed = simulate(ordered, rule(make(*curves.shape), f"order {number}"), workers)
+        shares.append(used / np.minimum(1 + (~np.isnan(curves[order])).sum(1), curves.shape[1]).sum())
+        regrets.append(finals[order].max() - finals[order[completed]].max(initial=0.0))
+    return float(np.mean(shares)), float(np.mean(regrets))
+
+
+def _rank_correlation(curves: np.ndarray, epoch: int) -> float:
+    """Spearman's, between the scores after an epoch and at the end, of the recipes that had come so far.
+
+    One that diverges later ranks last at the end.
+    """
+    from scipy.stats import rankdata
+
+    come = curves[~np.isnan(curves[:, epoch - 1])]
+    early, late = rankdata(come[:, epoch - 1]), rankdata(np.nan_to_num(come[:, -1], nan=-1.0))
+    if not len(come) or np.ptp(early) == 0 or np.ptp(late) == 0:
+        return 0.0
+    return float(np.corrcoef(early, late)[0, 1])
+
+
+def _estimate(value: float, resampled: Sequence[float]) -> Estimate:
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Estimate(value, float(low), float(high))
+
+
+def quantile(ascending: Sequence[float], share: float) -> float:
+    """np.percentile's of a sorted list, to the last bit."""
+    place = share * (len(ascending) - 1)
+    below = int(place)
+    if below + 1 == len(ascending):
+        return ascending[-1]
+    low, high, part = ascending[below], ascending[below + 1], place - below
+    return high - (high - low) * (1 - part) if part >= 0.5 else low + (high - low) * part
