@@ -111,6 +111,16 @@ class Efficient(Section):
     standard_blocks: int = Field(1, ge=1, le=16, description="residual blocks of the third stage")
     dropout: float = Field(0.03, ge=0, lt=1, description="behind each residual block")
 
+    @model_validator(mode="after")
+    def _gradients_are_finite(self) -> Self:
+        width = self.widths[0]
+        if self.dilation > 1 and width > 16 and width % 16:
+            raise ValueError(
+                f"widths.0 = {width}: must be a multiple of 16 where dilation is above 1: else torch's bf16 gradients "
+                "of dilated convolutions are not numbers on a CPU (seen in 2.15)"
+            )
+        return self
+
     @property
     def halvings(self) -> int:
         """How often the image is halved."""

@@ -106,6 +106,11 @@ def test_all_faults_are_told_at_once_with_field_value_and_rule() -> None:
             {"data.image_size": 8, "model.network": "plain", "model.widths": (8, 8, 8, 8, 8)},
             "model.network plain halves images 4 times: data.image_size 8 must be at least 16, or model.widths fewer",
         ),
+        (
+            {"model.network": "efficient", "model.widths": (24, 48, 96)},
+            "model: widths.0 = 24: must be a multiple of 16 where dilation is above 1: else torch's bf16 gradients of "
+            "dilated convolutions are not numbers on a CPU (seen in 2.15)",
+        ),
         ({"optimizer.momentum": 0, "optimizer.nesterov": True}, "optimizer: nesterov needs a momentum above 0"),
     ],
 )
