@@ -241,7 +241,9 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
         table.add_row("GPU memory", f"{memory:.1f} GiB")
     console.print(table)
     if not actual:
-        console.print(f"from a few steps of {forecast['measured']} recipes, the control first; other work changes it")
+        others = forecast["measured"] - 1
+        beside = f" and of {others} other recipe{'s' * (others != 1)}" if others else ""
+        console.print(f"from a few steps of the control{beside}; other work on the machine changes it")
 
 
 class CurvesView:
