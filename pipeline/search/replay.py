@@ -20,17 +20,19 @@ from optuna.pruners import (
     SuccessiveHalvingPruner,
 )
 
-# Name -> the pruner for so many trials of so many epochs.
+# Name -> the pruner for so many trials of so many epochs; the fraction is when it first decides.
 STRATEGIES: Mapping[str, Callable[[int, int], BasePruner]] = {
     "no pruning": lambda trials, epochs: NopPruner(),
     "median from 1/3": lambda trials, epochs: MedianPruner(10, epochs // 3, n_min_trials=5),
-    "median from 1/6": lambda trials, epochs: MedianPruner(5, epochs // 6, n_min_trials=5),
-    "best quarter from 1/3": lambda trials, epochs: PercentilePruner(25, 5, epochs // 3, n_min_trials=5),
-    "best quarter from 1/6": lambda trials, epochs: PercentilePruner(25, 5, epochs // 6, n_min_trials=5),
-    "halving, eta 2": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 4), 2),
-    "halving, eta 3": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 9), 3),
-    "halving, eta 4": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 16), 4),
-    "Hyperband, eta 3": lambda trials, epochs: HyperbandPruner(max(1, epochs // 9), epochs, 3),
+    "median from 1/6": lambda trials, epochs: MedianPruner(5, epochs // 6),
+    "best third from 1/6": lambda trials, epochs: PercentilePruner(33, 5, epochs // 6),
+    "best quarter from 1/3": lambda trials, epochs: PercentilePruner(25, 5, epochs // 3),
+    "best quarter from 1/6": lambda trials, epochs: PercentilePruner(25, 5, epochs // 6),
+    "halving by 2 from 1/6": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 6), 2),
+    "halving by 3 from 1/6": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 6), 3),
+    "halving by 4 from 1/6": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 6), 4),
+    "halving by 3 from 1/9": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 9), 3),
+    "Hyperband by 3 from 1/9": lambda trials, epochs: HyperbandPruner(max(1, epochs // 9), epochs, 3),
 }
 WORKERS = (1, 2, 4)
 JUDGES = ("plain", "averaged")
