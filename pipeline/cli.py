@@ -602,7 +602,7 @@ def replay(
         found = replay_all({judge: scores(known, judge) for judge in JUDGES}, orders, seed)
     if as_json:
         about = {"curves": str(file), "recipes": len(known), "epochs": len(known[0].plain), "orders": orders}
-        print(json.dumps(about | {"results": [line.as_json() for line in found]}, indent=2))  # noqa: T201
+        sys.stdout.write(json.dumps(about | {"results": [line.as_json() for line in found]}) + "\n")
         return
     console.print(
         f"{len(known)} recipes of {len(known[0].plain)} epochs, {orders} random orders; intervals: 95 %, recipes drawn "
