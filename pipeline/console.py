@@ -232,8 +232,7 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
     for name, (key, show) in rows.items():
         cells = [show(forecast[key])]
         if actual:
-            ratio = actual[key] / forecast[key] if forecast[key] else float("nan")
-            cells += [show(actual[key]), f"{ratio:.2f}"]
+            cells += [show(actual[key]), f"{actual[key] / forecast[key]:.2f}" if forecast[key] else ""]
         elif (unpruned := forecast.get(f"unpruned_{key}")) is not None:
             cells.append(show(unpruned))
         table.add_row(name, *cells)

@@ -4,9 +4,10 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 import torch
@@ -165,16 +166,9 @@ class _FileCounter(NullTracker):
     bytes = 0
 
     @contextlib.contextmanager
-    def run(
-        self,
-        name: str,
-        recipe: Recipe,
-        data: TrainingData,
-        parent: str | None = None,
-        tags: Mapping[str, str] | None = None,
-    ) -> Iterator[Run]:
+    def run(self, *arguments: Any, **named: Any) -> Iterator[Run]:
         """See Tracker."""
-        with super().run(name, recipe, data, parent, tags) as run:
+        with super().run(*arguments, **named) as run:
             run.log_files = self._count  # type: ignore[method-assign]
             yield run
 
