@@ -31,7 +31,7 @@ KEEPERS = {
     "ray": ("pipeline/search/workers.py",),
     "plotly": ("pipeline/evaluation/figures.py", "pipeline/report.py"),
     "matplotlib": ("pipeline/evaluation/figures.py", "pipeline/report.py"),
-    "typer": ("pipeline/cli.py",),
+    "typer": ("pipeline/cli/",),
 }
 
 

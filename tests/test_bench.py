@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from pipeline import bench
-from pipeline.cli import app
+from pipeline.cli.main import app
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.models.build import build_network

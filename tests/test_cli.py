@@ -261,7 +261,7 @@ def test_the_public_surface_is_frozen() -> None:
     """Commands and options are what scripts are written against."""
     from typer.main import get_command
 
-    from pipeline.cli import app
+    from pipeline.cli.main import app
 
     group = get_command(app)
     surface = {
@@ -415,7 +415,7 @@ def test_what_can_not_be_written_hides_no_useless_file(trained: Trained, tmp_pat
 def test_help_tells_the_exit_codes() -> None:
     from typer.testing import CliRunner
 
-    from pipeline.cli import app
+    from pipeline.cli.main import app
 
     text = " ".join(CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300"}).output.split())
     assert "Hyper-parameter studies for image classifiers. Exit codes: 0 done, 1 a bug" in text

@@ -1,0 +1,61 @@
+"""What every command needs: the home folder, a console, a device, data."""
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from pipeline.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.data.prepare import TrainingData
+    from pipeline.search.study import Search
+
+HOME = Path("mlruns")
+UI_PORT = 5000
+INTERRUPTED = 130  # the exit code
+DEVICE_NAMES = r"auto|cpu|cuda(:\d{1,3})?"
+
+
+def make_console(stderr: bool = False) -> Console:
+    """What is printed is text: no colons that become pictures, no colours for numbers."""
+    return Console(stderr=stderr, emoji=False, highlight=False)
+
+
+def say(console: Console, text: str) -> None:
+    """A line that may hold names of files and classes, which can hold anything."""
+    console.print(one_line(text), markup=False, soft_wrap=True)
+
+
+def expand(path: Path) -> Path:
+    """`~` means the home folder; Path's own raises where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
+def find_device(name: str) -> "torch.device":
+    """The device of this name; auto is a GPU where there is one. UserError where there is none of it."""
+    import torch
+
+    if not re.fullmatch(DEVICE_NAMES, name):
+        raise UserError(f"DEVICE {name}: should be auto, cpu, cuda or cuda:N")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"DEVICE {name}: torch sees {torch.cuda.device_count()} GPUs here; DEVICE=cpu trains without")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or streams and events are those of the first GPU
+    return device
+
+
+def load_data(search: "Search", data_dir: Path, device: "torch.device") -> "TrainingData":
+    """The search's data set, split and on the device."""
+    from pipeline.data.datasets import load
+    from pipeline.data.prepare import prepare
+
+    images = load(search.base.data.dataset, search.base.data.image_size, expand(data_dir))
+    return prepare(images, search.base.data, device)

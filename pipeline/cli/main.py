@@ -1,0 +1,60 @@
+"""The list of commands, and how they end.
+
+Exit codes: 0 done, 1 a bug, 2 bad input, 3 no data, 4 some files were no use, 130 interrupted.
+"""
+
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+
+import typer
+
+# torch's threads wait for each other by spinning, for ever as it seems once another program wants the cores too: beside
+# two busy processes, two threads trained at under 32 images/s, and at 340 with this (one run; studies/README.md).
+# GNU's OpenMP reads it when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+
+from pipeline.cli.common import INTERRUPTED
+from pipeline.cli.look import ui
+from pipeline.cli.measure import bench, curves, replay
+from pipeline.cli.predict import ensemble, predict
+from pipeline.cli.study import plan, study
+from pipeline.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help=f"Hyper-parameter studies for image classifiers. {(__doc__ or '').partition('.')[2].strip()}",
+    pretty_exceptions_enable=False,
+)
+
+for _command in (study, plan, ui, predict, ensemble, bench, curves, replay):
+    app.command()(_command)
+
+
+@app.callback()
+def _set_up() -> None:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run a command; the user's faults are printed as lines, ours as a traceback."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # under nohup a hang-up is to be ignored
+            signal.signal(number, _interrupt)  # or what we started, as the UI's server, would outlive us
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        for line in error.lines:
+            print(f"error: {line}" if not line.startswith(" ") else line, file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        sys.exit(INTERRUPTED)

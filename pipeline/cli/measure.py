@@ -1,0 +1,117 @@
+"""`bench`, and `curves` and `replay`, which judge ways of pruning."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.common import expand, find_device, load_data, make_console
+from pipeline.cli.options import ChangeOption, DataDirOption, DatasetOption, DeviceOption, resolve
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.data.prepare import TrainingData
+    from pipeline.recipe import Recipe
+
+
+def bench(
+    model: Annotated[str, typer.Option(help="A network by the name of its study, or all.")] = "all",
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = Path("data"),
+    device: DeviceOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    peer: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="SCRIPT", help="Run a peer's script alternately with ours; needs --model."),
+    ] = None,
+) -> None:
+    """Measure how fast each network trains by its study's base recipe, and where the time goes; stores nothing."""
+    from pipeline.search.study import available
+
+    if peer and model == "all":
+        raise UserError("AGAINST: compares one network; say MODEL=improved")
+    names = available() if model == "all" else [model]
+    searches = [resolve(name, {"device": device}, dataset, [], []) for name in names]
+    if peer and searches[0].base.data.dataset != "cifar10":
+        raise UserError(f"DATASET {dataset}: peers train on CIFAR-10; leave it out")
+
+    from pipeline.bench import against, benchmark, machine
+    from pipeline.console import print_bench
+
+    where = find_device(device)
+
+    def networks() -> "Iterator[tuple[str, Recipe, TrainingData]]":
+        data, loaded = None, None
+        for search in searches:
+            if data is None or search.base.data != loaded:
+                data, loaded = load_data(search, data_dir, where), search.base.data
+            status.update(search.name)
+            yield search.name, search.base, data
+
+    report = machine(where) | {"dataset": searches[0].base.data.dataset}
+    with make_console(stderr=True).status("preparing") as status:
+        report["results"] = list(benchmark(networks(), where))
+        if peer:
+            status.update(f"{model} and {peer.name}, in turn")
+            directory = expand(data_dir)
+            report["results"][0]["against"] = against(expand(peer), model, searches[0].base, directory, where)
+    if as_json:
+        sys.stdout.write(json.dumps(report) + "\n")
+    else:
+        print_bench(make_console(), report)
+
+
+def curves(
+    name: Annotated[str, typer.Argument(help="A module of studies/, e.g. baseline.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The table, a CSV; it is gone on with if it is there.")],
+    recipes: Annotated[int, typer.Option(metavar="N", min=2, help="In all; the first is the control.")] = 60,
+    epochs: Annotated[str | None, typer.Option(metavar="N", help="Of each recipe.")] = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = Path("data"),
+    device: DeviceOption = "auto",
+    seed: Annotated[str | None, typer.Option(metavar="N", help="Seeds the draw and every training.")] = None,
+    change: ChangeOption = None,
+) -> None:
+    """Train random recipes of a study to the end and keep their learning curves, for `replay`. Ctrl-C loses one recipe."""
+    search = resolve(name, {"epochs": epochs, "seed": seed, "device": device}, dataset, change or [], [])
+
+    from pipeline.console import CurvesView
+    from pipeline.search.curves import averaging, collect
+
+    where = find_device(device)
+    data = load_data(search, data_dir, where)
+    search = averaging(search, data)
+    with CurvesView(make_console(), recipes, search.base.training.epochs) as view:
+        for curve in collect(search, data, where, expand(output), recipes, view.epoch):
+            view.recipe_ended(curve)
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A table of learning curves, as `curves` writes.")],
+    orders: Annotated[int, typer.Option(metavar="N", min=1, help="Random orders of the recipes.")] = 500,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Draws the orders.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with a list `results`.")] = False,
+) -> None:
+    """Replay ways of pruning on learning curves: epochs used, regret, and how early scores rank the recipes."""
+    from pipeline.console import print_replay
+    from pipeline.search.curves import load_curves, scores
+    from pipeline.search.replay import JUDGES, replay_all
+
+    known = load_curves(expand(file))
+    console = make_console()
+    with make_console(stderr=True).status("replaying"):
+        found = replay_all({judge: scores(known, judge) for judge in JUDGES}, orders, seed)
+    if as_json:
+        about = {"curves": str(file), "recipes": len(known), "epochs": len(known[0].plain), "orders": orders}
+        sys.stdout.write(json.dumps(about | {"results": [line.as_json() for line in found]}) + "\n")
+        return
+    console.print(
+        f"{len(known)} recipes of {len(known[0].plain)} epochs, {orders} random orders; intervals: 95 %, recipes drawn "
+        "with replacement and their orders. Regret: the best recipe's last score less that of the best that was not "
+        "pruned, each by the weights that judge.",
+        markup=False,
+    )
+    print_replay(console, found)

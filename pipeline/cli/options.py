@@ -1,0 +1,146 @@
+"""Options that several commands have, and a study with its options applied."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.cli.common import DEVICE_NAMES, HOME
+from pipeline.errors import UserError, validation_lines
+
+if TYPE_CHECKING:
+    from pipeline.search.study import Search
+
+# What several commands ask for.
+DatasetOption = Annotated[str | None, typer.Option(help="cifar10, digits, or a folder with train/<class>/*.")]
+DataDirOption = Annotated[Path, typer.Option(help="Where downloaded data sets lie, or are put.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+TrialsOption = Annotated[str | None, typer.Option(metavar="N", help="Trials in all, those already done included.")]
+EpochsOption = Annotated[str | None, typer.Option(metavar="N", help="Epochs of a trial that isn't pruned.")]
+SeedOption = Annotated[str | None, typer.Option(metavar="N", help="Seeds the search and every training.")]
+VersionOption = Annotated[
+    str | None, typer.Option(metavar="N", help="Start or go on with another version of the study.")
+]
+ChangeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change fields of the base recipe for all trials, e.g. data.image_size=64.",
+    ),
+]
+TrackingOption = Annotated[
+    str | None, typer.Option(metavar="URL", help="MLflow server or database instead of mlruns/mlflow.db.")
+]
+
+
+class StudyOptions(BaseModel):
+    """The options of `study`, as typed; checked together, so that all faults are told at once."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    trials: int | None = Field(None, ge=1, le=1_000_000)
+    epochs: int | None = Field(None, ge=1, le=10_000)
+    timeout: float | None = Field(None, gt=0)
+    seed: int | None = Field(None, ge=0, le=2**32 - 1)
+    version: int | None = Field(None, ge=1, le=1_000_000)
+    device: str = "auto"
+
+    @field_validator("timeout", mode="before")
+    @classmethod
+    def _duration(cls, value: str | None) -> object:
+        """Seconds, or a number with s, m, h or d behind it."""
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value or ""):
+            return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(DEVICE_NAMES, value):
+            raise ValueError("should be auto, cpu, cuda or cuda:N")
+        return value
+
+
+def resolve(name: str, typed: dict[str, Any], dataset: str | None, change: list[str], lines: list[str]) -> "Search":
+    """A study with the options applied; UserError with every fault, those in `lines` too, before anything starts."""
+    from pipeline.search.study import Search, load_study
+
+    definition = load_study(name)
+    options = StudyOptions()
+    try:
+        options = StudyOptions.model_validate({key: text for key, text in typed.items() if text is not None})
+    except ValidationError as error:
+        lines = lines + [re.sub(r"^\w+", lambda option: option[0].upper(), line) for line in validation_lines(error)]
+    assigned, faults = _assignments(change)
+    lines = lines + faults
+
+    from pipeline.data.datasets import default_image_size
+
+    base, trials = definition.base, definition.trials
+    changes: dict[str, Any] = {}
+    chosen = dataset or str(assigned.get("data.dataset", base.data.dataset))
+    changes["data.dataset"] = chosen
+    if chosen != base.data.dataset and (size := default_image_size(chosen)):
+        changes["data.image_size"] = size
+    if variant := definition.variants.get(chosen):
+        changes |= variant.changes
+        trials = variant.trials
+    typed_fields = {"training.epochs": options.epochs, "training.seed": options.seed}
+    changes |= {field: value for field, value in typed_fields.items() if value is not None} | assigned
+    try:
+        base = base.changed(changes)
+    except UserError as error:
+        lines = lines + error.lines
+    if lines:
+        raise UserError(lines)
+    search = Search(
+        name=name,
+        study=definition,
+        base=base,
+        version=options.version or definition.version,
+        trials=options.trials or trials,
+        timeout_s=options.timeout,
+        fixed=frozenset(changes),
+    )
+    search.check()
+    return search
+
+
+def _assignments(texts: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """`a.b=1 c.d=[4, 8]` as fields and values (JSON where it is, else the word itself), and a line for each fault."""
+    assigned, lines = {}, []
+    for text in texts:
+        for assignment in re.split(r"\s+(?=[\w.]+=)", text.strip()):
+            field, equals, value = assignment.partition("=")
+            if not equals:
+                lines.append(f"SET {assignment}: should be FIELD=VALUE, e.g. training.batch_size=256")
+                continue
+            try:
+                assigned[field] = json.loads(value)
+            except (ValueError, RecursionError):
+                assigned[field] = value
+    return assigned, lines
+
+
+def database_faults(storage: str | None, tracking_uri: str | None) -> list[str]:
+    """One line for each database that can't be meant, before anything is made."""
+    lines = []
+    if HOME.exists() and not HOME.is_dir():
+        lines.append(f"{HOME.resolve()}: is a file: must be a folder, where runs are kept; move it away")
+    if odd := sorted(set(str(HOME.resolve())) & set("%?#")):
+        lines.append(
+            f"{HOME.resolve()}: has {' '.join(odd)} in it, which database addresses can't hold; use another folder"
+        )
+    paths = []
+    for variable, uri, default in (("STORAGE", storage, "optuna.db"), ("TRACKING_URI", tracking_uri, "mlflow.db")):
+        if uri in ("sqlite://", "sqlite:///:memory:"):
+            lines.append(f"{variable} {uri}: keeps nothing when the command ends; name a file, or leave it out")
+        path = f"sqlite:///{HOME / default}" if uri is None else uri
+        paths.append(str(Path(path[10:]).resolve()) if path.startswith("sqlite:///") else path)
+    if paths[0] == paths[1]:
+        lines.append("STORAGE and TRACKING_URI: are the same database; Optuna and MLflow need one each")
+    return lines
