@@ -28,6 +28,18 @@ class PartlyDone(UserError):
     exit_code = 4
 
 
+class Refused(UserError):
+    """A rule of promotion says no; each line says which, by its numbers."""
+
+    exit_code = 5
+
+
+class NotReproduced(UserError):
+    """A run made again differs from its first time by more than may be."""
+
+    exit_code = 6
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` where one of the known words is close, else nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -23,16 +23,12 @@ def ui(
     from pipeline.console import print_links
     from pipeline.tracking import ui as mlflow_ui
     from pipeline.tracking.runs import MlflowTracker
+    from pipeline.tracking.studies import find_studies
 
     if tracking_uri is None and not (HOME / "mlflow.db").exists():
         raise UserError(f"no runs yet in {HOME}: make study NAME=attention DATASET=digits makes some")
     tracker = MlflowTracker(HOME, tracking_uri)
-    studies = [
-        study for study in tracker.studies() if name is None or re.match(rf"{re.escape(name)}-v\d+-", study.name)
-    ]
-    if name and not studies:
-        known = sorted(study.name for study in tracker.studies())
-        raise UserError(f"no study {name} in the tracking store; there: {', '.join(known) or 'none'}")
+    studies = find_studies(tracker, name) if name else tracker.studies()
     console = make_console()
     server = None if tracker.is_remote else mlflow_ui.start_server(tracker.uri, HOME, port)
     try:

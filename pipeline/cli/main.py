@@ -1,6 +1,7 @@
 """The list of commands, and how they end.
 
-Exit codes: 0 done, 1 a bug, 2 bad input, 3 no data, 4 some files were no use, 130 interrupted.
+Exit codes: 0 done, 1 a bug, 2 bad input, 3 no data, 4 some files were no use, 5 promotion refused,
+6 not reproduced, 130 interrupted.
 """
 
 import logging
