@@ -30,7 +30,8 @@ from pipeline.tracking.models import digests
 from pipeline.tracking.runs import MlflowTracker
 from pipeline.training.checkpoints import PLAIN_WEIGHTS, RECORD, WEIGHTS
 
-MODEL, CARD, EVIDENCE, RECIPE = "model.onnx", "card.md", "evidence.json", "recipe.json"
+MODEL, QUANTISED_MODEL = "model.onnx", "model.int8.onnx"
+CARD, EVIDENCE, RECIPE = "card.md", "evidence.json", "recipe.json"
 PREDICTIONS = "predictions.parquet"
 _NEEDS = ("mlflow", "onnx", "onnxruntime", "numpy")
 

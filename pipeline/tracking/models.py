@@ -114,6 +114,8 @@ def _found(tracker: MlflowTracker, wanted: str | None) -> tuple[Run | ModelVersi
         return _champion(tracker) or _best_run(tracker)
     if wanted.startswith("models:/"):
         found = _registered(tracker, wanted)
+        if found is None and wanted == CHAMPION:
+            raise UserError(f"{wanted}: no champion yet; make promote NAME=attention chooses one")
         if found is None:
             raise UserError(f"{wanted}: no such registered model; models:/NAME@ALIAS or models:/NAME/VERSION names one")
         return found
