@@ -15,6 +15,7 @@ STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout PATIENCE:patience D
   VERSION:version STORAGE:storage TRACKING_URI:tracking-uri SET:set
 
 PREDICT_OPTIONS := MODEL:model METHOD:method OUTPUT:output DEVICE:device TRACKING_URI:tracking-uri
+chosen = $(if $(or $(call typed,RUN),$(call typed,MODEL)),-- $(or $(call typed,RUN),$(call typed,MODEL)))
 EXPORT_OPTIONS := OUTPUT:output DATA_DIR:data-dir TRACKING_URI:tracking-uri
 SERVE_OPTIONS := PORT:port TRACKING_URI:tracking-uri
 PLAN_OPTIONS := $(filter-out TIMEOUT:% PATIENCE:% STORAGE:% TRACKING_URI:%,$(STUDY_OPTIONS))
@@ -50,10 +51,10 @@ predict: $(READY) ## classify an image, a folder or a pickle of images: IMAGE= [
 	@$(BIN)/python -m pipeline predict $(call options,$(PREDICT_OPTIONS)) $(if $(call typed,SHOW),$(if $(filter-out 0,$(value SHOW)),--show)) -- $(call typed,IMAGE)
 
 export: $(READY) ## a model as ONNX with weights, recipe and card: [RUN= OUTPUT=folder INT8=1 DATA_DIR= TRACKING_URI=]
-	@$(BIN)/python -m pipeline export $(call options,$(EXPORT_OPTIONS)) $(if $(call typed,INT8),$(if $(filter-out 0,$(value INT8)),--int8)) $(if $(call typed,RUN),-- $(call typed,RUN))
+	@$(BIN)/python -m pipeline export $(call options,$(EXPORT_OPTIONS)) $(if $(call typed,INT8),$(if $(filter-out 0,$(value INT8)),--int8)) $(chosen)
 
 serve: $(READY) ## the champion behind MLflow's scoring server on 127.0.0.1: [MODEL= PORT=5001 TRACKING_URI=]
-	@$(BIN)/python -m pipeline serve $(call options,$(SERVE_OPTIONS)) $(if $(call typed,MODEL),-- $(call typed,MODEL))
+	@$(BIN)/python -m pipeline serve $(call options,$(SERVE_OPTIONS)) $(chosen)
 
 ui: $(READY) ## open the MLflow UI on 127.0.0.1 with links to the studies: [NAME= PORT=5000 TRACKING_URI=]
 	@$(BIN)/python -m pipeline ui $(call option,PORT,port) $(call option,TRACKING_URI,tracking-uri) $(if $(call typed,NAME),-- $(call typed,NAME))

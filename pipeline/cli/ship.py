@@ -140,7 +140,7 @@ def serve(
 
     console = make_console()
     with model_files(model or CHAMPION, tracking_uri) as (folder, what):
-        say(console, f"model: {what}")
+        say(console, f"{'model' if model else 'champion'}: {what}")
         served = scoring.check(folder)
         HOME.mkdir(exist_ok=True)
         server = scoring.start(folder, port, HOME / "serving.log")

@@ -38,11 +38,15 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def verify(folder: Path, expected: Mapping[str, str]) -> None:
-    """DataError unless the folder's files have these digests; files without one don't count, and are not to be read."""
+    """DataError, with a line for each file, unless the folder has exactly the files of these digests."""
     found = digests(folder)
-    faults = {name: "missing" if name not in found else "its SHA-256 differs" for name in expected}
-    if lines := [f"{name}: {fault}" for name, fault in faults.items() if found.get(name) != expected[name]]:
-        raise DataError(lines)
+    faults = {
+        name: "missing" if name not in found else "not registered" if name not in expected else "its SHA-256 differs"
+        for name in sorted({*found, *expected})
+        if found.get(name) != expected.get(name)
+    }
+    if faults:
+        raise DataError([f"{name}: {fault}" for name, fault in faults.items()])
 
 
 @contextlib.contextmanager
@@ -82,7 +86,7 @@ def _package(tracker: MlflowTracker, version: ModelVersion, what: str, folder: P
     }
     if not expected:
         raise DataError(
-            f"{what}: has no tag {DIGEST_TAG}... to check its files by; make promote registers models with them"
+            f"{what}: has no tags {DIGEST_TAG}<file> to check its files by; make promote registers models with them"
         )
     with _read(what):
         source = tracker.client.get_model_version_download_uri(version.name, version.version)
