@@ -9,6 +9,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,16 +58,18 @@ def export_onnx(classifier: Classifier, path: Path) -> None:
     """Write the classifier, which is on the CPU, as ONNX. Refused where the file's probabilities are not torch's."""
     import onnx
 
-    program = torch.onnx.export(
-        _Deployed(classifier).eval(),
-        (torch.zeros(2, classifier.image_size, classifier.image_size, 3, dtype=torch.uint8),),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=["images"],
-        output_names=["probabilities"],
-        dynamic_shapes={"images": {0: torch.export.Dim("N", min=1)}},
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.11's of itself
+        program = torch.onnx.export(
+            _Deployed(classifier).eval(),
+            (torch.zeros(2, classifier.image_size, classifier.image_size, 3, dtype=torch.uint8),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes={"images": {0: torch.export.Dim("N", min=1)}},
+            verbose=False,
+        )
     assert program is not None
     model = program.model_proto
     for node in model.graph.node:
