@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
-from pipeline.search.study import Search, check_same
+from pipeline.search.study import Search, check_same, counts
 from pipeline.tracking.runs import MlflowTracker, public_uri
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -110,9 +110,8 @@ def ask_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> None:
 
 
 def num_finished(study: optuna.Study) -> int:
-    """How many trials count against the budget: all that ended but those asked again."""
-    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
-    return sum(not trial.user_attrs.get("asked_again") for trial in ended)
+    """How many trials count against the budget."""
+    return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
 
 
 def _is_gone(trial: FrozenTrial) -> bool:

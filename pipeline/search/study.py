@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -51,6 +52,7 @@ class Study:
     space: Space
     objective: Literal["val/accuracy", "val/f1_macro"]
     trials: int
+    patience: int | None = None  # trials without a better score, after which the study stops by itself
     version: int = 1
     variants: Mapping[str, Variant] = field(default_factory=lambda: {"digits": DEMONSTRATION})
 
@@ -61,6 +63,10 @@ class Study:
             "space": (callable(self.space), "a function of a trial"),
             "objective": (self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}"),
             "trials": (isinstance(self.trials, int) and self.trials >= 1, "a whole number of at least 1"),
+            "patience": (
+                self.patience is None or (isinstance(self.patience, int) and self.patience >= 1),
+                "None or a whole number of at least 1",
+            ),
             "version": (isinstance(self.version, int) and self.version >= 1, "a whole number of at least 1"),
         }
         lines = [
@@ -80,6 +86,7 @@ class Search:
     version: int
     trials: int
     timeout_s: float | None
+    patience: int | None = None
     fixed: frozenset[str] = frozenset()  # fields that were set for all trials: not searched, though the space may ask
 
     def key(self, data: "TrainingData") -> str:
@@ -105,6 +112,14 @@ class Search:
             n_warmup_steps=self.most_epochs // 3,
             n_min_trials=max(2, min(5, self.trials // 4)),
         )
+
+    def is_exhausted(self, study: optuna.Study) -> bool:
+        """Whether the last `patience` trials that ended, in whatever state, gave no score above the best before them."""
+        ended = [trial for trial in study.get_trials(deepcopy=False) if counts(trial)]
+        if self.patience is None or len(ended) <= self.patience:
+            return False
+        scores = [trial.value if trial.value is not None else -math.inf for trial in ended]
+        return max(scores[-self.patience :]) <= max(scores[: -self.patience]) > -math.inf
 
     def step(self, epoch: int, recipe: Recipe) -> int:
         """Where a trial stands after an epoch, for the pruner: in epochs of the study's longest trial.
@@ -220,6 +235,11 @@ def _line_of(error: BaseException, file: Path) -> str:
             place = f", line {traceback.tb_lineno}"
         traceback = traceback.tb_next
     return place
+
+
+def counts(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a trial counts against the budget: all that ended do, but those asked again."""
+    return trial.state.is_finished() and not trial.user_attrs.get("asked_again")
 
 
 def best_trials(study: optuna.Study, count: int | None = None) -> list[optuna.trial.FrozenTrial]:
