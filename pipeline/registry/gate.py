@@ -26,7 +26,9 @@ class Rules(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     alpha: float = Field(0.05, gt=0, lt=0.5, description="the chance that a model which isn't better is promoted")
-    least_gain: float = Field(0.0, ge=0, le=100, description="points of accuracy that the gain's interval must be above")
+    least_gain: float = Field(
+        0.0, ge=0, le=100, description="points of accuracy that the gain's interval must be above"
+    )
     seed_spread: float = Field(
         2.5,
         ge=0,
@@ -185,10 +187,8 @@ def _beyond_seeds(
     change = right.astype(float) - was_right
     images = change.std() / np.sqrt(len(labels))
     measured = len(seed_accuracies) >= SEEDS_NEEDED
-    if measured:
-        spread = float(np.std(seed_accuracies, ddof=1))
-    else:
-        spread = rules.seed_spread / 100 * float(1 - was_right.mean())
+    assumed = rules.seed_spread / 100 * float(1 - was_right.mean())
+    spread = float(np.std(seed_accuracies, ddof=1)) if measured else assumed
     limit = float(ndtri(1 - rules.alpha) * np.sqrt(images**2 + 2 * spread**2))
     source = f"measured on {len(seed_accuracies)} seeds" if measured else "assumed, as fewer than 3 seeds were trained"
     why = f"chance of the images and of the seeds, whose standard deviation is {100 * spread:.2f} points ({source})"

@@ -13,7 +13,7 @@ import socket
 import sqlite3
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ class Event:
     split: str | None  # the test split's digest
     reason: str
     details: dict[str, Any]
+
+
+_COLUMNS = tuple(field.name for field in fields(Event))
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,17 @@ class Ledger:
     ) -> Event:
         """Claim a change of champion of `kind`, over the one that the caller saw.
 
-        `version` is known where it is there already; `previous` is the version that the alias of that name will name. Refused where another one is champion by now, or another change is
-        begun: of two at once, one wins. The event's details hold a token that finds the version it made.
+        `version` is known where it is there already; `previous` is the version that the alias `previous` will name.
+        Refused where another one is champion by now, or another change is begun: of two at once, one wins. The event's
+        details hold a token that finds the version it made.
         """
         assert kind in (PROMOTED, ROLLED_BACK), kind
-        details = {"kind": kind, "token": uuid.uuid4().hex, "over": over.version if over else None, "previous": previous}
+        details = {
+            "kind": kind,
+            "token": uuid.uuid4().hex,
+            "over": over.version if over else None,
+            "previous": previous,
+        }
         with self._transaction() as connection:
             events = _read(connection, model)
             if other := _open(events):
@@ -124,7 +133,9 @@ class Ledger:
             now = _reigns(events)[-1:]
             if now != ([over] if over else []):
                 found = f"version {now[0].version}, run {now[0].run}" if now else "none"
-                raise Refused(f"{model}: its champion changed meanwhile ({found}); the same command compares with that one")
+                raise Refused(
+                    f"{model}: its champion changed meanwhile ({found}); the same command compares with that one"
+                )
             return _append(connection, BEGUN, model, run, version, None, reason, details)
 
     def end(self, begun: Event, kind: str, version: str | None, reason: str = "") -> Event:
@@ -133,7 +144,9 @@ class Ledger:
         with self._transaction() as connection:
             still = _open(_read(connection, begun.model))
             if still is None or still.id != begun.id:
-                raise Refused(f"{begun.model}: {_said(begun)} was ended by another command; python -m pipeline history shows it")
+                raise Refused(
+                    f"{begun.model}: {_said(begun)} was ended by another command; python -m pipeline history shows it"
+                )
             details = {"begun": begun.id, "over": begun.details["over"]}
             return _append(connection, kind, begun.model, begun.run, version, None, reason or begun.reason, details)
 
@@ -180,11 +193,10 @@ def _append(
 
 def _read(connection: sqlite3.Connection, model: str | None) -> list[Event]:
     rows = connection.execute(
-        "SELECT id, time, user, host, kind, model, run, version, split, reason, details FROM events "
-        "WHERE ?1 IS NULL OR model = ?1 ORDER BY id",
+        f"SELECT {', '.join(_COLUMNS)} FROM events WHERE ?1 IS NULL OR model = ?1 ORDER BY id",
         (model,),
     )
-    return [Event(*row[:-1], json.loads(row[-1])) for row in rows]
+    return [Event(**dict(zip(_COLUMNS, row, strict=True)) | {"details": json.loads(row[-1])}) for row in rows]
 
 
 def _open(events: list[Event]) -> Event | None:
