@@ -30,7 +30,7 @@ class Rules(BaseModel):
         0.0, ge=0, le=100, description="points of accuracy that the gain's interval must be above"
     )
     seed_spread: float = Field(
-        2.5,
+        10.0,
         ge=0,
         le=100,
         description="standard deviation of accuracy between seeds, as % of the error rate, if fewer than 3 were trained",
@@ -181,16 +181,19 @@ def _beyond_seeds(
     McNemar's test knows only the images: two seeds of one small network do differ, so that it called the luckier one
     better in 30 % of the comparisons at a level of 5 % (CIFAR-10, 51 % accuracy; the A/A test).
     """
-    from scipy.special import ndtri
+    from scipy.special import ndtri, stdtrit
 
     right, was_right = labels == new, labels == old
     change = right.astype(float) - was_right
     images = change.std() / np.sqrt(len(labels))
-    measured = len(seed_accuracies) >= SEEDS_NEEDED
-    assumed = rules.seed_spread / 100 * float(1 - was_right.mean())
-    spread = float(np.std(seed_accuracies, ddof=1)) if measured else assumed
-    limit = float(ndtri(1 - rules.alpha) * np.sqrt(images**2 + 2 * spread**2))
-    source = f"measured on {len(seed_accuracies)} seeds" if measured else "assumed, as fewer than 3 seeds were trained"
+    seeds = len(seed_accuracies)
+    if seeds >= SEEDS_NEEDED:  # Student's quantile: a spread that is measured on a few seeds is itself uncertain
+        spread, quantile = float(np.std(seed_accuracies, ddof=1)), stdtrit(seeds - 1, 1 - rules.alpha)
+        source = f"measured on {seeds}"
+    else:
+        spread, quantile = rules.seed_spread / 100 * float(1 - was_right.mean()), ndtri(1 - rules.alpha)
+        source = f"assumed, {rules.seed_spread:g} % of the error rate: make finals measures it"
+    limit = float(quantile * np.sqrt(images**2 + 2 * spread**2))
     why = f"chance of the images and of the seeds, whose standard deviation is {100 * spread:.2f} points ({source})"
     gain = float(change.mean())
     number, threshold = f"{100 * gain:+.2f} points of accuracy", f"above {100 * limit:.2f}"

@@ -1,10 +1,5 @@
 """Champions in a real MLflow store: judged, registered, moved, taken back, cut off and repaired."""
 
-import json
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,15 +8,11 @@ import torch
 
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import Refused, UserError
+from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.registry import judging, test_split
-from pipeline.registry import promote as module
 from pipeline.registry.gate import Rules, Verdict
-from pipeline.registry.judging import Bench
-from pipeline.registry.ledger import BEGUN, LOOK, PASSED, PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Ledger
-from pipeline.registry.promote import Registry, alone, promote, roll_back, settle
-from pipeline.tracking.models import find_model
+from pipeline.registry.ledger import Ledger
+from pipeline.registry.promote import Registry, promote
 from pipeline.tracking.runs import MlflowTracker, State
 
 
@@ -74,9 +65,11 @@ LOOSE = Rules(class_margin=100, ece_margin=100, latency_factor=1000)
 
 def test_it(store, tmp_path):
     import time
+
     r = store.registry(tmp_path, "m")
     for run in (store.good, store.control, store.best):
-        v = View(); t = time.time()
+        v = View()
+        t = time.time()
         try:
             print(promote(r, run, LOOSE, Path("data"), v), v.lines)
         except UserError as e:
