@@ -318,7 +318,7 @@ class TrainingsView:
         ]
         reason = f" ({outcome.reason})" if outcome.reason else ""
         left = (time.monotonic() - self._started) / self._ended * (self._trainings - self._ended)
-        more = f"; {self._ended} of {self._trainings}, about {duration(left)} left" if self._trainings > 1 else ""
+        more = f"; {self._ended} of {self._trainings}, about {duration(left)} left" if left > 0 else ""
         how = ", ".join(
             [f"{outcome.state}{reason}", *scores, f"{outcome.epochs} epochs in {duration(outcome.seconds)}"]
         )
@@ -334,11 +334,12 @@ def print_finals(console: Console, decision: Mapping[str, Any]) -> None:
     """A row per recipe with 95 % intervals, what each changes in the control, and the winner."""
     objective = decision["objective"]
     n = len(decision["seeds"])
-    table = Table(title=f"{decision['study']}: finals, {n} seeds, {objective} on the validation split")
-    for heading in ("recipe", "n", "mean", "sd", "95 % of the mean", "less the control (95 %), points", "p"):
+    console.print(
+        f"{decision['study']}: finals, {n} seeds, {objective} on the validation split; 95 % intervals of means"
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("recipe", "n", "mean", "sd", "95 %", "less the control", "p", "training", "MFLOP"):
         table.add_column(heading, justify="left" if heading == "recipe" else "right")
-    for heading in ("epochs", "training", "MFLOP"):
-        table.add_column(heading, justify="right")
     for row in sorted(decision["candidates"], key=lambda row: -(row["score"] or {"mean": 0})["mean"]):
         score, gap = row["score"], row["difference"]
         table.add_row(
@@ -346,29 +347,26 @@ def print_finals(console: Console, decision: Mapping[str, Any]) -> None:
             str(score["n"]) if score else "0",
             f"{score['mean']:.4f}" if score else "",
             f"{score['sd']:.4f}" if score and score["sd"] is not None else "",
-            f"{score['low']:.4f} to {score['high']:.4f}" if score and score["low"] is not None else "",
-            _points(gap) if gap else "",
+            f"±{score['high'] - score['mean']:.4f}" if score and score["high"] is not None else "",
+            _gap(gap) if gap else "",
             f"{gap['p']:.2g}" if gap and gap["n"] > 1 else "",
-            str(row["epochs"]),
-            duration(row["training_s"]),
+            f"{row['epochs']} ep, {duration(row['training_s'])}",
             f"{row['prediction_flop'] / 1e6:.3g}",
         )
     console.print(table)
     for row in decision["candidates"]:
         changes = ", ".join(f"{name} {_short(value)}" for name, value in row["changes"].items())
-        console.print(Text(f"{row['name']}: {changes or 'the base recipe'}"), soft_wrap=True)
-        if row["out"]:
-            console.print(Text(f"  {row['out']}"), soft_wrap=True)
+        out = f"; {row['out']}" if row["out"] else ""
+        console.print(Text(f"{row['name']}: {changes or 'the base recipe'}{out}"), soft_wrap=True)
     for rule in decision["rules"]:
-        console.print(Text(rule))
+        console.print(Text(f"  {rule}"), soft_wrap=True)
     if decision["winner"]:
         console.print(Text(f"winner: {decision['winner']['said']}"), soft_wrap=True)
 
 
-def _points(gap: Mapping[str, float]) -> str:
-    if gap["low"] is None:
-        return f"{100 * gap['mean']:+.2f}"
-    return f"{100 * gap['mean']:+.2f} ({100 * gap['low']:+.2f} to {100 * gap['high']:+.2f})"
+def _gap(gap: Mapping[str, float]) -> str:
+    half = f" ±{gap['high'] - gap['mean']:.4f}" if gap["high"] is not None else ""
+    return f"{gap['mean']:+.4f}{half}"
 
 
 def print_replay(console: Console, found: Sequence[Replayed]) -> None:

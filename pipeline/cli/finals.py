@@ -102,9 +102,9 @@ def reproduce(
         say(console, "nothing that matters differs from then: every bit must be equal")
     try:
         with TrainingsView(console, 1) as view:
-            view.started("again", past.recipe)
+            view.started("reproduction", past.recipe)
             outcome = again.run(tracker, past, data, where, view.epoch)
-            view.ended("again", outcome)
+            view.ended("reproduction", outcome)
     except (Interrupted, KeyboardInterrupt):
         say(console, "interrupted; nothing was compared")
         raise typer.Exit(INTERRUPTED) from None

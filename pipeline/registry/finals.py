@@ -4,6 +4,7 @@ A run is data: candidates, what was trained already and what was decided are rea
 """
 
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -30,17 +31,12 @@ from pipeline.training.loop import EpochReport
 DECISION = "finals.json"  # an artifact of the study's parent run
 LEAST_SEEDS = 3  # with fewer nothing is more than chance
 ALPHA = 0.05
-SAME_COST = 1.05  # training times that differ by less are the same: other work on the machine changes them by more
 
 RULES = (
-    f"A candidate stops early once, over at least {LEAST_SEEDS} seeds, the paired t test against the best mean so far "
-    f"says that it is worse, at a one-sided level of {ALPHA} shared out over all pairs and looks (Bonferroni): whatever "
-    f"is stopped, the truly best recipe is among it in at most {ALPHA:.0%} of finals. The control is always trained in "
-    "full.",
-    f"The highest mean wins. Those that the paired t test (two-sided, {ALPHA}) can't tell from it tie with it; with "
-    f"fewer than {LEAST_SEEDS} seeds all do. A tie goes to the cheapest: first by the FLOP of a prediction, which is "
-    "paid for as long as the model is used; then by training time, where it differs by more than 5 %; then to the "
-    "control, which changes nothing; then to the higher mean.",
+    f"stopped early: worse than the best mean so far by a paired t test over at least {LEAST_SEEDS} seeds, one-sided, its "
+    f"level {ALPHA} shared out over all pairs and looks; the control never",
+    f"winner: the highest mean; what a two-sided paired t test ({ALPHA}; none under {LEAST_SEEDS} seeds) can't tell from "
+    "it ties with it; a tie goes to the cheapest: FLOP of a prediction, then epochs, then the control, then the mean",
 )
 # Racing by paired tests: Maron and Moore, Hoeffding races (NIPS 1993); Birattari et al., F-Race (GECCO 2002).
 
@@ -301,8 +297,8 @@ class Race:
     def stop_the_beaten(self) -> list[str]:
         """After a seed: who can no longer win is out; a line for each. See RULES.
 
-        One-sided level of each test: ALPHA over the other candidates and the looks, so that the best recipe is taken for
-        beaten, by any of them at any look, with at most ALPHA (union bound; the leader is chosen by the same scores).
+        One-sided level of each test: ALPHA over the other candidates and the looks (Bonferroni), so that the truly best
+        recipe is taken for beaten, by any other at any look, in at most ALPHA of all finals.
         """
         eligible = self.eligible()
         looks = self.num_seeds - LEAST_SEEDS  # after the last seed there is nothing to save
@@ -322,12 +318,11 @@ class Race:
         return lines
 
 
-def choose(
-    race: Race, cost: Callable[[Candidate], tuple[float, float]]
-) -> tuple[Candidate, list[Candidate], str] | None:
-    """(the winner, those that the leader ties with, why); None where nobody is left. See RULES.
+def choose(race: Race, flop: Mapping[str, int]) -> tuple[Candidate, list[Candidate], str] | None:
+    """(the winner, those that tie with the highest mean, why); None where nobody is left. See RULES.
 
-    `cost` gives FLOP of a prediction and seconds of a training.
+    `flop` is what a prediction costs, by digest: it is paid for as long as the model is used, a training once. Both are
+    counted and not timed, since other work on the machine changes times by more than recipes do.
     """
     eligible = race.eligible()
     if not eligible:
@@ -335,19 +330,20 @@ def choose(
     leader = max(eligible, key=race.mean)
     tied = [c for c in eligible if c is leader or race.num_seeds < LEAST_SEEDS or race.p_value(leader, c) >= ALPHA]
     if len(tied) == 1:
-        return leader, tied, "the highest mean, beyond the noise" if len(eligible) > 1 else "the only one left"
-    least = min(cost(c)[0] for c in tied)
-    cheapest = [c for c in tied if cost(c)[0] == least]
-    why = "a prediction costs less"
-    if len(cheapest) > 1:
-        fastest = min(cost(c)[1] for c in cheapest)
-        quick = [c for c in cheapest if cost(c)[1] <= SAME_COST * fastest]
-        why = "a prediction costs the same and a training less" if len(quick) < len(cheapest) else "they cost the same"
-        cheapest = quick
-    controls = [c for c in cheapest if c.is_control]
-    if len(cheapest) > 1:
-        why += ", and the control changes nothing" if controls else ", and its mean is the higher"
-    return (controls or sorted(cheapest, key=race.mean, reverse=True))[0], tied, why
+        return leader, tied, "beyond the noise" if len(eligible) > 1 else "nobody else is left"
+
+    def cost(c: Candidate) -> tuple[float, ...]:
+        return flop[c.digest], c.recipe.training.epochs, not c.is_control, -race.mean(c)
+
+    first, second = sorted(tied, key=cost)[:2]
+    reasons = (
+        "cheaper to predict with",
+        "trained in fewer epochs",
+        "the control, which changes nothing",
+        "the higher mean",
+    )
+    differ = [a != b for a, b in zip(cost(first), cost(second), strict=True)]
+    return first, tied, reasons[differ.index(True)] if any(differ) else "as good in every respect"
 
 
 def _control(study: StudyRuns, trials: Sequence[StoredRun]) -> StoredRun:
@@ -470,11 +466,7 @@ def _decide(tracker: MlflowTracker, plan: Plan, race: Race, data: TrainingData) 
     control = plan.candidates[0]
     table = {c.digest: _row(race, c, control, plan.seeds, data) for c in plan.candidates}
 
-    def cost(candidate: Candidate) -> tuple[float, float]:
-        row = table[candidate.digest]
-        return row["prediction_flop"], row["training_s"]
-
-    chosen = choose(race, cost)
+    chosen = choose(race, {digest: row["prediction_flop"] for digest, row in table.items()})
     return {
         "study": plan.study.name,
         "objective": plan.study.objective,
@@ -495,6 +487,7 @@ def _row(
 ) -> dict[str, Any]:
     finals = {seed: race.finals[candidate.digest][seed] for seed in seeds if seed in race.finals[candidate.digest]}
     scores, differences = list(race.scores(candidate).values()), race.differences(candidate, control)
+    changes = candidate.recipe.difference(control.recipe)
     difference = None
     if differences and candidate is not control:
         difference = asdict(sample(differences, race.least_sd)) | {"p": race.p_value(candidate, control)}
@@ -505,10 +498,10 @@ def _row(
         "trial_score": candidate.score,
         "candidate": candidate.digest,
         "is_control": candidate.is_control,
-        "changes": {name: here for name, (here, _) in candidate.recipe.difference(control.recipe).items()},
+        "changes": {name: here for name, (here, _) in changes.items() if here is not None},
         "epochs": candidate.recipe.training.epochs,
         "prediction_flop": prediction_flop(candidate.recipe.model, len(data.classes), data.image_size),
-        "training_s": sum(final.seconds for final in finals.values()) / max(len(finals), 1),
+        "training_s": statistics.median(final.seconds for final in finals.values()),
         "score": asdict(sample(scores, race.least_sd)) if scores else None,
         "difference": difference,
         "out": race.out.get(candidate.digest),

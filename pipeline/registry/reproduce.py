@@ -236,13 +236,12 @@ def verdict(comparison: Comparison, found: list[Difference]) -> str:
     if comparison.equal:
         return "reproduced bit for bit"
     gap = f"val/accuracy differs by {comparison.points:.2f} points"
+    details = [f"  {line}" for line in comparison.lines]
     if not causes:
         reason = "code, versions, processor and threads are the same, so every bit must be"
-        raise NotReproduced([f"not reproduced: {reason}; {gap}", *comparison.lines])
+        raise NotReproduced([f"not reproduced: {reason}; {gap}", *details])
     if comparison.points > comparison.tolerance:
-        raise NotReproduced(
-            [f"not reproduced: {gap}, more than the tolerance of {comparison.tolerance:.2f}", *comparison.lines]
-        )
+        raise NotReproduced([f"not reproduced: {gap}, more than the tolerance of {comparison.tolerance:.2f}", *details])
     return (
         f"reproduced within the tolerance: {gap}, {comparison.tolerance:.2f} may be; equal bits can't be expected: "
         f"{', '.join(causes)}"
