@@ -270,6 +270,7 @@ def test_the_public_surface_is_frozen() -> None:
     }
     assert surface == {
         "bench": ["--against", "--data-dir", "--dataset", "--device", "--json", "--model"],
+        "finals": ["--data-dir", "--device", "--epochs", "--seeds", "--top", "--tracking-uri", "name"],
         "plan": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--trials", "--version", "name"),
         ],
@@ -278,6 +279,7 @@ def test_the_public_surface_is_frozen() -> None:
         ],
         "ensemble": ["--output", "files"],
         "predict": ["--device", "--method", "--model", "--output", "--show", "--tracking-uri", "files"],
+        "reproduce": ["--data-dir", "--device", "--tolerance", "--tracking-uri", "run"],
         "replay": ["--json", "--orders", "--seed", "file"],
         "study": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--patience", "--seed", "--set"),

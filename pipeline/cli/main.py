@@ -18,6 +18,7 @@ import typer
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 from pipeline.cli.common import INTERRUPTED
+from pipeline.cli.finals import finals, reproduce
 from pipeline.cli.look import ui
 from pipeline.cli.measure import bench, curves, replay
 from pipeline.cli.predict import ensemble, predict
@@ -32,7 +33,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (study, plan, ui, promote, rollback, history, predict, ensemble, bench, curves, replay):
+for _command in (
+    study,
+    plan,
+    ui,
+    finals,
+    promote,
+    rollback,
+    history,
+    reproduce,
+    predict,
+    ensemble,
+    bench,
+    curves,
+    replay,
+):
     app.command()(_command)
 
 

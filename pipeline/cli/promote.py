@@ -85,14 +85,18 @@ def promote(
 
 def _chosen(tracker: "MlflowTracker", name: str) -> tuple[str, str]:
     """The run that a study stands for, and why that one."""
+    from pipeline.registry.finals import winner
     from pipeline.tracking.studies import find_study
 
     study, several = find_study(tracker, name)
-    best = tracker.best_run_ids(study, 1)
-    if not best:
+    if found := winner(tracker, study):
+        run, why = found.run_id, f"{study.name}: {found.said}"
+    elif best := tracker.best_run_ids(study, 1):
+        run = best[0]
+        why = f"{study.name}: its best trial, run {run}; one seed can't tell the best from the lucky, make finals can"
+    else:
         raise UserError(f"{study.name}: has no finished trial yet; make study NAME={name} makes some")
-    why = f"{study.name}: its best trial, run {best[0]}; one seed can't tell the best from the lucky, make finals can"
-    return best[0], f"{several}; {why}" if several else why
+    return run, f"{several}; {why}" if several else why
 
 
 def rollback(
