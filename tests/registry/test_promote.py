@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from pipeline import experiment
+from pipeline.classifier import Classifier
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import Refused, UserError
 from pipeline.recipe import Recipe
+from pipeline.registry import export
 from pipeline.registry import promote as module
 from pipeline.registry import test_split as opener
 from pipeline.registry.gate import Rules, Verdict
@@ -48,17 +51,35 @@ class View:
 
 @dataclass(frozen=True)
 class Store:
-    """One study of three runs, the control worst and the third best; and the third's package."""
+    """One study: the control worst, then a good run, the best, and one like it, which has a package."""
 
     home: Path
     control: str
     good: str
     best: str
+    rival: str
     packed: Path
 
     def registry(self, home: Path, model: str) -> Registry:
         """With a ledger of its own, so that tests share MLflow's store and nothing else."""
         return Registry(MlflowTracker(self.home), Ledger(home), model)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_export_a_model() -> Iterator[None]:
+    """An export takes seconds, and its file is the same each time."""
+    whole, files = export.export_onnx, dict[str, bytes]()
+
+    def cached(classifier: Classifier, path: Path) -> None:
+        run = classifier.facts.run_id
+        if run not in files:
+            whole(classifier, path)
+            files[run] = path.read_bytes()
+        path.write_bytes(files[run])
+
+    export.export_onnx = cached
+    yield
+    export.export_onnx = whole
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +89,15 @@ def store(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits
     parent = tracker.open_study("tiny-v1-digits", "?", "val/accuracy", [])
     runs = []
     base = small_recipe.changed({"augmentation.mixup": 0, "augmentation.cutmix": 0, "augmentation.crop_padding": 0})
-    for number, changes in enumerate([{"optimizer.lr": 1e-4}, {}, {"training.epochs": 8}]):
+    for number, changes in enumerate([{"optimizer.lr": 1e-4}, {}, {"training.epochs": 8}, {"training.epochs": 9}]):
         tags = {"role": "trial", "study": "tiny-v1-digits", "trial": str(number)}
         name = f"trial {number}" + " (control)" * (not number)
         done = experiment.run(base.changed(changes), digits, torch.device("cpu"), tracker, name, parent.id, tags)
         runs.append(done.run_id)
     parent.end(State.FINISHED)
     packed = home.parent / "packed"
-    with find_model(home, None, runs[2]) as found:
-        package(tracker, runs[2], found.folder, packed)
+    with find_model(home, None, runs[3]) as found:
+        package(tracker, runs[3], found.folder, packed)
     return Store(home, *runs, packed)
 
 
@@ -129,7 +150,7 @@ def test_from_the_first_champion_to_the_second_and_back(
     assert roll_back(registry, None, "too slow") == first
     assert (registry.alias("champion"), registry.alias("previous")) == ("1", None)
     assert registry.ledger.events()[-1].reason == "too slow"
-    with pytest.raises(UserError, match="its champion is the first; there is nothing to go back to"):
+    with pytest.raises(UserError, match=r"its champion is the first; there is nothing to go back to"):
         roll_back(registry, None, "again")
     with pytest.raises(Refused, match=r"passed, and served as way version 2, .*\n.*make rollback VERSION=2"):
         promote(registry, store.best, RULES, DATA, view)
@@ -151,7 +172,7 @@ def test_what_is_not_better_is_refused_with_its_numbers_and_not_judged_twice(sto
     assert kinds(registry)[before:] == [LOOK, LOOK, REFUSED]
     assert registry.alias("champion") == "1"
     assert registry.tracker.client.list_artifacts(store.good, "gate")
-    with pytest.raises(Refused, match="was judged on this test split by .*, and refused; FORCE=1") as caught:
+    with pytest.raises(Refused, match=r"was judged on this test split by .*, and refused; FORCE=1") as caught:
         promote(registry, store.good, RULES, DATA, view)
     assert caught.value.lines[1].startswith("  better: p = ")
     with pytest.raises(Refused, match="^better"):
@@ -162,7 +183,7 @@ def test_what_is_not_better_is_refused_with_its_numbers_and_not_judged_twice(sto
 
 def test_the_control_may_be_the_first_champion_and_has_to_beat_a_constant_answer(store: Store, tmp_path: Path) -> None:
     registry, view = store.registry(tmp_path, "control"), View()
-    with pytest.raises(Refused, match="^better: .* only the constant answer"):
+    with pytest.raises(Refused, match=r"^better: .* only the constant answer"):
         promote(registry, store.control, RULES, DATA, view)
     assert "must beat a constant answer" in view.lines[0]
 
@@ -201,9 +222,9 @@ def test_an_alias_moved_by_hand_is_told_with_both_ways_on(store: Store, tmp_path
         ]
     assert roll_back(registry, "2", "the ledger is right") == Champion("2", store.best)
     assert registry.champion() == Champion("2", store.best)
-    with pytest.raises(UserError, match="VERSION 7: moved has no such version"):
+    with pytest.raises(UserError, match=r"VERSION 7: moved has no such version"):
         roll_back(registry, "7", "?")
-    with pytest.raises(UserError, match="VERSION 2: is champion already"):
+    with pytest.raises(UserError, match=r"VERSION 2: is champion already"):
         roll_back(registry, "2", "?")
     with pytest.raises(UserError, match="REASON: say why"):
         roll_back(registry, None, " ")
@@ -228,8 +249,8 @@ def seated(registry: Registry, run: str) -> None:
     module._move(registry, begun, str(version))
 
 
-# An effect that a promotion has, and whether the kill comes before or after it; in an order in which no version of
-# the best run is there until one is made, as its files would not be written again.
+# An effect that a promotion has, and whether the kill comes before or after it. Once a version of the rival is there, its
+# files are not written again, so that the first four come before.
 KILLS = [
     ("begin", "after"),
     ("log_artifacts", "before"),
@@ -253,10 +274,15 @@ def killing(effect: Callable[..., Any], when: str) -> Callable[..., Any]:
     return call
 
 
+def promote_rival(store: Store, home: Path, model: str) -> None:
+    """From a verdict that is in the ledger, with a package that is packed already."""
+    module.package = lambda tracker, run, checkpoint, folder, evidence: shutil.copytree(store.packed, folder)  # type: ignore[assignment]
+    with alone(home):
+        promote(store.registry(home, model), store.rival, RULES, DATA, View())
+
+
 def be_killed(store: Store, home: Path, model: str, effect: str, when: str) -> None:
     """A real promotion in a real process, which ends at that effect."""
-    registry = store.registry(home, model)
-    module.package = lambda tracker, run, checkpoint, folder, evidence: shutil.copytree(store.packed, folder)  # type: ignore[assignment]
     if effect in ("begin", "end"):
         setattr(Ledger, effect, killing(getattr(Ledger, effect), when))
     elif effect in ("previous", "champion"):
@@ -264,9 +290,8 @@ def be_killed(store: Store, home: Path, model: str, effect: str, when: str) -> N
         at = killing(point, when)
         Registry.point = lambda self, alias, version: (at if alias == effect else point)(self, alias, version)  # type: ignore[method-assign]
     else:
-        client = type(registry.tracker.client)
-        setattr(client, effect, killing(getattr(client, effect), when))
-    promote(registry, store.best, RULES, DATA, View())
+        setattr(MlflowClient, effect, killing(getattr(MlflowClient, effect), when))
+    promote_rival(store, home, model)
 
 
 def in_a_fork(work: Callable[[], None]) -> int:
@@ -282,72 +307,84 @@ def in_a_fork(work: Callable[[], None]) -> int:
     os._exit(0)
 
 
-def killed_everywhere(store: Store, root: Path) -> None:
+def kills_and_a_race(store: Store, root: Path) -> None:
     """In a process that has opened no store, as connections must not be forked."""
     for number, (effect, when) in enumerate(KILLS):
         pid = in_a_fork(lambda: be_killed(store, root / str(number), f"killed-{number}", effect, when))  # noqa: B023
         status = os.waitpid(pid, 0)[1]
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (effect, when, status)
+    read, write = os.pipe()
 
+    def run() -> None:
+        os.read(read, 1)
+        promote_rival(store, root / "race", "race")
 
-def spawned(work: Callable[..., None], *words: Any) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=work, args=words)
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
+    pids = [in_a_fork(run) for _ in range(2)]
+    os.write(write, b"go")
+    codes = sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
+    assert codes == [0, 5], codes
 
 
 @pytest.fixture(scope="module")
-def passed(store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the best run's verdict against the good one says."""
-    registry = store.registry(tmp_path_factory.mktemp("passed"), "passed")
-    seated(registry, store.good)
-    return {
+def aftermath(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder mlruns for each kill, and `race`: the good run is champion, the rival has passed, and then it happens."""
+    root, split = tmp_path_factory.mktemp("aftermath"), opener.digest_of("digits", DATA)
+    details = {
         "against": store.good,
         "other": "champion",
         "verdict": {"findings": []},
         "rules": {},
         "recipe_digest": "",
         "images": 0,
+        "predictions": {},
     }
-
-
-def test_a_kill_at_any_point_leaves_the_old_champion_and_the_next_command_repairs(
-    store: Store, tmp_path: Path, passed: dict[str, Any]
-) -> None:
-    split = opener.digest_of("digits", DATA)
-    registries = [store.registry(tmp_path / str(number), f"killed-{number}") for number in range(len(KILLS))]
-    for registry in registries:
+    for folder, model in [*((str(n), f"killed-{n}") for n in range(len(KILLS))), ("race", "race")]:
+        registry = store.registry(root / folder, model)
         seated(registry, store.good)
-        details = passed | {"predictions": {}}
-        registry.ledger.record(PASSED, registry.model, store.best, split=split, details=details)
-    spawned(killed_everywhere, store, tmp_path)
+        registry.ledger.record(PASSED, model, store.rival, split=split, details=details)
+    process = multiprocessing.get_context("spawn").Process(target=kills_and_a_race, args=(store, root))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    return root
 
-    for number, (kill, registry) in enumerate(zip(KILLS, registries, strict=True)):
-        moved = kill in (("champion", "after"), ("end", "after"))
-        assert registry.alias("champion") == ("2" if moved else "1"), kill
-        view = View()
-        with alone(registry.ledger.home):
-            settle(registry.tracker, registry.ledger, view.said)
-        assert not registry.ledger.cut_off()
-        ended = kinds(registry)[-1]
-        if number < UNDONE_UNTIL:
-            assert (
-                ended == UNDONE
-                and "was undone (its version was not registered yet): version 1 is champion" in view.lines[0]
-            )
-        elif kill == ("end", "after"):
-            assert ended == PROMOTED and not view.lines
-        else:
-            assert ended == PROMOTED and "was finished: version 2 is champion" in view.lines[0], kill
-        now = registry.champion()
-        assert now is not None and now.run == (store.good if number < UNDONE_UNTIL else store.best)
-        champion = promote(registry, store.best, RULES, DATA, view)
-        assert champion == Champion("2", store.best), "the same command does it, without another look"
-        assert (registry.alias("champion"), registry.alias("previous")) == ("2", "1")
-        assert LOOK not in kinds(registry)
-        with find_model(store.home, None, f"models:/{registry.model}@champion") as model:
-            assert (model.folder / "model.onnx").exists()
+
+@pytest.mark.parametrize("number", range(len(KILLS)), ids=lambda number: "-".join(KILLS[number]))
+def test_a_kill_at_any_point_leaves_the_old_champion_and_the_next_command_repairs(
+    number: int, store: Store, aftermath: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, view, kill = store.registry(aftermath / str(number), f"killed-{number}"), View(), KILLS[number]
+    moved = kill in (("champion", "after"), ("end", "after"))
+    assert registry.alias("champion") == ("2" if moved else "1")
+    with alone(registry.ledger.home):
+        settle(registry.tracker, registry.ledger, view.said)
+    assert not registry.ledger.cut_off()
+    if number < UNDONE_UNTIL:
+        assert kinds(registry)[-1] == UNDONE
+        assert "was undone (its version was not registered yet): version 1 is champion" in view.lines[0]
+    else:
+        assert kinds(registry)[-1] == PROMOTED
+        assert kill == ("end", "after") or "was finished: version 2 is champion" in view.lines[0]
+    assert registry.champion() == Champion(*(("1", store.good) if number < UNDONE_UNTIL else ("2", store.rival)))
+
+    monkeypatch.setattr(module, "package", lambda t, r, c, folder, e: shutil.copytree(store.packed, folder))
+    champion = promote(registry, store.rival, RULES, DATA, view)
+    assert champion == Champion("2", store.rival), "the same command does it, without another look"
+    assert (registry.alias("champion"), registry.alias("previous")) == ("2", "1")
+    assert LOOK not in kinds(registry)
+    with find_model(store.home, None, f"models:/{registry.model}@champion") as model:
+        assert (model.folder / "model.onnx").exists()
+
+
+def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(store: Store, aftermath: Path) -> None:
+    registry = store.registry(aftermath / "race", "race")
+    assert kinds(registry).count(PROMOTED) == 2 and registry.champion() == Champion("2", store.rival)
+    with (
+        alone(aftermath),
+        pytest.raises(Refused, match=r"another promotion or rollback is under way"),
+        alone(aftermath),
+    ):
+        pass
 
 
 def test_a_rollback_that_was_cut_off_is_finished(store: Store, tmp_path: Path) -> None:
@@ -375,27 +412,3 @@ def test_what_was_cut_off_does_not_undo_a_hand(store: Store, tmp_path: Path) -> 
     registry.point("champion", "3")
     settle(registry.tracker, registry.ledger, view.said)
     assert "the alias was moved by hand meanwhile" in view.lines[0] and registry.alias("champion") == "3"
-
-
-def race(store: Store, home: Path) -> None:
-    gate_read, gate_write = os.pipe()
-
-    def run() -> None:
-        registry = store.registry(home, "race")
-        os.read(gate_read, 1)
-        with alone(home):
-            settle(registry.tracker, registry.ledger, lambda line: None)
-            promote(registry, store.best, RULES, DATA, View())
-
-    pids = [in_a_fork(run) for _ in range(2)]
-    os.write(gate_write, b"go")
-    codes = sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
-    assert codes == [0, 5], codes
-
-
-def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(store: Store, tmp_path: Path) -> None:
-    spawned(race, store, tmp_path)
-    registry = store.registry(tmp_path, "race")
-    assert kinds(registry).count(PROMOTED) == 1 and registry.champion() == Champion("1", store.best)
-    with alone(tmp_path), pytest.raises(Refused, match="another promotion or rollback is under way"), alone(tmp_path):
-        pass
