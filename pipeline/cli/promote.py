@@ -146,7 +146,7 @@ def history(model: ModelOption = MODEL, tracking_uri: TrackingOption = None) -> 
     reigns = registry.ledger.reigns(model)
     looked = len({event.run for event in events if event.kind == LOOK})
     now = f"champion: version {reigns[-1].version}, run {reigns[-1].run}" if reigns else "no champion"
-    say(console, f"{model}: {now}; {looked} models have seen a test split")
+    say(console, f"{model}: {now}; models that were tried on a test split: {looked}")
     registry.champion()  # or it says what the alias names instead
 
 

@@ -54,7 +54,7 @@ def test_a_rollback_takes_away_what_came_after(ledger: Ledger) -> None:
 def test_one_change_at_a_time_and_only_over_the_champion_that_was_seen(ledger: Ledger) -> None:
     begun = ledger.begin(PROMOTED, "m", "run", None, previous=None)
     assert ledger.cut_off() == [begun]
-    with pytest.raises(Refused, match="m: a promotion by .* is under way"):
+    with pytest.raises(Refused, match=r"m: a promotion by .* is under way"):
         ledger.begin(PROMOTED, "m", "other", None, previous=None)
     ledger.begin(PROMOTED, "another model", "other", None, previous=None)
     ledger.end(begun, PROMOTED, "1")

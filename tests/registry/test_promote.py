@@ -175,7 +175,7 @@ def test_what_is_not_better_is_refused_with_its_numbers_and_not_judged_twice(sto
     with pytest.raises(Refused, match=r"was judged on this test split by .*, and refused; FORCE=1") as caught:
         promote(registry, store.good, RULES, DATA, view)
     assert caught.value.lines[1].startswith("  better: p = ")
-    with pytest.raises(Refused, match="^better"):
+    with pytest.raises(Refused, match=r"^better"):
         promote(registry, store.good, RULES, DATA, view, forced="to be sure")
     last = registry.ledger.events()[-1]
     assert (last.kind, last.reason) == (REFUSED, "to be sure")
@@ -232,7 +232,7 @@ def test_an_alias_moved_by_hand_is_told_with_both_ways_on(store: Store, tmp_path
 
 @pytest.mark.parametrize("name", ["", "a/b", "a'b", "-x", "a:b", "x" * 101])
 def test_a_models_name_is_a_plain_word(name: str, store: Store, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^MODEL "):
+    with pytest.raises(UserError, match=r"^MODEL "):
         store.registry(tmp_path, name)
 
 
