@@ -96,10 +96,10 @@ def test_models_that_differ_by_their_seed_are_promoted_no_more_often_than_alpha(
     assert sum(verdict.passed for verdict in assumed) <= allowed, "where the assumption covers the truth"
 
 
-def test_a_model_that_is_better_by_12_points_is_promoted_most_of_the_time(
+def test_a_model_with_a_quarter_of_the_errors_is_promoted_most_of_the_time(
     seeds: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real predictions, of which so many that were wrong are put right as make 12 points."""
+    """Real predictions, of which three quarters of those that are wrong are put right: 6 to 12 points."""
     monkeypatch.setattr(gate, "DRAWS", 400)
     labels, probabilities = seeds
     accuracies = (probabilities.argmax(2) == labels).mean(1)
@@ -107,7 +107,7 @@ def test_a_model_that_is_better_by_12_points_is_promoted_most_of_the_time(
     for seed in range(SEEDS):
         better = probabilities[seed].copy()
         wrong = np.flatnonzero(better.argmax(1) != labels)
-        for i in random.choice(wrong, round(0.12 * len(labels)), replace=False):
+        for i in random.choice(wrong, 3 * len(wrong) // 4, replace=False):
             top = better[i].argmax()
             better[i, [top, labels[i]]] = better[i, [labels[i], top]]
         sides = side(better), side(probabilities[seed])

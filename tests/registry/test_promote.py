@@ -344,7 +344,7 @@ def aftermath(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
         registry.ledger.record(PASSED, model, store.rival, split=split, details=details)
     process = multiprocessing.get_context("spawn").Process(target=kills_and_a_race, args=(store, root))
     process.start()
-    process.join(120)
+    process.join(400)
     assert process.exitcode == 0
     return root
 
