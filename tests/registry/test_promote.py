@@ -1,5 +1,6 @@
 """Champions in a real MLflow store: judged, registered, moved, taken back, cut off and repaired."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -308,7 +309,13 @@ def in_a_fork(work: Callable[[], None]) -> int:
 
 
 def kills_and_a_race(store: Store, root: Path) -> None:
-    """In a process that has opened no store, as connections must not be forked."""
+    """In a process that has opened no store, as connections must not be forked; what is slow to import is imported once."""
+    for name in (
+        "mlflow.store.tracking.sqlalchemy_store",
+        "mlflow.store.model_registry.sqlalchemy_store",
+        "sklearn.datasets",
+    ):
+        importlib.import_module(name)
     for number, (effect, when) in enumerate(KILLS):
         pid = in_a_fork(lambda: be_killed(store, root / str(number), f"killed-{number}", effect, when))  # noqa: B023
         status = os.waitpid(pid, 0)[1]
