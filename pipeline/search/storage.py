@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.guard import is_gone
 from pipeline.search.study import Search, check_same, counts
 from pipeline.tracking.runs import MlflowTracker, public_uri
+from pipeline.tracking.sqlite import use_write_ahead_log
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -32,7 +33,9 @@ def open_storage(home: Path, url: str | None = None) -> RDBStorage:
     try:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / "optuna.lock"):  # first starts at the same time would each create the tables
-            return RDBStorage(url, engine_kwargs=options)
+            storage = RDBStorage(url, engine_kwargs=options)
+            use_write_ahead_log(storage.engine)
+            return storage
     except ImportError:
         raise UserError(f"STORAGE {public_uri(url)}: needs a driver; .venv/bin/pip install -e '.[postgres]'") from None
     except Exception as error:  # whatever a driver raises: the address is the user's

@@ -85,10 +85,10 @@ def test_the_number_of_trials_may_change(search: Search, digits: TrainingData) -
     check_same("tiny", search.fingerprint(digits), more.fingerprint(digits), 1)
 
 
-def test_the_pruner_waits_for_a_third_of_the_epochs(search: Search) -> None:
-    thirty = Search("tiny", search.study, search.base.changed({"training.epochs": 30}), 1, 100, None)
-    assert thirty.pruner()._n_warmup_steps == 10
-    assert thirty.pruner()._n_startup_trials == 10
+@pytest.mark.parametrize(("epochs", "first"), [(1, 1), (6, 1), (8, 2), (18, 3), (60, 10)])
+def test_the_pruner_waits_for_a_sixth_of_the_epochs(search: Search, epochs: int, first: int) -> None:
+    lasting = replace(search, base=search.base.changed({"training.epochs": epochs}))
+    assert (lasting.pruner()._min_resource, lasting.pruner()._reduction_factor) == (first, 3)
 
 
 def lengths(trial: Any) -> None:
@@ -107,7 +107,7 @@ def test_short_and_long_trainings_are_compared_at_equal_shares(small_recipe: Rec
     assert search.most_epochs == 8
     assert [search.step(epoch, short) for epoch in (1, 2)] == [4, 8]
     assert [search.step(epoch, long) for epoch in (1, 4, 8)] == [1, 4, 8]
-    assert search.pruner()._n_warmup_steps == 8 // 3
+    assert search.pruner()._min_resource == 2
 
 
 def test_what_is_set_for_all_trials_is_not_searched(small_recipe: Recipe) -> None:

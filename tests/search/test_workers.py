@@ -152,8 +152,8 @@ def test_a_poor_trial_is_pruned_on_its_averaged_score_and_ends_killed(lab: Lab) 
         run = lab.mlflow_runs()[trial.number]
         assert run.info.status == "KILLED"
         assert run.data.tags["state"] == State.PRUNED
-        assert "below the median" in run.data.tags["reason"]
-        assert 1 <= max(trial.intermediate_values) < 3, "not before a third of the epochs"
+        assert "not among the best third after epoch" in run.data.tags["reason"]
+        assert 1 <= max(trial.intermediate_values) < 3, "not before a sixth of the epochs, nor after the last"
     lab.assert_nothing_runs()
 
 
