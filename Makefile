@@ -9,7 +9,8 @@ quoted = '$(subst ','\'',$(value $(1)))'
 # What the command line says; of what is exported only DATA_DIR, as names like VERSION mean other things elsewhere.
 typed = $(if $(value $(1)),$(if $(filter command line,$(origin $(1)))$(filter DATA_DIR,$(1)),$(call quoted,$(1))))
 option = $(if $(call typed,$(1)),--$(2)=$(call typed,$(1)))
-unexport NAME TRIALS EPOCHS TIMEOUT PATIENCE DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT IMAGE MODEL METHOD SHOW OUTPUT AGAINST JSON RUN INT8
+unexport NAME TRIALS EPOCHS TIMEOUT PATIENCE DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT IMAGE MODEL METHOD SHOW OUTPUT AGAINST JSON \
+  INT8 TOP SEEDS RUN TOLERANCE RULES FORCE REASON
 
 STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout PATIENCE:patience DATASET:dataset DATA_DIR:data-dir DEVICE:device SEED:seed \
   VERSION:version STORAGE:storage TRACKING_URI:tracking-uri SET:set
@@ -20,19 +21,23 @@ EXPORT_OPTIONS := OUTPUT:output DATA_DIR:data-dir TRACKING_URI:tracking-uri
 SERVE_OPTIONS := PORT:port TRACKING_URI:tracking-uri
 PLAN_OPTIONS := $(filter-out TIMEOUT:% PATIENCE:% STORAGE:% TRACKING_URI:%,$(STUDY_OPTIONS))
 BENCH_OPTIONS := MODEL:model DATASET:dataset DATA_DIR:data-dir DEVICE:device AGAINST:against
+FINALS_OPTIONS := TOP:top SEEDS:seeds EPOCHS:epochs DATA_DIR:data-dir DEVICE:device TRACKING_URI:tracking-uri
+PROMOTE_OPTIONS := RUN:run MODEL:model DATA_DIR:data-dir RULES:rule REASON:reason TRACKING_URI:tracking-uri
+ROLLBACK_OPTIONS := REASON:reason VERSION:version MODEL:model TRACKING_URI:tracking-uri
+REPRODUCE_OPTIONS := DATA_DIR:data-dir DEVICE:device TOLERANCE:tolerance TRACKING_URI:tracking-uri
 
 # A mistyped variable would silently run something else.
-KNOWN := NAME PORT IMAGE SHOW JSON RUN INT8 PYTHON $(sort $(foreach o,$(STUDY_OPTIONS) $(PREDICT_OPTIONS) $(BENCH_OPTIONS),$(firstword $(subst :, ,$(o)))))
+KNOWN := NAME PORT IMAGE SHOW JSON FORCE INT8 PYTHON RUN $(sort $(foreach o,$(STUDY_OPTIONS) $(PREDICT_OPTIONS) $(BENCH_OPTIONS) $(FINALS_OPTIONS) $(PROMOTE_OPTIONS) $(REPRODUCE_OPTIONS),$(firstword $(subst :, ,$(o)))))
 UNKNOWN := $(strip $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(filter-out $(KNOWN),$(v)))))
 ifneq ($(filter-out -%,$(UNKNOWN)),)
 $(error no such variable: $(UNKNOWN) (there are $(KNOWN)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study plan predict export serve ui bench test check format
+.PHONY: help setup study plan finals promote rollback history reproduce predict export serve ui bench test check format
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
 
 setup: $(READY) ## create .venv and install everything (the other targets do it too)
 
@@ -45,6 +50,25 @@ study: $(READY) ## run or go on with a study: NAME= [DATASET= TRIALS= EPOCHS= TI
 plan: $(READY) ## what a study will cost in time, disk and GPU memory: NAME= [DATASET= TRIALS= EPOCHS= DATA_DIR= DEVICE= SEED= VERSION= SET=]
 	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make plan NAME=attention' >&2; exit 2; }
 	@$(BIN)/python -m pipeline plan $(call options,$(PLAN_OPTIONS)) -- $(call typed,NAME)
+
+finals: $(READY) ## train a study's best recipes and its control again, several seeds each: NAME= [TOP=3 SEEDS=5 EPOCHS= DATA_DIR= DEVICE= TRACKING_URI=]
+	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make finals NAME=attention' >&2; exit 2; }
+	@$(BIN)/python -m pipeline finals $(call options,$(FINALS_OPTIONS)) -- $(call typed,NAME)
+
+promote: $(READY) ## judge a study's winner on the test split and make it champion if it passes: NAME= or RUN= [MODEL= DATA_DIR= RULES= FORCE=1 REASON= TRACKING_URI=]
+	@test -n $(or $(call typed,NAME),$(call typed,RUN),'') || { echo 'error: which model? make promote NAME=attention takes a study'"'"'s, make promote RUN=<id> a run'"'"'s' >&2; exit 2; }
+	@$(BIN)/python -m pipeline promote $(call options,$(PROMOTE_OPTIONS)) $(if $(call typed,FORCE),$(if $(filter-out 0,$(value FORCE)),--force)) $(if $(call typed,NAME),-- $(call typed,NAME))
+
+rollback: $(READY) ## make the champion before champion again: REASON= [VERSION= MODEL= TRACKING_URI=]
+	@test -n $(or $(call typed,REASON),'') || { echo 'error: say why: make rollback REASON="slower in production than here"' >&2; exit 2; }
+	@$(BIN)/python -m pipeline rollback $(call options,$(ROLLBACK_OPTIONS))
+
+history: $(READY) ## who was champion when, every look at the test split and every verdict: [MODEL= TRACKING_URI=]
+	@$(BIN)/python -m pipeline history $(call option,MODEL,model) $(call option,TRACKING_URI,tracking-uri)
+
+reproduce: $(READY) ## make a run again and compare, bit for bit where that can be: RUN= [DATA_DIR= DEVICE= TOLERANCE=points TRACKING_URI=]
+	@test -n $(or $(call typed,RUN),'') || { echo 'error: which run? make reproduce RUN=<its id>; make ui shows them' >&2; exit 2; }
+	@$(BIN)/python -m pipeline reproduce $(call options,$(REPRODUCE_OPTIONS)) -- $(call typed,RUN)
 
 predict: $(READY) ## classify an image, a folder or a pickle of images: IMAGE= [MODEL= METHOD=plain SHOW=1 OUTPUT=out.csv DEVICE= TRACKING_URI=]
 	@test -n $(or $(call typed,IMAGE),'') || { echo 'error: which image? make predict IMAGE=cat.jpg' >&2; exit 2; }

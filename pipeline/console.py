@@ -281,6 +281,94 @@ class CurvesView:
         self._ended = now
 
 
+class TrainingsView:
+    """Shows trainings that are made again: a line for each, and the epoch under way; an Observer of finals."""
+
+    def __init__(self, console: Console, trainings: int):
+        self._console, self._trainings = console, trainings
+        self._status = console.status("preparing")
+        self._started = self._told = time.monotonic()
+        self._ended = 0
+
+    def __enter__(self) -> Self:
+        self._status.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._status.stop()
+
+    def started(self, name: str, recipe: Recipe) -> None:
+        """A training begins."""
+        self._name, self._epochs = name, recipe.training.epochs
+        self._status.update(Text(f"{name}: preparing"))
+
+    def epoch(self, report: EpochReport) -> None:
+        """Its epoch was measured."""
+        m, now = report.metrics, time.monotonic()
+        line = f"{self._name}: epoch {report.epoch}/{self._epochs}, {m['throughput/images_per_s']:.0f} images/s"
+        self._status.update(Text(line))
+        if not self._console.is_terminal and now - self._told > _PLAIN_EVERY_S:
+            self.said(line)
+
+    def ended(self, name: str, outcome: Outcome) -> None:
+        """It ended, in whatever state."""
+        self._ended += 1
+        scores = [
+            f"{score} {outcome.metrics[f'val/{score}']:.4f}" for score in ("accuracy", "f1_macro") if outcome.epochs
+        ]
+        reason = f" ({outcome.reason})" if outcome.reason else ""
+        left = (time.monotonic() - self._started) / self._ended * (self._trainings - self._ended)
+        more = f"; {self._ended} of {self._trainings}, about {duration(left)} left" if left > 0 else ""
+        how = ", ".join(
+            [f"{outcome.state}{reason}", *scores, f"{outcome.epochs} epochs in {duration(outcome.seconds)}"]
+        )
+        self.said(f"{name} {how}{more}")
+
+    def said(self, line: str) -> None:
+        """Something else is to be known."""
+        self._told = time.monotonic()
+        self._console.print(Text(line), soft_wrap=True)
+
+
+def print_finals(console: Console, decision: Mapping[str, Any]) -> None:
+    """A row per recipe with 95 % intervals, what each changes in the control, and the winner."""
+    objective = decision["objective"]
+    n = len(decision["seeds"])
+    console.print(
+        f"{decision['study']}: finals, {n} seeds, {objective} on the validation split; 95 % intervals of means"
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("recipe", "n", "mean", "sd", "95 %", "less the control", "p", "training", "MFLOP"):
+        table.add_column(heading, justify="left" if heading == "recipe" else "right")
+    for row in sorted(decision["candidates"], key=lambda row: -(row["score"] or {"mean": 0})["mean"]):
+        score, gap = row["score"], row["difference"]
+        table.add_row(
+            row["name"],
+            str(score["n"]) if score else "0",
+            f"{score['mean']:.4f}" if score else "",
+            f"{score['sd']:.4f}" if score and score["sd"] is not None else "",
+            f"±{score['high'] - score['mean']:.4f}" if score and score["high"] is not None else "",
+            _gap(gap) if gap else "",
+            f"{gap['p']:.2g}" if gap and gap["n"] > 1 else "",
+            f"{row['epochs']} ep, {duration(row['training_s'])}",
+            f"{row['prediction_flop'] / 1e6:.3g}",
+        )
+    console.print(table)
+    for row in decision["candidates"]:
+        changes = ", ".join(f"{name} {_short(value)}" for name, value in row["changes"].items())
+        out = f"; {row['out']}" if row["out"] else ""
+        console.print(Text(f"{row['name']}: {changes or 'the base recipe'}{out}"), soft_wrap=True)
+    for rule in decision["rules"]:
+        console.print(Text(f"  {rule}"), soft_wrap=True)
+    if decision["winner"]:
+        console.print(Text(f"winner: {decision['winner']['said']}"), soft_wrap=True)
+
+
+def _gap(gap: Mapping[str, float]) -> str:
+    half = f" ±{gap['high'] - gap['mean']:.4f}" if gap["high"] is not None else ""
+    return f"{gap['mean']:+.4f}{half}"
+
+
 def print_replay(console: Console, found: Sequence[Replayed]) -> None:
     """A table for each number of workers, with 95 % intervals; regret in points of the score."""
     for workers in sorted({line.workers for line in found}):

@@ -65,7 +65,7 @@ def run(
     started = time.perf_counter()
     seen: list[EpochReport] = []
 
-    with tracker.run(name, recipe, data, parent, tags) as tracked:
+    with tracker.run(name, recipe, data, parent, {"device": str(device), **(tags or {})}) as tracked:
 
         def record(report: EpochReport) -> None:
             seen.append(report)

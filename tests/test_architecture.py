@@ -11,7 +11,7 @@ FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("studies/*.py")])
 # A room may import those before it; rooms on one line don't know each other.
 FLOORS = [
     {"errors"},
-    {"recipe"},
+    {"recipe", "guard"},
     {"data", "models"},
     {"evaluation"},
     {"training"},
@@ -115,12 +115,62 @@ def test_the_library_names_no_study() -> None:
 
 
 def test_the_test_split_is_opened_by_the_registry_only() -> None:
-    """Nothing opens it yet; whoever first reads CIFAR-10 with train=False does so in registry/."""
-    for file in FILES:
-        if "registry" in file.parts:
-            continue
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("CIFAR10"):
-                assert "train=True" in [ast.unparse(keyword) for keyword in node.keywords], f"{file}:{node.lineno}"
-            if isinstance(node, ast.keyword) and node.arg == "train":
-                assert ast.unparse(node.value) != "False", f"{file}:{node.value.lineno}"
+    """Whoever reads CIFAR-10 with train=False, or digits' sealed fifth, does so in registry/test_split.py."""
+    opener = ROOT / "pipeline" / "registry" / "test_split.py"
+    assert faults_with_the_test_split(opener.read_text()), "it does open it"
+    faults = {
+        f"{file.relative_to(ROOT)}: {fault}"
+        for file in FILES
+        if file != opener
+        for fault in faults_with_the_test_split(file.read_text())
+    }
+    assert not faults
+    users = {file.relative_to(ROOT).parts[1] for file in FILES if "pipeline.registry.test_split" in imports(file)}
+    assert users == {"registry"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "CIFAR10(folder, train=False)",
+        "datasets.CIFAR10(folder, False)",
+        "CIFAR10(folder, train=part)",
+        "_, test = sealed(labels, 0.2, 1)",
+        "test = sealed(labels, 0.2, 1)[1]",
+        "split = splits.sealed(labels, 0.2, 1)",
+        'open(folder / "test_batch")',
+        "from x import y as CIFAR10\nCIFAR10(**options)",
+    ],
+)
+def test_the_guard_of_the_test_split_sees_every_way_in(code: str) -> None:
+    assert faults_with_the_test_split(code)
+
+
+def test_the_guard_of_the_test_split_lets_training_pass() -> None:
+    assert not faults_with_the_test_split(
+        "CIFAR10(folder, train=True, download=True)\nusable, _ = sealed(labels, 0.2, 1)"
+    )
+
+
+def faults_with_the_test_split(code: str) -> set[str]:
+    """How a module's code opens, or could open, the test split."""
+    tree, faults, harmless = ast.parse(code), set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and _called(node.value) == "sealed":
+            target = node.targets[0]
+            if isinstance(target, ast.Tuple) and ast.unparse(target.elts[-1]) == "_":
+                harmless.add(node.value)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and node.value == "test_batch":
+            faults.add(f"line {node.lineno} names CIFAR-10's test file")
+        elif isinstance(node, ast.Call) and _called(node) == "CIFAR10":
+            if "train=True" not in [ast.unparse(keyword) for keyword in node.keywords]:
+                faults.add(f"line {node.lineno} calls CIFAR10 without train=True")
+        elif isinstance(node, ast.Call) and _called(node) == "sealed" and node not in harmless:
+            faults.add(f"line {node.lineno} takes the second value of sealed")
+    return faults
+
+
+def _called(call: ast.Call) -> str:
+    """The last part of the name of what is called."""
+    return ast.unparse(call.func).split(".")[-1]

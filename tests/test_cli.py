@@ -234,6 +234,16 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
             ["EPOCHS = 0:", "data.train_fraction = 2: should be less than or equal to 1"],
         ),
         (["ui"], ["no runs yet in mlruns"]),
+        (["promote"], ["which model? make promote NAME=attention takes a study's"]),
+        (["promote", "a", "--run", "b"], ["which model?"]),
+        (["promote", "--run", "b"], ["RUN b: not a run's id"]),
+        (["promote", "a", "--force"], ['FORCE=1 and REASON="..." go together']),
+        (["promote", "a", "--rule", "alpha=2 x=1"], ["RULES x=1: should be NAME=VALUE", "RULES alpha = 2:"]),
+        (["promote", "attention"], ["no runs yet in mlruns"]),
+        (["rollback"], ["REASON: say why"]),
+        (["rollback", "--reason", "x", "--version", "0"], ["VERSION 0: should be a number"]),
+        (["rollback", "--reason", "x"], ["no runs yet in mlruns"]),
+        (["history"], ["no promotions yet in mlruns"]),
         (["predict", "cat.jpg"], ["no finished run yet: make study NAME=attention DATASET=digits"]),
         (["predict", "cat.jpg", "--method", "ttta"], ["METHOD ttta: not one of plain, tta,", "(did you mean tta?)"]),
         (["predict", "cat.jpg", "--device", "gpu"], ["DEVICE gpu: should be auto, cpu, cuda or cuda:N"]),
@@ -273,6 +283,7 @@ def test_the_public_surface_is_frozen() -> None:
     }
     assert surface == {
         "bench": ["--against", "--data-dir", "--dataset", "--device", "--json", "--model"],
+        "finals": ["--data-dir", "--device", "--epochs", "--seeds", "--top", "--tracking-uri", "name"],
         "plan": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--trials", "--version", "name"),
         ],
@@ -281,7 +292,13 @@ def test_the_public_surface_is_frozen() -> None:
         ],
         "ensemble": ["--output", "files"],
         "export": ["--data-dir", "--int8", "--output", "--tracking-uri", "model"],
+        "history": ["--model", "--tracking-uri"],
+        "promote": [
+            *("--data-dir", "--force", "--model", "--reason", "--rule", "--run", "--tracking-uri", "name"),
+        ],
+        "rollback": ["--model", "--reason", "--tracking-uri", "--version"],
         "predict": ["--device", "--method", "--model", "--output", "--show", "--tracking-uri", "files"],
+        "reproduce": ["--data-dir", "--device", "--tolerance", "--tracking-uri", "run"],
         "replay": ["--json", "--orders", "--seed", "file"],
         "serve": ["--port", "--tracking-uri", "model"],
         "study": [
@@ -479,7 +496,49 @@ def test_export_with_8_bits_says_what_is_wrong_with_the_data_before_it_writes(tr
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
+# ------------------------------------------------------------------------------------------- promote, rollback, history
+
+
+def test_a_champion_is_made_told_of_and_refuses_to_be_rolled_back(trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained.home, tmp_path / "mlruns")
+    done = pipeline("promote", "tiny", "--rule", "alpha=0.4", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = " ".join(done.stdout.split())
+    assert f"its best trial, run {trained.finished}; one seed can't tell the best from the lucky" in said
+    assert "against the constant answer, on the test split" in said and "at most 0.4" in said
+    assert f"champion: image-classifier version 1, run {trained.finished}" in said
+    again = pipeline("promote", "--run", trained.finished, cwd=tmp_path)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    shown = pipeline("history", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    kinds = [line.split("  ")[1].strip() for line in shown.stdout.splitlines()[:-1]]
+    assert kinds == ["look", "passed", "begun", "promoted"]
+    assert shown.stdout.splitlines()[-1].endswith("models that were tried on a test split: 1")
+    back = pipeline("rollback", "--reason", "why not", cwd=tmp_path)
+    assert back.returncode == 2
+    assert back.stderr == "error: image-classifier: its champion is the first; there is nothing to go back to\n"
+
+
 # ------------------------------------------------------------------------------------------------------------- make
+
+
+def test_make_promote_rollback_and_history_pass_every_variable_on(made: Path) -> None:
+    words = ["MODEL=m", "DATA_DIR=my data", "RULES=alpha=0.01 size_factor=9", "REASON=it's better", "TRACKING_URI=u"]
+    got = re.findall(r"\[(.*)\]", make(made, "promote", "NAME=attention", "FORCE=1", *words, REASON="exported").stdout)
+    options = ["--model=m", "--data-dir=my data", "--rule=alpha=0.01 size_factor=9", "--reason=it's better"]
+    assert got == ["-m", "pipeline", "promote", *options, "--tracking-uri=u", "--force", "--", "attention"]
+    run = re.findall(r"\[(.*)\]", make(made, "promote", "RUN=abc", "FORCE=0").stdout)
+    assert run == ["-m", "pipeline", "promote", "--run=abc"]
+    assert "which model?" in make(made, "promote").stderr
+    back = re.findall(r"\[(.*)\]", make(made, "rollback", "REASON=too slow", "VERSION=3", "MODEL=m").stdout)
+    assert back == ["-m", "pipeline", "rollback", "--reason=too slow", "--version=3", "--model=m"]
+    assert "say why" in make(made, "rollback").stderr
+    assert re.findall(r"\[(.*)\]", make(made, "history", "MODEL=m").stdout) == [
+        "-m",
+        "pipeline",
+        "history",
+        "--model=m",
+    ]
 
 
 def test_make_predict_passes_every_variable_on(made: Path) -> None:

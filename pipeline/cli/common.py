@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.data.prepare import TrainingData
+    from pipeline.recipe import Recipe
     from pipeline.search.study import Search
 
 HOME = Path("mlruns")
@@ -56,11 +57,16 @@ def find_device(name: str) -> "torch.device":
 
 def load_data(search: "Search", data_dir: Path, device: "torch.device") -> "TrainingData":
     """The search's data set, split and on the device."""
+    return load_data_of(search.base, data_dir, device)
+
+
+def load_data_of(recipe: "Recipe", data_dir: Path, device: "torch.device") -> "TrainingData":
+    """A recipe's data set, split and on the device."""
     from pipeline.data.datasets import load
     from pipeline.data.prepare import prepare
 
-    images = load(search.base.data.dataset, search.base.data.image_size, expand(data_dir))
-    return prepare(images, search.base.data, device)
+    images = load(recipe.data.dataset, recipe.data.image_size, expand(data_dir))
+    return prepare(images, recipe.data, device)
 
 
 @contextlib.contextmanager

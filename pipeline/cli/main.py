@@ -18,9 +18,11 @@ import typer
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 from pipeline.cli.common import INTERRUPTED
+from pipeline.cli.finals import finals, reproduce
 from pipeline.cli.look import ui
 from pipeline.cli.measure import bench, curves, replay
 from pipeline.cli.predict import ensemble, predict
+from pipeline.cli.promote import history, promote, rollback
 from pipeline.cli.ship import export, serve
 from pipeline.cli.study import plan, study
 from pipeline.errors import UserError
@@ -32,7 +34,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (study, plan, ui, predict, ensemble, export, serve, bench, curves, replay):
+for _command in (
+    *(study, plan, ui, finals, promote, rollback, history, reproduce),
+    *(predict, ensemble, export, serve, bench, curves, replay),
+):
     app.command()(_command)
 
 

@@ -122,14 +122,15 @@ def _read_cifar10(folder: Path) -> "CIFAR10":
     try:
         return CIFAR10(folder.parent, train=True)
     except RuntimeError:
-        faults = _cifar10_faults(folder)
+        faults = cifar10_faults(folder)
         if not faults:
             raise
         way_out = f"Put the right files there, or remove {folder} to have them downloaded."
         raise DataError([*faults, way_out]) from None
 
 
-def _cifar10_faults(folder: Path) -> list[str]:
+def cifar10_faults(folder: Path) -> list[str]:
+    """A line for each of CIFAR-10's files that is missing from torchvision's folder, or damaged."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_md5  # type: ignore[import-untyped]
 
@@ -211,7 +212,7 @@ def _digits(image_size: int) -> Dataset:
 def _folder(dataset: str, image_size: int) -> Dataset:
     """torchvision's ImageFolder layout: train/<class>/**, classes and files in the order of their names."""
     try:
-        root = _existing_folder(dataset)
+        root = existing_folder(dataset)
         files = _files_by_class(root)
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}") from error
@@ -219,10 +220,11 @@ def _folder(dataset: str, image_size: int) -> Dataset:
     _check_memory(len(paths), image_size)
     labels = np.repeat(np.arange(len(files)), [len(class_paths) for class_paths in files.values()])
     name = re.sub(r"[^a-z0-9_-]+", "-", root.name.lower()).strip("-")[:40] or "folder"
-    return _dataset(name, list(files), _decoded(paths, image_size), torch.from_numpy(labels), str(root))
+    return _dataset(name, list(files), decoded(paths, image_size), torch.from_numpy(labels), str(root))
 
 
-def _existing_folder(dataset: str) -> Path:
+def existing_folder(dataset: str) -> Path:
+    """The folder of this path; DataError, or UserError for what is more like a mistyped name, where there is none."""
     root = Path(os.path.abspath(os.path.expanduser(dataset)))
     if root.is_dir():
         return root
@@ -238,7 +240,7 @@ def _files_by_class(root: Path) -> dict[str, list[Path]]:
     train = root / "train"
     if not train.is_dir():
         raise DataError(f"{root}: has no folder train: put the images into {train}/<class>/")
-    files = {name: image_files(train / name) for name in _class_names(train)}
+    files = {name: image_files(train / name) for name in class_names(train)}
     if len(files) < 2:
         raise DataError(f"{train}: holds {len(files)} class folder(s), needs at least 2: one for each class")
     lines = [
@@ -249,7 +251,7 @@ def _files_by_class(root: Path) -> dict[str, list[Path]]:
     test = root / "test"  # only its names are looked at: its images stay sealed
     lines += [
         f"{test / name}: no such class in {train}{did_you_mean(name, files)}: rename or remove it"
-        for name in (_class_names(test) if test.is_dir() else [])
+        for name in (class_names(test) if test.is_dir() else [])
         if name not in files
     ]
     if lines:
@@ -257,7 +259,8 @@ def _files_by_class(root: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _class_names(split: Path) -> list[str]:
+def class_names(split: Path) -> list[str]:
+    """The class folders of `train` or `test`, sorted; DataError for names that no database takes."""
     names = sorted(path.name for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
     odd = [name for name in names if any(c < " " or "\ud800" <= c <= "\udfff" for c in name)]
     if odd:  # bytes that aren't UTF-8 reach us as surrogates, which no file or database takes
@@ -267,7 +270,7 @@ def _class_names(split: Path) -> list[str]:
     return names
 
 
-def _decoded(paths: Sequence[Path], size: int) -> Tensor:
+def decoded(paths: Sequence[Path], size: int) -> Tensor:
     """uint8 (N, 3, size, size); one DataError for all the files that can't be read."""
     log.info("reading %d images", len(paths))
     images = np.empty((len(paths), 3, size, size), dtype=np.uint8)

@@ -1,6 +1,53 @@
-"""Is a difference more than chance? Methods are compared on the same images, so what counts is where they disagree."""
+"""Is a difference more than chance? Methods are compared on the same images, so what counts is where they disagree.
+
+Trainings that differ by their seed are a sample: means of them have an interval, and recipes are compared seed by seed.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+LEVEL = 0.95  # of intervals
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Mean, standard deviation and 95 % interval of the mean (Student's t) of n numbers; None where n is too small."""
+
+    n: int
+    mean: float
+    sd: float | None
+    low: float | None
+    high: float | None
+
+
+def sample(values: Sequence[float], least_sd: float = 0.0) -> Sample:
+    """Of at least one number. The interval is that of a standard deviation of `least_sd` where theirs is smaller."""
+    from scipy.special import stdtrit  # Student's t without the import of scipy.stats
+
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return Sample(n, mean, None, None, None)
+    sd = float(np.std(values, ddof=1))
+    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * max(sd, least_sd) / math.sqrt(n)
+    return Sample(n, mean, sd, mean - half, mean + half)
+
+
+def paired_t(differences: Sequence[float], least_sd: float) -> float:
+    """Two-sided p-value that the mean of paired differences is 0 (Student's t, n - 1 degrees of freedom); 1 for n < 2.
+
+    `least_sd`, in their units and above 0, stands for their standard deviation where that is smaller: scores come in
+    steps of an image, so a few equal differences are no proof of a certain one.
+    """
+    from scipy.special import stdtr
+
+    n = len(differences)
+    if n < 2:
+        return 1.0
+    t = abs(float(np.mean(differences))) / max(float(np.std(differences, ddof=1)), least_sd) * math.sqrt(n)
+    return 2 * float(stdtr(n - 1, -t))
 
 
 def mcnemar(better: int, worse: int) -> float:

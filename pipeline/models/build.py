@@ -63,6 +63,16 @@ def receptive_field(features: nn.Module, image_size: int = 128) -> int:
     return int(columns[-1] - columns[0]) + 1  # dilated convolutions leave gaps
 
 
+def prediction_flop(model: recipe.Model, num_classes: int, image_size: int) -> int:
+    """What one prediction costs: FLOP of matrix products and convolutions of one image, two for each multiply-add."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = build_network(model, num_classes, image_size, seed=0).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, image_size, image_size))
+    return int(counter.get_total_flops())
+
+
 def _without_maxima(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         if isinstance(child, nn.MaxPool2d):

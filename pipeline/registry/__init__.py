@@ -1,1 +1,1 @@
-"""What is trusted: finals, the gate, the registry and its ledger, the models that are shipped."""
+"""What is trusted: finals, the gate and its ledger, what is registered and shipped, what can be made once more."""

@@ -2,19 +2,17 @@
 
 import datetime
 import json
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 from filelock import FileLock
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
+from pipeline.guard import is_gone
 from pipeline.search.study import Search, check_same, counts
 from pipeline.tracking.runs import MlflowTracker, public_uri
 from pipeline.tracking.sqlite import use_write_ahead_log
@@ -80,11 +78,6 @@ def find_study(search: Search, data: TrainingData, storage: RDBStorage) -> optun
     return study
 
 
-def this_worker() -> dict[str, Any]:
-    """Names this process so that another can tell whether it still lives."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-
 def reconcile(study: optuna.Study, tracker: MlflowTracker, parent: str, home: Path) -> list[int]:
     """Ask again what a process that is gone left RUNNING, and close the runs; the numbers of those trials.
 
@@ -123,9 +116,4 @@ def _is_gone(trial: FrozenTrial) -> bool:
     if worker is None:  # it names itself at once, unless it dies before
         assert trial.datetime_start
         return datetime.datetime.now() - trial.datetime_start > datetime.timedelta(minutes=1)
-    if worker["host"] != socket.gethostname():
-        return False
-    try:
-        return abs(psutil.Process(worker["pid"]).create_time() - worker["started"]) > 1
-    except psutil.NoSuchProcess:
-        return True
+    return is_gone(worker)

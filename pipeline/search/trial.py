@@ -10,8 +10,9 @@ import torch
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.experiment import Interrupted, Outcome, Prune
+from pipeline.guard import this_worker
 from pipeline.recipe import Recipe
-from pipeline.search.storage import ask_again, this_worker
+from pipeline.search.storage import ask_again
 from pipeline.search.study import Search
 from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.training.loop import EpochReport

@@ -1,54 +1,22 @@
 """A worker pulls trials from a study until the budget is spent. So far: one, in this process."""
 
 import contextlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
 
 import optuna
 import torch
-from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage
 
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import UserError
+from pipeline.guard import StopOnSignal, alone
 from pipeline.search.plan import actual, forecast, size_mib
 from pipeline.search.storage import num_finished, open_study, reconcile
 from pipeline.search.study import Search
 from pipeline.search.trial import Objective, Observer, StudyInterrupted, TrialFailed
 from pipeline.tracking.runs import MlflowTracker, State
-
-
-class StopOnSignal:
-    """While it is open, Ctrl-C, SIGTERM and a closed terminal ask the trial to end at its next step.
-
-    So none comes in the middle of a write. A second one raises KeyboardInterrupt at once.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> Self:
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with a hang-up
-                    self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
 
 
 def run(
@@ -67,7 +35,7 @@ def run(
     With `plans` the forecast for the trials that are left is stored before the first of them, and afterwards what they
     took: the study's attributes `forecast` and `actual`.
     """
-    with StopOnSignal() as stop, _alone(search.key(data), home):
+    with StopOnSignal() as stop, alone(search.key(data), home):
         study = open_study(search, data, storage, home)
         parent = tracker.open_study(
             study.study_name,
@@ -91,17 +59,6 @@ def run(
         finally:
             parent.end(state)
     return study
-
-
-@contextlib.contextmanager
-def _alone(key: str, home: Path) -> Iterator[None]:
-    """One command at a time goes on with a study: two would draw the same trials, and each end the other's run."""
-    home.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(home / f"{key}.lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"study {key}: another command is running it; wait for it, or stop it") from None
 
 
 @contextlib.contextmanager

@@ -50,17 +50,26 @@ def _git(*arguments: str) -> bytes:
     return done.stdout if done.returncode in ok else b""
 
 
-@cache
+def same_code(commit: str, diff: bytes) -> bool:
+    """Whether what trains is what it was: the same commit and difference, or none and the folder `pipeline` the same."""
+    now = code()
+    if (commit, diff) == (now.commit, now.diff):
+        return commit != "none"
+    trees = [_git("rev-parse", "--verify", "--end-of-options", f"{c}:pipeline") for c in (commit, now.commit)]
+    return not diff and not now.diff and bool(trees[0]) and trees[0] == trees[1]
+
+
 def environment() -> str:
     """Python, machine, GPU and every installed package's version, as text."""
-    packages = sorted({f"{d.name}=={d.version}" for d in metadata.distributions()}, key=str.lower)
-    return (
-        "\n".join([f"# {line}" for line in (f"python {sys.version}", platform.platform(), *hardware())] + packages)
-        + "\n"
-    )
+    lines = (f"python {sys.version}", platform.platform(), *hardware())
+    return "\n".join([*(f"# {line}" for line in lines), *_packages()]) + "\n"
 
 
 @cache
+def _packages() -> tuple[str, ...]:
+    return tuple(sorted({f"{d.name}=={d.version}" for d in metadata.distributions()}, key=str.lower))
+
+
 def hardware() -> tuple[str, ...]:
     """One line for the processor, the threads that torch uses, and each GPU."""
     import torch
@@ -69,6 +78,7 @@ def hardware() -> tuple[str, ...]:
     return (f"cpu: {_processor()}, {torch.get_num_threads()} threads", *gpus)
 
 
+@cache
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -53,9 +53,10 @@ def verify(folder: Path, expected: Mapping[str, str]) -> None:
 def find_model(home: Path, uri: str | None, wanted: str | None) -> Iterator[Model]:
     """The model of a run's id, `models:/NAME@ALIAS` or `models:/NAME/VERSION`; its files are there while the block runs.
 
-    None means the champion if there is one, else the best finished run on the data of the study that ran last. `home`
-    and `uri` are MlflowTracker's. A run's files are its checkpoint; a registered version's are the package that was
-    registered, each as its tags say. UserError where there is no such model, DataError where its files are others.
+    None means the champion if there is one, else the best finished trial on the data of the study that ran last; what
+    finals trained comes in by promotion. `home` and `uri` are MlflowTracker's. A run's files are its checkpoint; a
+    registered version's are the package that was registered, each as its tags say. UserError where there is no such
+    model, DataError where its files are others.
     """
     if uri is None and not (home / "mlflow.db").exists():
         raise UserError(_NO_RUN)

@@ -24,12 +24,14 @@ os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; PostgreSQL's own is
 import mlflow
 from filelock import FileLock
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Run as StoredRun
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
+from pipeline.guard import is_gone
 from pipeline.recipe import Recipe
 from pipeline.tracking.lineage import code, environment, hardware
 from pipeline.tracking.sqlite import use_write_ahead_log
@@ -229,10 +231,10 @@ class MlflowTracker:
         return [study for _, study in sorted(found, key=lambda item: -item[0])]
 
     def best_run_ids(self, study: "StudyRuns", count: int) -> list[str]:
-        """The finished trials' runs, best first."""
+        """The finished trials' runs, best first; not those of finals and reproductions."""
         found = self.client.search_runs(
             [study.experiment],
-            f"{_child_of(study.parent)} and tags.state = 'finished'",
+            f"{_child_of(study.parent, 'trial')} and tags.state = 'finished'",
             order_by=[f"metrics.`{study.objective}` DESC"],
             max_results=count,
         )
@@ -244,16 +246,41 @@ class MlflowTracker:
         An abandoned trial's run may have finished: its process died before it could tell. Its trial is asked again.
         """
         experiment = self.client.get_run(parent).info.experiment_id
-        for run in self.client.search_runs([experiment], _child_of(parent), max_results=50_000):
+        for run in self.client.search_runs([experiment], _child_of(parent, "trial"), max_results=50_000):
             number, runs = int(run.data.tags["trial"]), run.info.status == "RUNNING"
             if (number in abandoned and run.data.tags.get("state") != State.INTERRUPTED) or (
                 runs and number not in alive
             ):
                 MlflowRun(self.client, run.info.run_id).end(State.INTERRUPTED, "its process is gone")
 
+    def children(self, study: "StudyRuns", role: str) -> list[StoredRun]:
+        """A study's runs with this tag `role` (trial, final, reproduction) as MLflow has them, the oldest first."""
+        return list(
+            self.client.search_runs(
+                [study.experiment],
+                _child_of(study.parent, role),
+                order_by=["attributes.start_time ASC"],
+                max_results=50_000,
+            )
+        )
 
-def _child_of(parent: str) -> str:
-    return f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}'"
+    def close_gone(self, experiment: str) -> None:
+        """Close what processes of this machine left RUNNING: runs with a tag `worker`, as finals' have."""
+        for run in self.client.search_runs([experiment], "attributes.status = 'RUNNING'", max_results=50_000):
+            worker = run.data.tags.get("worker")
+            if worker and is_gone(json.loads(worker)):
+                MlflowRun(self.client, run.info.run_id).end(State.INTERRUPTED, "its process is gone")
+
+    def read_file(self, run_id: str, name: str) -> bytes | None:
+        """An artifact's bytes; None where the run has none of this name."""
+        if name not in {file.path for file in self.client.list_artifacts(run_id)}:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(self.client.download_artifacts(run_id, name, folder)).read_bytes()
+
+
+def _child_of(parent: str, role: str) -> str:
+    return f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}' and tags.role = '{role}'"
 
 
 class MlflowRun:

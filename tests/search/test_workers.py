@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.experiment import Outcome
+from pipeline.guard import StopOnSignal
 from pipeline.recipe import Recipe
 from pipeline.search import workers
 from pipeline.search.storage import ask_again, num_finished, open_storage, reconcile
@@ -222,7 +223,7 @@ def test_a_signal_ends_the_trial_killed_and_the_study_resumes(number: signal.Sig
 
 
 def test_a_second_ctrl_c_ends_at_once() -> None:
-    with workers.StopOnSignal() as stop:
+    with StopOnSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):

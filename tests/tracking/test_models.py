@@ -57,7 +57,7 @@ def scored(
 ) -> str:
     """A finished run with this score, in a study of its own."""
     parent_run = tracker.open_study(study, "?", "val/accuracy", [])
-    with tracker.run("trial 0", recipe, data, parent_run.id, {"study": study, "trial": "0"}) as run:
+    with tracker.run("trial 0", recipe, data, parent_run.id, {"role": "trial", "study": study, "trial": "0"}) as run:
         run.log_metrics({"val/accuracy": score}, 1)
         run.end(State.FINISHED)
     parent_run.end(State.FINISHED)

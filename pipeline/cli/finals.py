@@ -1,0 +1,128 @@
+"""`finals` and `reproduce`: what is trained again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.common import HOME, INTERRUPTED, find_device, load_data_of, make_console, say
+from pipeline.cli.options import DataDirOption, DeviceOption, TrackingOption
+from pipeline.errors import NotReproduced, UserError
+
+SeedsOption = Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Fresh seeds of each recipe.")]
+
+
+def finals(
+    name: Annotated[str, typer.Argument(help="A study, e.g. attention or attention-v1-cifar10.")],
+    top: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="How many of the best recipes.")] = 3,
+    seeds: SeedsOption = 5,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=10_000, help="Instead of each recipe's own.")
+    ] = None,
+    data_dir: DataDirOption = Path("data"),
+    device: DeviceOption = "auto",
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Train a study's best recipes and its control again with fresh seeds, and choose the winner. It can be gone on with."""
+    from pipeline.console import TrainingsView, duration, print_finals
+    from pipeline.experiment import Interrupted
+    from pipeline.registry import finals as the_finals
+    from pipeline.tracking.runs import MlflowTracker
+    from pipeline.tracking.studies import find_study
+
+    where = find_device(device)
+    _check_store(tracking_uri)
+    tracker = MlflowTracker(HOME, tracking_uri)
+    study, said = find_study(tracker, name)
+    console = make_console()
+    if said:
+        say(console, said)
+    plan = the_finals.plan(tracker, study, top, seeds, epochs)
+    data = load_data_of(plan.candidates[0].recipe, data_dir, where)
+    the_finals.check_data(plan, tracker, data)
+    others = len(plan.candidates) - 1
+    say(
+        console,
+        f"{study.name} on {where}: {others} candidate{'s' * (others != 1)} and the control, seeds "
+        f"{', '.join(map(str, plan.seeds))}: {plan.trainings} trainings, {plan.num_done} of them done; "
+        f"about {duration(plan.seconds_left)} by what their trials took, if none stops early",
+    )
+    try:
+        with TrainingsView(console, plan.trainings - plan.num_done) as view:
+            decision = the_finals.run(tracker, plan, data, where, view, HOME)
+    except (Interrupted, KeyboardInterrupt):
+        say(console, f"interrupted; the same command goes on with the finals of {study.name}")
+        raise typer.Exit(INTERRUPTED) from None
+    print_finals(console, decision)
+    if decision["winner"] is None:
+        say(console, "no winner: every recipe diverged with some seed")
+        raise typer.Exit(1)
+    elsewhere = f" TRACKING_URI={tracking_uri}" if tracking_uri else ""
+    say(console, f"Next: make promote NAME={study.name}{elsewhere}")
+
+
+def reproduce(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's id.")],
+    data_dir: DataDirOption = Path("data"),
+    device: DeviceOption = "auto",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS",
+            min=0,
+            max=100,
+            help="By which validation accuracy may differ where equal bits can't be expected. Default: 3 standard "
+            "deviations between two seeds, sqrt((1 - accuracy) / images); 1.0 at 94 % of 5,000.",
+        ),
+    ] = None,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Make a run again from what MLflow holds and compare: bit for bit where code, versions and processor are the same.
+
+    A run that was pruned, interrupted or failed is compared over the epochs that it had.
+    """
+    from pipeline.console import TrainingsView
+    from pipeline.experiment import Interrupted
+    from pipeline.registry import reproduce as again
+    from pipeline.tracking.runs import MlflowTracker, State
+
+    where = find_device(device)
+    _check_store(tracking_uri)
+    tracker = MlflowTracker(HOME, tracking_uri)
+    past = again.find_past(tracker, run)
+    if device == "auto" and past.device == "cpu":
+        where = find_device("cpu")
+    data = load_data_of(past.recipe, data_dir, where)
+    console = make_console()
+    say(console, f"{past.name}: {past.state}, {past.epochs} epochs")
+    found = again.differences(tracker, past, where)
+    for line in filter(None, [again.thread_line(past, where), *(difference.line for difference in found)]):
+        say(console, f"  {line}")
+    if not any(difference.matters for difference in found):
+        say(console, "nothing that matters differs from then: every bit must be equal")
+    try:
+        with TrainingsView(console, 1) as view:
+            view.started("reproduction", past.recipe)
+            outcome = again.run(tracker, past, data, where, view.epoch)
+            view.ended("reproduction", outcome)
+    except (Interrupted, KeyboardInterrupt):
+        say(console, "interrupted; nothing was compared")
+        raise typer.Exit(INTERRUPTED) from None
+    try:
+        if outcome.state is State.FAILED:
+            raise NotReproduced(f"not reproduced: the run {past.state}, its reproduction failed ({outcome.reason})")
+        comparison = again.compare(tracker, past, outcome.run_id, len(data.validation.labels), tolerance)
+        said = again.verdict(comparison, found)
+    except NotReproduced as error:
+        again.remember(tracker, outcome.run_id, error.lines[0])
+        raise
+    again.remember(tracker, outcome.run_id, said)
+    for line in comparison.lines:
+        say(console, line)
+    say(console, said)
+
+
+def _check_store(tracking_uri: str | None) -> None:
+    """Nothing is made where nothing is."""
+    if tracking_uri is None and not (HOME / "mlflow.db").exists():
+        raise UserError(f"no runs yet in {HOME}: make study NAME=attention DATASET=digits makes some")

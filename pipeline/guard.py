@@ -1,0 +1,72 @@
+"""What a long command stands under: it is alone with its study, ends at its next step when asked to, and is known by name."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import psutil
+from filelock import FileLock, Timeout
+
+from pipeline.errors import UserError
+
+
+class StopOnSignal:
+    """While it is open, Ctrl-C, SIGTERM and a closed terminal ask the training to end at its next step.
+
+    So none comes in the middle of a write. A second one raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Self:
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with a hang-up
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@contextlib.contextmanager
+def alone(key: str, home: Path) -> Iterator[None]:
+    """One command at a time trains for a study; UserError where there is one already.
+
+    Two would draw the same trials, and each end the other's run. `home` is the folder `mlruns`.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(home / f"{key}.lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"study {key}: another command is running it; wait for it, or stop it") from None
+
+
+def this_worker() -> dict[str, Any]:
+    """Names this process so that another can tell whether it still lives; JSON."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def is_gone(worker: Mapping[str, Any]) -> bool:
+    """Whether a worker was on this machine and has ended; of another machine's nothing is known."""
+    if worker["host"] != socket.gethostname():
+        return False
+    try:
+        return abs(psutil.Process(worker["pid"]).create_time() - worker["started"]) > 1
+    except psutil.NoSuchProcess:
+        return True

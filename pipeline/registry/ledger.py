@@ -1,0 +1,227 @@
+"""The ledger: every look at the test split, every verdict, every change of champion; appended, never changed.
+
+MLflow's alias is one write without history, and the last writer wins. So what may happen is decided here, by comparing and
+setting in one transaction, and the alias follows. A change of champion is two events: `begun` before its first effect, and
+`promoted`, `rolled back` or `undone` after its last; what is begun and not ended was cut off, and is repaired.
+"""
+
+import contextlib
+import getpass
+import json
+import os
+import socket
+import sqlite3
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import Refused, UserError
+
+FILE = "ledger.db"
+LOOK, PASSED, REFUSED = "look", "passed", "refused"
+BEGUN, PROMOTED, ROLLED_BACK, UNDONE = "begun", "promoted", "rolled back", "undone"
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS events (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, time TEXT NOT NULL, user TEXT NOT NULL, host TEXT NOT NULL, kind TEXT NOT NULL,
+  model TEXT NOT NULL, run TEXT NOT NULL, version TEXT, split TEXT, reason TEXT NOT NULL, details TEXT NOT NULL
+)"""
+_APPEND_ONLY = """
+CREATE TRIGGER IF NOT EXISTS no_{0} BEFORE {0} ON events BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of the ledger."""
+
+    id: int
+    time: str  # UTC, ISO 8601, to the second
+    user: str
+    host: str
+    kind: str
+    model: str  # the registered model's name
+    run: str  # MLflow's id
+    version: str | None  # of the registered model
+    split: str | None  # the test split's digest
+    reason: str
+    details: dict[str, Any]
+
+
+_COLUMNS = tuple(field.name for field in fields(Event))
+
+
+@dataclass(frozen=True)
+class Champion:
+    """A version that serves, or served, and the run that it is of."""
+
+    version: str
+    run: str
+
+
+class Ledger:
+    """The ledger of a folder mlruns, in an SQLite file of its own. UserError where the file can't be used."""
+
+    def __init__(self, home: Path):
+        self.home = home
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            with self._transaction() as connection:
+                connection.execute(_TABLE)
+                for action in ("UPDATE", "DELETE"):
+                    connection.execute(_APPEND_ONLY.format(action))
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"{home / FILE}: can't be used as the ledger ({error}); move it away, or mend it") from None
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """One writer at a time, and on disk when the block is left."""
+        connection = sqlite3.connect(self.home / FILE, timeout=30, isolation_level=None)
+        try:
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
+        finally:
+            connection.close()  # which rolls back what wasn't committed
+
+    def record(
+        self,
+        kind: str,
+        model: str,
+        run: str,
+        *,
+        split: str | None = None,
+        reason: str = "",
+        details: dict[str, Any] | None = None,
+    ) -> Event:
+        """Write down a look or a verdict."""
+        assert kind in (LOOK, PASSED, REFUSED), kind
+        with self._transaction() as connection:
+            return _append(connection, kind, model, run, None, split, reason, details or {})
+
+    def begin(
+        self,
+        kind: str,
+        model: str,
+        run: str,
+        over: Champion | None,
+        *,
+        previous: str | None,
+        version: str | None = None,
+        reason: str = "",
+    ) -> Event:
+        """Claim a change of champion of `kind`, over the one that the caller saw.
+
+        `version` is known where it is there already; `previous` is the version that the alias `previous` will name.
+        Refused where another one is champion by now, or another change is begun: of two at once, one wins. The event's
+        details hold a token that finds the version it made.
+        """
+        assert kind in (PROMOTED, ROLLED_BACK), kind
+        details = {
+            "kind": kind,
+            "token": uuid.uuid4().hex,
+            "over": over.version if over else None,
+            "previous": previous,
+        }
+        with self._transaction() as connection:
+            events = _read(connection, model)
+            if other := _open(events):
+                raise Refused(f"{model}: {_said(other)} is under way since; wait for it, and try again")
+            now = _reigns(events)[-1:]
+            if now != ([over] if over else []):
+                found = f"version {now[0].version}, run {now[0].run}" if now else "none"
+                raise Refused(
+                    f"{model}: its champion changed meanwhile ({found}); the same command compares with that one"
+                )
+            return _append(connection, BEGUN, model, run, version, None, reason, details)
+
+    def end(self, begun: Event, kind: str, version: str | None, reason: str = "") -> Event:
+        """Close what `begin` opened. Refused where somebody else has closed it."""
+        assert kind in (PROMOTED, ROLLED_BACK, UNDONE), kind
+        with self._transaction() as connection:
+            still = _open(_read(connection, begun.model))
+            if still is None or still.id != begun.id:
+                raise Refused(
+                    f"{begun.model}: {_said(begun)} was ended by another command; python -m pipeline history shows it"
+                )
+            details = {"begun": begun.id, "over": begun.details["over"]}
+            return _append(connection, kind, begun.model, begun.run, version, None, reason or begun.reason, details)
+
+    def events(self, model: str | None = None) -> list[Event]:
+        """All, or those of one registered model, the oldest first."""
+        with self._transaction() as connection:
+            return _read(connection, model)
+
+    def reigns(self, model: str) -> list[Champion]:
+        """The champion last, before it those that a rollback goes back to; a rollback takes away what came after."""
+        return _reigns(self.events(model))
+
+    def cut_off(self) -> list[Event]:
+        """What was begun and not ended, of all models."""
+        events = self.events()
+        found = (_open([e for e in events if e.model == model]) for model in sorted({e.model for e in events}))
+        return [event for event in found if event]
+
+
+def _append(
+    connection: sqlite3.Connection,
+    kind: str,
+    model: str,
+    run: str,
+    version: str | None,
+    split: str | None,
+    reason: str,
+    details: dict[str, Any],
+) -> Event:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as in containers
+        user = str(os.getuid())
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    row = (time, user, socket.gethostname(), kind, model, run, version, split, reason)
+    id = connection.execute(
+        "INSERT INTO events (time, user, host, kind, model, run, version, split, reason, details) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*row, json.dumps(details)),
+    ).lastrowid
+    assert id is not None
+    return Event(id, *row, details)
+
+
+def _read(connection: sqlite3.Connection, model: str | None) -> list[Event]:
+    rows = connection.execute(
+        f"SELECT {', '.join(_COLUMNS)} FROM events WHERE ?1 IS NULL OR model = ?1 ORDER BY id",
+        (model,),
+    )
+    return [Event(**dict(zip(_COLUMNS, row, strict=True)) | {"details": json.loads(row[-1])}) for row in rows]
+
+
+def _open(events: list[Event]) -> Event | None:
+    """Of one model: there is at most one."""
+    last = None
+    for event in events:
+        if event.kind == BEGUN:
+            last = event
+        elif event.kind in (PROMOTED, ROLLED_BACK, UNDONE):
+            last = None
+    return last
+
+
+def _reigns(events: list[Event]) -> list[Champion]:
+    stack: list[Champion] = []
+    for event in events:
+        if event.kind in (PROMOTED, ROLLED_BACK):
+            assert event.version is not None
+            champion = Champion(event.version, event.run)
+            if event.kind == ROLLED_BACK and champion in stack:
+                del stack[stack.index(champion) :]
+            stack.append(champion)
+    return stack
+
+
+def _said(begun: Event) -> str:
+    what = "a rollback" if begun.details["kind"] == ROLLED_BACK else "a promotion"
+    return f"{what} by {begun.user} on {begun.host}, begun {begun.time}"

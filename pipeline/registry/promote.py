@@ -1,0 +1,275 @@
+"""Who is champion: judged on the test split, packed, registered, and served by an alias that moves last.
+
+Every change is claimed in the ledger before its first effect and closed there after its last (see ledger.py). A kill at any
+point leaves the old champion's alias where it was, or the new one's complete: `settle`, which every command calls first,
+finishes what has its version and undoes what has none.
+"""
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
+
+from pipeline.classifier import Facts
+from pipeline.errors import Refused, UserError
+from pipeline.registry.card import description
+from pipeline.registry.gate import Rules, Verdict
+from pipeline.registry.judging import CONTROL, Bench, Judged, Observer, evidence
+from pipeline.registry.ledger import PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Event, Ledger
+from pipeline.registry.package import CARD, package
+from pipeline.tracking.models import DIGEST_TAG
+from pipeline.tracking.models import digests as digests_of
+from pipeline.tracking.runs import MlflowTracker
+
+CHAMPION, PREVIOUS = "champion", "previous"  # aliases
+ARTIFACTS = "model"  # where a package lies among its run's artifacts
+_TOKEN = "promotion"  # a version's tag: the promotion that made it
+_TAG_LIMIT = 5000  # characters; the column's width
+
+
+@dataclass(frozen=True)
+class Registry:
+    """One registered model in MLflow's registry, and the ledger of what may happen to it."""
+
+    tracker: MlflowTracker
+    ledger: Ledger
+    model: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w][\w.-]{0,99}", self.model):
+            raise UserError(f"MODEL {self.model}: should be letters, digits, - _ and . only, and start with no sign")
+
+    def alias(self, name: str) -> str | None:
+        """The version that an alias names, or None."""
+        try:
+            return str(self.tracker.client.get_model_version_by_alias(self.model, name).version)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def point(self, alias: str, version: str | None) -> None:
+        """Set an alias, or take it away."""
+        client = self.tracker.client
+        if version is not None:
+            client.set_registered_model_alias(self.model, alias, version)
+        elif self.alias(alias) is not None:
+            client.delete_registered_model_alias(self.model, alias)
+
+    def made_by(self, begun: Event) -> str | None:
+        """The version that a begun change has, or made."""
+        if begun.version is not None:
+            return begun.version
+        found = [v for v in self._versions(begun.run) if v.tags.get(_TOKEN) == begun.details["token"]]
+        return str(found[0].version) if found else None
+
+    def version_of(self, run: str) -> str | None:
+        """The newest version that is this run's, or None."""
+        numbers = [int(version.version) for version in self._versions(run) if version.name == self.model]
+        return str(max(numbers)) if numbers else None
+
+    def packed(self, run: str) -> ModelVersion | None:
+        """A version, of any registered model, whose files are those of the run."""
+        return next(iter(self._versions(run)), None)
+
+    def run_of(self, version: str) -> str:
+        """The run of a version; UserError where there is no such version, or it is of no run."""
+        try:
+            run = self.tracker.client.get_model_version(self.model, version).run_id
+        except MlflowException:
+            run = None
+        if not run:
+            raise UserError(
+                f"VERSION {version}: {self.model} has no such version of a run; make ui shows those there are"
+            )
+        return run
+
+    def champion(self) -> Champion | None:
+        """The ledger's; UserError where the alias names another version: somebody moved it, and it is said how to go on."""
+        reigns = self.ledger.reigns(self.model)
+        now = reigns[-1] if reigns else None
+        found = self.alias(CHAMPION)
+        if found == (now.version if now else None):
+            return now
+        lines = [
+            f"{self.model}: MLflow's alias champion names {_named(found)}, but by the ledger ({self.ledger.home}) it is "
+            f"{_named(now.version if now else None)}: somebody moved it by hand, or from another folder mlruns",
+        ]
+        if found:
+            lines.append(f"  make rollback VERSION={found} REASON=... takes the registry's word for it")
+        if now:
+            lines.append(f"  make rollback VERSION={now.version} REASON=... takes the ledger's")
+        raise UserError(lines)
+
+    def _versions(self, run: str) -> list[ModelVersion]:
+        """Those that a promotion made; one registered by hand has no digests and is never served."""
+        found = self.tracker.client.search_model_versions(f"run_id = '{run}'")
+        return [version for version in found if _TOKEN in version.tags]
+
+
+@contextlib.contextmanager
+def alone(home: Path) -> Iterator[None]:
+    """The only promotion or rollback of a folder mlruns; Refused at once where another is under way."""
+    lock = FileLock(home / "promotion.lock")
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout:
+        raise Refused(f"{home}: another promotion or rollback is under way; wait for it, and try again") from None
+
+
+def settle(tracker: MlflowTracker, ledger: Ledger, said: Callable[[str], None]) -> None:
+    """Finish or undo what was cut off; call it `alone`, so that whoever began it is gone."""
+    for begun in ledger.cut_off():
+        registry = Registry(tracker, ledger, begun.model)
+        kind = "rollback" if begun.details["kind"] == ROLLED_BACK else "promotion"
+        what = f"a {kind} of {begun.model}, begun {begun.time} and cut off"
+        version, over, found = registry.made_by(begun), begun.details["over"], registry.alias(CHAMPION)
+        if version is not None and found in (over, version):
+            _move(registry, begun, version)
+            said(f"{what}, was finished: {_named(version)} is champion")
+        else:
+            why = "its version was not registered yet" if version is None else "the alias was moved by hand meanwhile"
+            ledger.end(begun, UNDONE, version, f"cut off: {why}")
+            said(f"{what}, was undone ({why}): {_named(found)} is champion; the same command does it")
+
+
+def _move(registry: Registry, begun: Event, version: str) -> None:
+    """The end of every change, done again without harm: `champion` is the last thing that anybody sees move."""
+    registry.point(PREVIOUS, begun.details["previous"])
+    registry.point(CHAMPION, version)
+    registry.ledger.end(begun, begun.details["kind"], version)
+
+
+def _named(number: str | None) -> str:
+    return "no version" if number is None else f"version {number}"
+
+
+# ---------------------------------------------------------------------------------------------------------- rollback
+
+
+def roll_back(registry: Registry, version: str | None, reason: str) -> Champion:
+    """Make the champion before, or `version`, champion again; call it `alone` and after `settle`.
+
+    UserError where there is none before, or no reason.
+    """
+    if not reason.strip():
+        raise UserError('REASON: say why: make rollback REASON="slower in production than it was here"')
+    reigns = registry.ledger.reigns(registry.model)
+    if version is None:
+        registry.champion()  # alias and ledger agree
+        if len(reigns) < 2:
+            why = "its champion is the first" if reigns else "has no champion"
+            raise UserError(f"{registry.model}: {why}; there is nothing to go back to")
+        target = reigns[-2]
+    else:
+        target = Champion(version, registry.run_of(version))
+        if reigns and target == reigns[-1] and registry.alias(CHAMPION) == version:
+            raise UserError(f"VERSION {version}: is champion already")
+    earlier = reigns[: reigns.index(target)] if target in reigns else reigns
+    begun = registry.ledger.begin(
+        ROLLED_BACK,
+        registry.model,
+        target.run,
+        reigns[-1] if reigns else None,
+        version=target.version,
+        previous=earlier[-1].version if earlier else None,
+        reason=reason,
+    )
+    _move(registry, begun, target.version)
+    return target
+
+
+# --------------------------------------------------------------------------------------------------------- promotion
+
+
+def promote(
+    registry: Registry,
+    run_id: str,
+    rules: Rules,
+    data_dir: Path,
+    observer: Observer,
+    forced: str = "",
+    chosen: str = "",
+) -> Champion:
+    """Judge a run's model against the champion and make it champion; call it `alone` and after `settle`.
+
+    Does nothing where it is champion. A run that was judged on the same split is judged again only if `forced` says why.
+    `chosen` is how the run was chosen, for the record. Refused where a rule, or that one, says no.
+    """
+    champion = registry.champion()
+    if champion and champion.run == run_id:
+        observer.said(f"run {run_id} is champion already, {registry.model} {_named(champion.version)}: nothing to do")
+        return champion
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bench = Bench(registry.tracker, registry.ledger, registry.model, rules, data_dir, folder, observer)
+        challenger = bench.of_run(run_id, "challenger")
+        verdict = bench.verdict(challenger, champion, forced, chosen)
+        if verdict.kind == REFUSED:
+            raise Refused(Verdict.from_json(verdict.details["verdict"]).failed + _way_out(verdict))
+        version = registry.version_of(run_id)
+        if registry.packed(run_id) is None:
+            package(registry.tracker, run_id, challenger.folder, folder / "package", evidence(verdict))
+        begun = registry.ledger.begin(
+            PROMOTED,
+            registry.model,
+            run_id,
+            champion,
+            version=version,
+            previous=champion.version if champion else None,
+            reason=verdict.reason,
+        )
+        _move(registry, begun, version or _register(registry, begun, challenger, verdict, folder / "package"))
+    return registry.ledger.reigns(registry.model)[-1]
+
+
+def _way_out(verdict: Event) -> list[str]:
+    if verdict.details["other"] != CONTROL:
+        return []
+    control = verdict.details["against"]
+    return [
+        f"  no champion yet, and not shown to be better than the control: make promote RUN={control} takes that one"
+    ]
+
+
+def _register(registry: Registry, begun: Event, challenger: Judged, verdict: Event, packed: Path) -> str:
+    """Put the package into its run, and make a version of it; the version's number."""
+    client = registry.tracker.client
+    there = registry.packed(challenger.run)
+    if there:  # under another model's name: its files are never written again
+        digests = {key: value for key, value in there.tags.items() if key.startswith(DIGEST_TAG)}
+        card = there.description or ""
+    else:
+        client.log_artifacts(challenger.run, str(packed), ARTIFACTS)
+        digests = {f"{DIGEST_TAG}{name}": digest for name, digest in digests_of(packed).items()}
+        card = description((packed / CARD).read_text())
+    if not client.search_registered_models(f"name = '{registry.model}'"):
+        client.create_registered_model(registry.model)
+    tags = _tags(registry, challenger.facts, verdict) | digests | {_TOKEN: begun.details["token"]}
+    source = f"runs:/{challenger.run}/{ARTIFACTS}"
+    return str(client.create_model_version(registry.model, source, challenger.run, tags, description=card).version)
+
+
+def _tags(registry: Registry, facts: Facts, verdict: Event) -> dict[str, str]:
+    """What a version says of itself, for searches in the registry."""
+    tags = registry.tracker.client.get_run(verdict.run).data.tags
+    findings = verdict.details["verdict"]["findings"]
+    return {
+        "study": tags.get("study", ""),
+        "recipe_digest": facts.recipe_digest,
+        "data_digest": facts.data_digest,
+        "split_digest": facts.split_digest,
+        "test_split": verdict.split or "",
+        "git_commit": tags.get(MLFLOW_GIT_COMMIT, ""),
+        "verdict": "; ".join(f"{its['rule']}: {its['number']}" for its in findings)[:_TAG_LIMIT],
+        "against": verdict.details["against"] or verdict.details["other"],
+        "ledger_event": str(verdict.id),
+    }

@@ -1,0 +1,110 @@
+"""The only opener of the test split. What it gives out is judged once a model, and every look is in the ledger first.
+
+A split has a name before it is opened: the SHA-256 of the files that it is made of, or of what seals it. It doesn't depend
+on the size of the images, so that models that see the same images at different sizes are compared on one split.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data import datasets
+from pipeline.data.datasets import DIGITS_TEST_FRACTION, DIGITS_TEST_SEED, Split
+from pipeline.data.images import SUFFIXES, image_files, resized
+from pipeline.data.splits import sealed
+from pipeline.errors import DataError
+
+
+def digest_of(dataset: str, data_dir: Path) -> str:
+    """The split's name, 64 hexadecimal digits; no image is decoded and no label is read.
+
+    `dataset` and `data_dir` are those of `datasets.load`. DataError where there is no test split, or it is damaged.
+    """
+    if dataset == "cifar10":
+        return _cifar10_digest(data_dir.absolute())
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        seal = json.dumps([DIGITS_TEST_FRACTION, DIGITS_TEST_SEED]).encode()
+        return hashlib.sha256(load_digits().data.tobytes() + seal).hexdigest()
+    root = datasets.existing_folder(dataset)
+    whole = hashlib.sha256()
+    try:
+        for path in chain(*_test_files(root).values()):
+            with path.open("rb") as file:
+                whole.update(json.dumps([str(path.relative_to(root)), path.stat().st_size]).encode())
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}") from None
+    return whole.hexdigest()
+
+
+def open_test_split(dataset: str, image_size: int, data_dir: Path, classes: Sequence[str]) -> Split:
+    """The images at the size that a model sees, on the CPU, and labels that are indices into its `classes`.
+
+    Write the look to the ledger first. DataError as from `digest_of`, and where there are classes that aren't the model's.
+    """
+    names, images, labels = _opened(dataset, image_size, data_dir.absolute())
+    if unknown := sorted({names[i] for i in labels.tolist()} - set(classes)):
+        raise DataError(f"{dataset}: the test split has classes that the model doesn't know: {', '.join(unknown)}")
+    place = torch.tensor([classes.index(name) if name in classes else -1 for name in names])
+    return Split(images, place[labels])
+
+
+def _opened(dataset: str, size: int, data_dir: Path) -> tuple[Sequence[str], Tensor, Tensor]:
+    """Class names, images, and labels that are indices into them."""
+    if dataset == "cifar10":
+        from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
+
+        _check_cifar10(data_dir)
+        data = CIFAR10(data_dir, train=False)
+        return data.classes, resized(torch.from_numpy(data.data).permute(0, 3, 1, 2), size), torch.tensor(data.targets)
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        labels = torch.from_numpy(digits.target.astype(np.int64))
+        _, chosen = sealed(labels, DIGITS_TEST_FRACTION, DIGITS_TEST_SEED)
+        grey = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[chosen]
+        names = [str(digit) for digit in range(10)]
+        return names, resized(grey[:, None].expand(-1, 3, -1, -1), size), labels[chosen]
+    files = _test_files(datasets.existing_folder(dataset))
+    place = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
+    return list(files), datasets.decoded(list(chain(*files.values())), size), torch.from_numpy(place)
+
+
+def _cifar10_digest(data_dir: Path) -> str:
+    from torchvision.datasets import CIFAR10
+
+    _check_cifar10(data_dir)
+    ((name, _),) = CIFAR10.test_list
+    with (data_dir / CIFAR10.base_folder / name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_cifar10(data_dir: Path) -> None:
+    """Every file's MD5 is torchvision's, or a DataError."""
+    from torchvision.datasets import CIFAR10
+
+    if faults := datasets.cifar10_faults(data_dir / CIFAR10.base_folder):
+        raise DataError([*faults, "DATA_DIR= says where the files lie; make study downloads what is missing"])
+
+
+def _test_files(root: Path) -> dict[str, list[Path]]:
+    """The images of test/<class>/**, classes and files in the order of their names."""
+    test = root / "test"
+    if not test.is_dir():
+        raise DataError(
+            f"{root}: has no folder test: promotion needs images that no trial has seen; move a fifth of those of each "
+            f"class from {root / 'train'}/<class>/ to {test}/<class>/ and run the study again"
+        )
+    files = {name: image_files(test / name) for name in datasets.class_names(test)}
+    if not any(files.values()):
+        raise DataError(f"{test}: holds no images: put some into {test}/<class>/ ({' '.join(SUFFIXES)})")
+    return files

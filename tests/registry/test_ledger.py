@@ -1,0 +1,83 @@
+"""The ledger is append-only, and of two changes at once one wins."""
+
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import Refused, UserError
+from pipeline.registry.ledger import FILE, LOOK, PROMOTED, ROLLED_BACK, UNDONE, Champion, Event, Ledger
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "mlruns")
+
+
+def promoted(ledger: Ledger, version: str, kind: str = PROMOTED) -> Event:
+    over = (ledger.reigns("m") or [None])[-1]
+    begun = ledger.begin(kind, "m", f"run {version}", over, previous=over.version if over else None, reason="why")
+    return ledger.end(begun, kind, version)
+
+
+def test_an_event_says_who_when_and_why_and_is_there_for_the_next_process(ledger: Ledger) -> None:
+    written = ledger.record(LOOK, "m", "run", split="abc", reason="may it?", details={"from": "images"})
+    (read,) = Ledger(ledger.home).events()
+    assert read == written
+    assert read.user and read.host and read.time.endswith("+00:00") and read.details == {"from": "images"}
+    assert Ledger(ledger.home).events("other") == []
+
+
+def test_nothing_in_it_can_be_changed_or_removed(ledger: Ledger) -> None:
+    ledger.record(LOOK, "m", "run")
+    for statement in ("UPDATE events SET run = 'x'", "DELETE FROM events"):
+        with (
+            sqlite3.connect(ledger.home / FILE) as connection,
+            pytest.raises(sqlite3.IntegrityError, match="append-only"),
+        ):
+            connection.execute(statement)
+    assert [event.run for event in ledger.events()] == ["run"]
+
+
+def test_a_rollback_takes_away_what_came_after(ledger: Ledger) -> None:
+    for version in ("1", "2", "3"):
+        promoted(ledger, version)
+    assert [champion.version for champion in ledger.reigns("m")] == ["1", "2", "3"]
+    promoted(ledger, "1", ROLLED_BACK)
+    assert ledger.reigns("m") == [Champion("1", "run 1")]
+    promoted(ledger, "3")
+    promoted(ledger, "2", ROLLED_BACK)  # to one that is no more among those before
+    assert [champion.version for champion in ledger.reigns("m")] == ["1", "3", "2"]
+
+
+def test_one_change_at_a_time_and_only_over_the_champion_that_was_seen(ledger: Ledger) -> None:
+    begun = ledger.begin(PROMOTED, "m", "run", None, previous=None)
+    assert ledger.cut_off() == [begun]
+    with pytest.raises(Refused, match=r"m: a promotion by .* is under way"):
+        ledger.begin(PROMOTED, "m", "other", None, previous=None)
+    ledger.begin(PROMOTED, "another model", "other", None, previous=None)
+    ledger.end(begun, PROMOTED, "1")
+    with pytest.raises(Refused, match=r"its champion changed meanwhile \(version 1, run run\)"):
+        ledger.begin(PROMOTED, "m", "other", None, previous=None)
+    with pytest.raises(Refused, match="was ended by another command"):
+        ledger.end(begun, UNDONE, None)
+
+
+def test_of_many_at_once_one_wins(ledger: Ledger) -> None:
+    def attempt(number: int) -> bool:
+        try:
+            Ledger(ledger.home).begin(PROMOTED, "m", str(number), None, previous=None)
+        except Refused:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(attempt, range(16))) == 1
+    assert len(ledger.events()) == 1
+
+
+def test_a_file_that_is_no_ledger_is_told(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("no database, but long enough to look like one" * 50)
+    with pytest.raises(UserError, match="can't be used as the ledger"):
+        Ledger(tmp_path)

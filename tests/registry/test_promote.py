@@ -1,0 +1,421 @@
+"""Champions in a real MLflow store: judged, registered, moved, taken back, cut off and repaired."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from pipeline import experiment
+from pipeline.classifier import Classifier
+from pipeline.data.prepare import TrainingData
+from pipeline.errors import Refused, UserError
+from pipeline.recipe import Recipe
+from pipeline.registry import export
+from pipeline.registry import promote as module
+from pipeline.registry import test_split as opener
+from pipeline.registry.gate import Rules, Verdict
+from pipeline.registry.judging import LOOKS
+from pipeline.registry.ledger import LOOK, PASSED, PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Ledger
+from pipeline.registry.package import package
+from pipeline.registry.promote import Registry, alone, promote, roll_back, settle
+from pipeline.tracking.models import find_model
+from pipeline.tracking.runs import MlflowTracker, State
+
+DATA = Path("data")
+RULES = Rules(class_margin=100, ece_margin=100, latency_factor=1000)  # a clock decides nothing in a test
+
+
+@dataclass
+class View:
+    """An Observer that remembers."""
+
+    lines: list[str] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def said(self, line: str) -> None:
+        self.lines.append(line)
+
+    def judged(self, verdict: Verdict, challenger: str, other: str) -> None:
+        self.verdicts.append(verdict)
+
+
+@dataclass(frozen=True)
+class Store:
+    """One study: the control worst, then a good run, the best, and one like it, which has a package."""
+
+    home: Path
+    control: str
+    good: str
+    best: str
+    rival: str
+    packed: Path
+
+    def registry(self, home: Path, model: str) -> Registry:
+        """With a ledger of its own, so that tests share MLflow's store and nothing else."""
+        return Registry(MlflowTracker(self.home), Ledger(home), model)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_export_a_model() -> Iterator[None]:
+    """An export takes seconds, and its file is the same each time."""
+    whole, files = export.export_onnx, dict[str, bytes]()
+
+    def cached(classifier: Classifier, path: Path) -> None:
+        run = classifier.facts.run_id
+        if run not in files:
+            whole(classifier, path)
+            files[run] = path.read_bytes()
+        path.write_bytes(files[run])
+
+    export.export_onnx = cached
+    yield
+    export.export_onnx = whole
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits: TrainingData) -> Store:
+    home = tmp_path_factory.mktemp("store") / "mlruns"
+    tracker = MlflowTracker(home)
+    parent = tracker.open_study("tiny-v1-digits", "?", "val/accuracy", [])
+    runs = []
+    base = small_recipe.changed({"augmentation.mixup": 0, "augmentation.cutmix": 0, "augmentation.crop_padding": 0})
+    for number, changes in enumerate([{"optimizer.lr": 1e-4}, {}, {"training.epochs": 8}, {"training.epochs": 9}]):
+        tags = {"role": "trial", "study": "tiny-v1-digits", "trial": str(number)}
+        name = f"trial {number}" + " (control)" * (not number)
+        done = experiment.run(base.changed(changes), digits, torch.device("cpu"), tracker, name, parent.id, tags)
+        runs.append(done.run_id)
+    parent.end(State.FINISHED)
+    packed = home.parent / "packed"
+    with find_model(home, None, runs[3]) as found:
+        package(tracker, runs[3], found.folder, packed)
+    return Store(home, *runs, packed)
+
+
+def kinds(registry: Registry) -> list[str]:
+    return [event.kind for event in registry.ledger.events(registry.model)]
+
+
+# ------------------------------------------------------------------------------------------------- the way of a champion
+
+
+def test_from_the_first_champion_to_the_second_and_back(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, view = store.registry(tmp_path, "way"), View()
+    opened: list[list[str]] = []
+    whole = opener.open_test_split
+
+    def watched(*words: Any) -> Any:
+        opened.append(kinds(registry))
+        return whole(*words)
+
+    monkeypatch.setattr(opener, "open_test_split", watched)
+    first = promote(registry, store.good, RULES, DATA, view, chosen="the best trial")
+    assert first == Champion("1", store.good)
+    assert opened == [[LOOK], [LOOK, LOOK]], "a look is written down before the split is opened"
+    assert kinds(registry) == [LOOK, LOOK, PASSED, "begun", PROMOTED]
+    verdict = registry.ledger.events()[2]
+    assert verdict.details["against"] == store.control and verdict.reason == "the best trial"
+    assert registry.alias("champion") == "1" and registry.alias("previous") is None
+
+    version = registry.tracker.client.get_model_version("way", "1")
+    assert version.run_id == store.good and version.description.startswith("# ")
+    assert version.tags["ledger_event"] == str(verdict.id) and version.tags["test_split"] == verdict.split
+    with find_model(store.home, None, "models:/way@champion") as model:  # compares every digest
+        assert json.loads((model.folder / "evidence.json").read_text())["verdict"] == verdict.details["verdict"]
+
+    again = promote(registry, store.good, RULES, DATA, view)
+    assert again == first and len(registry.ledger.events()) == 5 and "nothing to do" in view.lines[-1]
+
+    second = promote(registry, store.best, RULES, DATA, view)
+    assert second == Champion("2", store.best)
+    assert (registry.alias("champion"), registry.alias("previous")) == ("2", "1")
+    assert len(opened) == 3, "the champion's predictions were stored"
+    assert [e.details["from"] for e in registry.ledger.events() if e.kind == LOOK][-2:] == [
+        "images",
+        "stored predictions",
+    ]
+    assert len(view.verdicts) == 2 and view.verdicts[1].passed
+
+    assert roll_back(registry, None, "too slow") == first
+    assert (registry.alias("champion"), registry.alias("previous")) == ("1", None)
+    assert registry.ledger.events()[-1].reason == "too slow"
+    with pytest.raises(UserError, match=r"its champion is the first; there is nothing to go back to"):
+        roll_back(registry, None, "again")
+    with pytest.raises(Refused, match=r"passed, and served as way version 2, .*\n.*make rollback VERSION=2"):
+        promote(registry, store.best, RULES, DATA, view)
+    forced = promote(registry, store.best, RULES, DATA, view, forced="the other was slow too")
+    assert forced == second, "the version that is there, not another one"
+    assert registry.ledger.events()[-1].reason == "the other was slow too"
+    assert roll_back(registry, "1", "slow") == first and roll_back(registry, "2", "it wasn't") == second
+    assert len(opened) == 3
+
+
+def test_what_is_not_better_is_refused_with_its_numbers_and_not_judged_twice(store: Store, tmp_path: Path) -> None:
+    registry, view = store.registry(tmp_path, "worse"), View()
+    promote(registry, store.best, RULES, DATA, view)
+    before = len(registry.ledger.events())
+    with pytest.raises(Refused) as caught:
+        promote(registry, store.good, RULES, DATA, view)
+    assert caught.value.exit_code == 5
+    assert [line.split(":")[0] for line in caught.value.lines[:3]] == ["better", "gain", "beyond seeds"]
+    assert kinds(registry)[before:] == [LOOK, LOOK, REFUSED]
+    assert registry.alias("champion") == "1"
+    assert registry.tracker.client.list_artifacts(store.good, "gate")
+    with pytest.raises(Refused, match=r"was judged on this test split by .*, and refused; FORCE=1") as caught:
+        promote(registry, store.good, RULES, DATA, view)
+    assert caught.value.lines[1].startswith("  better: p = ")
+    with pytest.raises(Refused, match=r"^better"):
+        promote(registry, store.good, RULES, DATA, view, forced="to be sure")
+    last = registry.ledger.events()[-1]
+    assert (last.kind, last.reason) == (REFUSED, "to be sure")
+
+
+def test_the_control_may_be_the_first_champion_and_has_to_beat_a_constant_answer(store: Store, tmp_path: Path) -> None:
+    registry, view = store.registry(tmp_path, "control"), View()
+    with pytest.raises(Refused, match=r"^better: .* only the constant answer"):
+        promote(registry, store.control, RULES, DATA, view)
+    assert "must beat a constant answer" in view.lines[0]
+
+
+def test_a_model_refused_against_the_control_is_told_of_it(store: Store, tmp_path: Path) -> None:
+    registry = store.registry(tmp_path, "unsure")
+    with pytest.raises(Refused) as caught:
+        promote(registry, store.good, RULES.changed(["least_gain=99"]), DATA, View())
+    assert caught.value.lines[-1].endswith(f"make promote RUN={store.control} takes that one")
+    assert registry.alias("champion") is None
+
+
+def test_predictions_that_were_tampered_with_are_not_used(store: Store, tmp_path: Path) -> None:
+    registry = store.registry(tmp_path, "tampered")
+    promote(registry, store.good, RULES, DATA, View())
+    (kept,) = (tmp_path / LOOKS).glob(f"{store.good}-*")
+    pq.write_table(pq.read_table(kept).slice(0, 100), kept)
+    promote(registry, store.best, RULES, DATA, View())
+    assert [e.details["from"] for e in registry.ledger.events() if e.kind == LOOK][-2:] == ["images", "images"]
+
+
+def test_an_alias_moved_by_hand_is_told_with_both_ways_on(store: Store, tmp_path: Path) -> None:
+    registry = store.registry(tmp_path, "moved")
+    promote(registry, store.good, RULES, DATA, View())
+    promote(registry, store.best, RULES, DATA, View())
+    registry.point("champion", "1")
+    for command in (lambda: promote(registry, store.good, RULES, DATA, View()), lambda: roll_back(registry, None, "?")):
+        with pytest.raises(UserError) as caught:
+            command()
+        assert (
+            "names version 1, but by the ledger" in caught.value.lines[0] and "it is version 2" in caught.value.lines[0]
+        )
+        assert [line.split(" REASON")[0] for line in caught.value.lines[1:]] == [
+            "  make rollback VERSION=1",
+            "  make rollback VERSION=2",
+        ]
+    assert roll_back(registry, "2", "the ledger is right") == Champion("2", store.best)
+    assert registry.champion() == Champion("2", store.best)
+    with pytest.raises(UserError, match=r"VERSION 7: moved has no such version"):
+        roll_back(registry, "7", "?")
+    with pytest.raises(UserError, match=r"VERSION 2: is champion already"):
+        roll_back(registry, "2", "?")
+    with pytest.raises(UserError, match="REASON: say why"):
+        roll_back(registry, None, " ")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a'b", "-x", "a:b", "x" * 101])
+def test_a_models_name_is_a_plain_word(name: str, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^MODEL "):
+        store.registry(tmp_path, name)
+
+
+# -------------------------------------------------------------------------------------------------- kills, and two at once
+
+
+def seated(registry: Registry, run: str) -> None:
+    """A champion, without a judgement."""
+    begun = registry.ledger.begin(PROMOTED, registry.model, run, None, previous=None)
+    client = registry.tracker.client
+    client.create_registered_model(registry.model)
+    tags = {"promotion": begun.details["token"], "sha256.x": "0"}
+    version = client.create_model_version(registry.model, f"runs:/{run}/model", run, tags).version
+    module._move(registry, begun, str(version))
+
+
+# An effect that a promotion has, and whether the kill comes before or after it. Once a version of the rival is there, its
+# files are not written again, so that the first four come before.
+KILLS = [
+    ("begin", "after"),
+    ("log_artifacts", "before"),
+    ("log_artifacts", "after"),
+    ("create_model_version", "before"),
+    ("create_model_version", "after"),
+    ("previous", "after"),
+    ("champion", "before"),
+    ("champion", "after"),
+    ("end", "after"),
+]
+UNDONE_UNTIL = 4  # of the kills, those before there is a version
+
+
+def killing(effect: Callable[..., Any], when: str) -> Callable[..., Any]:
+    def call(*words: Any, **options: Any) -> Any:
+        if when == "after":
+            effect(*words, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return call
+
+
+def promote_rival(store: Store, home: Path, model: str) -> None:
+    """From a verdict that is in the ledger, with a package that is packed already."""
+    module.package = lambda tracker, run, checkpoint, folder, evidence: shutil.copytree(store.packed, folder)  # type: ignore[assignment]
+    with alone(home):
+        promote(store.registry(home, model), store.rival, RULES, DATA, View())
+
+
+def be_killed(store: Store, home: Path, model: str, effect: str, when: str) -> None:
+    """A real promotion in a real process, which ends at that effect."""
+    if effect in ("begin", "end"):
+        setattr(Ledger, effect, killing(getattr(Ledger, effect), when))
+    elif effect in ("previous", "champion"):
+        point = Registry.point
+        at = killing(point, when)
+        Registry.point = lambda self, alias, version: (at if alias == effect else point)(self, alias, version)  # type: ignore[method-assign]
+    else:
+        setattr(MlflowClient, effect, killing(getattr(MlflowClient, effect), when))
+    promote_rival(store, home, model)
+
+
+def in_a_fork(work: Callable[[], None]) -> int:
+    """The id of a process that does the work: exit code 0, or 5 where it was refused."""
+    if pid := os.fork():
+        return pid
+    try:
+        work()
+    except Refused:
+        os._exit(5)
+    except BaseException:
+        os._exit(99)
+    os._exit(0)
+
+
+def kills_and_a_race(store: Store, root: Path) -> None:
+    """In a process that has opened no store, as connections must not be forked; what is slow to import is imported once."""
+    for name in (
+        "mlflow.store.tracking.sqlalchemy_store",
+        "mlflow.store.model_registry.sqlalchemy_store",
+        "sklearn.datasets",
+    ):
+        importlib.import_module(name)
+    for number, (effect, when) in enumerate(KILLS):
+        pid = in_a_fork(lambda: be_killed(store, root / str(number), f"killed-{number}", effect, when))  # noqa: B023
+        status = os.waitpid(pid, 0)[1]
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (effect, when, status)
+    read, write = os.pipe()
+
+    def run() -> None:
+        os.read(read, 1)
+        promote_rival(store, root / "race", "race")
+
+    pids = [in_a_fork(run) for _ in range(2)]
+    os.write(write, b"go")
+    codes = sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
+    assert codes == [0, 5], codes
+
+
+@pytest.fixture(scope="module")
+def aftermath(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder mlruns for each kill, and `race`: the good run is champion, the rival has passed, and then it happens."""
+    root, split = tmp_path_factory.mktemp("aftermath"), opener.digest_of("digits", DATA)
+    details = {
+        "against": store.good,
+        "other": "champion",
+        "verdict": {"findings": []},
+        "rules": {},
+        "recipe_digest": "",
+        "images": 0,
+        "predictions": {},
+    }
+    for folder, model in [*((str(n), f"killed-{n}") for n in range(len(KILLS))), ("race", "race")]:
+        registry = store.registry(root / folder, model)
+        seated(registry, store.good)
+        registry.ledger.record(PASSED, model, store.rival, split=split, details=details)
+    process = multiprocessing.get_context("spawn").Process(target=kills_and_a_race, args=(store, root))
+    process.start()
+    process.join(400)
+    assert process.exitcode == 0
+    return root
+
+
+@pytest.mark.parametrize("number", range(len(KILLS)), ids=lambda number: "-".join(KILLS[number]))
+def test_a_kill_at_any_point_leaves_the_old_champion_and_the_next_command_repairs(
+    number: int, store: Store, aftermath: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, view, kill = store.registry(aftermath / str(number), f"killed-{number}"), View(), KILLS[number]
+    moved = kill in (("champion", "after"), ("end", "after"))
+    assert registry.alias("champion") == ("2" if moved else "1")
+    with alone(registry.ledger.home):
+        settle(registry.tracker, registry.ledger, view.said)
+    assert not registry.ledger.cut_off()
+    if number < UNDONE_UNTIL:
+        assert kinds(registry)[-1] == UNDONE
+        assert "was undone (its version was not registered yet): version 1 is champion" in view.lines[0]
+    else:
+        assert kinds(registry)[-1] == PROMOTED
+        assert kill == ("end", "after") or "was finished: version 2 is champion" in view.lines[0]
+    assert registry.champion() == Champion(*(("1", store.good) if number < UNDONE_UNTIL else ("2", store.rival)))
+
+    monkeypatch.setattr(module, "package", lambda t, r, c, folder, e: shutil.copytree(store.packed, folder))
+    champion = promote(registry, store.rival, RULES, DATA, view)
+    assert champion == Champion("2", store.rival), "the same command does it, without another look"
+    assert (registry.alias("champion"), registry.alias("previous")) == ("2", "1")
+    assert LOOK not in kinds(registry)
+    with find_model(store.home, None, f"models:/{registry.model}@champion") as model:
+        assert (model.folder / "model.onnx").exists()
+
+
+def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(store: Store, aftermath: Path) -> None:
+    registry = store.registry(aftermath / "race", "race")
+    assert kinds(registry).count(PROMOTED) == 2 and registry.champion() == Champion("2", store.rival)
+    with (
+        alone(aftermath),
+        pytest.raises(Refused, match=r"another promotion or rollback is under way"),
+        alone(aftermath),
+    ):
+        pass
+
+
+def test_a_rollback_that_was_cut_off_is_finished(store: Store, tmp_path: Path) -> None:
+    registry, view = store.registry(tmp_path, "cut"), View()
+    seated(registry, store.good)
+    first, *_ = registry.ledger.reigns("cut")
+    version = registry.tracker.client.create_model_version("cut", "runs:/x", store.best).version
+    begun = registry.ledger.begin(PROMOTED, "cut", store.best, first, version=str(version), previous="1")
+    module._move(registry, begun, str(version))
+    registry.ledger.begin(
+        ROLLED_BACK, "cut", store.good, Champion("2", store.best), version="1", previous=None, reason="bad"
+    )
+    settle(registry.tracker, registry.ledger, view.said)
+    assert registry.champion() == first and registry.ledger.events()[-1].reason == "bad"
+    assert "a rollback of cut" in view.lines[0] and "was finished: version 1 is champion" in view.lines[0]
+
+
+def test_what_was_cut_off_does_not_undo_a_hand(store: Store, tmp_path: Path) -> None:
+    registry, view = store.registry(tmp_path, "hand"), View()
+    seated(registry, store.good)
+    client = registry.tracker.client
+    begun = registry.ledger.begin(PROMOTED, "hand", store.best, Champion("1", store.good), previous="1")
+    for token in (begun.details["token"], "another"):
+        client.create_model_version("hand", "runs:/x", store.best, {"promotion": token})
+    registry.point("champion", "3")
+    settle(registry.tracker, registry.ledger, view.said)
+    assert "the alias was moved by hand meanwhile" in view.lines[0] and registry.alias("champion") == "3"
