@@ -369,7 +369,7 @@ def test_runs_are_closed_whose_process_is_gone(
         statuses = {name: stored(tracker, run).info.status for name, run in runs.items()}
         assert statuses == {"alive": "RUNNING", "gone": "KILLED", "elsewhere": "RUNNING"}
         assert stored(tracker, parent.id).info.status == "RUNNING", "what names no process is left alone"
-    assert stored(tracker, runs["gone"]).data.tags["reason"] == "its process is gone"
+        assert stored(tracker, runs["gone"]).data.tags["reason"] == "its process is gone"
 
 
 def test_an_artifact_is_read_or_not_there(tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData) -> None:
