@@ -335,22 +335,23 @@ def print_finals(console: Console, decision: Mapping[str, Any]) -> None:
     objective = decision["objective"]
     n = len(decision["seeds"])
     console.print(
-        f"{decision['study']}: finals, {n} seeds, {objective} on the validation split; 95 % intervals of means"
+        f"{decision['study']}: finals, {n} seeds, {objective} on the validation split; 95 % intervals of the means; "
+        "differences to the control in points, time of a training, FLOP of a prediction",
+        soft_wrap=True,
     )
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("recipe", "n", "mean", "sd", "95 %", "less the control", "p", "training", "MFLOP"):
-        table.add_column(heading, justify="left" if heading == "recipe" else "right")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in ("trial", "n", "mean", "sd", "95 %", "to control", "training", "MFLOP"):
+        table.add_column(heading, justify="right")
     for row in sorted(decision["candidates"], key=lambda row: -(row["score"] or {"mean": 0})["mean"]):
         score, gap = row["score"], row["difference"]
         table.add_row(
-            row["name"],
+            row["name"].removeprefix("trial "),
             str(score["n"]) if score else "0",
             f"{score['mean']:.4f}" if score else "",
             f"{score['sd']:.4f}" if score and score["sd"] is not None else "",
             f"±{score['high'] - score['mean']:.4f}" if score and score["high"] is not None else "",
             _gap(gap) if gap else "",
-            f"{gap['p']:.2g}" if gap and gap["n"] > 1 else "",
-            f"{row['epochs']} ep, {duration(row['training_s'])}",
+            duration(row["training_s"]),
             f"{row['prediction_flop'] / 1e6:.3g}",
         )
     console.print(table)
@@ -365,8 +366,8 @@ def print_finals(console: Console, decision: Mapping[str, Any]) -> None:
 
 
 def _gap(gap: Mapping[str, float]) -> str:
-    half = f" ±{gap['high'] - gap['mean']:.4f}" if gap["high"] is not None else ""
-    return f"{gap['mean']:+.4f}{half}"
+    half = f" ±{100 * (gap['high'] - gap['mean']):.2f}" if gap["high"] is not None else ""
+    return f"{100 * gap['mean']:+.2f}{half}"
 
 
 def print_replay(console: Console, found: Sequence[Replayed]) -> None:

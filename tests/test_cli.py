@@ -244,6 +244,9 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
         (["rollback", "--reason", "x", "--version", "0"], ["VERSION 0: should be a number"]),
         (["rollback", "--reason", "x"], ["no runs yet in mlruns"]),
         (["history"], ["no promotions yet in mlruns"]),
+        (["finals", "attention"], ["no runs yet in mlruns"]),
+        (["finals", "attention", "--device", "gpu"], ["DEVICE gpu: should be auto, cpu, cuda or cuda:N"]),
+        (["reproduce", "0" * 32], ["no runs yet in mlruns"]),
         (["predict", "cat.jpg"], ["no finished run yet: make study NAME=attention DATASET=digits"]),
         (["predict", "cat.jpg", "--method", "ttta"], ["METHOD ttta: not one of plain, tta,", "(did you mean tta?)"]),
         (["predict", "cat.jpg", "--device", "gpu"], ["DEVICE gpu: should be auto, cpu, cuda or cuda:N"]),
@@ -584,6 +587,19 @@ def test_make_bench_passes_every_variable_on(made: Path) -> None:
     options = ["--model=plain", "--dataset=digits", "--data-dir=my data", "--device=cpu", "--against=a peer.py"]
     assert got == ["-m", "pipeline", "bench", *options, "--json"]
     assert re.findall(r"\[(.*)\]", make(made, "bench", "JSON=0").stdout) == ["-m", "pipeline", "bench"]
+
+
+def test_make_finals_and_reproduce_pass_every_variable_on(made: Path) -> None:
+    names = ["TOP", "SEEDS", "EPOCHS", "DATA_DIR", "DEVICE", "TRACKING_URI"]
+    done = make(made, "finals", "NAME=attention", *(f"{name}={name.lower()} value" for name in names))
+    expected = [f"--{name.lower().replace('_', '-')}={name.lower()} value" for name in names]
+    assert re.findall(r"\[(.*)\]", done.stdout) == ["-m", "pipeline", "finals", *expected, "--", "attention"]
+    assert "which study? make finals NAME=attention" in make(made, "finals").stderr
+    names = ["DATA_DIR", "DEVICE", "TOLERANCE", "TRACKING_URI"]
+    done = make(made, "reproduce", "RUN=0123", *(f"{name}={name.lower()} value" for name in names), RUN="exported")
+    expected = [f"--{name.lower().replace('_', '-')}={name.lower()} value" for name in names]
+    assert re.findall(r"\[(.*)\]", done.stdout) == ["-m", "pipeline", "reproduce", *expected, "--", "0123"]
+    assert "which run? make reproduce RUN=" in make(made, "reproduce", RUN="exported").stderr
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ from math import comb
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 from sklearn.metrics import f1_score
 
-from pipeline.evaluation.significance import f1_macro_error, mcnemar
+from pipeline.evaluation.significance import f1_macro_error, mcnemar, paired_t, sample
 
 
 def test_mcnemar_is_the_two_sided_binomial_test() -> None:
@@ -74,3 +74,24 @@ def test_equally_good_predictions_rarely_seem_to_differ_in_macro_f1() -> None:
 def test_equal_predictions_have_no_error_even_where_a_class_never_occurs() -> None:
     labels, first, _ = predictions(0, 50, 3)
     assert f1_macro_error(labels, first, first, 7) == 0
+
+
+def test_the_mean_of_a_sample_has_the_interval_of_students_t() -> None:
+    values = [0.91, 0.93, 0.92, 0.95]
+    found, expected = sample(values), ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.n, found.mean, found.sd) == (4, pytest.approx(0.9275), pytest.approx(np.std(values, ddof=1)))
+    assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+    wider = sample(values, least_sd=2 * np.std(values, ddof=1))
+    assert wider.high is not None and wider.high - wider.mean == pytest.approx(2 * (expected.high - 0.9275))
+    assert wider.sd == found.sd
+    assert sample([0.5]).sd is None and sample([0.5]).low is None
+
+
+def test_the_paired_t_test_is_that_of_scipy_down_to_the_least_deviation() -> None:
+    differences = np.random.default_rng(0).normal(0.002, 0.003, 6)
+    p = paired_t(differences.tolist(), 1e-9)
+    assert p == pytest.approx(ttest_1samp(differences, 0).pvalue)
+    assert paired_t((-differences).tolist(), 1e-9) == pytest.approx(p)
+    assert paired_t(differences.tolist(), 0.01) > p
+    assert paired_t([0.01, 0.01, 0.01], 0.01) == pytest.approx(0.2254, abs=1e-4), "t = sqrt(3), two degrees of freedom"
+    assert paired_t([0.3], 0.01) == 1

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pipeline import recipe
-from pipeline.models.build import build_network, num_parameters, receptive_field
+from pipeline.models.build import build_network, num_parameters, prediction_flop, receptive_field
 from pipeline.models.efficient import EfficientNetwork
 from pipeline.models.expert import ExpertBlock, ExpertNetwork
 from pipeline.models.fast import FastNetwork
@@ -227,6 +227,15 @@ def test_a_third_convolution_has_a_shortcut_around_both_behind_the_first() -> No
     x = torch.randn(2, 24, 15, 15)
     first = nn.functional.gelu(block.norms[0](block.pool(block.convolutions[0](x))))
     torch.testing.assert_close(block(x), nn.functional.gelu(first))
+
+
+def test_the_flop_of_a_prediction_are_counted_by_hand() -> None:
+    """Convolutions of 3 x 3 at full and half size, then two linear layers; two FLOP for each multiply-add."""
+    model = recipe.Baseline(widths=(4, 8), hidden=16)
+    features = build_network(model, 10, 8, seed=0)
+    linear = sum(2 * m.in_features * m.out_features for m in features.modules() if isinstance(m, nn.Linear))
+    convolutions = 2 * 9 * (3 * 4 * 8 * 8 + 4 * 8 * 4 * 4)
+    assert prediction_flop(model, 10, 8) == convolutions + linear
 
 
 def test_a_max_pool_before_the_relu_gives_the_values_and_gradients_of_one_behind_it() -> None:

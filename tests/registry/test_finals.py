@@ -308,6 +308,8 @@ def test_a_recipe_far_behind_stops_after_three_seeds_and_the_control_never(small
     assert [len(race.scores(candidate)) for candidate in candidates] == [5, 5, 3]
     assert race.out[candidates[2].digest].startswith("stopped early: 10.")
     assert candidates[0].digest not in race.out
+    race.add(candidates[0], 5, Final("", None, 1.0))
+    assert candidates[0] not in race.eligible() and candidates[0] in race.running(), "not even one that diverged"
 
 
 def test_the_best_recipe_is_stopped_in_at_most_five_percent_of_finals(small_recipe: Recipe) -> None:
@@ -357,3 +359,25 @@ def test_a_tie_goes_to_the_cheaper_prediction_then_to_fewer_epochs_then_to_the_c
     assert chosen([2, 1, 1], [3, 4, 5]) == (1, "trained in fewer epochs")
     assert chosen([1, 1, 1], [3, 3, 3]) == (0, "the control, which changes nothing")
     assert chosen([2, 1, 1], [3, 3, 3]) == (2, "the higher mean")
+
+
+def test_the_table_fits_a_terminal_of_80_columns_and_shows_what_decided(done: Lab) -> None:
+    import io
+
+    from rich.console import Console
+
+    from pipeline.console import print_finals
+
+    decision = load_decision(done.tracker, done.study)
+    assert decision
+    for row in decision["candidates"]:
+        row["training_s"] = 754.0
+    out = io.StringIO()
+    print_finals(Console(file=out, width=80), decision)
+    rows = [line.split() for line in out.getvalue().splitlines() if "min" in line]
+    score = next(row["score"] for row in decision["candidates"] if row["is_control"])
+    [control] = [row for row in rows if "(control)" in row]
+    assert control[:5] == ["0", "(control)", "2", f"{score['mean']:.4f}", f"{score['sd']:.4f}"]
+    assert all(row[-5:-1] == ["12", "min", "34", "s"] for row in rows) and len(rows) == 2, "each on one line"
+    assert "trial 1: optimizer.lr 0.05" in out.getvalue()
+    assert f"winner: {decision['winner']['said']}" in out.getvalue()

@@ -18,7 +18,6 @@ from optuna.trial import TrialState
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.experiment import Outcome
-from pipeline.guard import StopOnSignal
 from pipeline.recipe import Recipe
 from pipeline.search import workers
 from pipeline.search.storage import ask_again, num_finished, open_storage, reconcile
@@ -220,14 +219,6 @@ def test_a_signal_ends_the_trial_killed_and_the_study_resumes(number: signal.Sig
     assert num_finished(study) == 3
     assert study.trials[2].params == study.trials[1].params, "the interrupted trial is asked again"
     assert lab.tracker.client.get_run(parent.info.run_id).info.status == "FINISHED"
-
-
-def test_a_second_ctrl_c_ends_at_once() -> None:
-    with StopOnSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_no_trial_starts_after_the_timeout(lab: Lab) -> None:

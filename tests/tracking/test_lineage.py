@@ -94,6 +94,24 @@ def test_the_patch_applied_to_a_clean_clone_of_the_commit_gives_the_same_code(pr
     assert tree(clone) == tree(project)
 
 
+def test_the_code_is_the_same_where_nothing_in_its_folder_changed_and_nothing_is_uncommitted(project: Path) -> None:
+    first = git(project, "rev-parse", "HEAD")
+    assert lineage.same_code(first, b"")
+    assert not lineage.same_code(first, b"some difference")
+    assert not lineage.same_code("none", b"")
+
+    def commit(file: str, text: str) -> None:
+        (project / file).write_text(text)
+        git(project, "commit", "--quiet", "--all", "--message", file)
+        lineage.code.cache_clear()
+
+    commit("README.md", "more\n")
+    assert lineage.same_code(first, b""), "a commit of words changes no run"
+    commit("pipeline/loop.py", "other\n")
+    assert not lineage.same_code(first, b"")
+    assert not lineage.same_code("0" * 40, b""), "a commit that is not here may be anything"
+
+
 @pytest.mark.parametrize("file", ["pipeline/server.log", "notes.txt", "mlruns/mlflow.db"])
 def test_untracked_files_that_are_ignored_or_no_code_are_no_difference(file: str, project: Path) -> None:
     (project / file).parent.mkdir(exist_ok=True)

@@ -18,6 +18,7 @@ from mlflow.entities import Run as StoredRun
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
+from pipeline.guard import this_worker
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.tracking.lineage import code
 from pipeline.tracking.runs import MlflowRun, MlflowTracker, State
@@ -327,6 +328,55 @@ def test_runs_are_closed_where_their_trials_are_dead_and_only_there(
         for run_id in (alive, elsewhere, parent.id):
             assert stored(tracker, run_id).info.status == "RUNNING"
     assert stored(tracker, finished.id).data.tags["state"] == "finished"
+
+
+def test_finals_and_reproductions_are_neither_the_best_trials_nor_closed_with_them(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    parent = tracker.open_study("roles-v1-digits", "Why?", "val/accuracy", [])
+    study = next(study for study in tracker.studies() if study.parent == parent.id)
+    tags = trial_tags("roles-v1-digits", 0)
+    ids = {}
+    for role, score in (("trial", 0.5), ("final", 0.9), ("reproduction", 0.8)):
+        with tracker.run(role, small_recipe, digits, parent.id, tags | {"role": role}) as run:
+            run.log_metrics({"val/accuracy": score}, 1)
+            run.end(State.FINISHED)
+        ids[role] = run.id
+        assert [child.info.run_id for child in tracker.children(study, role)] == [run.id]
+    assert tracker.best_run_ids(study, 10) == [ids["trial"]]
+    tracker.close_abandoned(parent.id, abandoned={0}, alive=())
+    assert {role: stored(tracker, run).data.tags["state"] for role, run in ids.items()} == {
+        "trial": "interrupted",
+        "final": "finished",
+        "reproduction": "finished",
+    }
+
+
+def test_runs_are_closed_whose_process_is_gone(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    parent = tracker.open_study("gone-v1-digits", "Why?", "val/accuracy", [])
+    me = this_worker()
+    workers = {"alive": me, "gone": me | {"started": 0.0}, "elsewhere": me | {"host": "elsewhere", "started": 0.0}}
+    with ExitStack() as left_open:
+        runs = {
+            name: left_open.enter_context(
+                tracker.run(name, small_recipe, digits, parent.id, {"role": "final", "worker": json.dumps(worker)})
+            ).id
+            for name, worker in workers.items()
+        }
+        tracker.close_gone(stored(tracker, parent.id).info.experiment_id)
+        statuses = {name: stored(tracker, run).info.status for name, run in runs.items()}
+        assert statuses == {"alive": "RUNNING", "gone": "KILLED", "elsewhere": "RUNNING"}
+        assert stored(tracker, parent.id).info.status == "RUNNING", "what names no process is left alone"
+        assert stored(tracker, runs["gone"]).data.tags["reason"] == "its process is gone"
+
+
+def test_an_artifact_is_read_or_not_there(tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData) -> None:
+    with tracker.run("run", small_recipe, digits) as run:
+        run.end(State.FINISHED)
+    assert parse_recipe(tracker.read_file(run.id, "recipe.json") or "") == small_recipe
+    assert tracker.read_file(run.id, "weights.safetensors") is None
 
 
 def test_a_deleted_experiment_is_refused_in_a_line_that_tells_the_way_out(tracker: MlflowTracker) -> None:

@@ -1,0 +1,44 @@
+"""Signals, locks and processes are real ones."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.guard import StopOnSignal, alone, is_gone, this_worker
+
+
+def test_the_first_signal_asks_and_a_second_one_ends_at_once() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with StopOnSignal() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_one_at_a_time_for_a_study_and_others_beside_it(tmp_path: Path) -> None:
+    with alone("a", tmp_path / "mlruns"):
+        with pytest.raises(UserError, match="study a: another command is running it"), alone("a", tmp_path / "mlruns"):
+            pass
+        with alone("b", tmp_path / "mlruns"):
+            pass
+    with alone("a", tmp_path / "mlruns"):
+        pass
+
+
+def test_a_process_is_known_to_live_to_be_gone_or_not_to_be_ours_to_judge() -> None:
+    me = this_worker()
+    assert not is_gone(me)
+    assert is_gone(me | {"started": me["started"] - 60}), "its number was given to another process"
+    code = "import json; from pipeline.guard import this_worker; print(json.dumps(this_worker()))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert is_gone(json.loads(ended))
+    assert not is_gone(json.loads(ended) | {"host": "elsewhere"})
