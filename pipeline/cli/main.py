@@ -18,7 +18,7 @@ import typer
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 from pipeline.cli.common import INTERRUPTED
-from pipeline.cli.look import ui
+from pipeline.cli.look import compare, ui
 from pipeline.cli.measure import bench, curves, replay
 from pipeline.cli.predict import ensemble, predict
 from pipeline.cli.study import plan, study
@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (study, plan, ui, predict, ensemble, bench, curves, replay):
+for _command in (study, plan, compare, ui, predict, ensemble, bench, curves, replay):
     app.command()(_command)
 
 

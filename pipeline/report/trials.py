@@ -183,7 +183,7 @@ def predictions(tracker: MlflowTracker, run_id: str) -> Predictions | None:
         try:
             found = pq.read_table(tracker.client.download_artifacts(run_id, "predictions.parquet", folder))
             return Predictions(
-                found["id"].to_numpy(),
+                found["id"].to_numpy().copy(),  # torch wants to be able to write
                 found["label"].to_numpy(),
                 np.stack(found["probabilities"].to_numpy()),
                 tuple(json.loads(found.schema.metadata[b"classes"])),
