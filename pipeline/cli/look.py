@@ -127,14 +127,14 @@ def _print_trials(console: Console, frame: "pd.DataFrame", count: int = 8) -> No
     if base is not None and base["run_id"] not in set(rows["run_id"]):
         rows = pd.concat([rows, base.to_frame().T])
     objective, trials = frame["objective"].iloc[0], int((frame["role"] == "trial").sum())
-    title = f"{frame['study'].iloc[0]}: best {min(len(done), count)} of {trials} trials, {len(done)} finished; validation split"
+    title = f"{frame['study'].iloc[0]}: best {min(len(done), count)} of {trials} trials, {len(done)} finished; validation split, lead in points"
     grid = Table(title=Text(one_line(title)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("trial", objective, "beside control", "weakest class (F1)", "training", "parameters", "latency"):
+    for heading in ("trial", objective, "vs control", "weakest class (F1)", "training", "parameters", "latency"):
         grid.add_column(Text(heading), justify="left" if heading.startswith("weak") else "right")
     for _, row in rows.iterrows():
         weakest, f1 = weakest_class(row)
         grid.add_row(
-            f"{row['trial']}{' (control)' if row['control'] else ''}",
+            f"{'control ' if row['control'] else ''}{row['trial']}",
             f"{row['score']:.4f}",
             f"{100 * (row['score'] - base['score']):+.2f}" if base is not None else "",
             Text(f"{one_line(weakest)[:20]} ({f1:.3f})" if weakest else ""),

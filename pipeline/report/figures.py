@@ -16,13 +16,14 @@ import plotly.graph_objects as go
 from pipeline.errors import one_line
 from pipeline.evaluation.scores import reliability
 from pipeline.report.analysis import Effects, pareto
-from pipeline.report.trials import F1, Predictions, control, finished, short, show, weakest_class
+from pipeline.report.trials import F1, Predictions, challenger, control, finished, short, show, weakest_class
 
 BEST, CONTROL, GOOD, BAD, OTHER, FAINT = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8c8c8c"
 CYCLE = (BEST, CONTROL, GOOD, BAD, "#E69F00", OTHER)
-SHADES = ("#c6c6c6", "#9fc3de", "#56B4E9", "#0072B2")  # of quarters, the best the darkest
+SHADES = ("#b4b4b4", "#8fb8d6", "#56B4E9", "#0072B2")  # of quarters, the best last
 LINES = 60  # of pruned trials; and of each quarter in the parallel coordinates
 ROWS, CLASSES = 12, 20  # parameters, classes in one figure
+FEWEST_IN_BIN = 10  # images
 HEATED = 10  # trials beside the control
 COSTS = {
     "time/training_s": "training time, s",
@@ -135,14 +136,13 @@ def importance(shares: pd.DataFrame) -> go.Figure:
     )
     _named_rows(figure, [text(name, 40) for name in top["parameter"]], 38)
     figure.update_xaxes(tickformat=".0%", title="share of importance", rangemode="tozero")
-    names = [short(name) for name in shares["parameter"][shares["importance"] > shares["chance"]]]
-    said = f"{_listed(names)} {'matter' if len(names) > 1 else 'matters'} more than chance" if names else "None is more"
-    rest = "; for the others these trials can't tell." if names else " than chance gives: these trials can't tell."
-    return _said(figure, said + rest)
+    names = list(shares["parameter"][shares["importance"] > shares["chance"]])
+    said = f"Above what chance gives: {_listed(names) or 'none'}, of {len(shares)} parameters"
+    return _said(figure, f"{said}; about {0.05 * len(shares):.1f} would be by chance alone.")
 
 
 def parallel(frame: pd.DataFrame, names: Sequence[str]) -> go.Figure:
-    """Each finished trial as a line through its parameters, from top to bottom; the darker the better."""
+    """Each finished trial as a line through its parameters, from top to bottom; the best in blue."""
     done = finished(frame)
     names = [name for name in names if done[name].nunique() > 1][:ROWS]
     figure, rows, ticks = go.Figure(), [], []
@@ -169,7 +169,7 @@ def parallel(frame: pd.DataFrame, names: Sequence[str]) -> go.Figure:
             name=("best quarter", "second", "third", "last quarter")[which],
             line={"color": SHADES[3 - which], "width": 1.8 if which == 0 else 1},
             marker={"size": 4},
-            opacity=0.9 if which == 0 else 0.55,
+            opacity=0.9 if which == 0 else 0.7,
             hovertext=said,
             hoverinfo="text",
             connectgaps=False,
@@ -177,7 +177,7 @@ def parallel(frame: pd.DataFrame, names: Sequence[str]) -> go.Figure:
         )
     heights = range(len(rows), 0, -1)
     for height, name, ends in zip(heights, names, ticks, strict=True):
-        _label(figure, height, f"<b>{text(name, 40)}</b>")
+        _label(figure, height, f"<b>{text(name, 40)}</b>", shift=15)
         for place, label in ends.items():
             figure.add_annotation(x=place, y=height, text=text(label, 12), showarrow=False, yshift=-11, font_size=10)
     _axes(figure, "", "", 90 + 58 * max(len(rows), 1))
@@ -216,8 +216,8 @@ def _places(values: pd.Series) -> tuple[list[float | None], dict[float, str]]:
 
 
 def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
-    """The objective by epoch: the best trial, the control, and pruned ones in grey."""
-    figure, done, base = go.Figure(), finished(frame), control(frame)
+    """The objective by epoch, from `trials.histories`: the best trial, the control, and pruned ones in grey."""
+    figure, base = go.Figure(), control(frame)
     curves = {run_id: curve for run_id, curve in histories.groupby("run_id")}
     pruned = [run_id for run_id in frame["run_id"][frame["state"] == "pruned"] if run_id in curves]
     x, y = [], []
@@ -228,33 +228,27 @@ def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
         line = {"color": FAINT, "width": 1}
         figure.add_scatter(x=x, y=y, mode="lines+markers", name="pruned", opacity=0.6, line=line, marker={"size": 3})
     chosen = {} if base is None else {f"control (trial {base['trial']})": (base, CONTROL)}
-    if len(done) and (base is None or done.iloc[0]["run_id"] != base["run_id"]):
-        chosen[f"best (trial {done.iloc[0]['trial']})"] = (done.iloc[0], BEST)
+    if (other := challenger(frame)) and (base is None or other[0]["run_id"] != base["run_id"]):
+        chosen[f"{other[1]} (trial {other[0]['trial']})"] = (other[0], BEST)
+    chosen = {label: (row, colour) for label, (row, colour) in chosen.items() if row["run_id"] in curves}
     for label, (row, colour) in chosen.items():
-        if (curve := curves.get(row["run_id"])) is not None:
-            figure.add_scatter(
-                x=curve["epoch"],
-                y=curve["value"],
-                mode="lines+markers",
-                name=label,
-                line={"color": colour, "width": 2.5},
-                marker={"size": 5},
-                hovertemplate="epoch %{x}: %{y:.4f}<extra></extra>",
-            )
+        figure.add_scatter(
+            x=curves[row["run_id"]]["epoch"],
+            y=curves[row["run_id"]]["value"],
+            mode="lines+markers",
+            name=label,
+            line={"color": colour, "width": 2.5},
+            marker={"size": 5},
+            hovertemplate="epoch %{x}: %{y:.4f}<extra></extra>",
+        )
     _axes(figure, "epoch", _objective(frame), 360)
-    return _said(figure, _ahead(done, base, curves, len(pruned)))
-
-
-def _ahead(done: pd.DataFrame, base: pd.Series | None, curves: dict[Any, pd.DataFrame], pruned: int) -> str:
-    parts = [f"{pruned} pruned trials are grey" if pruned else "No trial was pruned"]
-    if base is not None and len(done) and {done.iloc[0]["run_id"], base["run_id"]} <= curves.keys():
-        both = [curves[row["run_id"]].set_index("epoch")["value"] for row in (done.iloc[0], base)]
-        gap = (both[0] - both[1]).dropna()
-        if done.iloc[0]["run_id"] == base["run_id"]:
-            parts.insert(0, "The control itself is the best")
-        elif len(gap):
-            parts.insert(0, f"The best was ahead of the control in {int((gap > 0).sum())} of {len(gap)} epochs")
-    return "; ".join(parts) + "."
+    said = f"Grey: {len(pruned)} pruned trials" if pruned else "No trial was pruned"
+    if len(chosen) == 2:
+        one, two = (curves[row["run_id"]].set_index("epoch")["value"] for row, _ in chosen.values())
+        gap = (two - one).dropna()
+        ahead = f"The {other[1] if other else ''} was ahead of the control in {int((gap > 0).sum())} of {len(gap)} epochs"
+        said = f"{ahead}. {said}"
+    return _said(figure, f"{said}.")
 
 
 def effect(found: Effects, most: int = 16) -> go.Figure:
@@ -283,7 +277,7 @@ def effect(found: Effects, most: int = 16) -> go.Figure:
                 hovertemplate="%{x:+.2f} points; %{customdata[0]} finished, %{customdata[1]} pruned<extra></extra>",
             )
     names = [
-        f"{text(row['parameter'].partition('.')[2] if short(row['parameter']) != row['parameter'].partition('.')[0] else short(row['parameter']), 28)} "
+        f"{text(short(row['parameter']), 28)} "
         f"<b>{text(row['level'], 22)}</b>, not {text(row['reference'].replace(' (the most frequent)', '*'), 22)}"
         for _, row in top.iterrows()
     ]
@@ -296,8 +290,7 @@ def effect(found: Effects, most: int = 16) -> go.Figure:
         if total
         else f"None of {len(table)} choices can be told from the control's by {found.trials} trials"
     )
-    chance = 0.05 * len(table)
-    return _said(figure, f"{said}; about {chance:.1f} would by chance, were none of them of any effect.")
+    return _said(figure, f"{said}; the {len(top)} clearest are drawn." if len(top) < len(table) else f"{said}.")
 
 
 def per_class(frame: pd.DataFrame) -> go.Figure:
@@ -323,7 +316,8 @@ def per_class(frame: pd.DataFrame) -> go.Figure:
         ygap=1,
         hovertemplate="F1 %{z:.4f}<extra></extra>",
     )
-    _axes(figure, "trial, the best first", "", 110 + 28 * max(len(names), 3))
+    _axes(figure, "trial, the best first", "", 75 + 28 * max(len(names), 3))
+    figure.update_layout(margin_t=8)
     figure.update_xaxes(tickvals=list(range(len(heads))), ticktext=heads, showgrid=False, tickangle=0)
     labels = [text(name.removeprefix(F1), 16) for name in names]
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=labels, showgrid=False, autorange="reversed")
@@ -358,24 +352,25 @@ def confusion_difference(best: Predictions, base: Predictions) -> go.Figure:
         texttemplate="%{text}",
         customdata=part,
         hovertemplate="%{customdata:+d} images<extra></extra>",
-        colorscale=[[0, BEST], [0.5, "#f4f4f4"], [1, CONTROL]],
+        colorscale=[[0, BEST], [0.5, "rgba(140,140,140,0.12)"], [1, CONTROL]],
         zmin=-most,
         zmax=most,
         showscale=False,
         xgap=1,
         ygap=1,
     )
-    _axes(figure, "predicted class", "true class", 140 + 27 * max(len(places), 3))
+    _axes(figure, "predicted class", "true class", 110 + 27 * max(len(places), 3))
+    figure.update_layout(margin_t=8)
     figure.update_xaxes(tickvals=places, ticktext=labels, showgrid=False, tickangle=-60)
     figure.update_yaxes(tickvals=places, ticktext=labels, showgrid=False, autorange="reversed")
     off = cells - np.diag(np.diag(cells))
     saved, lost = (np.unravel_index(off.argmin(), off.shape), np.unravel_index(off.argmax(), off.shape))
     pairs = [
-        f"{best.classes[pair[0]]} taken for {best.classes[pair[1]]} {off[pair]:+d}"
+        f"{best.classes[pair[0]]} taken for {best.classes[pair[1]]} {abs(off[pair])} times {'less' if off[pair] < 0 else 'more'}"
         for pair in (saved, lost)
         if off[pair] != 0
     ]
-    said = f"Largest changes: {_listed(pairs)} of {len(best.labels):,} images" if pairs else "The confusions are the same"
+    said = f"Largest changes by the best, of {len(best.labels):,} images: {_listed(pairs)}" if pairs else "No confusion differs"
     return _said(figure, said + ".")
 
 
@@ -386,7 +381,7 @@ def calibration(runs: dict[str, Predictions]) -> go.Figure:
     figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", showlegend=False, line=line, hoverinfo="skip")
     for colour, (label, run) in zip(CYCLE, runs.items(), strict=False):
         measured = reliability(run.probabilities, run.labels)
-        full = measured.count > 0
+        full = measured.count >= min(FEWEST_IN_BIN, measured.count.max())
         figure.add_scatter(
             x=measured.confidence[full],
             y=measured.accuracy[full],
@@ -398,53 +393,58 @@ def calibration(runs: dict[str, Predictions]) -> go.Figure:
             hovertemplate="said %{x:.1%}, right %{y:.1%} of %{customdata} images<extra></extra>",
         )
         excess = float(run.probabilities.max(1).mean() - (run.answers == run.labels).mean())
-        way = "too sure" if excess > 0 else "not sure enough"
+        way = "overconfident" if excess > 0 else "underconfident"
         parts.append(f"{label} is {way} by {abs(100 * excess):.1f} points on average, ECE {measured.ece:.3f}")
     _axes(figure, "confidence", "accuracy", 360)
     figure.update_xaxes(tickformat=".0%", range=[0, 1.04])
     figure.update_yaxes(tickformat=".0%", range=[0, 1.04])
-    said = "; ".join(parts)
-    return _said(figure, f"{said[:1].upper()}{said[1:]} ({len(next(iter(runs.values())).labels):,} images).")
+    said, images = "; ".join(parts), len(next(iter(runs.values())).labels)
+    rest = f"{images:,} images in 15 bins, those with fewer than {FEWEST_IN_BIN} left out"
+    return _said(figure, f"{said[:1].upper()}{said[1:]} ({rest}).")
 
 
 def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
     """Score against one of COSTS; the trials that no other beats at less cost are joined (Pareto front)."""
     done = finished(frame)
     done = done[done[measure].notna()] if measure in done else done[:0]
-    front = pareto(done[measure], done["score"]) if len(done) else np.zeros(0, bool)
-    figure, base = go.Figure(), control(frame)
-    figure.add_scatter(**_dots(done[~front], measure), name="finished", marker={"color": FAINT, "size": 7, "opacity": 0.7})
-    edge = done[front].sort_values(measure)
-    figure.add_scatter(
-        **_dots(edge, measure, "lines+markers"),
-        name="Pareto front",
-        marker={"color": BEST, "size": 9},
-        line={"color": BEST, "width": 1.5, "shape": "hv"},
-    )
-    if base is not None and base["run_id"] in set(done["run_id"]):
+    figure, base, several = go.Figure(), control(frame), frame["study"].nunique() > 1
+    _axes(figure, COSTS.get(measure, measure), _objective(frame), 360)
+    if done.empty:
+        return _said(figure, "No trial has this cost.")
+    for colour, (study, runs) in zip(_colours(frame) if several else [FAINT], _studies(done), strict=False):
+        marker = {"color": colour, "size": 7, "opacity": 0.7}
+        figure.add_scatter(**_dots(runs, measure), name=text(study) if several else "finished", marker=marker)
+    edge = done[pareto(done[measure], done["score"])].sort_values(measure)
+    line, dots = {"color": FAINT if several else BEST, "width": 1.5, "shape": "hv"}, {"size": 9, "color": BEST}
+    if several:
+        dots = {"size": 12, "color": FAINT, "symbol": "circle-open"}
+    figure.add_scatter(**_dots(edge, measure, "lines+markers"), name="Pareto front", marker=dots, line=line)
+    if not several and base is not None and base["run_id"] in set(done["run_id"]):
         ring = {"color": CONTROL, "size": 14, "symbol": "circle-open", "line": {"width": 2}}
         figure.add_scatter(**_dots(done[done["run_id"] == base["run_id"]], measure), name="control", marker=ring)
-    _axes(figure, COSTS.get(measure, measure), _objective(frame), 360)
-    if len(done) and (low := _floor(frame)) is not None:
+    if done[measure].min() > 0 and done[measure].max() > 10 * done[measure].min():
+        figure.update_xaxes(type="log", dtick=1)
+    if not several and (low := _floor(frame)) is not None:
         figure.update_yaxes(range=[low, None])
-    if not len(done):
-        return _said(figure, "No trial has this cost.")
     cheap, top = edge.iloc[0], edge.iloc[-1]
-    ratio = top[measure] / cheap[measure] if cheap[measure] else np.nan
-    said = f"{len(edge)} of {len(done)} trials are on the front; the cheapest, trial {cheap['trial']}, costs "
     if len(edge) == 1:
-        return _said(figure, f"Trial {top['trial']} is both the best and the cheapest of {len(done)}.")
-    lost = 100 * (top["score"] - cheap["score"])
-    return _said(figure, f"{said}{1 / ratio:.0%} of the best's and has {lost:.2f} points less.")
+        return _said(figure, f"{_named(top, several)} is both the best and the cheapest of {len(done)}.")
+    share, lost = cheap[measure] / top[measure], 100 * (top["score"] - cheap["score"])
+    said = f"{len(edge)} of {len(done)} trials are on the front; the cheapest, {_named(cheap, several)}, costs {share:.0%} of "
+    return _said(figure, f"{said}the best's there, {_named(top, several)}, and has {lost:.2f} points less.")
+
+
+def _named(row: pd.Series, several: bool) -> str:
+    return f"trial {row['trial']}{' of ' + row['study'] if several else ''}"
 
 
 def _dots(rows: pd.DataFrame, measure: str, mode: str = "markers") -> dict[str, Any]:
     return {
-        "x": rows[measure] if len(rows) else [],
+        "x": rows[measure],
         "y": rows["score"],
         "mode": mode,
-        "customdata": rows["trial"],
-        "hovertemplate": "trial %{customdata}: %{y:.4f} at %{x:,.4g}<extra></extra>",
+        "customdata": [f"{text(study, 40)}, trial {trial}" for study, trial in zip(rows["study"], rows["trial"], strict=True)],
+        "hovertemplate": "%{customdata}: %{y:.4f} at %{x:,.4g}<extra></extra>",
     }
 
 
@@ -453,7 +453,8 @@ def spread(frame: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
     groups = [(study, finished(runs)) for study, runs in _studies(frame)]
     names = []
-    for row, (colour, (study, done)) in enumerate(zip(_colours(frame), groups, strict=True)):
+    for row, (colour, (study, done)) in reversed(list(enumerate(zip(_colours(frame), groups, strict=True)))):
+        row = len(groups) - 1 - row
         figure.add_box(
             x=done["score"],
             y=[row] * len(done),
@@ -471,6 +472,7 @@ def spread(frame: pd.DataFrame) -> go.Figure:
         )
         names.append(f"{text(study, 40)}, n = {len(done)}")
     _named_rows(figure, names, 74)
+    figure.update_layout(margin_t=8)
     figure.update_xaxes(title=_objective(frame))
     medians = {study: done["score"].median() for study, done in groups if len(done)}
     said = "; ".join(f"{study}: median {median:.4f}" for study, median in medians.items()) or "No trial finished"
@@ -491,6 +493,7 @@ def template(dark: bool) -> dict[str, Any]:
             "plot_bgcolor": "rgba(0,0,0,0)",
             "xaxis": axis,
             "yaxis": axis,
+            "annotationdefaults": {"bgcolor": "rgba(23,25,28,.7)" if dark else "rgba(255,255,255,.7)", "borderpad": 0},
             "hoverlabel": {"bgcolor": "#24272b" if dark else "#ffffff", "font": {"color": ink}},
         }
     }
@@ -502,6 +505,7 @@ def _axes(figure: go.Figure, x: str, y: str, height: int) -> None:
         height=height,
         margin={"l": 8, "r": 12, "t": 44, "b": 8},
         legend={"orientation": "h", "x": 0, "y": 1, "yref": "container", "yanchor": "top", "font": {"size": 11}},
+        showlegend=True,
         dragmode=False,
         hovermode="closest",
     )
@@ -525,7 +529,8 @@ def _label(figure: go.Figure, row: float, name: str, shift: float = 12) -> None:
 
 def _level(figure: go.Figure, score: float, name: str) -> None:
     line = {"color": CONTROL, "dash": "dash", "width": 1}
-    figure.add_hline(y=score, line=line, annotation={"text": name, "font": {"color": CONTROL, "size": 11}})
+    words = {"text": name, "font": {"color": CONTROL, "size": 11}}
+    figure.add_hline(y=score, line=line, annotation=words, annotation_position="bottom right")
 
 
 def _said(figure: go.Figure, sentence: str) -> go.Figure:

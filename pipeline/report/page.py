@@ -24,6 +24,7 @@ from pipeline.report import figures
 from pipeline.report.analysis import Lead, effects, finals, importances, lead
 from pipeline.report.trials import (
     Predictions,
+    challenger,
     changes,
     control,
     finished,
@@ -66,7 +67,7 @@ nav { font-size: .9rem; margin: .6em 0 }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .25em .8em .25em 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
 th { color: var(--dim); font-weight: 600 } td.n, th.n { text-align: right; white-space: nowrap }
-td.wide { min-width: 260px; overflow-wrap: anywhere }
+td.wide { min-width: 330px; overflow-wrap: anywhere }
 .pictures { display: flex; flex-wrap: wrap; gap: 10px; margin: .4em 0 1em }
 .pictures figure { margin: 0; width: 96px } .pictures img { width: 96px; height: 96px; image-rendering: pixelated }
 .pictures figcaption { font-size: .75rem; line-height: 1.3; overflow-wrap: anywhere }
@@ -88,9 +89,10 @@ dark.addEventListener('change', draw);
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A study's best trial beside its control, with what both answered; None where it is gone."""
+    """A study's best trial, or its runner-up, beside its control; with what both answered, None where it is gone."""
 
     best: pd.Series
+    word: str  # best or runner-up
     base: pd.Series | None
     best_answers: Predictions | None
     base_answers: Predictions | None
@@ -107,7 +109,8 @@ def study_page(
     page.head(study.name, f"Question: {note}" if note else "", answer(frame, pair), links)
     page.counts(frame)
     page.part("Best trials", _best_table(frame, pair))
-    page.part("Finals: the same recipes with fresh seeds", _finals_table(frame)) if len(finals(frame)) else None
+    if len(finals(frame)):
+        page.part("Finals: the same recipes with fresh seeds", _finals_table(frame))
     if pair is None:
         page.part("Search history", page.figure(figures.history(frame)))
     else:
@@ -138,8 +141,8 @@ def _results(page: "_Page", tracker: MlflowTracker, frame: pd.DataFrame, pair: P
     curves = histories(tracker, list(dict.fromkeys([*shown, *stopped])), str(pair.best["objective"]))
     page.part("Learning curves", page.figure(figures.learning_curves(frame, curves)))
     page.part("F1 by class", page.figure(figures.per_class(frame)))
-    page.part("Where the best and the control disagree", *_disagreement(page, tracker, pair, data_dir))
-    answers = {"the best": pair.best_answers}
+    page.part(f"Where the {pair.word} and the control disagree", *_disagreement(page, tracker, pair, data_dir))
+    answers = {f"the {pair.word}": pair.best_answers}
     if pair.base is not None and pair.base["run_id"] != pair.best["run_id"]:
         answers["the control"] = pair.base_answers
     known = {label: run for label, run in answers.items() if run is not None}
@@ -148,7 +151,8 @@ def _results(page: "_Page", tracker: MlflowTracker, frame: pd.DataFrame, pair: P
     costs = ["time/training_s"]
     if "model/parameters" in done and done["model/parameters"].nunique() > 1:
         costs = list(figures.COSTS)
-    page.part("Cost against score", _two(page.figure(figures.cost(frame, measure)) for measure in costs))
+    note = "Times are the wall clock's of one run each; other work on the machine is in them."
+    page.part("Cost against score", _two(page.figure(figures.cost(frame, measure)) for measure in costs), _none(note))
 
 
 def studies_page(
@@ -164,36 +168,40 @@ def studies_page(
     page.part("Scores", page.figure(figures.spread(frame)))
     page.part("Search histories", page.figure(figures.history(frame)))
     page.part("The best of each, two at a time", _leads_table(known))
-    page.part("The best recipes", _recipes_table(known))
+    page.part("The best recipes", _recipes_table(frame, known))
     page.part("Cost against score, all studies", page.figure(figures.cost(frame)))
     return page.html(title)
 
 
 def best_pair(tracker: MlflowTracker, frame: pd.DataFrame) -> Pair | None:
-    """A study's best trial and its control; None where no trial finished."""
-    done, base = finished(frame), control(frame)
-    if done.empty:
+    """A study's best trial, or its runner-up, and its control; None where no trial finished."""
+    found, base = challenger(frame), control(frame)
+    if found is None:
         return None
-    best = done.iloc[0]
+    best, word = found
     answers = predictions(tracker, best["run_id"])
     same = base is not None and base["run_id"] == best["run_id"]
     beside = answers if same else predictions(tracker, base["run_id"]) if base is not None else None
-    found = lead(answers, beside, best["objective"], len(done) - 1) if answers and beside and not same else None
-    return Pair(best, base, answers, beside, found)
+    others = len(finished(frame)) - 1
+    gap = lead(answers, beside, best["objective"], others) if answers and beside and not same else None
+    return Pair(best, word, base, answers, beside, gap)
 
 
 def answer(frame: pd.DataFrame, pair: Pair | None) -> list[str]:
     """The result in a few plain sentences, with what the noise allows to say."""
     if pair is None:
         return ["No trial finished, so there is no answer yet."]
-    best, base, done = pair.best, pair.base, finished(frame)
+    done, base = finished(frame), pair.base
+    best = done.iloc[0]
     first = f"Trial {best['trial']} is the best of {len(done)} finished trials: {best['objective']} {best['score']:.4f}"
     equal = int((done["score"] == best["score"]).sum()) - 1
-    first += f" (as good as {equal} other{'s' * (equal > 1)})" if equal else ""
+    first += f" (as good as {_count(equal, 'other')})" if equal else ""
     if base is None:
         lines = [f"{first}. No control finished, so there is nothing to compare it with."]
     elif base["run_id"] == best["run_id"]:
         lines = [f"{first}. It is the control: the search has found nothing better."]
+        if pair.lead:
+            lines[0] += f" The runner-up, trial {pair.best['trial']}, is at {lead_text(pair.lead)}: {pair.lead.verdict}."
     elif pair.lead is None:
         gain = 100 * (best["score"] - base["score"])
         lines = [f"{first}, {gain:+.2f} points from the control's {base['score']:.4f}; their predictions can't be paired."]
@@ -265,7 +273,7 @@ def _best_table(frame: pd.DataFrame, pair: Pair | None) -> str:
                 changes(row, base, names),
             ]
         )
-    return _table(heads, cells, wide=8, numbers={1, 2, 3, 5, 6, 7})
+    return _table(heads, cells, wide=8, numbers={0, 1, 2, 3, 5, 6, 7})
 
 
 def _finals_table(frame: pd.DataFrame) -> str:
@@ -331,21 +339,21 @@ def _disagreement(page: "_Page", tracker: MlflowTracker, pair: Pair, data_dir: P
     right, other = best.answers == best.labels, base.answers == base.labels
     counts = (
         f"Of {len(right):,} validation images {int((right & other).sum()):,} are right by both, "
-        f"{pair.lead.only_first:,} by the best alone, {pair.lead.only_second:,} by the control alone, "
-        f"{int((~right & ~other).sum()):,} by neither. Blue cells: the best does better; orange: worse."
+        f"{pair.lead.only_first:,} by the {pair.word} alone, {pair.lead.only_second:,} by the control alone, "
+        f"{int((~right & ~other).sum()):,} by neither. Blue cells: the {pair.word} does better; orange: worse."
     )
     images = _images(tracker, pair.best, best, data_dir)
     parts = [_p(counts), page.figure(figures.confusion_difference(best, base))]
     if isinstance(images, str):
         parts.append(_p(images))
-    for title, chosen in (("Right by the best alone", right & ~other), ("Right by the control alone", other & ~right)):
+    for title, chosen in ((f"Right by the {pair.word} alone", right & ~other), ("Right by the control alone", other & ~right)):
         places = np.flatnonzero(chosen)
         sure = np.maximum(best.probabilities.max(1), base.probabilities.max(1))[places]
         places = places[np.argsort(-sure, kind="stable")][:PICTURES]
         if len(places):
             first = f", the {PICTURES} surest" if chosen.sum() > PICTURES else ""
-            parts.append(f"<h3>{title}: {int(chosen.sum()):,} images{first}</h3>")
-            parts.append(_pictures(places, best, base, None if isinstance(images, str) else images))
+            parts.append(f"<h3>{title}: {_count(int(chosen.sum()), 'image')}{first}</h3>")
+            parts.append(_pictures(places, pair.word, best, base, None if isinstance(images, str) else images))
     return parts
 
 
@@ -361,11 +369,13 @@ def _images(tracker: MlflowTracker, run: pd.Series, answers: Predictions, data_d
     return data.train.images[answers.ids].permute(0, 2, 3, 1).numpy()
 
 
-def _pictures(places: np.ndarray, best: Predictions, base: Predictions, images: np.ndarray | None) -> str:
+def _pictures(
+    places: np.ndarray, word: str, best: Predictions, base: Predictions, images: np.ndarray | None
+) -> str:
     found = []
     for place in places:
         said = [f"{best.classes[best.labels[place]]} (no. {best.ids[place]})"]
-        for who, run in (("best", best), ("control", base)):
+        for who, run in ((word, best), ("control", base)):
             said.append(f"{who}: {run.classes[run.answers[place]]} {run.probabilities[place].max():.0%}")
         picture = f'<img alt="" src="{_png(images[place])}">' if images is not None else ""
         found.append(f"<figure>{picture}<figcaption>{'<br>'.join(_text(line) for line in said)}</figcaption></figure>")
@@ -426,7 +436,10 @@ def _answer_of_several(pairs: Mapping[str, Pair]) -> list[str]:
         return ["No trial of any of them finished."]
     best = max(pairs, key=lambda name: pairs[name].best["score"])
     top = pairs[best]
-    lines = [f"{best} has the highest score: trial {top.best['trial']}, {top.best['objective']} {top.best['score']:.4f}."]
+    equal = [name for name, pair in pairs.items() if name != best and pair.best["score"] == top.best["score"]]
+    tie = f", as high as that of {' and '.join(equal)}" if equal else ""
+    score = f"trial {top.best['trial']}, {top.best['objective']} {top.best['score']:.4f}"
+    lines = [f"{best} has the highest score{tie}: {score}."]
     for name, pair in pairs.items():
         if name == best:
             continue
@@ -477,17 +490,30 @@ def _leads_table(pairs: Mapping[str, Pair]) -> str:
     return _table(["the best of", "beside the best of", "lead", "that is"], rows, wide=2) if rows else _none("Fewer than two.")
 
 
-def _recipes_table(pairs: Mapping[str, Pair]) -> str:
-    """The fields in which the best recipes differ."""
-    rows = []
-    names = dict.fromkeys(name for pair in pairs.values() for name in param_names(pair.best.to_frame().T))
+def _recipes_table(frame: pd.DataFrame, pairs: Mapping[str, Pair]) -> str:
+    """The fields that two studies searched, or in which their best recipes differ."""
+    groups = {name: frame[frame["study"] == name] for name in pairs}
+    asked = [set(searched(runs)) for runs in groups.values()]
+    names, rows = [name for name in param_names(frame) if name != "data.dataset"], []
     for name in names:
-        values = ["" if pd.isna(value := pair.best.get(name)) else show(value) for pair in pairs.values()]
-        if len(set(values)) > 1:
-            rows.append([name, *values])
+        values = {study: "" if pd.isna(value := pair.best[name]) else show(value) for study, pair in pairs.items()}
+        if len(set(values.values())) > 1 or sum(name in some for some in asked) > 1:
+            rows.append([name, *(value + _tried(groups[study], name) for study, value in values.items())])
     if not rows:
         return _none("They do not differ.")
-    return _p(f"They differ in {len(rows)} of {len(names)} fields.") + _table(["field", *pairs], rows)
+    said = "In brackets, where a study searched the field: what the best quarter of its finished trials have."
+    return _p(f"{len(rows)} of {len(names)} fields differ or were searched by several. {said}") + _table(["field", *pairs], rows)
+
+
+def _tried(runs: pd.DataFrame, name: str) -> str:
+    done = finished(runs)
+    values = done[name].head(max(len(done) // 4, 1)).dropna()
+    if name not in searched(runs) or values.empty:
+        return ""
+    if all(type(value) in (int, float) for value in values):
+        ends = [show(values.min()), show(values.max())]
+        return f" ({' to '.join(dict.fromkeys(ends))})"
+    return f" ({', '.join(f'{show(value)} {count}x' for value, count in values.value_counts().items())})"
 
 
 # --------------------------------------------------------------------------------------------------------------- HTML
@@ -567,6 +593,10 @@ def _two(parts: Iterable[str]) -> str:
 
 def _number(value: object, form: str) -> str:
     return form.format(value) if isinstance(value, (int, float, np.number)) and np.isfinite(value) else ""
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _trials(frame: pd.DataFrame) -> int:

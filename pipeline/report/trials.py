@@ -117,6 +117,17 @@ def control(frame: pd.DataFrame) -> pd.Series | None:
     return None if found.empty else found.iloc[0]
 
 
+def challenger(frame: pd.DataFrame) -> tuple[pd.Series, str] | None:
+    """What is set beside the control, and its name: the best trial, or the runner-up where the control is the best."""
+    done = finished(frame)
+    if done.empty:
+        return None
+    others = done[~done["control"]]
+    if len(others) and done.iloc[0]["control"]:
+        return others.iloc[0], "runner-up"
+    return done.iloc[0], "best"
+
+
 def param_names(frame: pd.DataFrame) -> list[str]:
     """The recipe fields among the columns."""
     return [name for name in frame.columns if "." in name and "/" not in name]
