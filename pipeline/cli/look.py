@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -63,7 +62,9 @@ def links_of(tracker: "MlflowTracker", study: "StudyRuns", port: int) -> dict[st
 
 
 def compare(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Studies, e.g. attention or attention-v1-digits.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="Studies, e.g. attention or attention-v1-digits.")
+    ],
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The page; default mlruns/reports/<study>.html.")
     ] = None,
@@ -127,7 +128,10 @@ def _print_trials(console: Console, frame: "pd.DataFrame", count: int = 8) -> No
     if base is not None and base["run_id"] not in set(rows["run_id"]):
         rows = pd.concat([rows, base.to_frame().T])
     objective, trials = frame["objective"].iloc[0], int((frame["role"] == "trial").sum())
-    title = f"{frame['study'].iloc[0]}: best {min(len(done), count)} of {trials} trials, {len(done)} finished; validation split, lead in points"
+    title = (
+        f"{frame['study'].iloc[0]}: best {min(len(done), count)} of {trials} trials, {len(done)} finished; validation split, "
+        "lead in points"
+    )
     grid = Table(title=Text(one_line(title)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("trial", objective, "vs control", "weakest class (F1)", "training", "parameters", "latency"):
         grid.add_column(Text(heading), justify="left" if heading.startswith("weak") else "right")

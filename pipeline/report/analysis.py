@@ -1,7 +1,6 @@
 """What the noise allows to say about a study: its best trial beside the control, and each choice beside the control's."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +117,7 @@ def effects(frame: pd.DataFrame) -> Effects | None:
         reference = max(own, key=lambda index: counts[index])
         known = base is not None and pd.notna(base[name])
         if base is not None and known:
-            reference = columns.index((name, levels[name][base.name]))
+            reference = columns.index((name, levels[name].loc[base.name]))  # type: ignore[call-overload]
         for index in own:
             if index == reference or counts[index] < FEWEST_OF_LEVEL:
                 continue
@@ -201,17 +200,17 @@ def importances(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         dice.shuffle(scores)
         shuffled.append(judge.importances(rows, scores))
     chance = pd.DataFrame(shuffled, columns=list(found)).quantile(0.95) if found else {}
-    return pd.DataFrame([(name, share, chance[name]) for name, share in found.items()], columns=["parameter", "importance", "chance"])
+    return pd.DataFrame(
+        [(name, share, chance[name]) for name, share in found.items()], columns=["parameter", "importance", "chance"]
+    )
 
 
-def pareto(cost: Sequence[float], score: Sequence[float]) -> np.ndarray:
+def pareto(cost: np.ndarray, score: np.ndarray) -> np.ndarray:
     """bool (N,): which are not beaten, no other being as good at less cost, or better at no more."""
-    costs, scores = np.asarray(cost, float), np.asarray(score, float)
-    order = np.lexsort((-scores, costs))
-    front, best = np.zeros(len(costs), bool), -np.inf
-    for index in order:
-        if scores[index] > best:
-            front[index], best = True, scores[index]
+    front, best = np.zeros(len(cost), bool), -np.inf
+    for index in np.lexsort((-score, cost)):
+        if score[index] > best:
+            front[index], best = True, score[index]
     return front
 
 

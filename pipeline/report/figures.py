@@ -6,6 +6,7 @@ plotly takes some for HTML.
 """
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -195,9 +196,9 @@ def _common(done: pd.DataFrame, names: Sequence[str], quarter: np.ndarray) -> st
             value = values.mode().iloc[0]
             share, other = float((best[name] == value).mean()), float((rest[name] == value).mean())
             found.append((share - other, f"{short(name)} {show(value)} ({share:.0%}, of the others {other:.0%})"))
-    found = [line for gain, line in sorted(found, reverse=True)[:3] if gain > 0.15]
+    told = [line for gain, line in sorted(found, reverse=True)[:3] if gain > 0.15]
     few = f"the best {len(best)} of {len(done)} finished trials"
-    return f"What marks {few}: {_listed(found)}." if found else f"No single choice marks {few}."
+    return f"What marks {few}: {_listed(told)}." if told and len(best) > 3 else f"No single choice marks {few}."
 
 
 def _places(values: pd.Series) -> tuple[list[float | None], dict[float, str]]:
@@ -207,7 +208,7 @@ def _places(values: pd.Series) -> tuple[list[float | None], dict[float, str]]:
         numbers = values.astype(float)
         low, high = float(numbers.min()), float(numbers.max())
         if low > 0 and high / low > 30:
-            numbers = np.log(numbers)
+            numbers = numbers.map(math.log)
         span = (numbers - numbers.min()) / (numbers.max() - numbers.min())
         return [None if np.isnan(place) else float(place) for place in span], {0.0: show(low), 1.0: show(high)}
     order = {value: index for index, value in enumerate(sorted(known.unique(), key=str))}
@@ -218,7 +219,7 @@ def _places(values: pd.Series) -> tuple[list[float | None], dict[float, str]]:
 def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
     """The objective by epoch, from `trials.histories`: the best trial, the control, and pruned ones in grey."""
     figure, base = go.Figure(), control(frame)
-    curves = {run_id: curve for run_id, curve in histories.groupby("run_id")}
+    curves = dict(iter(histories.groupby("run_id")))
     pruned = [run_id for run_id in frame["run_id"][frame["state"] == "pruned"] if run_id in curves]
     x, y = [], []
     for run_id in pruned:
@@ -246,7 +247,9 @@ def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
     if len(chosen) == 2:
         one, two = (curves[row["run_id"]].set_index("epoch")["value"] for row, _ in chosen.values())
         gap = (two - one).dropna()
-        ahead = f"The {other[1] if other else ''} was ahead of the control in {int((gap > 0).sum())} of {len(gap)} epochs"
+        ahead = (
+            f"The {other[1] if other else ''} was ahead of the control in {int((gap > 0).sum())} of {len(gap)} epochs"
+        )
         said = f"{ahead}. {said}"
     return _said(figure, f"{said}.")
 
@@ -345,14 +348,14 @@ def confusion_difference(best: Predictions, base: Predictions) -> go.Figure:
     figure, labels = go.Figure(), [text(best.classes[index], 12) for index in chosen]
     places, most = list(range(len(chosen))), max(int(np.abs(worse).max()), 1)
     figure.add_heatmap(
-        z=worse,
+        z=np.where(part == 0, np.nan, worse),
         x=places,
         y=places,
         text=np.where(part == 0, "", np.char.mod("%+d", part)),
         texttemplate="%{text}",
         customdata=part,
         hovertemplate="%{customdata:+d} images<extra></extra>",
-        colorscale=[[0, BEST], [0.5, "rgba(140,140,140,0.12)"], [1, CONTROL]],
+        colorscale=[[0, BEST], [0.5, "#f4f4f4"], [1, CONTROL]],
         zmin=-most,
         zmax=most,
         showscale=False,
@@ -365,12 +368,9 @@ def confusion_difference(best: Predictions, base: Predictions) -> go.Figure:
     figure.update_yaxes(tickvals=places, ticktext=labels, showgrid=False, autorange="reversed")
     off = cells - np.diag(np.diag(cells))
     saved, lost = (np.unravel_index(off.argmin(), off.shape), np.unravel_index(off.argmax(), off.shape))
-    pairs = [
-        f"{best.classes[pair[0]]} taken for {best.classes[pair[1]]} {abs(off[pair])} times {'less' if off[pair] < 0 else 'more'}"
-        for pair in (saved, lost)
-        if off[pair] != 0
-    ]
-    said = f"Largest changes by the best, of {len(best.labels):,} images: {_listed(pairs)}" if pairs else "No confusion differs"
+    pairs = [f"{best.classes[i]} taken for {best.classes[j]}: {off[i, j]:+d}" for i, j in (saved, lost) if off[i, j]]
+    said = f"Largest changes from the control, of {len(best.labels):,} images: {'; '.join(pairs)}"
+    said = said if pairs else "No confusion is more frequent by the one than by the other"
     return _said(figure, said + ".")
 
 
@@ -414,7 +414,7 @@ def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
     for colour, (study, runs) in zip(_colours(frame) if several else [FAINT], _studies(done), strict=False):
         marker = {"color": colour, "size": 7, "opacity": 0.7}
         figure.add_scatter(**_dots(runs, measure), name=text(study) if several else "finished", marker=marker)
-    edge = done[pareto(done[measure], done["score"])].sort_values(measure)
+    edge = done[pareto(done[measure].to_numpy(), done["score"].to_numpy())].sort_values(measure)
     line, dots = {"color": FAINT if several else BEST, "width": 1.5, "shape": "hv"}, {"size": 9, "color": BEST}
     if several:
         dots = {"size": 12, "color": FAINT, "symbol": "circle-open"}
@@ -443,7 +443,9 @@ def _dots(rows: pd.DataFrame, measure: str, mode: str = "markers") -> dict[str, 
         "x": rows[measure],
         "y": rows["score"],
         "mode": mode,
-        "customdata": [f"{text(study, 40)}, trial {trial}" for study, trial in zip(rows["study"], rows["trial"], strict=True)],
+        "customdata": [
+            f"{text(study, 40)}, trial {trial}" for study, trial in zip(rows["study"], rows["trial"], strict=True)
+        ],
         "hovertemplate": "%{customdata}: %{y:.4f} at %{x:,.4g}<extra></extra>",
     }
 
@@ -452,12 +454,11 @@ def spread(frame: pd.DataFrame) -> go.Figure:
     """The finished scores of several studies side by side."""
     figure = go.Figure()
     groups = [(study, finished(runs)) for study, runs in _studies(frame)]
-    names = []
-    for row, (colour, (study, done)) in reversed(list(enumerate(zip(_colours(frame), groups, strict=True)))):
-        row = len(groups) - 1 - row
+    names: list[str] = []
+    for colour, (study, done) in reversed(list(zip(_colours(frame), groups, strict=True))):  # the first on top
         figure.add_box(
             x=done["score"],
-            y=[row] * len(done),
+            y=[len(names)] * len(done),
             orientation="h",
             boxpoints="all",
             jitter=0.4,

@@ -32,7 +32,6 @@ from pipeline.report.trials import (
     param_names,
     predictions,
     searched,
-    short,
     show,
     weakest_class,
 )
@@ -67,7 +66,8 @@ nav { font-size: .9rem; margin: .6em 0 }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .25em .8em .25em 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
 th { color: var(--dim); font-weight: 600 } td.n, th.n { text-align: right; white-space: nowrap }
-td.wide { min-width: 330px; overflow-wrap: anywhere }
+td.wide { min-width: 300px; overflow-wrap: anywhere }
+@media (max-width: 700px) { td.wide { min-width: 520px } }
 .pictures { display: flex; flex-wrap: wrap; gap: 10px; margin: .4em 0 1em }
 .pictures figure { margin: 0; width: 96px } .pictures img { width: 96px; height: 96px; image-rendering: pixelated }
 .pictures figcaption { font-size: .75rem; line-height: 1.3; overflow-wrap: anywhere }
@@ -201,10 +201,14 @@ def answer(frame: pd.DataFrame, pair: Pair | None) -> list[str]:
     elif base["run_id"] == best["run_id"]:
         lines = [f"{first}. It is the control: the search has found nothing better."]
         if pair.lead:
-            lines[0] += f" The runner-up, trial {pair.best['trial']}, is at {lead_text(pair.lead)}: {pair.lead.verdict}."
+            lines[0] += (
+                f" The runner-up, trial {pair.best['trial']}, is at {lead_text(pair.lead)}: {pair.lead.verdict}."
+            )
     elif pair.lead is None:
         gain = 100 * (best["score"] - base["score"])
-        lines = [f"{first}, {gain:+.2f} points from the control's {base['score']:.4f}; their predictions can't be paired."]
+        lines = [
+            f"{first}, {gain:+.2f} points from the control's {base['score']:.4f}; their predictions can't be paired."
+        ]
     else:
         gap = pair.lead
         lines = [
@@ -255,7 +259,15 @@ def _best_table(frame: pd.DataFrame, pair: Pair | None) -> str:
         return _none("No trial finished.")
     if base is not None and base["run_id"] not in set(rows["run_id"]):
         rows = pd.concat([rows, base.to_frame().T])
-    heads = ["trial", str(pair.best["objective"]), "beside control", "macro-F1", "weakest class", "training", "parameters"]
+    heads = [
+        "trial",
+        str(pair.best["objective"]),
+        "beside control",
+        "macro-F1",
+        "weakest class",
+        "training",
+        "parameters",
+    ]
     heads += ["latency", "what differs from the control" if base is not None else "searched parameters"]
     cells = []
     for _, row in rows.iterrows():
@@ -273,7 +285,7 @@ def _best_table(frame: pd.DataFrame, pair: Pair | None) -> str:
                 changes(row, base, names),
             ]
         )
-    return _table(heads, cells, wide=8, numbers={0, 1, 2, 3, 5, 6, 7})
+    return _table(heads, cells, wide={8}, numbers={0, 1, 2, 3, 5, 6, 7})
 
 
 def _finals_table(frame: pd.DataFrame) -> str:
@@ -294,7 +306,7 @@ def _finals_table(frame: pd.DataFrame) -> str:
         )
     heads = ["recipe", "seeds", "mean", "standard deviation", "95 % interval of the mean", "time of a run"]
     said = f"{len(repeats)} recipes, best mean first; Student's t over seeds, all on the same validation images."
-    return _table(heads, cells, wide=0, numbers={1, 2, 3, 4, 5}) + _p(said)
+    return _table(heads, cells, wide={0}, numbers={1, 2, 3, 4, 5}) + _p(said)
 
 
 def _effects(page: "_Page", frame: pd.DataFrame) -> list[str]:
@@ -307,8 +319,9 @@ def _effects(page: "_Page", frame: pd.DataFrame) -> list[str]:
         "thirds), effects normal around 0, its width averaged over by the marginal likelihood (Lindley and Smith 1972). "
         f"Finished trials only, n = {found.trials}: pruned ones, which were poor, are left out, so choices that were often "
         "pruned look better than they are. The search chose the trials and did not randomise one parameter at a time; "
-        "what two choices do together is left out, and the prior draws effects towards 0. * The control has no such "
-        "parameter, or did not finish: beside the most frequent choice. Intervals are each 95 %, not corrected for how many there are."
+        "what two choices do together is left out, and the prior draws effects towards 0. Each interval is one of 95 %, not "
+        "corrected for how many there are. * The control has no such parameter, or did not finish: beside the most "
+        "frequent choice."
     )
     said = f"The model explains {share:.0%} of the scores' variance in trials left out of it" + (
         "." if share >= 0.3 else ": hardly anything can be told from it."
@@ -346,7 +359,10 @@ def _disagreement(page: "_Page", tracker: MlflowTracker, pair: Pair, data_dir: P
     parts = [_p(counts), page.figure(figures.confusion_difference(best, base))]
     if isinstance(images, str):
         parts.append(_p(images))
-    for title, chosen in ((f"Right by the {pair.word} alone", right & ~other), ("Right by the control alone", other & ~right)):
+    for title, chosen in (
+        (f"Right by the {pair.word} alone", right & ~other),
+        ("Right by the control alone", other & ~right),
+    ):
         places = np.flatnonzero(chosen)
         sure = np.maximum(best.probabilities.max(1), base.probabilities.max(1))[places]
         places = places[np.argsort(-sure, kind="stable")][:PICTURES]
@@ -369,9 +385,7 @@ def _images(tracker: MlflowTracker, run: pd.Series, answers: Predictions, data_d
     return data.train.images[answers.ids].permute(0, 2, 3, 1).numpy()
 
 
-def _pictures(
-    places: np.ndarray, word: str, best: Predictions, base: Predictions, images: np.ndarray | None
-) -> str:
+def _pictures(places: np.ndarray, word: str, best: Predictions, base: Predictions, images: np.ndarray | None) -> str:
     found = []
     for place in places:
         said = [f"{best.classes[best.labels[place]]} (no. {best.ids[place]})"]
@@ -414,7 +428,7 @@ def _ended(frame: pd.DataFrame) -> str:
     said += f", {spent / whole:.0%} of the time." if whole else "."
     said += f" The first {ENDED} are listed." if len(rows) > ENDED else ""
     heads = ["trial", "state", "why", "epochs", "last value", "time", "what differs from the control"]
-    return _p(said) + _table(heads, cells, wide=6, numbers={3, 4, 5})
+    return _p(said) + _table(heads, cells, wide={2, 6}, numbers={3, 4, 5})
 
 
 def _provenance(tracker: MlflowTracker, pair: Pair | None) -> str:
@@ -487,7 +501,11 @@ def _leads_table(pairs: Mapping[str, Pair]) -> str:
     for one, two in combinations(pairs, 2):
         gap = _between(pairs[one], pairs[two])
         rows.append([one, two, lead_text(gap) if gap else "not comparable", gap.verdict if gap else ""])
-    return _table(["the best of", "beside the best of", "lead", "that is"], rows, wide=2) if rows else _none("Fewer than two.")
+    return (
+        _table(["the best of", "beside the best of", "lead", "that is"], rows, wide={2})
+        if rows
+        else _none("Fewer than two.")
+    )
 
 
 def _recipes_table(frame: pd.DataFrame, pairs: Mapping[str, Pair]) -> str:
@@ -502,7 +520,9 @@ def _recipes_table(frame: pd.DataFrame, pairs: Mapping[str, Pair]) -> str:
     if not rows:
         return _none("They do not differ.")
     said = "In brackets, where a study searched the field: what the best quarter of its finished trials have."
-    return _p(f"{len(rows)} of {len(names)} fields differ or were searched by several. {said}") + _table(["field", *pairs], rows)
+    return _p(f"{len(rows)} of {len(names)} fields differ or were searched by several. {said}") + _table(
+        ["field", *pairs], rows
+    )
 
 
 def _tried(runs: pd.DataFrame, name: str) -> str:
@@ -532,7 +552,7 @@ class _Page:
         lines = "".join(_p(line) for line in said)
         self._parts.append(f'<h1>{_text(name)}</h1>{_p(question) if question else ""}<div class="answer">{lines}</div>')
         if listed:
-            self._parts.append(f'<nav>In MLflow (<code>make ui</code> opens it): {listed}</nav>')
+            self._parts.append(f"<nav>In MLflow (<code>make ui</code> opens it): {listed}</nav>")
         self._parts.append("")  # where the table of contents goes
 
     def counts(self, frame: pd.DataFrame) -> None:
@@ -603,8 +623,10 @@ def _trials(frame: pd.DataFrame) -> int:
     return int((frame["role"] == "trial").sum())
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], wide: int = -1, numbers: Iterable[int] = ()) -> str:
-    kinds = {wide: ' class="wide"'} | dict.fromkeys(numbers, ' class="n"')
+def _table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], wide: Iterable[int] = (), numbers: Iterable[int] = ()
+) -> str:
+    kinds = dict.fromkeys(wide, ' class="wide"') | dict.fromkeys(numbers, ' class="n"')
     head = "".join(f"<th{kinds.get(column, '')}>{_text(name)}</th>" for column, name in enumerate(heads))
     body = "".join(
         f"<tr>{''.join(f'<td{kinds.get(column, str())}>{_text(cell)}</td>' for column, cell in enumerate(row))}</tr>"

@@ -239,7 +239,8 @@ class MlflowTracker:
 
     def runs_of(self, study: "StudyRuns") -> list[mlflow.entities.Run]:
         """All runs of a study, in the order of their start: its trials', and others below its parent run."""
-        found, page = [], None
+        found: list[mlflow.entities.Run] = []
+        page: str | None = None
         while page is None or page:
             runs = self.client.search_runs(
                 [study.experiment],
