@@ -15,6 +15,7 @@ STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout DATASET:dataset DAT
   VERSION:version STORAGE:storage TRACKING_URI:tracking-uri SET:set
 
 PREDICT_OPTIONS := MODEL:model METHOD:method OUTPUT:output DEVICE:device TRACKING_URI:tracking-uri
+COMPARE_OPTIONS := OUTPUT:output DATA_DIR:data-dir TRACKING_URI:tracking-uri
 PLAN_OPTIONS := $(filter-out TIMEOUT:% STORAGE:% TRACKING_URI:%,$(STUDY_OPTIONS))
 BENCH_OPTIONS := MODEL:model DATASET:dataset DATA_DIR:data-dir DEVICE:device AGAINST:against
 
@@ -26,7 +27,7 @@ $(error no such variable: $(UNKNOWN) (there are $(KNOWN)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study plan predict ui bench test check format
+.PHONY: help setup study plan compare predict ui bench test check format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -42,6 +43,10 @@ study: $(READY) ## run or go on with a study: NAME= [DATASET= TRIALS= EPOCHS= TI
 plan: $(READY) ## what a study will cost in time, disk and GPU memory: NAME= [DATASET= TRIALS= EPOCHS= DATA_DIR= DEVICE= SEED= VERSION= SET=]
 	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make plan NAME=attention' >&2; exit 2; }
 	@$(BIN)/python -m pipeline plan $(call options,$(PLAN_OPTIONS)) -- $(call typed,NAME)
+
+compare: $(READY) ## a study's trials, or several studies, as a table and one page: NAME= or NAME='a b' [OUTPUT= DATA_DIR= TRACKING_URI=]
+	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make compare NAME=attention' >&2; exit 2; }
+	@$(BIN)/python -m pipeline compare $(call options,$(COMPARE_OPTIONS)) -- $(call typed,NAME)
 
 predict: $(READY) ## classify an image, a folder or a pickle of images: IMAGE= [MODEL= METHOD=plain SHOW=1 OUTPUT=out.csv DEVICE= TRACKING_URI=]
 	@test -n $(or $(call typed,IMAGE),'') || { echo 'error: which image? make predict IMAGE=cat.jpg' >&2; exit 2; }

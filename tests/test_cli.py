@@ -233,6 +233,7 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
             ["EPOCHS = 0:", "data.train_fraction = 2: should be less than or equal to 1"],
         ),
         (["ui"], ["no runs yet in mlruns"]),
+        (["compare", "attention"], ["no runs yet in mlruns"]),
         (["predict", "cat.jpg"], ["no finished run yet: make study NAME=attention DATASET=digits"]),
         (["predict", "cat.jpg", "--method", "ttta"], ["METHOD ttta: not one of plain, tta,", "(did you mean tta?)"]),
         (["predict", "cat.jpg", "--device", "gpu"], ["DEVICE gpu: should be auto, cpu, cuda or cuda:N"]),
@@ -273,6 +274,7 @@ def test_the_public_surface_is_frozen() -> None:
         "plan": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--trials", "--version", "name"),
         ],
+        "compare": ["--data-dir", "--output", "--tracking-uri", "names"],
         "curves": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--output", "--recipes", "--seed", "--set", "name"),
         ],
@@ -465,6 +467,14 @@ def test_make_plan_passes_the_options_that_matter_on(made: Path) -> None:
     expected = [f"--{name.lower().replace('_', '-')}={name.lower()} value" for name in names]
     assert re.findall(r"\[(.*)\]", done.stdout) == ["-m", "pipeline", "plan", *expected, "--", "attention"]
     assert "which study? make plan NAME=attention" in make(made, "plan").stderr
+
+
+def test_make_compare_passes_every_variable_on(made: Path) -> None:
+    words = ["OUTPUT=my page.html", "DATA_DIR=my data", "TRACKING_URI=u"]
+    got = re.findall(r"\[(.*)\]", make(made, "compare", "NAME=attention baseline", *words, OUTPUT="exported").stdout)
+    options = ["--output=my page.html", "--data-dir=my data", "--tracking-uri=u"]
+    assert got == ["-m", "pipeline", "compare", *options, "--", "attention baseline"]
+    assert "which study? make compare NAME=attention" in make(made, "compare").stderr
 
 
 def test_make_bench_passes_every_variable_on(made: Path) -> None:

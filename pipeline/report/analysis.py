@@ -99,6 +99,7 @@ def effects(frame: pd.DataFrame) -> Effects | None:
     chosen by the search and not randomised one parameter at a time, and what two choices do together is left out: the
     numbers describe these trials, and the prior draws them towards 0. Levels of fewer than three trials aren't told.
     """
+    frame = frame.reset_index(drop=True)
     done, base = finished(frame), control(frame)
     names = [name for name in searched(frame) if done[name].nunique() > 1]
     if len(done) < FEWEST or not names or done["score"].nunique() < 2:
@@ -199,7 +200,7 @@ def importances(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     for _ in range(min(SHUFFLES, max(8, 20_000 // max(len(scores), 1))) if found else 0):
         dice.shuffle(scores)
         shuffled.append(judge.importances(rows, scores))
-    chance = pd.DataFrame(shuffled, columns=list(found)).quantile(0.95) if found else {}
+    chance = pd.DataFrame(shuffled, columns=list(found)).quantile(0.95)
     return pd.DataFrame(
         [(name, share, chance[name]) for name, share in found.items()], columns=["parameter", "importance", "chance"]
     )
