@@ -38,7 +38,7 @@ def text(name: object, most: int = 26) -> str:
     line = one_line(str(name))
     if len(line) > most:
         line = f"{line[: most // 2]}…{line[len(line) - most // 2 + 1 :]}"
-    return html.escape(line, quote=False)
+    return html.escape(line, quote=False).replace("$", "&#36;")  # no formula
 
 
 def history(frame: pd.DataFrame) -> go.Figure:
@@ -90,6 +90,9 @@ def history(frame: pd.DataFrame) -> go.Figure:
     if not several and (low := _floor(frame)) is not None:
         figure.update_yaxes(range=[low, None], autorangeoptions=None)
         parts.append(f"Lower values than {low:.3f} are cut off")
+    if not parts:
+        states = frame["state"].value_counts()
+        parts = [f"No trial finished: {_listed([f'{count} {state}' for state, count in states.items()])}"]
     return _said(figure, ". ".join(parts) + ".")
 
 
