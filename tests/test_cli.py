@@ -289,6 +289,26 @@ def test_the_public_surface_is_frozen() -> None:
     }
 
 
+# ---------------------------------------------------------------------------------------------------------- compare
+
+
+def test_compare_shows_the_best_trials_and_writes_a_page(trained: Trained, tmp_path: Path) -> None:
+    done = pipeline("compare", "tiny", "--output", str(tmp_path / "t.html"), cwd=trained.home.parent, COLUMNS="100")
+    assert done.returncode == 0, done.stderr
+    table, _, links = done.stdout.partition("page: ")
+    assert "tiny-v1-digits: best 1 of 2 trials, 1 finished" in table
+    assert re.search(r"^ +0 +0\.\d{4} .+ \(0\.\d{3}\) +\d+\.\d s +[\d,]+ +\d+\.\d\d ms", table, re.MULTILINE)
+    assert max(map(len, table.splitlines())) <= 100
+    assert links.startswith(f"{tmp_path / 't.html'} (") and "#/experiments/1/runs?workflowType=" in links
+    assert (tmp_path / "t.html").read_text().startswith("<!DOCTYPE html>")
+
+    wrong = pipeline("compare", "tiny", "tinny", cwd=trained.home.parent)
+    assert wrong.returncode == 2 and "error: no study tinny in the tracking store" in wrong.stderr
+    folder = pipeline("compare", "tiny", "--output", str(tmp_path), cwd=trained.home.parent)
+    assert folder.returncode == 2 and "is a folder; name a file" in folder.stderr
+    assert not (trained.home / "reports").exists()
+
+
 # --------------------------------------------------------------------------------------------------- curves, replay
 
 

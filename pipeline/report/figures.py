@@ -185,6 +185,7 @@ def parallel(frame: pd.DataFrame, names: Sequence[str]) -> go.Figure:
         for place, label in ends.items():
             figure.add_annotation(x=place, y=height, text=text(label, 12), showarrow=False, yshift=-11, font_size=10)
     _axes(figure, "", "", 90 + 58 * max(len(rows), 1))
+    figure.update_layout(margin={"l": 8, "b": 8})
     figure.update_xaxes(visible=False, range=[-0.06, 1.06])
     figure.update_yaxes(visible=False, range=[0.5, len(rows) + 0.6])
     return _said(figure, _common(done, names, quarter))
@@ -324,9 +325,14 @@ def per_class(frame: pd.DataFrame) -> go.Figure:
     )
     _axes(figure, "trial, the best first", "", 75 + 28 * max(len(names), 3))
     figure.update_layout(margin_t=8)
-    figure.update_xaxes(tickvals=list(range(len(heads))), ticktext=heads, showgrid=False, tickangle=0)
+    figure.update_yaxes(automargin=True)
+    figure.update_xaxes(
+        automargin=True, tickvals=list(range(len(heads))), ticktext=heads, showgrid=False, zeroline=False, tickangle=0
+    )
     labels = [text(name.removeprefix(F1), 16) for name in names]
-    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=labels, showgrid=False, autorange="reversed")
+    figure.update_yaxes(
+        tickvals=list(range(len(names))), ticktext=labels, showgrid=False, zeroline=False, autorange="reversed"
+    )
     if rows.empty or not names:
         return _said(figure, "No run has F1 by class.")
     best = rows.iloc[0]
@@ -367,8 +373,11 @@ def confusion_difference(best: Predictions, base: Predictions) -> go.Figure:
     )
     _axes(figure, "predicted class", "true class", 110 + 27 * max(len(places), 3))
     figure.update_layout(margin_t=8)
-    figure.update_xaxes(tickvals=places, ticktext=labels, showgrid=False, tickangle=-60)
-    figure.update_yaxes(tickvals=places, ticktext=labels, showgrid=False, autorange="reversed")
+    figure.update_yaxes(automargin=True)
+    figure.update_xaxes(
+        automargin=True, tickvals=places, ticktext=labels, showgrid=False, zeroline=False, tickangle=-60
+    )
+    figure.update_yaxes(tickvals=places, ticktext=labels, showgrid=False, zeroline=False, autorange="reversed")
     off = cells - np.diag(np.diag(cells))
     saved, lost = (np.unravel_index(off.argmin(), off.shape), np.unravel_index(off.argmax(), off.shape))
     pairs = [f"{best.classes[i]} taken for {best.classes[j]}: {off[i, j]:+d}" for i, j in (saved, lost) if off[i, j]]
@@ -489,7 +498,7 @@ def spread(frame: pd.DataFrame) -> go.Figure:
 def template(dark: bool) -> dict[str, Any]:
     """Colours of text and grid on a ground that shows through; the page chooses by the reader's scheme."""
     ink, grid = ("#d6d6d6", "#3a3d42") if dark else ("#333333", "#e6e6e6")
-    axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "automargin": True, "title": {"standoff": 8}}
+    axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "title": {"standoff": 8}}
     return {
         "layout": {
             "font": {"color": ink, "family": "system-ui, sans-serif", "size": 12},
@@ -507,8 +516,8 @@ def _axes(figure: go.Figure, x: str, y: str, height: int) -> None:
     figure.update_layout(
         template=template(dark=False),
         height=height,
-        margin={"l": 8, "r": 12, "t": 44, "b": 8},
-        legend={"orientation": "h", "x": 0, "y": 1, "yref": "container", "yanchor": "top", "font": {"size": 11}},
+        margin={"l": 62, "r": 12, "t": 44, "b": 44},
+        legend={"orientation": "h", "x": 0, "y": 1, "xref": "container", "yref": "container", "font": {"size": 11}},
         showlegend=True,
         dragmode=False,
         hovermode="closest",
@@ -520,6 +529,7 @@ def _axes(figure: go.Figure, x: str, y: str, height: int) -> None:
 def _named_rows(figure: go.Figure, names: Sequence[str], pitch: int) -> None:
     """Rows 0, 1, ... from the foot, each with its name above it, at the left edge."""
     _axes(figure, "", "", 100 + pitch * max(len(names), 1))
+    figure.update_layout(margin_l=8)
     figure.update_yaxes(visible=False, range=[-0.5, len(names) - 0.2])
     for row, name in enumerate(names):
         _label(figure, row, name, shift=pitch * 0.36)

@@ -65,13 +65,8 @@ def test_the_verdict_knows_noise_from_luck_from_more() -> None:
     labels = np.zeros(10_000, int)
 
     def found(wrong_first: int, wrong_second: int, trials: int) -> str:
-        first, second = (np.arange(10_000) < wrong for wrong in (wrong_first, wrong_second))
-        gap = lead(
-            predictions(first.astype(int), labels),
-            predictions(second[::-1].astype(int), labels),
-            "val/accuracy",
-            trials,
-        )
+        first, second = ((np.arange(10_000) < wrong).astype(int) for wrong in (wrong_first, wrong_second))
+        gap = lead(predictions(first, labels), predictions(second[::-1], labels), "val/accuracy", trials)
         assert gap is not None
         return gap.verdict
 

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,8 +146,16 @@ def opened(browser: Browser, file: Path, width: int, scheme: str = "light") -> t
         "request", lambda request: None if request.url.startswith(("file:", "data:")) else heard.append(request.url)
     )
     page.goto(file.as_uri())
-    page.wait_for_function("[...document.querySelectorAll('.plot')].every(p => p.querySelector('.main-svg'))")
+    until(page, "[...document.querySelectorAll('.plot')].every(p => p.querySelector('.main-svg'))")
     return page, heard
+
+
+def until(page: Page, condition: str) -> None:
+    """Wait for what JavaScript says; the page's own policy forbids Playwright's way of it."""
+    limit = time.monotonic() + 20
+    while not page.evaluate(condition):
+        assert time.monotonic() < limit, condition
+        page.wait_for_timeout(50)
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])
@@ -169,7 +178,7 @@ def test_every_figure_is_drawn_and_fits_the_window(odd: Path, browser: Browser, 
 def test_a_figure_follows_the_window(odd: Path, browser: Browser) -> None:
     page, _ = opened(browser, odd, 1400)
     page.set_viewport_size({"width": 390, "height": 900})
-    page.wait_for_function("document.querySelector('.plot .main-svg').getBoundingClientRect().width < 390")
+    until(page, "document.querySelector('.plot .main-svg').getBoundingClientRect().width < 390")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
@@ -290,7 +299,7 @@ def test_figures_take_the_table_and_say_what_is_seen(name: str, store: Store) ->
 
 def test_a_page_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="OUTPUT .*(Not a directory|File exists); name another file"):
+    with pytest.raises(UserError, match=r"OUTPUT .*(Not a directory|File exists); name another file"):
         write("x", tmp_path / "file" / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
