@@ -324,15 +324,7 @@ def per_class(frame: pd.DataFrame) -> go.Figure:
         hovertemplate="F1 %{z:.4f}<extra></extra>",
     )
     _axes(figure, "trial, the best first", "", 75 + 28 * max(len(names), 3))
-    figure.update_layout(margin_t=8)
-    figure.update_yaxes(automargin=True)
-    figure.update_xaxes(
-        automargin=True, tickvals=list(range(len(heads))), ticktext=heads, showgrid=False, zeroline=False, tickangle=0
-    )
-    labels = [text(name.removeprefix(F1), 16) for name in names]
-    figure.update_yaxes(
-        tickvals=list(range(len(names))), ticktext=labels, showgrid=False, zeroline=False, autorange="reversed"
-    )
+    _cells(figure, heads, [text(name.removeprefix(F1), 16) for name in names])
     if rows.empty or not names:
         return _said(figure, "No run has F1 by class.")
     best = rows.iloc[0]
@@ -372,12 +364,7 @@ def confusion_difference(best: Predictions, base: Predictions) -> go.Figure:
         ygap=1,
     )
     _axes(figure, "predicted class", "true class", 110 + 27 * max(len(places), 3))
-    figure.update_layout(margin_t=8)
-    figure.update_yaxes(automargin=True)
-    figure.update_xaxes(
-        automargin=True, tickvals=places, ticktext=labels, showgrid=False, zeroline=False, tickangle=-60
-    )
-    figure.update_yaxes(tickvals=places, ticktext=labels, showgrid=False, zeroline=False, autorange="reversed")
+    _cells(figure, labels, labels, tickangle=-60)
     off = cells - np.diag(np.diag(cells))
     saved, lost = (np.unravel_index(off.argmin(), off.shape), np.unravel_index(off.argmax(), off.shape))
     pairs = [f"{best.classes[i]} taken for {best.classes[j]}: {off[i, j]:+d}" for i, j in (saved, lost) if off[i, j]]
@@ -533,6 +520,15 @@ def _named_rows(figure: go.Figure, names: Sequence[str], pitch: int) -> None:
     figure.update_yaxes(visible=False, range=[-0.5, len(names) - 0.2])
     for row, name in enumerate(names):
         _label(figure, row, name, shift=pitch * 0.36)
+
+
+def _cells(figure: go.Figure, across: Sequence[str], down: Sequence[str], tickangle: int = 0) -> None:
+    """The names of a heat map's columns and rows, which take the room that they need."""
+    figure.update_layout(margin_t=8)
+    figure.update_xaxes(tickvals=list(range(len(across))), ticktext=across, tickangle=tickangle)
+    figure.update_yaxes(tickvals=list(range(len(down))), ticktext=down, autorange="reversed")
+    for axis in (figure.update_xaxes, figure.update_yaxes):
+        axis(automargin=True, showgrid=False, zeroline=False)
 
 
 def _label(figure: go.Figure, row: float, name: str, shift: float = 12) -> None:
