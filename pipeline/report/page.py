@@ -296,7 +296,7 @@ def _finals_table(frame: pd.DataFrame) -> str:
         run = frame[frame["run_id"] == row["run_id"]].iloc[0]
         cells.append(
             [
-                changes(run, base, names).replace("as the control", "the control's recipe"),
+                f"trial {run['trial']}: {changes(run, base, names)}",
                 f"{row['n']}",
                 f"{row['mean']:.4f}",
                 _number(row["deviation"], "{:.4f}"),

@@ -171,6 +171,13 @@ def test_every_figure_is_drawn_and_fits_the_window(odd: Path, browser: Browser, 
     for left, right, height, marks in sizes:
         assert left >= 0 and right <= width and height > 100 and marks > 5
         assert right - left > 0.75 * min(width, 1100)
+    legends = page.evaluate(
+        "[...document.querySelectorAll('.legend')].map(l => {const r = l.getBoundingClientRect(), p = "
+        "l.closest('.plot').getBoundingClientRect(); return [r.top - p.top, r.right - p.right, r.height]})"
+    )
+    assert len(legends) >= 6
+    for top, right, height in legends:
+        assert top >= 0 and right <= 0 and 10 < top + height < 60, "above what is drawn"
     ink = page.evaluate("getComputedStyle(document.querySelector('.plot .xtick text')).fill")
     assert (ink == "rgb(214, 214, 214)") == (scheme == "dark")
 
