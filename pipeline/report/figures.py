@@ -78,7 +78,7 @@ def history(frame: pd.DataFrame) -> go.Figure:
                 x=some["trial"],
                 y=some[metric],
                 mode="markers",
-                name=f"{state}, last value",
+                name=state,
                 marker={"color": FAINT, "symbol": symbol, "size": 8, "line": {"width": 2, "color": FAINT}},
                 customdata=some["epochs"],
                 hovertemplate="trial %{x}: %{y:.4f} after epoch %{customdata}<extra></extra>",
@@ -93,6 +93,8 @@ def history(frame: pd.DataFrame) -> go.Figure:
     if not parts:
         states = frame["state"].value_counts()
         parts = [f"No trial finished: {_listed([f'{count} {state}' for state, count in states.items()])}"]
+    if len(stopped):
+        parts.append("Grey: the last value of a trial that did not finish")
     return _said(figure, ". ".join(parts) + ".")
 
 
@@ -504,15 +506,8 @@ def _axes(figure: go.Figure, x: str, y: str, height: int) -> None:
         template=template(dark=False),
         height=height,
         margin={"l": 62, "r": 12, "t": 44, "b": 44},
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "y": 1,
-            "xref": "container",
-            "yref": "container",
-            "yanchor": "top",
-            "font": {"size": 11},
-        },
+        legend={"orientation": "h", "xref": "container", "yref": "container", "x": 0, "y": 1, "yanchor": "top"},
+        legend_font_size=11,
         showlegend=True,
         dragmode=False,
         hovermode="closest",
