@@ -29,9 +29,9 @@ def trials(*names: str, home: Path | str = "mlruns", uri: str | None = None) -> 
     """One row per run of the named studies, or of all in the store; `attention` means the last run of attention's.
 
     Columns: study, trial (number), run_id, role (`trial`, `final` for a repeat with another seed, or another), state
-    (finished, pruned, failed, interrupted, running), reason, control (the base recipe's trial), objective (a metric's name), score
-    (the objective of a finished run, else NaN), started (UTC), seconds (of the whole run), epochs (trained); then every
-    recipe field by its dotted name (`optimizer.lr`; NaN where its kind has none) and every metric's last value
+    (finished, pruned, failed, interrupted, running), reason, control (the base recipe's trial), objective (a metric's
+    name), score (the objective of a finished run, else NaN), started (UTC), seconds (of the whole run), epochs (trained);
+    then every recipe field by its dotted name (`optimizer.lr`; NaN where its kind has none) and every metric's last value
     (`val/f1_macro`). `home` is the folder mlruns, `uri` another MLflow database or server.
     Raises UserError where there is no such store or study.
     """
