@@ -19,6 +19,7 @@ PREDICT_OPTIONS := MODEL:model METHOD:method OUTPUT:output DEVICE:device TRACKIN
 chosen = $(if $(or $(call typed,RUN),$(call typed,MODEL)),-- $(or $(call typed,RUN),$(call typed,MODEL)))
 EXPORT_OPTIONS := OUTPUT:output DATA_DIR:data-dir TRACKING_URI:tracking-uri
 SERVE_OPTIONS := PORT:port TRACKING_URI:tracking-uri
+COMPARE_OPTIONS := OUTPUT:output DATA_DIR:data-dir TRACKING_URI:tracking-uri
 PLAN_OPTIONS := $(filter-out TIMEOUT:% PATIENCE:% STORAGE:% TRACKING_URI:%,$(STUDY_OPTIONS))
 BENCH_OPTIONS := MODEL:model DATASET:dataset DATA_DIR:data-dir DEVICE:device AGAINST:against
 FINALS_OPTIONS := TOP:top SEEDS:seeds EPOCHS:epochs DATA_DIR:data-dir DEVICE:device TRACKING_URI:tracking-uri
@@ -34,7 +35,7 @@ $(error no such variable: $(UNKNOWN) (there are $(KNOWN)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study plan finals promote rollback history reproduce predict export serve ui bench test check format
+.PHONY: help setup study plan compare finals promote rollback history reproduce predict export serve ui bench test check format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
@@ -69,6 +70,10 @@ history: $(READY) ## who was champion when, every look at the test split and eve
 reproduce: $(READY) ## make a run again and compare, bit for bit where that can be: RUN= [DATA_DIR= DEVICE= TOLERANCE=points TRACKING_URI=]
 	@test -n $(or $(call typed,RUN),'') || { echo 'error: which run? make reproduce RUN=<its id>; make ui shows them' >&2; exit 2; }
 	@$(BIN)/python -m pipeline reproduce $(call options,$(REPRODUCE_OPTIONS)) -- $(call typed,RUN)
+
+compare: $(READY) ## a study's trials, or several studies, as a table and one page: NAME= or NAME='a b' [OUTPUT= DATA_DIR= TRACKING_URI=]
+	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make compare NAME=attention' >&2; exit 2; }
+	@$(BIN)/python -m pipeline compare $(call options,$(COMPARE_OPTIONS)) -- $(call typed,NAME)
 
 predict: $(READY) ## classify an image, a folder or a pickle of images: IMAGE= [MODEL= METHOD=plain SHOW=1 OUTPUT=out.csv DEVICE= TRACKING_URI=]
 	@test -n $(or $(call typed,IMAGE),'') || { echo 'error: which image? make predict IMAGE=cat.jpg' >&2; exit 2; }

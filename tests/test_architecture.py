@@ -29,8 +29,8 @@ KEEPERS = {
     "mlflow": ("pipeline/tracking/", "pipeline/registry/"),
     "optuna": ("pipeline/search/", "pipeline/console.py", "studies/"),
     "ray": ("pipeline/search/workers.py",),
-    "plotly": ("pipeline/evaluation/figures.py", "pipeline/report.py"),
-    "matplotlib": ("pipeline/evaluation/figures.py", "pipeline/report.py"),
+    "plotly": ("pipeline/report/",),
+    "matplotlib": ("pipeline/evaluation/figures.py",),
     "typer": ("pipeline/cli/",),
 }
 

@@ -247,6 +247,7 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
         (["finals", "attention"], ["no runs yet in mlruns"]),
         (["finals", "attention", "--device", "gpu"], ["DEVICE gpu: should be auto, cpu, cuda or cuda:N"]),
         (["reproduce", "0" * 32], ["no runs yet in mlruns"]),
+        (["compare", "attention"], ["no runs yet in mlruns"]),
         (["predict", "cat.jpg"], ["no finished run yet: make study NAME=attention DATASET=digits"]),
         (["predict", "cat.jpg", "--method", "ttta"], ["METHOD ttta: not one of plain, tta,", "(did you mean tta?)"]),
         (["predict", "cat.jpg", "--device", "gpu"], ["DEVICE gpu: should be auto, cpu, cuda or cuda:N"]),
@@ -290,6 +291,7 @@ def test_the_public_surface_is_frozen() -> None:
         "plan": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--trials", "--version", "name"),
         ],
+        "compare": ["--data-dir", "--output", "--tracking-uri", "names"],
         "curves": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--output", "--recipes", "--seed", "--set", "name"),
         ],
@@ -310,6 +312,26 @@ def test_the_public_surface_is_frozen() -> None:
         ],
         "ui": ["--port", "--tracking-uri", "name"],
     }
+
+
+# ---------------------------------------------------------------------------------------------------------- compare
+
+
+def test_compare_shows_the_best_trials_and_writes_a_page(trained: Trained, tmp_path: Path) -> None:
+    done = pipeline("compare", "tiny", "--output", str(tmp_path / "t.html"), cwd=trained.home.parent, COLUMNS="100")
+    assert done.returncode == 0, done.stderr
+    table, _, links = done.stdout.partition("page: ")
+    assert "tiny-v1-digits: best 1 of 2 trials, 1 finished" in table
+    assert re.search(r"^ +0 +0\.\d{4} .+ \(0\.\d{3}\) +\d+\.\d s +[\d,]+ +\d+\.\d\d ms", table, re.MULTILINE)
+    assert max(map(len, table.splitlines())) <= 100
+    assert links.startswith(f"{tmp_path / 't.html'} (") and "#/experiments/1/runs?workflowType=" in links
+    assert (tmp_path / "t.html").read_text().startswith("<!DOCTYPE html>")
+
+    wrong = pipeline("compare", "tiny", "tinny", cwd=trained.home.parent)
+    assert wrong.returncode == 2 and "error: no study tinny in the tracking store" in wrong.stderr
+    folder = pipeline("compare", "tiny", "--output", str(tmp_path), cwd=trained.home.parent)
+    assert folder.returncode == 2 and "is a folder; name a file" in folder.stderr
+    assert not (trained.home / "reports").exists()
 
 
 # --------------------------------------------------------------------------------------------------- curves, replay
@@ -579,6 +601,14 @@ def test_make_plan_passes_the_options_that_matter_on(made: Path) -> None:
     expected = [f"--{name.lower().replace('_', '-')}={name.lower()} value" for name in names]
     assert re.findall(r"\[(.*)\]", done.stdout) == ["-m", "pipeline", "plan", *expected, "--", "attention"]
     assert "which study? make plan NAME=attention" in make(made, "plan").stderr
+
+
+def test_make_compare_passes_every_variable_on(made: Path) -> None:
+    words = ["OUTPUT=my page.html", "DATA_DIR=my data", "TRACKING_URI=u"]
+    got = re.findall(r"\[(.*)\]", make(made, "compare", "NAME=attention baseline", *words, OUTPUT="exported").stdout)
+    options = ["--output=my page.html", "--data-dir=my data", "--tracking-uri=u"]
+    assert got == ["-m", "pipeline", "compare", *options, "--", "attention baseline"]
+    assert "which study? make compare NAME=attention" in make(made, "compare").stderr
 
 
 def test_make_bench_passes_every_variable_on(made: Path) -> None:

@@ -1,16 +1,25 @@
-"""`ui`: what there is, in MLflow's pages."""
+"""`ui`: what there is, in MLflow's pages; `compare`: what came of studies, on the terminal and on a page."""
 
 import contextlib
+import hashlib
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from pipeline.cli.common import HOME, UI_PORT, make_console
-from pipeline.cli.options import TrackingOption
+from pipeline.cli.common import HOME, UI_PORT, expand, make_console, say
+from pipeline.cli.options import DataDirOption, TrackingOption
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pipeline.tracking.runs import MlflowTracker, StudyRuns
 
 
@@ -25,8 +34,7 @@ def ui(
     from pipeline.tracking.runs import MlflowTracker
     from pipeline.tracking.studies import find_studies
 
-    if tracking_uri is None and not (HOME / "mlflow.db").exists():
-        raise UserError(f"no runs yet in {HOME}: make study NAME=attention DATASET=digits makes some")
+    _check_store(tracking_uri)
     tracker = MlflowTracker(HOME, tracking_uri)
     studies = find_studies(tracker, name) if name else tracker.studies()
     console = make_console()
@@ -51,3 +59,96 @@ def links_of(tracker: "MlflowTracker", study: "StudyRuns", port: int) -> dict[st
 
     base = re.sub("//[^/]*@", "//", tracker.uri).rstrip("/") if tracker.is_remote else f"http://{HOST}:{port}"
     return study_links(base, study.experiment, study.objective, study.view, tracker.best_run_ids(study, 10))
+
+
+def compare(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="Studies, e.g. attention or attention-v1-digits.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page; default mlruns/reports/<study>.html.")
+    ] = None,
+    data_dir: DataDirOption = Path("data"),
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Compare the trials of a study, or studies with each other: a table here, and one HTML page that opens offline."""
+    _check_store(tracking_uri)
+
+    from pipeline.console import print_links
+    from pipeline.report.page import studies_page, study_page, write
+    from pipeline.report.trials import choose, table
+    from pipeline.tracking.runs import MlflowTracker
+
+    tracker = MlflowTracker(HOME, tracking_uri)
+    studies = choose(tracker, [name for word in names for name in word.split()])  # make passes several as one word
+    file = expand(output) if output else HOME / "reports" / page_name([study.name for study in studies])
+    if file.is_dir():
+        raise UserError(f"OUTPUT {file}: is a folder; name a file, e.g. {file / 'report.html'}")
+    frame = table(tracker, studies)
+    if empty := [study.name for study in studies if study.name not in set(frame["study"])]:
+        raise UserError(f"{', '.join(empty)}: has no trials yet; make study runs some")
+    console = make_console()
+    links = {study.name: links_of(tracker, study, UI_PORT) for study in studies}
+    for study in studies:
+        _print_trials(console, frame[frame["study"] == study.name])
+    with make_console(stderr=True).status("writing the page"):
+        if len(studies) == 1:
+            page = study_page(tracker, studies[0], frame, expand(data_dir), links[studies[0].name])
+        else:
+            flat = {f"{name}: {what}": link for name, some in links.items() for what, link in some.items()}
+            page = studies_page(tracker, studies, frame, flat)
+        write(page, file)
+    say(console, f"page: {file} ({len(page.encode()) / 1e6:.1f} MB, opens offline)")
+    for name, some in links.items():
+        print_links(console, f"{name} in MLflow (make ui):", list(some.items()))
+
+
+def page_name(studies: Sequence[str]) -> str:
+    """A file name for a page of these studies: `a+b.html`; a long one is cut and ends with a digest."""
+    joined = "+".join(re.sub(r"[^\w.-]+", "-", name).strip(".-") or "study" for name in studies)
+    if len(joined.encode()) > 120:
+        joined = f"{joined.encode()[:100].decode(errors='ignore')}-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
+    return f"{joined}.html"
+
+
+def _check_store(tracking_uri: str | None) -> None:
+    if tracking_uri is None and not (HOME / "mlflow.db").exists():
+        raise UserError(f"no runs yet in {HOME}: make study NAME=attention DATASET=digits makes some")
+
+
+def _print_trials(console: Console, frame: "pd.DataFrame", count: int = 8) -> None:
+    """The best trials of a study beside the control, then what the best three change in it."""
+    import pandas as pd
+
+    from pipeline.errors import one_line
+    from pipeline.report.trials import changes, control, finished, searched, weakest_class
+
+    done, base, names = finished(frame), control(frame), searched(frame)
+    rows = done.head(count)
+    if base is not None and base["run_id"] not in set(rows["run_id"]):
+        rows = pd.concat([rows, base.to_frame().T])
+    objective, trials = frame["objective"].iloc[0], int((frame["role"] == "trial").sum())
+    title = (
+        f"{frame['study'].iloc[0]}: best {min(len(done), count)} of {trials} trials, {len(done)} finished; validation split, "
+        "lead in points"
+    )
+    grid = Table(title=Text(one_line(title)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("trial", objective, "vs control", "weakest class (F1)", "training", "parameters", "latency"):
+        grid.add_column(Text(heading), justify="left" if heading.startswith("weak") else "right")
+    for _, row in rows.iterrows():
+        weakest, f1 = weakest_class(row)
+        grid.add_row(
+            f"{'control ' if row['control'] else ''}{row['trial']}",
+            f"{row['score']:.4f}",
+            f"{100 * (row['score'] - base['score']):+.2f}" if base is not None else "",
+            Text(f"{one_line(weakest)[:20]} ({f1:.3f})" if weakest else ""),
+            f"{row.get('time/training_s', float('nan')):,.1f} s",
+            f"{row.get('model/parameters', float('nan')):,.0f}",
+            f"{row.get('model/latency_ms', float('nan')):.2f} ms",
+        )
+    console.print(grid)
+    if done.empty:
+        states = ", ".join(f"{number} {state}" for state, number in frame["state"].value_counts().items())
+        say(console, f"no trial finished ({states}); the page says why")
+    for _, row in done.head(3).iterrows():
+        console.print(f"trial {row['trial']}: {one_line(changes(row, base, names))}", markup=False)

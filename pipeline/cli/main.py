@@ -19,7 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 from pipeline.cli.common import INTERRUPTED
 from pipeline.cli.finals import finals, reproduce
-from pipeline.cli.look import ui
+from pipeline.cli.look import compare, ui
 from pipeline.cli.measure import bench, curves, replay
 from pipeline.cli.predict import ensemble, predict
 from pipeline.cli.promote import history, promote, rollback
@@ -35,7 +35,7 @@ app = typer.Typer(
 )
 
 for _command in (
-    *(study, plan, ui, finals, promote, rollback, history, reproduce),
+    *(study, plan, compare, ui, finals, promote, rollback, history, reproduce),
     *(predict, ensemble, export, serve, bench, curves, replay),
 ):
     app.command()(_command)

@@ -67,15 +67,15 @@ def default_image_size(dataset: str) -> int | None:
     return NATURAL_SIZE.get(dataset)
 
 
-def load(dataset: str, image_size: int, data_dir: Path) -> Dataset:
+def load(dataset: str, image_size: int, data_dir: Path, download: bool = True) -> Dataset:
     """Read `cifar10`, `digits` or the folder of that path, its images resized to image_size x image_size.
 
-    CIFAR-10 lies in `data_dir`, as torchvision's files, and is downloaded there where it does not.
+    CIFAR-10 lies in `data_dir`, as torchvision's files, and with `download` is downloaded there where it does not.
     Raises DataError where the data is missing or damaged, UserError for an unknown name or too large images.
     """
     assert image_size > 0, image_size
     if dataset == "cifar10":
-        return _cifar10(image_size, data_dir.absolute())
+        return _cifar10(image_size, data_dir.absolute(), download)
     if dataset == "digits":
         return _digits(image_size)
     return _folder(dataset, image_size)
@@ -101,13 +101,15 @@ def _check_memory(images: int, image_size: int) -> None:
 # ---------------------------------------------------------------------------------------------------------- CIFAR-10
 
 
-def _cifar10(image_size: int, data_dir: Path) -> Dataset:
+def _cifar10(image_size: int, data_dir: Path, download: bool) -> Dataset:
     _check_memory(CIFAR10_TRAIN_IMAGES, image_size)
     from torchvision.datasets import CIFAR10
 
     folder = data_dir / CIFAR10.base_folder
     try:
         there = folder.exists() and any(folder.iterdir())
+        if not (there or download):
+            raise DataError(f"cifar10: not in {folder}; DATA_DIR= says where it lies")
         data = _read_cifar10(folder) if there else _download_cifar10(folder)
     except OSError as error:
         raise DataError(f"cifar10: {error.filename or folder}: {error.strerror or error}") from error

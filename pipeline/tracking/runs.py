@@ -240,6 +240,22 @@ class MlflowTracker:
         )
         return [run.info.run_id for run in found]
 
+    def runs_of(self, study: "StudyRuns") -> list[mlflow.entities.Run]:
+        """All runs of a study, in the order of their start: its trials', and others below its parent run."""
+        found: list[mlflow.entities.Run] = []
+        page: str | None = None
+        while page is None or page:
+            runs = self.client.search_runs(
+                [study.experiment],
+                _child_of(study.parent),
+                max_results=2_000,
+                order_by=["attributes.start_time ASC"],
+                page_token=page,
+            )
+            found += runs
+            page = runs.token or ""
+        return found
+
     def close_abandoned(self, parent: str, abandoned: Collection[int], alive: Collection[int]) -> None:
         """Close the runs of a study's abandoned trials, and any RUNNING one whose trial isn't among the living.
 

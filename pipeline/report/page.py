@@ -1,0 +1,635 @@
+"""A study, or several beside each other, as one self-contained HTML page: it opens offline and asks the network nothing."""
+
+import base64
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from html import escape
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from PIL import Image
+from plotly.offline import get_plotlyjs
+
+from pipeline.data.datasets import load
+from pipeline.errors import UserError, one_line
+from pipeline.report import figures
+from pipeline.report.analysis import Lead, effects, finals, importances, lead
+from pipeline.report.trials import (
+    Predictions,
+    challenger,
+    changes,
+    control,
+    finished,
+    histories,
+    param_names,
+    predictions,
+    searched,
+    show,
+    weakest_class,
+)
+from pipeline.search.importances import num_top
+from pipeline.tracking.runs import MlflowTracker, StudyRuns
+
+LISTED = 10  # best trials
+ENDED = 40  # pruned and failed trials that are listed
+PICTURES = 12  # of each kind of disagreement
+PARALLEL = 8  # parameters that make an axis
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+_STYLE = """
+:root { color-scheme: light dark; --ink: #222; --dim: #666; --line: #ddd; --ground: #fff; --soft: #f5f6f7; --link: #0b62a8 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ddd; --dim: #9aa0a6; --line: #3a3d42; --ground: #17191c; --soft: #202327; --link: #7ab8f0 } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+main { max-width: 1100px; margin: 0 auto; padding: 16px 20px 60px }
+h1 { font-size: 1.5rem; margin: .6em 0 .1em; overflow-wrap: anywhere }
+h2 { font-size: 1.15rem; margin: 2.2em 0 .2em; padding-top: .8em; border-top: 1px solid var(--line) }
+h3 { font-size: 1rem; margin: 1.2em 0 .2em }
+p { margin: .4em 0; max-width: 76ch; overflow-wrap: anywhere }
+a { color: var(--link) } nav a { margin-right: .9em; display: inline-block }
+nav { font-size: .9rem; margin: .6em 0 }
+.dim, details, figcaption { color: var(--dim); font-size: .88rem }
+.answer { background: var(--soft); border-left: 4px solid #0072B2; padding: .5em 1em; margin: 1em 0 }
+.plot { width: 100%; overflow: hidden } .said { margin-top: 0 }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 32px }
+.two > * { min-width: 0 }
+.scroll { overflow-x: auto; margin: .6em 0 }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
+th, td { padding: .25em .8em .25em 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
+th { color: var(--dim); font-weight: 600 } td.n, th.n { text-align: right; white-space: nowrap }
+td.wide { min-width: 300px; overflow-wrap: anywhere }
+@media (max-width: 700px) { td.wide { min-width: 520px } }
+.pictures { display: flex; flex-wrap: wrap; gap: 10px; margin: .4em 0 1em }
+.pictures figure { margin: 0; width: 96px } .pictures img { width: 96px; height: 96px; image-rendering: pixelated }
+.pictures figcaption { font-size: .75rem; line-height: 1.3; overflow-wrap: anywhere }
+summary { cursor: pointer }
+"""
+# Plotly draws with the reader's colours, again when they change; a figure that fails is told in its place.
+_SCRIPT = """
+const dark = matchMedia('(prefers-color-scheme: dark)');
+function draw() {
+  for (const [id, figure] of Object.entries(FIGURES)) {
+    const layout = Object.assign({}, figure.layout, {template: TEMPLATES[dark.matches ? 1 : 0]});
+    Plotly.react(id, figure.data, layout, {responsive: true, displayModeBar: false});
+  }
+}
+draw();
+dark.addEventListener('change', draw);
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A study's best trial, or its runner-up, beside its control; with what both answered, None where it is gone."""
+
+    best: pd.Series
+    word: str  # best or runner-up
+    base: pd.Series | None
+    best_answers: Predictions | None
+    base_answers: Predictions | None
+    lead: Lead | None
+
+
+def study_page(
+    tracker: MlflowTracker, study: StudyRuns, frame: pd.DataFrame, data_dir: Path, links: Mapping[str, str]
+) -> str:
+    """The HTML of one study, from `trials.table`; images come from `data_dir`, and are never downloaded."""
+    note = tracker.client.get_run(study.parent).data.tags.get("mlflow.note.content", "")
+    pair = best_pair(tracker, frame)
+    page = _Page()
+    page.head(study.name, f"Question: {note}" if note else "", answer(frame, pair), links)
+    page.counts(frame)
+    page.part("Best trials", _best_table(frame, pair))
+    if len(finals(frame)):
+        page.part("Finals: the same recipes with fresh seeds", _finals_table(frame))
+    if pair is None:
+        page.part("Search history", page.figure(figures.history(frame)))
+    else:
+        _results(page, tracker, frame, pair, data_dir)
+    page.part("What was pruned or failed, and why", _ended(frame))
+    page.part("Provenance", _provenance(tracker, pair))
+    return page.html(study.name)
+
+
+def _results(page: "_Page", tracker: MlflowTracker, frame: pd.DataFrame, pair: Pair, data_dir: Path) -> None:
+    """What needs at least one finished trial."""
+    done, weights = finished(frame), importances(frame)
+    page.part("Search history", page.figure(figures.history(frame)))
+    if len(weights):
+        method = (
+            f"PED-ANOVA (Watanabe et al. 2023): what tells the best {num_top(len(done))} of {len(done)} finished trials "
+            "from the others; shares sum to 100 %. The mark is what 95 % of shuffles of the scores stay below, for each "
+            "parameter by itself. The ranges are those of the values tried."
+        )
+        page.part("Which parameters matter", page.figure(figures.importance(weights)), _method(method))
+        chosen = list(weights["parameter"][:PARALLEL])
+        page.part("Parallel coordinates", page.figure(figures.parallel(frame, chosen)))
+    else:
+        page.part("Which parameters matter", _none(f"{len(done)} finished trials with too few differences to tell."))
+    page.part("Effect of each choice against the control", *_effects(page, frame))
+    shown = [pair.best["run_id"], *([pair.base["run_id"]] if pair.base is not None else [])]
+    stopped = frame[frame["state"] == "pruned"]["run_id"].tail(figures.LINES)
+    curves = histories(tracker, list(dict.fromkeys([*shown, *stopped])), str(pair.best["objective"]))
+    page.part("Learning curves", page.figure(figures.learning_curves(frame, curves)))
+    page.part("F1 by class", page.figure(figures.per_class(frame)))
+    page.part(f"Where the {pair.word} and the control disagree", *_disagreement(page, tracker, pair, data_dir))
+    answers = {f"the {pair.word}": pair.best_answers}
+    if pair.base is not None and pair.base["run_id"] != pair.best["run_id"]:
+        answers["the control"] = pair.base_answers
+    known = {label: run for label, run in answers.items() if run is not None}
+    drawn = page.figure(figures.calibration(known)) if known else _none("The predictions are gone.")
+    page.part("Calibration", drawn)
+    costs = ["time/training_s"]
+    if "model/parameters" in done and done["model/parameters"].nunique() > 1:
+        costs = list(figures.COSTS)
+    note = "Times are the wall clock's of one run each; other work on the machine is in them."
+    page.part("Cost against score", _two(page.figure(figures.cost(frame, measure)) for measure in costs), _none(note))
+
+
+def studies_page(
+    tracker: MlflowTracker, studies: Sequence[StudyRuns], frame: pd.DataFrame, links: Mapping[str, str]
+) -> str:
+    """The HTML of several studies beside each other."""
+    pairs = {study.name: best_pair(tracker, frame[frame["study"] == study.name]) for study in studies}
+    known = {name: pair for name, pair in pairs.items() if pair}
+    title = " and ".join(study.name for study in studies)
+    page = _Page()
+    page.head(title, "", _answer_of_several(known), links)
+    page.part("Studies", _studies_table(frame, pairs))
+    page.part("Scores", page.figure(figures.spread(frame)))
+    page.part("Search histories", page.figure(figures.history(frame)))
+    page.part("The best of each, two at a time", _leads_table(known))
+    page.part("The best recipes", _recipes_table(frame, known))
+    page.part("Cost against score, all studies", page.figure(figures.cost(frame)))
+    return page.html(title)
+
+
+def best_pair(tracker: MlflowTracker, frame: pd.DataFrame) -> Pair | None:
+    """A study's best trial, or its runner-up, and its control; None where no trial finished."""
+    found, base = challenger(frame), control(frame)
+    if found is None:
+        return None
+    best, word = found
+    answers = predictions(tracker, best["run_id"])
+    same = base is not None and base["run_id"] == best["run_id"]
+    beside = answers if same else predictions(tracker, base["run_id"]) if base is not None else None
+    others = len(finished(frame)) - 1
+    gap = lead(answers, beside, best["objective"], others) if answers and beside and not same else None
+    return Pair(best, word, base, answers, beside, gap)
+
+
+def answer(frame: pd.DataFrame, pair: Pair | None) -> list[str]:
+    """The result in a few plain sentences, with what the noise allows to say."""
+    if pair is None:
+        return ["No trial finished, so there is no answer yet."]
+    done, base = finished(frame), pair.base
+    best = done.iloc[0]
+    first = f"Trial {best['trial']} is the best of {len(done)} finished trials: {best['objective']} {best['score']:.4f}"
+    equal = int((done["score"] == best["score"]).sum()) - 1
+    first += f" (as good as {_count(equal, 'other')})" if equal else ""
+    if base is None:
+        lines = [f"{first}. No control finished, so there is nothing to compare it with."]
+    elif base["run_id"] == best["run_id"]:
+        lines = [f"{first}. It is the control: the search has found nothing better."]
+        if pair.lead:
+            lines[0] += (
+                f" The runner-up, trial {pair.best['trial']}, is at {lead_text(pair.lead)}: {pair.lead.verdict}."
+            )
+    elif pair.lead is None:
+        gain = 100 * (best["score"] - base["score"])
+        lines = [
+            f"{first}, {gain:+.2f} points from the control's {base['score']:.4f}; their predictions can't be paired."
+        ]
+    else:
+        gap = pair.lead
+        lines = [
+            f"{first}, {lead_text(gap)} beside the control's {base['score']:.4f}. "
+            f"It changes: {changes(best, base, searched(frame))}.",
+            f"That is {gap.verdict}; the best of {gap.trials} equally good trials would lead by about "
+            f"{100 * gap.luck:.1f} points by luck alone. The trial was chosen on these images, so its score flatters it.",
+        ]
+    repeats = finals(frame)
+    if len(repeats):
+        top = repeats.iloc[0]
+        lines.append(
+            f"With fresh seeds the best recipe's mean is {top['mean']:.4f} (95 % interval {top['low']:.4f} to "
+            f"{top['high']:.4f}, n = {top['n']} seeds); see the finals."
+        )
+    else:
+        lines.append("Each trial has one seed: the spread over seeds is in none of these numbers; finals measure it.")
+    return lines
+
+
+def lead_text(gap: Lead) -> str:
+    """`+1.39 points (95 % interval -1.32 to 4.10, n = 144 images, McNemar p = 0.62)`."""
+    return (
+        f"{100 * gap.difference:+.2f} points (95 % interval {100 * gap.low:+.2f} to {100 * gap.high:+.2f}, "
+        f"n = {gap.images:,} validation images, paired; exact McNemar p = {gap.p:.2g})"
+    )
+
+
+def write(page: str, file: Path) -> None:
+    """Whole or not at all; UserError where it can't be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent, suffix=".html")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as out:
+            out.write(page)
+        os.chmod(name, 0o644)
+        os.replace(name, file)
+    except OSError as error:
+        raise UserError(f"OUTPUT {file}: {error.strerror}; name another file") from None
+
+
+# ----------------------------------------------------------------------------------------------------------- sections
+
+
+def _best_table(frame: pd.DataFrame, pair: Pair | None) -> str:
+    rows, base, names = finished(frame).head(LISTED), control(frame), searched(frame)
+    if pair is None:
+        return _none("No trial finished.")
+    if base is not None and base["run_id"] not in set(rows["run_id"]):
+        rows = pd.concat([rows, base.to_frame().T])
+    heads = [
+        "trial",
+        str(pair.best["objective"]),
+        "beside control",
+        "macro-F1",
+        "weakest class",
+        "training",
+        "parameters",
+    ]
+    heads += ["latency", "what differs from the control" if base is not None else "searched parameters"]
+    cells = []
+    for _, row in rows.iterrows():
+        weakest, f1 = weakest_class(row)
+        cells.append(
+            [
+                f"{row['trial']}{' (control)' if row['control'] else ''}",
+                f"{row['score']:.4f}",
+                f"{100 * (row['score'] - base['score']):+.2f} points" if base is not None else "",
+                _number(row.get("val/f1_macro"), "{:.4f}"),
+                f"{weakest} ({f1:.3f})" if weakest else "",
+                _number(row.get("time/training_s"), "{:,.1f} s"),
+                _number(row.get("model/parameters"), "{:,.0f}"),
+                _number(row.get("model/latency_ms"), "{:.2f} ms"),
+                changes(row, base, names),
+            ]
+        )
+    return _table(heads, cells, wide={8}, numbers={0, 1, 2, 3, 5, 6, 7})
+
+
+def _finals_table(frame: pd.DataFrame) -> str:
+    repeats, base = finals(frame), control(frame)
+    names = [name for name in searched(frame) if name != "training.seed"]
+    cells = []
+    for _, row in repeats.iterrows():
+        run = frame[frame["run_id"] == row["run_id"]].iloc[0]
+        cells.append(
+            [
+                f"trial {run['trial']}: {changes(run, base, names)}",
+                f"{row['n']}",
+                f"{row['mean']:.4f}",
+                _number(row["deviation"], "{:.4f}"),
+                f"{row['low']:.4f} to {row['high']:.4f}" if pd.notna(row["low"]) else "one seed",
+                _number(row["seconds"], "{:,.0f} s"),
+            ]
+        )
+    heads = ["recipe", "seeds", "mean", "standard deviation", "95 % interval of the mean", "time of a run"]
+    said = f"{len(repeats)} recipes, best mean first; Student's t over seeds, all on the same validation images."
+    return _table(heads, cells, wide={0}, numbers={1, 2, 3, 4, 5}) + _p(said)
+
+
+def _effects(page: "_Page", frame: pd.DataFrame) -> list[str]:
+    found = effects(frame)
+    if found is None:
+        return [_none(f"{len(finished(frame))} finished trials are too few to estimate effects from.")]
+    share = max(found.explained, 0)
+    method = (
+        "A Bayesian linear model of all searched parameters at once, one effect per choice (numbers with many values in "
+        "thirds), effects normal around 0, its width averaged over by the marginal likelihood (Lindley and Smith 1972). "
+        f"Finished trials only, n = {found.trials}: pruned ones, which were poor, are left out, so choices that were often "
+        "pruned look better than they are. The search chose the trials and did not randomise one parameter at a time; "
+        "what two choices do together is left out, and the prior draws effects towards 0. Each interval is one of 95 %, not "
+        "corrected for how many there are. * The control has no such parameter, or did not finish: beside the most "
+        "frequent choice."
+    )
+    said = f"The model explains {share:.0%} of the scores' variance in trials left out of it" + (
+        "." if share >= 0.3 else ": hardly anything can be told from it."
+    )
+    rows = [
+        [
+            row["parameter"],
+            row["level"],
+            row["reference"],
+            f"{row['n']}",
+            f"{row['pruned']}",
+            f"{100 * row['effect']:+.2f}",
+            f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}",
+        ]
+        for _, row in found.table.iterrows()
+    ]
+    heads = ["parameter", "choice", "beside", "finished", "pruned", "effect, points", "95 % interval"]
+    whole = f"<details><summary>All {len(rows)} choices</summary>{_table(heads, rows, numbers={3, 4, 5, 6})}</details>"
+    return [page.figure(figures.effect(found)), _p(said), _method(method), whole]
+
+
+def _disagreement(page: "_Page", tracker: MlflowTracker, pair: Pair, data_dir: Path) -> list[str]:
+    best, base = pair.best_answers, pair.base_answers
+    if pair.base is None or pair.base["run_id"] == pair.best["run_id"]:
+        return [_none("There is no control beside the best to disagree with.")]
+    if best is None or base is None or pair.lead is None:
+        return [_none("The predictions of one of them are gone, or not of the same images.")]
+    right, other = best.answers == best.labels, base.answers == base.labels
+    counts = (
+        f"Of {len(right):,} validation images {int((right & other).sum()):,} are right by both, "
+        f"{pair.lead.only_first:,} by the {pair.word} alone, {pair.lead.only_second:,} by the control alone, "
+        f"{int((~right & ~other).sum()):,} by neither. Blue cells: the {pair.word} does better; orange: worse."
+    )
+    images = _images(tracker, pair.best, best, data_dir)
+    parts = [_p(counts), page.figure(figures.confusion_difference(best, base))]
+    if isinstance(images, str):
+        parts.append(_p(images))
+    for title, chosen in (
+        (f"Right by the {pair.word} alone", right & ~other),
+        ("Right by the control alone", other & ~right),
+    ):
+        places = np.flatnonzero(chosen)
+        sure = np.maximum(best.probabilities.max(1), base.probabilities.max(1))[places]
+        places = places[np.argsort(-sure, kind="stable")][:PICTURES]
+        if len(places):
+            first = f", the {PICTURES} surest" if chosen.sum() > PICTURES else ""
+            parts.append(f"<h3>{title}: {_count(int(chosen.sum()), 'image')}{first}</h3>")
+            parts.append(_pictures(places, pair.word, best, base, None if isinstance(images, str) else images))
+    return parts
+
+
+def _images(tracker: MlflowTracker, run: pd.Series, answers: Predictions, data_dir: Path) -> np.ndarray | str:
+    """uint8 (N, S, S, 3) of a run's validation images, in the order of its predictions; or why there are none."""
+    try:
+        data = load(str(run["data.dataset"]), int(run["data.image_size"]), data_dir, download=False)
+    except (UserError, KeyError, ValueError) as error:
+        reason = error.lines[0] if isinstance(error, UserError) else "the run does not say which"
+        return f"The images can't be shown, only their numbers in the training part: {reason}."
+    if data.digest != tracker.client.get_run(run["run_id"]).data.tags.get("data_digest"):
+        return f"The images can't be shown, only their numbers: {data.source} is not the data that the run had."
+    return data.train.images[answers.ids].permute(0, 2, 3, 1).numpy()
+
+
+def _pictures(places: np.ndarray, word: str, best: Predictions, base: Predictions, images: np.ndarray | None) -> str:
+    found = []
+    for place in places:
+        said = [f"{best.classes[best.labels[place]]} (no. {best.ids[place]})"]
+        for who, run in ((word, best), ("control", base)):
+            said.append(f"{who}: {run.classes[run.answers[place]]} {run.probabilities[place].max():.0%}")
+        picture = f'<img alt="" src="{_png(images[place])}">' if images is not None else ""
+        found.append(f"<figure>{picture}<figcaption>{'<br>'.join(_text(line) for line in said)}</figcaption></figure>")
+    return f'<div class="pictures">{"".join(found)}</div>'
+
+
+def _png(image: np.ndarray) -> str:
+    out = io.BytesIO()
+    picture = Image.fromarray(image)
+    picture.thumbnail((96, 96))
+    picture.save(out, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def _ended(frame: pd.DataFrame) -> str:
+    rows = frame[(frame["role"] == "trial") & ~frame["state"].isin(["finished", "running"])]
+    rows = rows.sort_values(["state", "trial"], kind="stable")
+    if rows.empty:
+        return _none("Nothing: every trial finished.")
+    base, names = control(frame), searched(frame)
+    cells = [
+        [
+            f"{row['trial']}",
+            row["state"],
+            row["reason"] or "no reason given",
+            f"{row['epochs']}",
+            _number(row.get(row["objective"]), "{:.4f}"),
+            _number(row["seconds"], "{:,.1f} s"),
+            changes(row, base, names),
+        ]
+        for _, row in rows.head(ENDED).iterrows()
+    ]
+    counts = rows["state"].value_counts()
+    spent, whole = rows["seconds"].sum(), frame["seconds"].sum()
+    said = f"{', '.join(f'{count} {state}' for state, count in counts.items())} of {_trials(frame)} trials"
+    said += f", {spent / whole:.0%} of the time." if whole else "."
+    said += f" The first {ENDED} are listed." if len(rows) > ENDED else ""
+    heads = ["trial", "state", "why", "epochs", "last value", "time", "what differs from the control"]
+    return _p(said) + _table(heads, cells, wide={2, 6}, numbers={3, 4, 5})
+
+
+def _provenance(tracker: MlflowTracker, pair: Pair | None) -> str:
+    lines = [f"Written {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}. All scores are of the validation split."]
+    if pair is not None:
+        tags = tracker.client.get_run(pair.best["run_id"]).data.tags
+        wanted = {"commit": "mlflow.source.git.commit", "torch": "torch", "hardware": "hardware"}
+        wanted |= {"data": "data_digest", "split": "split_digest"}
+        facts = [f"{name} {tags[tag][:60]}" for name, tag in wanted.items() if tags.get(tag)]
+        lines.append(f"The best trial, run {pair.best['run_id']}: {'; '.join(facts)}.")
+    return "".join(f'<p class="dim">{_text(line)}</p>' for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------------- several studies
+
+
+def _answer_of_several(pairs: Mapping[str, Pair]) -> list[str]:
+    if not pairs:
+        return ["No trial of any of them finished."]
+    best = max(pairs, key=lambda name: pairs[name].best["score"])
+    top = pairs[best]
+    equal = [name for name, pair in pairs.items() if name != best and pair.best["score"] == top.best["score"]]
+    tie = f", as high as that of {' and '.join(equal)}" if equal else ""
+    score = f"trial {top.best['trial']}, {top.best['objective']} {top.best['score']:.4f}"
+    lines = [f"{best} has the highest score{tie}: {score}."]
+    for name, pair in pairs.items():
+        if name == best:
+            continue
+        gap = _between(top, pair)
+        if gap is None:
+            lines.append(f"{name}'s best was judged by other images or another metric: the two can't be compared.")
+        else:
+            lines.append(f"Beside {name}'s best, trial {pair.best['trial']}: {lead_text(gap)}; {gap.verdict}.")
+    lines.append("Each is the best of its trials, chosen on these images, with one seed: a small lead may be luck.")
+    return lines
+
+
+def _between(first: Pair, second: Pair) -> Lead | None:
+    if first.best["objective"] != second.best["objective"] or not (first.best_answers and second.best_answers):
+        return None
+    return lead(first.best_answers, second.best_answers, first.best["objective"])
+
+
+def _studies_table(frame: pd.DataFrame, pairs: Mapping[str, Pair | None]) -> str:
+    cells = []
+    for name, pair in pairs.items():
+        runs = frame[(frame["study"] == name) & (frame["role"] == "trial")]
+        states = runs["state"].value_counts()
+        base = pair.base if pair else None
+        weakest, f1 = weakest_class(pair.best) if pair else ("", np.nan)
+        cells.append(
+            [
+                name,
+                f"{len(runs)}",
+                ", ".join(f"{count} {state}" for state, count in states.items()),
+                f"{pair.best['score']:.4f} (trial {pair.best['trial']})" if pair else "none",
+                f"{base['score']:.4f}" if base is not None else "none",
+                f"{weakest} ({f1:.3f})" if weakest else "",
+                _number(pair.best.get("time/training_s"), "{:,.1f} s") if pair else "",
+                _number(pair.best.get("model/parameters"), "{:,.0f}") if pair else "",
+                f"{runs['seconds'].sum() / 3600:.2f} h",
+            ]
+        )
+    heads = ["study", "trials", "how they ended", "best", "control", "best's weakest class", "its training"]
+    return _table([*heads, "its parameters", "all trials"], cells, numbers={1, 3, 4, 6, 7, 8})
+
+
+def _leads_table(pairs: Mapping[str, Pair]) -> str:
+    rows = []
+    for one, two in combinations(pairs, 2):
+        gap = _between(pairs[one], pairs[two])
+        rows.append([one, two, lead_text(gap) if gap else "not comparable", gap.verdict if gap else ""])
+    return (
+        _table(["the best of", "beside the best of", "lead", "that is"], rows, wide={2})
+        if rows
+        else _none("Fewer than two.")
+    )
+
+
+def _recipes_table(frame: pd.DataFrame, pairs: Mapping[str, Pair]) -> str:
+    """The fields that two studies searched, or in which their best recipes differ."""
+    groups = {name: frame[frame["study"] == name] for name in pairs}
+    asked = [set(searched(runs)) for runs in groups.values()]
+    names, rows = [name for name in param_names(frame) if name != "data.dataset"], []
+    for name in names:
+        values = {study: "" if pd.isna(value := pair.best[name]) else show(value) for study, pair in pairs.items()}
+        if len(set(values.values())) > 1 or sum(name in some for some in asked) > 1:
+            rows.append([name, *(value + _tried(groups[study], name) for study, value in values.items())])
+    if not rows:
+        return _none("They do not differ.")
+    said = "In brackets, where a study searched the field: what the best quarter of its finished trials have."
+    return _p(f"{len(rows)} of {len(names)} fields differ or were searched by several. {said}") + _table(
+        ["field", *pairs], rows
+    )
+
+
+def _tried(runs: pd.DataFrame, name: str) -> str:
+    done = finished(runs)
+    values = done[name].head(max(len(done) // 4, 1)).dropna()
+    if name not in searched(runs) or values.empty:
+        return ""
+    if all(type(value) in (int, float) for value in values):
+        ends = [show(values.min()), show(values.max())]
+        return f" ({' to '.join(dict.fromkeys(ends))})"
+    return f" ({', '.join(f'{show(value)} {count}x' for value, count in values.value_counts().items())})"
+
+
+# --------------------------------------------------------------------------------------------------------------- HTML
+
+
+class _Page:
+    """Collects parts and figures."""
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self._titles: list[str] = []
+        self._figures: dict[str, str] = {}
+
+    def head(self, name: str, question: str, said: Sequence[str], links: Mapping[str, str]) -> None:
+        listed = "".join(f'<a href="{escape(link)}">{_text(what)}</a>' for what, link in links.items())
+        lines = "".join(_p(line) for line in said)
+        self._parts.append(f'<h1>{_text(name)}</h1>{_p(question) if question else ""}<div class="answer">{lines}</div>')
+        if listed:
+            self._parts.append(f"<nav>In MLflow (<code>make ui</code> opens it): {listed}</nav>")
+        self._parts.append("")  # where the table of contents goes
+
+    def counts(self, frame: pd.DataFrame) -> None:
+        trials = frame[frame["role"] == "trial"]
+        states = ", ".join(f"{count} {state}" for state, count in trials["state"].value_counts().items())
+        hours = trials["seconds"].sum() / 3600
+        self._parts[-1] = f'<p class="dim">{len(trials)} trials: {_text(states)}; {hours:.2f} h of training in all.</p>'
+        self._parts.append("")
+
+    def part(self, title: str, *content: str) -> None:
+        self._titles.append(title)
+        self._parts.append(f'<section id="s{len(self._titles)}"><h2>{_text(title)}</h2>{"".join(content)}</section>')
+
+    def figure(self, figure: go.Figure) -> str:
+        """Its place on the page, with what is to be seen below it."""
+        number = f"f{len(self._figures) + 1}"
+        height, said = figure.layout.height, figure.layout.meta
+        figure = go.Figure(figure).update_layout(template=None, meta=None)
+        self._figures[number] = str(figure.to_json())
+        return f'<div class="plot" id="{number}" style="height:{height}px"></div><p class="said">{_text(said)}</p>'
+
+    def html(self, title: str) -> str:
+        contents = "".join(f'<a href="#s{n}">{_text(name)}</a>' for n, name in enumerate(self._titles, 1))
+        place = self._parts.index("")
+        parts = [*self._parts[:place], f"<nav>{contents}</nav>", *self._parts[place + 1 :]]
+        drawn = ",".join(f'"{name}":{figure}' for name, figure in self._figures.items())
+        both = json.dumps([figures.template(dark=False), figures.template(dark=True)])
+        # In a script only "<" can end it; in JSON it may be written so.
+        values = f"const FIGURES = {{{drawn}}}, TEMPLATES = {both};".replace("<", "\\u003c")
+        return (
+            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body><main>{''.join(parts)}</main>"
+            f"<script>{get_plotlyjs()}</script><script>{values}{_SCRIPT}</script></body></html>\n"
+        )
+
+
+def _text(value: object) -> str:
+    return escape(one_line(str(value)))
+
+
+def _p(line: str) -> str:
+    return f"<p>{_text(line)}</p>"
+
+
+def _none(line: str) -> str:
+    return f'<p class="dim">{_text(line)}</p>'
+
+
+def _method(line: str) -> str:
+    return f"<details><summary>How it was computed</summary><p>{_text(line)}</p></details>"
+
+
+def _two(parts: Iterable[str]) -> str:
+    return f'<div class="two">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
+
+
+def _number(value: object, form: str) -> str:
+    return form.format(value) if isinstance(value, (int, float, np.number)) and np.isfinite(value) else ""
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _trials(frame: pd.DataFrame) -> int:
+    return int((frame["role"] == "trial").sum())
+
+
+def _table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], wide: Iterable[int] = (), numbers: Iterable[int] = ()
+) -> str:
+    kinds = dict.fromkeys(wide, ' class="wide"') | dict.fromkeys(numbers, ' class="n"')
+    head = "".join(f"<th{kinds.get(column, '')}>{_text(name)}</th>" for column, name in enumerate(heads))
+    body = "".join(
+        f"<tr>{''.join(f'<td{kinds.get(column, str())}>{_text(cell)}</td>' for column, cell in enumerate(row))}</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,0 +1,215 @@
+"""The runs of studies as a table: one function for notebooks, and what everything else here reads from it."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.errors import UserError
+from pipeline.recipe import KIND
+from pipeline.tracking.runs import MlflowTracker, State, StudyRuns
+from pipeline.tracking.studies import find_study
+
+log = logging.getLogger(__name__)
+
+COLUMNS = (
+    *("study", "trial", "run_id", "role", "state", "reason", "control", "objective", "score"),
+    *("started", "seconds", "epochs"),
+)
+F1 = "val/f1/"
+
+
+def trials(*names: str, home: Path | str = "mlruns", uri: str | None = None) -> pd.DataFrame:
+    """One row per run of the named studies, or of all in the store; `attention` means the last run of attention's.
+
+    Columns: study, trial (number), run_id, role (`trial`, `final` for a repeat with another seed, or another), state
+    (finished, pruned, failed, interrupted, running), reason, control (the base recipe's trial), objective (a metric's
+    name), score (the objective of a finished run, else NaN), started (UTC), seconds (of the whole run), epochs (trained);
+    then every recipe field by its dotted name (`optimizer.lr`; NaN where its kind has none) and every metric's last value
+    (`val/f1_macro`). `home` is the folder mlruns, `uri` another MLflow database or server.
+    Raises UserError where there is no such store or study.
+    """
+    home = Path(home)
+    if uri is None and not (home / "mlflow.db").exists():
+        raise UserError(f"no runs yet in {home}: make study NAME=attention DATASET=digits makes some")
+    tracker = MlflowTracker(home, uri)
+    return table(tracker, choose(tracker, names) if names else tracker.studies())
+
+
+def choose(tracker: MlflowTracker, names: Sequence[str]) -> list[StudyRuns]:
+    """The study that each name means, each once; which of several is meant is logged. UserError where there is none."""
+    found: dict[str, StudyRuns] = {}
+    for name in names:
+        study, line = find_study(tracker, name)
+        found[study.parent] = study
+        if line:
+            log.warning(line)
+    return list(found.values())
+
+
+def table(tracker: MlflowTracker, studies: Sequence[StudyRuns]) -> pd.DataFrame:
+    """See `trials`."""
+    rows = [_row(run, study) for study in studies for run in tracker.runs_of(study)]
+    frame = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
+    params = sorted(name for name in frame.columns if "." in name and "/" not in name)
+    metrics = sorted(name for name in frame.columns if "/" in name)
+    frame = frame[[*COLUMNS, *params, *metrics]]
+    return frame.astype({"trial": "Int64", "epochs": "Int64", "control": bool, "score": float, "seconds": float})
+
+
+def _row(run: Any, study: StudyRuns) -> dict[str, Any]:
+    """Of an MLflow run; nothing of it is asked for again."""
+    tags, info = run.data.tags, run.info
+    state = tags.get("state", info.status.lower())
+    trial = tags.get("trial", "")
+    role = tags.get("role", "trial")
+    score = run.data.metrics.get(study.objective, np.nan) if state == State.FINISHED else np.nan
+    return {
+        "study": study.name,
+        "trial": int(trial) if trial.isdecimal() else pd.NA,
+        "run_id": info.run_id,
+        "role": role,
+        "state": state,
+        "reason": tags.get("reason", ""),
+        "control": role == "trial" and (info.run_name or "").endswith("(control)"),
+        "objective": study.objective,
+        "score": score if abs(score) < 1e300 else np.nan,  # MLflow keeps infinity as 1.8e308
+        "started": pd.Timestamp(info.start_time, unit="ms", tz="UTC"),
+        "seconds": (info.end_time - info.start_time) / 1000 if info.end_time else np.nan,
+        "epochs": max((m.step for m in run.data._metric_objs if m.key == study.objective), default=0),
+        **{name: _value(name, text) for name, text in run.data.params.items()},
+        **run.data.metrics,
+    }
+
+
+def _value(name: str, text: str) -> Any:
+    """A parameter as it was before MLflow made it a text; lists, and what names data, stay one."""
+    if name == "data.dataset":
+        return text
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, (int, float)) else text
+
+
+# ------------------------------------------------------------------------------------------- what the table says
+
+
+def finished(frame: pd.DataFrame) -> pd.DataFrame:
+    """The trials that have a score, best first."""
+    found = frame[(frame["role"] == "trial") & frame["score"].notna()]
+    return found.sort_values(["score", "trial"], ascending=[False, True], kind="stable")
+
+
+def control(frame: pd.DataFrame) -> pd.Series | None:
+    """The finished trial of the base recipe: what the others are compared with."""
+    found = finished(frame)
+    found = found[found["control"]]
+    return None if found.empty else found.iloc[0]
+
+
+def challenger(frame: pd.DataFrame) -> tuple[pd.Series, str] | None:
+    """What is set beside the control, and its name: the best trial, or the runner-up where the control is the best."""
+    done = finished(frame)
+    if done.empty:
+        return None
+    others = done[~done["control"]]
+    if len(others) and done.iloc[0]["control"]:
+        return others.iloc[0], "runner-up"
+    return done.iloc[0], "best"
+
+
+def param_names(frame: pd.DataFrame) -> list[str]:
+    """The recipe fields among the columns."""
+    return [name for name in frame.columns if "." in name and "/" not in name]
+
+
+def searched(frame: pd.DataFrame) -> list[str]:
+    """The recipe fields that differ between trials."""
+    rows = frame[frame["role"] == "trial"]
+    return [name for name in param_names(frame) if rows[name].nunique() > 1]
+
+
+def weakest_class(row: pd.Series) -> tuple[str, float]:
+    """The class with the lowest F1, and it; ("", NaN) where the run has none."""
+    f1 = row[[name for name in row.index if str(name).startswith(F1)]].astype(float).dropna()
+    return (str(f1.idxmin()).removeprefix(F1), float(f1.min())) if len(f1) else ("", float("nan"))
+
+
+def changes(row: pd.Series, base: pd.Series | None, names: Sequence[str]) -> str:
+    """What a run has of these fields and the control has not: `rotation 10, optimizer adam, lr 0.003`."""
+    if base is None:
+        return ", ".join(f"{short(name)} {show(row[name])}" for name in names if pd.notna(row[name]))
+    if row["run_id"] == base["run_id"]:
+        return "the control, the base recipe"
+    changed = [name for name in names if pd.notna(row[name]) and row[name] != base[name]]
+    return ", ".join(f"{short(name)} {show(row[name])}" for name in changed) or "as the control"
+
+
+def short(name: str) -> str:
+    """A field without its section; a kind is called by its section: `optimizer.name` -> `optimizer`."""
+    section, _, field = name.partition(".")
+    return section if KIND.get(section) == field else field.replace("_", " ")
+
+
+def show(value: Any) -> str:
+    """A value in three digits; yes and no for flags."""
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, (int, float, np.number)) else str(value)
+
+
+# ----------------------------------------------------------------------------- what only some runs are asked for
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """A run's answers on the validation split."""
+
+    ids: np.ndarray  # (N,) int64, places in the data set's training part
+    labels: np.ndarray  # (N,) int
+    probabilities: np.ndarray  # (N, C) float
+    classes: tuple[str, ...]
+
+    @property
+    def answers(self) -> np.ndarray:
+        """(N,) the likeliest class."""
+        return self.probabilities.argmax(axis=1)
+
+
+def predictions(tracker: MlflowTracker, run_id: str) -> Predictions | None:
+    """What a finished run stored; None where its file is gone or can't be read."""
+    import pyarrow.parquet as pq
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = pq.read_table(tracker.client.download_artifacts(run_id, "predictions.parquet", folder))
+            return Predictions(
+                found["id"].to_numpy().copy(),  # torch wants to be able to write
+                found["label"].to_numpy(),
+                np.stack(found["probabilities"].to_numpy()),
+                tuple(json.loads(found.schema.metadata[b"classes"])),
+            )
+        except Exception as error:  # whatever the store or the file's format raises: the page does without
+            log.warning("run %s: its predictions can't be read (%s)", run_id, str(error).splitlines()[0][:120])
+            return None
+
+
+def histories(tracker: MlflowTracker, run_ids: Sequence[str], metric: str) -> pd.DataFrame:
+    """Columns run_id, epoch (from 1), value: a metric's whole history for some runs, in their order."""
+    points = [
+        {"run_id": run_id, "epoch": point.step, "value": point.value}
+        for run_id in run_ids
+        for point in tracker.client.get_metric_history(run_id, metric)
+    ]
+    found = pd.DataFrame(points, columns=["run_id", "epoch", "value"])
+    return found.sort_values("epoch", kind="stable").drop_duplicates(["run_id", "epoch"], keep="last")

@@ -1,0 +1,151 @@
+"""What is said of noise holds where the truth is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline.report.analysis import effects, finals, importances, lead, pareto
+from pipeline.report.trials import Predictions
+
+RNG = np.random.default_rng(0)
+
+
+def predictions(answers: np.ndarray, labels: np.ndarray) -> Predictions:
+    return Predictions(np.arange(len(labels)), labels, np.eye(10)[answers], tuple("abcdefghij"))
+
+
+def study(trials: int, seed: int, strength: float) -> pd.DataFrame:
+    """Random trials of three parameters; only `optimizer.name` = adam adds to the score."""
+    dice = np.random.default_rng(seed)
+    name = dice.choice(["sgd", "adam"], trials)
+    name[0] = "sgd"
+    return pd.DataFrame(
+        {
+            "study": "s",
+            "trial": range(trials),
+            "run_id": [f"r{n}" for n in range(trials)],
+            "role": "trial",
+            "state": "finished",
+            "control": [n == 0 for n in range(trials)],
+            "optimizer.name": name,
+            "optimizer.lr": 10 ** dice.uniform(-4, -1, trials),
+            "augmentation.rotation": dice.choice([0.0, 5.0, 10.0], trials),
+            "score": 0.8 + strength * (name == "adam") + 0.01 * dice.standard_normal(trials),
+        }
+    )
+
+
+def test_a_lead_is_that_of_the_pairs_and_its_interval_holds_the_truth() -> None:
+    labels = RNG.integers(10, size=2000)
+    held = 0
+    for _ in range(200):
+        right = RNG.random((2, 2000)) < [[0.8], [0.77]]
+        first, second = (predictions(np.where(r, labels, (labels + 1) % 10), labels) for r in right)
+        found = lead(first, second, "val/accuracy")
+        assert found is not None
+        assert found.difference == pytest.approx(right[0].mean() - right[1].mean())
+        assert (found.only_first, found.only_second) == ((right[0] & ~right[1]).sum(), (right[1] & ~right[0]).sum())
+        held += found.low <= 0.03 <= found.high
+    assert 180 <= held <= 199
+
+
+def test_luck_is_what_the_best_of_equal_models_leads_by() -> None:
+    labels, trials, leads, lucks = np.zeros(1000, int), 20, [], []
+    for _ in range(150):
+        wrong = (RNG.random((trials + 1, 1000)) > 0.8).astype(int)
+        best = wrong[wrong[1:].sum(1).argmin() + 1]
+        found = lead(predictions(best, labels), predictions(wrong[0], labels), "val/accuracy", trials)
+        assert found is not None
+        leads.append(found.difference)
+        lucks.append(found.luck)
+    assert np.mean(lucks) == pytest.approx(np.mean(leads), rel=0.15)
+
+
+def test_the_verdict_knows_noise_from_luck_from_more() -> None:
+    labels = np.zeros(10_000, int)
+
+    def found(wrong_first: int, wrong_second: int, trials: int) -> str:
+        first, second = ((np.arange(10_000) < wrong).astype(int) for wrong in (wrong_first, wrong_second))
+        gap = lead(predictions(first, labels), predictions(second[::-1], labels), "val/accuracy", trials)
+        assert gap is not None
+        return gap.verdict
+
+    assert found(500, 510, 1).startswith("within the noise")
+    assert found(500, 570, 1000).startswith("no more than the best of so many")
+    assert found(500, 800, 1000).startswith("more than the noise")
+    assert found(800, 500, 1000).startswith("more than the noise"), "a loss is no luck"
+
+
+def test_models_of_other_images_are_not_compared() -> None:
+    labels = np.arange(10)
+    one = predictions(labels, labels)
+    other = Predictions(one.ids + 1, labels, one.probabilities, one.classes)
+    assert lead(one, other, "val/accuracy") is None
+
+
+def test_a_lead_in_macro_f1_is_one_in_macro_f1() -> None:
+    from sklearn.metrics import f1_score
+
+    labels = RNG.integers(10, size=500)
+    one, two = (np.where(RNG.random(500) < share, labels, RNG.integers(10, size=500)) for share in (0.9, 0.7))
+    found = lead(predictions(one, labels), predictions(two, labels), "val/f1_macro")
+    scores = [f1_score(labels, answers, average="macro") for answers in (one, two)]
+    assert found is not None and found.difference == pytest.approx(scores[0] - scores[1])
+    assert found.low < found.difference < found.high
+
+
+def test_the_choice_that_works_is_found_and_the_others_are_not() -> None:
+    found = effects(study(60, 1, 0.05))
+    assert found is not None and found.trials == 60 and found.explained > 0.6
+    adam = found.table.set_index("parameter").loc["optimizer.name"]
+    assert (adam["level"], adam["reference"]) == ("adam", "sgd")
+    assert adam["low"] < 0.05 < adam["high"] and adam["low"] > 0.03
+    others = found.table[found.table["parameter"] != "optimizer.name"]
+    assert ((others["low"] < 0) & (others["high"] > 0)).mean() > 0.7
+    assert set(others["parameter"]) == {"optimizer.lr", "augmentation.rotation"}
+
+
+def test_intervals_of_no_effect_hold_zero_nineteen_times_in_twenty() -> None:
+    held = [
+        row["low"] < 0 < row["high"]
+        for seed in range(40)
+        for _, row in effects(study(24, seed, 0.0)).table.iterrows()  # type: ignore[union-attr]
+    ]
+    assert np.mean(held) > 0.93
+
+
+def test_few_or_equal_trials_have_no_effects() -> None:
+    assert effects(study(7, 0, 0.1)) is None
+    assert effects(study(20, 0, 0.1).assign(score=0.5)) is None
+    assert effects(study(20, 0, 0.1).assign(score=np.nan)) is None
+
+
+def test_without_a_control_a_choice_stands_beside_the_most_frequent() -> None:
+    found = effects(study(40, 2, 0.05).assign(control=False))
+    assert found is not None and found.table["reference"].str.endswith("(the most frequent)").all()
+
+
+def test_importances_stand_above_chance_only_where_something_matters() -> None:
+    found = importances(study(60, 1, 0.05))
+    above = found[found["importance"] > found["chance"]]
+    assert list(above["parameter"])[:1] == ["optimizer.name"]
+    assert importances(study(3, 1, 0.05)).empty
+
+
+def test_the_front_is_what_nobody_beats() -> None:
+    cost, score = np.array([1.0, 2.0, 3.0, 2.0, 1.0]), np.array([0.5, 0.7, 0.6, 0.7, 0.4])
+    front = pareto(cost, score)
+    assert front[0] and not front[2] and not front[4] and front.sum() == 2
+
+
+def test_repeats_of_a_recipe_are_one_row_with_students_interval() -> None:
+    runs = study(6, 0, 0.0).assign(role="final", score=[0.8, 0.82, 0.84, 0.7, 0.71, 0.9])
+    runs["optimizer.name"] = ["adam"] * 3 + ["sgd"] * 2 + ["adamw"]
+    runs[["optimizer.lr", "augmentation.rotation"]] = 0.1
+    runs["training.seed"], runs["seconds"] = range(6), 2.0
+    found = finals(runs)
+    assert list(found["n"]) == [1, 3, 2] and list(found["mean"]) == pytest.approx([0.9, 0.82, 0.705])
+    assert np.isnan(found["low"][0])
+    half = 4.302653 * 0.02 / np.sqrt(3)  # t(0.975, 2 degrees)
+    assert (found["low"][1], found["high"][1]) == pytest.approx((0.82 - half, 0.82 + half))
+    assert finals(runs.assign(role="trial")).empty

@@ -1,0 +1,112 @@
+"""The table has a row per run with what MLflow holds of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import Trained
+
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+from pipeline.report import trials as report
+from pipeline.tracking.runs import MlflowTracker, State
+
+
+def test_each_run_is_a_row_with_its_recipe_and_its_last_metrics(trained: Trained, small_recipe: Recipe) -> None:
+    frame = report.trials("tiny", home=trained.home)
+    assert list(frame["run_id"]) == [trained.finished, trained.pruned]
+    assert list(frame["state"]) == ["finished", "pruned"]
+    assert list(frame["trial"]) == [0, 1]
+    assert list(frame["epochs"]) == [2, 1]
+    assert frame["reason"][1] == "below the median"
+    finished = frame.iloc[0]
+    for name, value in small_recipe.flat().items():
+        assert finished[name] == (str(list(value)) if isinstance(value, tuple) else value), name
+    run = MlflowTracker(trained.home).client.get_run(trained.finished)
+    assert {name: finished[name] for name in run.data.metrics} == run.data.metrics
+    assert finished["score"] == run.data.metrics["val/accuracy"]
+    assert np.isnan(frame["score"][1]), "a pruned run's value is of a shorter training"
+    assert 0 < frame["val/accuracy"][1] < 1
+    assert finished["seconds"] > finished["time/training_s"]
+    assert report.trials(home=trained.home).equals(frame), "without a name: all studies"
+
+
+def test_a_pruned_runs_whole_history_and_a_finished_ones_predictions(trained: Trained) -> None:
+    tracker = MlflowTracker(trained.home)
+    found = report.histories(tracker, [trained.finished, trained.pruned], "val/accuracy")
+    assert found.groupby("run_id")["epoch"].apply(list).to_dict() == {trained.finished: [1, 2], trained.pruned: [1]}
+    frame = report.trials("tiny", home=trained.home)
+    answers = report.predictions(tracker, trained.finished)
+    assert answers is not None and answers.classes == tuple("0123456789")
+    assert np.mean(answers.answers == answers.labels) == pytest.approx(frame["score"][0])
+    assert report.predictions(tracker, trained.pruned) is None
+
+
+def test_names_that_mean_nothing_are_told(trained: Trained, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no study tinny in the tracking store"):
+        report.trials("tinny", home=trained.home)
+    with pytest.raises(UserError, match="no runs yet"):
+        report.trials("tiny", home=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_runs_than_a_page_of_mlflow_are_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = MlflowTracker(tmp_path)
+    parent = tracker.open_study("many-v1-digits", "?", "val/accuracy", [])
+    tags = {"mlflow.parentRunId": parent.id, "role": "trial"}
+    experiment = tracker.client.get_run(parent.id).info.experiment_id
+    for number in range(5):
+        tracker.client.create_run(experiment, tags=tags | {"trial": str(number)}, start_time=number + 1)
+    parent.end(State.FINISHED)
+    real = tracker.client.search_runs
+
+    def pages_of_two(*arguments: object, **named: object) -> object:
+        return real(*arguments, **(named | {"max_results": 2}))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tracker.client, "search_runs", pages_of_two)
+    [study] = [found for found in tracker.studies() if found.parent == parent.id]
+    frame = report.table(tracker, [study])
+    assert list(frame["trial"]) == [0, 1, 2, 3, 4]
+    assert set(frame["state"]) == {"running"} and frame["score"].isna().all()
+
+
+def frame(**columns: list[object]) -> pd.DataFrame:
+    rows = len(columns["score"])
+    base = {
+        "study": ["s"] * rows,
+        "trial": list(range(rows)),
+        "run_id": [f"r{n}" for n in range(rows)],
+        "role": ["trial"] * rows,
+        "control": [n == 0 for n in range(rows)],
+    }
+    return pd.DataFrame(base | columns)
+
+
+def test_the_best_the_control_and_the_runner_up() -> None:
+    runs = frame(score=[0.9, 0.8, np.nan, 0.9], role=["trial", "trial", "trial", "final"])
+    assert list(report.finished(runs)["trial"]) == [0, 1]
+    base, found = report.control(runs), report.challenger(runs)
+    assert base is not None and base["trial"] == 0
+    assert found is not None and (found[0]["trial"], found[1]) == (1, "runner-up")
+    assert report.challenger(runs[2:3]) is None and report.control(runs[1:]) is None
+    best = report.challenger(runs.assign(score=[0.7, 0.8, 0.75, 0.9]))
+    assert best is not None and (best[0]["trial"], best[1]) == (1, "best")
+
+
+def test_changes_are_told_as_a_person_would() -> None:
+    runs = frame(
+        **{
+            "score": [0.5, 0.6],
+            "optimizer.name": ["sgd", "adam"],
+            "optimizer.lr": [0.1, 0.00312345],
+            "optimizer.momentum": [0.9, np.nan],
+            "training.epochs": [3, 3],
+            "model.batch_norm": [False, True],
+        }
+    )
+    names = report.searched(runs)
+    assert "training.epochs" not in names
+    text = report.changes(runs.iloc[1], runs.iloc[0], names)
+    assert text == "optimizer adam, lr 0.00312, batch norm yes"
+    assert report.changes(runs.iloc[0], runs.iloc[0], names) == "the control, the base recipe"
