@@ -229,6 +229,10 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
         (["study", "attention", "--dataset", "cifar100"], ["data.dataset = cifar100:"]),
         (["study", "attention", "--device", "cuda:99"], ["DEVICE cuda:99: torch sees"]),
         (
+            ["study", "attention", "--device", "cpu", "--set", "training.execution=graphed"],
+            ["training.execution = graphed: a graph needs a GPU, and this is cpu; SET=training.execution=eager"],
+        ),
+        (
             ["curves", "baseline", "--output", "c.csv", "--epochs", "0", "--set", "data.train_fraction=2"],
             ["EPOCHS = 0:", "data.train_fraction = 2: should be less than or equal to 1"],
         ),

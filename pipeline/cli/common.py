@@ -53,9 +53,11 @@ def find_device(name: str) -> "torch.device":
 
 
 def load_data(search: "Search", data_dir: Path, device: "torch.device") -> "TrainingData":
-    """The search's data set, split and on the device."""
+    """The search's data set, split and on the device, which can execute its steps."""
     from pipeline.data.datasets import load
     from pipeline.data.prepare import prepare
+    from pipeline.training.execution import check_execution
 
+    check_execution(search.base, device)
     images = load(search.base.data.dataset, search.base.data.image_size, expand(data_dir))
     return prepare(images, search.base.data, device)
