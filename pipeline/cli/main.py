@@ -19,7 +19,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 from pipeline.cli.common import INTERRUPTED
 from pipeline.cli.look import ui
-from pipeline.cli.measure import bench, curves, replay
+from pipeline.cli.measure import bench, bench_gpu, curves, replay
 from pipeline.cli.predict import ensemble, predict
 from pipeline.cli.study import plan, study
 from pipeline.errors import UserError
@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (study, plan, ui, predict, ensemble, bench, curves, replay):
+for _command in (study, plan, ui, predict, ensemble, bench, bench_gpu, curves, replay):
     app.command()(_command)
 
 

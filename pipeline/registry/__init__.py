@@ -1,0 +1,1 @@
+"""What is trusted: finals, the gate, the registry and its ledger, the models that are shipped."""
