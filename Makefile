@@ -9,7 +9,7 @@ quoted = '$(subst ','\'',$(value $(1)))'
 # What the command line says; of what is exported only DATA_DIR, as names like VERSION mean other things elsewhere.
 typed = $(if $(value $(1)),$(if $(filter command line,$(origin $(1)))$(filter DATA_DIR,$(1)),$(call quoted,$(1))))
 option = $(if $(call typed,$(1)),--$(2)=$(call typed,$(1)))
-unexport NAME TRIALS EPOCHS TIMEOUT DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT IMAGE MODEL METHOD SHOW OUTPUT AGAINST JSON
+unexport NAME TRIALS EPOCHS TIMEOUT DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT IMAGE MODEL METHOD SHOW OUTPUT AGAINST JSON PEER AIRBENCH ONLY
 
 STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout DATASET:dataset DATA_DIR:data-dir DEVICE:device SEED:seed \
   VERSION:version STORAGE:storage TRACKING_URI:tracking-uri SET:set
@@ -17,19 +17,20 @@ STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout DATASET:dataset DAT
 PREDICT_OPTIONS := MODEL:model METHOD:method OUTPUT:output DEVICE:device TRACKING_URI:tracking-uri
 PLAN_OPTIONS := $(filter-out TIMEOUT:% STORAGE:% TRACKING_URI:%,$(STUDY_OPTIONS))
 BENCH_OPTIONS := MODEL:model DATASET:dataset DATA_DIR:data-dir DEVICE:device AGAINST:against
+BENCH_GPU_OPTIONS := PEER:peer AIRBENCH:airbench DATA_DIR:data-dir OUTPUT:output ONLY:only
 
 # A mistyped variable would silently run something else.
-KNOWN := NAME PORT IMAGE SHOW JSON PYTHON $(sort $(foreach o,$(STUDY_OPTIONS) $(PREDICT_OPTIONS) $(BENCH_OPTIONS),$(firstword $(subst :, ,$(o)))))
+KNOWN := NAME PORT IMAGE SHOW JSON PYTHON $(sort $(foreach o,$(STUDY_OPTIONS) $(PREDICT_OPTIONS) $(BENCH_OPTIONS) $(BENCH_GPU_OPTIONS),$(firstword $(subst :, ,$(o)))))
 UNKNOWN := $(strip $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(filter-out $(KNOWN),$(v)))))
 ifneq ($(filter-out -%,$(UNKNOWN)),)
 $(error no such variable: $(UNKNOWN) (there are $(KNOWN)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study plan predict ui bench test check format
+.PHONY: help setup study plan predict ui bench bench-gpu test check format
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
 
 setup: $(READY) ## create .venv and install everything (the other targets do it too)
 
@@ -52,6 +53,9 @@ ui: $(READY) ## open the MLflow UI on 127.0.0.1 with links to the studies: [NAME
 
 bench: $(READY) ## how fast each network trains here, and where the time goes: [MODEL=all DATASET= DATA_DIR= DEVICE= JSON=1 AGAINST=peer.py]
 	@$(BIN)/python -m pipeline bench $(call options,$(BENCH_OPTIONS)) $(if $(call typed,JSON),$(if $(filter-out 0,$(value JSON)),--json))
+
+bench-gpu: $(READY) ## what a GPU is worth here, in under ten minutes: [PEER=peer.py AIRBENCH=airbench94_muon.py DATA_DIR= OUTPUT=gpu.json ONLY=fast,study]
+	@$(BIN)/python -m pipeline bench-gpu $(call options,$(BENCH_GPU_OPTIONS))
 
 test: $(READY) ## run the tests (DATA_DIR= with CIFAR-10 in it runs those on real data too)
 	@$(if $(value DATA_DIR),DATA_DIR=$(call quoted,DATA_DIR)) $(BIN)/python -m pytest

@@ -215,7 +215,8 @@ def at_once(bench: Bench) -> Iterator[Row]:
         ]
         for process in processes:
             process.start()
-        alone, arrived = 0.0, defaultdict(list)
+        alone = 0.0
+        arrived: dict[int, list[Row]] = defaultdict(list)
         for number, (execution, count) in enumerate(phases):
             while len(arrived[number]) < count:
                 phase, row = results.get()  # a result may be overtaken by one of the next phase
@@ -384,43 +385,42 @@ def _attention(recipe: Recipe, data: TrainingData, device: torch.device) -> Row:
 
 def study(bench: Bench) -> Iterator[Row]:
     """A few trials of a study of `attention`, a forecast of 100, and tracking's share of a trial of 10 seconds."""
-    for execution in bench.executions[:2]:
-        base = bench.recipe("attention", {**STUDY, "training.execution": execution})
-        data = bench.data(base)
-        fixed = frozenset({*STUDY, *bench.changes, "data.image_size"})
-        search = Search("attention", load_study("attention"), base, 1, bench.trials, None, fixed)
-        hundred = replace(search, trials=STUDY_TRIALS)
-        row = _attempt(f"forecast of {STUDY_TRIALS} trials, {execution}", _forecast, hundred, data, bench.where)
-        yield row
-        if "error" not in row:
-            yield _attempt(f"tracking, {execution}", _tracking, base, data, bench)
-            yield _attempt(f"{bench.trials} trials, {execution}", _trials, search, data, bench.where)
-
-
-def _trials(search: Search, data: TrainingData, device: torch.device) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        began = time.perf_counter()
-        done = workers.run(search, data, device, _Silent(), open_storage(home), MlflowTracker(home), home)
-        seconds = time.perf_counter() - began
-        return {"seconds": round(seconds, 2), "trial_s": round(seconds / search.trials, 2), "best": done.best_value}
+        tracker = MlflowTracker(home)
+        for version, execution in enumerate(bench.executions[:2], start=1):
+            base = bench.recipe("attention", {**STUDY, "training.execution": execution})
+            data = bench.data(base)
+            fixed = frozenset({*STUDY, *bench.changes, "data.image_size"})
+            search = Search("attention", load_study("attention"), base, version, bench.trials, None, fixed)
+            row = _attempt(f"forecast of {STUDY_TRIALS} trials, {execution}", _forecast, search, data, bench.where)
+            yield row
+            if "error" not in row:
+                yield _attempt(f"tracking, {execution}", _tracking, base, data, bench, tracker)
+                yield _attempt(f"{bench.trials} trials, {execution}", _trials, search, data, bench.where, tracker, home)
 
 
 def _forecast(search: Search, data: TrainingData, device: torch.device) -> Row:
-    found = forecast(search, data, device, None)
+    found = forecast(replace(search, trials=STUDY_TRIALS), data, device, None)
     assert found
     return {"seconds": round(found.seconds, 1), "epoch_s": round(found.epoch_s, 3), "pruned": round(found.pruned, 1)}
 
 
-def _tracking(recipe: Recipe, data: TrainingData, bench: Bench) -> Row:
-    with tempfile.TemporaryDirectory() as folder:
-        tracker, speed = MlflowTracker(Path(folder)), measure(recipe, data, bench.where, bench.seconds)
-        measure_overhead(recipe, data, bench.where, speed, tracker)  # a process's first run takes seconds more
-        overhead = measure_overhead(recipe, data, bench.where, speed, tracker)
+def _tracking(recipe: Recipe, data: TrainingData, bench: Bench, tracker: Tracker) -> Row:
+    speed = measure(recipe, data, bench.where, bench.seconds)
+    measure_overhead(recipe, data, bench.where, speed, tracker)  # a process's first run takes seconds more
+    overhead = measure_overhead(recipe, data, bench.where, speed, tracker)
     epochs = math.ceil(TRIAL_S / speed.epoch_s)
     seconds = trial_seconds(recipe.changed({"training.epochs": epochs}), speed, overhead)
     total = sum(seconds.values())
     return {"share": round(seconds["tracking"] / total, 4), "trial_s": round(total, 2), "epochs": epochs}
+
+
+def _trials(search: Search, data: TrainingData, device: torch.device, tracker: MlflowTracker, home: Path) -> Row:
+    began = time.perf_counter()
+    done = workers.run(search, data, device, _Silent(), open_storage(home), tracker, home)
+    seconds = time.perf_counter() - began
+    return {"seconds": round(seconds, 2), "trial_s": round(seconds / search.trials, 2), "best": done.best_value}
 
 
 class _Silent:

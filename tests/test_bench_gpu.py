@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from pipeline import bench_gpu
 from pipeline.bench_gpu import Bench, Row, faults, run
 from pipeline.cli.main import app
+from pipeline.search import plan
 from pipeline.search.study import load_study
 
 TINY = {
@@ -209,7 +210,9 @@ def test_attentions_short_recipe_is_trained_in_the_first_way_that_works(tiny: Be
     assert row["accuracy"] == pytest.approx(row["by_epoch"][-1], abs=1e-4)
 
 
-def test_a_short_study_is_run_and_a_long_one_forecast(tiny: Bench) -> None:
+def test_a_short_study_is_run_and_a_long_one_forecast(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "CONTROL_S", 0)
+    monkeypatch.setattr(plan, "OTHERS", 1)
     rows = rows_of("study", tiny)
     assert rows["2 trials, eager"]["seconds"] > 0
     assert rows["forecast of 100 trials, eager"]["seconds"] > rows["2 trials, eager"]["trial_s"]

@@ -274,6 +274,7 @@ def test_the_public_surface_is_frozen() -> None:
     }
     assert surface == {
         "bench": ["--against", "--data-dir", "--dataset", "--device", "--json", "--model"],
+        "bench-gpu": ["--airbench", "--data-dir", "--only", "--output", "--peer"],
         "plan": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--trials", "--version", "name"),
         ],
@@ -477,6 +478,13 @@ def test_make_bench_passes_every_variable_on(made: Path) -> None:
     options = ["--model=plain", "--dataset=digits", "--data-dir=my data", "--device=cpu", "--against=a peer.py"]
     assert got == ["-m", "pipeline", "bench", *options, "--json"]
     assert re.findall(r"\[(.*)\]", make(made, "bench", "JSON=0").stdout) == ["-m", "pipeline", "bench"]
+
+
+def test_make_bench_gpu_passes_every_variable_on(made: Path) -> None:
+    words = ["PEER=a peer.py", "AIRBENCH=a.py", "DATA_DIR=my data", "OUTPUT=my out.json", "ONLY=at once,fast"]
+    got = re.findall(r"\[(.*)\]", make(made, "bench-gpu", *words).stdout)
+    options = ["--peer=a peer.py", "--airbench=a.py", "--data-dir=my data", "--output=my out.json", "--only=at once,fast"]
+    assert got == ["-m", "pipeline", "bench-gpu", *options]
 
 
 @pytest.fixture(scope="module")
