@@ -483,7 +483,13 @@ def test_make_bench_passes_every_variable_on(made: Path) -> None:
 def test_make_bench_gpu_passes_every_variable_on(made: Path) -> None:
     words = ["PEER=a peer.py", "AIRBENCH=a.py", "DATA_DIR=my data", "OUTPUT=my out.json", "ONLY=at once,fast"]
     got = re.findall(r"\[(.*)\]", make(made, "bench-gpu", *words).stdout)
-    options = ["--peer=a peer.py", "--airbench=a.py", "--data-dir=my data", "--output=my out.json", "--only=at once,fast"]
+    options = [
+        "--peer=a peer.py",
+        "--airbench=a.py",
+        "--data-dir=my data",
+        "--output=my out.json",
+        "--only=at once,fast",
+    ]
     assert got == ["-m", "pipeline", "bench-gpu", *options]
 
 
