@@ -9,13 +9,13 @@ quoted = '$(subst ','\'',$(value $(1)))'
 # What the command line says; of what is exported only DATA_DIR, as names like VERSION mean other things elsewhere.
 typed = $(if $(value $(1)),$(if $(filter command line,$(origin $(1)))$(filter DATA_DIR,$(1)),$(call quoted,$(1))))
 option = $(if $(call typed,$(1)),--$(2)=$(call typed,$(1)))
-unexport NAME TRIALS EPOCHS TIMEOUT DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT IMAGE MODEL METHOD SHOW OUTPUT AGAINST JSON PEER AIRBENCH ONLY
+unexport NAME TRIALS EPOCHS TIMEOUT PATIENCE DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT IMAGE MODEL METHOD SHOW OUTPUT AGAINST JSON PEER AIRBENCH ONLY
 
-STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout DATASET:dataset DATA_DIR:data-dir DEVICE:device SEED:seed \
+STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout PATIENCE:patience DATASET:dataset DATA_DIR:data-dir DEVICE:device SEED:seed \
   VERSION:version STORAGE:storage TRACKING_URI:tracking-uri SET:set
 
 PREDICT_OPTIONS := MODEL:model METHOD:method OUTPUT:output DEVICE:device TRACKING_URI:tracking-uri
-PLAN_OPTIONS := $(filter-out TIMEOUT:% STORAGE:% TRACKING_URI:%,$(STUDY_OPTIONS))
+PLAN_OPTIONS := $(filter-out TIMEOUT:% PATIENCE:% STORAGE:% TRACKING_URI:%,$(STUDY_OPTIONS))
 BENCH_OPTIONS := MODEL:model DATASET:dataset DATA_DIR:data-dir DEVICE:device AGAINST:against
 BENCH_GPU_OPTIONS := PEER:peer AIRBENCH:airbench DATA_DIR:data-dir OUTPUT:output ONLY:only
 
@@ -36,7 +36,7 @@ setup: $(READY) ## create .venv and install everything (the other targets do it 
 
 options = $(foreach o,$(1),$(call option,$(firstword $(subst :, ,$(o))),$(lastword $(subst :, ,$(o)))))
 
-study: $(READY) ## run or go on with a study: NAME= [DATASET= TRIALS= EPOCHS= TIMEOUT= DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= TRACKING_URI=]
+study: $(READY) ## run or go on with a study: NAME= [DATASET= TRIALS= EPOCHS= TIMEOUT= PATIENCE= DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= TRACKING_URI=]
 	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make study NAME=attention (in studies/: '$$(cd studies && ls *.py | sed 's/\.py$$//' | paste -sd' ' -)')' >&2; exit 2; }
 	@$(BIN)/python -m pipeline study $(call options,$(STUDY_OPTIONS)) -- $(call typed,NAME)
 

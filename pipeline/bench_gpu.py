@@ -392,7 +392,7 @@ def study(bench: Bench) -> Iterator[Row]:
             base = bench.recipe("attention", {**STUDY, "training.execution": execution})
             data = bench.data(base)
             fixed = frozenset({*STUDY, *bench.changes, "data.image_size"})
-            search = Search("attention", load_study("attention"), base, version, bench.trials, None, fixed)
+            search = Search("attention", load_study("attention"), base, version, bench.trials, None, fixed=fixed)
             row = _attempt(f"forecast of {STUDY_TRIALS} trials, {execution}", _forecast, search, data, bench.where)
             yield row
             if "error" not in row:

@@ -285,8 +285,8 @@ def test_the_public_surface_is_frozen() -> None:
         "predict": ["--device", "--method", "--model", "--output", "--show", "--tracking-uri", "files"],
         "replay": ["--json", "--orders", "--seed", "file"],
         "study": [
-            *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--storage", "--timeout"),
-            *("--tracking-uri", "--trials", "--version", "name"),
+            *("--data-dir", "--dataset", "--device", "--epochs", "--patience", "--seed", "--set"),
+            *("--storage", "--timeout", "--tracking-uri", "--trials", "--version", "name"),
         ],
         "ui": ["--port", "--tracking-uri", "name"],
     }

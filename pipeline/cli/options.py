@@ -45,6 +45,7 @@ class StudyOptions(BaseModel):
     trials: int | None = Field(None, ge=1, le=1_000_000)
     epochs: int | None = Field(None, ge=1, le=10_000)
     timeout: float | None = Field(None, gt=0)
+    patience: int | None = Field(None, ge=1, le=1_000_000)
     seed: int | None = Field(None, ge=0, le=2**32 - 1)
     version: int | None = Field(None, ge=1, le=1_000_000)
     device: str = "auto"
@@ -104,6 +105,7 @@ def resolve(name: str, typed: dict[str, Any], dataset: str | None, change: list[
         version=options.version or definition.version,
         trials=options.trials or trials,
         timeout_s=options.timeout,
+        patience=options.patience or definition.patience,
         fixed=frozenset(changes),
     )
     search.check()

@@ -36,6 +36,9 @@ def study(
     timeout: Annotated[
         str | None, typer.Option(metavar="TIME", help="No trial starts after so long: 90, 30m, 2h.")
     ] = None,
+    patience: Annotated[
+        str | None, typer.Option(metavar="N", help="Stop when N trials in a row gave no better score.")
+    ] = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = Path("data"),
     device: DeviceOption = "auto",
@@ -48,13 +51,14 @@ def study(
     change: ChangeOption = None,
 ) -> None:
     """Run a study, or go on with it: search, train, track, and show the best trials."""
-    typed = {"trials": trials, "epochs": epochs, "timeout": timeout, "seed": seed, "version": version, "device": device}
+    typed = {"trials": trials, "epochs": epochs, "timeout": timeout, "patience": patience}
+    typed |= {"seed": seed, "version": version, "device": device}
     faults = database_faults(storage, tracking_uri)
     search = resolve(name, typed, dataset, change or [], faults)
 
     from pipeline.console import StudyView
     from pipeline.search import workers
-    from pipeline.search.storage import open_storage
+    from pipeline.search.storage import num_finished, open_storage
     from pipeline.search.trial import StudyInterrupted
     from pipeline.tracking.runs import MlflowTracker
 
@@ -75,6 +79,12 @@ def study(
     except StudyInterrupted:
         console.print(f"interrupted; the same command goes on with {search.key(data)}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
+    if search.is_exhausted(done) and num_finished(done) < search.trials:
+        console.print(
+            f"stopped after {num_finished(done)} trials: the last {search.patience} gave no better score "
+            "(PATIENCE=); the same command with more patience goes on",
+            soft_wrap=True,
+        )
     _finish(console, search, done, tracker)
 
 

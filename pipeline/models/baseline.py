@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from pipeline.models.layers import flat_size
+from pipeline.models.layers import flat_size, halved
 from pipeline.recipe import Baseline
 
 
@@ -14,7 +14,7 @@ class BaselineNetwork(nn.Module):
         layers: list[nn.Module] = []
         inputs = 3
         for width in recipe.widths:
-            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += halved([nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()])
             inputs = width
         self.features = nn.Sequential(*layers)
         self.head = nn.Sequential(

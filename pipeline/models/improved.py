@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from pipeline.models.layers import conv_bn_relu, flat_size
+from pipeline.models.layers import Dropout, conv_bn_relu, flat_size, halved
 from pipeline.recipe import Improved
 
 
@@ -14,14 +14,14 @@ class ImprovedNetwork(nn.Module):
         layers: list[nn.Module] = []
         inputs = 3
         for width in recipe.widths:
-            layers += [*conv_bn_relu(inputs, width), *conv_bn_relu(width, width), nn.MaxPool2d(2)]
+            layers += [*conv_bn_relu(inputs, width), *halved(conv_bn_relu(width, width))]
             inputs = width
         self.features = nn.Sequential(*layers)
         self.head = nn.Sequential(
-            nn.Dropout(recipe.dropout),
+            Dropout(recipe.dropout),
             nn.Linear(flat_size(image_size, len(recipe.widths), inputs), recipe.hidden),
             nn.ReLU(),
-            nn.Dropout(recipe.dropout),
+            Dropout(recipe.dropout),
             nn.Linear(recipe.hidden, num_classes),
         )
         self.apply(_kaiming)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from pipeline.models.layers import conv_bn_relu, flat_size
+from pipeline.models.layers import Dropout, conv_bn_relu, flat_size, halved
 from pipeline.recipe import Plain
 
 
@@ -14,13 +14,14 @@ class PlainNetwork(nn.Module):
         layers: list[nn.Module] = []
         inputs = 3
         for block, width in enumerate(recipe.widths):
-            layers += conv_bn_relu(inputs, width)
-            if block > 0:  # halving at once harms small images, its author found
-                layers.append(nn.MaxPool2d(2))
+            block_layers = conv_bn_relu(inputs, width)
+            layers += (
+                halved(block_layers) if block > 0 else block_layers
+            )  # at once harms small images, its author found
             layers.append(nn.Dropout2d(recipe.convolution_dropout))
             inputs = width
         self.features = nn.Sequential(*layers)
-        self.dropout = nn.Dropout(recipe.dropout)
+        self.dropout = Dropout(recipe.dropout)
         self.classifier = nn.Linear(flat_size(image_size, len(recipe.widths) - 1, inputs), num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

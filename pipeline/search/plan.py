@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import torch
 from optuna.trial import TrialState
 
 from pipeline.data.prepare import TrainingData
 from pipeline.recipe import Recipe
+from pipeline.search.replay import rule, simulate
 from pipeline.search.storage import num_finished
 from pipeline.search.study import Search
 from pipeline.speed import measure, measure_overhead, trial_seconds
@@ -30,7 +32,7 @@ TRACKING_S = 0.1
 ROW_BYTES = 330
 EPOCH_NUMBERS = 9
 MACHINE_NUMBERS_PER_S = 1.5
-PRIOR = 10  # trials' worth of the guess that the pruner stops half of those that it judges
+SIMULATED = 1000  # trials at most, in one study or several
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,8 @@ def forecast(
     """Measure the control and a few random recipes; None where no trial is left. `study` is what is stored so far.
 
     Time: the mean of the measured epochs, times the mean epochs of random recipes of the space (the search will come to
-    prefer some, which isn't foreseen), and what a trial takes beside. Pruned: once the pruner's first trials are done,
-    it is taken to stop a share of the others right after its warm-up; the share is what it was in the study's trials
-    so far and, for PRIOR trials, a half. Other work on the machine changes all of it. `on_step` may raise to end it.
+    prefer some, which isn't foreseen), and what a trial takes beside. Pruned: what the pruner does with trials whose
+    scores come in random order and keep it. Other work on the machine changes all of it. `on_step` may raise to end it.
     """
     done = num_finished(study) if study else 0
     left = search.trials - done
@@ -94,16 +95,16 @@ def forecast(
     epochs = statistics.mean(recipe.training.epochs for recipe in recipes)
     epoch_s = statistics.mean(speed.epoch_s for speed in speeds) + overhead.epoch_s
     end_s = whole_s - control.training.epochs * (speeds[0].epoch_s + overhead.epoch_s)
-    pruned = _pruned(search, study, left, done)
-    lost = pruned * epochs * (1 - (search.pruner()._n_warmup_steps + 1) / search.most_epochs)
-    total = left * epochs
-    seconds = (total - lost) * epoch_s + (left - pruned) * end_s
-    numbers = (total - lost) * EPOCH_NUMBERS + seconds * MACHINE_NUMBERS_PER_S
+    share, pruned_share = _pruning(search, done)
+    total, pruned = left * epochs, left * pruned_share
+    used = share * total
+    seconds = used * epoch_s + (left - pruned) * end_s
+    numbers = used * EPOCH_NUMBERS + seconds * MACHINE_NUMBERS_PER_S
     return Forecast(
         trials=left,
         seconds=seconds,
         unpruned_seconds=total * epoch_s + left * end_s,
-        epochs=total - lost,
+        epochs=used,
         unpruned_epochs=total,
         pruned=pruned,
         epoch_s=epoch_s,
@@ -149,15 +150,20 @@ def _random_recipes(search: Search) -> list[Recipe]:
     return recipes
 
 
-def _pruned(search: Search, study: optuna.Study | None, left: int, done: int) -> float:
-    """How many of the trials that are left the pruner will stop."""
-    first = search.pruner()._n_startup_trials
-    if search.most_epochs <= search.pruner()._n_warmup_steps + 1:
-        return 0.0
-    states = [trial.state for trial in study.get_trials(deepcopy=False)[first:]] if study else []
-    pruned, completed = states.count(TrialState.PRUNED), states.count(TrialState.COMPLETE)
-    share = (pruned + PRIOR / 2) / (pruned + completed + PRIOR)
-    return share * min(left, max(0, search.trials - max(first, done)))
+def _pruning(search: Search, done: int) -> tuple[float, float]:
+    """(share of their epochs that the trials from number `done` on train, share of them that is pruned)."""
+    random = np.random.RandomState(0)
+    trials, epochs = min(search.trials, SIMULATED), search.most_epochs
+    first = done * trials // search.trials
+    studies = SIMULATED // trials
+    used, completed = 0, 0
+    for _ in range(studies):
+        curves = np.repeat(random.rand(trials, 1), epochs, axis=1).tolist()
+        for sign, part in ((1, curves), (-1, curves[:first])):  # with one worker the first don't know those behind them
+            trained, ended = simulate(part, rule(search.pruner(), ""), workers=1)
+            used, completed = used + sign * trained, completed + sign * len(ended)
+    left = studies * (trials - first)
+    return used / (left * epochs), 1 - completed / left
 
 
 class _FileCounter(NullTracker):

@@ -15,8 +15,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
-from pipeline.search.study import Search, check_same
+from pipeline.search.study import Search, check_same, counts
 from pipeline.tracking.runs import MlflowTracker, public_uri
+from pipeline.tracking.sqlite import use_write_ahead_log
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -34,7 +35,9 @@ def open_storage(home: Path, url: str | None = None) -> RDBStorage:
     try:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / "optuna.lock"):  # first starts at the same time would each create the tables
-            return RDBStorage(url, engine_kwargs=options)
+            storage = RDBStorage(url, engine_kwargs=options)
+            use_write_ahead_log(storage.engine)
+            return storage
     except ImportError:
         raise UserError(f"STORAGE {public_uri(url)}: needs a driver; .venv/bin/pip install -e '.[postgres]'") from None
     except Exception as error:  # whatever a driver raises: the address is the user's
@@ -110,9 +113,8 @@ def ask_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> None:
 
 
 def num_finished(study: optuna.Study) -> int:
-    """How many trials count against the budget: all that ended but those asked again."""
-    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
-    return sum(not trial.user_attrs.get("asked_again") for trial in ended)
+    """How many trials count against the budget."""
+    return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
 
 
 def _is_gone(trial: FrozenTrial) -> bool:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
-from optuna.pruners import MedianPruner
+from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import TPESampler
 
 from pipeline.errors import UserError, did_you_mean
@@ -51,6 +52,7 @@ class Study:
     space: Space
     objective: Literal["val/accuracy", "val/f1_macro"]
     trials: int
+    patience: int | None = None  # trials without a better score, after which the study stops by itself
     version: int = 1
     variants: Mapping[str, Variant] = field(default_factory=lambda: {"digits": DEMONSTRATION})
 
@@ -61,6 +63,10 @@ class Study:
             "space": (callable(self.space), "a function of a trial"),
             "objective": (self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}"),
             "trials": (isinstance(self.trials, int) and self.trials >= 1, "a whole number of at least 1"),
+            "patience": (
+                self.patience is None or (isinstance(self.patience, int) and self.patience >= 1),
+                "None or a whole number of at least 1",
+            ),
             "version": (isinstance(self.version, int) and self.version >= 1, "a whole number of at least 1"),
         }
         lines = [
@@ -80,6 +86,7 @@ class Search:
     version: int
     trials: int
     timeout_s: float | None
+    patience: int | None = None
     fixed: frozenset[str] = frozenset()  # fields that were set for all trials: not searched, though the space may ask
 
     def key(self, data: "TrainingData") -> str:
@@ -95,16 +102,22 @@ class Search:
         """The recipe of a trial with these parameters."""
         return self.base.changed(params)
 
-    def pruner(self) -> MedianPruner:
-        """Stops a trial whose score at an epoch is below the median's, after a third of the epochs.
+    def pruner(self) -> SuccessiveHalvingPruner:
+        """Successive halving (ASHA, arXiv 1810.05934): after a sixth of the epochs, and each time they have tripled, only
+        a trial goes on whose score is among the best third of those that came so far.
 
-        Learning curves cross while the rate is high, so early verdicts are wrong ones.
+        Replayed on whole learning curves it finds what no pruning finds, for the least epochs (studies/README.md). Not
+        sooner: learning curves cross while the rate is high.
         """
-        return MedianPruner(
-            n_startup_trials=max(2, min(10, self.trials // 3)),
-            n_warmup_steps=self.most_epochs // 3,
-            n_min_trials=max(2, min(5, self.trials // 4)),
-        )
+        return SuccessiveHalvingPruner(min_resource=math.ceil(self.most_epochs / 6), reduction_factor=3)
+
+    def is_exhausted(self, study: optuna.Study) -> bool:
+        """Whether the last `patience` trials that ended, in whatever state, gave no score above the best before them."""
+        ended = [trial for trial in study.get_trials(deepcopy=False) if counts(trial)]
+        if self.patience is None or len(ended) <= self.patience:
+            return False
+        scores = [trial.value if trial.value is not None else -math.inf for trial in ended]
+        return max(scores[-self.patience :]) <= max(scores[: -self.patience]) > -math.inf
 
     def step(self, epoch: int, recipe: Recipe) -> int:
         """Where a trial stands after an epoch, for the pruner: in epochs of the study's longest trial.
@@ -221,6 +234,11 @@ def _line_of(error: BaseException, file: Path) -> str:
             place = f", line {traceback.tb_lineno}"
         traceback = traceback.tb_next
     return place
+
+
+def counts(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a trial counts against the budget: all that ended do, but those asked again."""
+    return trial.state.is_finished() and not trial.user_attrs.get("asked_again")
 
 
 def best_trials(study: optuna.Study, count: int | None = None) -> list[optuna.trial.FrozenTrial]:

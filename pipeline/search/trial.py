@@ -86,7 +86,7 @@ class Objective:
             self.observer.epoch(trial.number, report)
             trial.report(report.metrics[self.search.study.objective], self.search.step(report.epoch, recipe))
             if report.epoch < recipe.training.epochs and trial.should_prune():
-                raise Prune(f"below the median after epoch {report.epoch}")
+                raise Prune(f"not among the best third after epoch {report.epoch}")
             if self.stop_requested():
                 raise Interrupted
 

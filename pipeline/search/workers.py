@@ -132,6 +132,8 @@ def _work(study: optuna.Study, objective: Objective, stop_requested: Callable[[]
             raise StudyInterrupted
         if search.timeout_s is not None and time.monotonic() - started >= search.timeout_s:
             break
+        if search.is_exhausted(study):
+            break
         study.optimize(objective, n_trials=1, catch=(TrialFailed,))
         objective.observer.study_progress(study, finished + 1)
 

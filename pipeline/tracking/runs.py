@@ -32,6 +32,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.tracking.lineage import code, environment, hardware
+from pipeline.tracking.sqlite import use_write_ahead_log
 from pipeline.tracking.ui import shared_view
 
 for _noisy in ("mlflow", "alembic", "urllib3"):
@@ -302,17 +303,13 @@ def public_uri(text: str) -> str:
 
 
 def _connect_once(uri: str) -> None:
-    """Fail at once where MLflow would try for 100 s; and set SQLite's write-ahead log, which the file keeps.
-
-    That log halves small writes, and readers don't block the writer.
-    """
-    from sqlalchemy import create_engine, text
+    """Fail at once where MLflow would try for 100 s; and set SQLite's write-ahead log."""
+    from sqlalchemy import create_engine
 
     engine = create_engine(uri)
     try:
-        with engine.connect() as connection:
-            if engine.dialect.name == "sqlite":
-                connection.execute(text("PRAGMA journal_mode=WAL"))
+        engine.connect().close()
+        use_write_ahead_log(engine)
     finally:
         engine.dispose()
 

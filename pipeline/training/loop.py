@@ -247,11 +247,13 @@ def _reproducible(deterministic: bool, device: torch.device) -> Iterator[None]:
         torch.random.fork_rng(devices=gpus),
         torch.backends.cudnn.flags(enabled=True, benchmark=not deterministic, deterministic=deterministic),
     ):
-        torch.use_deterministic_algorithms(deterministic)
+        if deterministic != was:  # torch imports its compiler to change it, which takes a second
+            torch.use_deterministic_algorithms(deterministic)
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(was)
+            if deterministic != was:
+                torch.use_deterministic_algorithms(was)
 
 
 def _peak_gib(device: torch.device) -> float:

@@ -9,7 +9,7 @@ from pipeline.models.build import build_network, num_parameters, receptive_field
 from pipeline.models.efficient import EfficientNetwork
 from pipeline.models.expert import ExpertBlock, ExpertNetwork
 from pipeline.models.fast import FastNetwork
-from pipeline.models.layers import Whitening, conv_bn_relu
+from pipeline.models.layers import Dropout, Whitening, conv_bn_relu, halved
 
 EVERY = [
     recipe.Baseline(),
@@ -108,7 +108,7 @@ def test_plain_has_four_blocks_and_no_global_pooling() -> None:
     network = build_network(recipe.Plain(), 10, 32, seed=0)
     kinds = [type(layer).__name__ for layer in network.features if not isinstance(layer, nn.Dropout2d)]
     block = ["Conv2d", "BatchNorm2d", "ReLU"]
-    assert kinds == block + 3 * [*block, "MaxPool2d"]
+    assert kinds == block + 3 * ["Conv2d", "BatchNorm2d", "MaxPool2d", "ReLU"]
     assert network.classifier.in_features == 256 * 4 * 4
     assert network.dropout.p == 0.1
 
@@ -227,3 +227,37 @@ def test_a_third_convolution_has_a_shortcut_around_both_behind_the_first() -> No
     x = torch.randn(2, 24, 15, 15)
     first = nn.functional.gelu(block.norms[0](block.pool(block.convolutions[0](x))))
     torch.testing.assert_close(block(x), nn.functional.gelu(first))
+
+
+def test_a_max_pool_before_the_relu_gives_the_values_and_gradients_of_one_behind_it() -> None:
+    torch.manual_seed(0)
+    layers = conv_bn_relu(3, 8)
+    images, weights = torch.randn(4, 3, 16, 16), torch.randn(4, 8, 8, 8)
+    found = []
+    for order in (halved(layers), [*layers, nn.MaxPool2d(2)]):
+        network = nn.Sequential(*order)
+        network.zero_grad()
+        output = network(images)
+        (output * weights).sum().backward()
+        found.append([output, *(p.grad.clone() for p in network.parameters() if p.grad is not None)])
+    assert len(found[0]) == 4 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
+def test_dropout_zeroes_a_share_and_keeps_the_mean(p: float) -> None:
+    torch.manual_seed(0)
+    layer, ones = Dropout(p), torch.ones(256, 2048, dtype=torch.bfloat16)
+    dropped = layer(ones)
+    assert dropped.dtype == ones.dtype
+    assert (dropped == 0).float().mean().item() == pytest.approx(p, abs=5e-3)
+    assert dropped[dropped != 0].unique().tolist() == [pytest.approx(1 / (1 - p), rel=4e-3)]
+    assert torch.equal(layer.eval()(ones), ones)
+
+
+def test_dropout_is_drawn_from_torchs_seed() -> None:
+    layer, ones = Dropout(0.5), torch.ones(8, 64)
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(layer(ones))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

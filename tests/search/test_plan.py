@@ -66,16 +66,25 @@ def test_a_forecast_is_for_the_trials_that_are_left(small_recipe: Recipe, digits
     assert forecast(search, digits, CPU, stored([TrialState.COMPLETE] * 6)) is None
 
 
-def test_the_pruners_share_is_half_until_the_studys_own_trials_say_otherwise(small_recipe: Recipe) -> None:
-    search = search_of(small_recipe.changed({"training.epochs": 30}), 30)
-    first = search.pruner()._n_startup_trials
-    assert plan._pruned(search, None, 30, 0) == (30 - first) / 2
-    assert plan._pruned(search, stored([TrialState.COMPLETE] * first), 30 - first, first) == (30 - first) / 2
-    spared = stored([TrialState.COMPLETE] * (first + 10))
-    assert plan._pruned(search, spared, 10, 20) == pytest.approx(10 * 5 / 20)
-    assert plan._pruned(search, stored([TrialState.COMPLETE] * first + [TrialState.PRUNED] * 10), 10, 20) == 7.5
-    short = search_of(small_recipe.changed({"training.epochs": 1}), 30)
-    assert plan._pruned(short, None, 30, 0) == 0, "nothing is left to stop after the only epoch"
+def test_pruning_is_foreseen_by_the_pruners_own_rule(small_recipe: Recipe) -> None:
+    """Of exchangeable trials a third goes on at each rung: 3 of 18 epochs for all, 9 for a third, 18 for a ninth."""
+    search = search_of(small_recipe.changed({"training.epochs": 18}), 1000)
+    share, pruned = plan._pruning(search, 0)
+    assert share == pytest.approx((3 + 6 / 3 + 9 / 9) / 18, rel=0.05)
+    assert pruned == pytest.approx(8 / 9, abs=0.02)
+
+
+def test_the_first_trials_of_a_study_are_pruned_less(small_recipe: Recipe) -> None:
+    search = search_of(small_recipe.changed({"training.epochs": 18}), 20)
+    (all_used, all_pruned), (rest_used, rest_pruned) = (plan._pruning(search, done) for done in (0, 10))
+    assert rest_used < all_used and rest_pruned > all_pruned
+    begun, begun_pruned = plan._pruning(dataclasses.replace(search, trials=10), 0)
+    assert all_used == pytest.approx((begun + rest_used) / 2, abs=0.03)
+    assert all_pruned == pytest.approx((begun_pruned + rest_pruned) / 2, abs=0.03)
+
+
+def test_nothing_is_left_to_stop_after_the_only_epoch(small_recipe: Recipe) -> None:
+    assert plan._pruning(search_of(small_recipe.changed({"training.epochs": 1}), 30), 0) == (1, 0)
 
 
 def test_the_epochs_are_those_that_the_space_draws(small_recipe: Recipe, digits: TrainingData) -> None:

@@ -1,6 +1,7 @@
 """A study's definition, its identity, and how it is found."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def search(small_recipe: Recipe) -> Search:
 
 def test_a_studys_own_fields_are_checked_at_once(small_recipe: Recipe) -> None:
     with pytest.raises(UserError) as caught:
-        Study(question="?", base={}, space=3, objective="val/acc", trials=0)  # type: ignore[arg-type]
-    assert [line.split(" = ")[0] for line in caught.value.lines] == ["base", "space", "objective", "trials"]
+        Study(question="?", base={}, space=3, objective="val/acc", trials=0, patience=0)  # type: ignore[arg-type]
+    assert [line.split(" = ")[0] for line in caught.value.lines] == ["base", "space", "objective", "trials", "patience"]
 
 
 def refusal(search: Search, other: Search, data: TrainingData) -> list[str]:
@@ -89,10 +90,10 @@ def test_the_number_of_trials_may_change(search: Search, digits: TrainingData) -
     check_same("tiny", search.fingerprint(digits), more.fingerprint(digits), 1)
 
 
-def test_the_pruner_waits_for_a_third_of_the_epochs(search: Search) -> None:
-    thirty = Search("tiny", search.study, search.base.changed({"training.epochs": 30}), 1, 100, None)
-    assert thirty.pruner()._n_warmup_steps == 10
-    assert thirty.pruner()._n_startup_trials == 10
+@pytest.mark.parametrize(("epochs", "first"), [(1, 1), (6, 1), (8, 2), (18, 3), (60, 10)])
+def test_the_pruner_waits_for_a_sixth_of_the_epochs(search: Search, epochs: int, first: int) -> None:
+    lasting = replace(search, base=search.base.changed({"training.epochs": epochs}))
+    assert (lasting.pruner()._min_resource, lasting.pruner()._reduction_factor) == (first, 3)
 
 
 def lengths(trial: Any) -> None:
@@ -111,7 +112,7 @@ def test_short_and_long_trainings_are_compared_at_equal_shares(small_recipe: Rec
     assert search.most_epochs == 8
     assert [search.step(epoch, short) for epoch in (1, 2)] == [4, 8]
     assert [search.step(epoch, long) for epoch in (1, 4, 8)] == [1, 4, 8]
-    assert search.pruner()._n_warmup_steps == 8 // 3
+    assert search.pruner()._min_resource == 2
 
 
 def test_what_is_set_for_all_trials_is_not_searched(small_recipe: Recipe) -> None:
@@ -186,3 +187,28 @@ def test_a_broken_study_is_told_with_file_and_line(
     with pytest.raises(UserError) as caught:
         load_study("broken")
     assert any("broken.py" in got and line in got for got in caught.value.lines), caught.value.lines
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "exhausted"),
+    [
+        ([0.5, 0.4, 0.5], 2, True),  # an equal score is no better one
+        ([0.5, 0.4, 0.6], 2, False),
+        ([0.5, 0.4], 2, False),  # nothing is known of a second half yet
+        ([0.5, None, "failed"], 2, True),  # pruned and failed trials are tries too
+        (["failed", "failed", "failed"], 2, False),  # nothing to fall short of
+        ([0.5, "asked again", 0.4], 2, False),
+        ([0.5, 0.4, 0.3], None, False),
+    ],
+)
+def test_patience_ends_with_the_last_trials_no_better_than_those_before(
+    scores: list[Any], patience: int | None, exhausted: bool, search: Search
+) -> None:
+    study = optuna.create_study(direction="maximize")
+    states = {"failed": "FAIL", "asked again": "FAIL", None: "PRUNED"}
+    for score in scores:
+        state = optuna.trial.TrialState[states.get(score, "COMPLETE")]
+        value = score if isinstance(score, float) else None
+        attributes = {"asked_again": True} if score == "asked again" else {}
+        study.add_trial(optuna.trial.create_trial(state=state, value=value, user_attrs=attributes))
+    assert replace(search, patience=patience).is_exhausted(study) is exhausted

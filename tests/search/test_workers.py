@@ -67,7 +67,8 @@ class Lab:
     def run(self, trials: int, space: Any = rates, observer: Any = None, **changes: Any) -> optuna.Study:
         base = self.base.changed(changes.pop("base", {}))
         study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=trials)
-        search = Search("lab", study, base, version=1, trials=trials, timeout_s=changes.pop("timeout_s", None))
+        limits = {name: changes.pop(name, None) for name in ("timeout_s", "patience")}
+        search = Search("lab", study, base, version=1, trials=trials, **limits)
         watch = observer or Silent()
         return workers.run(search, self.data, torch.device("cpu"), watch, self.storage, self.tracker, self.home)
 
@@ -150,8 +151,8 @@ def test_a_poor_trial_is_pruned_on_its_averaged_score_and_ends_killed(lab: Lab) 
         run = lab.mlflow_runs()[trial.number]
         assert run.info.status == "KILLED"
         assert run.data.tags["state"] == State.PRUNED
-        assert "below the median" in run.data.tags["reason"]
-        assert 1 <= max(trial.intermediate_values) < 3, "not before a third of the epochs"
+        assert "not among the best third after epoch" in run.data.tags["reason"]
+        assert 1 <= max(trial.intermediate_values) < 3, "not before a sixth of the epochs, nor after the last"
     lab.assert_nothing_runs()
 
 
@@ -230,6 +231,17 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
 
 def test_no_trial_starts_after_the_timeout(lab: Lab) -> None:
     assert len(lab.run(50, timeout_s=1.0).trials) < 10
+    lab.assert_nothing_runs()
+
+
+def test_a_study_out_of_patience_stops_by_itself_and_goes_on_with_more(lab: Lab) -> None:
+    def same(trial: Any) -> None:
+        trial.suggest_float("optimizer.lr", 0.1, 0.1)  # so all scores are equal
+
+    assert len(lab.run(20, same, patience=2).trials) == 3
+    assert len(lab.run(20, same, patience=2).trials) == 3
+    assert len(lab.run(20, same, patience=3).trials) == 4
+    assert len(lab.run(6, same).trials) == 6
     lab.assert_nothing_runs()
 
 

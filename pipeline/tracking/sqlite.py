@@ -1,0 +1,26 @@
+"""How this process uses SQLite databases, MLflow's and Optuna's alike."""
+
+from typing import Any
+
+from sqlalchemy import Engine, event, text
+
+
+def use_write_ahead_log(engine: Engine) -> None:
+    """Set the write-ahead log of an SQLite database, which its file keeps; nothing for other databases.
+
+    It halves small writes, and readers don't block the writer.
+    """
+    if engine.dialect.name == "sqlite":
+        with engine.connect() as connection:
+            connection.execute(text("PRAGMA journal_mode=WAL"))
+
+
+@event.listens_for(Engine, "connect")
+def _commit_without_waiting_for_the_disk(connection: Any, record: Any) -> None:
+    """What was committed survives the death of the process, at once; a power failure may take the last seconds of it.
+
+    Never more: with a write-ahead log the database stays whole. A trial has some 40 commits, each of which would wait 5
+    to 20 ms for the disk. https://sqlite.org/pragma.html#pragma_synchronous
+    """
+    if type(connection).__module__.startswith("sqlite3"):
+        connection.execute("PRAGMA synchronous=NORMAL")

@@ -1,0 +1,44 @@
+"""Commits do not wait for the disk, and outlive their process all the same."""
+
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow.store.tracking.sqlalchemy_store
+from sqlalchemy import create_engine, text
+
+from pipeline.search.storage import open_storage
+from pipeline.tracking.runs import MlflowTracker
+
+NORMAL = 1
+
+
+def test_both_stores_write_ahead_and_do_not_wait_for_the_disk(tmp_path: Path) -> None:
+    tracker, storage = MlflowTracker(tmp_path), open_storage(tmp_path)
+    store = tracker.client._tracking_client.store
+    assert isinstance(store, mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore)
+    for engine in (store.engine, storage.engine):
+        with engine.connect() as connection:
+            assert connection.execute(text("PRAGMA synchronous")).scalar() == NORMAL
+        with contextlib.closing(sqlite3.connect(engine.url.database)) as connection:
+            assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_what_was_committed_outlives_a_killed_process(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+from pathlib import Path
+import optuna
+from pipeline.search.storage import open_storage
+study = optuna.create_study(storage=open_storage(Path(sys.argv[1])), study_name="s")
+study.set_user_attr("committed", True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=dict(os.environ))
+    assert done.returncode == -signal.SIGKILL
+    with create_engine(f"sqlite:///{tmp_path / 'optuna.db'}").connect() as connection:
+        assert connection.execute(text("SELECT value_json FROM study_user_attributes")).scalars().all() == ["true"]
