@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -19,6 +20,8 @@ from pipeline import experiment
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.recipe import Recipe, parse_recipe
+from pipeline.registry.package import Package, package
+from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.runs import MlflowTracker, State
 
 # A shell starts what runs in its background with Ctrl-C ignored, which the commands under test would inherit.
@@ -100,3 +103,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digi
     parent.end(State.FINISHED)
     assert [run.state for run in runs] == [State.FINISHED, State.PRUNED]
     return Trained(home, *(run.run_id for run in runs))
+
+
+@pytest.fixture(scope="session")
+def packed(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """The finished run as a package; not to be changed."""
+    evidence = {"passed": True, "findings": [{"rule": "better", "number": "p = 0.0123"}]}
+    with find_model(trained.home, None, trained.finished) as model:
+        folder = tmp_path_factory.mktemp("packed") / "model"
+        return package(MlflowTracker(trained.home), trained.finished, model.folder, folder, evidence)
+
+
+@contextlib.contextmanager
+def registered(trained: Trained, package: Package) -> Iterator[str]:
+    """The package as the champion, while the block runs; its version."""
+    client = MlflowTracker(trained.home).client
+    client.create_registered_model("image-classifier")
+    try:
+        tags = {f"{DIGEST_TAG}{name}": digest for name, digest in package.sha256.items()}
+        source = package.folder.as_uri()
+        version = client.create_model_version("image-classifier", source, trained.finished, tags=tags).version
+        client.set_registered_model_alias("image-classifier", "champion", version)
+        yield str(version)
+    finally:
+        client.delete_registered_model("image-classifier")

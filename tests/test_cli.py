@@ -1,5 +1,6 @@
 """The real commands, as a user types them, each in a process of its own."""
 
+import hashlib
 import json
 import os
 import re
@@ -249,6 +250,8 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
         ),
         (["ensemble", "a.csv", "--output", "c.csv"], ["a.csv: one file; an ensemble needs at least two"]),
         (["ensemble", "a.csv", "./a.csv", "--output", "c.csv"], ["a.csv: named twice; each file has one voice"]),
+        (["export"], ["no finished run yet"]),
+        (["serve"], ["no finished run yet"]),
         (["predict", "~nobody/cat.jpg", "--model", "~nobody/x"], ["no finished run yet"]),
     ],
 )
@@ -282,8 +285,10 @@ def test_the_public_surface_is_frozen() -> None:
             *("--data-dir", "--dataset", "--device", "--epochs", "--output", "--recipes", "--seed", "--set", "name"),
         ],
         "ensemble": ["--output", "files"],
+        "export": ["--data-dir", "--int8", "--output", "--tracking-uri", "model"],
         "predict": ["--device", "--method", "--model", "--output", "--show", "--tracking-uri", "files"],
         "replay": ["--json", "--orders", "--seed", "file"],
+        "serve": ["--port", "--tracking-uri", "model"],
         "study": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--patience", "--seed", "--set"),
             *("--storage", "--timeout", "--tracking-uri", "--trials", "--version", "name"),
@@ -442,6 +447,43 @@ def test_a_pickle_of_images_is_predicted_by_a_folders_model(trained: Trained, tm
     assert not (tmp_path / "mlruns").exists()
 
 
+# ------------------------------------------------------------------------------------------------------------- ship
+
+
+def test_export_writes_a_model_and_its_8_bit_form_that_predict_and_serve_take(trained: Trained, tmp_path: Path) -> None:
+    (digit,) = write_digits(tmp_path, 1)
+    out = tmp_path / "exported"
+    done = pipeline("export", trained.finished, "--output", str(out), "--int8", cwd=trained.home.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"model: trial 0 of tiny-v1-digits, run {trained.finished}\n")
+    assert re.search(
+        r"differ by \de-\d+ in probability at most \(allowed: 0.0001\), on 144 validation images", done.stdout
+    )
+    for row in ("accuracy, validation split", "macro-F1", "size, MB", "one image, 2 threads, ms"):
+        assert re.search(rf"^ *{row} +\d+\.\d+%? +\d+\.\d+%? *$", done.stdout, re.MULTILINE), done.stdout
+    files = {file.name for file in out.iterdir()}
+    assert {"model.onnx", "model.int8.onnx", "weights.safetensors", "recipe.json", "card.md", "MLmodel"} <= files
+    again = pipeline("predict", str(digit), "--model", str(out), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.startswith(f"model: {out}\n{digit}: ")
+
+
+def test_export_with_8_bits_says_what_is_wrong_with_the_data_before_it_writes(trained: Trained, tmp_path: Path) -> None:
+    with find_model(trained.home, None, trained.finished) as model:
+        shutil.copytree(model.folder, tmp_path / "model")
+    record = json.loads((tmp_path / "model" / "checkpoint.json").read_text())
+    record["facts"]["data_digest"] = "other pixels"
+    body = {key: record[key] for key in ("format", "facts", "sha256")}
+    record["digest"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (tmp_path / "model" / "checkpoint.json").write_text(json.dumps(record))
+    done = pipeline("export", "model", "--int8", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 3
+    first, second = done.stderr.splitlines()
+    assert first.startswith("error: INT8=1 needs the data set that the model was trained on")
+    assert re.match("  .*: not the images that the model was trained on", second)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
 # ------------------------------------------------------------------------------------------------------------- make
 
 
@@ -462,6 +504,16 @@ def test_make_predict_passes_every_variable_on(made: Path) -> None:
     nothing = make(made, "predict")
     assert nothing.returncode == 2
     assert "which image? make predict IMAGE=cat.jpg" in nothing.stderr
+
+
+def test_make_export_and_serve_pass_every_variable_on(made: Path) -> None:
+    words = ["OUTPUT=my model", "DATA_DIR=my data", "TRACKING_URI=u"]
+    got = re.findall(r"\[(.*)\]", make(made, "export", "RUN=a b", "INT8=1", *words, MODEL="exported").stdout)
+    options = ["--output=my model", "--data-dir=my data", "--tracking-uri=u", "--int8"]
+    assert got == ["-m", "pipeline", "export", *options, "--", "a b"]
+    assert re.findall(r"\[(.*)\]", make(made, "export", "INT8=0").stdout) == ["-m", "pipeline", "export"]
+    got = re.findall(r"\[(.*)\]", make(made, "serve", "MODEL=models:/x@y", "PORT=5", "TRACKING_URI=u").stdout)
+    assert got == ["-m", "pipeline", "serve", "--port=5", "--tracking-uri=u", "--", "models:/x@y"]
 
 
 def test_make_plan_passes_the_options_that_matter_on(made: Path) -> None:

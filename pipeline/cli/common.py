@@ -1,7 +1,9 @@
 """What every command needs: the home folder, a console, a device, data."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,3 +63,15 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device") -> "Trai
     check_execution(search.base, device)
     images = load(search.base.data.dataset, search.base.data.image_size, expand(data_dir))
     return prepare(images, search.base.data, device)
+
+
+@contextlib.contextmanager
+def model_files(wanted: str | None, tracking_uri: str | None) -> Iterator[tuple[Path, str]]:
+    """The folder of the model that is meant, there while the block runs, and in words which it is; see `find_model`."""
+    if wanted and (folder := expand(Path(wanted))).is_dir():
+        yield folder, wanted
+        return
+    from pipeline.tracking.models import find_model
+
+    with find_model(HOME, tracking_uri, wanted) as model:
+        yield model.folder, model.what

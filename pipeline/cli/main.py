@@ -21,6 +21,7 @@ from pipeline.cli.common import INTERRUPTED
 from pipeline.cli.look import ui
 from pipeline.cli.measure import bench, bench_gpu, curves, replay
 from pipeline.cli.predict import ensemble, predict
+from pipeline.cli.ship import export, serve
 from pipeline.cli.study import plan, study
 from pipeline.errors import UserError
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (study, plan, ui, predict, ensemble, bench, bench_gpu, curves, replay):
+for _command in (study, plan, ui, predict, ensemble, export, serve, bench, bench_gpu, curves, replay):
     app.command()(_command)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from pipeline.cli.common import HOME, expand, find_device, make_console, say
+from pipeline.cli.common import HOME, expand, find_device, make_console, model_files, say
 from pipeline.cli.options import DeviceOption, TrackingOption
 from pipeline.errors import PartlyDone, UserError, did_you_mean
 
@@ -96,13 +96,8 @@ def _classifier(
 
     if method not in METHODS:
         raise UserError(f"METHOD {method}: not one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
-    if wanted and (folder := expand(Path(wanted))).is_dir():
-        classifier, what = Classifier.load(folder, device), wanted
-    else:
-        from pipeline.tracking.models import find_model
-
-        with find_model(HOME, tracking_uri, wanted) as model:
-            classifier, what = Classifier.load(model.folder, device), model.what
+    with model_files(wanted, tracking_uri) as (folder, what):
+        classifier = Classifier.load(folder, device)
     say(console, f"model: {what}")
     if method != "plain":
         for tell in (verdict, f1_changes):

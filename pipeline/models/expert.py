@@ -40,7 +40,9 @@ class ExpertBlock(nn.Module):
         return grouped.unflatten(1, (len(x), -1))[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.mixed_kernels(x, self.mixing_weights(x)))
+        # An exported graph keeps the number of groups, and with it the number of images, that it was traced with.
+        mixed = self.mixed_outputs if torch.compiler.is_exporting() else self.mixed_kernels
+        return self.after(mixed(x, self.mixing_weights(x)))
 
 
 class ExpertNetwork(nn.Module):

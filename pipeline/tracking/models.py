@@ -1,20 +1,24 @@
 """Which trained model is meant: a run, a folder, a registered name, the champion, or else the best run; and its files."""
 
 import contextlib
+import hashlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlflow.artifacts
 from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from pipeline.errors import UserError
+from pipeline.errors import DataError, UserError
 from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.training.checkpoints import PLAIN_WEIGHTS, RECORD, WEIGHTS
 
 CHAMPION = "models:/image-classifier@champion"
+DIGEST_TAG = "sha256."  # of a registered version, with the name of a file behind it
 _NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias that isn't set
 _NO_RUN = "no finished run yet: make study NAME=attention DATASET=digits makes some; or MODEL= names a model's folder"
 
@@ -27,34 +31,95 @@ class Model:
     what: str
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by its path in it."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): _sha256(file) for file in files}
+
+
+def verify(folder: Path, expected: Mapping[str, str]) -> None:
+    """DataError, with a line for each file, unless the folder has exactly the files of these digests."""
+    found = digests(folder)
+    faults = {
+        name: "missing" if name not in found else "not registered" if name not in expected else "its SHA-256 differs"
+        for name in sorted({*found, *expected})
+        if found.get(name) != expected.get(name)
+    }
+    if faults:
+        raise DataError([f"{name}: {fault}" for name, fault in faults.items()])
+
+
 @contextlib.contextmanager
 def find_model(home: Path, uri: str | None, wanted: str | None) -> Iterator[Model]:
     """The model of a run's id, `models:/NAME@ALIAS` or `models:/NAME/VERSION`; its files are there while the block runs.
 
     None means the champion if there is one, else the best finished run on the data of the study that ran last. `home`
-    and `uri` are MlflowTracker's. UserError where there is no such model.
+    and `uri` are MlflowTracker's. A run's files are its checkpoint; a registered version's are the package that was
+    registered, each as its tags say. UserError where there is no such model, DataError where its files are others.
     """
     if uri is None and not (home / "mlflow.db").exists():
         raise UserError(_NO_RUN)
     tracker = MlflowTracker(home, uri)
-    run, what = _run(tracker, wanted)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            names = {file.path for file in tracker.client.list_artifacts(run.info.run_id)}
-            for name in names & {RECORD, WEIGHTS, PLAIN_WEIGHTS}:
-                tracker.client.download_artifacts(run.info.run_id, name, folder)
-        except (MlflowException, OSError) as error:
-            raise UserError(f"{what}: its files can't be read ({str(error).splitlines()[0]})") from None
-        if RECORD not in names:
-            raise UserError(f"{what}: {_why_no_model(run)}")
-        yield Model(Path(folder), what)
+    found, what = _found(tracker, wanted)
+    with tempfile.TemporaryDirectory() as name:
+        if isinstance(found, Run):
+            yield Model(_checkpoint(tracker, found, what, Path(name)), what)
+        else:
+            yield Model(_package(tracker, found, what, Path(name)), what)
 
 
-def _run(tracker: MlflowTracker, wanted: str | None) -> tuple[Run, str]:
+def _checkpoint(tracker: MlflowTracker, run: Run, what: str, folder: Path) -> Path:
+    """The folder of a run's checkpoint."""
+    with _read(what):
+        names = {file.path for file in tracker.client.list_artifacts(run.info.run_id)}
+        for name in names & {RECORD, WEIGHTS, PLAIN_WEIGHTS}:
+            tracker.client.download_artifacts(run.info.run_id, name, str(folder))
+    if RECORD not in names:
+        raise UserError(f"{what}: {_why_no_model(run)}")
+    return folder
+
+
+def _package(tracker: MlflowTracker, version: ModelVersion, what: str, folder: Path) -> Path:
+    """The folder of a version's files, after all have been compared with its tags."""
+    expected = {
+        tag.removeprefix(DIGEST_TAG): digest for tag, digest in version.tags.items() if tag.startswith(DIGEST_TAG)
+    }
+    if not expected:
+        raise DataError(
+            f"{what}: has no tags {DIGEST_TAG}<file> to check its files by; make promote registers models with them"
+        )
+    with _read(what):
+        source = tracker.client.get_model_version_download_uri(version.name, version.version)
+        arrived = mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=tracker.uri)
+    try:
+        verify(Path(arrived), expected)
+    except DataError as error:
+        way_out = "they are not used; register it again, or go back to another version"
+        raise DataError(
+            [f"{what}: its files are not those that were registered; {way_out}", *_indented(error)]
+        ) from None
+    return Path(arrived)
+
+
+@contextlib.contextmanager
+def _read(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise UserError(f"{what}: its files can't be read ({str(error).splitlines()[0]})") from None
+
+
+def _indented(error: UserError) -> list[str]:
+    return [f"  {line}" for line in error.lines]
+
+
+def _found(tracker: MlflowTracker, wanted: str | None) -> tuple[Run | ModelVersion, str]:
     if wanted is None:
         return _champion(tracker) or _best_run(tracker)
     if wanted.startswith("models:/"):
         found = _registered(tracker, wanted)
+        if found is None and wanted == CHAMPION:
+            raise UserError(f"{wanted}: no champion yet; make promote NAME=attention chooses one")
         if found is None:
             raise UserError(f"{wanted}: no such registered model; models:/NAME@ALIAS or models:/NAME/VERSION names one")
         return found
@@ -67,16 +132,13 @@ def _run(tracker: MlflowTracker, wanted: str | None) -> tuple[Run, str]:
     return run, _name(run)
 
 
-def _champion(tracker: MlflowTracker) -> tuple[Run, str] | None:
+def _champion(tracker: MlflowTracker) -> tuple[ModelVersion, str] | None:
     found = _registered(tracker, CHAMPION)
     return (found[0], f"the champion, {found[1]}") if found else None
 
 
-def _registered(tracker: MlflowTracker, uri: str) -> tuple[Run, str] | None:
-    """The run behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`; None where there is no such version.
-
-    UserError where there is one whose run can't be read: another model in its place would be a silent change.
-    """
+def _registered(tracker: MlflowTracker, uri: str) -> tuple[ModelVersion, str] | None:
+    """What `models:/NAME@ALIAS` or `models:/NAME/VERSION` means; None where there is no such version."""
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
     if not match:
         return None
@@ -92,10 +154,9 @@ def _registered(tracker: MlflowTracker, uri: str) -> tuple[Run, str] | None:
         raise UserError(f"{uri}: can't be looked up ({str(error).splitlines()[0]})") from None
     what = f"{name} version {version.version}"
     try:
-        run = tracker.client.get_run(version.run_id or "")  # a version may have been made of no run
-    except MlflowException:
-        raise UserError(f"{uri}: {what} is there, but not the run that it was made of") from None
-    return run, f"{what}, {_name(run)}"
+        return version, f"{what}, {_name(tracker.client.get_run(version.run_id or ''))}"
+    except MlflowException:  # a version keeps its files where its run is gone
+        return version, f"{what}, of a run that is gone"
 
 
 def _best_run(tracker: MlflowTracker) -> tuple[Run, str]:
@@ -129,3 +190,8 @@ def _name(run: Run) -> str:
     """`trial 3 of attention-v1-digits, run 0123...`, as a person finds it."""
     study = run.data.tags.get("study")
     return f"{run.info.run_name} of {study}, run {run.info.run_id}" if study else f"run {run.info.run_id}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

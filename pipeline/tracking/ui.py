@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -74,7 +74,6 @@ def start_server(tracking_uri: str, home: Path, port: int) -> subprocess.Popen[b
 
     One worker, no telemetry and no job execution: 0.4 GB of memory instead of 2.5.
     """
-    _check_free(port)
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--artifacts-destination", (home.resolve() / "artifacts").as_uri()]
     settings = {
@@ -82,7 +81,17 @@ def start_server(tracking_uri: str, home: Path, port: int) -> subprocess.Popen[b
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
-    log_file = home / "server.log"
+    return launch("the MLflow server", command, settings, port, home / "server.log", secret=tracking_uri)
+
+
+def launch(
+    what: str, command: Sequence[str], settings: Mapping[str, str], port: int, log_file: Path, secret: str = ""
+) -> subprocess.Popen[bytes]:
+    """A server that says at /health when it is ready, ready; UserError, without the secret, where it doesn't get ready.
+
+    `settings` are added to the environment. `stop_server` ends it with all that it started.
+    """
+    _check_free(port)
     with log_file.open("wb") as log:
         server = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
     limit = time.monotonic() + START_LIMIT_S
@@ -95,9 +104,11 @@ def start_server(tracking_uri: str, home: Path, port: int) -> subprocess.Popen[b
         stop_server(server)
         raise
     stop_server(server)
-    log_text = log_file.read_text(errors="replace").replace(tracking_uri, "TRACKING_URI")  # it may hold a password
+    log_text = log_file.read_text(errors="replace")
+    if secret:
+        log_text = log_text.replace(secret, "TRACKING_URI")  # it may hold a password
     tail = " | ".join(log_text.splitlines()[-3:])
-    raise UserError(f"the MLflow server did not start on port {port}: {tail} (all of it in {log_file})")
+    raise UserError(f"{what} did not start on port {port}: {tail} (all of it in {log_file})")
 
 
 def stop_server(server: subprocess.Popen[bytes]) -> None:

@@ -1,15 +1,17 @@
 """Which model is meant is found in a real MLflow store, and said."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
-import mlflow
 import pytest
-from conftest import Trained
+from conftest import Trained, registered
 
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import UserError
+from pipeline.errors import DataError, UserError
 from pipeline.recipe import Recipe
-from pipeline.tracking.models import find_model
+from pipeline.registry.package import Package
+from pipeline.tracking.models import digests, find_model
 from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.training.checkpoints import read_checkpoint
 
@@ -35,7 +37,8 @@ def test_what_has_no_model_is_told_with_its_state(trained: Trained) -> None:
     assert "a whole study, not one of its trials" in refusal(trained.home, parent)
     assert refusal(trained.home, "0" * 32).startswith(f"{'0' * 32}: no such run")
     assert refusal(trained.home, "best").startswith("best: neither a folder, nor a run's id")
-    for name in ("models:/image-classifier@champion", "models:/x/3", "models:/x", "models:/a/b@c", "models:/"):
+    assert "no champion yet; make promote" in refusal(trained.home, "models:/image-classifier@champion")
+    for name in ("models:/image-classifier@other", "models:/x/3", "models:/x", "models:/a/b@c", "models:/"):
         assert refusal(trained.home, name).startswith(f"{name}: no such registered model")
 
 
@@ -64,8 +67,6 @@ def scored(
 def test_the_default_is_the_best_run_of_all_studies_on_the_last_ones_data(
     tmp_path: Path, small_recipe: Recipe, digits: TrainingData
 ) -> None:
-    import dataclasses
-
     tracker = MlflowTracker(tmp_path)
     elsewhere = dataclasses.replace(digits, digest="other pixels")
     scored(tracker, "a-v1-other", small_recipe, elsewhere, 0.99)
@@ -83,14 +84,10 @@ def test_the_default_is_the_best_run_of_all_studies_on_the_last_ones_data(
     assert "val/accuracy 0.9900" in refusal(tmp_path, None), last
 
 
-def test_the_champion_comes_before_the_best_run(trained: Trained) -> None:
-    client = mlflow.MlflowClient(MlflowTracker(trained.home).uri)
+def test_the_champion_comes_before_the_best_run(trained: Trained, packed: Package) -> None:
     with find_model(trained.home, None, None) as model:
         assert model.what.startswith("the best finished run (no champion yet), trial 0 of tiny-v1-digits")
-    client.create_registered_model("image-classifier")
-    version = client.create_model_version("image-classifier", "nowhere", trained.finished).version
-    try:
-        client.set_registered_model_alias("image-classifier", "champion", version)
+    with registered(trained, packed) as version:
         name = f"image-classifier version {version}, trial 0 of tiny-v1-digits, run {trained.finished}"
         for wanted, what in {
             None: f"the champion, {name}",
@@ -100,23 +97,55 @@ def test_the_champion_comes_before_the_best_run(trained: Trained) -> None:
             with find_model(trained.home, None, wanted) as model:
                 assert model.what == what
                 assert read_checkpoint(model.folder)["run_id"] == trained.finished
-    finally:
-        client.delete_registered_model("image-classifier")
+                assert set(packed.sha256) <= set(digests(model.folder)), "its own files, not the run's"
+                assert model.folder != packed.folder
+        assert "champion" not in refusal(trained.home, f"models:/image-classifier/{int(version) + 1}")
 
 
-def test_a_champion_whose_run_is_gone_is_told_and_not_replaced(trained: Trained) -> None:
-    client = mlflow.MlflowClient(MlflowTracker(trained.home).uri)
-    client.create_registered_model("image-classifier")
-    try:
-        version = client.create_model_version("image-classifier", "nowhere").version  # of no run
-        client.set_registered_model_alias("image-classifier", "champion", version)
+def damaged(packed: Package, folder: Path, name: str) -> Package:
+    """A copy with one bit of one file changed, the file gone (`-name`), or one more (`+name`)."""
+    shutil.copytree(packed.folder, folder)
+    if name.startswith("-"):
+        (folder / name[1:]).unlink()
+    elif name.startswith("+"):
+        (folder / name[1:]).touch()
+    else:
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+    return dataclasses.replace(packed, folder=folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "MLmodel", "weights.safetensors", "card.md", "-checkpoint.json", "+more.py"]
+)
+def test_a_version_whose_files_are_not_those_registered_is_refused(
+    name: str, trained: Trained, packed: Package, tmp_path: Path
+) -> None:
+    with registered(trained, damaged(packed, tmp_path / "model", name)):
         for wanted in (None, "models:/image-classifier@champion"):
-            assert refusal(trained.home, wanted) == (
-                "models:/image-classifier@champion: image-classifier version 1 is there, "
-                "but not the run that it was made of"
-            )
-    finally:
-        client.delete_registered_model("image-classifier")
+            with pytest.raises(DataError) as caught, find_model(trained.home, None, wanted):
+                pass
+            first, *others = caught.value.lines
+            assert "its files are not those that were registered" in first
+            fault = {"-": "missing", "+": "not registered"}.get(name[0], "its SHA-256 differs")
+            assert others == [f"  {name.strip('+-')}: {fault}"]
+
+
+def test_a_version_without_digests_is_refused_and_not_replaced(trained: Trained, packed: Package) -> None:
+    with registered(trained, dataclasses.replace(packed, sha256={})):
+        for wanted in (None, "models:/image-classifier@champion"):
+            with pytest.raises(DataError, match=r"has no tags sha256\.<file> to check its files by"):
+                find_model(trained.home, None, wanted).__enter__()
+
+
+def test_a_version_outlives_its_run_but_not_its_files(trained: Trained, packed: Package, tmp_path: Path) -> None:
+    elsewhere = dataclasses.replace(packed, folder=tmp_path / "nowhere")
+    with registered(trained, elsewhere):
+        assert "its files can't be read" in refusal(trained.home, None)
+    nobody = dataclasses.replace(trained, finished="0" * 32)
+    with registered(nobody, packed), find_model(trained.home, None, None) as model:
+        assert model.what == "the champion, image-classifier version 1, of a run that is gone"
 
 
 def test_a_run_whose_files_are_gone_is_told(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:

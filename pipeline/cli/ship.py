@@ -1,0 +1,155 @@
+"""`export` and `serve`: a model as files, and behind an address."""
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.cli.common import HOME, expand, make_console, model_files, say
+from pipeline.cli.options import DataDirOption, TrackingOption
+from pipeline.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from pipeline.classifier import Facts
+    from pipeline.data.prepare import TrainingData
+    from pipeline.registry.export import Benchmark
+
+SERVE_PORT = 5001
+CALIBRATION_IMAGES = 512
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A run's id, a folder with weights, or models:/NAME@ALIAS. Default: the champion, else the best run.",
+    ),
+]
+
+
+def export(
+    model: ModelArgument = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where it goes; default mlruns/exports/<run>.")
+    ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="A quantised model too, measured beside the original; needs the data set.")
+    ] = False,
+    data_dir: DataDirOption = Path("data"),
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Write a model as ONNX with its weights, recipe and card: an MLflow model that runs no code of its own."""
+    import torch
+
+    from pipeline.classifier import Classifier
+    from pipeline.registry.export import TOLERANCE, check
+    from pipeline.registry.package import CARD, MODEL, RECIPE, package
+    from pipeline.tracking.runs import MlflowTracker
+    from pipeline.training.checkpoints import WEIGHTS
+
+    console, quiet = make_console(), make_console(stderr=True)
+    with model_files(model, tracking_uri) as (checkpoint, what):
+        say(console, f"model: {what}")
+        classifier = Classifier.load(checkpoint, torch.device("cpu"))
+        facts = classifier.facts
+        with quiet.status("reading the data set"):
+            data = _data_of(facts, data_dir) if int8 else None
+        folder = expand(output) if output else HOME / "exports" / facts.run_id
+        with quiet.status("exporting"):
+            made = package(MlflowTracker(HOME, tracking_uri), facts.run_id, checkpoint, folder)
+        say(console, f"{folder}: {', '.join([MODEL, WEIGHTS, RECIPE, CARD])}; an MLflow model, for make serve too")
+        if data is None:
+            say(console, f"{MODEL}: {made.bytes / 1e6:.2f} MB, {made.latency_ms:.2f} ms an image on one thread")
+            return
+        with quiet.status("comparing with torch"):
+            worst = check(classifier, folder / MODEL, data.validation.images)
+        say(
+            console,
+            f"{MODEL} and torch in float32 differ by {worst:.1g} in probability at most (allowed: {TOLERANCE:g}), on "
+            f"{len(data.validation.labels):,} validation images in batches of several sizes",
+        )
+        with quiet.status("quantising and measuring"):
+            found = _quantised_beside(folder, data)
+        _print_benchmarks(console, found)
+
+
+def _data_of(facts: "Facts", data_dir: Path) -> "TrainingData":
+    """The data set that the model was trained on, split as then; DataError where it is another."""
+    import torch
+
+    from pipeline.data.datasets import load
+    from pipeline.data.prepare import prepare
+
+    recipe = facts.recipe.data
+    try:
+        data = prepare(load(recipe.dataset, recipe.image_size, expand(data_dir)), recipe, torch.device("cpu"))
+        if (data.digest, data.split_digest) != (facts.data_digest, facts.split_digest):
+            raise DataError(
+                f"{data.source}: not the images that the model was trained on (digest {data.digest[:12]}...)"
+            )
+    except UserError as error:
+        why = "INT8=1 needs the data set that the model was trained on: training images calibrate, validation judges"
+        raise DataError([why, *(f"  {line}" for line in error.lines)]) from None
+    return data
+
+
+def _quantised_beside(folder: Path, data: "TrainingData") -> dict[str, "Benchmark"]:
+    """Write model.int8.onnx; both models, measured on the validation split."""
+    from pipeline.registry.export import as_pixels, benchmark, quantise
+    from pipeline.registry.package import MODEL, QUANTISED_MODEL
+
+    step = -(-len(data.train.labels) // CALIBRATION_IMAGES)  # spread out: a folder's images lie class by class
+    quantise(folder / MODEL, folder / QUANTISED_MODEL, as_pixels(data.train.images[::step]))
+    images, labels = as_pixels(data.validation.images), data.validation.labels.numpy()
+    return {name: benchmark(folder / name, images, labels) for name in (MODEL, QUANTISED_MODEL)}
+
+
+def _print_benchmarks(console: Console, found: dict[str, "Benchmark"]) -> None:
+    table = Table("", *found, box=box.SIMPLE_HEAD)
+    rows = {
+        "accuracy, validation split": [f"{its.accuracy:.2%}" for its in found.values()],
+        "macro-F1": [f"{its.f1_macro:.2%}" for its in found.values()],
+        "size, MB": [f"{its.bytes / 1e6:.2f}" for its in found.values()],
+    }
+    for threads in next(iter(found.values())).latency_ms:
+        on = f"{threads} thread{'s' * (threads > 1)}"
+        rows[f"one image, {on}, ms"] = [f"{its.latency_ms[threads]:.2f}" for its in found.values()]
+        rows[f"images/s in batches of 64, {on}"] = [f"{its.images_per_second[threads]:,.0f}" for its in found.values()]
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="models:/NAME@ALIAS, or a folder that export wrote. Default: the champion."
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = SERVE_PORT,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Serve the champion on this machine through MLflow's scoring server, its files checked first. Ctrl-C ends it."""
+    from pipeline.registry import serve as scoring
+    from pipeline.tracking.models import CHAMPION
+    from pipeline.tracking.ui import HOST, stop_server
+
+    console = make_console()
+    with model_files(model or CHAMPION, tracking_uri) as (folder, what):
+        say(console, f"{'model' if model else 'champion'}: {what}")
+        served = scoring.check(folder)
+        HOME.mkdir(exist_ok=True)
+        server = scoring.start(folder, port, HOME / "serving.log")
+        try:
+            say(console, f"probabilities of {', '.join(served.classes)}, in this order, for uint8 images:")
+            say(console, scoring.curl_line(port, served.image_size))
+            say(console, f"ready on http://{HOST}:{port}/invocations, this machine only; Ctrl-C ends it")
+            with contextlib.suppress(KeyboardInterrupt):
+                server.wait()
+                raise UserError(f"the scoring server ended by itself: {HOME / 'serving.log'} may say why")
+        finally:
+            stop_server(server)

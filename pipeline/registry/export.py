@@ -1,0 +1,224 @@
+"""A classifier as one ONNX file, from pixels to probabilities; checked against torch, and measured.
+
+Input `images`: uint8 (N, S, S, 3), RGB, any N. Output `probabilities`: float32 (N, C), those of the method `plain`.
+Normalisation, network, temperature and softmax are inside; class names and what else was fitted are in its metadata.
+"""
+
+import json
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.classifier import Classifier
+from pipeline.data.augment import normalise
+from pipeline.errors import Refused
+from pipeline.evaluation.methods import combine
+from pipeline.evaluation.predict import predict_logits
+from pipeline.evaluation.scores import score
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+OPSET = 20
+TOLERANCE = 1e-4  # in probability
+BATCHES = (1, 2, 7, 128, 500)  # that are tried
+QUANTISED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool"]
+THREADS = (1, 2)  # that are measured
+
+
+class _Deployed(nn.Module):
+    """uint8 (N, S, S, 3) -> probabilities (N, C)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.network = classifier.network
+        self.temperature = classifier.facts.fitted.temperature
+        self.register_buffer("mean", torch.tensor(classifier.facts.mean))
+        self.register_buffer("std", torch.tensor(classifier.facts.std))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.network(normalise(images.permute(0, 3, 1, 2), self.mean, self.std))
+        return (logits / self.temperature).softmax(1)
+
+
+def export_onnx(classifier: Classifier, path: Path) -> None:
+    """Write the classifier, which is on the CPU, as ONNX. Refused where the file's probabilities are not torch's."""
+    import onnx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.11's of itself
+        program = torch.onnx.export(
+            _Deployed(classifier).eval(),
+            (torch.zeros(2, classifier.image_size, classifier.image_size, 3, dtype=torch.uint8),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes={"images": {0: torch.export.Dim("N", min=1)}},
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # where in which file a node comes from
+        node.doc_string = ""
+    facts = classifier.facts
+    metadata = {
+        "classes": json.dumps(facts.classes),
+        "temperature": repr(facts.fitted.temperature),
+        "thresholds": json.dumps(facts.fitted.thresholds),
+        "recipe_digest": facts.recipe_digest,
+        "data_digest": facts.data_digest,
+        "split_digest": facts.split_digest,
+        "run_id": facts.run_id,
+    }
+    onnx.helper.set_model_props(model, metadata)
+    onnx.checker.check_model(model)
+    onnx.save_model(model, path)
+    check(classifier, path, probes(classifier))
+
+
+def check(classifier: Classifier, path: Path, images: Tensor) -> float:
+    """The largest difference in probability from torch in float32 on uint8 images (N, 3, S, S), in several batch sizes.
+
+    Refused, with the number, above TOLERANCE.
+    """
+    expected, pixels, model = float32_probabilities(classifier, images), as_pixels(images), session(path)
+    # Whether a size is taken shows on a few images; each image counts in the larger ones.
+    parts = [(pixels if size >= 100 else pixels[:140], size) for size in BATCHES]
+    worst = max(float(np.abs(run(model, part, size) - expected[: len(part)]).max()) for part, size in parts)
+    if not worst <= TOLERANCE:  # NaN too
+        raise Refused(
+            f"{path.name}: differs from torch by {worst:.2g} in probability; at most {TOLERANCE:g} is allowed"
+        )
+    return worst
+
+
+def as_pixels(images: Tensor) -> np.ndarray:
+    """(N, 3, S, S) as the ONNX model takes it, (N, S, S, 3)."""
+    return images.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def float32_probabilities(classifier: Classifier, images: Tensor) -> np.ndarray:
+    """`Classifier.probabilities(images, "plain")` with the network in float32, whatever its recipe's precision."""
+    mean, std = (torch.tensor(values) for values in (classifier.facts.mean, classifier.facts.std))
+    logits = predict_logits(classifier.network, images, mean, std, "fp32")
+    return combine("plain", logits.double().numpy()[None], classifier.facts.fitted)
+
+
+def probes(classifier: Classifier, count: int = 130) -> Tensor:
+    """uint8 images (N, 3, S, S) for a check where no data set is at hand: noise fine and coarse, black, white."""
+    size, generator = classifier.image_size, torch.Generator().manual_seed(0)
+    fine = torch.randint(0, 256, (count // 2, 3, size, size), generator=generator, dtype=torch.uint8)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (classifier.facts.mean, classifier.facts.std))
+    coarse = torch.randn(count - len(fine) - 2, 3, 4, 4, generator=generator)
+    smooth = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear") * std * 1.5 + mean
+    flat = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, size, size)
+    return torch.cat([fine, (smooth.clamp(0, 1) * 255).to(torch.uint8), flat])
+
+
+def session(path: Path, threads: int = 1) -> "onnxruntime.InferenceSession":
+    """A model ready to run on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run(session: "onnxruntime.InferenceSession", images: np.ndarray, batch_size: int = 500) -> np.ndarray:
+    """uint8 (N, S, S, 3) -> float32 (N, C)."""
+    return np.concatenate([session.run(None, {"images": batch})[0] for batch in _batches(images, batch_size)])
+
+
+def quantise(path: Path, output: Path, images: np.ndarray) -> None:
+    """Write a model with 8-bit layers; their ranges are seen on training images (N, S, S, 3).
+
+    Static quantisation (Jacob et al. 2018, arXiv 1712.05877) by onnxruntime: weights by channel, activations by tensor,
+    in QDQ form. What stands before and behind the network, as softmax, stays in float32.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Images(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(_batches(images, 64))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(({"images": batch} for batch in self.batches), None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared, quantised = Path(folder) / "prepared.onnx", Path(folder) / "quantised.onnx"
+        quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            quantised,
+            Images(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=QUANTISED,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        shutil.copyfile(quantised, output)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One ONNX file on a labelled split, in [0, 1], and what it costs; by the number of threads."""
+
+    accuracy: float
+    f1_macro: float
+    bytes: int
+    latency_ms: dict[int, float]
+    images_per_second: dict[int, float]
+
+
+def benchmark(path: Path, images: np.ndarray, labels: np.ndarray) -> Benchmark:
+    """On uint8 images (N, S, S, 3) and their labels (N,)."""
+    scores, size = score(run(session(path), images), labels), images.shape[1]
+    return Benchmark(
+        scores.accuracy,
+        scores.f1_macro,
+        path.stat().st_size,
+        {threads: latency_ms(path, size, threads) for threads in THREADS},
+        {threads: images_per_second(path, size, threads) for threads in THREADS},
+    )
+
+
+def latency_ms(path: Path, image_size: int, threads: int = 1, repeats: int = 50) -> float:
+    """Median milliseconds of one image, after five that warm up."""
+    return 1000 * _seconds(path, np.zeros((1, image_size, image_size, 3), np.uint8), threads, repeats)
+
+
+def images_per_second(path: Path, image_size: int, threads: int = 1, batch_size: int = 64, repeats: int = 10) -> float:
+    """By the median of several batches."""
+    images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
+    return batch_size / _seconds(path, images, threads, repeats)
+
+
+def _seconds(path: Path, images: np.ndarray, threads: int, repeats: int) -> float:
+    model, times = session(path, threads), []
+    for _ in range(repeats + 5):
+        start = time.perf_counter()
+        model.run(None, {"images": images})
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[5:])
+
+
+def _batches(images: np.ndarray, size: int) -> Iterable[np.ndarray]:
+    return (images[start : start + size] for start in range(0, len(images), size))

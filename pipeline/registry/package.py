@@ -1,0 +1,120 @@
+"""A model as a folder that others can use: an MLflow model with nothing in it that is run as code.
+
+model.onnx (see export.py) is what is served; weights.safetensors and checkpoint.json are the checkpoint that it was made
+of, which `predict` reads; card.md, recipe.json and evidence.json are for people. MLmodel, requirements.txt, conda.yaml and
+python_env.yaml are MLflow's.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow.onnx
+import numpy as np
+import torch
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+
+from pipeline.classifier import Classifier, Facts
+from pipeline.errors import UserError
+from pipeline.registry import export
+from pipeline.registry.card import description, model_card
+from pipeline.tracking.models import digests
+from pipeline.tracking.runs import MlflowTracker
+from pipeline.training.checkpoints import PLAIN_WEIGHTS, RECORD, WEIGHTS
+
+MODEL, QUANTISED_MODEL = "model.onnx", "model.int8.onnx"
+CARD, EVIDENCE, RECIPE = "card.md", "evidence.json", "recipe.json"
+PREDICTIONS = "predictions.parquet"
+_NEEDS = ("mlflow", "onnx", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class Package:
+    """A packed model, and what is to be known of it before it is registered."""
+
+    folder: Path  # an MLflow model, complete
+    sha256: dict[str, str]  # of every file, by its name relative to the folder
+    card: str  # Markdown, as much of card.md as the registry's description holds
+    bytes: int  # of model.onnx
+    latency_ms: float  # one image, onnxruntime, one thread, median
+
+
+def package(
+    tracker: MlflowTracker, run_id: str, checkpoint: Path, folder: Path, evidence: Mapping[str, Any] | None = None
+) -> Package:
+    """Pack the checkpoint of a run into `folder`, which is made, or replaced where it holds an earlier package.
+
+    `checkpoint` is a checkpoint's folder; `evidence` is the gate's verdict as JSON, which the card shows and
+    evidence.json keeps. Whole or not at all. Refused where the ONNX model's probabilities are not torch's; UserError
+    where `folder` holds something else, or the run's predictions can't be read.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists()):
+        raise UserError(f"{folder}: holds something that is no exported model, so it is not replaced")
+    classifier = Classifier.load(checkpoint, torch.device("cpu"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+        new = Path(name) / "new"
+        latency_ms = _save_model(classifier, new)
+        for file in (RECORD, WEIGHTS, PLAIN_WEIGHTS):
+            if (checkpoint / file).exists():
+                shutil.copyfile(checkpoint / file, new / file)
+        (new / RECIPE).write_text(classifier.facts.recipe.to_json() + "\n")
+        if evidence:
+            (new / EVIDENCE).write_text(json.dumps(evidence, indent=2) + "\n")
+        size = (new / MODEL).stat().st_size
+        card = _card(tracker, run_id, classifier.facts, latency_ms, size, evidence)
+        (new / CARD).write_text(card)
+        if folder.exists():
+            os.replace(folder, Path(name) / "old")
+        os.replace(new, folder)
+    return Package(folder, digests(folder), description(card), size, latency_ms)
+
+
+def _save_model(classifier: Classifier, folder: Path) -> float:
+    """MLflow's files around model.onnx; the latency."""
+    import onnx
+
+    facts, size = classifier.facts, classifier.image_size
+    images = Schema([TensorSpec(np.dtype(np.uint8), (-1, size, size, 3), "images")])
+    probabilities = Schema([TensorSpec(np.dtype(np.float32), (-1, len(facts.classes)), "probabilities")])
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / MODEL
+        export.export_onnx(classifier, path)
+        mlflow.onnx.save_model(
+            onnx.load(path),
+            str(folder),
+            signature=ModelSignature(images, probabilities),
+            pip_requirements=[f"{name}=={version(name)}" for name in _NEEDS],
+            onnx_execution_providers=["CPUExecutionProvider"],
+            metadata={"classes": list(facts.classes), "run_id": facts.run_id, "recipe_digest": facts.recipe_digest},
+            save_as_external_data=False,
+        )
+    return export.latency_ms(folder / MODEL, size)
+
+
+def _card(
+    tracker: MlflowTracker,
+    run_id: str,
+    facts: Facts,
+    latency_ms: float,
+    size: int,
+    evidence: Mapping[str, Any] | None,
+) -> str:
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            run = tracker.client.get_run(run_id)
+            predictions = tracker.client.download_artifacts(run_id, PREDICTIONS, name)
+        except (MlflowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"run {run_id}: what its card says can't be read ({reason}); TRACKING_URI= says where"
+            ) from None
+        return model_card(facts, run, Path(predictions), latency_ms, size, evidence)

@@ -1,0 +1,97 @@
+"""A card says what its run has: numbers with their intervals, weaknesses, where it comes from."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import Trained
+
+from pipeline.registry import card
+from pipeline.registry.package import Package
+from pipeline.tracking.runs import MlflowTracker
+
+
+@pytest.mark.parametrize(
+    ("hits", "total", "low", "high"), [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]
+)
+def test_the_intervals_are_those_of_newcombe_1998(hits: int, total: int, low: float, high: float) -> None:
+    assert card.wilson(hits, total) == pytest.approx((low, high), abs=5e-5)
+    assert card.wilson(total - hits, total) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_of_no_images_nothing_is_known() -> None:
+    assert card.wilson(0, 0) == (0, 1)
+
+
+def test_the_card_says_what_the_run_predicted(packed: Package, trained: Trained) -> None:
+    tracker = MlflowTracker(trained.home)
+    stored = pq.read_table(tracker.client.download_artifacts(trained.finished, "predictions.parquet")).to_pandas()
+    right = stored.label == stored.predicted
+    assert f"Validation accuracy {right.mean():.1%} (" in packed.card
+    [row] = [line for line in packed.card.splitlines() if line.startswith("| 4 |")]
+    fours = stored[stored.label == 4]
+    assert row.startswith(f"| 4 | {len(fours)} | {(fours.predicted == 4).mean():.1%} (")
+    wrong = stored[~right]
+    surest = wrong.loc[wrong.confidence.idxmax()]
+    said = f"image {surest.id:.0f}: {surest.label:.0f}, taken for {surest.predicted:.0f} with {surest.confidence:.1%}"
+    assert f"before the temperature): {said}; " in packed.card
+    (true, taken), count = next(iter(wrong.value_counts(["label", "predicted"]).items()))
+    assert f"taken for {taken}: {count} of {(stored.label == true).sum()}" in packed.card
+
+
+def test_the_card_says_where_the_model_comes_from_and_how_to_make_it_again(packed: Package, trained: Trained) -> None:
+    run = MlflowTracker(trained.home).client.get_run(trained.finished)
+    for text in (
+        f"`make reproduce RUN={trained.finished}`",
+        f"commit `{run.data.tags['mlflow.source.git.commit']}`",
+        f"digest `{run.data.tags['data_digest']}`",
+        f"split digest `{run.data.tags['split_digest']}`",
+        f"Digest `{run.data.tags['recipe_digest']}`",
+        "- model: network attention, widths \\[4, 8\\], ",
+        "UCI: CC BY 4.0",
+        f"{run.data.metrics['model/parameters']:,.0f} parameters",
+        f"{run.data.metrics['val/ece']:.4f} as trained, {run.data.metrics['calibration/ece']:.4f} with the temperature",
+        "| better | p = 0.0123 |",
+    ):
+        assert text in packed.card
+    assert "beta2" not in packed.card and "warmup" not in packed.card, "only what differs from the defaults"
+
+
+def test_a_long_card_is_cut_at_a_line_for_the_registry() -> None:
+    text = "".join(f"| line {number} |\n" for number in range(1000))
+    cut = card.description(text)
+    assert len(cut) <= card.DESCRIPTION_LIMIT
+    assert cut.endswith(" |\n\nThe whole card: card.md among the model's files.\n")
+    assert text.startswith(cut.partition("\nThe whole")[0])
+    assert card.description(cut) == cut
+
+
+def test_odd_names_stay_in_their_cell_and_evidence_of_any_shape_is_shown() -> None:
+    classes = ["a|b", "`x`\n# y", "<img src=z>"]
+    table = card._classes(classes, np.diag([3, 0, 5])).splitlines()
+    assert [line.count(" | ") for line in table[:5]] == [4] * 5
+    assert table[3].startswith("| \\`x\\` \\# y | 0 | 0.0% (0.0% to 100.0%)")
+    assert "\\<img src=z\\>" in table[4]
+    shown = card._evidence(
+        {"n": 10_000, "p": 0.01234, "by class": {"cat": {"f1": 0.5, "n": 3}}, "seeds": [1, 2], "x": {}}
+    )
+    assert shown == (
+        "- n: 10000\n- p: 0.01234\n\nby class:\n\n|  | f1 | n |\n| --- | --- | --- |\n| cat | 0.5 | 3 |\n\nseeds:\n\n1, 2"
+    )
+
+
+@pytest.mark.parametrize(("dataset", "licence"), [("cifar10", "Krizhevsky"), ("pets", "not known here")])
+def test_the_licence_is_that_of_the_data(dataset: str, licence: str, packed: Package) -> None:
+    from pipeline.classifier import Facts
+    from pipeline.training.checkpoints import read_checkpoint
+
+    facts = Facts.model_validate(read_checkpoint(packed.folder))
+    data = facts.recipe.data.model_copy(update={"dataset": dataset})
+    changed = facts.model_copy(update={"recipe": facts.recipe.model_copy(update={"data": data})})
+    assert licence in card._data(changed)
+
+
+def test_the_folder_keeps_the_card_and_the_evidence(packed: Package) -> None:
+    assert (Path(packed.folder) / "card.md").read_text() == packed.card
+    assert '"p = 0.0123"' in (packed.folder / "evidence.json").read_text()

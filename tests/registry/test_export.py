@@ -1,0 +1,144 @@
+"""An exported model gives torch's probabilities, for every network and every number of images."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Trained
+from torch import nn
+
+from pipeline import recipe
+from pipeline.classifier import Classifier, Facts
+from pipeline.data.datasets import load
+from pipeline.data.prepare import TrainingData, prepare
+from pipeline.errors import Refused
+from pipeline.evaluation.methods import METHODS, Fitted, Measured
+from pipeline.models.build import build_network
+from pipeline.recipe import Recipe
+from pipeline.registry import export
+from pipeline.tracking.models import find_model
+
+CPU = torch.device("cpu")
+SMALL = [
+    recipe.Attention(widths=(4, 8), blocks_per_stage=1, reduction=2),
+    recipe.Baseline(widths=(4, 8), hidden=8),
+    recipe.Efficient(widths=(8, 8, 8), separable_blocks=1),
+    recipe.Expert(widths=(8, 12), branches=2, reduction=2),
+    recipe.Fast(widths=(4, 6), depth=3),
+    recipe.Improved(widths=(4, 8), hidden=8),
+    recipe.Plain(widths=(4, 8)),
+]
+
+
+def classifier(model: recipe.Model, size: int = 11, classes: int = 3) -> Classifier:
+    """Random, but as after a training: statistics of batch norm that are not those of a new one, sure of its classes."""
+    network = build_network(model, classes, size, seed=1)
+    draw = torch.Generator().manual_seed(1)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean = torch.randn(layer.num_features, generator=draw) * 0.3
+            layer.running_var = torch.rand(layer.num_features, generator=draw) + 0.5
+    base = {"optimizer": {"name": "sgd", "lr": 0.1}, "training": {"epochs": 1, "precision": "fp32"}}
+    whole = Recipe.model_validate({**base, "data": {"image_size": size}, "model": model.model_dump()})
+    f1 = (0.5,) * classes
+    worth = Measured(n=1, accuracy=0.5, f1_macro=0.5, ece=0.1, loss=1, f1=f1, right=0, wrong=0, p=1, f1_macro_error=0)
+    facts = Facts(
+        recipe=whole,
+        recipe_digest=whole.digest(),
+        data_digest="d",
+        split_digest="s",
+        classes=tuple(f"class {i}" for i in range(classes)),
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.25, 0.3),
+        run_id="r",
+        fitted=Fitted(temperature=1.0, thresholds=(1.0,) * classes),
+        measured=dict.fromkeys(METHODS, worth),
+    )
+    made = Classifier(network.to(memory_format=torch.channels_last).eval(), facts, CPU)
+    sharpness = float(np.log(made.probabilities(export.probes(made))).std())
+    return dataclasses.replace(
+        made, facts=facts.model_copy(update={"fitted": Fitted(sharpness / 2, tuple(range(1, classes + 1)))})
+    )
+
+
+def noise(count: int, size: int, seed: int = 5) -> torch.Tensor:
+    return torch.randint(
+        0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+@pytest.mark.parametrize("model", SMALL, ids=lambda model: model.network)
+def test_every_network_gives_torchs_probabilities_in_every_batch_size(model: recipe.Model, tmp_path: Path) -> None:
+    torchs, path = classifier(model), tmp_path / "model.onnx"
+    export.export_onnx(torchs, path)
+    session = export.session(path)
+    for count in (1, 2, 7, 128, 131):
+        images = noise(count, 11, seed=count)
+        [got] = session.run(None, {"images": export.as_pixels(images)})
+        assert got.dtype == np.float32 and got.shape == (count, 3)
+        np.testing.assert_allclose(got, torchs.probabilities(images), atol=export.TOLERANCE)
+    assert got.std() > 0.05, "equal because nothing differs"
+
+
+def test_what_was_fitted_is_in_the_metadata(tmp_path: Path) -> None:
+    torchs, path = classifier(SMALL[1]), tmp_path / "model.onnx"
+    export.export_onnx(torchs, path)
+    session = export.session(path)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == ["class 0", "class 1", "class 2"]
+    assert float(metadata["temperature"]) == torchs.facts.fitted.temperature
+    assert json.loads(metadata["thresholds"]) == [1.0, 2.0, 3.0]
+    digests = {name: metadata[name] for name in ("recipe_digest", "data_digest", "split_digest", "run_id")}
+    assert digests == {name: getattr(torchs.facts, name) for name in digests}
+    assert str(Path(__file__).parents[2]) not in path.read_bytes().decode(errors="replace"), "no paths of this machine"
+
+
+def test_a_wrong_export_is_refused_with_the_number(tmp_path: Path) -> None:
+    torchs, path = classifier(SMALL[1]), tmp_path / "model.onnx"
+    export.export_onnx(torchs, path)
+    facts = torchs.facts.model_copy(update={"mean": (0.4, 0.5, 0.603)})
+    with pytest.raises(Refused, match=r"model.onnx: differs from torch by 0\.0\d+ in probability; at most 0.0001"):
+        export.check(dataclasses.replace(torchs, facts=facts), path, noise(10, 11))
+    assert export.check(torchs, path, noise(10, 11)) < export.TOLERANCE
+
+
+def test_a_network_that_has_no_numbers_is_refused(tmp_path: Path) -> None:
+    torchs = classifier(SMALL[1])
+    with torch.no_grad():
+        next(torchs.network.parameters()).fill_(float("nan"))
+    with pytest.raises(Refused, match="differs from torch by nan"):
+        export.export_onnx(torchs, tmp_path / "model.onnx")
+
+
+def test_the_whole_validation_split_of_a_trained_model(trained: Trained, packed: object, digits: TrainingData) -> None:
+    with find_model(trained.home, None, trained.finished) as model:
+        torchs = Classifier.load(model.folder, CPU)
+    assert export.check(torchs, packed.folder / "model.onnx", digits.validation.images) <= export.TOLERANCE  # type: ignore[attr-defined]
+
+
+def test_the_whole_validation_split_of_cifar10(cifar10_dir: Path, tmp_path: Path) -> None:
+    torchs, path = classifier(recipe.Plain(widths=(8, 16)), size=32, classes=10), tmp_path / "model.onnx"
+    data = prepare(load("cifar10", 32, cifar10_dir), torchs.facts.recipe.data, CPU)
+    export.export_onnx(torchs, path)
+    assert export.check(torchs, path, data.validation.images) <= export.TOLERANCE
+
+
+def test_eight_bits_are_smaller_and_near_on_images_like_those_that_calibrated(tmp_path: Path) -> None:
+    torchs, path = classifier(recipe.Plain(widths=(32, 64))), tmp_path / "model.onnx"
+    export.export_onnx(torchs, path)
+    pixels = export.as_pixels(noise(200, 11))
+    expected = export.run(export.session(path), pixels)
+    error = {}
+    for name, seen in {"like": export.as_pixels(noise(64, 11, seed=9)), "black": np.zeros_like(pixels[:64])}.items():
+        export.quantise(path, tmp_path / f"{name}.onnx", seen)
+        error[name] = np.abs(export.run(export.session(tmp_path / f"{name}.onnx"), pixels) - expected).mean()
+    assert 0 < error["like"] < 0.02
+    assert error["black"] > 3 * error["like"]
+    labels = expected.argmax(1)
+    original, small = (export.benchmark(tmp_path / name, pixels, labels) for name in ("model.onnx", "like.onnx"))
+    assert original.accuracy == 1.0 > small.accuracy > 0.9
+    assert small.bytes < 0.5 * original.bytes
+    assert set(small.latency_ms) == set(small.images_per_second) == {1, 2}

@@ -1,0 +1,74 @@
+"""A package is an MLflow model that runs no code of its own, written whole or not at all."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Trained
+
+from pipeline.classifier import Classifier
+from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
+from pipeline.recipe import parse_recipe
+from pipeline.registry.export import TOLERANCE, as_pixels, float32_probabilities
+from pipeline.registry.package import Package, package
+from pipeline.tracking.models import digests, find_model
+from pipeline.tracking.runs import MlflowTracker
+
+FILES = {
+    *("MLmodel", "model.onnx", "requirements.txt", "conda.yaml", "python_env.yaml"),
+    *("weights.safetensors", "weights_plain.safetensors", "checkpoint.json", "recipe.json", "card.md", "evidence.json"),
+}
+
+
+def test_the_package_is_the_folder_with_nothing_that_is_run_as_code(packed: Package) -> None:
+    assert set(packed.sha256) == FILES
+    assert packed.sha256 == digests(packed.folder)
+    assert packed.bytes == (packed.folder / "model.onnx").stat().st_size
+    assert packed.latency_ms > 0
+    required = (packed.folder / "requirements.txt").read_text().splitlines()
+    assert [line.split("==")[0] for line in required] == ["mlflow", "onnx", "onnxruntime", "numpy"]
+    facts = json.loads((packed.folder / "checkpoint.json").read_text())["facts"]
+    assert parse_recipe((packed.folder / "recipe.json").read_text()).digest() == facts["recipe_digest"]
+
+
+def test_mlflow_loads_it_with_onnxruntime_only_and_it_predicts(packed: Package, digits: TrainingData) -> None:
+    import mlflow.pyfunc
+
+    model = mlflow.pyfunc.load_model(str(packed.folder))
+    assert set(model.metadata.flavors) == {"onnx", "python_function"}
+    assert model.metadata.flavors["python_function"]["loader_module"] == "mlflow.onnx"
+    assert not any(flavor.get("code") for flavor in model.metadata.flavors.values())
+    images = digits.validation.images[:9]
+    found = model.predict(as_pixels(images))["probabilities"]
+    torchs = Classifier.load(packed.folder, torch.device("cpu"))
+    np.testing.assert_allclose(found, float32_probabilities(torchs, images), atol=TOLERANCE)
+    for wrong in (as_pixels(images).astype(np.float32), as_pixels(images)[:, :5]):
+        with pytest.raises(Exception, match="schema"):
+            model.predict(wrong)
+
+
+def test_an_earlier_package_is_replaced_whole_and_anything_else_is_refused(
+    packed: Package, trained: Trained, tmp_path: Path
+) -> None:
+    tracker = MlflowTracker(trained.home)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").touch()
+    with find_model(trained.home, None, trained.finished) as model:
+        with pytest.raises(UserError, match="mine: holds something that is no exported model"):
+            package(tracker, trained.finished, model.folder, mine)
+        assert [file.name for file in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
+        with pytest.raises(UserError, match=f"run {'0' * 32}: what its card says can't be read"):
+            package(tracker, "0" * 32, model.folder, tmp_path / "new")
+        assert [file.name for file in tmp_path.iterdir()] == ["mine"], "whole or not at all"
+
+        (mine / "thesis.txt").rename(mine / "checkpoint.json")
+        (mine / "model.int8.onnx").touch()
+        made = package(tracker, trained.finished, model.folder, mine)
+    assert set(made.sha256) == FILES - {"evidence.json"} == {file.name for file in mine.iterdir()}
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+    assert made.sha256["weights.safetensors"] == packed.sha256["weights.safetensors"]
+    assert "not judged on the test split" in made.card

@@ -1,0 +1,99 @@
+"""The champion answers over HTTP as `predict` does, from files that were checked, and its server goes when it is told to."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import Trained, registered
+from PIL import Image
+
+from pipeline.errors import DataError, UserError
+from pipeline.registry import serve
+from pipeline.registry.package import Package
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-m", "pipeline"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_the_champion_answers_the_curl_line_and_its_server_ends_with_the_command(
+    trained: Trained, packed: Package, tmp_path: Path
+) -> None:
+    if not shutil.which("curl"):
+        pytest.skip("no curl on this machine")
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "cat.jpg")
+    home, log, port = trained.home.parent, tmp_path / "log", free_port()
+    with registered(trained, packed), log.open("w") as out:
+        serving = subprocess.Popen(
+            [*COMMAND, "serve", "--port", str(port)], cwd=home, stdout=out, stderr=out, env=ENVIRONMENT
+        )
+        try:
+            limit = time.monotonic() + 180
+            while f"ready on http://127.0.0.1:{port}/invocations" not in log.read_text():
+                assert serving.poll() is None and time.monotonic() < limit, log.read_text()
+                time.sleep(0.1)
+            said = log.read_text().splitlines()
+            assert said[0].startswith("champion: image-classifier version 1, trial 0 of tiny-v1-digits, run ")
+            assert "probabilities of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, in this order" in said[1]
+            children = psutil.Process(serving.pid).children(recursive=True)
+            listening = {c.laddr[:2] for p in children for c in p.net_connections("inet") if c.status == "LISTEN"}
+            assert listening == {("127.0.0.1", port)}
+
+            line = said[2].replace(serve.PYTHON, sys.executable)
+            answer = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
+            got = json.loads(answer.stdout)["predictions"]["probabilities"]
+            table = tmp_path / "out.csv"
+            words = ["predict", str(tmp_path / "cat.jpg"), "--output", str(table)]
+            predicted = subprocess.run([*COMMAND, *words], cwd=home, capture_output=True, text=True, env=ENVIRONMENT)
+            assert predicted.stdout.startswith("model: the champion, image-classifier version 1"), predicted.stderr
+            [expected] = np.genfromtxt(table, delimiter=",", skip_header=1, ndmin=2)[:, 2:]
+            np.testing.assert_allclose(got, [expected], atol=0.05)  # predict computes in bf16 where that is fast
+        finally:
+            serving.send_signal(signal.SIGTERM)
+            assert serving.wait(30) == 0
+    gone, alive = psutil.wait_procs(children, timeout=10)
+    assert len(gone) >= 2 and not alive
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("loader_module: mlflow.onnx", "loader_module: evil"),
+        ("loader_module: mlflow.onnx", "code: code\n    loader_module: mlflow.onnx"),
+        ("code: null", "code: code"),
+        ("loader_module: mlflow.onnx", "loader_module: mlflow.pyfunc.model\n    python_model: model.pkl"),
+    ],
+)
+def test_a_model_that_would_run_code_is_not_served(old: str, new: str, packed: Package, tmp_path: Path) -> None:
+    assert serve.check(packed.folder) == serve.Served(tuple("0123456789"), 8)
+    folder = tmp_path / "model"
+    shutil.copytree(packed.folder, folder)
+    text = (folder / "MLmodel").read_text()
+    assert old in text
+    (folder / "MLmodel").write_text(text.replace(old, new))
+    with pytest.raises(DataError, match="would run code of its own"):
+        serve.check(folder)
+
+
+@pytest.mark.parametrize("content", [None, "", "flavors: 3", "\0", "flavors: {python_function: {}}"])
+def test_what_is_no_package_is_told(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "MLmodel").write_text(content)
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}: no packed model (MLmodel); make export")):
+        serve.check(tmp_path)
