@@ -10,7 +10,7 @@ quoted = '$(subst ','\'',$(value $(1)))'
 typed = $(if $(value $(1)),$(if $(filter command line,$(origin $(1)))$(filter DATA_DIR,$(1)),$(call quoted,$(1))))
 option = $(if $(call typed,$(1)),--$(2)=$(call typed,$(1)))
 unexport NAME TRIALS EPOCHS TIMEOUT PATIENCE DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT IMAGE MODEL METHOD SHOW OUTPUT AGAINST JSON \
-  INT8 TOP SEEDS RUN TOLERANCE RULES FORCE REASON
+  INT8 TOP SEEDS RUN TOLERANCE RULES FORCE REASON PEER AIRBENCH ONLY
 
 STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout PATIENCE:patience DATASET:dataset DATA_DIR:data-dir DEVICE:device SEED:seed \
   VERSION:version STORAGE:storage TRACKING_URI:tracking-uri SET:set
@@ -22,20 +22,22 @@ SERVE_OPTIONS := PORT:port TRACKING_URI:tracking-uri
 COMPARE_OPTIONS := OUTPUT:output DATA_DIR:data-dir TRACKING_URI:tracking-uri
 PLAN_OPTIONS := $(filter-out TIMEOUT:% PATIENCE:% STORAGE:% TRACKING_URI:%,$(STUDY_OPTIONS))
 BENCH_OPTIONS := MODEL:model DATASET:dataset DATA_DIR:data-dir DEVICE:device AGAINST:against
+BENCH_GPU_OPTIONS := PEER:peer AIRBENCH:airbench DATA_DIR:data-dir OUTPUT:output ONLY:only
 FINALS_OPTIONS := TOP:top SEEDS:seeds EPOCHS:epochs DATA_DIR:data-dir DEVICE:device TRACKING_URI:tracking-uri
 PROMOTE_OPTIONS := RUN:run MODEL:model DATA_DIR:data-dir RULES:rule REASON:reason TRACKING_URI:tracking-uri
 ROLLBACK_OPTIONS := REASON:reason VERSION:version MODEL:model TRACKING_URI:tracking-uri
 REPRODUCE_OPTIONS := DATA_DIR:data-dir DEVICE:device TOLERANCE:tolerance TRACKING_URI:tracking-uri
+ALL_OPTIONS := $(STUDY_OPTIONS) $(PREDICT_OPTIONS) $(BENCH_OPTIONS) $(BENCH_GPU_OPTIONS) $(FINALS_OPTIONS) $(PROMOTE_OPTIONS) $(REPRODUCE_OPTIONS)
 
 # A mistyped variable would silently run something else.
-KNOWN := NAME PORT IMAGE SHOW JSON FORCE INT8 PYTHON RUN $(sort $(foreach o,$(STUDY_OPTIONS) $(PREDICT_OPTIONS) $(BENCH_OPTIONS) $(FINALS_OPTIONS) $(PROMOTE_OPTIONS) $(REPRODUCE_OPTIONS),$(firstword $(subst :, ,$(o)))))
+KNOWN := NAME PORT IMAGE SHOW JSON FORCE INT8 PYTHON $(sort $(foreach o,$(ALL_OPTIONS),$(firstword $(subst :, ,$(o)))) RUN)
 UNKNOWN := $(strip $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(filter-out $(KNOWN),$(v)))))
 ifneq ($(filter-out -%,$(UNKNOWN)),)
 $(error no such variable: $(UNKNOWN) (there are $(KNOWN)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study plan compare finals promote rollback history reproduce predict export serve ui bench test check format
+.PHONY: help setup study plan compare finals promote rollback history reproduce predict export serve ui bench bench-gpu test check format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
@@ -90,6 +92,9 @@ ui: $(READY) ## open the MLflow UI on 127.0.0.1 with links to the studies: [NAME
 
 bench: $(READY) ## how fast each network trains here, and where the time goes: [MODEL=all DATASET= DATA_DIR= DEVICE= JSON=1 AGAINST=peer.py]
 	@$(BIN)/python -m pipeline bench $(call options,$(BENCH_OPTIONS)) $(if $(call typed,JSON),$(if $(filter-out 0,$(value JSON)),--json))
+
+bench-gpu: $(READY) ## what a GPU is worth here, in under ten minutes: [PEER=peer.py AIRBENCH=airbench94_muon.py DATA_DIR= OUTPUT=gpu.json ONLY=fast,study]
+	@$(BIN)/python -m pipeline bench-gpu $(call options,$(BENCH_GPU_OPTIONS))
 
 test: $(READY) ## run the tests (DATA_DIR= with CIFAR-10 in it runs those on real data too)
 	@$(if $(value DATA_DIR),DATA_DIR=$(call quoted,DATA_DIR)) $(BIN)/python -m pytest

@@ -46,8 +46,10 @@ PEAKS = {
 }
 
 
-def benchmark(networks: Iterable[tuple[str, Recipe, TrainingData]], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Each network's result, JSON; runs are tracked in a store that is thrown away.
+def benchmark(
+    networks: Iterable[tuple[str, Recipe, TrainingData]], device: torch.device, seconds: float | None = None
+) -> Iterator[dict[str, Any]]:
+    """Each network's result, JSON; measured for `seconds` (SECONDS); runs are tracked in a store that is thrown away.
 
     `images_per_second` is of training, augmentation included. `shares` are those of a whole trial of the recipe on the
     whole data set (`speed.trial_seconds`), their sum is 1. `bf16_peak_share` and `bandwidth_share` are those of the
@@ -58,18 +60,18 @@ def benchmark(networks: Iterable[tuple[str, Recipe, TrainingData]], device: torc
     with tempfile.TemporaryDirectory() as folder:
         tracker = MlflowTracker(Path(folder))
         for number, (name, recipe, data) in enumerate(networks):
-            speed = measure(recipe, data, device, SECONDS)
+            speed = measure(recipe, data, device, SECONDS if seconds is None else seconds)
             if not number:
                 measure_overhead(recipe, data, device, speed, tracker)  # a process's first run takes seconds more
-            seconds = trial_seconds(recipe, speed, measure_overhead(recipe, data, device, speed, tracker))
-            total = sum(seconds.values())
+            parts = trial_seconds(recipe, speed, measure_overhead(recipe, data, device, speed, tracker))
+            total = sum(parts.values())
             flop_share, byte_share = _peak_shares(recipe, data, device, speed)
             yield {
                 "model": name,
                 "device": str(device),
                 "batch_size": speed.batch_size,
                 "images_per_second": round(speed.images_per_second, 1),
-                "shares": {part: round(value / total, 5) for part, value in seconds.items()},
+                "shares": {part: round(value / total, 5) for part, value in parts.items()},
                 "epoch_s": round(speed.epoch_s, 3),
                 "trial_s": round(total, 1),
                 "memory_gib": round(speed.memory_gib, 2),
@@ -103,7 +105,7 @@ class _Stepped(Exception):
 
 
 def step_work(recipe: Recipe, data: TrainingData, device: torch.device) -> Work:
-    """Counted on one real step, which takes longer for it."""
+    """Counted on one real step, called kernel by kernel, which takes longer for it."""
     traffic, flops = _Traffic(), FlopCounterMode(display=False)
 
     def on_part(part: str) -> None:
@@ -116,7 +118,7 @@ def step_work(recipe: Recipe, data: TrainingData, device: torch.device) -> Work:
     batch = few_images(data, min(recipe.training.batch_size, len(data.train.images)), 1)
     try:
         with flops, traffic:
-            train(recipe, batch, device, on_step=on_step, on_part=on_part)
+            train(recipe.changed({"training.execution": "eager"}), batch, device, on_step=on_step, on_part=on_part)
     except _Stepped:
         pass
     return Work(flops.get_total_flops(), traffic.bytes)
@@ -145,18 +147,10 @@ def against(script: Path, name: str, recipe: Recipe, data_dir: Path, device: tor
     """
     if not script.is_file():
         raise UserError(f"AGAINST {script}: no such file; a script that trains {name} on CIFAR-10 and says how fast")
-    threads = torch.get_num_threads()
-    options = {
-        "--data": data_dir.resolve(),
-        "--model": name,
-        "--images": PEER_IMAGES[device.type],
-        "--batch": recipe.training.batch_size,
-        "--workers": threads if threads > 1 else 0,
-    }
-    words = [str(word) for pair in options.items() for word in pair]
+    words = peer_words(name, recipe, data_dir, device)
     peer, ours = [], []
     for _ in range(ROUNDS):
-        peer.append(_peer_speed(script, words))
+        peer.append(peer_speed(script, words))
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             ours.append(process.submit(_our_speed, recipe, data_dir, str(device), SECONDS).result())
     ratios = [mine / theirs for mine, theirs in zip(ours, peer, strict=True)]
@@ -168,7 +162,20 @@ def against(script: Path, name: str, recipe: Recipe, data_dir: Path, device: tor
     }
 
 
-def _peer_speed(script: Path, words: list[str]) -> float:
+def peer_words(name: str, recipe: Recipe, data_dir: Path, device: torch.device) -> list[str]:
+    """The options that a peer's script is called with, as `against` says."""
+    threads = torch.get_num_threads()
+    options = {
+        "--data": data_dir.resolve(),
+        "--model": name,
+        "--images": PEER_IMAGES[device.type],
+        "--batch": recipe.training.batch_size,
+        "--workers": threads if threads > 1 else 0,
+    }
+    return [str(word) for pair in options.items() for word in pair]
+
+
+def peer_speed(script: Path, words: list[str]) -> float:
     """Of one run of a peer's script; UserError, with its last line, where it fails."""
     try:
         done = subprocess.run(

@@ -316,6 +316,9 @@ class Training(Section):
     ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the weights; 0: none")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="initial weights, data order, augmentation, dropout")
     deterministic: bool = Field(False, description="on a GPU: bit for bit the same run again, slower; a CPU always is")
+    execution: Literal["eager", "compiled", "graphed", "compiled_graphed"] = Field(
+        "eager", description="of a step: kernel by kernel, by compiled code, as a replayed CUDA graph, as both"
+    )
 
 
 Model = Annotated[
@@ -335,7 +338,7 @@ _TAGS = frozenset(
 
 
 # Fields that came later, with the value that stands for what was before: with it they don't count in the digest.
-_LATER = {"data.train_fraction": 1.0}
+_LATER = {"data.train_fraction": 1.0, "training.execution": "eager"}
 
 
 class Recipe(Section):

@@ -21,6 +21,7 @@ FLOORS = [
     {"speed"},
     {"search", "registry"},
     {"report", "console", "bench"},
+    {"bench_gpu"},
     {"cli"},
     {"__main__"},
 ]

@@ -66,7 +66,7 @@ def peer(folder: Path, body: str) -> Path:
 
 def test_a_peers_speed_is_in_the_last_line_it_prints(tmp_path: Path) -> None:
     script = peer(tmp_path, 'print("hello"); print(json.dumps({"images_per_second": 7, "words": sys.argv[1:]}))')
-    assert bench._peer_speed(script, ["--model", "plain"]) == 7
+    assert bench.peer_speed(script, ["--model", "plain"]) == 7
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_peers_speed_is_in_the_last_line_it_prints(tmp_path: Path) -> None:
 )
 def test_a_peer_that_fails_is_told_with_its_last_line(body: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said.replace("[", r"\[")):
-        bench._peer_speed(peer(tmp_path, body), [])
+        bench.peer_speed(peer(tmp_path, body), [])
 
 
 def test_a_peer_and_we_run_in_turn_and_the_ratio_is_by_round(

@@ -230,6 +230,10 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
         (["study", "attention", "--dataset", "cifar100"], ["data.dataset = cifar100:"]),
         (["study", "attention", "--device", "cuda:99"], ["DEVICE cuda:99: torch sees"]),
         (
+            ["study", "attention", "--device", "cpu", "--set", "training.execution=graphed"],
+            ["training.execution = graphed: a graph needs a GPU, and this is cpu; SET=training.execution=eager"],
+        ),
+        (
             ["curves", "baseline", "--output", "c.csv", "--epochs", "0", "--set", "data.train_fraction=2"],
             ["EPOCHS = 0:", "data.train_fraction = 2: should be less than or equal to 1"],
         ),
@@ -288,6 +292,7 @@ def test_the_public_surface_is_frozen() -> None:
     assert surface == {
         "bench": ["--against", "--data-dir", "--dataset", "--device", "--json", "--model"],
         "finals": ["--data-dir", "--device", "--epochs", "--seeds", "--top", "--tracking-uri", "name"],
+        "bench-gpu": ["--airbench", "--data-dir", "--only", "--output", "--peer"],
         "plan": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--trials", "--version", "name"),
         ],
@@ -630,6 +635,19 @@ def test_make_finals_and_reproduce_pass_every_variable_on(made: Path) -> None:
     expected = [f"--{name.lower().replace('_', '-')}={name.lower()} value" for name in names]
     assert re.findall(r"\[(.*)\]", done.stdout) == ["-m", "pipeline", "reproduce", *expected, "--", "0123"]
     assert "which run? make reproduce RUN=" in make(made, "reproduce", RUN="exported").stderr
+
+
+def test_make_bench_gpu_passes_every_variable_on(made: Path) -> None:
+    words = ["PEER=a peer.py", "AIRBENCH=a.py", "DATA_DIR=my data", "OUTPUT=my out.json", "ONLY=at once,fast"]
+    got = re.findall(r"\[(.*)\]", make(made, "bench-gpu", *words).stdout)
+    options = [
+        "--peer=a peer.py",
+        "--airbench=a.py",
+        "--data-dir=my data",
+        "--output=my out.json",
+        "--only=at once,fast",
+    ]
+    assert got == ["-m", "pipeline", "bench-gpu", *options]
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ def test_json_brings_back_the_same_recipe_and_digest() -> None:
 def test_the_digest_is_frozen() -> None:
     """It ties trials, runs and models of earlier days together: a change here makes strangers of them all."""
     assert RECIPE.digest() == "37c45d754934330ce44dafbb3f868db5db61c36baaf97c5d8d9b27c590323af1"
+    assert RECIPE.changed({"training.execution": "graphed"}).digest() != RECIPE.digest()
 
 
 @given(st.sampled_from(sorted(RECIPE.flat())), st.floats(0.01, 0.09))

@@ -61,10 +61,12 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device") -> "Trai
 
 
 def load_data_of(recipe: "Recipe", data_dir: Path, device: "torch.device") -> "TrainingData":
-    """A recipe's data set, split and on the device."""
+    """A recipe's data set, split and on the device, which can execute its steps."""
     from pipeline.data.datasets import load
     from pipeline.data.prepare import prepare
+    from pipeline.training.execution import check_execution
 
+    check_execution(recipe, device)
     images = load(recipe.data.dataset, recipe.data.image_size, expand(data_dir))
     return prepare(images, recipe.data, device)
 

@@ -20,7 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 from pipeline.cli.common import INTERRUPTED
 from pipeline.cli.finals import finals, reproduce
 from pipeline.cli.look import compare, ui
-from pipeline.cli.measure import bench, curves, replay
+from pipeline.cli.measure import bench, bench_gpu, curves, replay
 from pipeline.cli.predict import ensemble, predict
 from pipeline.cli.promote import history, promote, rollback
 from pipeline.cli.ship import export, serve
@@ -36,7 +36,7 @@ app = typer.Typer(
 
 for _command in (
     *(study, plan, compare, ui, finals, promote, rollback, history, reproduce),
-    *(predict, ensemble, export, serve, bench, curves, replay),
+    *(predict, ensemble, export, serve, bench, bench_gpu, curves, replay),
 ):
     app.command()(_command)
 

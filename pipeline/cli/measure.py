@@ -1,18 +1,20 @@
-"""`bench`, and `curves` and `replay`, which judge ways of pruning."""
+"""`bench` and `bench-gpu`, and `curves` and `replay`, which judge ways of pruning."""
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.common import expand, find_device, load_data, make_console
+from pipeline.cli.common import HOME, expand, find_device, load_data, make_console, say
 from pipeline.cli.options import ChangeOption, DataDirOption, DatasetOption, DeviceOption, resolve
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pipeline.data.prepare import TrainingData
     from pipeline.recipe import Recipe
 
@@ -62,6 +64,54 @@ def bench(
         sys.stdout.write(json.dumps(report) + "\n")
     else:
         print_bench(make_console(), report)
+
+
+def bench_gpu(
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the whole report goes, as JSON.")] = None,
+    peer: Annotated[Path | None, typer.Option(metavar="SCRIPT", help="A peer's script, as bench --against.")] = None,
+    airbench: Annotated[
+        Path | None, typer.Option(metavar="SCRIPT", help="airbench94_muon.py, to run beside `fast`.")
+    ] = None,
+    data_dir: DataDirOption = Path("data"),
+    only: Annotated[str, typer.Option(metavar="PART,PART", help="Not all of the parts.")] = "",
+) -> None:
+    """Measure on a GPU, in under ten minutes: executions of a step, several trainings at once, speed runs, a study."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("bench-gpu: torch sees no GPU here; make bench measures on a CPU")
+
+    from pipeline.bench_gpu import Bench, faults, run
+    from pipeline.data.datasets import load
+
+    scripts = [expand(script) if script else None for script in (peer, airbench)]
+    if missing := [script for script in scripts if script and not script.is_file()]:
+        raise UserError([f"{script}: no such file" for script in missing])
+    load("cifar10", 32, expand(data_dir))  # downloaded or refused before anything starts
+
+    def write(report: "Mapping[str, object]") -> None:
+        if output:
+            expand(output).write_text(json.dumps(report, indent=1) + "\n")
+
+    console = make_console()
+    bench = Bench(data_dir=expand(data_dir), home=HOME, peer=scripts[0], airbench=scripts[1])
+    report = run(bench, [name.strip() for name in only.split(",") if name.strip()], _row_printer(console), write)
+    for line in faults(report):
+        say(console, f"failed: {line}")
+    raise typer.Exit(1 if faults(report) else 0)
+
+
+def _row_printer(console: "Console") -> "Callable[[str, Mapping[str, object]], None]":
+    """A line for each row: numbers and short words; lists and tables are for the report."""
+
+    def show(part: str, row: "Mapping[str, object]") -> None:
+        numbers = [f"{name} {value}" for name, value in row.items() if isinstance(value, (int, float, str))]
+        ratio = row.get("ratio")
+        if isinstance(ratio, dict):
+            numbers.append(" ".join(f"{name} {value}" for name, value in ratio.items()))
+        say(console, f"{part:<11} {', '.join(numbers).removeprefix('what ')}")
+
+    return show
 
 
 def curves(

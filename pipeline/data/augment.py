@@ -200,13 +200,13 @@ class Augmenter:
         self._mean, self._std = mean, std
         coins = torch.rand(len(images), generator=torch.Generator().manual_seed(seed)) < 0.5
         self._mirrored_when_odd = coins.to(images.device)
-        self.start_epoch(1)
+        self._mirrored = self._mirrored_when_odd.clone()
         self._mixup_quantiles = _beta_quantiles(augmentation.mixup_alpha, images.device)
         self._cutmix_quantiles = _beta_quantiles(augmentation.cutmix_alpha, images.device)
 
     def start_epoch(self, epoch: int) -> None:
         """The batches from now on are of `epoch`, from 1; only an alternating flip depends on it."""
-        self._mirrored = self._mirrored_when_odd ^ (epoch % 2 == 0)
+        self._mirrored.copy_(self._mirrored_when_odd ^ (epoch % 2 == 0))  # in place: a captured batch reads it there
 
     def batch(
         self, indices: Tensor, generator: torch.Generator, on_part: Callable[[str], None] = lambda part: None

@@ -55,7 +55,7 @@ def choose(tracker: MlflowTracker, names: Sequence[str]) -> list[StudyRuns]:
 
 def table(tracker: MlflowTracker, studies: Sequence[StudyRuns]) -> pd.DataFrame:
     """See `trials`."""
-    rows = [_row(run, study) for study in studies for run in tracker.runs_of(study)]
+    rows = [_row(run, study) for study in studies for run in tracker.children(study)]
     frame = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
     params = sorted(name for name in frame.columns if "." in name and "/" not in name)
     metrics = sorted(name for name in frame.columns if "/" in name)

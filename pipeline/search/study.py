@@ -144,6 +144,7 @@ class Search:
         space, base = self.space(), self.base.flat()
         del base["data.dataset"]  # where the data lies; what it is, its digest says
         del base["data.train_fraction"]  # the split's digest says it, and studies older than the field go on
+        del base["training.execution"]  # how, as the device is, not what; and older studies go on
         return {
             "objective": self.study.objective,
             "data": data.digest,

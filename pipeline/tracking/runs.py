@@ -240,22 +240,6 @@ class MlflowTracker:
         )
         return [run.info.run_id for run in found]
 
-    def runs_of(self, study: "StudyRuns") -> list[mlflow.entities.Run]:
-        """All runs of a study, in the order of their start: its trials', and others below its parent run."""
-        found: list[mlflow.entities.Run] = []
-        page: str | None = None
-        while page is None or page:
-            runs = self.client.search_runs(
-                [study.experiment],
-                _child_of(study.parent),
-                max_results=2_000,
-                order_by=["attributes.start_time ASC"],
-                page_token=page,
-            )
-            found += runs
-            page = runs.token or ""
-        return found
-
     def close_abandoned(self, parent: str, abandoned: Collection[int], alive: Collection[int]) -> None:
         """Close the runs of a study's abandoned trials, and any RUNNING one whose trial isn't among the living.
 
@@ -269,8 +253,8 @@ class MlflowTracker:
             ):
                 MlflowRun(self.client, run.info.run_id).end(State.INTERRUPTED, "its process is gone")
 
-    def children(self, study: "StudyRuns", role: str) -> list[StoredRun]:
-        """A study's runs with this tag `role` (trial, final, reproduction) as MLflow has them, the oldest first."""
+    def children(self, study: "StudyRuns", role: str | None = None) -> list[StoredRun]:
+        """A study's runs with this tag `role` (trial, final, reproduction), or all, as MLflow has them, the oldest first."""
         return list(
             self.client.search_runs(
                 [study.experiment],
@@ -295,8 +279,8 @@ class MlflowTracker:
             return Path(self.client.download_artifacts(run_id, name, folder)).read_bytes()
 
 
-def _child_of(parent: str, role: str) -> str:
-    return f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}' and tags.role = '{role}'"
+def _child_of(parent: str, role: str | None = None) -> str:
+    return f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}'" + (f" and tags.role = '{role}'" if role else "")
 
 
 class MlflowRun:

@@ -15,31 +15,39 @@ class WeightAverage:
     `network` is a copy in eval mode, in the same memory format, that holds the averages.
     """
 
-    def __init__(self, network: nn.Module, decay: float):
-        """`decay` in [0, 1); 0 follows the network itself."""
+    def __init__(self, network: nn.Module, decay: float, on_device: bool = False):
+        """`decay` in [0, 1); 0 follows the network itself. `on_device` counts updates there, so that one can be replayed."""
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self._decay = decay
-        self._updates = 0
+        self._updates: int | Tensor = torch.zeros((), device=next(network.parameters()).device) if on_device else 0
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """Take in the weights after one more step; nothing waits for the device."""
-        decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         floating, others = _tensors(self.network)
         new_floating, new_others = _tensors(network)
-        torch._foreach_lerp_(floating, new_floating, 1 - decay)
+        if isinstance(self._updates, Tensor):
+            changes = torch._foreach_sub(new_floating, floating)
+            torch._foreach_mul_(changes, (9 / (10 + self._updates)).clamp(min=1 - self._decay))
+            torch._foreach_add_(floating, changes)
+        else:
+            decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
+            torch._foreach_lerp_(floating, new_floating, 1 - decay)
         if others:
             torch._foreach_copy_(others, new_others)
         self._updates += 1
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs; the tensors are the live ones, as torch's state dicts are."""
-        return {"updates": self._updates, "network": self.network.state_dict()}
+        return {"updates": int(self._updates), "network": self.network.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         self.network.load_state_dict(state["network"])
-        self._updates = state["updates"]
+        if isinstance(self._updates, Tensor):
+            self._updates.fill_(state["updates"])
+        else:
+            self._updates = state["updates"]
 
 
 def _tensors(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -21,6 +21,7 @@ from pipeline.models.build import build_network
 from pipeline.models.layers import FitsFirstLayer
 from pipeline.recipe import Recipe
 from pipeline.training.averaging import WeightAverage
+from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
 from pipeline.training.losses import soft_cross_entropy
 from pipeline.training.memory import keep_freed_memory
 from pipeline.training.optimizers import build_optimizer, set_lr
@@ -28,7 +29,7 @@ from pipeline.training.optimizers import build_optimizer, set_lr
 FIRST_LAYER_IMAGES = 5000  # as many as the speed runs take; a covariance of 12 numbers needs no more
 
 # What the time of a training goes to. "data" gathers a batch's pixels, crop and mirror folded into the gather, after the
-# set-up of network and images; "tracking" is what the callbacks take.
+# set-up of network and images; "tracking" is what the callbacks take. The whole of a replayed graph counts as "forward".
 PARTS = ("data", "augmentation", "forward", "backward", "optimizer", "evaluation", "tracking")
 
 
@@ -73,13 +74,16 @@ def train(
     epoch: `plain/accuracy` beside `val/accuracy`, and so on.
     An epoch's data order, augmentation and dropout depend on (seed, epoch) alone; on a CPU with the same number of
     threads, and on a GPU with `training.deterministic`, equal recipes give equal weights, bit for bit.
-    Raises Diverged as soon as a loss is seen that is not finite.
+    Raises Diverged as soon as a loss is seen that is not finite, UserError where the device has no such
+    `training.execution`.
     """
     settings = recipe.training
     images, labels = data.train.images, data.train.labels
     batch_size = min(settings.batch_size, len(images))
     steps = len(images) // batch_size  # what doesn't fill a batch waits for another epoch's order
     history = []
+    check_execution(recipe, device)
+    graphed = is_graphed(recipe)
     on_part("data")
     started = time.perf_counter()
     if device.type == "cuda":
@@ -87,49 +91,65 @@ def train(
     else:
         keep_freed_memory()
 
-    with _reproducible(settings.deterministic, device):
+    with _reproducible(settings.deterministic, device), own_stream(device) if graphed else contextlib.nullcontext():
         network = build_network(recipe.model, len(data.classes), data.image_size, settings.seed)
         network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if isinstance(network, FitsFirstLayer):
             evenly = math.ceil(len(images) / FIRST_LAYER_IMAGES)  # a folder's images come class by class
             network.fit_first_layer(normalise(images[::evenly], data.mean, data.std))
-        average = WeightAverage(network, settings.ema_decay) if settings.ema_decay else None
+        average = WeightAverage(network, settings.ema_decay, graphed) if settings.ema_decay else None
         judged = average.network if average else network
-        optimizer = build_optimizer(network, recipe.optimizer, device)
+        optimizer = build_optimizer(network, recipe.optimizer, device, graphed)
         coins = _stream(settings.seed, 0, "flip")
         augmenter = Augmenter(images, labels, len(data.classes), data.mean, data.std, recipe.augmentation, coins)
         generator = torch.Generator(device)
         watch = _LossWatch(device)
+        forward = forward_of(network, recipe)
+        indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        last_loss, loss_sum, num_correct = (torch.zeros((), device=device) for _ in range(3))
+
+        def train_step(on_part: Callable[[str], None] = lambda part: None) -> None:
+            """Learn from the images `indices`. What outlives the step stays where it is, so that it can be replayed."""
+            batch, targets = augmenter.batch(indices, generator, on_part)
+            on_part("forward")
+            with autocast(device, settings.precision):
+                logits = forward(batch)
+            loss = soft_cross_entropy(logits, targets, recipe.loss.label_smoothing)
+            with torch.no_grad():
+                last_loss.copy_(loss)
+                loss_sum.add_(loss)
+                num_correct.add_((logits.argmax(1) == targets.argmax(1)).sum())
+            on_part("backward")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            on_part("optimizer")
+            if settings.clip_norm:
+                nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+            optimizer.step()
+            if average:
+                average.update(network)
+
+        graphed_step = GraphedStep(train_step, generator) if graphed else None
+        parameters = list(network.parameters())
 
         for epoch in range(1, settings.epochs + 1):
             epoch_started = time.perf_counter()
             torch.manual_seed(_stream(settings.seed, epoch, "dropout"))
             generator.manual_seed(_stream(settings.seed, epoch, "data"))
             order = torch.randperm(len(images), generator=generator, device=device)
-            loss_sum, num_correct = torch.zeros((), device=device), torch.zeros((), device=device)
+            loss_sum.zero_()
+            num_correct.zero_()
             augmenter.start_epoch(epoch)
             network.train()
             for step in range(steps):
                 set_lr(optimizer, recipe.schedule, (epoch - 1) * steps + step, settings.epochs * steps)
-                indices = order[step * batch_size : (step + 1) * batch_size]
-                batch, targets = augmenter.batch(indices, generator, on_part)
-                on_part("forward")
-                with autocast(device, settings.precision):
-                    logits = network(batch)
-                loss = soft_cross_entropy(logits, targets, recipe.loss.label_smoothing)
-                with torch.no_grad():
-                    loss_sum += loss
-                    num_correct += (logits.argmax(1) == targets.argmax(1)).sum()
-                watch.look(loss.detach(), epoch, step)
-                on_part("backward")
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                on_part("optimizer")
-                if settings.clip_norm:
-                    nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
-                optimizer.step()
-                if average:
-                    average.update(network)
+                indices.copy_(order[step * batch_size : (step + 1) * batch_size])
+                if graphed_step:
+                    on_part("forward")
+                    graphed_step(form=tuple(p.requires_grad for p in parameters))
+                else:
+                    train_step(on_part)
+                watch.look(last_loss, epoch, step)
                 on_part("tracking")
                 on_step(step + 1, steps)
                 on_part("data")
@@ -149,7 +169,7 @@ def train(
                 epoch,
                 measured
                 | {
-                    "optimizer/lr": optimizer.param_groups[0]["lr"],
+                    "optimizer/lr": float(optimizer.param_groups[0]["lr"]),
                     "time/epoch_s": seconds,
                     "throughput/images_per_s": steps * batch_size / seconds,
                     "memory/peak_gib": _peak_gib(device),

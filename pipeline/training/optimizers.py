@@ -21,20 +21,27 @@ _QUINTIC_STEPS = 3
 _Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
-def build_optimizer(network: nn.Module, optimizer: recipe.Optimizer, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    network: nn.Module, optimizer: recipe.Optimizer, device: torch.device, on_device: bool = False
+) -> torch.optim.Optimizer:
     """torch's SGD, Adam or AdamW over every parameter of `network`, which lies on `device`; or Muon.
 
     With torch's, all parameters decay, batch-norm's and biases too, as in the published CIFAR recipes (ResNet,
-    arXiv 1512.03385). The first group's rate is `optimizer.lr`.
+    arXiv 1512.03385). The first group's rate is `optimizer.lr`. `on_device` keeps rates and counts there, so that a step
+    can be captured and replayed.
     """
-    built = _built(network, optimizer, True if device.type in _FUSED else None)  # None: torch chooses
+    built = _built(network, optimizer, True if device.type in _FUSED else None, on_device)  # None: torch chooses
     for group in built.param_groups:
         group["initial_lr"] = group["lr"]
         group.setdefault("share", 1.0)
+        if on_device:
+            group["lr"] = torch.tensor(group["lr"], device=device)
     return built
 
 
-def _built(network: nn.Module, optimizer: recipe.Optimizer, fused: bool | None) -> torch.optim.Optimizer:
+def _built(
+    network: nn.Module, optimizer: recipe.Optimizer, fused: bool | None, capturable: bool
+) -> torch.optim.Optimizer:
     if isinstance(optimizer, recipe.Muon):
         return Muon(_muon_groups(network, optimizer))
     if isinstance(optimizer, recipe.Sgd):
@@ -53,6 +60,7 @@ def _built(network: nn.Module, optimizer: recipe.Optimizer, fused: bool | None) 
         betas=(optimizer.beta1, optimizer.beta2),
         weight_decay=optimizer.weight_decay,
         fused=fused,
+        capturable=capturable,
     )
 
 
@@ -65,7 +73,11 @@ def set_lr(optimizer: torch.optim.Optimizer, schedule: recipe.AnySchedule, step:
     for group in optimizer.param_groups:
         steps = round(group["share"] * total_steps)
         if step < steps:
-            group["lr"] = group["initial_lr"] * lr_factor(schedule, step, steps)
+            rate = group["initial_lr"] * lr_factor(schedule, step, steps)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         else:
             for parameter in group["params"]:
                 parameter.requires_grad_(False)
@@ -117,7 +129,10 @@ class Muon(torch.optim.Optimizer):
                 for parameter in parameters:
                     parameter *= len(parameter) ** 0.5 / parameter.norm()
                 steps = [orthogonalise(step.flatten(1)).view(step.shape).to(step.dtype) for step in steps]
-            torch._foreach_add_(parameters, steps, alpha=-group["lr"])
+            if isinstance(group["lr"], Tensor):
+                torch._foreach_sub_(parameters, torch._foreach_mul(steps, group["lr"]))
+            else:
+                torch._foreach_add_(parameters, steps, alpha=-group["lr"])
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

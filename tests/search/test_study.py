@@ -80,6 +80,11 @@ def test_a_share_of_the_training_images_is_another_question_told_by_the_split(
     assert {key for key in then if then[key] != now[key]} == {"split"}
 
 
+def test_how_a_step_is_executed_is_no_other_question(search: Search, digits: TrainingData) -> None:
+    graphed = Search("tiny", search.study, search.base.changed({"training.execution": "graphed"}), 1, 8, None)
+    assert graphed.fingerprint(digits) == search.fingerprint(digits)
+
+
 def test_the_number_of_trials_may_change(search: Search, digits: TrainingData) -> None:
     more = Search("tiny", search.study, search.base, 1, trials=99, timeout_s=5)
     check_same("tiny", search.fingerprint(digits), more.fingerprint(digits), 1)

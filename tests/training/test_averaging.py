@@ -23,11 +23,13 @@ def a_step(network, generator):
             tensor += 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "on_device"), [(torch.float32, False), (torch.float64, False), (torch.float32, True)]
+)
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
-def test_fifty_updates_are_those_of_a_slow_loop_over_tensors(dtype, decay):
+def test_fifty_updates_are_those_of_a_slow_loop_over_tensors(dtype, on_device, decay):
     network, generator = convnet(dtype), torch.Generator().manual_seed(1)
-    average = WeightAverage(network, decay)
+    average = WeightAverage(network, decay, on_device)
     expected = {name: tensor.double().clone() for name, tensor in network.state_dict().items()}
     for t in range(50):
         a_step(network, generator)
@@ -43,6 +45,7 @@ def test_fifty_updates_are_those_of_a_slow_loop_over_tensors(dtype, decay):
             torch.testing.assert_close(tensor.double(), expected[name], **precision, msg=name)
     assert not torch.equal(averaged["1.running_mean"], torch.zeros(8)), "the buffers must have moved"
     assert averaged["1.num_batches_tracked"] == 50
+    assert average.state_dict()["updates"] == 50
 
 
 def test_decay_0_follows_the_network_bit_for_bit():
@@ -81,13 +84,14 @@ def test_tied_weights_are_averaged_once():
     torch.testing.assert_close(average.network[0].weight.detach(), before + 0.9)  # the first update keeps 1 / 10
 
 
-def test_an_average_that_is_loaded_goes_on_as_if_never_interrupted():
+@pytest.mark.parametrize("on_device", [False, True])
+def test_an_average_that_is_loaded_goes_on_as_if_never_interrupted(on_device):
     network, generator = convnet(), torch.Generator().manual_seed(1)
-    average = WeightAverage(network, 0.999)
+    average = WeightAverage(network, 0.999, on_device)
     for _ in range(4):
         a_step(network, generator)
         average.update(network)
-    resumed = WeightAverage(convnet(), 0.999)
+    resumed = WeightAverage(convnet(), 0.999, on_device)
     resumed.load_state_dict(copy.deepcopy(average.state_dict()))
     for _ in range(4):
         a_step(network, generator)

@@ -33,6 +33,9 @@ KINDS = [
 ]
 
 
+MUON = recipe.Muon(lr=0.3, momentum=0.6, bias_lr=2, head_lr=5, sgd_momentum=0.8, weight_decay=0.01)
+
+
 def convnet() -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.Flatten(), nn.LazyLinear(5)]
@@ -60,6 +63,22 @@ def test_steps_as_torchs_plain_loop_with_the_same_settings(section, kind, settin
         torch.testing.assert_close(mine, reference, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("section", [*(section for section, _, _ in KINDS), MUON])
+def test_rates_on_the_device_step_as_rates_that_are_numbers(section: recipe.Optimizer) -> None:
+    networks = [convnet(), convnet()]
+    for network, on_device in zip(networks, (False, True), strict=True):
+        optimizer = build_optimizer(network, section, CPU, on_device)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for step in (0, 1):
+            set_lr(optimizer, recipe.Linear(), step, 4)
+            fit(network, optimizer, 2)
+        same = [rate is group["lr"] for rate, group in zip(rates, optimizer.param_groups, strict=True)]
+        assert same == [on_device] * len(rates), "a captured step reads its rates where they were"
+    near = {"rtol": 0, "atol": 0.02} if section is MUON else {"rtol": 1e-5, "atol": 1e-6}  # bfloat16
+    for one, other in zip(*(network.parameters() for network in networks), strict=True):
+        torch.testing.assert_close(one, other, **near)
+
+
 @pytest.mark.parametrize("section", [recipe.Sgd(lr=0.5, weight_decay=0.1), recipe.AdamW(lr=0.5, weight_decay=0.1)])
 def test_every_parameter_decays_batch_norm_and_biases_too(section):
     network = convnet()
@@ -83,9 +102,6 @@ def test_a_set_rate_holds_from_the_next_step():
     set_lr(optimizer, recipe.Linear(final_fraction=0.25), 3, 4)
     optimizer.step()
     assert network.weight.item() == 0.375
-
-
-MUON = recipe.Muon(lr=0.3, momentum=0.6, bias_lr=2, head_lr=5, sgd_momentum=0.8, weight_decay=0.01)
 
 
 def muon_by_hand(network: nn.Module, section: recipe.Muon, steps: int) -> None:

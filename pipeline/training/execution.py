@@ -1,0 +1,94 @@
+"""How a step is executed: called as it is, its network compiled, or captured once as a CUDA graph and replayed.
+
+Small networks leave a GPU waiting for the host, which takes about a millisecond to send a step's hundreds of kernels. A
+graph sends them in one call; compilation makes fewer of them.
+"""
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+
+WARM_UP = 3  # steps before a capture: cuDNN chooses its kernels, optimizers make their state, compilers compile
+RECOMPILATIONS = 64  # of one network's code; torch's 8 are soon used up by a search over widths
+
+
+def is_graphed(recipe: Recipe) -> bool:
+    """Whether the recipe's steps are captured and replayed."""
+    return recipe.training.execution in ("graphed", "compiled_graphed")
+
+
+def check_execution(recipe: Recipe, device: torch.device) -> None:
+    """UserError where the device can't execute steps as the recipe says."""
+    if is_graphed(recipe) and device.type != "cuda":
+        raise UserError(
+            f"training.execution = {recipe.training.execution}: a graph needs a GPU, and this is {device}; "
+            "SET=training.execution=eager trains here"
+        )
+
+
+def forward_of(network: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:
+    """`network` as a training step calls it: itself, or compiled for one shape of batches.
+
+    Compiled, which takes tens of seconds at the first step of the first such network in a process, it shares weights
+    and mode with `network`; its dropout draws other numbers.
+    """
+    if "compiled" not in recipe.training.execution:
+        return network
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
+    return cast("Callable[[Tensor], Tensor]", torch.compile(network, fullgraph=True, dynamic=False))
+
+
+@contextlib.contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """A stream beside the default one, which no capture may begin on; both wait for each other at the ends."""
+    before, own = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    own.wait_stream(before)
+    with torch.cuda.stream(own):
+        yield
+    before.wait_stream(own)
+
+
+def capture(step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
+    """What replays `step`, which is captured here and not yet executed; on a stream of `own_stream`'s.
+
+    Each replay goes on with the random numbers of `generator` and of the device's default one, as a call would.
+    """
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)  # type: ignore[no-untyped-call, unused-ignore]
+    # Other threads, as the monitor of the machine, may use CUDA meanwhile.
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+class GraphedStep:
+    """A training step that is called for WARM_UP steps, then captured, and replayed from there on.
+
+    The steps of the warm-up are real ones, so nothing has to be put back: the training is that of calling each step, but
+    for kernels that the capture chooses otherwise. Every tensor that outlives a step must stay where it is, and
+    nothing that changes from step to step may be a Python number.
+    """
+
+    def __init__(self, step: Callable[[], None], generator: torch.Generator):
+        self._step, self._generator = step, generator
+        self._form: Hashable = None
+        self._left = WARM_UP
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, form: Hashable) -> None:
+        """Execute the step. Another `form` than the last means another step, which is warmed up and captured anew."""
+        if form != self._form:
+            self._form, self._left, self._replay = form, WARM_UP, None
+        if self._left:
+            self._left -= 1
+            self._step()
+            return
+        if self._replay is None:
+            self._replay = capture(self._step, self._generator)
+        self._replay()

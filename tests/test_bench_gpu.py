@@ -1,0 +1,231 @@
+"""The parts of the GPU's benchmark, as far as a CPU can: tiny networks, digits."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline import bench_gpu
+from pipeline.bench_gpu import Bench, Row, faults, run
+from pipeline.cli.main import app
+from pipeline.search import plan
+from pipeline.search.study import load_study
+
+TINY = {
+    "model.widths": (4, 8),
+    "model.hidden": 8,
+    "model.depth": 2,
+    "model.blocks_per_stage": 1,
+    "model.reduction": 4,
+    "data.image_size": 8,
+    "data.train_fraction": 0.2,
+    "training.batch_size": 64,
+    "training.epochs": 2,
+    "augmentation.crop_padding": 2,
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr(bench_gpu, "START", "fork")  # a fresh process would import torch and MLflow anew
+    return Bench(
+        device="cpu",
+        dataset="digits",
+        home=tmp_path / "mlruns",
+        seconds=0.0,
+        batch_sizes=(32, 64),
+        executions=("eager", "graphed"),
+        at_once=(1, 2),
+        rounds=1,
+        fast_runs={"94 %": 2, "95 %": 1},
+        airbench_runs=2,
+        trials=2,
+        changes=TINY,
+    )
+
+
+def script(folder: Path, *lines: str) -> Path:
+    file = folder / "script.py"
+    file.write_text("\n".join(lines))
+    return file
+
+
+# ------------------------------------------------------------------------------------------------------- how parts run
+
+
+def three_rows(bench: Bench) -> Iterator[Row]:
+    for number in range(3):
+        yield bench_gpu._attempt(f"row {number}", lambda: {"half": 1 / (number - 1)})  # noqa: B023
+
+
+def breaks(bench: Bench) -> Iterator[Row]:
+    yield {"what": "first", "value": 1}
+    raise KeyError("no\nsuch thing")
+
+
+def never_ends(bench: Bench) -> Iterator[Row]:
+    import subprocess
+
+    child = subprocess.Popen(["sleep", "60"])
+    yield {"what": "child", "pid": child.pid}
+    time.sleep(60)
+
+
+def dies(bench: Bench) -> Iterator[Row]:
+    import os
+
+    yield {"what": "first"}
+    os._exit(3)
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_parts_are_independent_keep_their_rows_and_end_in_time(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"rows": (three_rows, 60), "breaks": (breaks, 60), "slow": (never_ends, 2), "dies": (dies, 60)}
+    monkeypatch.setattr(bench_gpu, "PARTS", parts)
+    seen: list[tuple[str, Row]] = []
+    written: list[list[str]] = []
+    report = run(
+        tiny, [], lambda name, row: seen.append((name, row)), lambda so_far: written.append([*so_far["parts"]])
+    )
+    assert {name: part["state"] for name, part in report["parts"].items()} == {
+        "rows": "done",
+        "breaks": "failed",
+        "slow": "out of time",
+        "dies": "failed",
+    }
+    assert written == [["rows"], ["rows", "breaks"], ["rows", "breaks", "slow"], [*parts]]
+    assert seen == [(name, row) for name, part in report["parts"].items() for row in part["rows"]]
+    rows = report["parts"]["rows"]["rows"]
+    assert rows == [
+        {"what": "row 0", "half": -1.0},
+        {"what": "row 1", "error": "ZeroDivisionError: division by zero"},
+        {"what": "row 2", "half": 1.0},
+    ]
+    assert report["parts"]["slow"]["seconds"] < 10
+    assert not alive(report["parts"]["slow"]["rows"][0]["pid"]), "what a part started ends with it"
+    assert faults(report) == [
+        "rows: row 1: ZeroDivisionError: division by zero",
+        f"breaks: failed after {report['parts']['breaks']['seconds']} s: KeyError: 'no\\nsuch thing'",
+        f"slow: out of time after {report['parts']['slow']['seconds']} s: its limit is 2 s",
+        f"dies: failed after {report['parts']['dies']['seconds']} s: its process died with exit code 3",
+    ]
+    json.dumps(report, allow_nan=False)
+
+
+def test_all_parts_together_are_done_in_ten_minutes() -> None:
+    assert sum(limit for _, limit in bench_gpu.PARTS.values()) < 600
+
+
+def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["bench-gpu"])
+    assert str(done.exception) == "bench-gpu: torch sees no GPU here; make bench measures on a CPU"
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------- each part, by rows
+
+
+def rows_of(part: str, bench: Bench) -> dict[str, Row]:
+    rows = {row["what"]: row for row in bench_gpu.PARTS[part][0](bench)}
+    json.dumps(rows, allow_nan=False)
+    for what, row in rows.items():
+        if "graphed" in what and "by the peer" not in what:
+            assert "a graph needs a GPU" in row["error"], "told, and the others go on"
+        else:
+            assert "error" not in row, row
+    return rows
+
+
+def test_networks_are_measured_beside_a_peers_script(
+    tiny: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_gpu, "NETWORKS", ("plain",))
+    peer = script(tmp_path, "import json", 'print(json.dumps({"images_per_second": 0.5}))')
+    rows = rows_of("networks", Bench(**{**vars(tiny), "peer": peer}))
+    names = ["plain, eager", "plain, eager, round 1", "plain, graphed, round 1", "plain, eager, by the peer's"]
+    assert list(rows) == names
+    assert rows["plain, eager"]["shares"]
+    ratio = rows["plain, eager, by the peer's"]["ratio"]
+    assert ratio["median"] == pytest.approx(rows["plain, eager, round 1"]["images_per_second"] / 0.5, abs=0.01)
+
+
+def test_executions_are_compared_for_each_network_and_batch_size(tiny: Bench) -> None:
+    rows = rows_of("executions", tiny)
+    assert list(rows)[:4] == [f"{size}, batch {batch}, eager" for size in ("0.3 M", "2 M") for batch in (32, 64)]
+    assert len(rows) == 8
+    assert all(row["images_per_second"] > 0 for row in rows.values() if "error" not in row)
+
+
+def test_several_trainings_at_once_are_compared_with_one(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_gpu, "SMALL", {"0.3 M": bench_gpu.SMALL["0.3 M"]})
+    rows = rows_of("at once", tiny)
+    assert list(rows) == [f"0.3 M, batch 128, {how}, {k} at once" for how in ("eager", "graphed") for k in (1, 2)]
+    one, two = (rows[f"0.3 M, batch 128, eager, {k} at once"] for k in (1, 2))
+    assert one["ratio"] == 1
+    assert two["ratio"] == pytest.approx(two["images_per_second"] / one["images_per_second"], abs=0.01)
+
+
+def test_the_speed_runs_are_repeated_with_tracking_on(tiny: Bench) -> None:
+    rows = rows_of("fast", tiny)
+    row = rows["94 %, eager"]
+    assert (row["n"], len(row["runs"]), row["judged_by"]) == (2, 2, "validation split")
+    assert 0 < row["of_that_tracking_s"] < row["seconds"] < row["trial_s"]
+    assert row["accuracy"] == pytest.approx(sum(run["accuracy"] for run in row["runs"]) / 2, abs=1e-4)
+    assert list(rows) == ["94 %, graphed", "95 %, graphed", "94 %, eager"]
+    assert not tiny.home.exists(), "no look at a test split"
+
+
+def test_the_original_script_is_run_as_it_is_until_there_are_enough_runs(tiny: Bench, tmp_path: Path) -> None:
+    data = tmp_path / "data" / "cifar-10-batches-py"
+    data.mkdir(parents=True)
+    lines = [
+        "import time, pathlib",
+        "assert pathlib.Path('cifar10/cifar-10-batches-py').is_dir()",
+        "print('|  run     |  epoch  |  train_acc  |  val_acc  |  tta_val_acc  |  time_seconds  |')",
+        "for i in range(100):",
+        "    print('|       0  |      7  |     0.9  |   0.9 |               |        9.0000  |')",
+        "    print(f'|          |   eval  |     0.9  |   0.9 |       0.94{i:02}  |        1.{i:02}00  |')",
+        "time.sleep(60)",
+    ]
+    bench = Bench(**{**vars(tiny), "data_dir": data.parent, "airbench": script(tmp_path, *lines)})
+    (row,) = rows_of("airbench", bench).values()
+    assert (row["n"], row["accuracy"], row["seconds"]) == (2, pytest.approx(0.94015, abs=1e-4), 1.015), "one warms up"
+    broken = Bench(**{**vars(bench), "airbench": script(tmp_path, "raise SystemExit('no GPU')")})
+    assert [*bench_gpu.airbench(broken)] == [{"what": "script.py", "error": "no run was done: no GPU"}]
+    assert not [*bench_gpu.airbench(tiny)], "nothing to run"
+
+
+def test_attentions_short_recipe_is_trained_in_the_first_way_that_works(tiny: Bench) -> None:
+    row = rows_of("attention", tiny)["attention, eager"]
+    assert (row["epochs"], len(row["by_epoch"])) == (2, 2)
+    assert row["accuracy"] == pytest.approx(row["by_epoch"][-1], abs=1e-4)
+
+
+def test_a_short_study_is_run_and_a_long_one_forecast(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "CONTROL_S", 0)
+    monkeypatch.setattr(plan, "OTHERS", 1)
+    rows = rows_of("study", tiny)
+    assert rows["2 trials, eager"]["seconds"] > 0
+    assert rows["forecast of 100 trials, eager"]["seconds"] > rows["2 trials, eager"]["trial_s"]
+    assert 0 < rows["tracking, eager"]["share"] < 1
+    assert rows["tracking, eager"]["trial_s"] >= bench_gpu.TRIAL_S
+
+
+def test_the_aims_of_fast_are_those_of_its_study() -> None:
+    """Its text says them as commands; here they are fields."""
+    import sys
+
+    text = " ".join((sys.modules[load_study("fast").space.__module__].__doc__ or "").split())
+    for changes in bench_gpu.FAST.values():
+        for name, value in changes.items():
+            said = str(list(value)).replace(" ", "") if isinstance(value, tuple) else str(value)
+            assert f"{name}={said}" in text, name
