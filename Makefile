@@ -97,7 +97,7 @@ bench-gpu: $(READY) ## what a GPU is worth here, in under ten minutes: [PEER=pee
 	@$(BIN)/python -m pipeline bench-gpu $(call options,$(BENCH_GPU_OPTIONS))
 
 test: $(READY) ## run the tests (DATA_DIR= with CIFAR-10 in it runs those on real data too)
-	@$(if $(value DATA_DIR),DATA_DIR=$(call quoted,DATA_DIR)) $(BIN)/python -m pytest
+	@$(if $(value DATA_DIR),DATA_DIR=$(call quoted,DATA_DIR)) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(READY) ## ruff, formatting, types
 	@$(BIN)/ruff check

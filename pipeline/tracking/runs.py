@@ -255,14 +255,16 @@ class MlflowTracker:
 
     def children(self, study: "StudyRuns", role: str | None = None) -> list[StoredRun]:
         """A study's runs with this tag `role` (trial, final, reproduction), or all, as MLflow has them, the oldest first."""
-        return list(
-            self.client.search_runs(
-                [study.experiment],
-                _child_of(study.parent, role),
-                order_by=["attributes.start_time ASC"],
-                max_results=50_000,
+        found: list[StoredRun] = []
+        query, order, page = _child_of(study.parent, role), ["attributes.start_time ASC"], None
+        while True:
+            runs = self.client.search_runs(
+                [study.experiment], query, order_by=order, max_results=5_000, page_token=page
             )
-        )
+            found += runs
+            page = runs.token
+            if not page:
+                return found
 
     def close_gone(self, experiment: str) -> None:
         """Close what processes of this machine left RUNNING: runs with a tag `worker`, as finals' have."""
