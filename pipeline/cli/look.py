@@ -75,7 +75,7 @@ def compare(
     _check_store(tracking_uri)
 
     from pipeline.console import print_links
-    from pipeline.report.page import studies_page, study_page, write
+    from pipeline.report.page import champions, finals_verdict, studies_page, study_page, write
     from pipeline.report.trials import choose, table
     from pipeline.tracking.runs import MlflowTracker
 
@@ -90,7 +90,10 @@ def compare(
     console = make_console()
     links = {study.name: links_of(tracker, study, UI_PORT) for study in studies}
     for study in studies:
-        _print_trials(console, frame[frame["study"] == study.name])
+        own = frame[frame["study"] == study.name]
+        _print_trials(console, own)
+        for line in filter(None, [finals_verdict(tracker, study)[1], *champions(tracker, own)]):
+            say(console, line)
     with make_console(stderr=True).status("writing the page"):
         if len(studies) == 1:
             page = study_page(tracker, studies[0], frame, expand(data_dir), links[studies[0].name])
@@ -128,13 +131,16 @@ def _print_trials(console: Console, frame: "pd.DataFrame", count: int = 8) -> No
     if base is not None and base["run_id"] not in set(rows["run_id"]):
         rows = pd.concat([rows, base.to_frame().T])
     objective, trials = frame["objective"].iloc[0], int((frame["role"] == "trial").sum())
-    title = (
-        f"{frame['study'].iloc[0]}: best {min(len(done), count)} of {trials} trials, {len(done)} finished; validation split, "
-        "lead in points"
+    say(
+        console,
+        f"{frame['study'].iloc[0]}: best {min(len(done), count)} of {trials} trials, {len(done)} finished; "
+        f"{objective} and F1 on the validation split, lead over the control in points",
     )
-    grid = Table(title=Text(one_line(title)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("trial", objective, "vs control", "weakest class (F1)", "training", "parameters", "latency"):
-        grid.add_column(Text(heading), justify="left" if heading.startswith("weak") else "right")
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in ("trial", objective, "lead", "weakest class (F1)", "training", "parameters", "latency"):
+        grid.add_column(
+            Text(heading), justify="left" if heading.startswith("weak") else "right", no_wrap=heading == objective
+        )
     for _, row in rows.iterrows():
         weakest, f1 = weakest_class(row)
         grid.add_row(
@@ -151,4 +157,4 @@ def _print_trials(console: Console, frame: "pd.DataFrame", count: int = 8) -> No
         states = ", ".join(f"{number} {state}" for state, number in frame["state"].value_counts().items())
         say(console, f"no trial finished ({states}); the page says why")
     for _, row in done.head(3).iterrows():
-        console.print(f"trial {row['trial']}: {one_line(changes(row, base, names))}", markup=False)
+        say(console, f"trial {row['trial']}: {changes(row, base, names)}")

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.evaluation.significance import f1_macro_error, mcnemar
-from pipeline.report.trials import Predictions, control, finished, param_names, searched, show
+from pipeline.report.trials import Predictions, control, finished, param_names, ranked, searched, show
 from pipeline.search import importances as judge
 
 Z95 = 1.96
@@ -83,7 +83,7 @@ def lead(first: Predictions, second: Predictions, objective: str, trials: int = 
 
 @dataclass(frozen=True, eq=False)
 class Effects:
-    """`table`: parameter, level, reference, n (finished trials), pruned, effect, low, high; in units of the score."""
+    """`table`: parameter, level, reference, n (trials with a score), pruned, effect, low, high; in units of the score."""
 
     table: pd.DataFrame
     explained: float  # share of the scores' variance in trials left out; 0 or less: nothing
@@ -188,13 +188,13 @@ def _posterior(matrix: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.nd
 def importances(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Columns parameter, importance (shares), chance: what 95 % of shuffles of the scores stay below.
 
-    One study's finished trials, by PED-ANOVA (`search.importances`). With few trials chance alone gives large shares,
-    the larger the rarer a parameter is asked.
+    One study's finished and pruned trials by their rank (PED-ANOVA asks for no more, `search.importances`). With few
+    trials chance alone gives large shares, the larger the rarer a parameter is asked.
     """
-    done = finished(frame)
+    done = ranked(frame)
     names = searched(frame)
     rows = [{name: row[name] for name in names if pd.notna(row[name])} for _, row in done.iterrows()]
-    scores = [float(score) for score in done["score"]]
+    scores = [-float(rank) for rank in done["rank"]]
     found = judge.importances(rows, scores)
     shuffled, dice = [], random.Random(seed)
     for _ in range(min(SHUFFLES, max(8, 20_000 // max(len(scores), 1))) if found else 0):

@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from pipeline.errors import one_line
 from pipeline.evaluation.scores import reliability
 from pipeline.report.analysis import Effects, pareto
-from pipeline.report.trials import F1, Predictions, challenger, control, finished, short, show, weakest_class
+from pipeline.report.trials import F1, Predictions, challenger, control, finished, ranked, short, show, weakest_class
 
 BEST, CONTROL, GOOD, BAD, OTHER, FAINT = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8c8c8c"
 CYCLE = (BEST, CONTROL, GOOD, BAD, "#E69F00", OTHER)
@@ -87,6 +87,7 @@ def history(frame: pd.DataFrame) -> go.Figure:
     if base is not None:
         _level(figure, base["score"], "control")
     _axes(figure, "trial", _objective(frame), 360)
+    _whole(figure, frame["trial"].max())
     if not several and (low := _floor(frame)) is not None:
         figure.update_yaxes(range=[low, None], autorangeoptions=None)
         parts.append(f"Lower values than {low:.3f} are cut off")
@@ -94,14 +95,17 @@ def history(frame: pd.DataFrame) -> go.Figure:
         states = frame["state"].value_counts()
         parts = [f"No trial finished: {_listed([f'{count} {state}' for state, count in states.items()])}"]
     if len(stopped):
-        parts.append("Grey: the last value of a trial that did not finish")
+        low, high = stopped["epochs"].min(), stopped["epochs"].max()
+        when = f"after epoch {low}" if low == high else f"after epochs {low} to {high}"
+        parts.append(f"Grey: where trials that did not finish stood when they ended, {when}: not yet a score")
     return _said(figure, ". ".join(parts) + ".")
 
 
 def _found(done: pd.DataFrame, top: pd.Series) -> str:
     half = done["score"].iloc[len(done) // 2 :]
     first = done["score"].iloc[: len(done) // 2]
-    line = f"The best of {len(done)} finished trials, {top['score']:.4f}, came at trial {top['trial']}"
+    trials = f"{len(done)} finished trial{'s' * (len(done) != 1)}"
+    line = f"The best of {trials}, {top['score']:.4f}, came at trial {top['trial']}"
     if len(first) > 2:
         line += f"; the median rose from {first.median():.4f} in the first half of them to {half.median():.4f} in the second"
         line = line.replace("rose", "fell") if half.median() < first.median() else line
@@ -148,8 +152,9 @@ def importance(shares: pd.DataFrame) -> go.Figure:
 
 
 def parallel(frame: pd.DataFrame, names: Sequence[str]) -> go.Figure:
-    """Each finished trial as a line through its parameters, from top to bottom; the best in blue."""
-    done = finished(frame)
+    """Each finished or pruned trial as a line through its parameters, from top to bottom; the best by rank in blue."""
+    done = ranked(frame)
+    metric = str(frame["objective"].iloc[0])
     names = [name for name in names if done[name].nunique() > 1][:ROWS]
     figure, rows, ticks = go.Figure(), [], []
     for name in names:
@@ -165,7 +170,7 @@ def parallel(frame: pd.DataFrame, names: Sequence[str]) -> go.Figure:
             y += [*range(len(rows), 0, -1), None]
             row = done.iloc[index]
             said += [
-                *(f"trial {row['trial']}, {row['score']:.4f}: {text(short(n))} {text(show(row[n]))}" for n in names),
+                *(f"{_where(row, metric)}: {text(short(name))} {text(show(row[name]))}" for name in names),
                 "",
             ]
         figure.add_scatter(
@@ -203,8 +208,13 @@ def _common(done: pd.DataFrame, names: Sequence[str], quarter: np.ndarray) -> st
             share, other = float((best[name] == value).mean()), float((rest[name] == value).mean())
             found.append((share - other, f"{short(name)} {show(value)} ({share:.0%}, of the others {other:.0%})"))
     told = [line for gain, line in sorted(found, reverse=True)[:3] if gain > 0.15]
-    few = f"the best {len(best)} of {len(done)} finished trials"
+    few = f"the best {len(best)} of {len(done)} trials by rank"
     return f"What marks {few}: {_listed(told)}." if told and len(best) > 3 else f"No single choice marks {few}."
+
+
+def _where(row: pd.Series, metric: str) -> str:
+    pruned = f" when pruned after epoch {row['epochs']}" if pd.isna(row["score"]) else ""
+    return f"trial {row['trial']}, {row[metric]:.4f}{pruned}"
 
 
 def _places(values: pd.Series) -> tuple[list[float | None], dict[float, str]]:
@@ -249,7 +259,8 @@ def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
             hovertemplate="epoch %{x}: %{y:.4f}<extra></extra>",
         )
     _axes(figure, "epoch", _objective(frame), 360)
-    said = f"Grey: {len(pruned)} pruned trials" if pruned else "No trial was pruned"
+    _whole(figure, histories["epoch"].max())
+    said = f"Grey: {len(pruned)} pruned trial{'s' * (len(pruned) != 1)}" if pruned else "No trial was pruned"
     if len(chosen) == 2:
         one, two = (curves[row["run_id"]].set_index("epoch")["value"] for row, _ in chosen.values())
         gap = (two - one).dropna()
@@ -260,8 +271,8 @@ def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
     return _said(figure, f"{said}.")
 
 
-def effect(found: Effects, most: int = 16) -> go.Figure:
-    """Dots with intervals: what a choice adds beside the control's, the clearest first."""
+def effect(found: Effects, of: str = "the score", most: int = 16) -> go.Figure:
+    """Dots with intervals: what a choice adds to `of` beside the control's, the clearest first."""
     table = found.table.assign(clear=lambda t: t["effect"].abs() / ((t["high"] - t["low"]) / 2).clip(1e-12))
     top = table.nlargest(most, "clear")[::-1]
     clear = (top["low"] > 0) | (top["high"] < 0)
@@ -283,7 +294,7 @@ def effect(found: Effects, most: int = 16) -> go.Figure:
                     "width": 3,
                 },
                 customdata=some[["n", "pruned"]],
-                hovertemplate="%{x:+.2f} points; %{customdata[0]} finished, %{customdata[1]} pruned<extra></extra>",
+                hovertemplate="%{x:+.2f} points; n = %{customdata[0]}; %{customdata[1]} pruned<extra></extra>",
             )
     names = [
         f"{text(short(row['parameter']), 28)} "
@@ -292,7 +303,7 @@ def effect(found: Effects, most: int = 16) -> go.Figure:
     ]
     _named_rows(figure, names, 38)
     figure.add_vline(x=0, line_width=1, line_color=FAINT)
-    figure.update_xaxes(title="effect on the score, points (with 95 % interval)", ticksuffix="")
+    figure.update_xaxes(title=f"effect on {of},<br>points, with 95 % interval")
     total = int(((table["low"] > 0) | (table["high"] < 0)).sum())
     said = (
         f"{total} of {len(table)} choices differ from the control's by more than the noise of {found.trials} trials"
@@ -351,7 +362,7 @@ def confusion_difference(best: Predictions, base: Predictions) -> go.Figure:
     figure, labels = go.Figure(), [text(best.classes[index], 12) for index in chosen]
     places, most = list(range(len(chosen))), max(int(np.abs(worse).max()), 1)
     figure.add_heatmap(
-        z=np.where(part == 0, np.nan, worse),
+        z=worse,
         x=places,
         y=places,
         text=np.where(part == 0, "", np.char.mod("%+d", part)),
@@ -429,10 +440,13 @@ def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
         figure.update_yaxes(range=[low, None])
     cheap, top = edge.iloc[0], edge.iloc[-1]
     if len(edge) == 1:
-        return _said(figure, f"{_named(top, several)} is both the best and the cheapest of {len(done)}.")
+        return _said(figure, f"{_named(top, several)} is both the best and the cheapest of {len(done)} that finished.")
     share, lost = cheap[measure] / top[measure], 100 * (top["score"] - cheap["score"])
-    said = f"{len(edge)} of {len(done)} trials are on the front; the cheapest, {_named(cheap, several)}, costs {share:.0%} of "
-    return _said(figure, f"{said}the best's there, {_named(top, several)}, and has {lost:.2f} points less.")
+    said = (
+        f"{len(edge)} of {len(done)} finished trials are on the front. Its cheapest, {_named(cheap, several)}, costs "
+    )
+    said += f"{share:.0%} of what its best, {_named(top, several)}, costs, and scores {lost:.2f} points less"
+    return _said(figure, f"{said}.")
 
 
 def _named(row: pd.Series, several: bool) -> str:
@@ -514,6 +528,11 @@ def _axes(figure: go.Figure, x: str, y: str, height: int) -> None:
     )
     figure.update_xaxes(title=x)
     figure.update_yaxes(title=y)
+
+
+def _whole(figure: go.Figure, most: int) -> None:
+    """No ticks between whole numbers."""
+    figure.update_xaxes(dtick=1 if most <= 10 else None)
 
 
 def _named_rows(figure: go.Figure, names: Sequence[str], pitch: int) -> None:

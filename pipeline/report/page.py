@@ -11,6 +11,7 @@ from datetime import datetime
 from html import escape
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,17 +21,21 @@ from plotly.offline import get_plotlyjs
 
 from pipeline.data.datasets import load
 from pipeline.errors import UserError, one_line
+from pipeline.registry.finals import load_decision, winner
 from pipeline.report import figures
 from pipeline.report.analysis import Lead, effects, finals, importances, lead
 from pipeline.report.trials import (
     Predictions,
+    aliases,
     challenger,
     changes,
     control,
+    early,
     finished,
     histories,
     param_names,
     predictions,
+    ranked,
     searched,
     show,
     weakest_class,
@@ -41,7 +46,10 @@ from pipeline.tracking.runs import MlflowTracker, StudyRuns
 LISTED = 10  # best trials
 ENDED = 40  # pruned and failed trials that are listed
 PICTURES = 12  # of each kind of disagreement
+REASONS = 5
 PARALLEL = 8  # parameters that make an axis
+_RANK = "as the search does: finished trials by score, then pruned ones by the epochs reached, then by their last value"
+_SEEDS = "best mean first; Student's t over seeds, all on the same validation images."
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _STYLE = """
@@ -105,12 +113,15 @@ def study_page(
     """The HTML of one study, from `trials.table`; images come from `data_dir`, and are never downloaded."""
     note = tracker.client.get_run(study.parent).data.tags.get("mlflow.note.content", "")
     pair = best_pair(tracker, frame)
+    decision, verdict = finals_verdict(tracker, study)
     page = _Page()
-    page.head(study.name, f"Question: {note}" if note else "", answer(frame, pair), links)
+    said = [*([verdict] if verdict else []), *answer(frame, pair, decision), *champions(tracker, frame)]
+    page.head(study.name, f"Question: {note}" if note else "", said, links)
     page.counts(frame)
+    if decision or len(finals(frame)):
+        table = _decision_table(frame, decision) if decision else _finals_table(frame)
+        page.part("Finals: the same recipes with fresh seeds", table)
     page.part("Best trials", _best_table(frame, pair))
-    if len(finals(frame)):
-        page.part("Finals: the same recipes with fresh seeds", _finals_table(frame))
     if pair is None:
         page.part("Search history", page.figure(figures.history(frame)))
     else:
@@ -122,20 +133,22 @@ def study_page(
 
 def _results(page: "_Page", tracker: MlflowTracker, frame: pd.DataFrame, pair: Pair, data_dir: Path) -> None:
     """What needs at least one finished trial."""
-    done, weights = finished(frame), importances(frame)
+    done, weights, judged = finished(frame), importances(frame), ranked(frame)
+    order = "by score" if len(judged) == len(done) else _RANK
     page.part("Search history", page.figure(figures.history(frame)))
     if len(weights):
         method = (
-            f"PED-ANOVA (Watanabe et al. 2023): what tells the best {num_top(len(done))} of {len(done)} finished trials "
-            "from the others; shares sum to 100 %. The mark is what 95 % of shuffles of the scores stay below, for each "
-            "parameter by itself. The ranges are those of the values tried."
+            f"PED-ANOVA (Watanabe et al. 2023): what tells the best {num_top(len(judged))} of {len(judged)} trials, ranked "
+            f"{order}, from the others; shares sum to 100 %. The mark is what 95 % of shuffles of the ranks stay "
+            "below, for each parameter by itself. The ranges are those of the values tried."
         )
         page.part("Which parameters matter", page.figure(figures.importance(weights)), _method(method))
         chosen = list(weights["parameter"][:PARALLEL])
-        page.part("Parallel coordinates", page.figure(figures.parallel(frame, chosen)))
+        page.part("Parallel coordinates", page.figure(figures.parallel(frame, chosen)), _none(f"Ranked {order}."))
     else:
-        page.part("Which parameters matter", _none(f"{len(done)} finished trials with too few differences to tell."))
-    page.part("Effect of each choice against the control", *_effects(page, frame))
+        few = f"{_count(len(judged), 'trial')} with a score, or pruned: too few, or too much alike, to tell."
+        page.part("Which parameters matter", _none(few))
+    page.part("Effect of each choice against the control", *_effects(page, tracker, frame))
     shown = [pair.best["run_id"], *([pair.base["run_id"]] if pair.base is not None else [])]
     stopped = frame[frame["state"] == "pruned"]["run_id"].tail(figures.LINES)
     curves = histories(tracker, list(dict.fromkeys([*shown, *stopped])), str(pair.best["objective"]))
@@ -182,18 +195,40 @@ def best_pair(tracker: MlflowTracker, frame: pd.DataFrame) -> Pair | None:
     answers = predictions(tracker, best["run_id"])
     same = base is not None and base["run_id"] == best["run_id"]
     beside = answers if same else predictions(tracker, base["run_id"]) if base is not None else None
-    others = len(finished(frame)) - 1
+    others = len(ranked(frame)) - 1  # pruned ones were candidates too
     gap = lead(answers, beside, best["objective"], others) if answers and beside and not same else None
     return Pair(best, word, base, answers, beside, gap)
 
 
-def answer(frame: pd.DataFrame, pair: Pair | None) -> list[str]:
-    """The result in a few plain sentences, with what the noise allows to say."""
+def finals_verdict(tracker: MlflowTracker, study: StudyRuns) -> tuple[dict[str, Any] | None, str]:
+    """What a study's finals decided, and that in a line: a winner or a tie; no decision where it no longer holds."""
+    try:
+        decision, chosen = load_decision(tracker, study), winner(tracker, study)
+    except UserError as error:
+        return None, f"{one_line(error.lines[0])}."
+    if chosen:
+        return decision, f"Finals: the winner is {chosen.said}."
+    return decision, "Finals: no winner, every recipe diverged with some seed." if decision else ""
+
+
+def champions(tracker: MlflowTracker, frame: pd.DataFrame) -> list[str]:
+    """A line for each run of these that the registry has under an alias."""
+    known = aliases(tracker)
+    return [
+        f"{known[row['run_id']]} is a run of this study: "
+        f"{'final of ' if row['role'] == 'final' else ''}trial {row['trial']}, {row['run_id']}."
+        for _, row in frame[frame["run_id"].isin(list(known))].iterrows()
+    ]
+
+
+def answer(frame: pd.DataFrame, pair: Pair | None, decision: Mapping[str, Any] | None = None) -> list[str]:
+    """The result in a few plain sentences, with what the noise allows to say; `decision` is that of the finals."""
     if pair is None:
         return ["No trial finished, so there is no answer yet."]
     done, base = finished(frame), pair.base
     best = done.iloc[0]
-    first = f"Trial {best['trial']} is the best of {len(done)} finished trials: {best['objective']} {best['score']:.4f}"
+    first = f"Trial {best['trial']} is the best of {_count(len(done), 'finished trial')}"
+    first += f": {best['objective']} {best['score']:.4f}"
     equal = int((done["score"] == best["score"]).sum()) - 1
     first += f" (as good as {_count(equal, 'other')})" if equal else ""
     if base is None:
@@ -214,19 +249,25 @@ def answer(frame: pd.DataFrame, pair: Pair | None) -> list[str]:
         lines = [
             f"{first}, {lead_text(gap)} beside the control's {base['score']:.4f}. "
             f"It changes: {changes(best, base, searched(frame))}.",
-            f"That is {gap.verdict}; the best of {gap.trials} equally good trials would lead by about "
-            f"{100 * gap.luck:.1f} points by luck alone. The trial was chosen on these images, so its score flatters it.",
+            f"That is {gap.verdict}; {_luck(gap)}. The trial was chosen on these images, so its score flatters it.",
         ]
     repeats = finals(frame)
-    if len(repeats):
+    if len(repeats) and not decision:
         top = repeats.iloc[0]
         lines.append(
             f"With fresh seeds the best recipe's mean is {top['mean']:.4f} (95 % interval {top['low']:.4f} to "
             f"{top['high']:.4f}, n = {top['n']} seeds); see the finals."
         )
-    else:
+    elif not decision:
         lines.append("Each trial has one seed: the spread over seeds is in none of these numbers; finals measure it.")
     return lines
+
+
+def _luck(gap: Lead) -> str:
+    if gap.trials < 2:
+        return "there was no other trial to choose from"
+    chance = f"the best of {gap.trials} equally good trials, pruned ones counted, would lead by up to about"
+    return f"{chance} {100 * gap.luck:.1f} points by luck alone"
 
 
 def lead_text(gap: Lead) -> str:
@@ -305,20 +346,59 @@ def _finals_table(frame: pd.DataFrame) -> str:
             ]
         )
     heads = ["recipe", "seeds", "mean", "standard deviation", "95 % interval of the mean", "time of a run"]
-    said = f"{len(repeats)} recipes, best mean first; Student's t over seeds, all on the same validation images."
-    return _table(heads, cells, wide={0}, numbers={1, 2, 3, 4, 5}) + _p(said)
+    return _table(heads, cells, wide={0}, numbers={1, 2, 3, 4, 5}) + _p(f"{_count(len(repeats), 'recipe')}; {_SEEDS}")
 
 
-def _effects(page: "_Page", frame: pd.DataFrame) -> list[str]:
+def _decision_table(frame: pd.DataFrame, decision: Mapping[str, Any]) -> str:
+    """What finals measured and decided."""
+    base, names, cells = control(frame), searched(frame), []
+    chosen = decision["winner"] or {"candidate": None, "tied": []}
+    for row in sorted(decision["candidates"], key=lambda row: -(row["score"] or {"mean": 0})["mean"]):
+        score, gap = row["score"] or dict.fromkeys(("n", "mean", "sd", "low", "high"), None), row["difference"]
+        won = "winner" if row["candidate"] == chosen["candidate"] else ""
+        tied = "ties with the winner" if row["trial"] in chosen["tied"] else "behind"
+        trial = frame[frame["run_id"] == row["trial_run"]]
+        cells.append(
+            [
+                row["name"] + "".join(f": {changes(run, base, names)}" for _, run in trial.iterrows()),
+                won or row["out"] or tied,
+                f"{score['n'] or 0}",
+                _number(score["mean"], "{:.4f}"),
+                _number(score["sd"], "{:.4f}"),
+                f"{score['low']:.4f} to {score['high']:.4f}" if score["low"] is not None else "",
+                f"{100 * gap['mean']:+.2f}" if gap else "",
+                f"{100 * gap['low']:+.2f} to {100 * gap['high']:+.2f}" if gap and gap["low"] is not None else "",
+                _number(row["training_s"], "{:,.1f} s"),
+            ]
+        )
+    heads = ["recipe", "verdict", "seeds", "mean", "standard deviation", "95 % interval"]
+    heads += ["beside control, points", "95 % interval", "training"]
+    said = f"{_count(len(cells), 'recipe')}; {_SEEDS} Differences are paired by seed."
+    return (
+        _table(heads, cells, wide={0}, numbers={2, 3, 4, 5, 6, 7, 8}) + _p(said) + _method("; ".join(decision["rules"]))
+    )
+
+
+def _effects(page: "_Page", tracker: MlflowTracker, frame: pd.DataFrame) -> list[str]:
+    done, pruned = len(finished(frame)), int((frame["state"] == "pruned").sum())
+    of, which = "the score", "those that finished"
+    if pruned:
+        which += (
+            "; pruned ones, which were poor, are left out, so choices that were often pruned look better than they are"
+        )
+    if pruned > done:  # the few that finished were selected by what is to be explained
+        epoch, frame = early(tracker, frame)
+        of = f"{frame['objective'].iloc[0]} after epoch {epoch}"
+        which = f"all that got to epoch {epoch}, where pruning began, whether pruned or not"
     found = effects(frame)
     if found is None:
-        return [_none(f"{len(finished(frame))} finished trials are too few to estimate effects from.")]
+        number = _count(len(finished(frame)), "trial")
+        return [_none(f"Too few to estimate effects from, or too much alike: {number} with {of}.")]
     share = max(found.explained, 0)
     method = (
         "A Bayesian linear model of all searched parameters at once, one effect per choice (numbers with many values in "
         "thirds), effects normal around 0, its width averaged over by the marginal likelihood (Lindley and Smith 1972). "
-        f"Finished trials only, n = {found.trials}: pruned ones, which were poor, are left out, so choices that were often "
-        "pruned look better than they are. The search chose the trials and did not randomise one parameter at a time; "
+        f"n = {found.trials} trials: {which}. The search chose the trials and did not randomise one parameter at a time; "
         "what two choices do together is left out, and the prior draws effects towards 0. Each interval is one of 95 %, not "
         "corrected for how many there are. * The control has no such parameter, or did not finish: beside the most "
         "frequent choice."
@@ -326,6 +406,11 @@ def _effects(page: "_Page", frame: pd.DataFrame) -> list[str]:
     said = f"The model explains {share:.0%} of the scores' variance in trials left out of it" + (
         "." if share >= 0.3 else ": hardly anything can be told from it."
     )
+    if of != "the score":
+        early_only = (
+            f"Effects are on {of} and not on the final score, as {pruned} trials were pruned and {done} finished"
+        )
+        said = f"{early_only}: what helps early need not help in the end. {said}"
     rows = [
         [
             row["parameter"],
@@ -338,9 +423,9 @@ def _effects(page: "_Page", frame: pd.DataFrame) -> list[str]:
         ]
         for _, row in found.table.iterrows()
     ]
-    heads = ["parameter", "choice", "beside", "finished", "pruned", "effect, points", "95 % interval"]
+    heads = ["parameter", "choice", "beside", "n", "pruned", "effect, points", "95 % interval"]
     whole = f"<details><summary>All {len(rows)} choices</summary>{_table(heads, rows, numbers={3, 4, 5, 6})}</details>"
-    return [page.figure(figures.effect(found)), _p(said), _method(method), whole]
+    return [page.figure(figures.effect(found, of)), _p(said), _method(method), whole]
 
 
 def _disagreement(page: "_Page", tracker: MlflowTracker, pair: Pair, data_dir: Path) -> list[str]:
@@ -426,9 +511,13 @@ def _ended(frame: pd.DataFrame) -> str:
     spent, whole = rows["seconds"].sum(), frame["seconds"].sum()
     said = f"{', '.join(f'{count} {state}' for state, count in counts.items())} of {_trials(frame)} trials"
     said += f", {spent / whole:.0%} of the time." if whole else "."
-    said += f" The first {ENDED} are listed." if len(rows) > ENDED else ""
+    reasons = rows["reason"].replace("", "no reason given").value_counts()
+    told = "; ".join(f"{reason}: {count}" for reason, count in reasons.head(REASONS).items())
+    told += f"; {_count(len(reasons) - REASONS, 'other reason')}" if len(reasons) > REASONS else ""
     heads = ["trial", "state", "why", "epochs", "last value", "time", "what differs from the control"]
-    return _p(said) + _table(heads, cells, wide={2, 6}, numbers={3, 4, 5})
+    which = f"The first {ENDED} of {len(rows)}" if len(rows) > ENDED else f"All {len(rows)}" if len(rows) > 1 else "It"
+    table = _table(heads, cells, wide={6}, numbers={3, 4, 5})
+    return f"{_p(said)}{_p(f'Why: {told}.')}<details{' open' * (len(rows) <= 5)}><summary>{which}</summary>{table}</details>"
 
 
 def _provenance(tracker: MlflowTracker, pair: Pair | None) -> str:
@@ -489,7 +578,7 @@ def _studies_table(frame: pd.DataFrame, pairs: Mapping[str, Pair | None]) -> str
                 f"{weakest} ({f1:.3f})" if weakest else "",
                 _number(pair.best.get("time/training_s"), "{:,.1f} s") if pair else "",
                 _number(pair.best.get("model/parameters"), "{:,.0f}") if pair else "",
-                f"{runs['seconds'].sum() / 3600:.2f} h",
+                _hours(runs["seconds"].sum()),
             ]
         )
     heads = ["study", "trials", "how they ended", "best", "control", "best's weakest class", "its training"]
@@ -558,8 +647,8 @@ class _Page:
     def counts(self, frame: pd.DataFrame) -> None:
         trials = frame[frame["role"] == "trial"]
         states = ", ".join(f"{count} {state}" for state, count in trials["state"].value_counts().items())
-        hours = trials["seconds"].sum() / 3600
-        self._parts[-1] = f'<p class="dim">{len(trials)} trials: {_text(states)}; {hours:.2f} h of training in all.</p>'
+        hours = _hours(trials["seconds"].sum())
+        self._parts[-1] = f'<p class="dim">{_count(len(trials), "trial")}: {_text(states)}; {hours} in all.</p>'
         self._parts.append("")
 
     def part(self, title: str, *content: str) -> None:
@@ -617,6 +706,10 @@ def _number(value: object, form: str) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def _trials(frame: pd.DataFrame) -> int:

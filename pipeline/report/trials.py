@@ -60,7 +60,8 @@ def table(tracker: MlflowTracker, studies: Sequence[StudyRuns]) -> pd.DataFrame:
     params = sorted(name for name in frame.columns if "." in name and "/" not in name)
     metrics = sorted(name for name in frame.columns if "/" in name)
     frame = frame[[*COLUMNS, *params, *metrics]]
-    return frame.astype({"trial": "Int64", "epochs": "Int64", "control": bool, "score": float, "seconds": float})
+    kinds = {"trial": "Int64", "epochs": "Int64", "control": bool, "score": float, "seconds": float}
+    return frame.astype(kinds).copy()  # in one piece, or pandas warns where a column is added
 
 
 def _row(run: Any, study: StudyRuns) -> dict[str, Any]:
@@ -108,6 +109,35 @@ def finished(frame: pd.DataFrame) -> pd.DataFrame:
     """The trials that have a score, best first."""
     found = frame[(frame["role"] == "trial") & frame["score"].notna()]
     return found.sort_values(["score", "trial"], ascending=[False, True], kind="stable")
+
+
+def ranked(frame: pd.DataFrame) -> pd.DataFrame:
+    """One study's finished and pruned trials, best first, as Optuna's sampler ranks them; with a column `rank`.
+
+    Finished ones by their score, then pruned ones by the epochs that they reached, then by their last value. Most of a
+    study's trials are pruned: what marks the good ones can't be seen without the others.
+    """
+    done, metric = finished(frame), str(frame["objective"].iloc[0])
+    pruned = frame[(frame["role"] == "trial") & (frame["state"] == "pruned")]
+    pruned = pruned[pruned[metric].notna()] if metric in pruned else pruned[:0]
+    pruned = pruned.sort_values(["epochs", metric, "trial"], ascending=[False, False, True], kind="stable")
+    rows = frame.loc[[*done.index, *pruned.index]]
+    keys = pd.DataFrame({"score": rows["score"].fillna(-1), "epochs": rows["epochs"].where(rows["score"].isna(), 0)})
+    keys["last"] = rows[metric].where(rows["score"].isna(), 0.0) if metric in rows else 0.0
+    return rows.assign(rank=(keys != keys.shift()).any(axis=1).cumsum())
+
+
+def early(tracker: MlflowTracker, frame: pd.DataFrame) -> tuple[int, pd.DataFrame]:
+    """The epoch at which pruning began in one study, and its table with the value after that epoch as the score.
+
+    Every trial that reached it has one, whatever became of it, so pruning leaves nothing out.
+    """
+    trials, metric = frame[frame["role"] == "trial"], str(frame["objective"].iloc[0])
+    epoch = int(trials["epochs"][(trials["state"] == "pruned") & (trials["epochs"] > 0)].min())
+    found = histories(tracker, list(trials["run_id"][trials["epochs"] > epoch]), metric)
+    later = found[found["epoch"] == epoch].set_index("run_id")["value"]
+    score = trials["run_id"].map(later).fillna(trials[metric].where(trials["epochs"] == epoch))
+    return epoch, trials.assign(score=score.where(score.abs() < 1e300))
 
 
 def control(frame: pd.DataFrame) -> pd.Series | None:
@@ -169,6 +199,16 @@ def show(value: Any) -> str:
 
 
 # ----------------------------------------------------------------------------- what only some runs are asked for
+
+
+def aliases(tracker: MlflowTracker) -> dict[str, str]:
+    """run id -> what the registry calls it: `image-classifier@champion`."""
+    client, found = tracker.client, dict[str, list[str]]()
+    for model in client.search_registered_models():
+        for alias, version in model.aliases.items():
+            run_id = client.get_model_version(model.name, version).run_id
+            found.setdefault(str(run_id), []).append(f"{model.name}@{alias}")
+    return {run_id: " and ".join(sorted(names)) for run_id, names in found.items()}
 
 
 @dataclass(frozen=True, eq=False)
