@@ -9,7 +9,7 @@ import pandas as pd
 
 from pipeline.evaluation.significance import f1_macro_error, mcnemar
 from pipeline.report.trials import Predictions, control, finished, param_names, ranked, searched, show
-from pipeline.search import importances as judge
+from pipeline.search.importances import judge
 
 Z95 = 1.96
 MOST_LEVELS = 4  # distinct numbers of a parameter that stay levels of their own; more are cut into thirds
@@ -186,20 +186,23 @@ def _posterior(matrix: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def importances(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Columns parameter, importance (shares), chance: what 95 % of shuffles of the scores stay below.
+    """Columns parameter, importance (shares), chance: what 95 % of shuffles of the ranks stay below.
 
     One study's finished and pruned trials by their rank (PED-ANOVA asks for no more, `search.importances`). With few
     trials chance alone gives large shares, the larger the rarer a parameter is asked.
     """
     done = ranked(frame)
     names = searched(frame)
-    rows = [{name: row[name] for name in names if pd.notna(row[name])} for _, row in done.iterrows()]
+    rows = [
+        {str(name): value for name, value in row.items() if pd.notna(value)} for row in done[names].to_dict("records")
+    ]
     scores = [-float(rank) for rank in done["rank"]]
-    found = judge.importances(rows, scores)
+    importances_by = judge(rows)
+    found = importances_by(scores)
     shuffled, dice = [], random.Random(seed)
     for _ in range(min(SHUFFLES, max(8, 20_000 // max(len(scores), 1))) if found else 0):
         dice.shuffle(scores)
-        shuffled.append(judge.importances(rows, scores))
+        shuffled.append(importances_by(scores))
     chance = pd.DataFrame(shuffled, columns=list(found)).quantile(0.95)
     return pd.DataFrame(
         [(name, share, chance[name]) for name, share in found.items()], columns=["parameter", "importance", "chance"]

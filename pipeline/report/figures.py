@@ -140,7 +140,7 @@ def importance(shares: pd.DataFrame) -> go.Figure:
         x=top["chance"],
         y=rows,
         mode="markers",
-        name="95 % of shuffled scores stay below",
+        name="95 % of shuffled ranks stay below",
         marker={"symbol": "line-ns", "size": 16, "line": {"width": 2, "color": CONTROL}},
         hovertemplate="chance: %{x:.1%}<extra></extra>",
     )
@@ -166,11 +166,12 @@ def parallel(frame: pd.DataFrame, names: Sequence[str]) -> go.Figure:
         chosen = np.flatnonzero(quarter == which)[:LINES]
         x, y, said = [], [], []
         for index in chosen:
-            x += [*(places[index] for places in rows), None]
-            y += [*range(len(rows), 0, -1), None]
             row = done.iloc[index]
+            known = [n for n, places in enumerate(rows) if places[index] is not None]  # a line passes by the others
+            x += [*(rows[n][index] for n in known), None]
+            y += [*(len(rows) - n for n in known), None]
             said += [
-                *(f"{_where(row, metric)}: {text(short(name))} {text(show(row[name]))}" for name in names),
+                *(f"{_where(row, metric)}: {text(short(names[n]))} {text(show(row[names[n]]))}" for n in known),
                 "",
             ]
         figure.add_scatter(
@@ -303,7 +304,7 @@ def effect(found: Effects, of: str = "the score", most: int = 16) -> go.Figure:
     ]
     _named_rows(figure, names, 38)
     figure.add_vline(x=0, line_width=1, line_color=FAINT)
-    figure.update_xaxes(title=f"effect on {of},<br>points, with 95 % interval")
+    figure.update_xaxes(title=f"{of}, points (95 % interval)")
     total = int(((table["low"] > 0) | (table["high"] < 0)).sum())
     said = (
         f"{total} of {len(table)} choices differ from the control's by more than the noise of {found.trials} trials"

@@ -60,7 +60,7 @@ def table(tracker: MlflowTracker, studies: Sequence[StudyRuns]) -> pd.DataFrame:
     params = sorted(name for name in frame.columns if "." in name and "/" not in name)
     metrics = sorted(name for name in frame.columns if "/" in name)
     frame = frame[[*COLUMNS, *params, *metrics]]
-    kinds = {"trial": "Int64", "epochs": "Int64", "control": bool, "score": float, "seconds": float}
+    kinds: dict[str, Any] = {"trial": "Int64", "epochs": "Int64", "control": bool, "score": float, "seconds": float}
     return frame.astype(kinds).copy()  # in one piece, or pandas warns where a column is added
 
 

@@ -1,7 +1,7 @@
 """Which parameters of a study matter, from its finished trials."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -23,24 +23,35 @@ def importances(params: Sequence[Mapping[str, Any]], scores: Sequence[float]) ->
     trials from the others. The study is rebuilt in memory from what was seen, so it needs no Optuna database: a range
     is that of the values tried. Empty where there is nothing to tell: too few trials, or equal scores.
     """
+    return judge(params)(scores)
+
+
+def judge(params: Sequence[Mapping[str, Any]]) -> Callable[[Sequence[float]], dict[str, float]]:
+    """`importances` of these trials by any scores: to rebuild the study takes longer than to ask it."""
     names = list(dict.fromkeys(name for trial in params for name in trial))
-    if len(scores) < FEWEST or not names or len(set(scores)) < 2:
-        return {}
+    if len(params) < FEWEST or not names:
+        return lambda scores: {}
     ranges = {name: _range([trial[name] for trial in params if name in trial]) for name in names}
     study = optuna.create_study(direction="maximize")
     study.add_trials(
         create_trial(
             state=TrialState.COMPLETE,
-            value=score,
+            value=0.0,
             params=dict(trial),
             distributions={name: ranges[name] for name in trial},
         )
-        for trial, score in zip(params, scores, strict=True)
+        for trial in params
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        judge = PedAnovaImportanceEvaluator(target_quantile=num_top(len(scores)) / len(scores))
-        return get_param_importances(study, evaluator=judge)
+
+    def asked(scores: Sequence[float]) -> dict[str, float]:
+        if len(set(scores)) < 2:
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            evaluator = PedAnovaImportanceEvaluator(target_quantile=num_top(len(params)) / len(params))
+            return get_param_importances(study, evaluator=evaluator, target=lambda trial: -scores[trial.number])
+
+    return asked
 
 
 def num_top(trials: int) -> int:

@@ -23,6 +23,8 @@ def study(trials: int, seed: int, strength: float) -> pd.DataFrame:
         {
             "study": "s",
             "trial": range(trials),
+            "objective": "val/accuracy",
+            "epochs": 4,
             "run_id": [f"r{n}" for n in range(trials)],
             "role": "trial",
             "state": "finished",
