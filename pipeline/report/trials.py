@@ -120,10 +120,12 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     done, metric = finished(frame), str(frame["objective"].iloc[0])
     pruned = frame[(frame["role"] == "trial") & (frame["state"] == "pruned")]
     pruned = pruned[pruned[metric].notna()] if metric in pruned else pruned[:0]
-    pruned = pruned.sort_values(["epochs", metric, "trial"], ascending=[False, False, True], kind="stable")
+    if len(pruned):
+        pruned = pruned.sort_values(["epochs", metric, "trial"], ascending=[False, False, True], kind="stable")
     rows = frame.loc[[*done.index, *pruned.index]]
-    keys = pd.DataFrame({"score": rows["score"].fillna(-1), "epochs": rows["epochs"].where(rows["score"].isna(), 0)})
-    keys["last"] = rows[metric].where(rows["score"].isna(), 0.0) if metric in rows else 0.0
+    missed = rows["score"].isna()
+    keys = pd.DataFrame({"epochs": rows["epochs"].where(missed, 0), "score": rows["score"]})
+    keys["score"] = rows["score"].fillna(rows[metric]) if missed.any() else rows["score"]
     return rows.assign(rank=(keys != keys.shift()).any(axis=1).cumsum())
 
 
@@ -178,7 +180,8 @@ def weakest_class(row: pd.Series) -> tuple[str, float]:
 def changes(row: pd.Series, base: pd.Series | None, names: Sequence[str]) -> str:
     """What a run has of these fields and the control has not: `rotation 10, optimizer adam, lr 0.003`."""
     if base is None:
-        return ", ".join(f"{short(name)} {show(row[name])}" for name in names if pd.notna(row[name]))
+        listed = ", ".join(f"{short(name)} {show(row[name])}" for name in names if pd.notna(row[name]))
+        return listed or "no field differs between the trials"
     if row["run_id"] == base["run_id"]:
         return "the control, the base recipe"
     changed = [name for name in names if pd.notna(row[name]) and row[name] != base[name]]

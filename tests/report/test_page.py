@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import shutil
 import time
@@ -25,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.report import figures
 from pipeline.report.page import studies_page, study_page, write
-from pipeline.report.trials import choose, table
+from pipeline.report.trials import choose, finished, table
 from pipeline.tracking.runs import MlflowTracker, State
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -42,15 +43,18 @@ class Store:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits: TrainingData) -> Store:
+def store(
+    tmp_path_factory: pytest.TempPathFactory, trained: Trained, small_recipe: Recipe, digits: TrainingData
+) -> Store:
     """Studies: `odd` with all that can occur, `sad` with failures only, `bare` without trials; classes have odd names."""
     home = tmp_path_factory.mktemp("store") / "mlruns"
+    shutil.copytree(trained.home, home)  # a database that is there already
     tracker, named = MlflowTracker(home), replace(digits, classes=HOSTILE)
     parent = tracker.open_study("odd-v1-digits", f"Is it {ATTACK}?", "val/accuracy", ["optimizer.lr"])
     ids = []
     for number, (rate, name) in enumerate([(0.02, "trial 0 (control)"), (0.2, "trial 1")]):
         tags = {"role": "trial", "study": "odd-v1-digits", "trial": str(number)}
-        recipe = small_recipe.changed({"optimizer.lr": rate})
+        recipe = small_recipe.changed({"optimizer.lr": rate, "training.epochs": 1})
         ids.append(experiment.run(recipe, named, CPU, tracker, name, parent.id, tags).run_id)
     dice = np.random.default_rng(0)
     for number in range(2, 16):  # without files
@@ -111,6 +115,36 @@ def page_of(store: Store, *names: str, data_dir: Path = Path("nowhere")) -> str:
     if len(studies) > 1:
         return studies_page(tracker, studies, frame, links)
     return study_page(tracker, studies[0], frame, data_dir, links)
+
+
+@pytest.fixture(scope="module")
+def halved(trained: Trained, tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe) -> Store:
+    """A study as successive halving leaves it: 6 of 24 finished, the others pruned after epoch 2 or 6; adam helps."""
+    home = tmp_path_factory.mktemp("halved") / "mlruns"
+    shutil.copytree(trained.home, home)
+    tracker, dice = MlflowTracker(home), np.random.default_rng(0)
+    parent = tracker.open_study("halved-v1-digits", "?", "val/accuracy", ["optimizer.lr"])
+    experiment_id = tracker.client.get_run(parent.id).info.experiment_id
+    for number in range(24):
+        adam = bool(number % 2)
+        choices = {"optimizer.name": "adam" if adam else "sgd", "optimizer.lr": 0.1}
+        choices["augmentation.rotation"] = float(number % 3)
+        epochs = 18 if number in (0, 1, 5, 11, 13, 15) else 6 if number in (3, 7, 9) else 2
+        state = State.FINISHED if epochs == 18 else State.PRUNED
+        tags = {"mlflow.parentRunId": parent.id, "role": "trial", "trial": str(number), "state": str(state)}
+        name = f"trial {number}{' (control)' if number == 0 else ''}"
+        run_id = tracker.client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+        early = 0.5 + 0.2 * adam + 0.01 * dice.standard_normal()
+        tracker.client.log_batch(
+            run_id,
+            params=[Param(name, str(value)) for name, value in small_recipe.changed(choices).flat().items()],
+            metrics=[
+                Metric("val/accuracy", early + 0.01 * (epoch - 2), epoch, epoch) for epoch in range(1, epochs + 1)
+            ],
+        )
+        tracker.client.set_terminated(run_id)
+    parent.end(State.FINISHED)
+    return Store(home, best=run_id, control="")
 
 
 def body(page: str) -> str:
@@ -255,6 +289,57 @@ def test_data_that_is_not_there_is_said_and_not_fetched(store: Store, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+def test_where_most_are_pruned_they_count_too_and_it_is_said_how(
+    halved: Store, browser: Browser, tmp_path: Path
+) -> None:
+    file = tmp_path / "halved.html"
+    write(page_of(halved, "halved"), file)
+    page, heard = opened(browser, file, 390)
+    assert heard == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    said = page.inner_text("main")
+    assert "Above what chance gives: " in said
+    assert "what tells the best 5 of 24 trials, ranked as the search does" in page.text_content("main")
+    assert "the best 6 of 24 trials by rank: optimizer adam (83%, of the others 39%)" in said
+    assert (
+        "Effects are on val/accuracy after epoch 2 and not on the final score, as 18 trials were pruned and 6 finished"
+        in said
+    )
+    [adam] = re.findall(r"<td>optimizer.name</td>.*?</tr>", body(file.read_text()))
+    assert re.findall(r">([^<>]+)</td>", adam)[:5] == ["optimizer.name", "adam", "sgd", "12", "7"]
+    assert float(re.findall(r">([^<>]+)</td>", adam)[5]) == pytest.approx(20, abs=1)
+
+
+def test_what_finals_decided_comes_first(halved: Store) -> None:
+    tracker = MlflowTracker(halved.home)
+    [study] = choose(tracker, ["halved"])
+    runs = table(tracker, [study])
+    top = int(finished(runs).iloc[0]["trial"])
+    score = {"n": 3, "mean": 0.81, "sd": 0.01, "low": 0.785, "high": 0.835}
+    gap = {"n": 3, "mean": 0.012, "sd": 0.01, "low": -0.013, "high": 0.037, "p": 0.2}
+    rows = [
+        {"name": f"trial {number}", "trial": number, "trial_run": runs["run_id"][number], "candidate": str(number)}
+        | {"score": score, "difference": gap if number else None, "out": None, "training_s": 2.0}
+        for number in (0, 1)
+    ]
+    chosen = {"candidate": "0", "tied": [1], "run_id": "r", "said": "trial 0 (control), a tie with trial 1: cheaper"}
+    decision = {"candidates": rows, "winner": chosen, "evidence": [], "rules": ["the highest mean"], "decided": "now"}
+    tracker.client.log_text(study.parent, json.dumps(decision), "finals.json")
+    client, model = tracker.client, "image-classifier"
+    client.create_registered_model(model)
+    version = client.create_model_version(model, "file:///nowhere", runs["run_id"][5]).version
+    client.set_registered_model_alias(model, "champion", version)
+    said = body(page_of(halved, "halved"))
+    assert '<div class="answer"><p>Finals: the winner is trial 0 (control), a tie with trial 1: cheaper' in said
+    assert f"trial {top} was not in these finals" in said.split("</div>")[0], "it scored best"
+    assert f"image-classifier@champion is a run of this study: trial 5, {runs['run_id'][5]}." in said
+    finals = said.split("<h2>Finals")[1].split("</section>")[0]
+    assert finals.index(">winner<") < finals.index("ties with the winner")
+    assert "+1.20" in finals and "-1.30 to +3.70" in finals
+    tracker.client.log_text(study.parent, json.dumps(decision | {"evidence": ["gone"]}), "finals.json")
+    assert "1 of the runs that decided them are gone; make finals" in body(page_of(halved, "halved"))
+
+
 def test_only_failures_make_a_page_that_says_why(store: Store, browser: Browser, tmp_path: Path) -> None:
     file = tmp_path / "sad.html"
     write(page_of(store, "sad"), file)
@@ -270,7 +355,7 @@ def test_one_finished_trial_without_a_control_is_enough(trained: Trained, browse
     write(page_of(Store(trained.home, trained.finished, ""), "tiny"), file)
     page, heard = opened(browser, file, 1400)
     assert heard == []
-    assert "Trial 0 is the best of 1 finished trials" in page.inner_text(".answer")
+    assert "Trial 0 is the best of 1 finished trial: " in page.inner_text(".answer")
     assert "nothing to compare it with" in page.inner_text(".answer")
 
 

@@ -94,6 +94,21 @@ def test_the_best_the_control_and_the_runner_up() -> None:
     assert best is not None and (best[0]["trial"], best[1]) == (1, "best")
 
 
+def test_pruned_trials_rank_behind_finished_ones_by_epochs_and_then_by_value() -> None:
+    runs = frame(
+        **{
+            "score": [0.7, np.nan, np.nan, 0.8, np.nan, np.nan, np.nan],
+            "state": ["finished", "pruned", "pruned", "finished", "pruned", "failed", "pruned"],
+            "epochs": [9, 1, 3, 9, 1, 9, 1],
+            "objective": ["val/accuracy"] * 7,
+            "val/accuracy": [0.7, 0.5, 0.4, 0.8, 0.9, 0.9, 0.5],
+        }
+    )
+    found = report.ranked(runs)
+    assert list(found["trial"]) == [3, 0, 2, 4, 1, 6]
+    assert list(found["rank"]) == [1, 2, 3, 4, 5, 5], "equal ones have equal ranks"
+
+
 def test_changes_are_told_as_a_person_would() -> None:
     runs = frame(
         **{
