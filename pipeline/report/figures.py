@@ -441,7 +441,7 @@ def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
         figure.update_yaxes(range=[low, None])
     cheap, top = edge.iloc[0], edge.iloc[-1]
     if len(edge) == 1:
-        return _said(figure, f"{_named(top, several)} is both the best and the cheapest of {len(done)} that finished.")
+        return _said(figure, f"Of {len(done)} that finished {_named(top, several)} is both the best and the cheapest.")
     share, lost = cheap[measure] / top[measure], 100 * (top["score"] - cheap["score"])
     said = (
         f"{len(edge)} of {len(done)} finished trials are on the front. Its cheapest, {_named(cheap, several)}, costs "
@@ -451,7 +451,7 @@ def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
 
 
 def _named(row: pd.Series, several: bool) -> str:
-    return f"trial {row['trial']}{' of ' + row['study'] if several else ''}"
+    return f"trial {row['trial']}{' of ' + str(row['study']) if several else ''}"
 
 
 def _dots(rows: pd.DataFrame, measure: str, mode: str = "markers") -> dict[str, Any]:

@@ -172,11 +172,12 @@ def studies_page(
     tracker: MlflowTracker, studies: Sequence[StudyRuns], frame: pd.DataFrame, links: Mapping[str, str]
 ) -> str:
     """The HTML of several studies beside each other."""
-    pairs = {study.name: best_pair(tracker, frame[frame["study"] == study.name]) for study in studies}
+    pairs = {study.name: best_pair(tracker, frame[frame["study"] == study.name], runner_up=False) for study in studies}
     known = {name: pair for name, pair in pairs.items() if pair}
     title = " and ".join(study.name for study in studies)
     page = _Page()
-    page.head(title, "", _answer_of_several(known), links)
+    verdicts = [f"{study.name}: {said}" for study in studies if (said := finals_verdict(tracker, study)[1])]
+    page.head(title, "", [*_answer_of_several(known), *verdicts], links)
     page.part("Studies", _studies_table(frame, pairs))
     page.part("Scores", page.figure(figures.spread(frame)))
     page.part("Search histories", page.figure(figures.history(frame)))
@@ -186,12 +187,12 @@ def studies_page(
     return page.html(title)
 
 
-def best_pair(tracker: MlflowTracker, frame: pd.DataFrame) -> Pair | None:
-    """A study's best trial, or its runner-up, and its control; None where no trial finished."""
+def best_pair(tracker: MlflowTracker, frame: pd.DataFrame, runner_up: bool = True) -> Pair | None:
+    """A study's best trial and its control; the best is its `runner_up` where the control is it. None: none finished."""
     found, base = challenger(frame), control(frame)
     if found is None:
         return None
-    best, word = found
+    best, word = found if runner_up else (finished(frame).iloc[0], "best")
     answers = predictions(tracker, best["run_id"])
     same = base is not None and base["run_id"] == best["run_id"]
     beside = answers if same else predictions(tracker, base["run_id"]) if base is not None else None
@@ -543,6 +544,8 @@ def _answer_of_several(pairs: Mapping[str, Pair]) -> list[str]:
     tie = f", as high as that of {' and '.join(equal)}" if equal else ""
     score = f"trial {top.best['trial']}, {top.best['objective']} {top.best['score']:.4f}"
     lines = [f"{best} has the highest score{tie}: {score}."]
+    if len(pairs) > 1 and not any(_between(top, pair) for name, pair in pairs.items() if name != best):
+        return ["The studies were judged by other images or another metric: their scores can't be compared."]
     for name, pair in pairs.items():
         if name == best:
             continue

@@ -300,7 +300,7 @@ def test_where_most_are_pruned_they_count_too_and_it_is_said_how(
     said = page.inner_text("main")
     assert "Above what chance gives: " in said
     assert "what tells the best 5 of 24 trials, ranked as the search does" in page.text_content("main")
-    assert "the best 6 of 24 trials by rank: optimizer adam (83%, of the others 39%)" in said
+    assert "What marks the best 6 of 24 trials by rank: " in said and "optimizer adam (83%, of the others 39%)" in said
     assert (
         "Effects are on val/accuracy after epoch 2 and not on the final score, as 18 trials were pruned and 6 finished"
         in said
@@ -367,6 +367,15 @@ def test_studies_stand_beside_each_other(store: Store, browser: Browser, tmp_pat
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     cells = page.locator("#s1 td").all_inner_texts()
     assert {"odd-v1-digits", "sad-v1-digits", "2 failed", "none"} <= set(cells)
+
+
+def test_a_control_that_is_the_best_stands_as_such_beside_other_studies(store: Store) -> None:
+    tracker = MlflowTracker(store.home)
+    studies = choose(tracker, ["odd", "sad"])
+    frame = table(tracker, studies)
+    frame.loc[frame["run_id"] == store.control, "score"] = 0.95
+    said = body(studies_page(tracker, studies, frame, {}))
+    assert "0.9500 (trial 0)" in said and "trial 0, val/accuracy 0.9500" in said
 
 
 def test_a_study_beside_itself_under_another_name_leads_by_nothing(trained: Trained) -> None:
