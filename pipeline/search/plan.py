@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from pipeline.data.prepare import TrainingData
 from pipeline.recipe import Recipe
-from pipeline.search.replay import rule, simulate
+from pipeline.search.replay import WHOLE, rule, simulate
 from pipeline.search.storage import num_finished
 from pipeline.search.study import Search
 from pipeline.speed import measure, measure_overhead, trial_seconds
@@ -160,7 +160,7 @@ def _pruning(search: Search, done: int) -> tuple[float, float]:
     for _ in range(studies):
         curves = np.repeat(random.rand(trials, 1), epochs, axis=1).tolist()
         for sign, part in ((1, curves), (-1, curves[:first])):  # with one worker the first don't know those behind them
-            trained, ended = simulate(part, rule(search.pruner(), ""), workers=1)
+            trained, ended = simulate(part, rule(search.pruner(), ""), workers=1, whole=WHOLE)
             used, completed = used + sign * trained, completed + sign * len(ended)
     left = studies * (trials - first)
     return used / (left * epochs), 1 - completed / left
