@@ -21,6 +21,7 @@ from pipeline.search.storage import num_finished
 from pipeline.search.study import Search
 from pipeline.speed import measure, measure_overhead, trial_seconds
 from pipeline.tracking.runs import NullTracker, Run
+from pipeline.tracking.sqlite import checkpoint
 
 CONTROL_S = 1.5  # of measuring the base recipe; on slow networks two short epochs take longer
 OTHERS = 3  # random recipes, while all the measuring takes less than SHARE of the forecast
@@ -129,7 +130,9 @@ def actual(study: optuna.Study, before: int, seconds: float, disk_mib: float) ->
 
 
 def size_mib(folder: Path) -> float:
-    """Of all files in a folder."""
+    """Of all files in a folder; what waits in a write-ahead log is put into its database first."""
+    for database in folder.glob("*.db"):
+        checkpoint(database)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
 
 
