@@ -127,7 +127,7 @@ def halved(trained: Trained, tmp_path_factory: pytest.TempPathFactory, small_rec
     experiment_id = tracker.client.get_run(parent.id).info.experiment_id
     for number in range(24):
         adam = bool(number % 2)
-        choices = {"optimizer.name": "adam" if adam else "sgd", "optimizer.lr": 0.1}
+        choices = {"optimizer.name": "adam" if adam else "sgd", "optimizer.lr": 0.1, "optimizer.weight_decay": 0.0}
         choices["augmentation.rotation"] = float(number % 3)
         epochs = 18 if number in (0, 1, 5, 11, 13, 15) else 6 if number in (3, 7, 9) else 2
         state = State.FINISHED if epochs == 18 else State.PRUNED
