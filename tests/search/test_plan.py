@@ -66,8 +66,9 @@ def test_a_forecast_is_for_the_trials_that_are_left(small_recipe: Recipe, digits
     assert forecast(search, digits, CPU, stored([TrialState.COMPLETE] * 6)) is None
 
 
-def test_pruning_is_foreseen_by_the_pruners_own_rule(small_recipe: Recipe) -> None:
+def test_pruning_is_foreseen_by_the_pruners_own_rule(small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of exchangeable trials a third goes on at each rung: 3 of 18 epochs for all, 9 for a third, 18 for a ninth."""
+    monkeypatch.setattr(plan, "RISE", 0.0)
     search = search_of(small_recipe.changed({"training.epochs": 18}), 1000)
     share, pruned = plan._pruning(search, 0)
     assert share == pytest.approx((3 + 6 / 3 + 9 / 9) / 18, rel=0.05)
@@ -81,6 +82,13 @@ def test_the_first_trials_of_a_study_are_pruned_less(small_recipe: Recipe) -> No
     begun, begun_pruned = plan._pruning(dataclasses.replace(search, trials=10), 0)
     assert all_used == pytest.approx((begun + rest_used) / 2, abs=0.03)
     assert all_pruned == pytest.approx((begun_pruned + rest_pruned) / 2, abs=0.03)
+
+
+def test_a_search_that_learns_prunes_less(small_recipe: Recipe) -> None:
+    """As the live study did that RISE was fitted to: 546 of 1,080 epochs, 40 of 60 trials pruned."""
+    share, pruned = plan._pruning(search_of(small_recipe.changed({"training.epochs": 18}), 60), 0)
+    assert share == pytest.approx(546 / 1080, rel=0.1)
+    assert pruned == pytest.approx(40 / 60, rel=0.1)
 
 
 def test_nothing_is_left_to_stop_after_the_only_epoch(small_recipe: Recipe) -> None:
