@@ -78,7 +78,8 @@ def forecast(
 
     Time: the mean of the measured epochs, times the mean epochs of random recipes of the space (the search will come to
     prefer some, which isn't foreseen), and what a trial takes beside. Pruned: what the pruner does with trials
-    whose scores are random, keep their order and rise by RISE. Other work on the machine changes all of it. `on_step` may raise to end it.
+    whose scores are random, keep their order and rise by RISE. Other work on the machine changes all of it. `on_step` may
+    raise to end it.
     """
     done = num_finished(study) if study else 0
     left = search.trials - done
