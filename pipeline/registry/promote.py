@@ -211,13 +211,15 @@ def promote(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench = Bench(registry.tracker, registry.ledger, registry.model, rules, data_dir, folder, observer)
-        challenger = bench.of_run(run_id, "challenger")
+        there = registry.packed(run_id)
+        challenger = bench.of_version(there, "challenger") if there else bench.of_run(run_id, "challenger")
         verdict = bench.verdict(challenger, champion, forced, chosen)
         if verdict.kind == REFUSED:
             raise Refused(Verdict.from_json(verdict.details["verdict"]).failed + _way_out(verdict))
         version = registry.version_of(run_id)
-        if registry.packed(run_id) is None:
-            package(registry.tracker, run_id, challenger.folder, folder / "package", evidence(verdict))
+        if there is None:
+            onnx_file = bench.as_judged(challenger, verdict)
+            package(registry.tracker, run_id, challenger.folder, folder / "package", evidence(verdict), onnx_file)
         begun = registry.ledger.begin(
             PROMOTED,
             registry.model,
