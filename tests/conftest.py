@@ -110,9 +110,16 @@ def packed(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Packag
     """The finished run as a package; not to be changed."""
     finding = {"rule": "better", "number": "p = 0.0123", "threshold": "at most 0.05", "passed": True, "why": "McNemar"}
     evidence = {
-        **{"run": trained.finished, "judged": "2026-01-02T03:04:05+00:00", "by": "me", "test_split": "ab" * 32},
-        **{"reason": "finals_won", "against": "c0ffee", "other": "control", "images": 200},
-        **{"verdict": {"passed": True, "findings": [finding]}, "right": {trained.finished: 150, "c0ffee": 120}},
+        "run": trained.finished,
+        "judged": "2026-01-02T03:04:05+00:00",
+        "by": "me",
+        "test_split": "ab" * 32,
+        "reason": "finals_won",
+        "against": "c0ffee",
+        "other": "control",
+        "images": 200,
+        "right": {trained.finished: 150, "c0ffee": 120},
+        "verdict": {"passed": True, "findings": [finding]},
     }
     with find_model(trained.home, None, trained.finished) as model:
         folder = tmp_path_factory.mktemp("packed") / "model"

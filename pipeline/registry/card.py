@@ -189,7 +189,7 @@ def _evidence(evidence: Mapping[str, Any]) -> str:
     ]
     passed = "passed" if verdict["passed"] else "refused"
     return (
-        f"{'; '.join(shares)} (95 %, Wilson).\n\n"
+        f"{'; '.join(shares)}.\n\n"
         f"Against the {_plain(other)}, by {_plain(evidence['by'])} on {evidence['judged'][:10]}: {passed}. Test split "
         f"`{evidence['test_split'][:16]}`.{_reason(evidence['reason'])}\n\n"
         + _table(("rule", "result", "should be", "passed", "how"), rows)

@@ -218,8 +218,7 @@ def promote(
             raise Refused(Verdict.from_json(verdict.details["verdict"]).failed + _way_out(verdict))
         version = registry.version_of(run_id)
         if there is None:
-            onnx_file = bench.as_judged(challenger, verdict)
-            package(registry.tracker, run_id, challenger.folder, folder / "package", evidence(verdict), onnx_file)
+            _pack(bench, challenger, verdict, folder / "package")
         begun = registry.ledger.begin(
             PROMOTED,
             registry.model,
@@ -231,6 +230,12 @@ def promote(
         )
         _move(registry, begun, version or _register(registry, begun, challenger, verdict, folder / "package"))
     return registry.ledger.reigns(registry.model)[-1]
+
+
+def _pack(bench: Bench, challenger: Judged, verdict: Event, folder: Path) -> None:
+    """The package of a model that passed, with the ONNX file that was judged."""
+    onnx_file = bench.as_judged(challenger, verdict)
+    package(bench.tracker, challenger.run, challenger.folder, folder, evidence(verdict), onnx_file)
 
 
 def _way_out(verdict: Event) -> list[str]:

@@ -97,7 +97,7 @@ def start(folder: Path, port: int, log_file: Path) -> subprocess.Popen[bytes]:
 def curl_line(port: int, image_size: int) -> str:
     """What sends cat.jpg to the server, for a shell in the project's folder; read as `predict` reads it."""
     return (
-        f"{PYTHON} -c \"import json; from pathlib import Path; from pipeline.data.images import read_image; "
+        f'{PYTHON} -c "import json; from pathlib import Path; from pipeline.data.images import read_image; '
         f"print(json.dumps({{'inputs': [read_image(Path('cat.jpg'), {image_size}).transpose(1, 2, 0).tolist()]}}))\" | "
         f"curl -s http://{HOST}:{port}/invocations -H 'Content-Type: application/json' -d @-"
     )

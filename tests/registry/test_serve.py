@@ -62,8 +62,8 @@ def test_the_champion_answers_the_curl_line_and_its_server_ends_with_the_command
             assert listening == {("127.0.0.1", port)}
 
             line = said[2].replace(serve.PYTHON, sys.executable)
-            answer = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True, env=ENVIRONMENT)
-            got = json.loads(answer.stdout)["predictions"]["probabilities"]
+            answer = subprocess.check_output(["bash", "-c", line], cwd=tmp_path, text=True, env=ENVIRONMENT)
+            got = json.loads(answer)["predictions"]["probabilities"]
             table = tmp_path / "out.csv"
             words = ["predict", str(tmp_path / "cat.jpg"), "--output", str(table)]
             predicted = subprocess.run([*COMMAND, *words], cwd=home, capture_output=True, text=True, env=ENVIRONMENT)
@@ -90,7 +90,9 @@ def test_the_champion_answers_the_curl_line_and_its_server_ends_with_the_command
         ("- CPUExecutionProvider", "- EvilProvider"),
     ],
 )
-def test_a_model_that_might_run_code_or_read_other_files_is_not_served(old: str, new: str, packed: Package, tmp_path: Path) -> None:
+def test_a_model_that_might_run_code_or_read_other_files_is_not_served(
+    old: str, new: str, packed: Package, tmp_path: Path
+) -> None:
     assert serve.check(packed.folder) == serve.Served(tuple("0123456789"), 8)
     folder = tmp_path / "model"
     shutil.copytree(packed.folder, folder)
