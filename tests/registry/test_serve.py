@@ -1,5 +1,6 @@
 """The champion answers over HTTP as `predict` does, from files that were checked, and its server goes when it is told to."""
 
+import http.client
 import json
 import os
 import re
@@ -60,6 +61,12 @@ def test_the_champion_answers_the_curl_line_and_its_server_ends_with_the_command
             children = psutil.Process(serving.pid).children(recursive=True)
             listening = {c.laddr[:2] for p in children for c in p.net_connections("inet") if c.status == "LISTEN"}
             assert listening == {("127.0.0.1", port)}
+
+            for wrong in ("{", '{"inputs": [[1, 2]]}', '{"inputs": "cat"}', json.dumps({"inputs": [[[[300] * 3] * 8] * 8]})):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+                connection.request("POST", "/invocations", wrong, {"Content-Type": "application/json"})
+                assert connection.getresponse().status == 400, wrong
+                connection.close()
 
             line = said[2].replace(serve.PYTHON, sys.executable)
             answer = subprocess.check_output(["bash", "-c", line], cwd=tmp_path, text=True, env=ENVIRONMENT)
