@@ -62,7 +62,12 @@ def test_the_champion_answers_the_curl_line_and_its_server_ends_with_the_command
             listening = {c.laddr[:2] for p in children for c in p.net_connections("inet") if c.status == "LISTEN"}
             assert listening == {("127.0.0.1", port)}
 
-            for wrong in ("{", '{"inputs": [[1, 2]]}', '{"inputs": "cat"}', json.dumps({"inputs": [[[[300] * 3] * 8] * 8]})):
+            for wrong in (
+                "{",
+                '{"inputs": [[1, 2]]}',
+                '{"inputs": "cat"}',
+                json.dumps({"inputs": [[[[300] * 3] * 8] * 8]}),
+            ):
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
                 connection.request("POST", "/invocations", wrong, {"Content-Type": "application/json"})
                 assert connection.getresponse().status == 400, wrong
