@@ -108,7 +108,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digi
 @pytest.fixture(scope="session")
 def packed(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Package:
     """The finished run as a package; not to be changed."""
-    evidence = {"passed": True, "findings": [{"rule": "better", "number": "p = 0.0123"}]}
+    finding = {"rule": "better", "number": "p = 0.0123", "threshold": "at most 0.05", "passed": True, "why": "McNemar"}
+    evidence = {
+        "run": trained.finished,
+        "judged": "2026-01-02T03:04:05+00:00",
+        "by": "me",
+        "test_split": "ab" * 32,
+        "reason": "finals_won",
+        "against": "c0ffee",
+        "other": "control",
+        "images": 200,
+        "right": {trained.finished: 150, "c0ffee": 120},
+        "verdict": {"passed": True, "findings": [finding]},
+    }
     with find_model(trained.home, None, trained.finished) as model:
         folder = tmp_path_factory.mktemp("packed") / "model"
         return package(MlflowTracker(trained.home), trained.finished, model.folder, folder, evidence)

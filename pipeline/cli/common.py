@@ -71,11 +71,16 @@ def load_data_of(recipe: "Recipe", data_dir: Path, device: "torch.device") -> "T
     return prepare(images, recipe.data, device)
 
 
+def is_folder(wanted: str) -> bool:
+    """Whether a model is named by the folder of its files."""
+    return expand(Path(wanted)).is_dir()
+
+
 @contextlib.contextmanager
 def model_files(wanted: str | None, tracking_uri: str | None) -> Iterator[tuple[Path, str]]:
     """The folder of the model that is meant, there while the block runs, and in words which it is; see `find_model`."""
-    if wanted and (folder := expand(Path(wanted))).is_dir():
-        yield folder, wanted
+    if wanted and is_folder(wanted):
+        yield expand(Path(wanted)), wanted
         return
     from pipeline.tracking.models import find_model
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cli.common import HOME, expand, make_console, model_files, say
+from pipeline.cli.common import HOME, expand, is_folder, make_console, model_files, say
 from pipeline.cli.options import DataDirOption, TrackingOption
 from pipeline.errors import DataError, UserError
 
@@ -45,8 +45,8 @@ def export(
     import torch
 
     from pipeline.classifier import Classifier
-    from pipeline.registry.export import TOLERANCE, check
-    from pipeline.registry.package import CARD, MODEL, RECIPE, package
+    from pipeline.registry.export import difference_line
+    from pipeline.registry.package import CARD, MODEL, RECIPE, package, registered
     from pipeline.tracking.runs import MlflowTracker
     from pipeline.training.checkpoints import WEIGHTS
 
@@ -56,44 +56,39 @@ def export(
         classifier = Classifier.load(checkpoint, torch.device("cpu"))
         facts = classifier.facts
         with quiet.status("reading the data set"):
-            data = _data_of(facts, data_dir) if int8 else None
+            data, missing = _data_of(facts, data_dir, needed=int8)
         folder = expand(output) if output else HOME / "exports" / facts.run_id
-        with quiet.status("exporting"):
-            made = package(MlflowTracker(HOME, tracking_uri), facts.run_id, checkpoint, folder)
+        # A folder's files were compared with no registry's digests, so it is exported anew.
+        onnx_file, evidence = (None, None) if model and is_folder(model) else registered(checkpoint)
+        with quiet.status("exporting, and comparing with torch"):
+            images = data.validation.images if data else None
+            tracker = MlflowTracker(HOME, tracking_uri)
+            made = package(tracker, facts.run_id, checkpoint, folder, evidence, onnx_file, images)
         say(console, f"{folder}: {', '.join([MODEL, WEIGHTS, RECIPE, CARD])}; an MLflow model, for make serve too")
-        if data is None:
+        if data is None or made.difference is None:
+            say(console, f"compared with torch on made-up images only, not on the validation split: {missing}")
+        else:
+            on = f"the {len(data.validation.labels):,} images of the validation split"
+            say(console, difference_line(made.difference, on))
+        if data is None or not int8:
             say(console, f"{MODEL}: {made.bytes / 1e6:.2f} MB, {made.latency_ms:.2f} ms an image on one thread")
             return
-        with quiet.status("comparing with torch"):
-            worst = check(classifier, folder / MODEL, data.validation.images)
-        say(
-            console,
-            f"{MODEL} and torch in float32 differ by {worst:.1g} in probability at most (allowed: {TOLERANCE:g}), on "
-            f"{len(data.validation.labels):,} validation images in batches of several sizes",
-        )
         with quiet.status("quantising and measuring"):
             found = _quantised_beside(folder, data)
         _print_benchmarks(console, found)
 
 
-def _data_of(facts: "Facts", data_dir: Path) -> "TrainingData":
-    """The data set that the model was trained on, split as then; DataError where it is another."""
-    import torch
+def _data_of(facts: "Facts", data_dir: Path, needed: bool) -> tuple["TrainingData | None", str]:
+    """The data set that the model was trained on; else None and why, or DataError. Downloaded only where `needed`."""
+    from pipeline.registry.export import trained_on
 
-    from pipeline.data.datasets import load
-    from pipeline.data.prepare import prepare
-
-    recipe = facts.recipe.data
     try:
-        data = prepare(load(recipe.dataset, recipe.image_size, expand(data_dir)), recipe, torch.device("cpu"))
-        if (data.digest, data.split_digest) != (facts.data_digest, facts.split_digest):
-            raise DataError(
-                f"{data.source}: not the images that the model was trained on (digest {data.digest[:12]}...)"
-            )
+        return trained_on(facts, expand(data_dir), download=needed), ""
     except UserError as error:
+        if not needed:
+            return None, error.lines[0]
         why = "INT8=1 needs the data set that the model was trained on: training images calibrate, validation judges"
         raise DataError([why, *(f"  {line}" for line in error.lines)]) from None
-    return data
 
 
 def _quantised_beside(folder: Path, data: "TrainingData") -> dict[str, "Benchmark"]:

@@ -148,10 +148,14 @@ def _recipe(recipe: Recipe) -> str:
     for section, kind in KIND.items():
         changed[section] = {kind: getattr(getattr(recipe, section), kind), **changed.get(section, {})}
     lines = [
-        f"- {section}: " + ", ".join(f"{name} {json.dumps(value).strip(chr(34))}" for name, value in fields.items())
+        f"- {section}: " + ", ".join(f"{name} {_setting(value)}" for name, value in fields.items())
         for section, fields in changed.items()
     ]
     return "\n".join(map(_plain, lines))
+
+
+def _setting(value: object) -> str:
+    return format(value, ".6g") if isinstance(value, float) else json.dumps(value).strip('"')
 
 
 def _cost(facts: Facts, run: Run, latency_ms: float, size: int) -> str:
@@ -173,34 +177,27 @@ def _reproduce(run: Run) -> str:
 
 
 def _evidence(evidence: Mapping[str, Any]) -> str:
-    """Any JSON: numbers and words as a list, rows with names as a table, what is deeper below its name."""
-    single = {name: value for name, value in evidence.items() if not isinstance(value, (Mapping, list, tuple))}
-    parts = ["\n".join(f"- {_plain(name)}: {_cell(value)}" for name, value in single.items())] if single else []
-    for name, value in evidence.items():
-        if isinstance(value, Mapping) and value:
-            rows = list(value.values())
-            if all(isinstance(row, Mapping) for row in rows):
-                inner = _rows([{"": key, **row} for key, row in value.items()])
-            else:
-                inner = _evidence(value)
-        elif isinstance(value, (list, tuple)) and value:
-            all_rows = all(isinstance(row, Mapping) for row in value)
-            inner = _rows(value) if all_rows else ", ".join(map(_cell, value))
-        else:
-            continue
-        parts.append(f"{_plain(name)}:\n\n{inner}")
-    return "\n\n".join(parts)
+    """What `judging.evidence` says."""
+    images, right, run = evidence["images"], evidence["right"], evidence["run"]
+    other, verdict = evidence["other"], evidence["verdict"]
+    shares = [f"Test accuracy {_share(right[run], images)}, {images:,} images"]
+    if against := evidence["against"]:
+        shares.append(f"that of the {_plain(other)}, run `{against}`: {_share(right[against], images)}")
+    rows = [
+        [_plain(its["rule"]), its["number"], its["threshold"], "yes" if its["passed"] else "no", _plain(its["why"])]
+        for its in verdict["findings"]
+    ]
+    passed = "passed" if verdict["passed"] else "refused"
+    return (
+        f"{'; '.join(shares)}.\n\n"
+        f"Against the {_plain(other)}, by {_plain(evidence['by'])} on {evidence['judged'][:10]}: {passed}. Test split "
+        f"`{evidence['test_split'][:16]}`.{_reason(evidence['reason'])}\n\n"
+        + _table(("rule", "result", "should be", "passed", "how"), rows)
+    )
 
 
-def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    return _table(columns, [[_cell(row.get(name, "")) for name in columns] for row in rows])
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, (Mapping, list, tuple)):
-        return _plain(json.dumps(value))
-    return f"{value:.4g}" if isinstance(value, float) else _plain(str(value))
+def _reason(text: str) -> str:
+    return f" Why this model: {_plain(text)}." if text else ""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -5,12 +5,14 @@ Normalisation, network, temperature and softmax are inside; class names and what
 """
 
 import json
+import os
 import shutil
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.classifier import Classifier
+from pipeline.classifier import Classifier, Facts
 from pipeline.data.augment import normalise
-from pipeline.errors import Refused
+from pipeline.data.datasets import load
+from pipeline.data.prepare import TrainingData, prepare
+from pipeline.errors import DataError, Refused
 from pipeline.evaluation.methods import combine
 from pipeline.evaluation.predict import predict_logits
 from pipeline.evaluation.scores import score
@@ -92,19 +96,40 @@ def export_onnx(classifier: Classifier, path: Path) -> None:
 
 
 def check(classifier: Classifier, path: Path, images: Tensor) -> float:
-    """The largest difference in probability from torch in float32 on uint8 images (N, 3, S, S), in several batch sizes.
+    """The largest difference in probability from torch in float32 on uint8 images (N, 3, S, S), all in each of BATCHES.
 
     Refused, with the number, above TOLERANCE.
     """
     expected, pixels, model = float32_probabilities(classifier, images), as_pixels(images), session(path)
-    # Whether a size is taken shows on a few images; each image counts in the larger ones.
-    parts = [(pixels if size >= 100 else pixels[:140], size) for size in BATCHES]
-    worst = max(float(np.abs(run(model, part, size) - expected[: len(part)]).max()) for part, size in parts)
+    with ThreadPoolExecutor(min(len(BATCHES), os.cpu_count() or 1)) as pool:  # onnxruntime computes without the GIL
+        found = list(pool.map(lambda size: np.abs(run(model, pixels, size) - expected).max(), BATCHES))
+    worst = float(np.max(found))
     if not worst <= TOLERANCE:  # NaN too
         raise Refused(
             f"{path.name}: differs from torch by {worst:.2g} in probability; at most {TOLERANCE:g} is allowed"
         )
     return worst
+
+
+def difference_line(worst: float, images: str) -> str:
+    """What `check` found, for a person."""
+    sizes = f"{', '.join(map(str, BATCHES[:-1]))} and {BATCHES[-1]}"
+    return (
+        f"the ONNX model and torch in float32 differ by {worst:.1g} in probability at most (allowed: {TOLERANCE:g}) on "
+        f"{images}, in batches of {sizes}"
+    )
+
+
+def trained_on(facts: Facts, data_dir: Path, download: bool) -> TrainingData:
+    """The data set that a model was trained on, split as then, on the CPU.
+
+    UserError where it is not at hand, or another by now; DataError too.
+    """
+    recipe = facts.recipe.data
+    data = prepare(load(recipe.dataset, recipe.image_size, data_dir, download), recipe, torch.device("cpu"))
+    if (data.digest, data.split_digest) != (facts.data_digest, facts.split_digest):
+        raise DataError(f"{data.source}: not the images that the model was trained on (digest {data.digest[:12]}...)")
+    return data
 
 
 def as_pixels(images: Tensor) -> np.ndarray:

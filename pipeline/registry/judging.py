@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 
 from pipeline.classifier import Classifier, Facts
 from pipeline.errors import DataError, Refused, UserError
@@ -60,6 +61,10 @@ class Bench:
     def of_run(self, run_id: str, name: str) -> Judged:
         """The model of a run. UserError where it has none."""
         return self._copied(run_id, run_id, name)
+
+    def of_version(self, version: ModelVersion, name: str) -> Judged:
+        """A registered version as it is served; DataError where its files are not those that were registered."""
+        return self._copied(f"models:/{version.name}/{version.version}", version.run_id or "", name)
 
     def of_champion(self, champion: Champion) -> Judged:
         """The champion as it is served; DataError where its files are not those that were registered."""
@@ -127,9 +132,9 @@ class Bench:
                 f"{self.model}: the {other.name} knows other classes ({', '.join(other.facts.classes[:5])}, ...) than the "
                 f"challenger ({', '.join(classes[:5])}, ...); MODEL=... keeps another champion for them"
             )
-        for judged in (challenger, other):
-            if judged and not (judged.folder / MODEL).exists():  # as it would be served
-                export.export_onnx(Classifier.load(judged.folder, torch.device("cpu")), judged.folder / MODEL)
+        self._export(challenger, on_validation=True)
+        if other:
+            self._export(other)
         data = challenger.facts.recipe.data.dataset
         labels, its = self._look(challenger, data, split, f"is it to be promoted? {forced}".strip())
         sides = {challenger.run: its}
@@ -155,6 +160,8 @@ class Bench:
             "rules": self.rules.model_dump(),
             "recipe_digest": challenger.facts.recipe_digest,
             "images": len(labels),
+            "right": {run: int((its.argmax(1) == labels).sum()) for run, its in sides.items()},
+            "onnx": _sha256(challenger.folder / MODEL),
             "predictions": {run: _sha256(self._path(run, split)) for run in sides},
         }
         kind = PASSED if verdict.passed else REFUSED
@@ -162,6 +169,33 @@ class Bench:
         self.observer.judged(verdict, f"run {challenger.run}", f"the {other.name if other else CONSTANT}")
         self.tracker.client.log_dict(challenger.run, evidence(event), f"gate/verdict-{event.id}.json")
         return event
+
+    def _export(self, judged: Judged, on_validation: bool = False) -> None:
+        """Write the model as it would be served, if it isn't there, and compare it with torch."""
+        path = judged.folder / MODEL
+        if path.exists():
+            return
+        classifier = Classifier.load(judged.folder, torch.device("cpu"))
+        export.export_onnx(classifier, path)
+        if on_validation:
+            try:
+                images = export.trained_on(judged.facts, self.data_dir, download=False).validation.images
+            except UserError as error:
+                self.observer.said(f"not compared with torch on the validation split, only on made-up images: {error}")
+                return
+            worst = export.check(classifier, path, images)
+            self.observer.said(export.difference_line(worst, f"the {len(images):,} images of the validation split"))
+
+    def as_judged(self, challenger: Judged, verdict: Event) -> Path:
+        """The ONNX file that the verdict is about; Refused where exporting it once more doesn't give that."""
+        self._export(challenger)
+        path = challenger.folder / MODEL
+        if _sha256(path) != verdict.details.get("onnx"):
+            raise Refused(
+                f"run {challenger.run}: exported now, its ONNX model isn't the one that was judged {verdict.time}; "
+                'FORCE=1 REASON="..." judges it as it is now'
+            )
+        return path
 
     def _look(self, judged: Judged, dataset: str, split: str, reason: str) -> tuple[np.ndarray, np.ndarray]:
         """Labels (N,) and probabilities (N, C) on the test split: stored ones, else new ones. Written down first."""
@@ -188,9 +222,9 @@ class Bench:
 
 def evidence(verdict: Event) -> dict[str, Any]:
     """A verdict as it goes with the model."""
-    names = ("against", "other", "verdict", "rules", "recipe_digest", "images")
+    names = ("against", "other", "verdict", "rules", "recipe_digest", "images", "right", "onnx")
     known = {"run": verdict.run, "judged": verdict.time, "by": verdict.user, "test_split": verdict.split}
-    return known | {"reason": verdict.reason} | {name: verdict.details[name] for name in names}
+    return known | {"reason": verdict.reason} | {name: verdict.details.get(name) for name in names}
 
 
 # ---------------------------------------------------------------------------------------------- what is found in MLflow

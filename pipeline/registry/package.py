@@ -21,6 +21,7 @@ import torch
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
+from torch import Tensor
 
 from pipeline.classifier import Classifier, Facts
 from pipeline.errors import UserError
@@ -45,16 +46,24 @@ class Package:
     card: str  # Markdown, as much of card.md as the registry's description holds
     bytes: int  # of model.onnx
     latency_ms: float  # one image, onnxruntime, one thread, median
+    difference: float | None  # from torch in probability, the largest on the images that were given
 
 
 def package(
-    tracker: MlflowTracker, run_id: str, checkpoint: Path, folder: Path, evidence: Mapping[str, Any] | None = None
+    tracker: MlflowTracker,
+    run_id: str,
+    checkpoint: Path,
+    folder: Path,
+    evidence: Mapping[str, Any] | None = None,
+    onnx_file: Path | None = None,
+    images: Tensor | None = None,
 ) -> Package:
     """Pack the checkpoint of a run into `folder`, which is made, or replaced where it holds an earlier package.
 
     `checkpoint` is a checkpoint's folder; `evidence` is the gate's verdict as JSON, which the card shows and
-    evidence.json keeps. Whole or not at all. Refused where the ONNX model's probabilities are not torch's; UserError
-    where `folder` holds something else, or the run's predictions can't be read.
+    evidence.json keeps. `onnx_file` is the model's where it was exported already: it is packed byte for byte. On
+    `images`, uint8 (N, 3, S, S), the ONNX model is compared with torch. Whole or not at all. Refused where its
+    probabilities are not torch's; UserError where `folder` holds something else, or the run's predictions can't be read.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists()):
         raise UserError(f"{folder}: holds something that is no exported model, so it is not replaced")
@@ -62,7 +71,14 @@ def package(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
         new = Path(name) / "new"
-        latency_ms = _save_model(classifier, new)
+        model = Path(name) / MODEL
+        if onnx_file:
+            shutil.copyfile(onnx_file, model)
+        else:
+            export.export_onnx(classifier, model)
+        difference = None if images is None else export.check(classifier, model, images)
+        _save_model(classifier, model, new)
+        latency_ms = export.latency_ms(new / MODEL, classifier.image_size)
         for file in (RECORD, WEIGHTS, PLAIN_WEIGHTS):
             if (checkpoint / file).exists():
                 shutil.copyfile(checkpoint / file, new / file)
@@ -75,29 +91,32 @@ def package(
         if folder.exists():
             os.replace(folder, Path(name) / "old")
         os.replace(new, folder)
-    return Package(folder, digests(folder), description(card), size, latency_ms)
+    return Package(folder, digests(folder), description(card), size, latency_ms, difference)
 
 
-def _save_model(classifier: Classifier, folder: Path) -> float:
-    """MLflow's files around model.onnx; the latency."""
+def registered(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """The ONNX file and the evidence of a registered version's files; None for what a checkpoint has not."""
+    model, evidence = folder / MODEL, folder / EVIDENCE
+    return model if model.exists() else None, json.loads(evidence.read_text()) if evidence.exists() else None
+
+
+def _save_model(classifier: Classifier, path: Path, folder: Path) -> None:
+    """MLflow's files around model.onnx."""
     import onnx
 
     facts, size = classifier.facts, classifier.image_size
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, size, size, 3), "images")])
     probabilities = Schema([TensorSpec(np.dtype(np.float32), (-1, len(facts.classes)), "probabilities")])
-    with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / MODEL
-        export.export_onnx(classifier, path)
-        mlflow.onnx.save_model(
-            onnx.load(path),
-            str(folder),
-            signature=ModelSignature(images, probabilities),
-            pip_requirements=[f"{name}=={version(name)}" for name in _NEEDS],
-            onnx_execution_providers=["CPUExecutionProvider"],
-            metadata={"classes": list(facts.classes), "run_id": facts.run_id, "recipe_digest": facts.recipe_digest},
-            save_as_external_data=False,
-        )
-    return export.latency_ms(folder / MODEL, size)
+    mlflow.onnx.save_model(
+        onnx.load(path),
+        str(folder),
+        signature=ModelSignature(images, probabilities),
+        pip_requirements=[f"{name}=={version(name)}" for name in _NEEDS],
+        onnx_execution_providers=["CPUExecutionProvider"],
+        metadata={"classes": list(facts.classes), "run_id": facts.run_id, "recipe_digest": facts.recipe_digest},
+        save_as_external_data=False,
+    )
+    os.replace(path, folder / MODEL)  # MLflow wrote it anew
 
 
 def _card(

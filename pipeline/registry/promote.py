@@ -211,13 +211,14 @@ def promote(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench = Bench(registry.tracker, registry.ledger, registry.model, rules, data_dir, folder, observer)
-        challenger = bench.of_run(run_id, "challenger")
+        there = registry.packed(run_id)
+        challenger = bench.of_version(there, "challenger") if there else bench.of_run(run_id, "challenger")
         verdict = bench.verdict(challenger, champion, forced, chosen)
         if verdict.kind == REFUSED:
             raise Refused(Verdict.from_json(verdict.details["verdict"]).failed + _way_out(verdict))
         version = registry.version_of(run_id)
-        if registry.packed(run_id) is None:
-            package(registry.tracker, run_id, challenger.folder, folder / "package", evidence(verdict))
+        if there is None:
+            _pack(bench, challenger, verdict, folder / "package")
         begun = registry.ledger.begin(
             PROMOTED,
             registry.model,
@@ -229,6 +230,12 @@ def promote(
         )
         _move(registry, begun, version or _register(registry, begun, challenger, verdict, folder / "package"))
     return registry.ledger.reigns(registry.model)[-1]
+
+
+def _pack(bench: Bench, challenger: Judged, verdict: Event, folder: Path) -> None:
+    """The package of a model that passed, with the ONNX file that was judged."""
+    onnx_file = bench.as_judged(challenger, verdict)
+    package(bench.tracker, challenger.run, challenger.folder, folder, evidence(verdict), onnx_file)
 
 
 def _way_out(verdict: Event) -> list[str]:

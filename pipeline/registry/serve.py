@@ -3,14 +3,22 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import DataError, UserError
+from pipeline.registry.export import session
+from pipeline.registry.package import MODEL
 from pipeline.tracking.ui import HOST, launch
 
 MLMODEL = "MLmodel"
-LOADER = "mlflow.onnx"
+_FLAVORS: Mapping[str, Mapping[str, Any]] = {  # as export writes them, but for the versions
+    "onnx": {"code": None, "data": MODEL, "onnx_session_options": None, "providers": ["CPUExecutionProvider"]},
+    "python_function": {"data": MODEL, "loader_module": "mlflow.onnx"},
+}
+_VERSIONS = ("onnx_version", "python_version", "env")  # `env` is not made: the server runs in this environment
 PYTHON = ".venv/bin/python"
 
 
@@ -25,19 +33,52 @@ class Served:
 def check(folder: Path) -> Served:
     """What the package takes and gives; UserError where the folder is none.
 
-    DataError where MLflow would run code from it: only onnxruntime may read the model.
+    DataError where MLflow would run code from it or read other files, or the model is not what the package says: only
+    onnxruntime may read it, and only model.onnx.
     """
     from mlflow.models import Model
 
     try:
         model = Model.load(str(folder))
-        loader = model.flavors["python_function"]["loader_module"]
+        flavors: dict[str, dict[str, Any]] = {name: dict(its) for name, its in model.flavors.items()}
         served = Served(tuple((model.metadata or {})["classes"]), model.get_input_schema().inputs[0].shape[1])
     except Exception:  # whatever MLflow raises on a file that isn't there, or is no MLmodel
         raise UserError(f"{folder}: no packed model ({MLMODEL}); make export RUN=... OUTPUT=... makes one") from None
-    if loader != LOADER or any(flavor.get("code") for flavor in model.flavors.values()):
-        raise DataError(f"{folder / MLMODEL}: would run code of its own, loader {loader}; it is not served")
+    if other := _unlike_ours(flavors):
+        raise DataError(f"{folder / MLMODEL}: {other}, which export never writes: it might run code; it is not served")
+    _check_onnx(folder / MODEL, served)
     return served
+
+
+def _unlike_ours(flavors: Mapping[str, Mapping[str, Any]]) -> str:
+    """The first setting that is not one of a package, or nothing."""
+    if set(flavors) != set(_FLAVORS):
+        return f"flavors {', '.join(flavors)}"
+    for flavor, ours in _FLAVORS.items():
+        its = {name: value for name, value in flavors[flavor].items() if name not in _VERSIONS}
+        for name in sorted({*its, *ours}):
+            if name not in its or name not in ours or its[name] != ours[name]:
+                return f"{flavor}: {name} {its.get(name)}"
+    return ""
+
+
+def _check_onnx(path: Path, served: Served) -> None:
+    """DataError unless onnxruntime takes the file, and images in and probabilities out are as the package says."""
+    if path.is_symlink():
+        raise DataError(f"{path}: a link to a file elsewhere; it is not served")
+    try:
+        model = session(path)
+    except Exception as error:  # onnxruntime has no common class
+        reason = str(error).splitlines()[0][:200]
+        raise DataError(f"{path}: onnxruntime can't use it, so it is not served ({reason})") from None
+    size = served.image_size
+    sides = [(side.name, side.type, side.shape[1:]) for side in (*model.get_inputs(), *model.get_outputs())]
+    images, probabilities = ("images", "tensor(uint8)", [size, size, 3]), ("probabilities", "tensor(float)")
+    if sides != [images, (*probabilities, [len(served.classes)])]:
+        raise DataError(
+            f"{path}: takes or gives other than {MLMODEL} says ({size} x {size} pixels, {len(served.classes)} classes); "
+            "it is not served"
+        )
 
 
 def start(folder: Path, port: int, log_file: Path) -> subprocess.Popen[bytes]:
@@ -54,9 +95,9 @@ def start(folder: Path, port: int, log_file: Path) -> subprocess.Popen[bytes]:
 
 
 def curl_line(port: int, image_size: int) -> str:
-    """What sends cat.jpg to the server, for a shell; the pixels are those that `predict` sees."""
+    """What sends cat.jpg to the server, for a shell in the project's folder; read as `predict` reads it."""
     return (
-        f"{PYTHON} -c \"import json, numpy, PIL.Image as I; print(json.dumps({{'inputs': [numpy.asarray("
-        f"I.open('cat.jpg').convert('RGB').resize(({image_size}, {image_size}), I.BILINEAR)).tolist()]}}))\" | "
+        f'{PYTHON} -c "import json; from pathlib import Path; from pipeline.data.images import read_image; '
+        f"print(json.dumps({{'inputs': [read_image(Path('cat.jpg'), {image_size}).transpose(1, 2, 0).tolist()]}}))\" | "
         f"curl -s http://{HOST}:{port}/invocations -H 'Content-Type: application/json' -d @-"
     )

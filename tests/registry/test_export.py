@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import Trained
@@ -83,9 +84,8 @@ def test_every_network_gives_torchs_probabilities_in_every_batch_size(model: rec
     assert got.std() > 0.05, "equal because nothing differs"
 
 
-def test_what_was_fitted_is_in_the_metadata(tmp_path: Path) -> None:
-    torchs, path = classifier(SMALL[1]), tmp_path / "model.onnx"
-    export.export_onnx(torchs, path)
+def test_what_was_fitted_is_in_the_metadata(right: tuple[Classifier, Path]) -> None:
+    torchs, path = right
     session = export.session(path)
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == ["class 0", "class 1", "class 2"]
@@ -96,13 +96,56 @@ def test_what_was_fitted_is_in_the_metadata(tmp_path: Path) -> None:
     assert str(Path(__file__).parents[2]) not in path.read_bytes().decode(errors="replace"), "no paths of this machine"
 
 
-def test_a_wrong_export_is_refused_with_the_number(tmp_path: Path) -> None:
-    torchs, path = classifier(SMALL[1]), tmp_path / "model.onnx"
-    export.export_onnx(torchs, path)
+def test_a_wrong_export_is_refused_with_the_number(right: tuple[Classifier, Path]) -> None:
+    torchs, path = right
     facts = torchs.facts.model_copy(update={"mean": (0.4, 0.5, 0.603)})
     with pytest.raises(Refused, match=r"model.onnx: differs from torch by 0\.0\d+ in probability; at most 0.0001"):
         export.check(dataclasses.replace(torchs, facts=facts), path, noise(10, 11))
     assert export.check(torchs, path, noise(10, 11)) < export.TOLERANCE
+
+
+@pytest.mark.parametrize("size", export.BATCHES)
+def test_one_image_wrong_in_one_batch_size_is_refused(
+    size: int, right: tuple[Classifier, Path], tmp_path: Path
+) -> None:
+    torchs, path = right
+    images = noise(500, 11) // 2
+    images[380] += 128  # in a full batch of each size
+    assert export.check(torchs, path, images) < export.TOLERANCE
+    onnx.save(wrong_in(size, path), tmp_path / "wrong.onnx")
+    with pytest.raises(Refused, match=r"wrong.onnx: differs from torch by 0\.01 in probability"):
+        export.check(torchs, tmp_path / "wrong.onnx", images)
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Path]:
+    """A classifier and its export."""
+    torchs, path = classifier(SMALL[1]), tmp_path_factory.mktemp("right") / "model.onnx"
+    export.export_onnx(torchs, path)
+    return torchs, path
+
+
+def wrong_in(size: int, path: Path) -> onnx.ModelProto:
+    """A model that adds 0.01 where a batch has so many images and one of them is bright."""
+    node, model = onnx.helper.make_node, onnx.load(path)
+    for producer in model.graph.node:
+        producer.output[:] = ["right" if name == "probabilities" else name for name in producer.output]
+    constants = {"size": np.array([size]), "bright": np.float32(200), "error": np.float32(0.01)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items())
+    model.graph.node.extend(
+        [
+            node("Shape", ["images"], ["count"], end=1),
+            node("Equal", ["count", "size"], ["so_many"]),
+            node("Cast", ["images"], ["pixels"], to=onnx.TensorProto.FLOAT),
+            node("ReduceMax", ["pixels"], ["brightest"], keepdims=0),
+            node("Greater", ["brightest", "bright"], ["is_bright"]),
+            node("And", ["so_many", "is_bright"], ["both"]),
+            node("Cast", ["both"], ["factor"], to=onnx.TensorProto.FLOAT),
+            node("Mul", ["factor", "error"], ["added"]),
+            node("Add", ["right", "added"], ["probabilities"]),
+        ]
+    )
+    return model
 
 
 def test_a_network_that_has_no_numbers_is_refused(tmp_path: Path) -> None:

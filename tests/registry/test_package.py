@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import Trained
 
 from pipeline.classifier import Classifier
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import UserError
+from pipeline.errors import Refused, UserError
 from pipeline.recipe import parse_recipe
 from pipeline.registry.export import TOLERANCE, as_pixels, float32_probabilities
 from pipeline.registry.package import Package, package
@@ -51,7 +52,7 @@ def test_mlflow_loads_it_with_onnxruntime_only_and_it_predicts(packed: Package, 
 
 
 def test_an_earlier_package_is_replaced_whole_and_anything_else_is_refused(
-    packed: Package, trained: Trained, tmp_path: Path
+    packed: Package, trained: Trained, digits: TrainingData, tmp_path: Path
 ) -> None:
     tracker = MlflowTracker(trained.home)
     mine = tmp_path / "mine"
@@ -67,7 +68,21 @@ def test_an_earlier_package_is_replaced_whole_and_anything_else_is_refused(
 
         (mine / "thesis.txt").rename(mine / "checkpoint.json")
         (mine / "model.int8.onnx").touch()
-        made = package(tracker, trained.finished, model.folder, mine)
+        judged = tmp_path / "judged.onnx"
+        changed = onnx.load(packed.folder / "model.onnx")
+        changed.doc_string = "as it was judged"
+        judged.write_bytes(changed.SerializeToString())
+        images = digits.validation.images
+        made = package(tracker, trained.finished, model.folder, mine, onnx_file=judged, images=images)
+        assert (mine / "model.onnx").read_bytes() == judged.read_bytes(), "byte for byte"
+        assert made.difference is not None and made.difference <= TOLERANCE
+        largest = max(changed.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+        largest.raw_data = bytes(len(largest.raw_data))
+        judged.write_bytes(changed.SerializeToString())
+        with pytest.raises(Refused, match="differs from torch"):
+            package(tracker, trained.finished, model.folder, mine, onnx_file=judged, images=images)
+        assert made.sha256 == digests(mine), "the earlier one stays"
+        judged.unlink()
     assert set(made.sha256) == FILES - {"evidence.json"} == {file.name for file in mine.iterdir()}
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
     assert made.sha256["weights.safetensors"] == packed.sha256["weights.safetensors"]

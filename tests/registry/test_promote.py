@@ -21,7 +21,7 @@ from pipeline.classifier import Classifier
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import Refused, UserError
 from pipeline.recipe import Recipe
-from pipeline.registry import export
+from pipeline.registry import export, judging
 from pipeline.registry import promote as module
 from pipeline.registry import test_split as opener
 from pipeline.registry.gate import Rules, Verdict
@@ -29,7 +29,7 @@ from pipeline.registry.judging import LOOKS
 from pipeline.registry.ledger import LOOK, PASSED, PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Ledger
 from pipeline.registry.package import package
 from pipeline.registry.promote import Registry, alone, promote, roll_back, settle
-from pipeline.tracking.models import find_model
+from pipeline.tracking.models import digests, find_model
 from pipeline.tracking.runs import MlflowTracker, State
 
 DATA = Path("data")
@@ -134,6 +134,9 @@ def test_from_the_first_champion_to_the_second_and_back(
     assert version.tags["ledger_event"] == str(verdict.id) and version.tags["test_split"] == verdict.split
     with find_model(store.home, None, "models:/way@champion") as model:  # compares every digest
         assert json.loads((model.folder / "evidence.json").read_text())["verdict"] == verdict.details["verdict"]
+        assert digests(model.folder)["model.onnx"] == verdict.details["onnx"], "what was judged is what serves"
+    assert "torch in float32 differ by" in view.lines[0] and "the 144 images of the validation split" in view.lines[0]
+    assert f"Test accuracy {verdict.details['right'][store.good] / 359:.1%} (" in version.description
 
     again = promote(registry, store.good, RULES, DATA, view)
     assert again == first and len(registry.ledger.events()) == 5 and "nothing to do" in view.lines[-1]
@@ -195,6 +198,16 @@ def test_a_model_refused_against_the_control_is_told_of_it(store: Store, tmp_pat
         promote(registry, store.good, RULES.changed(["least_gain=99"]), DATA, View())
     assert caught.value.lines[-1].endswith(f"make promote RUN={store.control} takes that one")
     assert registry.alias("champion") is None
+
+
+def test_a_model_that_exports_otherwise_than_when_it_was_judged_is_not_registered(store: Store, tmp_path: Path) -> None:
+    registry, view = store.registry(tmp_path, "other-bytes"), View()
+    bench = judging.Bench(registry.tracker, registry.ledger, registry.model, RULES, DATA, tmp_path / "files", view)
+    challenger = bench.of_run(store.best, "challenger")
+    split, details = opener.digest_of("digits", DATA), {"onnx": "0" * 64}
+    verdict = registry.ledger.record(PASSED, registry.model, store.best, split=split, details=details)
+    with pytest.raises(Refused, match="exported now, its ONNX model isn't the one that was judged"):
+        bench.as_judged(challenger, verdict)
 
 
 def test_predictions_that_were_tampered_with_are_not_used(store: Store, tmp_path: Path) -> None:
@@ -277,7 +290,7 @@ def killing(effect: Callable[..., Any], when: str) -> Callable[..., Any]:
 
 def promote_rival(store: Store, home: Path, model: str) -> None:
     """From a verdict that is in the ledger, with a package that is packed already."""
-    module.package = lambda tracker, run, checkpoint, folder, evidence: shutil.copytree(store.packed, folder)  # type: ignore[assignment]
+    module._pack = lambda bench, challenger, verdict, folder: shutil.copytree(store.packed, folder)  # type: ignore[assignment]
     with alone(home):
         promote(store.registry(home, model), store.rival, RULES, DATA, View())
 
@@ -374,7 +387,7 @@ def test_a_kill_at_any_point_leaves_the_old_champion_and_the_next_command_repair
         assert kill == ("end", "after") or "was finished: version 2 is champion" in view.lines[0]
     assert registry.champion() == Champion(*(("1", store.good) if number < UNDONE_UNTIL else ("2", store.rival)))
 
-    monkeypatch.setattr(module, "package", lambda t, r, c, folder, e: shutil.copytree(store.packed, folder))
+    monkeypatch.setattr(module, "_pack", lambda b, c, v, folder: shutil.copytree(store.packed, folder))
     champion = promote(registry, store.rival, RULES, DATA, view)
     assert champion == Champion("2", store.rival), "the same command does it, without another look"
     assert (registry.alias("champion"), registry.alias("previous")) == ("2", "1")

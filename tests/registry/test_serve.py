@@ -1,5 +1,6 @@
 """The champion answers over HTTP as `predict` does, from files that were checked, and its server goes when it is told to."""
 
+import http.client
 import json
 import os
 import re
@@ -9,9 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import psutil
 import pytest
 from conftest import Trained, registered
@@ -37,7 +40,11 @@ def test_the_champion_answers_the_curl_line_and_its_server_ends_with_the_command
 ) -> None:
     if not shutil.which("curl"):
         pytest.skip("no curl on this machine")
-    Image.fromarray(np.random.RandomState(0).randint(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "cat.jpg")
+    on_its_side = Image.Exif()
+    on_its_side[0x0112] = 6
+    bars = np.zeros((20, 30, 3), np.uint8)
+    bars[:, 10:20] = 255
+    Image.fromarray(bars).save(tmp_path / "cat.jpg", exif=on_its_side)
     home, log, port = trained.home.parent, tmp_path / "log", free_port()
     with registered(trained, packed), log.open("w") as out:
         serving = subprocess.Popen(
@@ -55,9 +62,20 @@ def test_the_champion_answers_the_curl_line_and_its_server_ends_with_the_command
             listening = {c.laddr[:2] for p in children for c in p.net_connections("inet") if c.status == "LISTEN"}
             assert listening == {("127.0.0.1", port)}
 
+            for wrong in (
+                "{",
+                '{"inputs": [[1, 2]]}',
+                '{"inputs": "cat"}',
+                json.dumps({"inputs": [[[[300] * 3] * 8] * 8]}),
+            ):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+                connection.request("POST", "/invocations", wrong, {"Content-Type": "application/json"})
+                assert connection.getresponse().status == 400, wrong
+                connection.close()
+
             line = said[2].replace(serve.PYTHON, sys.executable)
-            answer = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
-            got = json.loads(answer.stdout)["predictions"]["probabilities"]
+            answer = subprocess.check_output(["bash", "-c", line], cwd=tmp_path, text=True, env=ENVIRONMENT)
+            got = json.loads(answer)["predictions"]["probabilities"]
             table = tmp_path / "out.csv"
             words = ["predict", str(tmp_path / "cat.jpg"), "--output", str(table)]
             predicted = subprocess.run([*COMMAND, *words], cwd=home, capture_output=True, text=True, env=ENVIRONMENT)
@@ -78,17 +96,64 @@ def test_the_champion_answers_the_curl_line_and_its_server_ends_with_the_command
         ("loader_module: mlflow.onnx", "code: code\n    loader_module: mlflow.onnx"),
         ("code: null", "code: code"),
         ("loader_module: mlflow.onnx", "loader_module: mlflow.pyfunc.model\n    python_model: model.pkl"),
+        ("flavors:", "flavors:\n  sklearn:\n    pickled_model: model.pkl"),
+        ("data: model.onnx", "data: ../elsewhere.onnx"),
+        ("onnx_session_options: null", "onnx_session_options:\n      extra_session_config: {a: b}"),
+        ("- CPUExecutionProvider", "- EvilProvider"),
     ],
 )
-def test_a_model_that_would_run_code_is_not_served(old: str, new: str, packed: Package, tmp_path: Path) -> None:
+def test_a_model_that_might_run_code_or_read_other_files_is_not_served(
+    old: str, new: str, packed: Package, tmp_path: Path
+) -> None:
     assert serve.check(packed.folder) == serve.Served(tuple("0123456789"), 8)
     folder = tmp_path / "model"
     shutil.copytree(packed.folder, folder)
     text = (folder / "MLmodel").read_text()
     assert old in text
     (folder / "MLmodel").write_text(text.replace(old, new))
-    with pytest.raises(DataError, match="would run code of its own"):
+    with pytest.raises(DataError, match="which export never writes"):
         serve.check(folder)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda path: path.write_bytes(b"no model"), "onnxruntime can't use it"),
+        (lambda path: path.unlink(), "onnxruntime can't use it"),
+        (lambda path: path.symlink_to(path.rename(path.with_name("other.onnx"))), "a link to a file elsewhere"),
+        (lambda path: onnx.save(outside(path), path), "onnxruntime can't use it.* escapes model directory"),
+        (lambda path: onnx.save(of_floats(), path), "takes or gives other than MLmodel says"),
+    ],
+    ids=["damaged", "missing", "link", "weights elsewhere", "another model"],
+)
+def test_a_model_that_is_not_what_the_package_says_is_not_served(
+    fault: Callable[[Path], object], said: str, packed: Package, tmp_path: Path
+) -> None:
+    shutil.copytree(packed.folder, tmp_path / "model")
+    fault(tmp_path / "model" / "model.onnx")
+    with pytest.raises(DataError, match=said) as caught:
+        serve.check(tmp_path / "model")
+    assert len(caught.value.lines) == 1
+
+
+def outside(path: Path) -> onnx.ModelProto:
+    """The model with its largest weights in a file beside its folder."""
+    model = onnx.load(path)
+    weights = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    path.parent.with_name("secret").write_bytes(weights.raw_data)
+    onnx.external_data_helper.set_external_data(weights, "../secret")
+    weights.ClearField("raw_data")
+    return model
+
+
+def of_floats() -> onnx.ModelProto:
+    images, same = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 8, 8, 3])
+        for name in ("images", "probabilities")
+    )
+    node = onnx.helper.make_node("Identity", ["images"], ["probabilities"])
+    graph = onnx.helper.make_graph([node], "same", [images], [same])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
 
 
 @pytest.mark.parametrize("content", [None, "", "flavors: 3", "\0", "flavors: {python_function: {}}"])
