@@ -16,11 +16,12 @@ from optuna.trial import TrialState
 
 from pipeline.data.prepare import TrainingData
 from pipeline.recipe import Recipe
-from pipeline.search.replay import rule, simulate
+from pipeline.search.replay import WHOLE, rule, simulate
 from pipeline.search.storage import num_finished
 from pipeline.search.study import Search
 from pipeline.speed import measure, measure_overhead, trial_seconds
 from pipeline.tracking.runs import NullTracker, Run
+from pipeline.tracking.sqlite import checkpoint
 
 CONTROL_S = 1.5  # of measuring the base recipe; on slow networks two short epochs take longer
 OTHERS = 3  # random recipes, while all the measuring takes less than SHARE of the forecast
@@ -129,7 +130,9 @@ def actual(study: optuna.Study, before: int, seconds: float, disk_mib: float) ->
 
 
 def size_mib(folder: Path) -> float:
-    """Of all files in a folder."""
+    """Of all files in a folder; what waits in a write-ahead log is put into its database first."""
+    for database in folder.glob("*.db"):
+        checkpoint(database)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
 
 
@@ -160,7 +163,7 @@ def _pruning(search: Search, done: int) -> tuple[float, float]:
     for _ in range(studies):
         curves = np.repeat(random.rand(trials, 1), epochs, axis=1).tolist()
         for sign, part in ((1, curves), (-1, curves[:first])):  # with one worker the first don't know those behind them
-            trained, ended = simulate(part, rule(search.pruner(), ""), workers=1)
+            trained, ended = simulate(part, rule(search.pruner(), ""), workers=1, whole=WHOLE)
             used, completed = used + sign * trained, completed + sign * len(ended)
     left = studies * (trials - first)
     return used / (left * epochs), 1 - completed / left

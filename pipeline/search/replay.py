@@ -1,7 +1,8 @@
 """Ways of pruning replayed on whole learning curves: what each would have cost, and what it would have found.
 
-Every epoch costs 1 and the workers take the next recipe as soon as they are free, in lockstep. Optuna's pruners are
-replayed by the same rules on plain lists, a few hundred times faster; the tests hold the two to the same verdicts.
+Every epoch costs 1 and the workers take the next recipe as soon as they are free, in lockstep; as in a study, the first
+WHOLE recipes are not pruned. Optuna's pruners are replayed by the same rules on plain lists, a few hundred times faster;
+the tests hold the two to the same verdicts.
 """
 
 from bisect import insort
@@ -34,6 +35,7 @@ STRATEGIES: Mapping[str, Callable[[int, int], BasePruner]] = {
     "halving by 3 from 1/9": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 9), 3),
     "Hyperband by 3 from 1/9": lambda trials, epochs: HyperbandPruner(max(1, epochs // 9), epochs, 3),
 }
+WHOLE = 3  # trials, the control the first, that a study never prunes: even a short one has something to compare
 WORKERS = (1, 2, 4)
 JUDGES = ("plain", "averaged")
 ORDERS_EACH = 10  # of a resample
@@ -153,14 +155,16 @@ def rule(pruner: BasePruner, name: str) -> AnyRule:
     return Never()
 
 
-def simulate(curves: Sequence[Sequence[float]], rule: Rule, workers: int) -> tuple[int, list[int]]:
+def simulate(curves: Sequence[Sequence[float]], rule: Rule, workers: int, whole: int = 0) -> tuple[int, list[int]]:
     """A study of these recipes in this order, one curve of scores each; NaN where it diverged.
 
-    Returns the epochs that were trained, the one in which a recipe diverged included, and who came to the last one.
+    The first `whole` are judged, and go on all the same. Returns the epochs that were trained, the one in which a recipe
+    diverged included, and who came to the last one.
     """
     waiting = iter(range(workers, len(curves)))
     running = deque((trial, 1) for trial in range(min(workers, len(curves))))  # and the epoch that comes next
     used, completed = 0, []
+    spared: set[int] = set()  # from the pruner, to which they ended
     while running:
         trial, epoch = running.popleft()
         used += 1
@@ -169,9 +173,13 @@ def simulate(curves: Sequence[Sequence[float]], rule: Rule, workers: int) -> tup
             if epoch == len(curves[trial]):
                 rule.complete(trial)
                 completed.append(trial)
-            elif not rule.prune(trial, epoch, score):
-                running.append((trial, epoch + 1))
-                continue
+            else:
+                goes_on = trial in spared or not rule.prune(trial, epoch, score)
+                if not goes_on and trial < whole:
+                    spared.add(trial)
+                if goes_on or trial in spared:
+                    running.append((trial, epoch + 1))
+                    continue
         if (new := next(waiting, None)) is not None:
             running.append((new, 1))
     return used, completed
@@ -253,7 +261,7 @@ def _mean_outcome(
     shares, regrets = [], []
     for number, order in enumerate(orders):
         ordered = [rows[i] for i in order]
-        used, completed = simulate(ordered, rule(make(*curves.shape), f"order {number}"), workers)
+        used, completed = simulate(ordered, rule(make(*curves.shape), f"order {number}"), workers, WHOLE)
         shares.append(used / np.minimum(1 + (~np.isnan(curves[order])).sum(1), curves.shape[1]).sum())
         regrets.append(finals[order].max() - finals[order[completed]].max(initial=0.0))
     return float(np.mean(shares)), float(np.mean(regrets))

@@ -107,7 +107,7 @@ class Search:
         a trial goes on whose score is among the best third of those that came so far.
 
         Replayed on whole learning curves it finds what no pruning finds, for the least epochs (studies/README.md). Not
-        sooner: learning curves cross while the rate is high.
+        sooner: learning curves cross while the rate is high. The first WHOLE trials are judged, but go on all the same.
         """
         return SuccessiveHalvingPruner(min_resource=math.ceil(self.most_epochs / 6), reduction_factor=3)
 

@@ -12,6 +12,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.experiment import Interrupted, Outcome, Prune
 from pipeline.guard import this_worker
 from pipeline.recipe import Recipe
+from pipeline.search.replay import WHOLE
 from pipeline.search.storage import ask_again
 from pipeline.search.study import Search
 from pipeline.tracking.runs import MlflowTracker, State
@@ -83,11 +84,16 @@ class Objective:
         trial.set_user_attr("recipe_digest", recipe.digest())
         self.observer.trial_started(trial.number, recipe, trial.params)
 
+        is_judged = True
+
         def on_epoch(report: EpochReport) -> None:
+            nonlocal is_judged
             self.observer.epoch(trial.number, report)
             trial.report(report.metrics[self.search.study.objective], self.search.step(report.epoch, recipe))
-            if report.epoch < recipe.training.epochs and trial.should_prune():
-                raise Prune(f"not among the best third after epoch {report.epoch}")
+            if is_judged and report.epoch < recipe.training.epochs and trial.should_prune():
+                if trial.number >= WHOLE:
+                    raise Prune(f"not among the best third after epoch {report.epoch}")
+                is_judged = False  # to the pruner it ended here, which is what others are compared with
             if self.stop_requested():
                 raise Interrupted
 

@@ -1,5 +1,8 @@
 """How this process uses SQLite databases, MLflow's and Optuna's alike."""
 
+import contextlib
+import sqlite3
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, event, text
@@ -13,6 +16,12 @@ def use_write_ahead_log(engine: Engine) -> None:
     if engine.dialect.name == "sqlite":
         with engine.connect() as connection:
             connection.execute(text("PRAGMA journal_mode=WAL"))
+
+
+def checkpoint(path: Path) -> None:
+    """Put what waits in a database's write-ahead log into the database, as far as nobody reads it there now."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 @event.listens_for(Engine, "connect")

@@ -8,10 +8,10 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.pruners import BasePruner
+from optuna.pruners import BasePruner, SuccessiveHalvingPruner
 from optuna.trial import TrialState
 
-from pipeline.search.replay import STRATEGIES, Estimate, Never, Replayed, quantile, replay_all, rule, simulate
+from pipeline.search.replay import STRATEGIES, Estimate, Never, Replayed, Rule, quantile, replay_all, rule, simulate
 
 Make = Callable[[int, int], BasePruner]
 
@@ -142,3 +142,14 @@ def test_one_that_diverges_after_the_first_decision_ranks_last() -> None:
 def test_recipes_that_all_diverge_complete_nothing() -> None:
     line = found(np.full((4, 3), math.nan))["plain", "median from 1/3", 2]
     assert (line.epochs_used.value, line.regret.value, line.rank_correlation.value) == (1, 0, 0)
+
+
+def test_the_first_trials_go_on_whole_and_judge_the_others_as_if_they_had_ended() -> None:
+    """Halving by 3 from epoch 1: the second, worse than the first, is spared; the third has to beat the first."""
+    curves = [[0.5, 0.5, 0.5, 0.5], [0.4, 0.9, 0.9, 0.9], [0.45, 0.9, 0.9, 0.9], [0.6, 0.6, 0.6, 0.6]]
+
+    def halving() -> Rule:
+        return rule(SuccessiveHalvingPruner(1, 3), "")
+
+    assert simulate(curves, halving(), 1) == (4 + 1 + 1 + 4, [0, 3])
+    assert simulate(curves, halving(), 1, whole=2) == (4 + 4 + 1 + 4, [0, 1, 3])

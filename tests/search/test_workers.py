@@ -142,11 +142,12 @@ def test_a_poor_trial_is_pruned_on_its_averaged_score_and_ends_killed(lab: Lab) 
 
     base = {"training.epochs": 3}
     study = lab.run(1, any_rate, base=base)
-    for rate in (0.15, 1e-7, 1e-7):  # what the search would hardly choose by itself
+    for rate in (1e-7, 1e-7, 0.15, 1e-7):  # what the search would hardly choose by itself
         study.enqueue_trial({"optimizer.lr": rate})
-    lab.run(4, any_rate, base=base)
+    lab.run(5, any_rate, base=base)
     pruned = [trial for trial in lab.study().trials if trial.state == TrialState.PRUNED]
-    assert pruned
+    assert 4 in {trial.number for trial in pruned}
+    assert not {0, 1, 2} & {trial.number for trial in pruned}, "the first three are whole, however poor"
     for trial in pruned:
         run = lab.mlflow_runs()[trial.number]
         assert run.info.status == "KILLED"

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import mlflow.store.tracking.sqlalchemy_store
+import optuna
 from sqlalchemy import create_engine, text
 
 from pipeline.search.storage import open_storage
 from pipeline.tracking.runs import MlflowTracker
+from pipeline.tracking.sqlite import checkpoint
 
 NORMAL = 1
 
@@ -42,3 +44,13 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL
     with create_engine(f"sqlite:///{tmp_path / 'optuna.db'}").connect() as connection:
         assert connection.execute(text("SELECT value_json FROM study_user_attributes")).scalars().all() == ["true"]
+
+
+def test_a_checkpoint_empties_the_log_into_the_database(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    optuna.create_study(storage=storage, study_name="s")
+    log = tmp_path / "optuna.db-wal"
+    assert log.stat().st_size > 0
+    checkpoint(tmp_path / "optuna.db")
+    assert log.stat().st_size == 0
+    assert optuna.get_all_study_names(storage) == ["s"]
