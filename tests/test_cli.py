@@ -62,6 +62,8 @@ def test_a_study_on_digits_from_nothing_to_links_and_on(tmp_path: Path) -> None:
     assert "attention-v1-digits: best 2 of 2 trials, validation split" in first.stdout
     for link in ("make ui", "#/experiments/1/runs?workflowType=machine_learning&orderByKey=", "#/compare-runs?runs="):
         assert link in first.stdout
+    for command in ("compare", "finals", "promote"):
+        assert f"  make {command} NAME=attention-v1-digits\n" in first.stdout, "what comes next"
     assert "Traceback" not in first.stderr
 
     runs = tmp_path / "mlruns"

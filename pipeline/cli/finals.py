@@ -24,10 +24,10 @@ def finals(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Train a study's best recipes and its control again with fresh seeds, and choose the winner. It can be gone on with."""
-    from pipeline.console import TrainingsView, duration, print_finals
+    from pipeline.console import TrainingsView, duration, print_finals, print_links
     from pipeline.experiment import Interrupted
     from pipeline.registry import finals as the_finals
-    from pipeline.tracking.runs import MlflowTracker
+    from pipeline.tracking.runs import MlflowTracker, public_uri
     from pipeline.tracking.studies import find_study
 
     where = find_device(device)
@@ -57,8 +57,12 @@ def finals(
     if decision["winner"] is None:
         say(console, "no winner: every recipe diverged with some seed")
         raise typer.Exit(1)
-    elsewhere = f" TRACKING_URI={tracking_uri}" if tracking_uri else ""
-    say(console, f"Next: make promote NAME={study.name}{elsewhere}")
+    these = f"NAME={study.name}" + (f" TRACKING_URI={public_uri(tracking_uri)}" if tracking_uri else "")
+    print_links(
+        console,
+        "Next:",
+        [("judge the winner on the test split", f"make promote {these}"), ("see it all", f"make compare {these}")],
+    )
 
 
 def reproduce(

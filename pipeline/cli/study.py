@@ -101,7 +101,13 @@ def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "
     print_best_trials(console, done, search)
     links = next(links_of(tracker, study, UI_PORT) for study in tracker.studies() if study.name == done.study_name)
     elsewhere = "" if tracker.uri.endswith(str(HOME.resolve() / "mlflow.db")) else " TRACKING_URI=..."
-    commands = [] if tracker.is_remote else [("open the UI", f"make ui{elsewhere}")]
+    these = f"NAME={done.study_name}{elsewhere}"
+    commands = [
+        ("compare the trials", f"make compare {these}"),
+        ("try the best with more seeds", f"make finals {these}"),
+        ("make the winner champion", f"make promote {these}"),
+    ]
+    commands += [] if tracker.is_remote else [("open the UI", f"make ui{elsewhere}")]
     print_links(console, "Next:", commands + [(f"see the {what}", link) for what, link in links.items()])
 
 

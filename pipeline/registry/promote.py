@@ -208,6 +208,7 @@ def promote(
     if champion and champion.run == run_id:
         observer.said(f"run {run_id} is champion already, {registry.model} {_named(champion.version)}: nothing to do")
         return champion
+    _check_that_it_is_no_reproduction(registry.tracker, run_id)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench = Bench(registry.tracker, registry.ledger, registry.model, rules, data_dir, folder, observer)
@@ -236,6 +237,16 @@ def _pack(bench: Bench, challenger: Judged, verdict: Event, folder: Path) -> Non
     """The package of a model that passed, with the ONNX file that was judged."""
     onnx_file = bench.as_judged(challenger, verdict)
     package(bench.tracker, challenger.run, challenger.folder, folder, evidence(verdict), onnx_file)
+
+
+def _check_that_it_is_no_reproduction(tracker: MlflowTracker, run_id: str) -> None:
+    """Its bits are another run's: under a second name the test split would judge one model twice."""
+    try:
+        first = tracker.client.get_run(run_id).data.tags.get("reproduces")
+    except MlflowException:
+        return  # find_model says so
+    if first:
+        raise UserError(f"RUN {run_id}: a reproduction, which is no candidate; make promote RUN={first} judges the run")
 
 
 def _way_out(verdict: Event) -> list[str]:

@@ -25,7 +25,7 @@ from pipeline.registry import export, judging
 from pipeline.registry import promote as module
 from pipeline.registry import test_split as opener
 from pipeline.registry.gate import Rules, Verdict
-from pipeline.registry.judging import LOOKS
+from pipeline.registry.judging import LOOKS, control_of
 from pipeline.registry.ledger import LOOK, PASSED, PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Ledger
 from pipeline.registry.package import package
 from pipeline.registry.promote import Registry, alone, promote, roll_back, settle
@@ -208,6 +208,45 @@ def test_a_model_that_exports_otherwise_than_when_it_was_judged_is_not_registere
     verdict = registry.ledger.record(PASSED, registry.model, store.best, split=split, details=details)
     with pytest.raises(Refused, match="exported now, its ONNX model isn't the one that was judged"):
         bench.as_judged(challenger, verdict)
+
+
+def test_the_first_champion_meets_a_control_that_was_chosen_as_it_was(
+    tmp_path: Path, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    """A trial meets the control's trial; the best of several seeds, in finals, the best of the control's seeds."""
+    tracker = MlflowTracker(tmp_path / "mlruns")
+    parent = tracker.open_study("fair-v1-digits", "?", "val/accuracy", [])
+
+    def made(name: str, score: float, epochs: int = 2, **tags: str) -> str:
+        tags |= {"study": "fair-v1-digits"}
+        recipe = small_recipe.changed({"training.epochs": epochs})
+        with tracker.run(name, recipe, digits, parent.id, tags) as run:
+            run.log_metrics({"val/accuracy": score}, 1)
+            run.end(State.FINISHED)
+        return run.id
+
+    control = made("trial 0 (control)", 0.5, role="trial", trial="0")
+    trial = made("trial 1", 0.9, 1, role="trial", trial="1")
+    alone = made("final of trial 1, seed 1", 0.9, 1, role="final", trial="1", trial_run=trial)
+    assert control_of(tracker, trial) == control and control_of(tracker, control) is None
+    assert control_of(tracker, alone) == control, "where the control has no finals"
+    lucky = [made(f"seed {n}", score, role="final", trial="0", trial_run=control) for n, score in enumerate((0.6, 0.4))]
+    longer = made("seed 1", 0.8, 7, role="final", trial="0", trial_run=control)
+    rival = made("seed 1", 0.9, 7, role="final", trial="1", trial_run=trial)
+    assert control_of(tracker, alone) == lucky[0] and control_of(tracker, rival) == longer, "of finals as long"
+    assert control_of(tracker, trial) == control, "one seed against one"
+    assert [control_of(tracker, run) for run in (*lucky, longer)] == [None] * 3, "the control, whatever its seed"
+
+
+def test_a_reproduction_is_no_candidate(
+    store: Store, tmp_path: Path, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    registry = store.registry(tmp_path, "twice")
+    with registry.tracker.run("reproduction", small_recipe, digits, tags={"reproduces": store.good}) as run:
+        run.end(State.FINISHED)
+    with pytest.raises(UserError, match=rf"a reproduction, which is no candidate; make promote RUN={store.good}"):
+        promote(registry, run.id, RULES, DATA, View())
+    assert not registry.ledger.events()
 
 
 def test_predictions_that_were_tampered_with_are_not_used(store: Store, tmp_path: Path) -> None:
