@@ -343,7 +343,7 @@ def test_compare_shows_the_best_trials_and_writes_a_page(trained: Trained, tmp_p
 
 
 def test_compare_needs_trials(trained: Trained, tmp_path: Path) -> None:
-    shutil.copytree(trained.home, tmp_path / "mlruns")
+    trained.copy(tmp_path / "mlruns")
     MlflowTracker(tmp_path / "mlruns").open_study("bare-v1-digits", "?", "val/accuracy", []).end(State.FINISHED)
     bare = pipeline("compare", "tiny bare", cwd=tmp_path)
     assert bare.returncode == 2 and "error: bare-v1-digits: has no trials yet; make study runs some" in bare.stderr
@@ -543,7 +543,7 @@ def test_export_with_8_bits_says_what_is_wrong_with_the_data_before_it_writes(tr
 
 
 def test_a_champion_is_made_told_of_and_refuses_to_be_rolled_back(trained: Trained, tmp_path: Path) -> None:
-    shutil.copytree(trained.home, tmp_path / "mlruns")
+    trained.copy(tmp_path / "mlruns")
     done = pipeline("promote", "tiny", "--rule", "alpha=0.4", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     said = " ".join(done.stdout.split())

@@ -48,7 +48,7 @@ def store(
 ) -> Store:
     """Studies: `odd` with all that can occur, `sad` with failures only, `bare` without trials; classes have odd names."""
     home = tmp_path_factory.mktemp("store") / "mlruns"
-    shutil.copytree(trained.home, home)  # a database that is there already
+    trained.copy(home)  # a database that is there already
     tracker, named = MlflowTracker(home), replace(digits, classes=HOSTILE)
     parent = tracker.open_study("odd-v1-digits", f"Is it {ATTACK}?", "val/accuracy", ["optimizer.lr"])
     ids = []
@@ -121,7 +121,7 @@ def page_of(store: Store, *names: str, data_dir: Path = Path("nowhere")) -> str:
 def halved(trained: Trained, tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe) -> Store:
     """A study as successive halving leaves it: 6 of 24 finished, the others pruned after epoch 2 or 6; adam helps."""
     home = tmp_path_factory.mktemp("halved") / "mlruns"
-    shutil.copytree(trained.home, home)
+    trained.copy(home)
     tracker, dice = MlflowTracker(home), np.random.default_rng(0)
     parent = tracker.open_study("halved-v1-digits", "?", "val/accuracy", ["optimizer.lr"])
     experiment_id = tracker.client.get_run(parent.id).info.experiment_id
