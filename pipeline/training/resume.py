@@ -1,7 +1,8 @@
 """A training's state on disk, from which another process goes on to the same weights: on a CPU, bit for bit.
 
 A state is a folder `epoch-<n>` of `checkpoints.save_folder`'s with one safetensors file: the network, its average and the
-optimizer, in their own types. The random state needs none: data order, augmentation and dropout come from (seed, epoch).
+optimizer, in their own types. What follows from seed, epoch and step is not kept: data order, augmentation, dropout, rates,
+which parameters are frozen.
 """
 
 import time
@@ -57,7 +58,6 @@ class _Facts(BaseModel):
     history: list[dict[str, float]]  # an epoch's metrics
     seconds: float
     updates: int  # of the average
-    rates: list[float]  # of the optimizer's groups
     torch: str
     threads: int
 
@@ -93,7 +93,7 @@ class Resume:
             try:
                 facts, tensors = _read(state)
                 self._refuse_another(state, facts)
-                _check(facts, tensors, parts)
+                _check(tensors, parts)
             except _Unusable as fault:
                 damaged = True
                 self.notes.append(f"the state of {state.name} is not used: {fault}")
@@ -118,7 +118,6 @@ class Resume:
             history=history,
             seconds=seconds,
             updates=parts.average.state_dict()["updates"] if parts.average else 0,
-            rates=[float(group["lr"]) for group in parts.optimizer.param_groups],
             torch=torch.__version__,
             threads=torch.get_num_threads(),
         )
@@ -164,7 +163,7 @@ def _read(state: Path) -> tuple[_Facts, dict[str, Tensor]]:
         raise _Unusable(str(error).partition("\n")[0]) from None
 
 
-def _check(facts: _Facts, tensors: dict[str, Tensor], parts: Parts) -> None:
+def _check(tensors: dict[str, Tensor], parts: Parts) -> None:
     """Before anything is changed: does all of it fit?"""
     expected = parts.tensors()
     parameters = {f"optimizer.{number}": parameter for number, parameter in enumerate(parts.parameters())}
@@ -175,8 +174,6 @@ def _check(facts: _Facts, tensors: dict[str, Tensor], parts: Parts) -> None:
             continue
         if there != here:
             raise _Unusable(f"its {name} does not fit the network of this code")
-    if len(facts.rates) != len(parts.optimizer.param_groups):
-        raise _Unusable("it has other groups of parameters than the optimizer of this code")
 
 
 def _fill(parts: Parts, tensors: dict[str, Tensor], facts: _Facts) -> None:
@@ -191,11 +188,6 @@ def _fill(parts: Parts, tensors: dict[str, Tensor], facts: _Facts) -> None:
             # In the parameter's memory format: fused optimizers walk through both side by side.
             place = torch.empty_like(parameter if value.ndim else value, dtype=value.dtype, device=parameter.device)
             parts.optimizer.state[parameter][name] = place.copy_(value)
-    for group, rate in zip(parts.optimizer.param_groups, facts.rates, strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
