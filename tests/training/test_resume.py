@@ -271,6 +271,7 @@ def test_tensors_that_do_not_fit_are_not_used_though_their_digest_is_right(
             train(recipe, few, CPU, on_step=_stop, resume=keep)
         assert keep.notes[0].endswith("does not fit the network of this code"), name
         assert keep.notes[1:] == ["goes on after epoch 2 of 5"]
+        assert states(folder) == ["epoch-000002"], "it is said once"
     for odd in ({"epoch": 3}, facts | {"new": 1}, facts | {"seconds": "3"}, []):
         folder = tmp_path / "odd"
         shutil.rmtree(folder, ignore_errors=True)
