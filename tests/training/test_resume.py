@@ -366,3 +366,32 @@ def test_other_threads_than_then_are_said(kept: Path, recipe: Recipe, few: Train
     assert len(keep.notes) == 1
     assert "threads = 7" in keep.notes[0]
     assert keep.notes[0].endswith("the last bits may differ")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("execution", ["eager", "graphed"])
+def test_a_stopped_training_goes_on_on_a_gpu(
+    execution: str, recipe: Recipe, small_recipe: Recipe, tmp_path: Path
+) -> None:
+    from pipeline.data.datasets import load
+    from pipeline.data.prepare import prepare
+
+    gpu = torch.device("cuda")
+    data = prepare(load("digits", 8, tmp_path), small_recipe.data, gpu)
+    recipe = recipe.changed({"training.deterministic": True, "training.execution": execution, "optimizer.name": "adam"})
+    recipe = recipe.changed(ADAPTIVE)
+    whole = train(recipe, data, gpu)
+    with pytest.raises(Stop):
+        train(recipe, data, gpu, _stop_in_the_third, resume=Resume(tmp_path / "key", every_s=0))
+    keep = Resume(tmp_path / "key", every_s=0)
+    result = train(recipe, data, gpu, resume=keep)
+    assert keep.notes == ["goes on after epoch 2 of 5"]
+    if execution == "eager":
+        assert_the_same(result, whole)
+    else:  # a capture may choose other kernels than the steps of its warm-up
+        torch.testing.assert_close(result.validation_logits, whole.validation_logits, rtol=0.05, atol=0.05)
+
+
+def _stop_in_the_third(report: EpochReport) -> None:
+    if report.epoch == 3:
+        raise Stop
