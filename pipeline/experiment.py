@@ -56,16 +56,19 @@ def run(
     on_start: Callable[[str], None] = lambda run_id: None,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
+    fence: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Train, score and track one recipe.
 
     A diverged or too large one ends FAILED, one that `on_epoch` prunes PRUNED, an interrupted one INTERRUPTED.
-    Any other exception is a bug, or a tracker that broke: its run ends FAILED, and it is raised.
+    Any other exception is a bug, or a tracker that broke: its run ends FAILED, and it is raised. `fence` is called before
+    anything is logged, and raises Lost where the run belongs to another process by now: it is left as it is.
     """
     started = time.perf_counter()
     seen: list[EpochReport] = []
 
-    with tracker.run(name, recipe, data, parent, {"device": str(device), **(tags or {})}) as tracked:
+    with tracker.run(name, recipe, data, parent, {"device": str(device), **(tags or {})}) as opened:
+        tracked = _Fenced(opened, fence)
 
         def record(report: EpochReport) -> None:
             seen.append(report)
@@ -93,6 +96,28 @@ def run(
         torch.cuda.empty_cache()
     last = seen[-1].metrics if seen else {}
     return Outcome(state, tracked.id, reason, last | final, len(seen), time.perf_counter() - started)
+
+
+class _Fenced:
+    """A run that asks, before each thing that it logs, whether it still may."""
+
+    def __init__(self, run: Run, fence: Callable[[], None]):
+        self.id, self._run, self._fence = run.id, run, fence
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """See Run."""
+        self._fence()
+        self._run.log_metrics(metrics, step)
+
+    def log_files(self, folder: Path) -> None:
+        """See Run."""
+        self._fence()
+        self._run.log_files(folder)
+
+    def end(self, state: State, reason: str = "") -> None:
+        """See Run."""
+        self._fence()
+        self._run.end(state, reason)
 
 
 def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) -> dict[str, float]:
