@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import optuna
@@ -20,23 +21,37 @@ from pipeline.search.curves import Curve
 from pipeline.search.replay import Estimate, Replayed
 from pipeline.search.storage import num_finished
 from pipeline.search.study import Search, best_trials
+from pipeline.search.trial import Progress
 from pipeline.training.loop import EpochReport
 
 _PLAIN_EVERY_S = 30.0  # a line, where nothing can be redrawn
 _BAR_WIDTH = 20
 
 
+@dataclass
+class _RunningTrial:
+    """What is shown of a trial under way."""
+
+    what: str  # what it changes in the control
+    epochs: int
+    bar: ProgressBar
+    step: str = "preparing"
+    scores: str = ""
+    last: str = ""  # its newest scores in a few words
+    said: float = field(default_factory=time.monotonic)
+
+
 class StudyView:
-    """An Observer that shows the study and the current trial."""
+    """An Observer that shows the study and the trials under way."""
 
     def __init__(self, console: Console, search: Search):
         self._console = console
         self._search = search
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._study_bar = ProgressBar(total=search.trials, width=_BAR_WIDTH)
-        self._trial_bar = ProgressBar(total=search.base.training.epochs, width=_BAR_WIDTH)
-        self._study = self._trial = self._step = self._scores = ""
-        self._started = self._epoch_started = self._said = time.monotonic()
+        self._study = ""
+        self._trials: dict[int, _RunningTrial] = {}
+        self._started = time.monotonic()
         self._finished_before: int | None = None
 
     def __enter__(self) -> Self:
@@ -69,34 +84,33 @@ class StudyView:
 
     def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:
         """See Observer."""
-        self._epochs, self._batch_size, self._epoch = recipe.training.epochs, recipe.training.batch_size, 1
-        self._trial = f"trial {number}: {changes_text(params, self._search)}"
-        self._step, self._scores = "preparing", ""
-        self._trial_bar.update(0, self._epochs)
-        self._epoch_started = time.monotonic()
-        self._show(self._trial)
+        epochs = recipe.training.epochs
+        what = changes_text(params, self._search)
+        self._trials[number] = _RunningTrial(what, epochs, ProgressBar(total=epochs, width=_BAR_WIDTH))
+        self._show(f"trial {number}: {what}")
 
-    def step(self, step: int, steps: int) -> None:
+    def step(self, number: int, progress: Progress) -> None:
         """See Observer."""
-        now = time.monotonic()
-        if not self._live and now - self._said < _PLAIN_EVERY_S:
+        trial, now = self._trials[number], time.monotonic()
+        if not self._live and now - trial.said < _PLAIN_EVERY_S:
             return
-        rate = step * self._batch_size / max(now - self._epoch_started, 1e-9)
-        self._step = f"epoch {self._epoch}/{self._epochs}, step {step}/{steps}, {rate:.0f} images/s"
-        self._trial_bar.update(self._epoch - 1 + step / steps)
-        self._show(f"  {self._step}")
+        trial.said = now
+        done = f"step {progress.step}/{progress.steps}, {progress.images_per_s:.0f} images/s"
+        trial.step = f"epoch {progress.epoch}/{trial.epochs}, {done}"
+        trial.bar.update(progress.epoch - 1 + progress.step / progress.steps)
+        self._show(f"  trial {number}, {trial.step}")
 
     def epoch(self, number: int, report: EpochReport) -> None:
         """See Observer."""
-        m = report.metrics
-        self._scores = (
-            f"epoch {report.epoch}/{self._epochs}: {m['throughput/images_per_s']:.0f} images/s, "
+        trial, m = self._trials[number], report.metrics
+        trial.scores = (
+            f"epoch {report.epoch}/{trial.epochs}: {m['throughput/images_per_s']:.0f} images/s, "
             f"loss {m['train/loss']:.3f} train {m['val/loss']:.3f} val, "
             f"accuracy {m['val/accuracy']:.4f}, macro-F1 {m['val/f1_macro']:.4f}"
         )
-        self._epoch = report.epoch + 1
-        self._epoch_started = time.monotonic()
-        self._show(f"  {self._scores}")
+        trial.last = f"accuracy {m['val/accuracy']:.4f}"
+        trial.said = time.monotonic()
+        self._show(f"  trial {number}, {trial.scores}")
 
     def trial_ended(self, number: int, outcome: Outcome) -> None:
         """See Observer."""
@@ -104,7 +118,7 @@ class StudyView:
         reason = f" ({outcome.reason})" if outcome.reason else ""
         scored = f", {self._search.study.objective} {score:.4f}" if score is not None else ""
         line = f"trial {number} {outcome.state}{reason}{scored}, {outcome.epochs} epochs in {duration(outcome.seconds)}"
-        self._trial = self._step = self._scores = ""
+        self._trials.pop(number, None)
         for said in (line, *(f"  {note}" for note in outcome.notes)):
             self._console.print(said, markup=False, highlight=False, soft_wrap=True)
 
@@ -122,8 +136,15 @@ class StudyView:
             return
         grid = Table.grid(padding=(0, 1))
         grid.add_row(self._study_bar, Text(self._study))
-        if self._trial:
-            grid.add_row(self._trial_bar, Text("\n".join(filter(None, (self._step, self._scores, self._trial)))))
+        for number, trial in sorted(self._trials.items()):
+            what = f"trial {number}: {trial.what}"
+            if len(self._trials) == 1:
+                grid.add_row(trial.bar, Text("\n".join(filter(None, (trial.step, trial.scores, what)))))
+            else:
+                line = ", ".join(filter(None, (trial.step, trial.last)))
+                grid.add_row(
+                    trial.bar, Text(f"trial {number}: {line}; {trial.what}", no_wrap=True, overflow="ellipsis")
+                )
         self._live.update(grid)
 
 

@@ -59,6 +59,7 @@ def run(
     on_start: Callable[[str], None] = lambda run_id: None,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
+    fence: Callable[[], None] = lambda: None,
     resume: Path | None = None,
 ) -> Outcome:
     """Train, score and track one recipe.
@@ -66,13 +67,15 @@ def run(
     The training's state is kept in the folder `resume`, and gone on from where there is one; the outcome counts the epochs
     and seconds before. The folder goes when the run ends, but stays for one that was interrupted or met a bug.
     A diverged or too large one ends FAILED, one that `on_epoch` prunes PRUNED, an interrupted one INTERRUPTED.
-    Any other exception is a bug, or a tracker that broke: its run ends FAILED, and it is raised.
+    Any other exception is a bug, or a tracker that broke: its run ends FAILED, and it is raised. `fence` is called before
+    anything is logged, and raises Lost where the run belongs to another process by now: it is left as it is.
     """
     started = time.perf_counter()
     seen: list[EpochReport] = []
     kept = Resume(resume) if resume else None
 
-    with tracker.run(name, recipe, data, parent, {"device": str(device), **(tags or {})}) as tracked:
+    with tracker.run(name, recipe, data, parent, {"device": str(device), **(tags or {})}) as opened:
+        tracked = _Fenced(opened, fence)
 
         def record(report: EpochReport) -> None:
             seen.append(report)
@@ -104,6 +107,28 @@ def run(
     seconds = time.perf_counter() - started + (kept.seconds if kept else 0)
     last = history[-1] if history else {}
     return Outcome(state, tracked.id, reason, last | final, len(history), seconds, tuple(kept.notes) if kept else ())
+
+
+class _Fenced:
+    """A run that asks, before each thing that it logs, whether it still may."""
+
+    def __init__(self, run: Run, fence: Callable[[], None]):
+        self.id, self._run, self._fence = run.id, run, fence
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """See Run."""
+        self._fence()
+        self._run.log_metrics(metrics, step)
+
+    def log_files(self, folder: Path) -> None:
+        """See Run."""
+        self._fence()
+        self._run.log_files(folder)
+
+    def end(self, state: State, reason: str = "") -> None:
+        """See Run."""
+        self._fence()
+        self._run.end(state, reason)
 
 
 def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) -> dict[str, float]:

@@ -24,6 +24,7 @@ class StopOnSignal:
 
     def __init__(self) -> None:
         self.requested = False
+        self.number: int | None = None  # of the first signal
 
     def __enter__(self) -> Self:
         self._before: dict[int, Any] = {}
@@ -40,7 +41,7 @@ class StopOnSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.number = True, number
 
 
 @contextlib.contextmanager
@@ -70,3 +71,10 @@ def is_gone(worker: Mapping[str, Any]) -> bool:
         return abs(psutil.Process(worker["pid"]).create_time() - worker["started"]) > 1
     except psutil.NoSuchProcess:
         return True
+
+
+def end_process(worker: Mapping[str, Any]) -> None:
+    """Kill a worker that is on this machine; nothing where it is gone, or on another."""
+    if worker["host"] == socket.gethostname() and not is_gone(worker):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(worker["pid"], signal.SIGKILL)

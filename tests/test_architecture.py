@@ -32,6 +32,7 @@ KEEPERS = {
     "ray": ("pipeline/search/workers.py",),
     "plotly": ("pipeline/report/",),
     "matplotlib": ("pipeline/evaluation/figures.py",),
+    "cloudpickle": ("pipeline/search/",),  # a search's space on its way to a worker; see `worker.packed`
     "typer": ("pipeline/cli/",),
 }
 

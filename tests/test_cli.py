@@ -297,7 +297,8 @@ def test_the_public_surface_is_frozen() -> None:
         "finals": ["--data-dir", "--device", "--epochs", "--seeds", "--top", "--tracking-uri", "name"],
         "bench-gpu": ["--airbench", "--data-dir", "--only", "--output", "--peer"],
         "plan": [
-            *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--trials", "--version", "name"),
+            *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--trials", "--version"),
+            *("--workers", "name"),
         ],
         "compare": ["--data-dir", "--output", "--tracking-uri", "names"],
         "curves": [
@@ -315,8 +316,8 @@ def test_the_public_surface_is_frozen() -> None:
         "replay": ["--json", "--orders", "--seed", "file"],
         "serve": ["--port", "--tracking-uri", "model"],
         "study": [
-            *("--data-dir", "--dataset", "--device", "--epochs", "--patience", "--seed", "--set"),
-            *("--storage", "--timeout", "--tracking-uri", "--trials", "--version", "name"),
+            *("--data-dir", "--dataset", "--device", "--epochs", "--hang", "--patience", "--seed", "--set"),
+            *("--storage", "--timeout", "--tracking-uri", "--trials", "--version", "--workers", "name"),
         ],
         "ui": ["--port", "--tracking-uri", "name"],
     }

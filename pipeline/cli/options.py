@@ -37,6 +37,9 @@ TrackingOption = Annotated[
 ]
 
 
+WorkersOption = Annotated[str | None, typer.Option(metavar="N", help="Trials at once on this machine, each a process.")]
+
+
 class StudyOptions(BaseModel):
     """The options of `study`, as typed; checked together, so that all faults are told at once."""
 
@@ -48,9 +51,11 @@ class StudyOptions(BaseModel):
     patience: int | None = Field(None, ge=1, le=1_000_000)
     seed: int | None = Field(None, ge=0, le=2**32 - 1)
     version: int | None = Field(None, ge=1, le=1_000_000)
+    workers: int = Field(1, ge=1, le=1_000)
+    hang: float | None = Field(None, gt=0)
     device: str = "auto"
 
-    @field_validator("timeout", mode="before")
+    @field_validator("timeout", "hang", mode="before")
     @classmethod
     def _duration(cls, value: str | None) -> object:
         """Seconds, or a number with s, m, h or d behind it."""

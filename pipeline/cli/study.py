@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from pipeline.cli.common import HOME, INTERRUPTED, UI_PORT, find_device, load_data, make_console
+from pipeline.cli.common import HOME, INTERRUPTED, UI_PORT, expand, find_device, load_data, make_console
 from pipeline.cli.look import links_of
 from pipeline.cli.options import (
     ChangeOption,
@@ -15,9 +15,11 @@ from pipeline.cli.options import (
     DeviceOption,
     EpochsOption,
     SeedOption,
+    StudyOptions,
     TrackingOption,
     TrialsOption,
     VersionOption,
+    WorkersOption,
     database_faults,
     resolve,
 )
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import optuna
 
     from pipeline.search.study import Search
+    from pipeline.search.supervisor import Crew
     from pipeline.tracking.runs import MlflowTracker
 
 
@@ -49,20 +52,26 @@ def study(
     ] = None,
     tracking_uri: TrackingOption = None,
     change: ChangeOption = None,
+    workers: WorkersOption = None,
+    hang: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="A trial of several workers that makes no step for so long is ended: 15m."),
+    ] = None,
 ) -> None:
     """Run a study, or go on with it: search, train, track, and show the best trials."""
     typed = {"trials": trials, "epochs": epochs, "timeout": timeout, "patience": patience}
-    typed |= {"seed": seed, "version": version, "device": device}
+    typed |= {"seed": seed, "version": version, "device": device, "workers": workers, "hang": hang}
     faults = database_faults(storage, tracking_uri)
     search = resolve(name, typed, dataset, change or [], faults)
 
     from pipeline.console import StudyView
-    from pipeline.search import workers
     from pipeline.search.storage import num_finished, open_storage
     from pipeline.search.trial import StudyInterrupted
+    from pipeline.search.workers import run
     from pipeline.tracking.runs import MlflowTracker
 
     where = find_device(device)
+    crew = _crew(workers, hang, data_dir)
     data = load_data(search, data_dir, where)
     tracker = MlflowTracker(HOME, tracking_uri)
     console = make_console()
@@ -75,7 +84,8 @@ def study(
     )
     try:
         with StudyView(console, search) as view:
-            done = workers.run(search, data, where, view, open_storage(HOME, storage), tracker, HOME, plans=True)
+            store = open_storage(HOME, storage)
+            done = run(search, data, where, view, store, tracker, HOME, plans=True, crew=crew)
     except StudyInterrupted:
         console.print(f"interrupted; the same command goes on with {search.key(data)}", highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -86,6 +96,17 @@ def study(
             soft_wrap=True,
         )
     _finish(console, search, done, tracker)
+
+
+def _crew(workers: str | None, hang: str | None, data_dir: Path) -> "Crew | None":
+    """Whose processes train: None for this one alone, in which nobody could end a trial that hangs."""
+    from pipeline.search.supervisor import Crew
+    from pipeline.search.worker import Limits
+
+    options = StudyOptions.model_validate({k: v for k, v in {"workers": workers, "hang": hang}.items() if v})
+    if options.workers == 1 and not options.hang:
+        return None
+    return Crew(options.workers, expand(data_dir), Limits(hang_s=options.hang) if options.hang else Limits())
 
 
 def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "MlflowTracker") -> None:
@@ -121,10 +142,11 @@ def plan(
     seed: SeedOption = None,
     version: VersionOption = None,
     change: ChangeOption = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Say what a study, or the rest of it, will cost: time, epochs, disk, GPU memory. Measures a few steps; runs no trial."""
     typed = {"trials": trials, "epochs": epochs, "seed": seed, "version": version, "device": device}
-    search = resolve(name, typed, dataset, change or [], [])
+    search = resolve(name, typed | {"workers": workers}, dataset, change or [], [])
 
     from dataclasses import asdict
 
@@ -136,7 +158,7 @@ def plan(
     data = load_data(search, data_dir, where)
     stored = find_study(search, data, open_storage(HOME)) if (HOME / "optuna.db").exists() else None
     console = make_console()
-    if found := forecast(search, data, where, stored):
+    if found := forecast(search, data, where, stored, workers=int(workers or 1)):
         print_forecast(console, asdict(found))
     else:
         console.print(f"{search.key(data)}: its {search.trials} trials are done; TRIALS= asks for more")

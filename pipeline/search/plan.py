@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -73,14 +74,37 @@ def forecast(
     device: torch.device,
     study: optuna.Study | None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
+    workers: int = 1,
 ) -> Forecast | None:
     """Measure the control and a few random recipes; None where no trial is left. `study` is what is stored so far.
 
     Time: the mean of the measured epochs, times the mean epochs of random recipes of the space (the search will come to
     prefer some, which isn't foreseen), and what a trial takes beside. Pruned: what the pruner does with trials
     whose scores are random, keep their order and rise by RISE. Other work on the machine changes all of it. `on_step` may
-    raise to end it.
+    raise to end it. Several `workers` share the work, on a CPU as far as there are cores, with one thread each.
     """
+    with _one_thread() if workers > 1 and device.type == "cpu" else contextlib.nullcontext():
+        return _forecast(search, data, device, study, on_step, workers)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _forecast(
+    search: Search,
+    data: TrainingData,
+    device: torch.device,
+    study: optuna.Study | None,
+    on_step: Callable[[int, int], None],
+    workers: int,
+) -> Forecast | None:
     done = num_finished(study) if study else 0
     left = search.trials - done
     if left <= 0:
@@ -100,15 +124,16 @@ def forecast(
     epochs = statistics.mean(recipe.training.epochs for recipe in recipes)
     epoch_s = statistics.mean(speed.epoch_s for speed in speeds) + overhead.epoch_s
     end_s = whole_s - control.training.epochs * (speeds[0].epoch_s + overhead.epoch_s)
-    share, pruned_share = _pruning(search, done)
+    at_once = min(workers, left, (os.cpu_count() or 1) if device.type == "cpu" else workers)
+    share, pruned_share = _pruning(search, done, at_once)
     total, pruned = left * epochs, left * pruned_share
     used = share * total
-    seconds = used * epoch_s + (left - pruned) * end_s
-    numbers = used * EPOCH_NUMBERS + seconds * MACHINE_NUMBERS_PER_S
+    work_s = used * epoch_s + (left - pruned) * end_s
+    numbers = used * EPOCH_NUMBERS + work_s * MACHINE_NUMBERS_PER_S
     return Forecast(
         trials=left,
-        seconds=seconds,
-        unpruned_seconds=total * epoch_s + left * end_s,
+        seconds=work_s / at_once,
+        unpruned_seconds=(total * epoch_s + left * end_s) / at_once,
         epochs=used,
         unpruned_epochs=total,
         pruned=pruned,
@@ -157,7 +182,7 @@ def _random_recipes(search: Search) -> list[Recipe]:
     return recipes
 
 
-def _pruning(search: Search, done: int) -> tuple[float, float]:
+def _pruning(search: Search, done: int, workers: int = 1) -> tuple[float, float]:
     """(share of their epochs that the trials from number `done` on train, share of them that is pruned)."""
     random = np.random.RandomState(0)
     trials, epochs = min(search.trials, SIMULATED), search.most_epochs
@@ -168,7 +193,7 @@ def _pruning(search: Search, done: int) -> tuple[float, float]:
         scores = random.rand(trials) + RISE * np.arange(trials) / trials
         curves = np.repeat(scores[:, None], epochs, axis=1).tolist()
         for sign, part in ((1, curves), (-1, curves[:first])):  # with one worker the first don't know those behind them
-            trained, ended = simulate(part, rule(search.pruner(), ""), workers=1, whole=WHOLE)
+            trained, ended = simulate(part, rule(search.pruner(), ""), workers, WHOLE)
             used, completed = used + sign * trained, completed + sign * len(ended)
     left = studies * (trials - first)
     return used / (left * epochs), 1 - completed / left

@@ -1,27 +1,202 @@
-"""Where Optuna keeps a study: SQLite on one machine, PostgreSQL beyond."""
+"""Where Optuna keeps a study: SQLite on one machine, PostgreSQL beyond; and how it stays whole whatever dies."""
 
+import contextlib
 import datetime
+import hashlib
 import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
 from filelock import FileLock
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.storages._rdb import models
+from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.guard import is_gone
+from pipeline.search.replay import WHOLE
 from pipeline.search.study import Search, check_same, counts
-from pipeline.tracking.runs import MlflowTracker, public_uri
+from pipeline.tracking.runs import MlflowTracker, State, public_uri
 from pipeline.tracking.sqlite import use_write_ahead_log
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 600.0  # for a database that is away
+LONGEST_PAUSE_S = 5.0
+RETRIES = 2  # of a trial whose process died
 
 
-def open_storage(home: Path, url: str | None = None) -> RDBStorage:
-    """`optuna.db` in the home folder, or another database by its SQLAlchemy address; UserError where it can't be opened."""
+class StorageAway(UserError):
+    """The study's database did not answer for PATIENCE_S."""
+
+
+class PatientStorage(RDBStorage):
+    """Repeats a call that the database did not answer: PostgreSQL restarts, an SQLite file is locked.
+
+    The first try may have been done and only its reply lost, so each call can be repeated without harm: what writes an
+    attribute or a value writes it again, a new trial is looked for before it is made again, and `claim` and
+    `set_trial_state_values` know their own work. `while_waiting` is called before each repetition and may raise.
+    Raises StorageAway after PATIENCE_S.
+    """
+
+    while_waiting: Callable[[], None] = staticmethod(lambda: None)
+
+    def __init__(self, url: str, engine_kwargs: dict[str, Any]):
+        self._tried: set[str] = set()  # tokens of new trials that may be there already
+        self._repeats = threading.local()
+        super().__init__(url, engine_kwargs)
+
+    def claim(self, trial_id: int, worker: Mapping[str, Any]) -> bool:
+        """Make a WAITING trial RUNNING and this worker's, in one transaction; False where somebody else was faster.
+
+        Optuna's own way reads the state and then writes it, and on SQLite two workers can do so at once.
+        """
+        with self._session() as session:
+            changes = {"state": TrialState.RUNNING, "datetime_start": datetime.datetime.now()}
+            mine = session.query(models.TrialModel).filter_by(trial_id=trial_id, state=TrialState.WAITING)
+            if mine.update(changes, synchronize_session=False):
+                self._set_trial_attr_without_commit(
+                    session, models.TrialUserAttributeModel, trial_id, "worker", dict(worker)
+                )
+                return True
+            owner = session.query(models.TrialUserAttributeModel).filter_by(trial_id=trial_id, key="worker").first()
+            return self._is_repeated and owner is not None and json.loads(owner.value_json) == worker
+
+    def granted(self, study_id: int) -> list[int]:
+        """The ids of the trials that wait and may be taken, the oldest first."""
+        with self._session() as session:
+            attribute = models.TrialUserAttributeModel
+            query = session.query(models.TrialModel.trial_id).join(attribute)
+            query = query.filter(models.TrialModel.study_id == study_id, models.TrialModel.state == TrialState.WAITING)
+            query = query.filter(attribute.key == "granted", attribute.value_json == "true")
+            return [trial_id for (trial_id,) in query.order_by(models.TrialModel.trial_id)]
+
+    @contextlib.contextmanager
+    def once(self) -> Iterator[None]:
+        """Calls of this thread are not repeated while the block runs."""
+        self._repeats.inside, self._repeats.count = True, 0
+        try:
+            yield
+        finally:
+            self._repeats.inside = False
+
+    def state_of(self, trial_id: int) -> TrialState:
+        """A trial's state, for the price of one short query."""
+        with self._session() as session:
+            (state,) = session.query(models.TrialModel.state).filter_by(trial_id=trial_id).one()
+            return TrialState(state)
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
+        """See BaseStorage."""
+        try:
+            return super().set_trial_state_values(trial_id, state, values)
+        except UpdateFinishedTrialError:
+            stored = super().get_trial(trial_id) if self._is_repeated else None
+            if stored is None or (stored.state, stored.values) != (state, None if values is None else list(values)):
+                raise
+            return True  # told before: only the reply was lost
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        if template_trial is not None:
+            template_trial.system_attrs["token"] = uuid.uuid4().hex
+        return super()._create_new_trial(study_id, template_trial)
+
+    def _get_prepared_new_trial(self, study_id: int, template_trial: FrozenTrial | None, session: Any) -> Any:
+        """Called in each try, in the transaction that makes the trial."""
+        if template_trial is None:
+            return super()._get_prepared_new_trial(study_id, template_trial, session)
+        token = template_trial.system_attrs["token"]
+        if token in self._tried:
+            attribute = models.TrialSystemAttributeModel
+            there = session.query(attribute).filter_by(key="token", value_json=json.dumps(token)).first()
+            if there:
+                return models.TrialModel.find_or_raise_by_id(there.trial_id, session)
+        self._tried.add(token)
+        return super()._get_prepared_new_trial(study_id, template_trial, session)
+
+    def _session(self) -> Any:
+        return _create_scoped_session(self.scoped_session)
+
+    @property
+    def _is_repeated(self) -> bool:
+        return getattr(self._repeats, "count", 0) > 0
+
+
+def _patient(name: str) -> Callable[..., Any]:
+    """A method of PatientStorage that is repeated until the database answers."""
+    once = getattr(PatientStorage, name)
+
+    def patiently(self: PatientStorage, *arguments: Any, **named: Any) -> Any:
+        if getattr(self._repeats, "inside", False):  # one call calls others: the outermost repeats
+            return once(self, *arguments, **named)
+        self._repeats.inside, self._repeats.count = True, 0
+        deadline = time.monotonic() + PATIENCE_S
+        try:
+            while True:
+                try:
+                    return once(self, *arguments, **named)
+                except (StorageInternalError, DBAPIError) as error:
+                    if not _is_away(error):
+                        raise
+                    self.while_waiting()
+                    self._repeats.count += 1
+                    _wait(self.url, error, self._repeats.count, deadline)
+        finally:
+            self._repeats.inside = False
+
+    patiently.__name__, patiently.__doc__ = name, once.__doc__
+    return patiently
+
+
+# All that reaches the database; `_CachedStorage`, which Optuna puts before it, calls some by their inner names.
+for _name in (
+    *("create_new_study", "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name"),
+    *("get_study_name_from_id", "get_study_directions", "get_study_user_attrs", "get_study_system_attrs"),
+    *("get_all_studies", "_create_new_trial", "_set_trial_param", "set_trial_state_values", "get_trial", "_get_trials"),
+    *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "_get_best_trial_id"),
+    *("get_trial_id_from_study_id_trial_number", "claim", "granted", "state_of"),
+):
+    setattr(PatientStorage, _name, _patient(_name))
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether a database may answer the same call later; Optuna wraps what SQLAlchemy raises."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if not isinstance(cause, (OperationalError, InterfaceError)):
+        return isinstance(cause, DBAPIError) and cause.connection_invalidated
+    is_sqlite = type(cause.orig).__module__.startswith("sqlite3")
+    return not is_sqlite or "locked" in str(cause.orig) or "busy" in str(cause.orig)
+
+
+def _wait(url: str, error: BaseException, count: int, deadline: float) -> None:
+    reason = public_uri(str(error.__cause__ or error).strip().splitlines()[0][:200])
+    if time.monotonic() > deadline:
+        raise StorageAway(
+            f"STORAGE {public_uri(url)}: no answer for {PATIENCE_S / 60:.0f} minutes ({reason}); "
+            "the same command goes on when it answers"
+        ) from None
+    if count == 6:  # some seconds: more than a locked file's
+        log.info("the study's database does not answer (%s); trying for up to %.0f minutes", reason, PATIENCE_S / 60)
+    time.sleep(min(LONGEST_PAUSE_S, 0.05 * 2**count))
+
+
+def open_storage(home: Path, url: str | None = None, wait: bool = False) -> PatientStorage:
+    """`optuna.db` in the home folder, or another database by its SQLAlchemy address; UserError where it can't be opened.
+
+    With `wait` it is tried for PATIENCE_S: whoever starts in mid-study may come while the database is away.
+    """
     way_out = "leave it out for mlruns/optuna.db" if url else "move that file away"
     url = url or f"sqlite:///{home.resolve() / 'optuna.db'}"
     options: dict[str, Any] = {"pool_pre_ping": True}
@@ -30,17 +205,26 @@ def open_storage(home: Path, url: str | None = None) -> RDBStorage:
     else:
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
         options |= {"pool_size": 1, "max_overflow": 2}
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / "optuna.lock"):  # first starts at the same time would each create the tables
-            storage = RDBStorage(url, engine_kwargs=options)
-            use_write_ahead_log(storage.engine)
-            return storage
-    except ImportError:
-        raise UserError(f"STORAGE {public_uri(url)}: needs a driver; .venv/bin/pip install -e '.[postgres]'") from None
-    except Exception as error:  # whatever a driver raises: the address is the user's
-        reason = public_uri(str(error).splitlines()[0][:200])
-        raise UserError(f"STORAGE {public_uri(url)}: can't be opened ({reason}); mend it, or {way_out}") from None
+    deadline, count = time.monotonic() + PATIENCE_S, 0
+    while True:
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            with FileLock(home / "optuna.lock"):  # first starts at the same time would each create the tables
+                storage = PatientStorage(url, options)
+                use_write_ahead_log(storage.engine)
+                return storage
+        except ImportError:
+            raise UserError(
+                f"STORAGE {public_uri(url)}: needs a driver; .venv/bin/pip install -e '.[postgres]'"
+            ) from None
+        except Exception as error:  # whatever a driver raises: the address is the user's
+            if not (wait and _is_away(error)):
+                reason = public_uri(str(error).splitlines()[0][:200])
+                raise UserError(
+                    f"STORAGE {public_uri(url)}: can't be opened ({reason}); mend it, or {way_out}"
+                ) from None
+            count += 1
+            _wait(url, error, count, deadline)
 
 
 def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Path) -> optuna.Study:
@@ -78,6 +262,45 @@ def find_study(search: Search, data: TrainingData, storage: RDBStorage) -> optun
     return study
 
 
+class StudyLock:
+    """One command at a time for a study, on whatever machine: a lock that PostgreSQL holds as long as the connection lives.
+
+    UserError where another has it. Of SQLite, which is for one machine, nothing is asked: `guard.alone` sees to that.
+    """
+
+    def __init__(self, storage: RDBStorage, key: str):
+        self._key, self._connection = key, None
+        self._number = int.from_bytes(hashlib.sha256(f"pipeline {key}".encode()).digest()[:8], "big", signed=True)
+        self._engine = create_engine(storage.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        if self._engine.dialect.name == "postgresql":
+            self._connection = self._acquire()
+
+    def check(self) -> None:
+        """Take it again where the connection was lost; UserError where another command was faster."""
+        if self._connection is None:
+            return
+        try:
+            self._connection.execute(text("SELECT 1"))
+        except DBAPIError:
+            self._connection.close()
+            with contextlib.suppress(DBAPIError):  # still away: asked again at the next check
+                self._connection = self._acquire()
+
+    def close(self) -> None:
+        """Give it back."""
+        if self._connection is not None:
+            self._connection.close()
+
+    def _acquire(self) -> Any:
+        connection = self._engine.connect()
+        if not connection.execute(text("SELECT pg_try_advisory_lock(:number)"), {"number": self._number}).scalar():
+            connection.close()
+            raise UserError(
+                f"study {self._key}: another command is running it, maybe on another machine; wait for it, or stop it"
+            )
+        return connection
+
+
 def reconcile(study: optuna.Study, tracker: MlflowTracker, parent: str, home: Path) -> list[int]:
     """Ask again what a process that is gone left RUNNING, and close the runs; the numbers of those trials.
 
@@ -85,35 +308,72 @@ def reconcile(study: optuna.Study, tracker: MlflowTracker, parent: str, home: Pa
     """
     with FileLock(home / "optuna.lock"):
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        abandoned = [trial for trial in running if _is_gone(trial)]
-        for trial in abandoned:
-            ask_again(study, trial)
+        # A trial that `claim` made RUNNING has a worker; another kind is of a time before it.
+        dead = [trial for trial in running if "worker" not in trial.user_attrs or is_gone(trial.user_attrs["worker"])]
+        others = {trial.number for trial in running} - {trial.number for trial in dead}
+        bury(study, dead, "its process is gone", tracker, parent, alive=others)
+    return sorted(trial.number for trial in dead)
+
+
+def bury(
+    study: optuna.Study,
+    dead: list[FrozenTrial],
+    why: str,
+    tracker: MlflowTracker,
+    parent: str,
+    alive: set[int] | None = None,
+    died: bool = True,
+) -> None:
+    """Trials whose process is gone: each is asked again, or fails and counts if it `died` too often; the runs are closed.
+
+    With `alive`, runs of trials that are neither dead nor among these numbers are closed too.
+    """
+    failed = {}
+    for trial in dead:
+        with contextlib.suppress(UpdateFinishedTrialError):  # it ended at the last moment, and counts
+            if not ask_again(study, trial, died):
+                failed[trial.number] = f"{why}; so it ended {RETRIES + 1} times"
+                study._storage.set_trial_user_attr(trial._trial_id, "state", str(State.FAILED))
+                study._storage.set_trial_user_attr(trial._trial_id, "reason", failed[trial.number])
             study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-        numbers = {trial.number for trial in abandoned}
-        tracker.close_abandoned(parent, numbers, {trial.number for trial in running} - numbers)
-    return sorted(numbers)
+    if dead or alive is not None:
+        tracker.close_abandoned(parent, {trial.number for trial in dead}, alive, failed)
 
 
-def ask_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> None:
-    """Queue the parameters of a trial that ended through no fault of its own, once; it no longer counts as finished."""
+def ask_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial, died: bool = False) -> bool:
+    """Queue a trial that ended through no fault of its own, once, with all that it is known by; it no longer counts.
+
+    False where its process `died` and it has been asked again RETRIES times for that: nothing is queued.
+    """
     frozen = study._storage.get_trial(trial._trial_id)
+    deaths = frozen.user_attrs.get("deaths", 0) + died
+    if died and deaths > RETRIES:
+        return False
     study._storage.set_trial_user_attr(trial._trial_id, "asked_again", True)
     if any(other.user_attrs.get("retry_of") == frozen.number for other in study.get_trials(deepcopy=False)):
-        return
-    attributes = {"retry_of": frozen.number} | ({"control": True} if frozen.user_attrs.get("control") else {})
+        return True
+    attributes = {"retry_of": frozen.number} | ({"deaths": deaths} if deaths else {})
+    if frozen.number < WHOLE:
+        attributes["whole"] = True
+    attributes |= {name: frozen.user_attrs[name] for name in _KEPT if name in frozen.user_attrs}
     # What was fixed and not asked yet belongs to it too: the space may have been left half-way.
-    study.enqueue_trial(frozen.system_attrs.get("fixed_params", {}) | frozen.params, user_attrs=attributes)
+    fixed = {"fixed_params": frozen.system_attrs.get("fixed_params", {}) | frozen.params}
+    # It goes on from its checkpoint, so what it reported and how the pruner judged it before stay.
+    rungs = {name: value for name, value in frozen.system_attrs.items() if name.startswith("completed_rung_")}
+    study.add_trial(
+        create_trial(
+            state=TrialState.WAITING,
+            user_attrs=attributes,
+            system_attrs=fixed | rungs,
+            intermediate_values=frozen.intermediate_values,
+        )
+    )
+    return True
+
+
+_KEPT = ("control", "run_key", "whole")  # of a trial, by the one that takes its place
 
 
 def num_finished(study: optuna.Study) -> int:
     """How many trials count against the budget."""
     return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
-
-
-def _is_gone(trial: FrozenTrial) -> bool:
-    """Whether a trial's worker was on this machine and has ended."""
-    worker = trial.user_attrs.get("worker")
-    if worker is None:  # it names itself at once, unless it dies before
-        assert trial.datetime_start
-        return datetime.datetime.now() - trial.datetime_start > datetime.timedelta(minutes=1)
-    return is_gone(worker)

@@ -133,11 +133,10 @@ class Search:
         asked = self.space().get("training.epochs")
         return max(extremes(asked)) if asked else self.base.training.epochs
 
-    def sampler(self, num_asked: int) -> TPESampler:
-        """TPE; seeded anew at each resume, or the first draws would be drawn again."""
-        return TPESampler(
-            seed=(self.base.training.seed * 1_000_003 + num_asked) % 2**32, n_startup_trials=min(10, self.trials // 2)
-        )
+    def sampler(self, num_asked: int, worker: int = 0) -> TPESampler:
+        """TPE; seeded anew at each resume and for each worker, or the first draws would be drawn again."""
+        seed = self.base.training.seed * 1_000_003 + num_asked + worker * 15_485_863
+        return TPESampler(seed=seed % 2**32, n_startup_trials=min(10, self.trials // 2))
 
     def fingerprint(self, data: "TrainingData") -> dict[str, Any]:
         """All that the scores of one search have in common; JSON."""

@@ -1,22 +1,36 @@
 """One Optuna trial: from the space to an experiment, and back to a value."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import optuna
 import torch
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
 
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.experiment import Interrupted, Outcome, Prune
-from pipeline.guard import this_worker
 from pipeline.recipe import Recipe
 from pipeline.search.replay import WHOLE
-from pipeline.search.storage import ask_again
+from pipeline.search.storage import PatientStorage, StorageAway, ask_again
 from pipeline.search.study import Search
-from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.tracking.runs import Lost, MlflowTracker, State
 from pipeline.training.loop import EpochReport
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a trial stands."""
+
+    epoch: int = 1  # under way, from 1
+    step: int = 0  # of the epoch, done
+    steps: int = 0  # of the epoch, in all
+    images_per_s: float = 0.0  # in this epoch so far
 
 
 class Observer(Protocol):
@@ -31,8 +45,8 @@ class Observer(Protocol):
     def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:
         """A trial's recipe is known."""
 
-    def step(self, step: int, steps: int) -> None:
-        """So many of an epoch's steps are under way."""
+    def step(self, number: int, progress: Progress) -> None:
+        """A trial's step was done."""
 
     def epoch(self, number: int, report: EpochReport) -> None:
         """A trial's epoch was measured."""
@@ -60,47 +74,63 @@ class Objective:
     parent: str
     observer: Observer
     stop_requested: Callable[[], bool]
+    storage: PatientStorage
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Run the trial; its score, or Optuna's or our own exception for how else it ended.
 
-        One that was interrupted, or met a bug, is asked again when the study goes on.
+        One that was interrupted, or met a bug, is asked again when the study goes on. Lost, where the trial was declared
+        dead, as a process that was paused for too long finds.
         """
-        trial.set_user_attr("worker", this_worker())
         try:
-            return self._run(trial)
-        except (optuna.TrialPruned, TrialFailed):
+            with _ours():
+                return self._run(trial)
+        except (optuna.TrialPruned, TrialFailed, Lost, StorageAway):
             raise
-        except SystemExit as error:  # rich ends so where nobody reads any more; Optuna would leave the trial RUNNING
-            ask_again(trial.study, trial)
-            raise StudyInterrupted from error
-        except BaseException:
-            ask_again(trial.study, trial)
+        except BaseException as error:
+            with _ours():
+                ask_again(trial.study, trial)
+            if isinstance(error, SystemExit):  # rich ends so where nobody reads any more
+                raise StudyInterrupted from error
             raise
 
     def _run(self, trial: optuna.Trial) -> float:
         self.search.ask(trial)
         recipe = self.search.recipe(trial.params)
         trial.set_user_attr("recipe_digest", recipe.digest())
+        if "run_key" not in trial.user_attrs:  # a retry has that of the trial whose place it takes
+            trial.set_user_attr("run_key", uuid.uuid4().hex)
         self.observer.trial_started(trial.number, recipe, trial.params)
 
         is_judged = True
+        is_whole = trial.number < WHOLE or trial.user_attrs.get("whole")
+        reported = set(
+            trial.study._storage.get_trial(trial._trial_id).intermediate_values
+        )  # of a retry, before it died
+        clock = _Clock(recipe.training.batch_size)
 
         def on_epoch(report: EpochReport) -> None:
             nonlocal is_judged
+            clock.epoch_ended(report.epoch)
             self.observer.epoch(trial.number, report)
-            trial.report(report.metrics[self.search.study.objective], self.search.step(report.epoch, recipe))
+            if (step := self.search.step(report.epoch, recipe)) not in reported:
+                with _ours():
+                    trial.report(report.metrics[self.search.study.objective], step)
             if is_judged and report.epoch < recipe.training.epochs and trial.should_prune():
-                if trial.number >= WHOLE:
+                if not is_whole:
                     raise Prune(f"not among the best third after epoch {report.epoch}")
                 is_judged = False  # to the pruner it ended here, which is what others are compared with
             if self.stop_requested():
                 raise Interrupted
 
         def on_step(step: int, steps: int) -> None:
-            self.observer.step(step, steps)
+            self.observer.step(trial.number, clock.step(step, steps))
             if self.stop_requested():
                 raise Interrupted
+
+        def fence() -> None:
+            if self.storage.state_of(trial._trial_id) is not TrialState.RUNNING:
+                raise Lost
 
         outcome = experiment.run(
             recipe,
@@ -113,6 +143,7 @@ class Objective:
             on_start=lambda run_id: trial.set_user_attr("mlflow_run_id", run_id),
             on_epoch=on_epoch,
             on_step=on_step,
+            fence=fence,
         )
         for name, value in (
             ("state", outcome.state),
@@ -136,3 +167,28 @@ class Objective:
         if outcome.state is State.INTERRUPTED:
             raise StudyInterrupted
         return outcome.metrics[self.search.study.objective]
+
+
+@dataclass
+class _Clock:
+    """Makes Progress of steps."""
+
+    batch_size: int
+    epoch: int = 1
+    began: float = field(default_factory=time.monotonic)  # s
+
+    def epoch_ended(self, epoch: int) -> None:
+        self.epoch, self.began = epoch + 1, time.monotonic()
+
+    def step(self, step: int, steps: int) -> Progress:
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        return Progress(self.epoch, step, steps, step * self.batch_size / seconds)
+
+
+@contextlib.contextmanager
+def _ours() -> Iterator[None]:
+    """What Optuna refuses because the trial has ended: somebody declared it dead."""
+    try:
+        yield
+    except UpdateFinishedTrialError:
+        raise Lost from None

@@ -1,21 +1,23 @@
-"""A worker pulls trials from a study until the budget is spent. So far: one, in this process."""
+"""A study run by its workers: one in this process, or several in processes of their own."""
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import optuna
 import torch
-from optuna.storages import RDBStorage
 
 from pipeline.data.prepare import TrainingData
-from pipeline.guard import StopOnSignal, alone
+from pipeline.guard import StopOnSignal, alone, this_worker
 from pipeline.search.plan import actual, forecast, size_mib
-from pipeline.search.storage import num_finished, open_study, reconcile
+from pipeline.search.storage import PatientStorage, StudyLock, num_finished, open_study, reconcile
 from pipeline.search.study import Search
-from pipeline.search.trial import Objective, Observer, StudyInterrupted, TrialFailed
+from pipeline.search.supervisor import Crew, ProcessWorker, Supervisor, Worker, placements
+from pipeline.search.trial import Objective, Observer, StudyInterrupted
+from pipeline.search.worker import Assignment, grant, packed, run_trial, take
 from pipeline.tracking.runs import MlflowTracker, State
 
 
@@ -24,18 +26,23 @@ def run(
     data: TrainingData,
     device: torch.device,
     observer: Observer,
-    storage: RDBStorage,
+    storage: PatientStorage,
     tracker: MlflowTracker,
     home: Path,
     plans: bool = False,
+    crew: Crew | None = None,
 ) -> optuna.Study:
     """Run or resume a study until its trials are done, its time is up, or somebody stops it (StudyInterrupted).
 
     `home` is the folder `mlruns`, where the locks lie. Raises UserError where the stored study asks another question.
     With `plans` the forecast for the trials that are left is stored before the first of them, and afterwards what they
-    took: the study's attributes `forecast` and `actual`.
+    took: the study's attributes `forecast` and `actual`. Without a `crew` all is done in this process.
     """
-    with StopOnSignal() as stop, alone(search.key(data), home):
+    with (
+        StopOnSignal() as stop,
+        alone(search.key(data), home),
+        contextlib.closing(_lock(search, data, storage)) as lock,
+    ):
         study = open_study(search, data, storage, home)
         parent = tracker.open_study(
             study.study_name,
@@ -48,9 +55,12 @@ def run(
         try:
             study.set_user_attr("mlflow_run_id", parent.id)
             reconcile(study, tracker, parent.id, home)
-            objective = Objective(search, data, device, tracker, parent.id, observer, lambda: stop.requested)
-            with _planned(objective, study, home) if plans else contextlib.nullcontext():
-                _work(study, objective, lambda: stop.requested)
+            objective = Objective(search, data, device, tracker, parent.id, observer, lambda: stop.requested, storage)
+            with _planned(objective, study, home, crew) if plans else contextlib.nullcontext():
+                if crew:
+                    _supervisor(objective, study, crew, home, stop, lock).run()
+                else:
+                    _work(study, objective, lock)
             parent.log_metrics(_summary(study), step=num_finished(study))
             state = State.FINISHED
         except (StudyInterrupted, KeyboardInterrupt):
@@ -61,14 +71,58 @@ def run(
     return study
 
 
+def _lock(search: Search, data: TrainingData, storage: PatientStorage) -> StudyLock:
+    return StudyLock(storage, search.key(data))
+
+
+def _supervisor(
+    objective: Objective, study: optuna.Study, crew: Crew, home: Path, stop: StopOnSignal, lock: StudyLock
+) -> Supervisor:
+    places = placements(objective.device, crew.workers)
+    search = packed(objective.search)
+
+    def start(place: int, launch: int) -> Worker:
+        device, share = places[place]
+        return ProcessWorker(
+            Assignment(
+                search=search,
+                storage=objective.storage.url,
+                tracking_uri=objective.tracker.uri,
+                home=home,
+                data_dir=crew.data_dir,
+                device=device,
+                memory_fraction=share,
+                threads=1 if device == "cpu" and crew.workers > 1 else None,
+                parent=objective.parent,
+                ordinal=launch,
+                limits=crew.limits,
+            )
+        )
+
+    return Supervisor(
+        search=objective.search,
+        study=study,
+        storage=objective.storage,
+        tracker=objective.tracker,
+        parent=objective.parent,
+        observer=objective.observer,
+        start=start,
+        workers=crew.workers,
+        limits=crew.limits,
+        stop=stop,
+        lock=lock,
+    )
+
+
 @contextlib.contextmanager
-def _planned(objective: Objective, study: optuna.Study, home: Path) -> Iterator[None]:
+def _planned(objective: Objective, study: optuna.Study, home: Path, crew: Crew | None) -> Iterator[None]:
     def on_step(step: int, steps: int) -> None:
         if objective.stop_requested():
             raise StudyInterrupted
 
     study.set_user_attr("actual", None)
-    planned = forecast(objective.search, objective.data, objective.device, study, on_step)
+    workers = crew.workers if crew else 1
+    planned = forecast(objective.search, objective.data, objective.device, study, on_step, workers)
     study.set_user_attr("forecast", asdict(planned) if planned else None)
     if not planned:
         yield
@@ -81,18 +135,28 @@ def _planned(objective: Objective, study: optuna.Study, home: Path) -> Iterator[
     study.set_user_attr("actual", asdict(taken))
 
 
-def _work(study: optuna.Study, objective: Objective, stop_requested: Callable[[], bool]) -> None:
-    search, started = objective.search, time.monotonic()
+def _work(study: optuna.Study, objective: Objective, lock: StudyLock) -> None:
+    """The loop of the only worker, which lets itself take one trial after the other."""
+    search, storage, started = objective.search, objective.storage, time.monotonic()
+    worker = this_worker() | {"id": uuid.uuid4().hex}
+
+    def stop_if_asked() -> None:
+        if objective.stop_requested():
+            raise StudyInterrupted
+
+    storage.while_waiting = stop_if_asked
     objective.observer.study_progress(study, num_finished(study))
     while (finished := num_finished(study)) < search.trials:
-        if stop_requested():
-            raise StudyInterrupted
+        stop_if_asked()
+        lock.check()
         if search.timeout_s is not None and time.monotonic() - started >= search.timeout_s:
             break
         if search.is_exhausted(study):
             break
-        study.optimize(objective, n_trials=1, catch=(TrialFailed,))
-        objective.observer.study_progress(study, finished + 1)
+        grant(study, 1)
+        if trial := take(study, storage, worker):
+            run_trial(study, trial, objective)
+            objective.observer.study_progress(study, finished + 1)
 
 
 def _summary(study: optuna.Study) -> Mapping[str, float]:

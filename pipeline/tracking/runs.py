@@ -70,6 +70,10 @@ class StudyRuns:
     view: str | None  # the key of its view in the UI
 
 
+class Lost(Exception):
+    """A run's trial belongs to another process by now: nothing more may be logged, and it isn't ours to end."""
+
+
 class Run(Protocol):
     """An open run."""
 
@@ -211,6 +215,9 @@ class MlflowTracker:
             monitor = SystemMetricsMonitor(run.id, sampling_interval=5, tracking_uri=self.uri)
             monitor.start()
             yield run
+        except Lost:
+            run.leave()
+            raise
         except BaseException as error:
             run.end(State.FAILED, repr(error))
             raise
@@ -240,18 +247,27 @@ class MlflowTracker:
         )
         return [run.info.run_id for run in found]
 
-    def close_abandoned(self, parent: str, abandoned: Collection[int], alive: Collection[int]) -> None:
+    def close_abandoned(
+        self,
+        parent: str,
+        abandoned: Collection[int],
+        alive: Collection[int] | None,
+        failed: Mapping[int, str] | None = None,
+    ) -> None:
         """Close the runs of a study's abandoned trials, and any RUNNING one whose trial isn't among the living.
 
-        An abandoned trial's run may have finished: its process died before it could tell. Its trial is asked again.
+        An abandoned trial's run may have finished: its process died before it could tell. Its trial is asked again, but
+        those in `failed`, with the reason. Without `alive` other runs are left alone.
         """
+        failed = failed or {}
         experiment = self.client.get_run(parent).info.experiment_id
         for run in self.client.search_runs([experiment], _child_of(parent, "trial"), max_results=50_000):
             number, runs = int(run.data.tags["trial"]), run.info.status == "RUNNING"
             if (number in abandoned and run.data.tags.get("state") != State.INTERRUPTED) or (
-                runs and number not in alive
+                runs and alive is not None and number not in alive
             ):
-                MlflowRun(self.client, run.info.run_id).end(State.INTERRUPTED, "its process is gone")
+                end = (State.FAILED, failed[number]) if number in failed else (State.INTERRUPTED, "its process is gone")
+                MlflowRun(self.client, run.info.run_id).end(*end)
 
     def children(self, study: "StudyRuns", role: str | None = None) -> list[StoredRun]:
         """A study's runs with this tag `role` (trial, final, reproduction), or all, as MLflow has them, the oldest first."""
@@ -316,6 +332,10 @@ class MlflowRun:
     def log_files(self, folder: Path) -> None:
         """See Run."""
         self._client.log_artifacts(self.id, str(folder))
+
+    def leave(self) -> None:
+        """Not ours any more: `end` does nothing from here on."""
+        self._open = False
 
     def end(self, state: State, reason: str = "") -> None:
         """See Run."""

@@ -42,7 +42,7 @@ class Silent:
 
     def trial_started(self, number: int, recipe: Recipe, params: Any) -> None: ...
 
-    def step(self, step: int, steps: int) -> None: ...
+    def step(self, number: int, progress: Any) -> None: ...
 
     def epoch(self, number: int, report: EpochReport) -> None:
         if self._at_epoch:
@@ -276,7 +276,7 @@ def test_a_trial_that_ended_half_way_through_its_space_is_asked_again_whole_and_
     assert [again.system_attrs["fixed_params"] for again in waiting] == [
         {"optimizer.lr": 0.5, "optimizer.momentum": 0.7}
     ]
-    assert waiting[0].user_attrs == {"retry_of": trial.number, "control": True}
+    assert waiting[0].user_attrs == {"retry_of": trial.number, "control": True, "whole": True}
 
 
 def test_a_finished_run_whose_trial_was_never_told_is_not_among_the_best(lab: Lab) -> None:
