@@ -35,10 +35,14 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an experiment ended. `metrics` are the last epoch's, with the final scores where it finished."""
+    """How an experiment ended. `metrics` are the last epoch's, with the final scores where it finished.
+
+    `run_id` is None where MLflow had not answered by then; `MlflowTracker.id_of` waits for it.
+    """
 
     state: State
-    run_id: str
+    run_key: str
+    run_id: str | None
     reason: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     epochs: int = 0
@@ -53,11 +57,12 @@ def run(
     name: str,
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
-    on_start: Callable[[str], None] = lambda run_id: None,
+    on_start: Callable[[str], None] = lambda run_key: None,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
+    key: str | None = None,
 ) -> Outcome:
-    """Train, score and track one recipe.
+    """Train, score and track one recipe; `key` is the tracked run's, where it is to be gone on with.
 
     A diverged or too large one ends FAILED, one that `on_epoch` prunes PRUNED, an interrupted one INTERRUPTED.
     Any other exception is a bug, or a tracker that broke: its run ends FAILED, and it is raised.
@@ -65,7 +70,7 @@ def run(
     started = time.perf_counter()
     seen: list[EpochReport] = []
 
-    with tracker.run(name, recipe, data, parent, {"device": str(device), **(tags or {})}) as tracked:
+    with tracker.run(name, recipe, data, parent, {"device": str(device), **(tags or {})}, key) as tracked:
 
         def record(report: EpochReport) -> None:
             seen.append(report)
@@ -74,7 +79,7 @@ def run(
 
         state, reason, final = State.FINISHED, "", {}
         try:
-            on_start(tracked.id)
+            on_start(tracked.key)
             result = train(recipe, data, device, record, on_step)
             final = publish(tracked, recipe, data, result)
         except Prune as verdict:
@@ -92,7 +97,7 @@ def run(
     if state is State.FAILED and device.type == "cuda":
         torch.cuda.empty_cache()
     last = seen[-1].metrics if seen else {}
-    return Outcome(state, tracked.id, reason, last | final, len(seen), time.perf_counter() - started)
+    return Outcome(state, tracked.key, tracked.id, reason, last | final, len(seen), time.perf_counter() - started)
 
 
 def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) -> dict[str, float]:
@@ -111,7 +116,7 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
         classes=data.classes,
         mean=tuple(data.mean.tolist()),
         std=tuple(data.std.tolist()),
-        run_id=tracked.id,
+        run_id=tracked.id or "",
         fitted=fit(logits[0], labels),
         measured=measured,
     )

@@ -6,7 +6,7 @@ A run is data: candidates, what was trained already and what was decided are rea
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from itertools import count as count_from
@@ -79,9 +79,10 @@ class Candidate:
 class Final:
     """One training of a candidate that came to an end, in a way that another one would too."""
 
-    run_id: str
+    run_id: str | None  # None where MLflow had not answered yet
     score: float | None  # None where it diverged
     seconds: float
+    run_key: str = ""  # of a training of this process
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,7 @@ def run(
                 race.add(candidate, seed, final)
             for line in race.stop_the_beaten():
                 observer.said(line)
+        race.learn_ids(tracker)
         decision = _decide(tracker, plan, race, data)
         tracker.client.log_text(plan.study.parent, json.dumps(decision, indent=2), DECISION)
         if decision["winner"]:
@@ -271,6 +273,13 @@ class Race:
         self.finals[candidate.digest][seed] = final
         if final.score is None:
             self.out.setdefault(candidate.digest, f"diverged with seed {seed}")
+
+    def learn_ids(self, tracker: MlflowTracker) -> None:
+        """Wait until MLflow has what was trained; UserError where that takes too long."""
+        for finals in self.finals.values():
+            for seed, final in finals.items():
+                if final.run_key:
+                    finals[seed] = replace(final, run_id=tracker.id_of(final.run_key))
 
     def scores(self, candidate: Candidate) -> dict[int, float]:
         """By seed, of those that did not diverge."""
@@ -458,7 +467,7 @@ def _train(
     if outcome.state is State.FAILED and not outcome.reason.startswith("diverged"):
         raise UserError(f"{name}: {outcome.reason}; with more memory the same command goes on")
     score = outcome.metrics[study.objective] if outcome.state is State.FINISHED else None
-    return Final(outcome.run_id, score, outcome.metrics.get("time/training_s", 0.0))
+    return Final(outcome.run_id, score, outcome.metrics.get("time/training_s", 0.0), outcome.run_key)
 
 
 def _decide(tracker: MlflowTracker, plan: Plan, race: Race, data: TrainingData) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class Objective:
             name=f"trial {trial.number}" + (" (control)" if trial.user_attrs.get("control") else ""),
             parent=self.parent,
             tags={"role": "trial", "study": trial.study.study_name, "trial": str(trial.number)},
-            on_start=lambda run_id: trial.set_user_attr("mlflow_run_id", run_id),
+            on_start=lambda key: trial.set_user_attr("run_key", key),
             on_epoch=on_epoch,
             on_step=on_step,
         )

@@ -44,6 +44,7 @@ def run(
             list(search.space()),
             study.user_attrs.get("mlflow_run_id"),
         )
+        assert parent.id is not None
         state = State.FAILED
         try:
             study.set_user_attr("mlflow_run_id", parent.id)
