@@ -32,7 +32,9 @@ class Facts(BaseModel):
     classes: tuple[str, ...]
     mean: _Channels = Field(description="of the training images' pixels, in [0, 1], by channel")
     std: _Channels
-    run_id: str
+    run_id: str = Field(
+        description="MLflow's; empty where it was not known yet, and filled in by who reads it from the run"
+    )
     fitted: Fitted = Field(description="on the whole validation split")
     measured: Mapping[str, Measured] = Field(description="each method on the validation split, out of fold")
 

@@ -112,15 +112,16 @@ def reproduce(
     except (Interrupted, KeyboardInterrupt):
         say(console, "interrupted; nothing was compared")
         raise typer.Exit(INTERRUPTED) from None
+    run_id = tracker.id_of(outcome.run_key)
     try:
         if outcome.state is State.FAILED:
             raise NotReproduced(f"not reproduced: the run {past.state}, its reproduction failed ({outcome.reason})")
-        comparison = again.compare(tracker, past, outcome.run_id, len(data.validation.labels), tolerance)
+        comparison = again.compare(tracker, past, run_id, len(data.validation.labels), tolerance)
         said = again.verdict(comparison, found)
     except NotReproduced as error:
-        again.remember(tracker, outcome.run_id, error.lines[0])
+        again.remember(tracker, run_id, error.lines[0])
         raise
-    again.remember(tracker, outcome.run_id, said)
+    again.remember(tracker, run_id, said)
     for line in comparison.lines:
         say(console, line)
     say(console, said)

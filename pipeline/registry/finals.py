@@ -157,6 +157,7 @@ def run(
                 race.add(candidate, seed, final)
             for line in race.stop_the_beaten():
                 observer.said(line)
+        _learn_ids(race, tracker)
         decision = _decide(tracker, plan, race, data)
         tracker.client.log_text(plan.study.parent, json.dumps(decision, indent=2), DECISION)
         if decision["winner"]:
@@ -202,6 +203,14 @@ def load_decision(tracker: MlflowTracker, study: StudyRuns) -> dict[str, Any] | 
     if gone := seen - there:
         raise UserError(f"finals of {study.name}: {len(gone)} of the runs that decided them are gone; {again}")
     return dict(decision)
+
+
+def _learn_ids(race: Race, tracker: MlflowTracker) -> None:
+    """Wait until MLflow has what was trained; UserError where that takes too long."""
+    for finals in race.finals.values():
+        for seed, final in finals.items():
+            if final.run_key:
+                finals[seed] = replace(final, run_id=tracker.id_of(final.run_key))
 
 
 def _control(study: StudyRuns, trials: Sequence[StoredRun]) -> StoredRun:
@@ -316,7 +325,7 @@ def _train(
     if outcome.state is State.FAILED and not outcome.reason.startswith("diverged"):
         raise UserError(f"{name}: {outcome.reason}; with more memory the same command goes on")
     score = outcome.metrics[study.objective] if outcome.state is State.FINISHED else None
-    return Final(outcome.run_id, score, outcome.metrics.get("time/training_s", 0.0))
+    return Final(outcome.run_id, score, outcome.metrics.get("time/training_s", 0.0), outcome.run_key)
 
 
 def _decide(tracker: MlflowTracker, plan: Plan, race: Race, data: TrainingData) -> dict[str, Any]:

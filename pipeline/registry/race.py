@@ -56,9 +56,10 @@ class Candidate:
 class Final:
     """One training of a candidate that came to an end, in a way that another one would too."""
 
-    run_id: str
+    run_id: str | None  # None where MLflow had not answered yet
     score: float | None  # None where it diverged
     seconds: float
+    run_key: str = ""  # of a training of this process
 
 
 class Race:

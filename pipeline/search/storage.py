@@ -302,7 +302,7 @@ class StudyLock:
 
 
 def reconcile(study: optuna.Study, tracker: MlflowTracker, parent: str, home: Path) -> list[int]:
-    """Ask again what a process that is gone left RUNNING, and close the runs; the numbers of those trials.
+    """Ask again what a process that is gone left RUNNING, and close runs that nobody is at; the numbers of those trials.
 
     Only processes of this machine can be judged here. `parent` is the study's run in MLflow.
     """
@@ -310,34 +310,49 @@ def reconcile(study: optuna.Study, tracker: MlflowTracker, parent: str, home: Pa
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         # A trial that `claim` made RUNNING has a worker; another kind is of a time before it.
         dead = [trial for trial in running if "worker" not in trial.user_attrs or is_gone(trial.user_attrs["worker"])]
-        others = {trial.number for trial in running} - {trial.number for trial in dead}
-        bury(study, dead, "its process is gone", tracker, parent, alive=others)
+        bury(study, dead, "its process is gone", tracker, parent)
+        trials = study.get_trials(deepcopy=False)
+        ended = {trial.user_attrs["run_key"]: _end_of(trial) for trial in trials if _has_ended(trial)}
+        alive = {trial.user_attrs.get("run_key", "") for trial in trials if not trial.state.is_finished()}
+        tracker.close_lost(parent, alive, ended)
     return sorted(trial.number for trial in dead)
 
 
-def bury(
-    study: optuna.Study,
-    dead: list[FrozenTrial],
-    why: str,
-    tracker: MlflowTracker,
-    parent: str,
-    alive: set[int] | None = None,
-    died: bool = True,
-) -> None:
-    """Trials whose process is gone: each is asked again, or fails and counts if it `died` too often; the runs are closed.
+def _has_ended(trial: FrozenTrial) -> bool:
+    return counts(trial) and "state" in trial.user_attrs and "run_key" in trial.user_attrs
 
-    With `alive`, runs of trials that are neither dead nor among these numbers are closed too.
+
+def _end_of(trial: FrozenTrial) -> tuple[State, str]:
+    return State(trial.user_attrs["state"]), trial.user_attrs.get("reason", "")
+
+
+def bury(
+    study: optuna.Study, dead: list[FrozenTrial], why: str, tracker: MlflowTracker, parent: str, died: bool = True
+) -> None:
+    """Trials whose process is gone: each is asked again, and its run gone on with by whoever takes it.
+
+    One that `died` too often fails and counts, and its run is ended. MLflow is not waited for.
     """
-    failed = {}
     for trial in dead:
         with contextlib.suppress(UpdateFinishedTrialError):  # it ended at the last moment, and counts
             if not ask_again(study, trial, died):
-                failed[trial.number] = f"{why}; so it ended {RETRIES + 1} times"
+                reason = f"{why}; so it ended {RETRIES + 1} times"
                 study._storage.set_trial_user_attr(trial._trial_id, "state", str(State.FAILED))
-                study._storage.set_trial_user_attr(trial._trial_id, "reason", failed[trial.number])
+                study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
+                if key := trial.user_attrs.get("run_key"):
+                    name, tags = run_name(trial), run_tags(study, trial)
+                    tracker.end_run(key, parent, name, tags, State.FAILED, reason)
             study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-    if dead or alive is not None:
-        tracker.close_abandoned(parent, {trial.number for trial in dead}, alive, failed)
+
+
+def run_name(trial: FrozenTrial | optuna.Trial) -> str:
+    """Of a trial's run in MLflow."""
+    return f"trial {trial.number}" + (" (control)" if trial.user_attrs.get("control") else "")
+
+
+def run_tags(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> dict[str, str]:
+    """Which trial a run in MLflow is."""
+    return {"role": "trial", "study": study.study_name, "trial": str(trial.number)}
 
 
 def ask_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial, died: bool = False) -> bool:

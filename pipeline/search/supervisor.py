@@ -363,11 +363,13 @@ def _outcome(trial: FrozenTrial) -> Outcome:
     again = "asked again" if known.get("asked_again") else ""
     return Outcome(
         state=State(known.get("state", State.INTERRUPTED if again else State.FAILED)),
-        run_id=known.get("mlflow_run_id", ""),
+        run_key=known.get("run_key", ""),
+        run_id=known.get("mlflow_run_id"),
         reason=known.get("reason") or again,
         metrics=known.get("metrics", {}),
         epochs=known.get("epochs", 0),
         seconds=known.get("seconds", 0.0),
+        notes=tuple(known.get("notes", ())),
     )
 
 

@@ -108,6 +108,16 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     return body["facts"]
 
 
+def amend(folder: Path, facts: dict[str, Any]) -> None:
+    """Change some facts of a checkpoint that `read_checkpoint` takes; UserError where it does not."""
+    known = read_checkpoint(folder)
+    body = json.loads((folder / RECORD).read_bytes())
+    body.pop("digest")
+    new = folder / f".{RECORD}.new"
+    _write(new, _record(body | {"facts": known | facts}))
+    os.replace(new, folder / RECORD)
+
+
 def _weights(network: nn.Module, metadata: dict[str, str]) -> bytes:
     """safetensors' bytes; it writes metadata in random order, so the header gets them here, sorted."""
     tensors = {
