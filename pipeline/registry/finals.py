@@ -6,7 +6,7 @@ A run is data: candidates, what was trained already and what was decided are rea
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import count as count_from
 from itertools import islice
