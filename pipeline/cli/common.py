@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.data.prepare import TrainingData
     from pipeline.recipe import Recipe
     from pipeline.search.study import Search
+    from pipeline.tracking.runs import MlflowTracker
 
 HOME = Path("mlruns")
 UI_PORT = 5000
@@ -69,6 +70,30 @@ def load_data_of(recipe: "Recipe", data_dir: Path, device: "torch.device") -> "T
     check_execution(recipe, device)
     images = load(recipe.data.dataset, recipe.data.image_size, expand(data_dir))
     return prepare(images, recipe.data, device)
+
+
+def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) -> bool:
+    """Wait until MLflow has what this command measured; else say what it has not, and False."""
+    if tracker.flush(timeout_s):
+        return True
+    refused = tracker.refused
+    if waiting := set(tracker.waiting) - set(refused):
+        say(console, f"{len(waiting)} runs wait in {HOME / 'journal'}: MLflow doesn't answer; make sync sends them")
+    for key, why in refused.items():
+        say(console, f"{HOME / 'journal' / key}: MLflow refuses this run ({why}); make sync tries again")
+    return False
+
+
+def say_what_waits(console: Console, tracker: "MlflowTracker") -> None:
+    """A line where MLflow lacks something that was measured: what is shown may be incomplete."""
+    left = tracker.left()
+    if left.free:
+        say(
+            console,
+            f"{len(left.free)} runs are not all in MLflow yet, so something may be missing; make sync sends them",
+        )
+    if left.busy:
+        say(console, f"{len(left.busy)} runs are being written by another command; what is shown is not the end of it")
 
 
 def is_folder(wanted: str) -> bool:

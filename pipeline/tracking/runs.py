@@ -366,8 +366,11 @@ class MlflowTracker:
         dead processes left in their journals is sent first.
         """
         self._settle()
+        living = self.left().busy
         experiment = self.client.get_run(parent).info.experiment_id
         for run in self.client.search_runs([experiment], _child_of(parent, "trial"), max_results=50_000):
+            if run.data.tags.get(RUN_KEY) in living:
+                continue
             number, runs = int(run.data.tags["trial"]), run.info.status == "RUNNING"
             if (number in abandoned and run.data.tags.get("state") != State.INTERRUPTED) or (
                 runs and number not in alive
@@ -375,8 +378,8 @@ class MlflowTracker:
                 self._close(run)
 
     def _settle(self) -> None:
-        if self.take_over():
-            self.flush(60)
+        self.take_over()
+        self.flush(60)
 
     def _close(self, run: StoredRun) -> None:
         """A run that has no journal."""

@@ -76,6 +76,7 @@ class Lab:
         return optuna.load_study(study_name="lab-v1-digits", storage=self.storage)
 
     def mlflow_runs(self) -> dict[int, Any]:
+        assert self.tracker.flush(60)
         experiment = self.tracker.experiment("lab-v1-digits")
         runs = self.tracker.client.search_runs([experiment], "tags.role = 'trial'")
         numbers = [int(run.data.tags["trial"]) for run in runs]
@@ -84,6 +85,7 @@ class Lab:
 
     def assert_nothing_runs(self) -> None:
         assert not self.study().get_trials(states=(TrialState.RUNNING,))
+        assert self.tracker.flush(60)
         experiment = self.tracker.experiment("lab-v1-digits")
         assert not self.tracker.client.search_runs([experiment], "attributes.status = 'RUNNING'")
 
@@ -99,7 +101,7 @@ def test_a_study_runs_its_trials_and_tracks_each_once(lab: Lab, small_recipe: Re
     runs = lab.mlflow_runs()
     for trial in study.trials:
         run = runs[trial.number]
-        assert trial.user_attrs["mlflow_run_id"] == run.info.run_id
+        assert trial.user_attrs["run_key"] == run.data.tags["run_key"]
         assert run.data.tags["recipe_digest"] == trial.user_attrs["recipe_digest"]
         assert float(run.data.params["optimizer.lr"]) == trial.params["optimizer.lr"]
         assert run.data.metrics["val/accuracy"] == trial.value
