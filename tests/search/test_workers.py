@@ -221,6 +221,7 @@ def test_a_signal_ends_the_trial_killed_and_the_study_resumes(number: signal.Sig
     study = lab.run(3)
     assert num_finished(study) == 3
     assert study.trials[2].params == study.trials[1].params, "the interrupted trial is asked again"
+    lab.assert_nothing_runs()
     assert lab.tracker.client.get_run(parent.info.run_id).info.status == "FINISHED"
 
 
@@ -300,6 +301,7 @@ def test_two_stores_of_one_study_share_an_mlflow_without_touching_each_other(
             other.run(1)
 
     lab.run(1, observer=Silent(meanwhile))
+    assert lab.tracker.flush(60)
     experiment = lab.tracker.experiment("lab-v1-digits")
     runs = lab.tracker.client.search_runs([experiment], "tags.role = 'trial'")
     assert [run.info.status for run in runs] == ["FINISHED"] * 2

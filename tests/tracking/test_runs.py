@@ -186,7 +186,7 @@ def test_a_run_whose_journal_the_disk_does_not_take_is_told_in_a_line_and_leaves
 ) -> None:
     blocked = MlflowTracker(tmp_path, tracker.uri)
     (tmp_path / "journal").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match="can't be written.*free space") as caught:
+    with pytest.raises(UserError, match=r"can't be written.*free space") as caught:
         blocked.run("run", small_recipe, digits).__enter__()
     assert len(caught.value.lines) == 1
     assert not blocked.waiting
