@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -271,6 +272,7 @@ class MlflowTracker:
         run.end(State.FAILED, "ended without a state")
 
     def _journal(self, key: str, start: Mapping[str, Any], is_known: bool) -> Journal:
+        assert re.fullmatch("[0-9a-f]{32}", key), key  # it names a folder
         first = {"kind": "start", "address": self.address, "time": _now(), **start}
         try:
             return self._shipper.open(self.home / FOLDER / key, first, is_known, _PATIENCE_S)

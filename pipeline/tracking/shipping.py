@@ -5,12 +5,13 @@ and value; parameters, tags and files are overwritten by themselves. Only a run 
 have been asked for, it is looked for by its key first.
 """
 
+import contextlib
 import json
 import logging
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -114,7 +115,8 @@ class Stores:
         # That which was written to has metrics or parameters.
         there.sort(key=lambda run: (run.info.run_id == keep, len(run.data.metrics), len(run.data.params)))
         for other in there[:-1]:
-            self.client.delete_run(other.info.run_id)
+            with _done_already():
+                self.client.delete_run(other.info.run_id)
         return there[-1] if there else None
 
 
@@ -307,6 +309,9 @@ class Shipper:
         if found:
             shipment.run_id = found.info.run_id
             self._client.update_run(shipment.run_id, "RUNNING", start["name"])
+            for name in {"state", "reason"} & found.data.tags.keys():  # of how it ended before
+                with _done_already():
+                    self._client.delete_tag(shipment.run_id, name)
         else:
             shipment.asked_twice, shipment.may_be_there = shipment.may_be_there, True
             experiment = self._stores.experiment_of(start)
@@ -337,6 +342,16 @@ class Shipper:
         if shipment.run_id is None:
             raise _Refused("its journal has no beginning")
         return shipment.run_id
+
+
+@contextlib.contextmanager
+def _done_already() -> Iterator[None]:
+    """MLflow says no where its client deletes again because an answer was lost."""
+    try:
+        yield
+    except MlflowException as error:
+        if not is_for_good(error):
+            raise
 
 
 def ask(uri: str, what: str, body: Mapping[str, Any], timeout_s: float | None = None) -> Any:
