@@ -76,11 +76,11 @@ def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) 
     """Wait until MLflow has what this command measured; else say what it has not, and False."""
     if tracker.flush(timeout_s):
         return True
-    refused = tracker.refused
+    refused, folder = tracker.refused, HOME / "journal"
     if waiting := set(tracker.waiting) - set(refused):
-        say(console, f"{len(waiting)} runs wait in {HOME / 'journal'}: MLflow doesn't answer; make sync sends them")
+        say(console, f"MLflow doesn't answer: {runs(len(waiting))} wait in {folder}; make sync sends them")
     for key, why in refused.items():
-        say(console, f"{HOME / 'journal' / key}: MLflow refuses this run ({why}); make sync tries again")
+        say(console, f"{folder / key}: MLflow refuses this run ({why}); make sync tries again")
     return False
 
 
@@ -88,12 +88,14 @@ def say_what_waits(console: Console, tracker: "MlflowTracker") -> None:
     """A line where MLflow lacks something that was measured: what is shown may be incomplete."""
     left = tracker.left()
     if left.free:
-        say(
-            console,
-            f"{len(left.free)} runs are not all in MLflow yet, so something may be missing; make sync sends them",
-        )
+        say(console, f"something may be missing: {runs(len(left.free))} not all in MLflow yet; make sync sends them")
     if left.busy:
-        say(console, f"{len(left.busy)} runs are being written by another command; what is shown is not the end of it")
+        say(console, f"another command writes {runs(len(left.busy))} just now: what is shown is not the end of it")
+
+
+def runs(count: int) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count} run{'s' * (count != 1)}"
 
 
 def is_folder(wanted: str) -> bool:

@@ -1,6 +1,6 @@
 """`sync` and `relocate`: the runs' store after MLflow was away, and after its folder was moved."""
 
-from pipeline.cli.common import HOME, make_console, say
+from pipeline.cli.common import HOME, make_console, runs, say
 from pipeline.cli.options import TrackingOption
 from pipeline.errors import PartlyDone
 
@@ -28,18 +28,18 @@ def sync(tracking_uri: TrackingOption = None) -> None:
         while not tracker.flush(1) and set(tracker.waiting) - set(tracker.refused) and tracker.failing_s < _GIVE_UP_S:
             status.update(f"{len(tracker.waiting)} of {taken} runs to go")
     refused, waiting = tracker.refused, set(tracker.waiting) - set(tracker.refused)
-    say(console, f"sent {_runs(taken - len(set(tracker.waiting)))}")
+    say(console, f"sent {runs(taken - len(set(tracker.waiting)))}")
     if left.busy:
-        say(console, f"{_runs(len(left.busy))}: a running command writes and sends them itself")
+        say(console, f"{runs(len(left.busy))}: a running command writes and sends them itself")
     for address in sorted(set(left.elsewhere.values())):
         way = "without TRACKING_URI" if address == "mlflow.db" else f"with TRACKING_URI={address}"
         count = list(left.elsewhere.values()).count(address)
-        say(console, f"{_runs(count)} for another tracker: make sync {way} sends them")
+        say(console, f"{runs(count)} for another tracker: make sync {way} sends them")
     lines = [
         f"{folder / key}: MLflow refuses it ({why}); mend that, or remove the folder" for key, why in refused.items()
     ]
     if waiting:
-        lines.append(f"{_runs(len(waiting))} still in {folder}: MLflow stopped answering; make sync goes on")
+        lines.append(f"{runs(len(waiting))} still in {folder}: MLflow stopped answering; make sync goes on")
     if lines:
         raise PartlyDone(lines)
 
@@ -53,7 +53,3 @@ def relocate() -> None:
         say(console, f"{old} is {HOME.resolve()} now: {count} entries changed")
     if not found:
         say(console, f"{HOME.resolve()}: was not moved, nothing to do")
-
-
-def _runs(count: int) -> str:
-    return f"{count} run{'s' * (count != 1)}"

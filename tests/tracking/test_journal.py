@@ -470,6 +470,7 @@ def test_a_run_that_was_interrupted_shipped_and_opened_again_runs_and_keeps_each
         assert successor.id_of(run.key) == run_id == again.id
         stored = successor.client.get_run(run_id)
         assert (stored.info.status, stored.info.run_name) == ("RUNNING", "train again")
+        assert not {"state", "reason"} & stored.data.tags.keys()
         again.log_metrics({"val/accuracy": 0.99, "val/f1": 0.5}, 2)
         again.log_metrics({"val/accuracy": 0.3}, 3)
         time.sleep(0.35)
