@@ -37,7 +37,7 @@ $(error no such variable: $(UNKNOWN) (there are $(KNOWN)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study plan compare finals promote rollback history reproduce predict export serve ui bench bench-gpu test check format
+.PHONY: help setup study plan compare finals promote rollback history reproduce sync relocate predict export serve ui bench bench-gpu test check format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
@@ -72,6 +72,12 @@ history: $(READY) ## who was champion when, every look at the test split and eve
 reproduce: $(READY) ## make a run again and compare, bit for bit where that can be: RUN= [DATA_DIR= DEVICE= TOLERANCE=points TRACKING_URI=]
 	@test -n $(or $(call typed,RUN),'') || { echo 'error: which run? make reproduce RUN=<its id>; make ui shows them' >&2; exit 2; }
 	@$(BIN)/python -m pipeline reproduce $(call options,$(REPRODUCE_OPTIONS)) -- $(call typed,RUN)
+
+sync: $(READY) ## send MLflow what waits on disk since it was away or a command was killed: [TRACKING_URI=]
+	@$(BIN)/python -m pipeline sync $(call option,TRACKING_URI,tracking-uri)
+
+relocate: $(READY) ## after mlruns/ was moved: write its new place into its database
+	@$(BIN)/python -m pipeline relocate
 
 compare: $(READY) ## a study's trials, or several studies, as a table and one page: NAME= or NAME='a b' [OUTPUT= DATA_DIR= TRACKING_URI=]
 	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make compare NAME=attention' >&2; exit 2; }

@@ -251,6 +251,7 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
         (["rollback", "--reason", "x", "--version", "0"], ["VERSION 0: should be a number"]),
         (["rollback", "--reason", "x"], ["no runs yet in mlruns"]),
         (["history"], ["no promotions yet in mlruns"]),
+        (["relocate"], ["there is no mlflow.db here; run this where mlruns/ lies now"]),
         (["finals", "attention"], ["no runs yet in mlruns"]),
         (["finals", "attention", "--device", "gpu"], ["DEVICE gpu: should be auto, cpu, cuda or cuda:N"]),
         (["reproduce", "0" * 32], ["no runs yet in mlruns"]),
@@ -314,11 +315,13 @@ def test_the_public_surface_is_frozen() -> None:
         "predict": ["--device", "--method", "--model", "--output", "--show", "--tracking-uri", "files"],
         "reproduce": ["--data-dir", "--device", "--tolerance", "--tracking-uri", "run"],
         "replay": ["--json", "--orders", "--seed", "file"],
+        "relocate": [],
         "serve": ["--port", "--tracking-uri", "model"],
         "study": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--hang", "--patience", "--seed", "--set"),
             *("--storage", "--timeout", "--tracking-uri", "--trials", "--version", "--workers", "name"),
         ],
+        "sync": ["--tracking-uri"],
         "ui": ["--port", "--tracking-uri", "name"],
     }
 
@@ -345,7 +348,9 @@ def test_compare_shows_the_best_trials_and_writes_a_page(trained: Trained, tmp_p
 
 def test_compare_needs_trials(trained: Trained, tmp_path: Path) -> None:
     trained.copy(tmp_path / "mlruns")
-    MlflowTracker(tmp_path / "mlruns").open_study("bare-v1-digits", "?", "val/accuracy", []).end(State.FINISHED)
+    tracker = MlflowTracker(tmp_path / "mlruns")
+    tracker.open_study("bare-v1-digits", "?", "val/accuracy", []).end(State.FINISHED)
+    assert tracker.flush(30)
     bare = pipeline("compare", "tiny bare", cwd=tmp_path)
     assert bare.returncode == 2 and "error: bare-v1-digits: has no trials yet; make study runs some" in bare.stderr
     assert not bare.stdout and not (tmp_path / "mlruns" / "reports").exists()

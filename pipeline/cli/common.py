@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.data.prepare import TrainingData
     from pipeline.recipe import Recipe
     from pipeline.search.study import Search
+    from pipeline.tracking.runs import MlflowTracker
 
 HOME = Path("mlruns")
 UI_PORT = 5000
@@ -69,6 +70,32 @@ def load_data_of(recipe: "Recipe", data_dir: Path, device: "torch.device") -> "T
     check_execution(recipe, device)
     images = load(recipe.data.dataset, recipe.data.image_size, expand(data_dir))
     return prepare(images, recipe.data, device)
+
+
+def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) -> bool:
+    """Wait until MLflow has what this command measured; else say what it has not, and False."""
+    if tracker.flush(timeout_s):
+        return True
+    refused, folder = tracker.refused, HOME / "journal"
+    if waiting := set(tracker.waiting) - set(refused):
+        say(console, f"MLflow doesn't answer: {runs(len(waiting))} wait in {folder}; make sync sends them")
+    for key, why in refused.items():
+        say(console, f"{folder / key}: MLflow refuses this run ({why}); make sync tries again")
+    return False
+
+
+def say_what_waits(console: Console, tracker: "MlflowTracker") -> None:
+    """A line where MLflow lacks something that was measured: what is shown may be incomplete."""
+    left = tracker.left()
+    if left.free:
+        say(console, f"something may be missing: {runs(len(left.free))} not all in MLflow yet; make sync sends them")
+    if left.busy:
+        say(console, f"another command writes {runs(len(left.busy))} just now: what is shown is not the end of it")
+
+
+def runs(count: int) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count} run{'s' * (count != 1)}"
 
 
 def is_folder(wanted: str) -> bool:

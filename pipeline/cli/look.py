@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.common import HOME, UI_PORT, expand, make_console, say
+from pipeline.cli.common import HOME, UI_PORT, expand, make_console, say, say_what_waits
 from pipeline.cli.options import DataDirOption, TrackingOption
 from pipeline.errors import UserError
 
@@ -90,6 +90,7 @@ def compare(
     if empty := [study.name for study in studies if study.name not in set(frame["study"])]:
         raise UserError(f"{', '.join(empty)}: has no trials yet; make study runs some")
     console = make_console()
+    say_what_waits(console, tracker)
     links = {study.name: links_of(tracker, study, UI_PORT) for study in studies}
     for study in studies:
         own = frame[frame["study"] == study.name]

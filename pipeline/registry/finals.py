@@ -6,7 +6,7 @@ A run is data: candidates, what was trained already and what was decided are rea
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import count as count_from
 from itertools import islice
@@ -157,7 +157,7 @@ def run(
                 race.add(candidate, seed, final)
             for line in race.stop_the_beaten():
                 observer.said(line)
-        _learn_ids(race, tracker)
+        race.learn_ids(tracker.id_of)
         decision = _decide(tracker, plan, race, data)
         tracker.client.log_text(plan.study.parent, json.dumps(decision, indent=2), DECISION)
         if decision["winner"]:
@@ -203,14 +203,6 @@ def load_decision(tracker: MlflowTracker, study: StudyRuns) -> dict[str, Any] | 
     if gone := seen - there:
         raise UserError(f"finals of {study.name}: {len(gone)} of the runs that decided them are gone; {again}")
     return dict(decision)
-
-
-def _learn_ids(race: Race, tracker: MlflowTracker) -> None:
-    """Wait until MLflow has what was trained; UserError where that takes too long."""
-    for finals in race.finals.values():
-        for seed, final in finals.items():
-            if final.run_key:
-                finals[seed] = replace(final, run_id=tracker.id_of(final.run_key))
 
 
 def _control(study: StudyRuns, trials: Sequence[StoredRun]) -> StoredRun:

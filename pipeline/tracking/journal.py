@@ -163,7 +163,9 @@ class Journal:
 
     def remove(self) -> None:
         """All of it is in MLflow."""
-        (self.folder / RECORDS).unlink()  # first: what a kill leaves holds nothing that would be shipped again
+        (self.folder / RECORDS).unlink(
+            missing_ok=True
+        )  # first: what a kill leaves holds nothing that would be shipped again
         shutil.rmtree(self.folder, ignore_errors=True)
         self.release()
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 # A read is given up after 13 s where the server refuses, after 2 minutes where it is silent; MLflow's own patience is 4.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -280,6 +282,7 @@ class MlflowTracker:
         run.end(State.FAILED, "ended without a state")
 
     def _journal(self, key: str, start: Mapping[str, Any], is_known: bool) -> Journal:
+        assert re.fullmatch("[0-9a-f]{32}", key), key  # it names a folder
         first = {"kind": "start", "address": self.address, "time": _now(), **start}
         try:
             return self._shipper.open(self.home / FOLDER / key, first, is_known, _PATIENCE_S)
@@ -392,8 +395,8 @@ class MlflowTracker:
         self._shipper.hurry()
 
     def _settle(self) -> None:
-        if self.take_over():
-            self.flush(60)
+        self.take_over()
+        self.flush(60)
 
     def _close(self, run: StoredRun, state: State = State.INTERRUPTED, reason: str = "its process is gone") -> None:
         """A run that has no journal."""

@@ -5,12 +5,13 @@ and value; parameters, tags and files are overwritten by themselves. Only a run 
 have been asked for, it is looked for by its key first.
 """
 
+import contextlib
 import json
 import logging
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -60,7 +61,7 @@ class _Shipment:
     @property
     def has_news(self) -> bool:
         """Whether something is to be done."""
-        return not self.refused and (self.offset < self.journal.size or self.journal.has_ended)
+        return self.journal.has_ended or (not self.refused and self.offset < self.journal.size)
 
 
 class Stores:
@@ -114,7 +115,8 @@ class Stores:
         # That which was written to has metrics or parameters.
         there.sort(key=lambda run: (run.info.run_id == keep, len(run.data.metrics), len(run.data.params)))
         for other in there[:-1]:
-            self.client.delete_run(other.info.run_id)
+            with _done_already():
+                self.client.delete_run(other.info.run_id)
         return there[-1] if there else None
 
 
@@ -128,6 +130,7 @@ class Shipper:
         self._sending = threading.Lock()
         self._shipments: dict[str, _Shipment] = {}
         self._ids: dict[str, str] = {}
+        self._refused: dict[str, str] = {}
         self._thread: threading.Thread | None = None
         self._next, self._failures, self._flushing, self._urgent = 0.0, 0, 0, False
         self._failing_since: float | None = None
@@ -149,6 +152,8 @@ class Shipper:
                 if shipment.journal.size == 0:
                     shipment.journal.remove()
                 raise
+            if shipment.refused:
+                return shipment.journal
             self._add(shipment)
         return shipment.journal
 
@@ -166,6 +171,7 @@ class Shipper:
 
     def _add(self, shipment: _Shipment) -> None:
         self._shipments[shipment.journal.key] = shipment
+        self._refused.pop(shipment.journal.key, None)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="shipper", daemon=True)
             self._thread.start()
@@ -191,13 +197,13 @@ class Shipper:
     def waiting(self) -> list[str]:
         """The keys of the runs of which something is not in MLflow yet, refused ones too."""
         with self._changed:
-            return [key for key, its in self._shipments.items() if its.has_news or its.refused]
+            return list({key: 0 for key, its in self._shipments.items() if its.has_news} | dict.fromkeys(self._refused))
 
     @property
     def refused(self) -> dict[str, str]:
         """Run key -> why MLflow will never take it as it is."""
         with self._changed:
-            return {key: its.refused for key, its in self._shipments.items() if its.refused}
+            return dict(self._refused)
 
     @property
     def failing_s(self) -> float:
@@ -215,7 +221,7 @@ class Shipper:
             while any(its.has_news for its in self._shipments.values()) and time.monotonic() < give_up:
                 self._changed.wait(give_up - time.monotonic())
             self._flushing -= 1
-            return not any(its.has_news or its.refused for its in self._shipments.values())
+            return not self._refused and not any(its.has_news for its in self._shipments.values())
 
     def _work(self) -> None:
         while shipments := self._due():
@@ -236,11 +242,10 @@ class Shipper:
         with self._changed:
             self._changed.notify_all()  # who flushes looks again
             while True:
-                open_ones = [its for its in self._shipments.values() if not its.refused]
-                if not open_ones:
+                if not self._shipments:
                     self._thread = None
                     return []
-                news = [its for its in open_ones if its.has_news]
+                news = [its for its in self._shipments.values() if its.has_news]
                 wait_s = self._next - time.monotonic()
                 if news and (self._urgent or wait_s <= 0 or (self._flushing and not self._failures)):
                     self._urgent = False
@@ -265,21 +270,21 @@ class Shipper:
                 log.warning("MLflow doesn't answer (%s): training goes on, what is measured waits on disk", said(error))
 
     def _ship(self, shipment: _Shipment) -> None:
-        """All that there is; raises where another try may mend it."""
+        """What there is now; raises where another try may mend it."""
+        journal, now = shipment.journal, shipment.journal.size
         try:
-            while shipment.offset < shipment.journal.size:
+            while not shipment.refused and shipment.offset < now:
                 self._send(shipment)
         except Exception as error:
             if not is_for_good(error):
                 raise
             with self._changed:
-                shipment.refused = said(error)
-            log.warning("run key %s: MLflow refuses it (%s); it is kept", shipment.journal.key, shipment.refused)
-            return
+                shipment.refused = self._refused[journal.key] = said(error)
+            log.warning("run key %s: MLflow refuses it (%s); it is kept", journal.key, shipment.refused)
         with self._changed:
-            if shipment.journal.has_ended and shipment.offset == shipment.journal.size:
-                shipment.journal.remove()
-                del self._shipments[shipment.journal.key]
+            if journal.has_ended and (shipment.refused or shipment.offset == journal.size):
+                del self._shipments[journal.key]
+                (journal.release if shipment.refused else journal.remove)()
 
     def _send(self, shipment: _Shipment) -> None:
         """Some records, as few calls as can be."""
@@ -315,6 +320,9 @@ class Shipper:
         if found:
             shipment.run_id = found.info.run_id
             self._client.update_run(shipment.run_id, "RUNNING", start["name"])
+            for name in {"state", "reason"} & found.data.tags.keys():  # of how it ended before
+                with _done_already():
+                    self._client.delete_tag(shipment.run_id, name)
         else:
             shipment.asked_twice, shipment.may_be_there = shipment.may_be_there, True
             experiment = self._stores.experiment_of(start)
@@ -345,6 +353,16 @@ class Shipper:
         if shipment.run_id is None:
             raise _Refused("its journal has no beginning")
         return shipment.run_id
+
+
+@contextlib.contextmanager
+def _done_already() -> Iterator[None]:
+    """MLflow says no where its client deletes again because an answer was lost."""
+    try:
+        yield
+    except MlflowException as error:
+        if not is_for_good(error):
+            raise
 
 
 def ask(uri: str, what: str, body: Mapping[str, Any], timeout_s: float | None = None) -> Any:

@@ -57,6 +57,7 @@ class Lab:
         self.tracker, self.home, self.base, self.data = tracker, home, base.changed({"training.epochs": 1}), data
         self.name = f"lab{next(NUMBERS)}-v1-digits"
         self.tracker.open_study(self.name, "?", "val/accuracy", []).end(State.FINISHED)
+        assert self.tracker.flush(30)
 
     @property
     def study(self) -> StudyRuns:
@@ -71,7 +72,7 @@ class Lab:
         with self.tracker.run(name, recipe, self.data, self.study.parent, tags) as run:
             run.log_metrics({"val/accuracy": score}, 1)
             run.end(state)
-        return run.id
+        return self.tracker.id_of(run.key)
 
     def finals(self, top: int = 1, seeds: int = 2, watch: Watch | None = None) -> dict[str, Any]:
         planned = plan(self.tracker, self.study, top, seeds)

@@ -76,6 +76,7 @@ class Lab:
         return optuna.load_study(study_name="lab-v1-digits", storage=self.storage)
 
     def mlflow_runs(self) -> dict[int, Any]:
+        assert self.tracker.flush(60)
         experiment = self.tracker.experiment("lab-v1-digits")
         runs = self.tracker.client.search_runs([experiment], "tags.role = 'trial'")
         numbers = [int(run.data.tags["trial"]) for run in runs]
@@ -84,6 +85,7 @@ class Lab:
 
     def assert_nothing_runs(self) -> None:
         assert not self.study().get_trials(states=(TrialState.RUNNING,))
+        assert self.tracker.flush(60)
         experiment = self.tracker.experiment("lab-v1-digits")
         assert not self.tracker.client.search_runs([experiment], "attributes.status = 'RUNNING'")
 
@@ -99,7 +101,7 @@ def test_a_study_runs_its_trials_and_tracks_each_once(lab: Lab, small_recipe: Re
     runs = lab.mlflow_runs()
     for trial in study.trials:
         run = runs[trial.number]
-        assert trial.user_attrs["mlflow_run_id"] == run.info.run_id
+        assert trial.user_attrs["run_key"] == run.data.tags["run_key"]
         assert run.data.tags["recipe_digest"] == trial.user_attrs["recipe_digest"]
         assert float(run.data.params["optimizer.lr"]) == trial.params["optimizer.lr"]
         assert run.data.metrics["val/accuracy"] == trial.value
@@ -222,6 +224,7 @@ def test_a_signal_ends_the_trial_killed_and_the_study_resumes(number: signal.Sig
     study = lab.run(3)
     assert num_finished(study) == 3
     assert study.trials[2].params == study.trials[1].params, "the interrupted trial is asked again"
+    lab.assert_nothing_runs()
     assert lab.tracker.client.get_run(parent.info.run_id).info.status == "FINISHED"
 
 
@@ -301,6 +304,7 @@ def test_two_stores_of_one_study_share_an_mlflow_without_touching_each_other(
             other.run(1)
 
     lab.run(1, observer=Silent(meanwhile))
+    assert lab.tracker.flush(60)
     experiment = lab.tracker.experiment("lab-v1-digits")
     runs = lab.tracker.client.search_runs([experiment], "tags.role = 'trial'")
     assert [run.info.status for run in runs] == ["FINISHED"] * 2

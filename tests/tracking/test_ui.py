@@ -61,8 +61,9 @@ def site(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits:
             tags={"role": "trial", "study": "tiny-v1-digits", "trial": str(trial)},
         )
         assert outcome.state is State.FINISHED
-        accuracies[outcome.run_id] = outcome.metrics["val/accuracy"]
+        accuracies[tracker.id_of(outcome.run_key)] = outcome.metrics["val/accuracy"]
     parent.end(State.FINISHED)
+    assert tracker.flush(30)
     accuracies = dict(sorted(accuracies.items(), key=lambda item: -item[1]))
     first, second = accuracies.values()
     assert first > second, "the order on the page tells nothing where the trials are equal"
