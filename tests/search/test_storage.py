@@ -149,8 +149,9 @@ def test_of_many_who_claim_a_trial_at_once_one_gets_it(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(sum(won, [])) == [trial._trial_id for trial in study.trials]
-    assert {trial.user_attrs["worker"]["id"]: None for trial in study.trials}.keys() <= {0, 1, 2, 3}
+    assert sorted(trial_id for ids in won for trial_id in ids) == [trial._trial_id for trial in study.trials]
+    for worker, ids in enumerate(won):
+        assert all(stores[0].get_trial(trial_id).user_attrs["worker"] == {"id": worker} for trial_id in ids)
 
 
 # -------------------------------------------------------------------------------------------------------- PostgreSQL

@@ -213,7 +213,7 @@ def test_a_worker_that_never_gets_anywhere_stops_the_study(firm: Callable[..., F
         return Stillborn()
 
     one = firm(4)
-    with pytest.raises(UserError, match="died 3 times in a row and no trial ended .its process ended with 1"):
+    with pytest.raises(UserError, match=r"died 3 times in a row and no trial ended .its process ended with 1"):
         one.run(scores, workers=1, start=start)
     assert launches == [1, 2, 3]
 
@@ -229,7 +229,7 @@ def test_a_bug_in_one_worker_stops_all_at_once(error: Exception, seen: Any, firm
         raise Died
 
     one = firm(9)
-    with pytest.raises(seen, match="ours|no images"):
+    with pytest.raises(seen, match=r"ours|no images"):
         one.run(buggy, workers=3)
     assert not one.trials(TrialState.RUNNING), "what the others did is asked again"
     assert all(trial.user_attrs["asked_again"] for trial in one.trials(TrialState.FAIL))
@@ -257,8 +257,8 @@ def test_a_worker_without_a_beat_is_killed_and_its_trial_done_by_another(firm: C
 
 
 def test_a_beat_is_missed_only_while_the_database_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now)
+    clock = [0.0]
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: clock[0])
 
     def running(beat: int) -> list[FrozenTrial]:
         return [create_trial(state=TrialState.WAITING, user_attrs={"pulse": {"beat": beat}})]
@@ -266,11 +266,11 @@ def test_a_beat_is_missed_only_while_the_database_answers(monkeypatch: pytest.Mo
     judge = _Judge(grace_s=10)
     number = running(1)[0].number
     assert not judge.still(running(1))
-    for now in (3.0, 6.0, 9.0):
+    for clock[0] in (3.0, 6.0, 9.0):
         assert not judge.still(running(1))
-    now = 900.0  # an outage of the database, or we were paused ourselves
+    clock[0] = 900.0  # an outage of the database, or we were paused ourselves
     assert not judge.still(running(1))
-    now = 901.5
+    clock[0] = 901.5
     assert judge.still(running(1)) == {number}
     assert not judge.still(running(2)), "it beats again"
 
