@@ -167,7 +167,8 @@ class MlflowTracker:
     once; reading from a store that fails later raises MLflow's exceptions.
     """
 
-    def __init__(self, home: Path, uri: str | None = None):
+    def __init__(self, home: Path, uri: str | None = None, asks: bool = True):
+        """With `asks` false the store is not looked at: one who starts in mid-study may come while it is away."""
         self.home = home
         default = f"sqlite:///{home.resolve() / 'mlflow.db'}"
         self.uri = uri or default
@@ -180,20 +181,19 @@ class MlflowTracker:
         self._lock = FileLock(home / "mlflow.lock")
         try:
             home.mkdir(parents=True, exist_ok=True)
-            # Several processes that create the tables at once break a database for good.
-            with self._lock:
-                if self.is_remote:
-                    ask(self.uri, "experiments/search", {"max_results": 1}, _PROBE_S)
-                else:
+            if asks and self.is_remote:
+                ask(self.uri, "experiments/search", {"max_results": 1}, _PROBE_S)
+            self.client = mlflow.MlflowClient(self.uri)
+            if asks and not self.is_remote:
+                # Several processes that create the tables at once break a database for good.
+                with self._lock:
                     _connect_once(self.uri)
-                self.client = mlflow.MlflowClient(self.uri)
-                if not self.is_remote:
                     self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever a driver raises: the address is the user's
             raise UserError(
                 f"TRACKING_URI {public_uri(self.uri)}: can't be opened ({said(error)}); mend it, or {way_out}"
             ) from None
-        if self.uri == default:
+        if asks and self.uri == default:
             check_place(home)
         self._stores = Stores(self.client, self.uri, artifacts, self._lock)
         self._shipper = Shipper(self._stores)

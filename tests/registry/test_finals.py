@@ -162,8 +162,7 @@ def test_finals_are_children_of_the_study_and_leave_its_trials_as_they_were(done
     assert runs["1", "1"].data.params["optimizer.lr"] == "0.05"
     trials = {run.info.run_id for run in done.runs("trial")}
     assert set(done.tracker.best_run_ids(done.study, 10)) == trials
-    done.tracker.close_abandoned(done.study.parent, abandoned=(), alive=())
-    done.tracker.close_abandoned(done.study.parent, abandoned={7}, alive=())
+    done.tracker.close_lost(done.study.parent, alive=(), ended={})
     assert {run.data.tags["state"] for run in done.runs()} == {"finished"}, "their trials' fate is not theirs"
 
 

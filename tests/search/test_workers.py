@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.experiment import Outcome
+from pipeline.guard import this_worker
 from pipeline.recipe import Recipe
 from pipeline.search import workers
 from pipeline.search.storage import ask_again, num_finished, open_storage, reconcile
@@ -129,6 +130,43 @@ def test_the_same_call_goes_on_up_to_the_number_of_trials(lab: Lab) -> None:
     assert not observer.outcomes
     params = [trial.params["optimizer.lr"] for trial in lab.run(4).trials]
     assert len(set(params)) == 4, "a resumed search draws anew"
+
+
+def test_one_worker_draws_what_studys_own_ask_draws(lab: Lab) -> None:
+    def wide(trial: Any) -> None:
+        trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)
+        trial.suggest_float("optimizer.momentum", 0.5, 0.99)
+
+    short = {"training.epochs": 1}
+    done = lab.run(7, wide, base=short)
+    search = Search(
+        "lab", Study(question="?", base=lab.base, space=wide, objective="val/accuracy", trials=7), lab.base, 1, 7, None
+    )
+    plain = optuna.create_study(direction="maximize", sampler=search.sampler(1))
+    plain.enqueue_trial(done.trials[0].params)
+    for trial in done.trials:
+        asked = plain.ask()
+        wide(asked)
+        assert asked.params == trial.params
+        plain.tell(asked, trial.value)
+
+
+def test_a_trial_that_was_declared_dead_is_told_and_logged_no_more(lab: Lab) -> None:
+    def declare_dead(number: int, report: EpochReport) -> None:
+        if number == 1 and report.epoch == 1:
+            study = lab.study()
+            ask_again(study, study.trials[1], died=True)
+            study._storage.set_trial_state_values(study.trials[1]._trial_id, TrialState.FAIL)
+
+    study = lab.run(3, observer=Silent(declare_dead))
+    dead = study.trials[1]
+    assert (dead.state, dead.value, dead.intermediate_values) == (TrialState.FAIL, None, {})
+    run = lab.mlflow_runs()[1]
+    assert "state" not in run.data.tags and run.info.status == "RUNNING", "it is another's to end"
+    epochs = lab.tracker.client.get_metric_history(run.info.run_id, "val/accuracy")
+    assert [point.step for point in epochs] == [1]
+    assert [trial.state for trial in study.trials[2:]] == [TrialState.COMPLETE] * 2
+    assert num_finished(study) == 3
 
 
 def test_another_question_is_refused_and_nothing_is_touched(lab: Lab) -> None:
@@ -282,15 +320,25 @@ def test_a_trial_that_ended_half_way_through_its_space_is_asked_again_whole_and_
     assert waiting[0].user_attrs == {"retry_of": trial.number, "control": True, "whole": True}
 
 
-def test_a_finished_run_whose_trial_was_never_told_is_not_among_the_best(lab: Lab) -> None:
-    """Its process was killed between the two: the trial is asked again, and would stand there twice."""
+def test_a_finished_run_whose_trial_was_never_told_is_gone_on_with_and_stands_there_once(lab: Lab) -> None:
+    """Its process was killed between the two: the trial is asked again."""
     lab.run(1)
     study = lab.study()
-    parent = study.user_attrs["mlflow_run_id"]
-    lab.tracker.close_abandoned(parent, abandoned={0}, alive=())
-    run = lab.mlflow_runs()[0]
-    assert (run.info.status, run.data.tags["state"]) == ("KILLED", State.INTERRUPTED)
-    assert not lab.tracker.best_run_ids(lab.tracker.studies()[0], 10)
+    lost = study.ask()
+    rates(lost)
+    lost.set_user_attr("worker", this_worker() | {"started": 0.0})
+    lost.set_user_attr("run_key", "a" * 32)
+    tags = {"role": "trial", "study": study.study_name, "trial": str(lost.number)}
+    parent, recipe = study.user_attrs["mlflow_run_id"], lab.base.changed(lost.params)
+    with lab.tracker.run("trial 1", recipe, lab.data, parent, tags, "a" * 32) as run:
+        run.end(State.FINISHED)
+    lab.run(2)
+    assert [trial.state.name for trial in lab.study().trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    runs = lab.mlflow_runs()
+    assert set(runs) == {0, 2}
+    assert runs[2].data.tags["run_key"] == "a" * 32 and runs[2].info.status == "FINISHED"
+    assert len(lab.tracker.best_run_ids(lab.tracker.studies()[0], 10)) == 2
+    lab.assert_nothing_runs()
 
 
 def test_two_stores_of_one_study_share_an_mlflow_without_touching_each_other(

@@ -509,13 +509,13 @@ def test_what_dead_processes_left_is_taken_over_and_ends_as_their_journals_say(
     assert local.flush(30) and not journals(local.home)
 
 
-def test_a_study_is_settled_with_what_its_dead_processes_left_in_their_journals(
+def test_finals_are_settled_with_what_dead_processes_left_in_their_journals(
     local: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     parent = local.open_study("left-v1-digits", "?", "val/accuracy", [])
     assert parent.id
     killed(local.home, small_recipe, digits, KEY, 2, State.FINISHED, False)
-    local.close_abandoned(parent.id, abandoned=(), alive=())
+    local.close_gone(local.experiment("left-v1-digits"))
     [stored] = runs_of(local, KEY)
     assert (stored.info.status, stored.data.tags["state"]) == ("FINISHED", "finished"), "not interrupted"
     parent.end(State.FINISHED)

@@ -309,31 +309,40 @@ def test_the_best_runs_are_the_finished_trials_best_first(
     assert [ids[run_id] for run_id in tracker.best_run_ids(study, 2)] == [0.9, 0.5]
 
 
-def test_runs_are_closed_where_their_trials_are_dead_and_only_there(
-    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+def test_runs_of_a_study_that_nobody_is_at_are_closed_and_only_those(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
 ) -> None:
     parent = tracker.open_study("left-v1-digits", "Why?", "val/accuracy", [])
     other = tracker.open_study("other-v1-digits", "Why?", "val/accuracy", [])
-    with tracker.run("trial 0", small_recipe, digits, parent.id, trial_tags("left-v1-digits", 0)) as finished:
-        finished.end(State.FINISHED)
+    elsewhere = MlflowTracker(tmp_path / "elsewhere", tracker.uri)  # whose journals are not here
     with ExitStack() as left_open:
 
-        def run(parent: MlflowRun, study: str, trial: int) -> str:
-            opened = tracker.run("trial", small_recipe, digits, parent.id, trial_tags(study, trial))
-            return tracker.id_of(left_open.enter_context(opened).key)
+        def run(of: MlflowRun, study: str, trial: int, at: MlflowTracker = elsewhere, role: str = "trial") -> MlflowRun:
+            tags = trial_tags(study, trial) | {"role": role}
+            opened = left_open.enter_context(at.run("trial", small_recipe, digits, of.id, tags))
+            at.id_of(opened.key)
+            return opened
 
-        dead, alive = run(parent, "left-v1-digits", 1), run(parent, "left-v1-digits", 2)
-        elsewhere = run(other, "other-v1-digits", 1)
-        tracker.close_abandoned(parent.id, abandoned=(), alive={2})
-        closed = stored(tracker, dead)
-        assert (closed.info.status, closed.data.tags["state"]) == ("KILLED", "interrupted")
-        assert closed.data.tags["reason"] == "its process is gone"
-        for each in (alive, elsewhere, parent):
+        dead, told = run(parent, "left-v1-digits", 1), run(parent, "left-v1-digits", 2)
+        others = [
+            run(parent, "left-v1-digits", 3),
+            run(parent, "left-v1-digits", 4, at=tracker),
+            run(parent, "left-v1-digits", 1, role="final"),
+            run(other, "other-v1-digits", 1),
+            parent,
+        ]
+        tracker.close_lost(parent.id, alive={others[0].key}, ended={told.key: (State.PRUNED, "too bad")})
+        closed = {name: stored(tracker, run) for name, run in (("dead", dead), ("told", told))}
+        assert {name: (run.info.status, run.data.tags["state"]) for name, run in closed.items()} == {
+            "dead": ("KILLED", "interrupted"),
+            "told": ("KILLED", "pruned"),
+        }
+        assert [run.data.tags["reason"] for run in closed.values()] == ["its process is gone", "too bad"]
+        for each in others:
             assert stored(tracker, each).info.status == "RUNNING"
-    assert stored(tracker, finished).data.tags["state"] == "finished"
 
 
-def test_finals_and_reproductions_are_neither_the_best_trials_nor_closed_with_them(
+def test_finals_and_reproductions_are_not_the_best_trials(
     tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     parent = tracker.open_study("roles-v1-digits", "Why?", "val/accuracy", [])
@@ -347,12 +356,24 @@ def test_finals_and_reproductions_are_neither_the_best_trials_nor_closed_with_th
         ids[role] = tracker.id_of(run.key)
         assert [child.info.run_id for child in tracker.children(study, role)] == [ids[role]]
     assert tracker.best_run_ids(study, 10) == [ids["trial"]]
-    tracker.close_abandoned(parent.id, abandoned={0}, alive=())
-    assert {role: stored(tracker, run).data.tags["state"] for role, run in ids.items()} == {
-        "trial": "interrupted",
-        "final": "finished",
-        "reproduction": "finished",
-    }
+
+
+def test_the_run_of_a_process_that_is_gone_is_ended_wherever_its_journal_is(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
+) -> None:
+    parent = tracker.open_study("ended-v1-digits", "Why?", "val/accuracy", [])
+    tags = trial_tags("ended-v1-digits", 7)
+    elsewhere = MlflowTracker(tmp_path / "elsewhere", tracker.uri)
+    with elsewhere.run("trial 7", small_recipe, digits, parent.id, tags) as run:
+        run.log_metrics({"val/accuracy": 0.5}, 1)
+        elsewhere.id_of(run.key)
+        run.leave()  # as one does whose trial was declared dead
+    tracker.end_run(run.key, parent.id, "trial 7", tags, State.FAILED, "it died too often")
+    ended = tracker.client.get_run(tracker.id_of(run.key))
+    assert (ended.info.status, ended.data.tags["reason"]) == ("FAILED", "it died too often")
+    assert ended.data.metrics["val/accuracy"] == 0.5
+    assert elsewhere.take_over() == 0, "what was left there is another's"
+    assert stored(tracker, run).data.tags["state"] == "failed"
 
 
 def test_runs_are_closed_whose_process_is_gone(
