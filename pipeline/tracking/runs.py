@@ -181,13 +181,14 @@ class MlflowTracker:
         self._lock = FileLock(home / "mlflow.lock")
         try:
             home.mkdir(parents=True, exist_ok=True)
-            if asks and self.is_remote:
-                ask(self.uri, "experiments/search", {"max_results": 1}, _PROBE_S)
-            self.client = mlflow.MlflowClient(self.uri)
-            if asks and not self.is_remote:
-                # Several processes that create the tables at once break a database for good.
-                with self._lock:
+            # Several processes that create the tables at once break a database for good.
+            with self._lock:
+                if asks and self.is_remote:
+                    ask(self.uri, "experiments/search", {"max_results": 1}, _PROBE_S)
+                elif asks:
                     _connect_once(self.uri)
+                self.client = mlflow.MlflowClient(self.uri)
+                if asks and not self.is_remote:
                     self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever a driver raises: the address is the user's
             raise UserError(
