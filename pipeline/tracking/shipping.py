@@ -54,7 +54,7 @@ class _Shipment:
     may_be_there: bool  # whether its run may have been made already
     offset: int = 0  # what is before it was shipped
     run_id: str | None = None
-    asked_twice: bool = False
+    asks: int = 0  # for the run to be made
     failures: int = 0
     refused: str = ""  # why it is no longer tried
 
@@ -167,7 +167,7 @@ class Shipper:
     def adopt(self, journal: Journal) -> None:
         """What a dead process left."""
         with self._changed:
-            self._add(_Shipment(journal, may_be_there=True))
+            self._add(_Shipment(journal, may_be_there=True, asks=1))
 
     def _add(self, shipment: _Shipment) -> None:
         self._shipments[shipment.journal.key] = shipment
@@ -289,15 +289,17 @@ class Shipper:
     def _send(self, shipment: _Shipment) -> None:
         """Some records, as few calls as can be."""
         metrics: list[Metric] = []
+        before = shipment.journal.before or {}
         for record, end in islice(shipment.journal.read(shipment.offset), _BATCH):
             if record["kind"] == "metrics":
-                metrics += _points(record, shipment.journal.before or {})
+                metrics += _points(record, before)
             else:
                 tags = record["tags"] if record["kind"] == "end" else {}
                 self._log(shipment, metrics, tags)
                 metrics = []
                 if record["kind"] == "start":
                     self._begin(shipment, record)
+                    before = shipment.journal.before or {}
                 elif record["kind"] == "files":
                     self._send_files(shipment, record)
                 elif record["kind"] == "end":
@@ -324,7 +326,7 @@ class Shipper:
                 with _done_already():
                     self._client.delete_tag(shipment.run_id, name)
         else:
-            shipment.asked_twice, shipment.may_be_there = shipment.may_be_there, True
+            shipment.asks, shipment.may_be_there = shipment.asks + 1, True
             experiment = self._stores.experiment_of(start)
             shipment.run_id = self._stores.make(experiment, start["name"], tags, start["time"])
         self._ids[key] = shipment.run_id
@@ -342,7 +344,7 @@ class Shipper:
     def _end(self, shipment: _Shipment, record: Mapping[str, Any]) -> None:
         run_id = self._id(shipment)
         self._client.set_terminated(run_id, record["status"], record["time"])
-        if shipment.asked_twice:  # the first may have been made since
+        if shipment.asks > 1:  # the first may have been made since
             self._stores.find(self._client.get_run(run_id).info.experiment_id, shipment.journal.key, keep=run_id)
 
     def _log(self, shipment: _Shipment, metrics: list[Metric], tags: Mapping[str, str]) -> None:
