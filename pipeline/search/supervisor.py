@@ -373,6 +373,7 @@ def _outcome(trial: FrozenTrial) -> Outcome:
         metrics=known.get("metrics", {}),
         epochs=known.get("epochs", 0),
         seconds=known.get("seconds", 0.0),
+        notes=tuple(known.get("notes", ())),
     )
 
 
