@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import optuna
@@ -78,6 +79,7 @@ class Objective:
     observer: Observer
     stop_requested: Callable[[], bool]
     storage: PatientStorage
+    home: Path
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Run the trial; its score, or Optuna's or our own exception for how else it ended.
@@ -148,7 +150,7 @@ class Objective:
             on_epoch=on_epoch,
             on_step=on_step,
             fence=fence,
-            resume=self.tracker.home / CHECKPOINTS / key,
+            resume=self.home / CHECKPOINTS / key,
             key=key,
         )
         for name, value in (
