@@ -1,6 +1,7 @@
 """What can go wrong by a user's hand: one line per fault, and the exit code that a command ends with."""
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Sequence
 
 from pydantic import ValidationError
@@ -12,7 +13,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, lines: str | Sequence[str]):
-        self.lines = [one_line(line) for line in ([lines] if isinstance(lines, str) else lines)]
+        self.lines = [one_line(without_secrets(line)) for line in ([lines] if isinstance(lines, str) else lines)]
         super().__init__("\n".join(self.lines))
 
 
@@ -75,6 +76,19 @@ def validation_lines(error: ValidationError, tags: Collection[str] = ()) -> list
 def one_line(text: str) -> str:
     """Line breaks and control characters shown as escapes, so that a value can't pose as a message or move a cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def without_secrets(text: str) -> str:
+    """A message with `***` for users, passwords and queries of addresses, and for whatever is called a password or token."""
+    text = re.sub(r"(\w://)[^\s'\"]*@", r"\1***@", text)
+    text = re.sub(r"(\w://[^\s'\"?#]*\?)[^\s'\"]+", r"\1***", text)
+    named = r"(?i)(\w*(?:password|passwd|passphrase|pwd|secret|token|api_?key)\w*=)('[^']*'|\"[^\"]*\"|[^\s&;,]+)"
+    return re.sub(named, r"\1***", text)
+
+
+def public_uri(uri: str) -> str:
+    """An address as it may be shown; it may be a mistyped one, without `://` or with blanks in its password."""
+    return without_secrets(re.sub(r"(?s)^(\w[\w+]*://)?.*@", r"\1***@", uri))
 
 
 def _shortened(value: object) -> str:

@@ -24,9 +24,16 @@ INTERRUPTED = 130  # the exit code
 DEVICE_NAMES = r"auto|cpu|cuda(:\d{1,3})?"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on, as behind `| head -1`: what is left to do is done in silence."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def make_console(stderr: bool = False) -> Console:
     """What is printed is text: no colons that become pictures, no colours for numbers."""
-    return Console(stderr=stderr, emoji=False, highlight=False)
+    return _Console(stderr=stderr, emoji=False, highlight=False)
 
 
 def say(console: Console, text: str) -> None:

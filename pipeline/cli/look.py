@@ -55,9 +55,9 @@ def ui(
 
 
 def links_of(tracker: "MlflowTracker", study: "StudyRuns", port: int) -> dict[str, str]:
-    from pipeline.tracking.ui import HOST, study_links
+    from pipeline.tracking.ui import HOST, study_links, web_address
 
-    base = re.sub("//[^/]*@", "//", tracker.uri).rstrip("/") if tracker.is_remote else f"http://{HOST}:{port}"
+    base = web_address(tracker.uri) if tracker.is_remote else f"http://{HOST}:{port}"
     return study_links(base, study.experiment, study.objective, study.view, tracker.best_run_ids(study, 10))
 
 

@@ -11,10 +11,10 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import UserError
+from pipeline.errors import UserError, public_uri
 from pipeline.guard import is_gone
 from pipeline.search.study import Search, check_same, counts
-from pipeline.tracking.runs import MlflowTracker, public_uri
+from pipeline.tracking.runs import MlflowTracker
 from pipeline.tracking.sqlite import use_write_ahead_log
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -39,7 +39,7 @@ def open_storage(home: Path, url: str | None = None) -> RDBStorage:
     except ImportError:
         raise UserError(f"STORAGE {public_uri(url)}: needs a driver; .venv/bin/pip install -e '.[postgres]'") from None
     except Exception as error:  # whatever a driver raises: the address is the user's
-        reason = public_uri(str(error).splitlines()[0][:200])
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].replace(url, "it")
         raise UserError(f"STORAGE {public_uri(url)}: can't be opened ({reason}); mend it, or {way_out}") from None
 
 

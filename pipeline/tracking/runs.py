@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import re
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import UserError
+from pipeline.errors import UserError, public_uri, without_secrets
 from pipeline.guard import is_gone
 from pipeline.recipe import Recipe
 from pipeline.tracking.lineage import code, environment, hardware
@@ -321,14 +320,9 @@ class MlflowRun:
         """See Run."""
         if self._open:
             self._open = False
-            tags = {"state": str(state)} | ({"reason": reason[:_TAG_LIMIT]} if reason else {})
+            tags = {"state": str(state)} | ({"reason": without_secrets(reason)[:_TAG_LIMIT]} if reason else {})
             self._client.log_batch(self.id, tags=[RunTag(name, value) for name, value in tags.items()])
             self._client.set_terminated(self.id, _STATUS[state])
-
-
-def public_uri(text: str) -> str:
-    """An address, or a message that shows some, without users and passwords; an address may be a mistyped one."""
-    return re.sub(r"(\w[\w+]*://)?\S*@", r"\1***@", re.sub(r"password=[^\s&]*", "password=***", text))
 
 
 def _connect_once(uri: str) -> None:
@@ -382,4 +376,4 @@ def _dataset_input(data: TrainingData) -> DatasetInput:
 
 
 def _first_line(error: BaseException) -> str:
-    return public_uri((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
+    return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
