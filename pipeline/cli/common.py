@@ -80,7 +80,7 @@ def load_data_of(recipe: "Recipe", data_dir: Path, device: "torch.device") -> "T
 
 def is_folder(wanted: str) -> bool:
     """Whether a model is named by the folder of its files."""
-    return expand(Path(wanted)).is_dir()
+    return os.path.isdir(expand(Path(wanted)))  # Path's own raises where a name is too long
 
 
 @contextlib.contextmanager

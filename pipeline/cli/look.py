@@ -72,6 +72,8 @@ def compare(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Compare the trials of a study, or studies with each other: a table here, and one HTML page that opens offline."""
+    if not any(names := [name for word in names for name in word.split()]):  # make passes several as one word
+        raise UserError("NAME: which study? make compare NAME=attention")
     _check_store(tracking_uri)
 
     from pipeline.console import print_links
@@ -80,7 +82,7 @@ def compare(
     from pipeline.tracking.runs import MlflowTracker
 
     tracker = MlflowTracker(HOME, tracking_uri)
-    studies = choose(tracker, [name for word in names for name in word.split()])  # make passes several as one word
+    studies = choose(tracker, names)
     file = expand(output) if output else HOME / "reports" / page_name([study.name for study in studies])
     if file.is_dir():
         raise UserError(f"OUTPUT {file}: is a folder; name a file, e.g. {file / 'report.html'}")
