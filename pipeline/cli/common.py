@@ -42,8 +42,15 @@ def say(console: Console, text: str) -> None:
 
 
 def expand(path: Path) -> Path:
-    """`~` means the home folder; Path's own raises where there is no such user."""
-    return Path(os.path.expanduser(path))
+    """`~` means the home folder; Path's own raises where there is no such user. UserError for what can be no path."""
+    path = Path(os.path.expanduser(path))
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # too long, or in a folder that may not be read; Path.is_dir would raise it
+        raise UserError(f"{str(path)[:200]}: {error.strerror}") from None
+    return path
 
 
 def find_device(name: str) -> "torch.device":
@@ -80,7 +87,7 @@ def load_data_of(recipe: "Recipe", data_dir: Path, device: "torch.device") -> "T
 
 def is_folder(wanted: str) -> bool:
     """Whether a model is named by the folder of its files."""
-    return os.path.isdir(expand(Path(wanted)))  # Path's own raises where a name is too long
+    return expand(Path(wanted)).is_dir()
 
 
 @contextlib.contextmanager
