@@ -91,7 +91,8 @@ def without_secrets(text: str) -> str:
     return re.sub(_NAMED_SECRET, r"\1***", text)
 
 
-_NAMED_SECRET = r"(?i)((?:password|passwd|passphrase|pwd|secret|token|api_?key)\w{0,20}=)('[^'\n]{0,200}'|\"[^\"\n]{0,200}\"|[^\s&;,]+)"
+_SECRETS = "password|passwd|passphrase|pwd|secret|token|api_?key"
+_NAMED_SECRET = rf"""(?i)((?:{_SECRETS})\w{{0,20}}=)('[^'\n]{{0,200}}'|"[^"\n]{{0,200}}"|[^\s&;,]+)"""
 
 
 def _without_user(word: str) -> str:

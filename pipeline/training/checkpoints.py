@@ -167,7 +167,8 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _beside(folder: Path, suffix: str) -> Path:
-    return folder.with_name(f".{folder.name}.{suffix}")
+    folder = Path(os.path.abspath(folder))  # `.` has no name
+    return folder.parent / f".{folder.name}.{suffix}"
 
 
 def _move_into_place(new: Path, folder: Path) -> None:

@@ -3,8 +3,8 @@
 import hashlib
 import io
 import os
-import re
 import pickle
+import re
 import shutil
 import signal
 import socket
