@@ -117,6 +117,7 @@ class Objective:
         for name, value in (
             ("state", outcome.state),
             ("reason", outcome.reason),
+            ("notes", outcome.notes),
             ("epochs", outcome.epochs),
             ("seconds", round(outcome.seconds, 3)),
             ("metrics", outcome.metrics),
