@@ -448,6 +448,21 @@ def test_methods_differ_and_say_what_they_gain_and_an_ensemble_averages_them(tra
     assert "its ids are not those of" in done.stderr
 
 
+def test_a_reader_who_leaves_early_stops_nothing(trained: Trained, tmp_path: Path) -> None:
+    """As `predict ... | head -1`, where the pipe is closed before the first line comes."""
+    write_digits(tmp_path, 3)
+    command = [sys.executable, "-m", "pipeline", "predict", str(tmp_path), "--output", str(tmp_path / "out.csv")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=trained.home.parent, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(read_predictions(tmp_path / "out.csv")) == 3
+
+
 def test_odd_names_reach_terminal_and_table_on_one_line_as_they_are(trained: Trained, tmp_path: Path) -> None:
     from rich.console import Console
 

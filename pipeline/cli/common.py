@@ -25,9 +25,16 @@ INTERRUPTED = 130  # the exit code
 DEVICE_NAMES = r"auto|cpu|cuda(:\d{1,3})?"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on, as behind `| head -1`: what is left to do is done in silence."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def make_console(stderr: bool = False) -> Console:
     """What is printed is text: no colons that become pictures, no colours for numbers."""
-    return Console(stderr=stderr, emoji=False, highlight=False)
+    return _Console(stderr=stderr, emoji=False, highlight=False)
 
 
 def say(console: Console, text: str) -> None:
@@ -36,8 +43,15 @@ def say(console: Console, text: str) -> None:
 
 
 def expand(path: Path) -> Path:
-    """`~` means the home folder; Path's own raises where there is no such user."""
-    return Path(os.path.expanduser(path))
+    """`~` means the home folder; Path's own raises where there is no such user. UserError for what can be no path."""
+    path = Path(os.path.expanduser(path))
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # too long, or in a folder that may not be read; Path.is_dir would raise it
+        raise UserError(f"{str(path)[:200]}: {error.strerror}") from None
+    return path
 
 
 def find_device(name: str) -> "torch.device":

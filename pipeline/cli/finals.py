@@ -7,7 +7,7 @@ import typer
 
 from pipeline.cli.common import HOME, INTERRUPTED, find_device, load_data_of, make_console, say, say_what_waits, settle
 from pipeline.cli.options import DataDirOption, DeviceOption, TrackingOption
-from pipeline.errors import NotReproduced, UserError
+from pipeline.errors import NotReproduced, UserError, public_uri
 
 SeedsOption = Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Fresh seeds of each recipe.")]
 
@@ -27,7 +27,7 @@ def finals(
     from pipeline.console import TrainingsView, duration, print_finals, print_links
     from pipeline.experiment import Interrupted
     from pipeline.registry import finals as the_finals
-    from pipeline.tracking.runs import MlflowTracker, public_uri
+    from pipeline.tracking.runs import MlflowTracker
     from pipeline.tracking.studies import find_study
 
     where = find_device(device)

@@ -23,11 +23,11 @@ from sqlalchemy import Connection, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import UserError
+from pipeline.errors import UserError, public_uri, without_secrets
 from pipeline.guard import is_gone
 from pipeline.search.replay import WHOLE
 from pipeline.search.study import Search, check_same, counts
-from pipeline.tracking.runs import MlflowTracker, State, public_uri
+from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.tracking.sqlite import use_write_ahead_log
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -181,7 +181,7 @@ def _is_away(error: BaseException) -> bool:
 
 
 def _wait(url: str, error: BaseException, count: int, deadline: float) -> None:
-    reason = public_uri(str(error.__cause__ or error).strip().splitlines()[0][:200])
+    reason = without_secrets(str(error.__cause__ or error).strip().splitlines()[0][:200])
     if time.monotonic() > deadline:
         raise StorageAway(
             f"STORAGE {public_uri(url)}: no answer for {PATIENCE_S / 60:.0f} minutes ({reason}); "
@@ -219,7 +219,7 @@ def open_storage(home: Path, url: str | None = None, wait: bool = False) -> Pati
             ) from None
         except Exception as error:  # whatever a driver raises: the address is the user's
             if not (wait and _is_away(error)):
-                reason = public_uri(str(error).splitlines()[0][:200])
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].replace(url, "it")
                 raise UserError(
                     f"STORAGE {public_uri(url)}: can't be opened ({reason}); mend it, or {way_out}"
                 ) from None

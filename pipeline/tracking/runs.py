@@ -32,13 +32,13 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import UserError
+from pipeline.errors import UserError, public_uri, without_secrets
 from pipeline.guard import is_gone
 from pipeline.recipe import Recipe
 from pipeline.tracking.journal import FOLDER, Busy, Journal, address_of, is_busy, journals
 from pipeline.tracking.lineage import code, environment, hardware
 from pipeline.tracking.relocate import check_place
-from pipeline.tracking.shipping import RUN_KEY, SYSTEM, Shipper, Stores, ask, public_uri, said
+from pipeline.tracking.shipping import RUN_KEY, SYSTEM, Shipper, Stores, ask, said
 from pipeline.tracking.sqlite import use_write_ahead_log
 from pipeline.tracking.ui import shared_view
 
@@ -534,7 +534,7 @@ class _Monitor(SystemMetricsMonitor):
 
 def _end(state: State, reason: str = "") -> dict[str, Any]:
     """A run's last record."""
-    tags = {"state": str(state)} | ({"reason": reason[:_TAG_LIMIT]} if reason else {})
+    tags = {"state": str(state)} | ({"reason": without_secrets(reason)[:_TAG_LIMIT]} if reason else {})
     return {"kind": "end", "status": _STATUS[state], "tags": tags, "time": _now()}
 
 

@@ -8,7 +8,6 @@ have been asked for, it is looked for by its key first.
 import contextlib
 import json
 import logging
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.rest_utils import http_request, verify_rest_response
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_secrets
 from pipeline.tracking.journal import DiskFault, Journal
 
 log = logging.getLogger(__name__)
@@ -393,12 +392,7 @@ def is_for_good(error: Exception) -> bool:
 
 def said(error: BaseException) -> str:
     """An error's first line, without users and passwords."""
-    return public_uri((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
-
-
-def public_uri(text: str) -> str:
-    """An address, or a message that shows some, without users and passwords; an address may be a mistyped one."""
-    return re.sub(r"(\w[\w+]*://)?\S*@", r"\1***@", re.sub(r"password=[^\s&]*", "password=***", text))
+    return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
 
 
 def _points(record: Mapping[str, Any], before: Mapping[str, int]) -> list[Metric]:
