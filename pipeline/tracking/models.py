@@ -78,7 +78,7 @@ def _checkpoint(tracker: MlflowTracker, run: Run, what: str, folder: Path) -> Pa
     if RECORD not in names:
         raise UserError(f"{what}: {_why_no_model(run)}")
     with contextlib.suppress(UserError):  # a damaged one is told by who uses it
-        if not read_checkpoint(folder)["run_id"]:  # MLflow had not answered yet when it was written
+        if not read_checkpoint(folder).get("run_id"):  # MLflow had not answered yet when it was written
             amend(folder, {"run_id": run.info.run_id})
     return folder
 

@@ -104,7 +104,7 @@ def save_folder(folder: Path, contents: Mapping[str, bytes], facts: dict[str, An
 
 
 def read_checkpoint(folder: Path, file: str = WEIGHTS) -> dict[str, Any]:
-    """The facts of a checkpoint, or another folder of `save_folder`'s with this `file`, whose files are all as they were written.
+    """The facts of a checkpoint, or of another folder with this `file`, whose files are all as they were written.
 
     Call it before reading any of the files: it also ends what a killed save left half done.
     UserError where there is no checkpoint, it is of another format, or a file is missing or damaged.
