@@ -58,6 +58,18 @@ def alone(key: str, home: Path) -> Iterator[None]:
         raise UserError(f"study {key}: another command is running it; wait for it, or stop it") from None
 
 
+def is_running(key: str, home: Path) -> bool:
+    """Whether a command on this machine runs a study just now."""
+    lock = home / f"{key}.lock"
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def this_worker() -> dict[str, Any]:
     """Names this process so that another can tell whether it still lives; JSON."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}

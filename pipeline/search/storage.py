@@ -262,6 +262,12 @@ def find_study(search: Search, data: TrainingData, storage: RDBStorage) -> optun
     return study
 
 
+def our_studies(storage: RDBStorage) -> list[optuna.Study]:
+    """Every stored study that was made here."""
+    found = [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)]
+    return [study for study in found if "fingerprint" in study.user_attrs]
+
+
 class StudyLock:
     """One command at a time for a study, on whatever machine: a lock that PostgreSQL holds as long as the connection lives.
 

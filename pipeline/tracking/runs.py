@@ -383,7 +383,7 @@ class MlflowTracker:
         for run in self.client.search_runs([experiment], query, max_results=50_000):
             key = run.data.tags.get(RUN_KEY, "")
             if key not in alive and not (key and (self.home / FOLDER / key).exists()):
-                self._close(run, *ended.get(key, (State.INTERRUPTED, "its process is gone")))
+                self.close(run, *ended.get(key, (State.INTERRUPTED, "its process is gone")))
 
     def end_run(self, key: str, parent: str, name: str, tags: Mapping[str, str], state: State, reason: str) -> None:
         """End, as soon as MLflow answers, the run of a process that is gone, and that nobody will go on with."""
@@ -399,7 +399,7 @@ class MlflowTracker:
         self.take_over()
         self.flush(60)
 
-    def _close(self, run: StoredRun, state: State = State.INTERRUPTED, reason: str = "its process is gone") -> None:
+    def close(self, run: StoredRun, state: State = State.INTERRUPTED, reason: str = "its process is gone") -> None:
         """A run that has no journal."""
         end = _end(state, reason)
         tags = [RunTag(name, value) for name, value in end["tags"].items()]
@@ -428,7 +428,7 @@ class MlflowTracker:
         for run in self.client.search_runs([experiment], "attributes.status = 'RUNNING'", max_results=50_000):
             worker = run.data.tags.get("worker")
             if worker and is_gone(json.loads(worker)):
-                self._close(run)
+                self.close(run)
 
     def read_file(self, run_id: str, name: str) -> bytes | None:
         """An artifact's bytes; None where the run has none of this name."""
