@@ -4,7 +4,7 @@ import shutil
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from pipeline.tracking.inventory import (
     faults_of_versions,
     folder_of,
 )
-from pipeline.tracking.journal import FOLDER, RECORDS, is_busy
+from pipeline.tracking.journal import FOLDER, is_busy, remains
 from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.tracking.shipping import RUN_KEY
 from pipeline.training.checkpoints import read_checkpoint
@@ -84,6 +84,8 @@ class _Auditor:
         self._points = all_points(self._tracker, runs)
         self._running(runs)
         trained = [run for run in runs if run.data.tags.get("role") in _TRAINED]
+        points = [self._points.get(run.info.run_id, {}) for run in trained]
+        self._by_epoch = {name for each in points for name, its in each.items() if its.steps > 1}
         self._parents(runs, studies)
         by_parent: dict[str, list[StoredRun]] = defaultdict(list)
         for run in trained:
@@ -215,7 +217,8 @@ class _Auditor:
         if self._is_open(run):
             return
         epochs, what = self._epochs(run), _called(run)
-        self._seen.findings += [f"{what}: {fault}" for fault in faults_of_points(self._points.get(run.info.run_id, {}))]
+        faults = faults_of_points(self._points.get(run.info.run_id, {}), self._by_epoch)
+        self._seen.findings += [f"{what}: {fault}; nothing here brings points back" for fault in faults]
         if run.data.tags.get("state") != State.FINISHED:
             return
         if str(epochs) != run.data.params.get("training.epochs"):
@@ -268,27 +271,22 @@ class _Auditor:
                 self._find(f"{model}: version {champion} is champion by the ledger, {alias} by MLflow; {way_out}")
 
 
-def faults_of_points(points: Mapping[str, Points]) -> list[str]:
-    """What is missing or doubled: a metric has a point for each epoch from 1, or one, at the last epoch."""
+def faults_of_points(points: Mapping[str, Points], by_epoch: Collection[str]) -> list[str]:
+    """What is missing or doubled: a metric `by_epoch` has a point for each epoch from 1, any other one at the last epoch."""
     epochs = max((its.last for its in points.values()), default=0)
     faults = []
     for name, its in points.items():
         if its.points != its.steps:
-            faults.append(f"{name} has {its.points - its.steps} points twice")
-        if its.steps > 1 and (its.first, its.last, its.steps) != (1, epochs, epochs):
-            faults.append(
-                f"{name} has {its.steps} points from epoch {its.first} to {its.last}, should have {epochs} from 1"
-            )
-        if its.steps == 1 and its.last != epochs:
-            faults.append(f"{name} has only epoch {its.last} of {epochs}")
+            faults.append(f"{name} has {its.points} points for {its.steps} epochs")
+        first, steps = (1, epochs) if name in by_epoch else (epochs, 1)
+        if (its.first, its.last, its.steps) != (first, epochs, steps):
+            there = f"{its.steps} from epoch {its.first} to {its.last}"
+            faults.append(f"{name} has {there}, and should have {steps} from {first} to {epochs}")
     return faults
 
 
 def leftovers(home: Path) -> list[Path]:
     """Temporary files and folders that no living process can have."""
-    journals = [
-        folder for folder in (home / FOLDER).glob("*") if not (folder / RECORDS).exists() and not is_busy(folder)
-    ]
     states = [path for path in (home / CHECKPOINTS).glob("*/.*") if not is_busy(home / FOLDER / path.parent.name)]
     others = [
         *home.glob(".*"),
@@ -297,7 +295,7 @@ def leftovers(home: Path) -> list[Path]:
         *home.parent.glob("data/.cifar10-*"),
     ]
     old = [path for path in others if time.time() - path.stat().st_mtime > _YOUNG_S]
-    return sorted([*journals, *states, *old])
+    return sorted([*remains(home), *states, *old])
 
 
 def is_run(study: "optuna.Study", storage: PatientStorage, home: Path) -> bool:
@@ -318,13 +316,14 @@ def mend(home: Path, storage: PatientStorage | None, tracker: MlflowTracker) -> 
     """
     done: list[str] = []
     studies = our_studies(storage) if storage else []
+    there = {run.info.run_id for run in all_runs(tracker)}
     for study in studies:
         assert storage
-        parent = study.user_attrs.get("mlflow_run_id")
+        parent = str(study.user_attrs.get("mlflow_run_id"))
         try:
             with alone(study.study_name, home):
                 StudyLock(storage, study.study_name).close()
-                again = reconcile(study, tracker, parent, home) if parent else []
+                again = reconcile(study, tracker, parent, home) if parent in there else []
         except UserError:
             continue
         done += [f"trial {number} of {study.study_name}: its process was gone; it is asked again" for number in again]

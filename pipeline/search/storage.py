@@ -350,9 +350,11 @@ def bury(
                 reason = f"{why}; so it ended {RETRIES + 1} times"
                 study._storage.set_trial_user_attr(trial._trial_id, "state", str(State.FAILED))
                 study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
-                if key := trial.user_attrs.get("run_key"):
-                    name, tags = run_name(trial), run_tags(study, trial)
-                    tracker.end_run(key, parent, name, tags, State.FAILED, reason)
+                key = trial.user_attrs.get("run_key")
+                if key is None:  # it died each time before it had one
+                    key = uuid.uuid4().hex
+                    study._storage.set_trial_user_attr(trial._trial_id, "run_key", key)
+                tracker.end_run(key, parent, run_name(trial), run_tags(study, trial), State.FAILED, reason)
             study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 

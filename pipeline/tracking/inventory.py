@@ -6,7 +6,7 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run as StoredRun
@@ -63,7 +63,7 @@ def all_points(tracker: MlflowTracker, runs: Sequence[StoredRun]) -> Mapping[str
     return found
 
 
-def _of_database(uri: str) -> Iterator[tuple[str, str, int, int, int, int]]:
+def _of_database(uri: str) -> Iterator[Sequence[Any]]:
     query = (
         "SELECT run_uuid, key, COUNT(*), COUNT(DISTINCT step), MIN(step), MAX(step) FROM metrics "
         f"WHERE key NOT LIKE '{SYSTEM}%' GROUP BY run_uuid, key"
@@ -71,12 +71,12 @@ def _of_database(uri: str) -> Iterator[tuple[str, str, int, int, int, int]]:
     engine = create_engine(uri)
     try:
         with engine.connect() as connection:
-            yield from connection.execute(text(query)).tuples()
+            yield from connection.execute(text(query))
     finally:
         engine.dispose()
 
 
-def _of_server(tracker: MlflowTracker, runs: Sequence[StoredRun]) -> Iterator[tuple[str, str, int, int, int, int]]:
+def _of_server(tracker: MlflowTracker, runs: Sequence[StoredRun]) -> Iterator[Sequence[Any]]:
     credentials = get_default_host_creds(tracker.uri)
     having: dict[str, list[str]] = defaultdict(list)
     longest = 1
