@@ -156,7 +156,7 @@ class _Unusable(Exception):
 def _read(state: Path) -> tuple[_Facts, dict[str, Tensor]]:
     """What `save_if_due` wrote."""
     try:
-        return _Facts.model_validate(read_checkpoint(state, TENSORS)), load_file(state / TENSORS)
+        return _Facts.model_validate(read_checkpoint(state)), load_file(state / TENSORS)
     except ValidationError:
         raise _Unusable("written by another version of the pipeline") from None
     except (UserError, OSError, SafetensorError) as error:
