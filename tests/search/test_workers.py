@@ -161,10 +161,11 @@ def test_a_trial_that_was_declared_dead_is_told_and_logged_no_more(lab: Lab) -> 
     study = lab.run(3, observer=Silent(declare_dead))
     dead = study.trials[1]
     assert (dead.state, dead.value, dead.intermediate_values) == (TrialState.FAIL, None, {})
-    run = lab.mlflow_runs()[1]
-    assert "state" not in run.data.tags and run.info.status == "RUNNING", "it is another's to end"
-    epochs = lab.tracker.client.get_metric_history(run.info.run_id, "val/accuracy")
-    assert [point.step for point in epochs] == [1]
+    runs = lab.mlflow_runs()
+    assert set(runs) == {0, 2, 3}, "its run is the retry's"
+    assert runs[2].data.tags["run_key"] == dead.user_attrs["run_key"] and runs[2].info.status == "FINISHED"
+    epochs = lab.tracker.client.get_metric_history(runs[2].info.run_id, "val/accuracy")
+    assert [point.step for point in epochs] == [1, 2]
     assert study.trials[2].user_attrs["retry_of"] == 1 and study.trials[2].state is TrialState.COMPLETE
     assert num_finished(study) == 3
 
