@@ -22,6 +22,7 @@ from pipeline.search.storage import PatientStorage, StorageAway, ask_again, run_
 from pipeline.search.study import Search
 from pipeline.tracking.runs import Lost, MlflowTracker, State
 from pipeline.training.loop import EpochReport
+from pipeline.training.resume import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,6 @@ class Observer(Protocol):
 
     def trial_ended(self, number: int, outcome: Outcome) -> None:
         """A trial ended, in whatever state."""
-
-
-CHECKPOINTS = "checkpoints"  # in the home folder: states that trials go on from, a folder for each run key
 
 
 class TrialFailed(Exception):
