@@ -316,8 +316,8 @@ def test_the_public_surface_is_frozen() -> None:
         "replay": ["--json", "--orders", "--seed", "file"],
         "serve": ["--port", "--tracking-uri", "model"],
         "study": [
-            *("--data-dir", "--dataset", "--device", "--epochs", "--hang", "--patience", "--seed", "--set"),
-            *("--storage", "--timeout", "--tracking-uri", "--trials", "--version", "--workers", "name"),
+            *("--cluster", "--data-dir", "--dataset", "--device", "--epochs", "--hang", "--patience", "--seed"),
+            *("--set", "--storage", "--timeout", "--tracking-uri", "--trials", "--version", "--workers", "name"),
         ],
         "ui": ["--port", "--tracking-uri", "name"],
     }
