@@ -37,7 +37,7 @@ $(error no such variable: $(UNKNOWN) (there are $(KNOWN)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study plan compare finals promote rollback history reproduce predict export serve ui bench bench-gpu test check format
+.PHONY: help setup study plan compare finals promote rollback history reproduce predict export serve ui bench bench-gpu test chaos check format
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
@@ -98,6 +98,9 @@ bench-gpu: $(READY) ## what a GPU is worth here, in under ten minutes: [PEER=pee
 
 test: $(READY) ## run the tests (DATA_DIR= with CIFAR-10 in it runs those on real data too)
 	@$(if $(value DATA_DIR),DATA_DIR=$(call quoted,DATA_DIR)) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+chaos: $(READY) ## the slow tests of faults: processes killed, paused and stopped, databases restarted
+	@$(BIN)/python -m pytest -m chaos
 
 check: $(READY) ## ruff, formatting, types
 	@$(BIN)/ruff check

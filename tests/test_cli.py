@@ -228,6 +228,8 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
         ),
         (["study", "attention", "--set", 'model.widths=[4, -8] data.dataset="x'], ["model.widths.1 = -8:"]),
         (["study", "attention", "--set", "training.seed=" + "9" * 5000], ["training.seed = 999"]),
+        (["study", "attention", "--workers", "0", "--hang", "soon"], ["WORKERS = 0:", "HANG = soon:"]),
+        (["plan", "attention", "--workers", "many"], ["WORKERS = many:"]),
         (["study", "attention", "--storage", "sqlite://"], ["STORAGE sqlite://: keeps nothing"]),
         (["study", "attention", "--device", "cuda:" + "9" * 30], ["should be auto, cpu, cuda or cuda:N"]),
         (["study", "attention", "--dataset", "cifar100"], ["data.dataset = cifar100:"]),
@@ -615,7 +617,7 @@ def test_make_export_and_serve_pass_every_variable_on(made: Path) -> None:
 
 
 def test_make_plan_passes_the_options_that_matter_on(made: Path) -> None:
-    names = ["TRIALS", "EPOCHS", "DATASET", "DATA_DIR", "DEVICE", "SEED", "VERSION", "SET"]
+    names = ["TRIALS", "EPOCHS", "DATASET", "DATA_DIR", "DEVICE", "SEED", "VERSION", "SET", "WORKERS"]
     done = make(made, "plan", "NAME=attention", *(f"{name}={name.lower()} value" for name in names), "TIMEOUT=1")
     expected = [f"--{name.lower().replace('_', '-')}={name.lower()} value" for name in names]
     assert re.findall(r"\[(.*)\]", done.stdout) == ["-m", "pipeline", "plan", *expected, "--", "attention"]
@@ -688,10 +690,13 @@ def make(folder: Path, *words: str, **environment: str) -> subprocess.CompletedP
 
 def test_make_study_passes_every_variable_on(made: Path) -> None:
     names = ["TRIALS", "EPOCHS", "TIMEOUT", "DATASET", "DATA_DIR", "DEVICE", "SEED", "VERSION", "STORAGE"]
-    words = [f"{name}={name.lower()} value" for name in [*names, "TRACKING_URI", "SET"]]
+    words = [f"{name}={name.lower()} value" for name in [*names, "TRACKING_URI", "SET", "WORKERS", "HANG"]]
     done = make(made, "study", "NAME=attention", *words)
     got = re.findall(r"\[(.*)\]", done.stdout)
-    expected = [f"--{name.lower().replace('_', '-')}={name.lower()} value" for name in [*names, "TRACKING_URI", "SET"]]
+    expected = [
+        f"--{name.lower().replace('_', '-')}={name.lower()} value"
+        for name in [*names, "TRACKING_URI", "SET", "WORKERS", "HANG"]
+    ]
     assert got == ["-m", "pipeline", "study", *expected, "--", "attention"]
 
 

@@ -19,7 +19,7 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy import Connection, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from pipeline.data.prepare import TrainingData
@@ -269,31 +269,36 @@ class StudyLock:
     """
 
     def __init__(self, storage: RDBStorage, key: str):
-        self._key, self._connection = key, None
+        self._key = key
         self._number = int.from_bytes(hashlib.sha256(f"pipeline {key}".encode()).digest()[:8], "big", signed=True)
         self._engine = create_engine(storage.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        self._connection: Connection | None = None
         if self._engine.dialect.name == "postgresql":
             self._connection = self._acquire()
 
-    def check(self) -> None:
-        """Take it again where the connection was lost; UserError where another command was faster."""
-        if self._connection is None:
-            return
-        try:
-            self._connection.execute(text("SELECT 1"))
-        except DBAPIError:
-            self._connection.close()
-            with contextlib.suppress(DBAPIError):  # still away: asked again at the next check
-                self._connection = self._acquire()
-
     def close(self) -> None:
         """Give it back."""
-        if self._connection is not None:
-            self._connection.close()
+        if self._connection:
+            with contextlib.suppress(DBAPIError):
+                self._connection.close()
+            self._connection = None
 
-    def _acquire(self) -> Any:
+    def check(self) -> None:
+        """Take it again where the connection was lost; UserError where another command was faster."""
+        if self._engine.dialect.name != "postgresql":
+            return
+        try:
+            if self._connection:
+                self._connection.execute(text("SELECT 1"))
+            else:
+                self._connection = self._acquire()
+        except DBAPIError:  # the database is away: at the next check it may be back
+            self.close()
+
+    def _acquire(self) -> Connection:
         connection = self._engine.connect()
-        if not connection.execute(text("SELECT pg_try_advisory_lock(:number)"), {"number": self._number}).scalar():
+        taken = connection.execute(text("SELECT pg_try_advisory_lock(:number)"), {"number": self._number}).scalar()
+        if not taken:
             connection.close()
             raise UserError(
                 f"study {self._key}: another command is running it, maybe on another machine; wait for it, or stop it"

@@ -1,5 +1,6 @@
 """Many workers for one study: what may be taken, who lives, who died, and what a person sees of it."""
 
+import contextlib
 import json
 import logging
 import os
@@ -15,7 +16,9 @@ from typing import Any, Protocol
 import cloudpickle
 import optuna
 import torch
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DBAPIError
 
 from pipeline.errors import UserError
 from pipeline.experiment import Outcome
@@ -209,7 +212,8 @@ class Supervisor:
             raise
         finally:
             del self.storage.while_waiting
-            self._show.look(self.study.get_trials(deepcopy=False))
+            with self.storage.once(), contextlib.suppress(StorageInternalError, DBAPIError):
+                self._show.look(self.study.get_trials(deepcopy=False))
 
     def _tick(self, seconds: float) -> bool:
         """Look at everything once; whether there is more to do."""
@@ -220,7 +224,7 @@ class Supervisor:
         ended = self._ended_workers()
         trials = self.study.get_trials(deepcopy=False)
         running = [trial for trial in trials if trial.state is TrialState.RUNNING]
-        if buried := self._bury_dead(running):
+        if buried := self._bury_dead(running, ended):
             trials = self.study.get_trials(deepcopy=False)
             running = [trial for trial in trials if trial.state is TrialState.RUNNING and trial.number not in buried]
         self._show.look(trials)
@@ -232,13 +236,13 @@ class Supervisor:
             left = 0
         left = max(left, 0)
         if not left and not running:
-            grant(self.study, 0)
+            grant(self.study, trials, 0)
             return False
         for place in ended:
             self._note_death(place, finished)
         room = self.crew.room()
-        self._start_workers(left, finished, room)
-        grant(self.study, min(left, room))
+        self._start_workers(left + len(running), finished, room)
+        grant(self.study, trials, min(left, room))
         return True
 
     def _interrupt_if_asked(self) -> None:
@@ -262,9 +266,7 @@ class Supervisor:
         return died
 
     def _note_death(self, place: _Place, finished: int) -> None:
-        assert place.worker is not None
-        ended = place.worker.ended()
-        why = (ended.died if ended else "") or "it stopped, though nobody asked it to"
+        why = self._why(place)
         place.deaths = 1 if finished > place.finished else place.deaths + 1
         place.worker = None
         log.info("worker %d: %s", place.number + 1, why)
@@ -274,17 +276,21 @@ class Supervisor:
                 "and the same command goes on"
             )
 
-    def _bury_dead(self, running: list[FrozenTrial]) -> set[int]:
+    def _why(self, place: _Place) -> str:
+        ended = place.worker.ended() if place.worker else None
+        return (ended.died if ended else "") or "it stopped, though nobody asked it to"
+
+    def _bury_dead(self, running: list[FrozenTrial], ended: list[_Place]) -> set[int]:
         """Declare dead whose process is gone or whose beat stands still; the trials' numbers."""
+        died = {place.worker.id: self._why(place) for place in ended if place.worker}
         ours = {place.worker.id: place.worker for place in self._places if place.worker}
         still = self._judge.still(running)
         dead: dict[str, list[FrozenTrial]] = {}
         for trial in running:
             owner = trial.user_attrs.get("worker", {})
             worker = ours.get(owner.get("id"))
-            ended = worker.ended() if worker else None
-            if ended is not None:
-                dead.setdefault(ended.died or "its worker stopped", []).append(trial)
+            if owner.get("id") in died:
+                dead.setdefault(died[owner["id"]], []).append(trial)
             elif worker is None and owner and is_gone(owner):
                 dead.setdefault("its process is gone", []).append(trial)
             elif trial.number in still:
@@ -298,13 +304,11 @@ class Supervisor:
             bury(self.study, trials, why, self.tracker, self.parent)
         return {trial.number for trials in dead.values() for trial in trials}
 
-    def _start_workers(self, left: int, finished: int, room: int) -> None:
-        """As many as trials may be under way."""
+    def _start_workers(self, trials: int, finished: int, room: int) -> None:
+        """So many that all these trials can be under way, as far as there is room."""
         self._places += [_Place(number) for number in range(len(self._places), room)]
-        living = sum(place.worker is not None for place in self._places)
-        idle = [place for place in self._places if place.worker is None]
-        busy = len(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-        for place in idle[: max(0, min(left + busy, room) - living)]:
+        empty = [place for place in self._places if place.worker is None]
+        for place in empty[: max(0, min(trials, room) - (len(self._places) - len(empty)))]:
             self._launches += 1
             place.worker = self.crew.start(self.assign(self._launches), place.number)
             place.finished = finished
@@ -312,24 +316,25 @@ class Supervisor:
     def _end_workers(self, seconds: float | None) -> None:
         """Ask all to stop, kill those that have not after so many seconds (None: wait for a second Ctrl-C)."""
         workers = [place.worker for place in self._places if place.worker]
-        killed: list[Worker] = []
         deadline = None if seconds is None else time.monotonic() + seconds
         try:
             for worker in workers:
                 worker.stop()
-            while living := [worker for worker in workers if worker.ended() is None]:
+            while any(worker.ended() is None for worker in workers):
                 if deadline is not None and time.monotonic() > deadline:
                     break
                 time.sleep(0.05)
         finally:
-            living = [worker for worker in workers if worker.ended() is None]
-            for worker in living:
+            for worker in workers:
                 worker.kill()
-                killed.append(worker)
-            self._bury_stopped({worker.id for worker in workers})
+            with self.storage.once(), contextlib.suppress(StorageInternalError, DBAPIError):
+                self._bury_stopped({worker.id for worker in workers})
 
     def _bury_stopped(self, ids: set[str]) -> None:
-        """What killed workers left RUNNING is asked again; it is not their fault."""
+        """What killed workers left RUNNING is asked again; nobody but us ended it.
+
+        Where the database is away this is left to the next start.
+        """
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         left = [trial for trial in running if trial.user_attrs.get("worker", {}).get("id") in ids]
         if left:

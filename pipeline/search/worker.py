@@ -18,7 +18,7 @@ import cloudpickle
 import optuna
 import torch
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.data.datasets import load
 from pipeline.data.prepare import prepare
@@ -92,12 +92,13 @@ def packed(search: Search) -> bytes:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def grant(study: optuna.Study, wanted: int) -> None:
+def grant(study: optuna.Study, trials: list[FrozenTrial], wanted: int) -> None:
     """Let workers take so many of the trials that wait, the oldest first, and make new ones where they don't suffice.
 
-    Workers take what is granted and make none themselves; so the budget is kept exactly, however many they are.
+    Workers take what is granted and make none themselves; so the budget is kept exactly, however many they are, if
+    `wanted` was counted among the same `trials`: one that is taken meanwhile was granted before.
     """
-    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    waiting = [trial for trial in trials if trial.state is TrialState.WAITING]
     for place, trial in enumerate(waiting):
         if bool(trial.user_attrs.get("granted")) != (place < wanted):
             with contextlib.suppress(UpdateFinishedTrialError):

@@ -145,7 +145,7 @@ def _work(study: optuna.Study, objective: Objective, lock: StudyLock) -> None:
             break
         if search.is_exhausted(study):
             break
-        grant(study, 1)
+        grant(study, study.get_trials(deepcopy=False), 1)
         if trial := take(study, storage, worker):
             run_trial(study, trial, objective)
             objective.observer.study_progress(study, finished + 1)

@@ -129,6 +129,43 @@ def test_the_same_call_goes_on_up_to_the_number_of_trials(lab: Lab) -> None:
     assert len(set(params)) == 4, "a resumed search draws anew"
 
 
+def test_one_worker_draws_what_studys_own_ask_draws(lab: Lab) -> None:
+    def wide(trial: Any) -> None:
+        trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)
+        trial.suggest_float("optimizer.momentum", 0.5, 0.99)
+
+    short = {"training.epochs": 1}
+    done = lab.run(7, wide, base=short)
+    search = Search(
+        "lab", Study(question="?", base=lab.base, space=wide, objective="val/accuracy", trials=7), lab.base, 1, 7, None
+    )
+    plain = optuna.create_study(direction="maximize", sampler=search.sampler(1))
+    plain.enqueue_trial(done.trials[0].params)
+    for trial in done.trials:
+        asked = plain.ask()
+        wide(asked)
+        assert asked.params == trial.params
+        plain.tell(asked, trial.value)
+
+
+def test_a_trial_that_was_declared_dead_is_told_and_logged_no_more(lab: Lab) -> None:
+    def declare_dead(number: int, report: EpochReport) -> None:
+        if number == 1 and report.epoch == 1:
+            study = lab.study()
+            ask_again(study, study.trials[1], died=True)
+            study._storage.set_trial_state_values(study.trials[1]._trial_id, TrialState.FAIL)
+
+    study = lab.run(3, observer=Silent(declare_dead))
+    dead = study.trials[1]
+    assert (dead.state, dead.value, dead.intermediate_values) == (TrialState.FAIL, None, {})
+    run = lab.mlflow_runs()[1]
+    assert "state" not in run.data.tags and run.info.status == "RUNNING", "it is another's to end"
+    epochs = lab.tracker.client.get_metric_history(run.info.run_id, "val/accuracy")
+    assert [point.step for point in epochs] == [1]
+    assert [trial.state for trial in study.trials[2:]] == [TrialState.COMPLETE] * 2
+    assert num_finished(study) == 3
+
+
 def test_another_question_is_refused_and_nothing_is_touched(lab: Lab) -> None:
     lab.run(1)
     with pytest.raises(UserError, match=r"base training\.epochs: 2 then, 3 now"):
