@@ -183,7 +183,7 @@ def connect(address: str, device: str, data_dir: Path, workers: int | None, limi
     `auto`, `cpu` or `cuda`. UserError, within KNOCK_S, where there is none, or it has another token, or asks for none:
     whoever reaches such a cluster can run anything on it.
     """
-    if not _is_installed():
+    if importlib.util.find_spec("ray") is None:
         raise UserError(f"CLUSTER {address}: needs Ray; {INSTALL}")
     joined = _joined(address)
     os.environ["RAY_AUTH_MODE"] = "token"
@@ -203,6 +203,8 @@ def connect(address: str, device: str, data_dir: Path, workers: int | None, limi
             f"CLUSTER {address}: can't be joined ({_first_line(error)}); HOST:PORT is for a machine of the cluster, "
             "ray://HOST:10001 for others"
         ) from None
+    # Where a node dies Ray prints 40 lines of its inner state; what became of the trials the supervisor says.
+    ray._private.worker.print_to_stdstream = lambda *arguments, **named: None
     try:
         on = device if device != "auto" else "cuda" if any(_gpus(node) for node in _nodes()) else "cpu"
         if on == "cuda" and not any(_gpus(node) for node in _nodes()):
@@ -210,13 +212,6 @@ def connect(address: str, device: str, data_dir: Path, workers: int | None, limi
         yield Cluster(joined or "a Ray of this command's, on 127.0.0.1", on, data_dir, workers, limits)
     finally:
         ray.shutdown()
-
-
-def _is_installed() -> bool:
-    try:
-        return importlib.util.find_spec("ray") is not None
-    except ValueError:  # kept out, as a test does
-        return False
 
 
 def _joined(address: str) -> str | None:

@@ -95,11 +95,12 @@ class Objective:
             raise
 
     def _run(self, trial: optuna.Trial) -> float:
-        self.search.ask(trial)
-        recipe = self.search.recipe(trial.params)
-        trial.set_user_attr("recipe_digest", recipe.digest())
-        if "run_key" not in trial.user_attrs:  # a retry has that of the trial whose place it takes
-            trial.set_user_attr("run_key", uuid.uuid4().hex)
+        with self.storage.together():
+            self.search.ask(trial)
+            recipe = self.search.recipe(trial.params)
+            trial.set_user_attr("recipe_digest", recipe.digest())
+            if "run_key" not in trial.user_attrs:  # a retry has that of the trial whose place it takes
+                trial.set_user_attr("run_key", uuid.uuid4().hex)
         self.observer.trial_started(trial.number, recipe, trial.params)
 
         is_judged = True
@@ -145,15 +146,16 @@ class Objective:
             on_step=on_step,
             fence=fence,
         )
-        for name, value in (
-            ("state", outcome.state),
-            ("reason", outcome.reason),
-            ("epochs", outcome.epochs),
-            ("seconds", round(outcome.seconds, 3)),
-            ("metrics", outcome.metrics),
-            ("epoch_s", outcome.metrics.get("time/epoch_s")),
-        ):
-            trial.set_user_attr(name, value)
+        with self.storage.together():
+            for name, value in (
+                ("state", outcome.state),
+                ("reason", outcome.reason),
+                ("epochs", outcome.epochs),
+                ("seconds", round(outcome.seconds, 3)),
+                ("metrics", outcome.metrics),
+                ("epoch_s", outcome.metrics.get("time/epoch_s")),
+            ):
+                trial.set_user_attr(name, value)
         self.observer.trial_ended(trial.number, outcome)
         return self._told(trial, outcome)
 
