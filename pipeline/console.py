@@ -119,7 +119,8 @@ class StudyView:
         scored = f", {self._search.study.objective} {score:.4f}" if score is not None else ""
         line = f"trial {number} {outcome.state}{reason}{scored}, {outcome.epochs} epochs in {duration(outcome.seconds)}"
         self._trials.pop(number, None)
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        for said in (line, *(f"  {note}" for note in outcome.notes)):
+            self._console.print(said, markup=False, highlight=False, soft_wrap=True)
 
     def _time_left(self, finished: int) -> float | None:
         done_now = finished - (self._finished_before or 0)

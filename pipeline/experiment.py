@@ -1,6 +1,7 @@
 """One recipe trained, scored and tracked. Exceptions become states here and nowhere else."""
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from pipeline.recipe import Recipe
 from pipeline.tracking.runs import Run, State, Tracker
 from pipeline.training.checkpoints import save_checkpoint
 from pipeline.training.loop import Diverged, EpochReport, Result, train
+from pipeline.training.resume import Resume
 
 COMPARED = ("accuracy", "f1_macro")  # of the prediction methods
 
@@ -43,6 +45,7 @@ class Outcome:
     metrics: dict[str, float] = field(default_factory=dict)
     epochs: int = 0
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()  # a line each: what the training went on from, what of its kept state was of no use
 
 
 def run(
@@ -56,16 +59,20 @@ def run(
     on_start: Callable[[str], None] = lambda run_id: None,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
+    resume: Path | None = None,
     fence: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Train, score and track one recipe.
 
+    The training's state is kept in the folder `resume`, and gone on from where there is one; the outcome counts the epochs
+    and seconds before. The folder goes when the run ends, but stays for one that was interrupted or met a bug.
     A diverged or too large one ends FAILED, one that `on_epoch` prunes PRUNED, an interrupted one INTERRUPTED.
     Any other exception is a bug, or a tracker that broke: its run ends FAILED, and it is raised. `fence` is called before
     anything is logged, and raises Lost where the run belongs to another process by now: it is left as it is.
     """
     started = time.perf_counter()
     seen: list[EpochReport] = []
+    kept = Resume(resume) if resume else None
 
     with tracker.run(name, recipe, data, parent, {"device": str(device), **(tags or {})}) as opened:
         tracked = _Fenced(opened, fence)
@@ -78,7 +85,7 @@ def run(
         state, reason, final = State.FINISHED, "", {}
         try:
             on_start(tracked.id)
-            result = train(recipe, data, device, record, on_step)
+            result = train(recipe, data, device, record, on_step, resume=kept)
             final = publish(tracked, recipe, data, result)
         except Prune as verdict:
             state, reason = State.PRUNED, str(verdict)
@@ -92,10 +99,14 @@ def run(
             state, reason = State.INTERRUPTED, "stopped by the user"
         tracked.end(state, reason)
 
+    if resume and state is not State.INTERRUPTED:
+        shutil.rmtree(resume, ignore_errors=True)
     if state is State.FAILED and device.type == "cuda":
         torch.cuda.empty_cache()
-    last = seen[-1].metrics if seen else {}
-    return Outcome(state, tracked.id, reason, last | final, len(seen), time.perf_counter() - started)
+    history = [*(kept.history if kept else ()), *(report.metrics for report in seen)]
+    seconds = time.perf_counter() - started + (kept.seconds if kept else 0)
+    last = history[-1] if history else {}
+    return Outcome(state, tracked.id, reason, last | final, len(history), seconds, tuple(kept.notes) if kept else ())
 
 
 class _Fenced:

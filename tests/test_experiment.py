@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipeline.recipe import Recipe, parse_recipe
 from pipeline.tracking.runs import NullTracker, State
 from pipeline.training.checkpoints import load_weights, read_checkpoint
 from pipeline.training.loop import EpochReport
+from pipeline.training.resume import Resume
 
 CPU = torch.device("cpu")
 
@@ -192,3 +194,63 @@ def test_without_averaging_there_is_one_set_of_weights(
     experiment.run(small_recipe.changed({"training.ema_decay": 0}), digits, CPU, Folder(tmp_path), "one")
     assert (tmp_path / "weights.safetensors").exists()
     assert not (tmp_path / "weights_plain.safetensors").exists()
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States are saved at every epoch's end."""
+    monkeypatch.setattr(experiment, "Resume", partial(Resume, every_s=0))
+
+
+@pytest.mark.usefixtures("always")
+def test_an_interrupted_run_goes_on_from_its_state_and_counts_what_came_before(
+    finished: tuple[Folder, Outcome], tmp_path: Path, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    folder, tracker = tmp_path / "state", Folder(tmp_path)
+    steps: list[int] = []
+
+    def on_step(step: int, total: int) -> None:
+        steps.append(step)
+        if len(steps) == total + 2:
+            raise Interrupted
+
+    first = experiment.run(small_recipe, digits, CPU, tracker, "one", on_step=on_step, resume=folder)
+    assert (first.state, first.epochs, first.notes) == (State.INTERRUPTED, 1, ())
+    assert folder.is_dir()
+    again = experiment.run(small_recipe, digits, CPU, tracker, "one", on_step=_interrupt, resume=folder)
+    assert (again.state, again.epochs) == (State.INTERRUPTED, 1)
+    assert again.metrics == first.metrics
+    assert again.seconds > first.metrics["time/epoch_s"]
+    last = experiment.run(small_recipe, digits, CPU, tracker, "one", resume=folder)
+    assert (last.state, last.epochs) == (State.FINISHED, 2)
+    assert last.notes == ("goes on after epoch 1 of 2",)
+    assert last.seconds > first.metrics["time/epoch_s"] + last.metrics["time/epoch_s"]
+    assert not folder.exists()
+    whole, outcome = finished
+    assert last.metrics["val/loss"] == outcome.metrics["val/loss"]
+    assert last.metrics["time/training_s"] > first.metrics["time/epoch_s"] + last.metrics["time/epoch_s"]
+    for name in ("weights.safetensors", "weights_plain.safetensors"):
+        assert (tracker.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def _interrupt(*at: int) -> None:
+    raise Interrupted
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize(
+    ("error", "stays"),
+    [(Prune("poor"), False), (MemoryError(), False), (Interrupted(), True), (RuntimeError("a bug"), True)],
+)
+def test_the_state_goes_with_the_run_unless_it_may_be_gone_on_with(
+    error: Exception, stays: bool, tmp_path: Path, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    def fail(report: EpochReport) -> None:
+        if report.epoch == 2:
+            assert folder.is_dir()
+            raise error
+
+    folder = tmp_path / "state"
+    with pytest.raises(RuntimeError) if isinstance(error, RuntimeError) else nullcontext():
+        experiment.run(small_recipe, digits, CPU, NullTracker(), "one", on_epoch=fail, resume=folder)
+    assert folder.exists() == stays

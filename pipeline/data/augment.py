@@ -12,6 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pipeline.recipe import Augmentation
 
@@ -31,11 +32,13 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def pad(images: Tensor, padding: int, mode: str) -> Tensor:
     """uint8 (N, 3, S, S) with `padding` more pixels on each side: a mirror image ("reflect", less than S) or black."""
-    if mode == "constant":
-        return functional.pad(images, [padding] * 4)
-    last = images.shape[-1] - 1  # torch's reflection padding knows no uint8
-    source = last - (last - torch.arange(-padding, last + 1 + padding, device=images.device).abs()).abs()
-    return images.index_select(2, source).index_select(3, source)
+    padded = functional.pad(images, [padding] * 4)
+    if mode == "reflect":  # torch's own knows no uint8; to copy the borders alone takes a quarter of an index_select
+        for dim in (2, 3):
+            end = padded.shape[dim] - padding
+            for border, source in ((0, padding + 1), (end, end - 1 - padding)):
+                padded.narrow(dim, border, padding).copy_(padded.narrow(dim, source, padding).flip(dim))
+    return padded
 
 
 def crop(padded: Tensor, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor, size: int) -> Tensor:
@@ -170,10 +173,24 @@ def mix(images: Tensor, targets: Tensor, share: Tensor) -> tuple[Tensor, Tensor]
     return torch.lerp(images.roll(1, dims=0), images, share), torch.lerp(targets.roll(1, dims=0), targets, own)
 
 
+# Images -> how and in which version they were padded, and the result: one for each that is alive. Never written to.
+_PADDED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _padded_once(images: Tensor, padding: int, mode: str) -> Tensor:
+    """`pad`, contiguous; a process's next training on these images, padded in this way, has it without the work."""
+    form = padding, mode, images._version
+    if form != _PADDED.get(images, (None,))[0]:
+        _PADDED.pop(images, None)  # before there is another one: the two would need the memory together
+        _PADDED[images] = form, pad(images, padding, mode).contiguous()
+    padded: Tensor = _PADDED[images][1]
+    return padded
+
+
 class Augmenter:
     """Training batches of one data set, augmented anew at each call.
 
-    Holds the padded images on their device: N * 3 * (S + 2 * crop_padding)^2 bytes.
+    Holds the padded images on their device: N * 3 * (S + 2 * crop_padding)^2 bytes, shared with the next training's.
     """
 
     def __init__(
@@ -195,7 +212,7 @@ class Augmenter:
         assert images.shape[2] == images.shape[3]
         assert labels.shape == images.shape[:1]
         self._augmentation, self._size = augmentation, images.shape[-1]
-        self._padded = pad(images, augmentation.crop_padding, augmentation.crop_mode).contiguous()
+        self._padded = _padded_once(images, augmentation.crop_padding, augmentation.crop_mode)
         self._labels, self._num_classes = labels, num_classes
         self._mean, self._std = mean, std
         coins = torch.rand(len(images), generator=torch.Generator().manual_seed(seed)) < 0.5

@@ -1,28 +1,21 @@
-"""A study, or several beside each other, as one self-contained HTML page: it opens offline and asks the network nothing."""
+"""A study as one page: its answer, and everything that it rests on."""
 
 import base64
 import io
-import json
-import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from html import escape
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 from PIL import Image
-from plotly.offline import get_plotlyjs
 
 from pipeline.data.datasets import load
 from pipeline.errors import UserError, one_line
 from pipeline.registry.finals import load_decision, winner
-from pipeline.report import figures
+from pipeline.report import figures, markup
 from pipeline.report.analysis import Lead, effects, finals, importances, lead
 from pipeline.report.trials import (
     Predictions,
@@ -33,11 +26,9 @@ from pipeline.report.trials import (
     early,
     finished,
     histories,
-    param_names,
     predictions,
     ranked,
     searched,
-    show,
     weakest_class,
 )
 from pipeline.search.importances import num_top
@@ -50,49 +41,6 @@ REASONS = 5
 PARALLEL = 8  # parameters that make an axis
 _RANK = "as the search does: finished trials by score, then pruned ones by the epochs reached, then by their last value"
 _SEEDS = "best mean first; Student's t over seeds, all on the same validation images."
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-_STYLE = """
-:root { color-scheme: light dark; --ink: #222; --dim: #666; --line: #ddd; --ground: #fff; --soft: #f5f6f7; --link: #0b62a8 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #ddd; --dim: #9aa0a6; --line: #3a3d42; --ground: #17191c; --soft: #202327; --link: #7ab8f0 } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
-main { max-width: 1100px; margin: 0 auto; padding: 16px 20px 60px }
-h1 { font-size: 1.5rem; margin: .6em 0 .1em; overflow-wrap: anywhere }
-h2 { font-size: 1.15rem; margin: 2.2em 0 .2em; padding-top: .8em; border-top: 1px solid var(--line) }
-h3 { font-size: 1rem; margin: 1.2em 0 .2em }
-p { margin: .4em 0; max-width: 76ch; overflow-wrap: anywhere }
-a { color: var(--link) } nav a { margin-right: .9em; display: inline-block }
-nav { font-size: .9rem; margin: .6em 0 }
-.dim, details, figcaption { color: var(--dim); font-size: .88rem }
-.answer { background: var(--soft); border-left: 4px solid #0072B2; padding: .5em 1em; margin: 1em 0 }
-.plot { width: 100%; overflow: hidden } .said { margin-top: 0 }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 32px }
-.two > * { min-width: 0 }
-.scroll { overflow-x: auto; margin: .6em 0 }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
-th, td { padding: .25em .8em .25em 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
-th { color: var(--dim); font-weight: 600 } td.n, th.n { text-align: right; white-space: nowrap }
-td.wide { min-width: 300px; overflow-wrap: anywhere }
-@media (max-width: 700px) { td.wide { min-width: 520px } }
-.pictures { display: flex; flex-wrap: wrap; gap: 10px; margin: .4em 0 1em }
-.pictures figure { margin: 0; width: 96px } .pictures img { width: 96px; height: 96px; image-rendering: pixelated }
-.pictures figcaption { font-size: .75rem; line-height: 1.3; overflow-wrap: anywhere }
-summary { cursor: pointer }
-"""
-# Plotly draws with the reader's colours, again when they change; a figure that fails is told in its place.
-_SCRIPT = """
-const dark = matchMedia('(prefers-color-scheme: dark)');
-function draw() {
-  for (const [id, figure] of Object.entries(FIGURES)) {
-    const layout = Object.assign({}, figure.layout, {template: TEMPLATES[dark.matches ? 1 : 0]});
-    Plotly.react(id, figure.data, layout, {responsive: true, displayModeBar: false});
-  }
-}
-draw();
-dark.addEventListener('change', draw);
-"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +62,7 @@ def study_page(
     note = tracker.client.get_run(study.parent).data.tags.get("mlflow.note.content", "")
     pair = best_pair(tracker, frame)
     decision, verdict = finals_verdict(tracker, study)
-    page = _Page()
+    page = markup.Page()
     said = [*([verdict] if verdict else []), *answer(frame, pair, decision), *champions(tracker, frame)]
     page.head(study.name, f"Question: {note}" if note else "", said, links)
     page.counts(frame)
@@ -131,7 +79,7 @@ def study_page(
     return page.html(study.name)
 
 
-def _results(page: "_Page", tracker: MlflowTracker, frame: pd.DataFrame, pair: Pair, data_dir: Path) -> None:
+def _results(page: markup.Page, tracker: MlflowTracker, frame: pd.DataFrame, pair: Pair, data_dir: Path) -> None:
     """What needs at least one finished trial."""
     done, weights, judged = finished(frame), importances(frame), ranked(frame)
     order = "by score" if len(judged) == len(done) else _RANK
@@ -142,12 +90,12 @@ def _results(page: "_Page", tracker: MlflowTracker, frame: pd.DataFrame, pair: P
             f"{order}, from the others; shares sum to 100 %. The mark is what 95 % of shuffles of the ranks stay "
             "below, for each parameter by itself. The ranges are those of the values tried."
         )
-        page.part("Which parameters matter", page.figure(figures.importance(weights)), _method(method))
+        page.part("Which parameters matter", page.figure(figures.importance(weights)), markup.method(method))
         chosen = list(weights["parameter"][:PARALLEL])
-        page.part("Parallel coordinates", page.figure(figures.parallel(frame, chosen)), _none(f"Ranked {order}."))
+        page.part("Parallel coordinates", page.figure(figures.parallel(frame, chosen)), markup.dim(f"Ranked {order}."))
     else:
-        few = f"{_count(len(judged), 'trial')} with a score, or pruned: too few, or too much alike, to tell."
-        page.part("Which parameters matter", _none(few))
+        few = f"{markup.count(len(judged), 'trial')} with a score, or pruned: too few, or too much alike, to tell."
+        page.part("Which parameters matter", markup.dim(few))
     page.part("Effect of each choice against the control", *_effects(page, tracker, frame))
     shown = [pair.best["run_id"], *([pair.base["run_id"]] if pair.base is not None else [])]
     stopped = frame[frame["state"] == "pruned"]["run_id"].tail(figures.LINES)
@@ -159,32 +107,17 @@ def _results(page: "_Page", tracker: MlflowTracker, frame: pd.DataFrame, pair: P
     if pair.base is not None and pair.base["run_id"] != pair.best["run_id"]:
         answers["the control"] = pair.base_answers
     known = {label: run for label, run in answers.items() if run is not None}
-    drawn = page.figure(figures.calibration(known)) if known else _none("The predictions are gone.")
+    drawn = page.figure(figures.calibration(known)) if known else markup.dim("The predictions are gone.")
     page.part("Calibration", drawn)
     costs = ["time/training_s"]
     if "model/parameters" in done and done["model/parameters"].nunique() > 1:
         costs = list(figures.COSTS)
     note = "Times are the wall clock's of one run each; other work on the machine is in them."
-    page.part("Cost against score", _two(page.figure(figures.cost(frame, measure)) for measure in costs), _none(note))
-
-
-def studies_page(
-    tracker: MlflowTracker, studies: Sequence[StudyRuns], frame: pd.DataFrame, links: Mapping[str, str]
-) -> str:
-    """The HTML of several studies beside each other."""
-    pairs = {study.name: best_pair(tracker, frame[frame["study"] == study.name], runner_up=False) for study in studies}
-    known = {name: pair for name, pair in pairs.items() if pair}
-    title = " and ".join(study.name for study in studies)
-    page = _Page()
-    verdicts = [f"{study.name}: {said}" for study in studies if (said := finals_verdict(tracker, study)[1])]
-    page.head(title, "", [*_answer_of_several(known), *verdicts], links)
-    page.part("Studies", _studies_table(frame, pairs))
-    page.part("Scores", page.figure(figures.spread(frame)))
-    page.part("Search histories", page.figure(figures.history(frame)))
-    page.part("The best of each, two at a time", _leads_table(known))
-    page.part("The best recipes", _recipes_table(frame, known))
-    page.part("Cost against score, all studies", page.figure(figures.cost(frame)))
-    return page.html(title)
+    page.part(
+        "Cost against score",
+        markup.columns(page.figure(figures.cost(frame, measure)) for measure in costs),
+        markup.dim(note),
+    )
 
 
 def best_pair(tracker: MlflowTracker, frame: pd.DataFrame, runner_up: bool = True) -> Pair | None:
@@ -228,10 +161,10 @@ def answer(frame: pd.DataFrame, pair: Pair | None, decision: Mapping[str, Any] |
         return ["No trial finished, so there is no answer yet."]
     done, base = finished(frame), pair.base
     best = done.iloc[0]
-    first = f"Trial {best['trial']} is the best of {_count(len(done), 'finished trial')}"
+    first = f"Trial {best['trial']} is the best of {markup.count(len(done), 'finished trial')}"
     first += f": {best['objective']} {best['score']:.4f}"
     equal = int((done["score"] == best["score"]).sum()) - 1
-    first += f" (as good as {_count(equal, 'other')})" if equal else ""
+    first += f" (as good as {markup.count(equal, 'other')})" if equal else ""
     if base is None:
         lines = [f"{first}. No control finished, so there is nothing to compare it with."]
     elif base["run_id"] == best["run_id"]:
@@ -279,26 +212,13 @@ def lead_text(gap: Lead) -> str:
     )
 
 
-def write(page: str, file: Path) -> None:
-    """Whole or not at all; UserError where it can't be written."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, suffix=".html")
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as out:
-            out.write(page)
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    except OSError as error:
-        raise UserError(f"OUTPUT {file}: {error.strerror}; name another file") from None
-
-
 # ----------------------------------------------------------------------------------------------------------- sections
 
 
 def _best_table(frame: pd.DataFrame, pair: Pair | None) -> str:
     rows, base, names = finished(frame).head(LISTED), control(frame), searched(frame)
     if pair is None:
-        return _none("No trial finished.")
+        return markup.dim("No trial finished.")
     if base is not None and base["run_id"] not in set(rows["run_id"]):
         rows = pd.concat([rows, base.to_frame().T])
     heads = [
@@ -319,15 +239,15 @@ def _best_table(frame: pd.DataFrame, pair: Pair | None) -> str:
                 f"{row['trial']}{' (control)' if row['control'] else ''}",
                 f"{row['score']:.4f}",
                 f"{100 * (row['score'] - base['score']):+.2f} points" if base is not None else "",
-                _number(row.get("val/f1_macro"), "{:.4f}"),
+                markup.number(row.get("val/f1_macro"), "{:.4f}"),
                 f"{weakest} ({f1:.3f})" if weakest else "",
-                _number(row.get("time/training_s"), "{:,.1f} s"),
-                _number(row.get("model/parameters"), "{:,.0f}"),
-                _number(row.get("model/latency_ms"), "{:.2f} ms"),
+                markup.number(row.get("time/training_s"), "{:,.1f} s"),
+                markup.number(row.get("model/parameters"), "{:,.0f}"),
+                markup.number(row.get("model/latency_ms"), "{:.2f} ms"),
                 changes(row, base, names),
             ]
         )
-    return _table(heads, cells, wide={8}, numbers={0, 1, 2, 3, 5, 6, 7})
+    return markup.table(heads, cells, wide={8}, numbers={0, 1, 2, 3, 5, 6, 7})
 
 
 def _finals_table(frame: pd.DataFrame) -> str:
@@ -341,13 +261,15 @@ def _finals_table(frame: pd.DataFrame) -> str:
                 f"trial {run['trial']}: {changes(run, base, names)}",
                 f"{row['n']}",
                 f"{row['mean']:.4f}",
-                _number(row["deviation"], "{:.4f}"),
+                markup.number(row["deviation"], "{:.4f}"),
                 f"{row['low']:.4f} to {row['high']:.4f}" if pd.notna(row["low"]) else "one seed",
-                _number(row["seconds"], "{:,.0f} s"),
+                markup.number(row["seconds"], "{:,.0f} s"),
             ]
         )
     heads = ["recipe", "seeds", "mean", "standard deviation", "95 % interval of the mean", "time of a run"]
-    return _table(heads, cells, wide={0}, numbers={1, 2, 3, 4, 5}) + _p(f"{_count(len(repeats), 'recipe')}; {_SEEDS}")
+    return markup.table(heads, cells, wide={0}, numbers={1, 2, 3, 4, 5}) + markup.paragraph(
+        f"{markup.count(len(repeats), 'recipe')}; {_SEEDS}"
+    )
 
 
 def _decision_table(frame: pd.DataFrame, decision: Mapping[str, Any]) -> str:
@@ -364,23 +286,25 @@ def _decision_table(frame: pd.DataFrame, decision: Mapping[str, Any]) -> str:
                 row["name"] + "".join(f": {changes(run, base, names)}" for _, run in trial.iterrows()),
                 won or row["out"] or tied,
                 f"{score['n'] or 0}",
-                _number(score["mean"], "{:.4f}"),
-                _number(score["sd"], "{:.4f}"),
+                markup.number(score["mean"], "{:.4f}"),
+                markup.number(score["sd"], "{:.4f}"),
                 f"{score['low']:.4f} to {score['high']:.4f}" if score["low"] is not None else "",
                 f"{100 * gap['mean']:+.2f}" if gap else "",
                 f"{100 * gap['low']:+.2f} to {100 * gap['high']:+.2f}" if gap and gap["low"] is not None else "",
-                _number(row["training_s"], "{:,.1f} s"),
+                markup.number(row["training_s"], "{:,.1f} s"),
             ]
         )
     heads = ["recipe", "verdict", "seeds", "mean", "standard deviation", "95 % interval"]
     heads += ["beside control, points", "95 % interval", "training"]
-    said = f"{_count(len(cells), 'recipe')}; {_SEEDS} Differences are paired by seed."
+    said = f"{markup.count(len(cells), 'recipe')}; {_SEEDS} Differences are paired by seed."
     return (
-        _table(heads, cells, wide={0}, numbers={2, 3, 4, 5, 6, 7, 8}) + _p(said) + _method("; ".join(decision["rules"]))
+        markup.table(heads, cells, wide={0}, numbers={2, 3, 4, 5, 6, 7, 8})
+        + markup.paragraph(said)
+        + markup.method("; ".join(decision["rules"]))
     )
 
 
-def _effects(page: "_Page", tracker: MlflowTracker, frame: pd.DataFrame) -> list[str]:
+def _effects(page: markup.Page, tracker: MlflowTracker, frame: pd.DataFrame) -> list[str]:
     done, pruned = len(finished(frame)), int((frame["state"] == "pruned").sum())
     of, which = "the score", "those that finished"
     if pruned:
@@ -393,8 +317,8 @@ def _effects(page: "_Page", tracker: MlflowTracker, frame: pd.DataFrame) -> list
         which = f"all that got to epoch {epoch}, where pruning began, whether pruned or not"
     found = effects(frame)
     if found is None:
-        number = _count(len(finished(frame)), "trial")
-        return [_none(f"Too few to estimate effects from, or too much alike: {number} with {of}.")]
+        number = markup.count(len(finished(frame)), "trial")
+        return [markup.dim(f"Too few to estimate effects from, or too much alike: {number} with {of}.")]
     share = max(found.explained, 0)
     method = (
         "A Bayesian linear model of all searched parameters at once, one effect per choice (numbers with many values in "
@@ -425,16 +349,16 @@ def _effects(page: "_Page", tracker: MlflowTracker, frame: pd.DataFrame) -> list
         for _, row in found.table.iterrows()
     ]
     heads = ["parameter", "choice", "beside", "n", "pruned", "effect, points", "95 % interval"]
-    whole = f"<details><summary>All {len(rows)} choices</summary>{_table(heads, rows, numbers={3, 4, 5, 6})}</details>"
-    return [page.figure(figures.effect(found, of)), _p(said), _method(method), whole]
+    whole = f"<details><summary>All {len(rows)} choices</summary>{markup.table(heads, rows, numbers={3, 4, 5, 6})}</details>"
+    return [page.figure(figures.effect(found, of)), markup.paragraph(said), markup.method(method), whole]
 
 
-def _disagreement(page: "_Page", tracker: MlflowTracker, pair: Pair, data_dir: Path) -> list[str]:
+def _disagreement(page: markup.Page, tracker: MlflowTracker, pair: Pair, data_dir: Path) -> list[str]:
     best, base = pair.best_answers, pair.base_answers
     if pair.base is None or pair.base["run_id"] == pair.best["run_id"]:
-        return [_none("There is no control beside the best to disagree with.")]
+        return [markup.dim("There is no control beside the best to disagree with.")]
     if best is None or base is None or pair.lead is None:
-        return [_none("The predictions of one of them are gone, or not of the same images.")]
+        return [markup.dim("The predictions of one of them are gone, or not of the same images.")]
     right, other = best.answers == best.labels, base.answers == base.labels
     counts = (
         f"Of {len(right):,} validation images {int((right & other).sum()):,} are right by both, "
@@ -442,9 +366,9 @@ def _disagreement(page: "_Page", tracker: MlflowTracker, pair: Pair, data_dir: P
         f"{int((~right & ~other).sum()):,} by neither. Blue cells: the {pair.word} does better; orange: worse."
     )
     images = _images(tracker, pair.best, best, data_dir)
-    parts = [_p(counts), page.figure(figures.confusion_difference(best, base))]
+    parts = [markup.paragraph(counts), page.figure(figures.confusion_difference(best, base))]
     if isinstance(images, str):
-        parts.append(_p(images))
+        parts.append(markup.paragraph(images))
     for title, chosen in (
         (f"Right by the {pair.word} alone", right & ~other),
         ("Right by the control alone", other & ~right),
@@ -454,7 +378,7 @@ def _disagreement(page: "_Page", tracker: MlflowTracker, pair: Pair, data_dir: P
         places = places[np.argsort(-sure, kind="stable")][:PICTURES]
         if len(places):
             first = f", the {PICTURES} surest" if chosen.sum() > PICTURES else ""
-            parts.append(f"<h3>{title}: {_count(int(chosen.sum()), 'image')}{first}</h3>")
+            parts.append(f"<h3>{title}: {markup.count(int(chosen.sum()), 'image')}{first}</h3>")
             parts.append(_pictures(places, pair.word, best, base, None if isinstance(images, str) else images))
     return parts
 
@@ -478,7 +402,9 @@ def _pictures(places: np.ndarray, word: str, best: Predictions, base: Prediction
         for who, run in ((word, best), ("control", base)):
             said.append(f"{who}: {run.classes[run.answers[place]]} {run.probabilities[place].max():.0%}")
         picture = f'<img alt="" src="{_png(images[place])}">' if images is not None else ""
-        found.append(f"<figure>{picture}<figcaption>{'<br>'.join(_text(line) for line in said)}</figcaption></figure>")
+        found.append(
+            f"<figure>{picture}<figcaption>{'<br>'.join(markup.text(line) for line in said)}</figcaption></figure>"
+        )
     return f'<div class="pictures">{"".join(found)}</div>'
 
 
@@ -494,7 +420,7 @@ def _ended(frame: pd.DataFrame) -> str:
     rows = frame[(frame["role"] == "trial") & ~frame["state"].isin(["finished", "running"])]
     rows = rows.sort_values(["state", "trial"], kind="stable")
     if rows.empty:
-        return _none("Nothing: every trial finished.")
+        return markup.dim("Nothing: every trial finished.")
     base, names = control(frame), searched(frame)
     cells = [
         [
@@ -502,23 +428,25 @@ def _ended(frame: pd.DataFrame) -> str:
             row["state"],
             row["reason"] or "no reason given",
             f"{row['epochs']}",
-            _number(row.get(row["objective"]), "{:.4f}"),
-            _number(row["seconds"], "{:,.1f} s"),
+            markup.number(row.get(row["objective"]), "{:.4f}"),
+            markup.number(row["seconds"], "{:,.1f} s"),
             changes(row, base, names),
         ]
         for _, row in rows.head(ENDED).iterrows()
     ]
     counts = rows["state"].value_counts()
     spent, whole = rows["seconds"].sum(), frame["seconds"].sum()
-    said = f"{', '.join(f'{count} {state}' for state, count in counts.items())} of {_trials(frame)} trials"
+    trials = (frame["role"] == "trial").sum()
+    said = f"{', '.join(f'{count} {state}' for state, count in counts.items())} of {trials} trials"
     said += f", {spent / whole:.0%} of the time." if whole else "."
     reasons = rows["reason"].replace("", "no reason given").value_counts()
     told = "; ".join(f"{reason}: {count}" for reason, count in reasons.head(REASONS).items())
-    told += f"; {_count(len(reasons) - REASONS, 'other reason')}" if len(reasons) > REASONS else ""
+    told += f"; {markup.count(len(reasons) - REASONS, 'other reason')}" if len(reasons) > REASONS else ""
     heads = ["trial", "state", "why", "epochs", "last value", "time", "what differs from the control"]
     which = f"The first {ENDED} of {len(rows)}" if len(rows) > ENDED else f"All {len(rows)}" if len(rows) > 1 else "It"
-    table = _table(heads, cells, wide={6}, numbers={3, 4, 5})
-    return f"{_p(said)}{_p(f'Why: {told}.')}<details{' open' * (len(rows) <= 5)}><summary>{which}</summary>{table}</details>"
+    table = markup.table(heads, cells, wide={6}, numbers={3, 4, 5})
+    folded = f"<details{' open' * (len(rows) <= 5)}><summary>{which}</summary>{table}</details>"
+    return markup.paragraph(said) + markup.paragraph(f"Why: {told}.") + folded
 
 
 def _provenance(tracker: MlflowTracker, pair: Pair | None) -> str:
@@ -529,203 +457,4 @@ def _provenance(tracker: MlflowTracker, pair: Pair | None) -> str:
         wanted |= {"data": "data_digest", "split": "split_digest"}
         facts = [f"{name} {tags[tag][:60]}" for name, tag in wanted.items() if tags.get(tag)]
         lines.append(f"The best trial, run {pair.best['run_id']}: {'; '.join(facts)}.")
-    return "".join(f'<p class="dim">{_text(line)}</p>' for line in lines)
-
-
-# ----------------------------------------------------------------------------------------------------- several studies
-
-
-def _answer_of_several(pairs: Mapping[str, Pair]) -> list[str]:
-    if not pairs:
-        return ["No trial of any of them finished."]
-    best = max(pairs, key=lambda name: pairs[name].best["score"])
-    top = pairs[best]
-    equal = [name for name, pair in pairs.items() if name != best and pair.best["score"] == top.best["score"]]
-    tie = f", as high as that of {' and '.join(equal)}" if equal else ""
-    score = f"trial {top.best['trial']}, {top.best['objective']} {top.best['score']:.4f}"
-    lines = [f"{best} has the highest score{tie}: {score}."]
-    if len(pairs) > 1 and not any(_between(top, pair) for name, pair in pairs.items() if name != best):
-        return ["The studies were judged by other images or another metric: their scores can't be compared."]
-    for name, pair in pairs.items():
-        if name == best:
-            continue
-        gap = _between(top, pair)
-        if gap is None:
-            lines.append(f"{name}'s best was judged by other images or another metric: the two can't be compared.")
-        else:
-            lines.append(f"Beside {name}'s best, trial {pair.best['trial']}: {lead_text(gap)}; {gap.verdict}.")
-    lines.append("Each is the best of its trials, chosen on these images, with one seed: a small lead may be luck.")
-    return lines
-
-
-def _between(first: Pair, second: Pair) -> Lead | None:
-    if first.best["objective"] != second.best["objective"] or not (first.best_answers and second.best_answers):
-        return None
-    return lead(first.best_answers, second.best_answers, first.best["objective"])
-
-
-def _studies_table(frame: pd.DataFrame, pairs: Mapping[str, Pair | None]) -> str:
-    cells = []
-    for name, pair in pairs.items():
-        runs = frame[(frame["study"] == name) & (frame["role"] == "trial")]
-        states = runs["state"].value_counts()
-        base = pair.base if pair else None
-        weakest, f1 = weakest_class(pair.best) if pair else ("", np.nan)
-        cells.append(
-            [
-                name,
-                f"{len(runs)}",
-                ", ".join(f"{count} {state}" for state, count in states.items()),
-                f"{pair.best['score']:.4f} (trial {pair.best['trial']})" if pair else "none",
-                f"{base['score']:.4f}" if base is not None else "none",
-                f"{weakest} ({f1:.3f})" if weakest else "",
-                _number(pair.best.get("time/training_s"), "{:,.1f} s") if pair else "",
-                _number(pair.best.get("model/parameters"), "{:,.0f}") if pair else "",
-                _hours(runs["seconds"].sum()),
-            ]
-        )
-    heads = ["study", "trials", "how they ended", "best", "control", "best's weakest class", "its training"]
-    return _table([*heads, "its parameters", "all trials"], cells, numbers={1, 3, 4, 6, 7, 8})
-
-
-def _leads_table(pairs: Mapping[str, Pair]) -> str:
-    rows = []
-    for one, two in combinations(pairs, 2):
-        gap = _between(pairs[one], pairs[two])
-        rows.append([one, two, lead_text(gap) if gap else "not comparable", gap.verdict if gap else ""])
-    return (
-        _table(["the best of", "beside the best of", "lead", "that is"], rows, wide={2})
-        if rows
-        else _none("Fewer than two.")
-    )
-
-
-def _recipes_table(frame: pd.DataFrame, pairs: Mapping[str, Pair]) -> str:
-    """The fields that two studies searched, or in which their best recipes differ."""
-    groups = {name: frame[frame["study"] == name] for name in pairs}
-    asked = [set(searched(runs)) for runs in groups.values()]
-    names, rows = [name for name in param_names(frame) if name != "data.dataset"], []
-    for name in names:
-        values = {study: "" if pd.isna(value := pair.best[name]) else show(value) for study, pair in pairs.items()}
-        if len(set(values.values())) > 1 or sum(name in some for some in asked) > 1:
-            rows.append([name, *(value + _tried(groups[study], name) for study, value in values.items())])
-    if not rows:
-        return _none("They do not differ.")
-    said = "In brackets, where a study searched the field: what the best quarter of its finished trials have."
-    return _p(f"{len(rows)} of {len(names)} fields differ or were searched by several. {said}") + _table(
-        ["field", *pairs], rows
-    )
-
-
-def _tried(runs: pd.DataFrame, name: str) -> str:
-    done = finished(runs)
-    values = done[name].head(max(len(done) // 4, 1)).dropna()
-    if name not in searched(runs) or values.empty:
-        return ""
-    if all(type(value) in (int, float) for value in values):
-        ends = [show(values.min()), show(values.max())]
-        return f" ({' to '.join(dict.fromkeys(ends))})"
-    return f" ({', '.join(f'{show(value)} {count}x' for value, count in values.value_counts().items())})"
-
-
-# --------------------------------------------------------------------------------------------------------------- HTML
-
-
-class _Page:
-    """Collects parts and figures."""
-
-    def __init__(self) -> None:
-        self._parts: list[str] = []
-        self._titles: list[str] = []
-        self._figures: dict[str, str] = {}
-
-    def head(self, name: str, question: str, said: Sequence[str], links: Mapping[str, str]) -> None:
-        listed = "".join(f'<a href="{escape(link)}">{_text(what)}</a>' for what, link in links.items())
-        lines = "".join(_p(line) for line in said)
-        self._parts.append(f'<h1>{_text(name)}</h1>{_p(question) if question else ""}<div class="answer">{lines}</div>')
-        if listed:
-            self._parts.append(f"<nav>In MLflow (<code>make ui</code> opens it): {listed}</nav>")
-        self._parts.append("")  # where the table of contents goes
-
-    def counts(self, frame: pd.DataFrame) -> None:
-        trials = frame[frame["role"] == "trial"]
-        states = ", ".join(f"{count} {state}" for state, count in trials["state"].value_counts().items())
-        hours = _hours(trials["seconds"].sum())
-        self._parts[-1] = f'<p class="dim">{_count(len(trials), "trial")}: {_text(states)}; {hours} in all.</p>'
-        self._parts.append("")
-
-    def part(self, title: str, *content: str) -> None:
-        self._titles.append(title)
-        self._parts.append(f'<section id="s{len(self._titles)}"><h2>{_text(title)}</h2>{"".join(content)}</section>')
-
-    def figure(self, figure: go.Figure) -> str:
-        """Its place on the page, with what is to be seen below it."""
-        number = f"f{len(self._figures) + 1}"
-        height, said = figure.layout.height, figure.layout.meta
-        figure = go.Figure(figure).update_layout(template=None, meta=None)
-        self._figures[number] = str(figure.to_json())
-        return f'<div class="plot" id="{number}" style="height:{height}px"></div><p class="said">{_text(said)}</p>'
-
-    def html(self, title: str) -> str:
-        contents = "".join(f'<a href="#s{n}">{_text(name)}</a>' for n, name in enumerate(self._titles, 1))
-        place = self._parts.index("")
-        parts = [*self._parts[:place], f"<nav>{contents}</nav>", *self._parts[place + 1 :]]
-        drawn = ",".join(f'"{name}":{figure}' for name, figure in self._figures.items())
-        both = json.dumps([figures.template(dark=False), figures.template(dark=True)])
-        # In a script only "<" can end it; in JSON it may be written so.
-        values = f"const FIGURES = {{{drawn}}}, TEMPLATES = {both};".replace("<", "\\u003c")
-        return (
-            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body><main>{''.join(parts)}</main>"
-            f"<script>{get_plotlyjs()}</script><script>{values}{_SCRIPT}</script></body></html>\n"
-        )
-
-
-def _text(value: object) -> str:
-    return escape(one_line(str(value)))
-
-
-def _p(line: str) -> str:
-    return f"<p>{_text(line)}</p>"
-
-
-def _none(line: str) -> str:
-    return f'<p class="dim">{_text(line)}</p>'
-
-
-def _method(line: str) -> str:
-    return f"<details><summary>How it was computed</summary><p>{_text(line)}</p></details>"
-
-
-def _two(parts: Iterable[str]) -> str:
-    return f'<div class="two">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
-
-
-def _number(value: object, form: str) -> str:
-    return form.format(value) if isinstance(value, (int, float, np.number)) and np.isfinite(value) else ""
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
-
-
-def _trials(frame: pd.DataFrame) -> int:
-    return int((frame["role"] == "trial").sum())
-
-
-def _table(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], wide: Iterable[int] = (), numbers: Iterable[int] = ()
-) -> str:
-    kinds = dict.fromkeys(wide, ' class="wide"') | dict.fromkeys(numbers, ' class="n"')
-    head = "".join(f"<th{kinds.get(column, '')}>{_text(name)}</th>" for column, name in enumerate(heads))
-    body = "".join(
-        f"<tr>{''.join(f'<td{kinds.get(column, str())}>{_text(cell)}</td>' for column, cell in enumerate(row))}</tr>"
-        for row in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return "".join(f'<p class="dim">{markup.text(line)}</p>' for line in lines)

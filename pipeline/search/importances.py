@@ -49,7 +49,8 @@ def judge(params: Sequence[Mapping[str, Any]]) -> Callable[[Sequence[float]], di
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             evaluator = PedAnovaImportanceEvaluator(target_quantile=num_top(len(params)) / len(params))
-            return get_param_importances(study, evaluator=evaluator, target=lambda trial: -scores[trial.number])
+            shares = get_param_importances(study, evaluator=evaluator, target=lambda trial: -scores[trial.number])
+        return dict(sorted(shares.items(), key=lambda item: (-item[1], item[0])))  # Optuna leaves equal ones unordered
 
     return asked
 

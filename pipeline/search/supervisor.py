@@ -83,7 +83,8 @@ class ProcessWorker:
             assert self._process.stdout and self._process.stdin
             said = self._process.stdout.read()
             for pipe in (self._process.stdout, self._process.stdin):
-                pipe.close()
+                with contextlib.suppress(OSError):  # it may have died before it read all
+                    pipe.close()
             self._ended = Ended(**json.loads(said)) if said else Ended(died=_of(code))
         return self._ended
 
@@ -412,4 +413,5 @@ def _outcome(trial: FrozenTrial) -> Outcome:
         metrics=known.get("metrics", {}),
         epochs=known.get("epochs", 0),
         seconds=known.get("seconds", 0.0),
+        notes=tuple(known.get("notes", ())),
     )

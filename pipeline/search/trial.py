@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import optuna
@@ -75,6 +76,7 @@ class Objective:
     observer: Observer
     stop_requested: Callable[[], bool]
     storage: PatientStorage
+    home: Path
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Run the trial; its score, or Optuna's or our own exception for how else it ended.
@@ -145,11 +147,13 @@ class Objective:
             on_epoch=on_epoch,
             on_step=on_step,
             fence=fence,
+            resume=self.home / "checkpoints" / trial.user_attrs["run_key"],
         )
         with self.storage.together():
             for name, value in (
                 ("state", outcome.state),
                 ("reason", outcome.reason),
+                ("notes", outcome.notes),
                 ("epochs", outcome.epochs),
                 ("seconds", round(outcome.seconds, 3)),
                 ("metrics", outcome.metrics),

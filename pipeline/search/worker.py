@@ -280,7 +280,9 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
                 raise StudyInterrupted
 
         storage.while_waiting = while_waiting
-        objective = Objective(search, data, device, tracker, assignment.parent, pulse, stop_requested, storage)
+        objective = Objective(
+            search, data, device, tracker, assignment.parent, pulse, stop_requested, storage, assignment.home
+        )
         while not stop_requested():
             if trial := take(study, storage, worker):
                 with pulse.of(trial):

@@ -55,7 +55,9 @@ def run(
         try:
             study.set_user_attr("mlflow_run_id", parent.id)
             reconcile(study, tracker, parent.id, home)
-            objective = Objective(search, data, device, tracker, parent.id, observer, lambda: stop.requested, storage)
+            objective = Objective(
+                search, data, device, tracker, parent.id, observer, lambda: stop.requested, storage, home
+            )
             with _planned(objective, study, home, crew) if plans else contextlib.nullcontext():
                 if crew:
                     _supervisor(objective, study, crew, home, stop, lock).run()

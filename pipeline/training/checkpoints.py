@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,32 +52,41 @@ def load_weights(path: Path, network: nn.Module) -> None:
 
 
 def save_checkpoint(folder: Path, plain: nn.Module, averaged: nn.Module | None, facts: dict[str, Any]) -> None:
-    """Write the checkpoint `folder`; one that is there is replaced, and all else in it goes.
+    """Write the checkpoint `folder` by `save_folder`: the averaged weights where there are any, the plain ones, `facts`."""
+    networks = {WEIGHTS: plain} if averaged is None else {WEIGHTS: averaged, PLAIN_WEIGHTS: plain}
+    kinds = {name: "plain" if network is plain else "averaged" for name, network in networks.items()}
+    save_folder(folder, {name: _weights(networks[name], {"weights": kinds[name]}) for name in networks}, facts)
+
+
+def save_folder(folder: Path, contents: Mapping[str, bytes], facts: dict[str, Any]) -> None:
+    """Write `folder` with these files (name -> bytes) and a record of them; one that is there is replaced, and all in it goes.
 
     `facts` is anything that JSON takes. Killed at any moment, it leaves what `read_checkpoint` finds as the old or
-    the new checkpoint (or none, where there was none); what else it leaves is hidden and goes with the next save.
-    One writer at a time. UserError where `folder` holds something that is no checkpoint.
+    the new folder (or none, where there was none); what else it leaves is hidden and goes with the next save.
+    One writer at a time. OSError where the disk refuses (full, say), with the old folder as it was; UserError where
+    `folder` holds something that was not written here.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists()):
         raise UserError(f"{folder}: holds something that is no checkpoint, so it is not replaced")
     new = _beside(folder, "new")
-    _discard(new)
-    new.mkdir(parents=True)
-    networks = {WEIGHTS: plain} if averaged is None else {WEIGHTS: averaged, PLAIN_WEIGHTS: plain}
-    digests = {}
-    for name, network in networks.items():
-        content = _weights(network, {"weights": "plain" if network is plain else "averaged"})
-        digests[name] = hashlib.sha256(content).hexdigest()
-        _write(new / name, content)
-    _write(new / RECORD, _record({"format": FORMAT, "facts": facts, "sha256": digests}))
-    _fsync_folder(new)
-    _move_into_place(new, folder)
+    discard_folder(new)
+    try:
+        new.mkdir(parents=True)
+        for name, content in contents.items():
+            _write(new / name, content)
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        _write(new / RECORD, _record({"format": FORMAT, "facts": facts, "sha256": digests}))
+        _fsync_folder(new)
+        _move_into_place(new, folder)
+    except OSError:
+        discard_folder(new)
+        raise
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The facts of a checkpoint whose files are all as they were written.
+    """The facts of a checkpoint, or another folder of `save_folder`'s, whose files are all as they were written.
 
-    Call it before reading any of the files: it also ends what a killed `save_checkpoint` left half done.
+    Call it before reading any of the files: it also ends what a killed save left half done.
     UserError where there is no checkpoint, it is of another format, or a file is missing or damaged.
     """
     _undo_half_a_replacement(folder)
@@ -152,10 +162,10 @@ def _move_into_place(new: Path, folder: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         _fsync_folder(folder.parent)  # a killed writer's last rename, before what it replaced goes
-        _discard(old)
+        discard_folder(old)
         os.replace(folder, old)  # a reader may take it for half a replacement and undo it: then once more
     _fsync_folder(folder.parent)
-    _discard(old)
+    discard_folder(old)
 
 
 def _undo_half_a_replacement(folder: Path) -> None:
@@ -169,8 +179,8 @@ def _undo_half_a_replacement(folder: Path) -> None:
                 raise
 
 
-def _discard(folder: Path) -> None:
-    """Remove it, the record first, so that what a kill leaves of it never looks like a checkpoint."""
+def discard_folder(folder: Path) -> None:
+    """Remove what `save_folder` wrote, the record first, so that what a kill leaves of it never looks whole."""
     (folder / RECORD).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -25,6 +25,7 @@ from pipeline.training.execution import GraphedStep, check_execution, forward_of
 from pipeline.training.losses import soft_cross_entropy
 from pipeline.training.memory import keep_freed_memory
 from pipeline.training.optimizers import build_optimizer, set_lr
+from pipeline.training.resume import Parts, Resume
 
 FIRST_LAYER_IMAGES = 5000  # as many as the speed runs take; a covariance of 12 numbers needs no more
 
@@ -64,6 +65,7 @@ def train(
     on_step: Callable[[int, int], None] = lambda step, steps: None,
     on_part: Callable[[str], None] = lambda part: None,
     score_plain: bool = False,
+    resume: Resume | None = None,
 ) -> Result:
     """Train a recipe's network on `data` and score it on the validation split after every epoch.
 
@@ -72,16 +74,18 @@ def train(
     `on_part(part)` is told which of PARTS the time belongs to from here on; it must not wait for the device either.
     With `score_plain`, a recipe that averages its weights has the trained ones scored too, for another evaluation an
     epoch: `plain/accuracy` beside `val/accuracy`, and so on.
+    With `resume`, the training goes on after the epoch whose state lies there, reports no epoch before it again, and
+    its result is that of a training never stopped, in `history` and `seconds` too; and it keeps its own state there.
     An epoch's data order, augmentation and dropout depend on (seed, epoch) alone; on a CPU with the same number of
     threads, and on a GPU with `training.deterministic`, equal recipes give equal weights, bit for bit.
     Raises Diverged as soon as a loss is seen that is not finite, UserError where the device has no such
-    `training.execution`.
+    `training.execution`, or the state to go on from is of another recipe or data.
     """
     settings = recipe.training
     images, labels = data.train.images, data.train.labels
     batch_size = min(settings.batch_size, len(images))
     steps = len(images) // batch_size  # what doesn't fill a batch waits for another epoch's order
-    history = []
+    history: list[EpochReport] = []
     check_execution(recipe, device)
     graphed = is_graphed(recipe)
     on_part("data")
@@ -100,6 +104,11 @@ def train(
         average = WeightAverage(network, settings.ema_decay, graphed) if settings.ema_decay else None
         judged = average.network if average else network
         optimizer = build_optimizer(network, recipe.optimizer, device, graphed)
+        parts = Parts(network, optimizer, average)
+        if resume:
+            resume.restore(recipe, data, parts)
+            history += [EpochReport(epoch, metrics) for epoch, metrics in enumerate(resume.history, start=1)]
+            started -= resume.seconds
         coins = _stream(settings.seed, 0, "flip")
         augmenter = Augmenter(images, labels, len(data.classes), data.mean, data.std, recipe.augmentation, coins)
         generator = torch.Generator(device)
@@ -132,7 +141,7 @@ def train(
         graphed_step = GraphedStep(train_step, generator) if graphed else None
         parameters = list(network.parameters())
 
-        for epoch in range(1, settings.epochs + 1):
+        for epoch in range(len(history) + 1, settings.epochs + 1):
             epoch_started = time.perf_counter()
             torch.manual_seed(_stream(settings.seed, epoch, "dropout"))
             generator.manual_seed(_stream(settings.seed, epoch, "data"))
@@ -180,6 +189,8 @@ def train(
             history.append(report)
             on_part("tracking")
             on_epoch(report)
+            if resume and epoch < settings.epochs:
+                resume.save_if_due(parts, [past.metrics for past in history], time.perf_counter() - started)
             on_part("data")
 
     return Result(judged, network if average else None, logits, history, time.perf_counter() - started)

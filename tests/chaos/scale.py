@@ -214,7 +214,7 @@ def working(question: Question, url: str, home: Path, notes: Path) -> Callable[[
         me = this_worker() | {"id": assignment.id}
         with Pulse(storage, assignment.limits, stop_requested) as pulse, (notes / f"{os.getpid()}").open("w") as file:
             objective = Objective(
-                question.search, question.data, torch.device("cpu"), Mock(), "", pulse, stop_requested, storage
+                question.search, question.data, torch.device("cpu"), Mock(), "", pulse, stop_requested, storage, home
             )
             asked = question.search.ask
 

@@ -1,5 +1,6 @@
 """Operations against torchvision at equal parameters, draws against distributions, targets against pixels."""
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -524,3 +525,37 @@ def test_an_image_is_blended_or_pasted_or_left_at_the_rates_of_the_recipe() -> N
     # Beta(2, 2) pastes less than 1 / 64, which leaves no pixel, at a rate of 0.0007 only.
     pasted = ~blended.any(1) & (share.mean((1, 2)) < 0.999)
     assert stats.binomtest(int(pasted.sum()), 3000, 0.5).pvalue > 0.01
+
+
+def test_images_are_padded_once_for_all_trainings_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    padded: list[Tensor] = []
+
+    def pad(*arguments: Any) -> Tensor:
+        padded.append(augment_pad(*arguments))
+        return padded[-1]
+
+    augment_pad = augment.pad
+    monkeypatch.setattr(augment, "pad", pad)
+    images, others = random_images(20), random_images(20)
+    before = augmenter(images, crop_padding=2).batch(torch.arange(20), generator())[0]
+    assert torch.equal(augmenter(images, crop_padding=2).batch(torch.arange(20), generator())[0], before)
+    assert len(padded) == 1
+    assert torch.equal(padded[0], augment_pad(images, 2, "reflect")), "training doesn't write to it"
+    for count, changes in enumerate([{"crop_padding": 3}, {"crop_padding": 3, "crop_mode": "constant"}], start=2):
+        augmenter(images, **changes)
+        augmenter(images, **changes)
+        assert len(padded) == count
+    augmenter(others, crop_padding=3, crop_mode="constant")
+    assert len(padded) == 4
+    images += 1  # in place
+    assert augmenter(images, crop_padding=3, crop_mode="constant")._padded.data_ptr() == padded[4].data_ptr()
+
+
+def test_padded_images_live_as_long_as_their_images_and_one_set_at_a_time() -> None:
+    images = random_images(20)
+    first = weakref.ref(augmenter(images, crop_padding=2)._padded)
+    assert first() is not None
+    second = weakref.ref(augmenter(images, crop_padding=3)._padded)
+    assert first() is None
+    del images
+    assert second() is None

@@ -31,3 +31,9 @@ def test_nothing_is_said_of_few_or_equal_scores() -> None:
 
 def test_the_best_are_a_tenth_and_five_of_few() -> None:
     assert [num_top(n) for n in (4, 10, 24, 50, 200)] == [2, 5, 5, 5, 20]
+
+
+def test_equal_shares_come_in_the_order_of_their_names() -> None:
+    names = [f"a.{letter}" for letter in "hgfedcba"]
+    params = [dict.fromkeys(names, 1) | {"b.told": n % 2} for n in range(20)]
+    assert list(importances(params, [float(n % 2) for n in range(20)])) == ["b.told", *sorted(names)]

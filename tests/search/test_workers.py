@@ -162,7 +162,7 @@ def test_a_trial_that_was_declared_dead_is_told_and_logged_no_more(lab: Lab) -> 
     assert "state" not in run.data.tags and run.info.status == "RUNNING", "it is another's to end"
     epochs = lab.tracker.client.get_metric_history(run.info.run_id, "val/accuracy")
     assert [point.step for point in epochs] == [1]
-    assert [trial.state for trial in study.trials[2:]] == [TrialState.COMPLETE] * 2
+    assert study.trials[2].user_attrs["retry_of"] == 1 and study.trials[2].state is TrialState.COMPLETE
     assert num_finished(study) == 3
 
 
@@ -177,7 +177,7 @@ def test_a_poor_trial_is_pruned_on_its_averaged_score_and_ends_killed(lab: Lab) 
     def any_rate(trial: Any) -> None:
         trial.suggest_float("optimizer.lr", 1e-7, 0.2, log=True)
 
-    base = {"training.epochs": 3}
+    base = {"training.epochs": 4}  # judged after the first and the third
     study = lab.run(1, any_rate, base=base)
     for rate in (1e-7, 1e-7, 0.15, 1e-7):  # what the search would hardly choose by itself
         study.enqueue_trial({"optimizer.lr": rate})
@@ -185,12 +185,15 @@ def test_a_poor_trial_is_pruned_on_its_averaged_score_and_ends_killed(lab: Lab) 
     pruned = [trial for trial in lab.study().trials if trial.state == TrialState.PRUNED]
     assert 4 in {trial.number for trial in pruned}
     assert not {0, 1, 2} & {trial.number for trial in pruned}, "the first three are whole, however poor"
+    spared = lab.study().trials[1]
+    assert "completed_rung_0" in spared.system_attrs
+    assert "completed_rung_1" not in spared.system_attrs, "to the pruner it ended where it would have been pruned"
     for trial in pruned:
         run = lab.mlflow_runs()[trial.number]
         assert run.info.status == "KILLED"
         assert run.data.tags["state"] == State.PRUNED
         assert "not among the best third after epoch" in run.data.tags["reason"]
-        assert 1 <= max(trial.intermediate_values) < 3, "not before a sixth of the epochs, nor after the last"
+        assert 1 <= max(trial.intermediate_values) < 4, "not before a sixth of the epochs, nor after the last"
     lab.assert_nothing_runs()
 
 

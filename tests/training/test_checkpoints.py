@@ -212,7 +212,11 @@ def test_a_record_of_another_format_is_refused(tmp_path, content):
 
 
 def save_and_be_killed(folder, number, at):
-    """Save checkpoint `number` in a process that SIGKILL ends before its `at`-th act on files; was it killed?
+    return killed_at(at, lambda: save_checkpoint(folder, convnet(number), convnet(-number), {"number": number}))
+
+
+def killed_at(at, save):
+    """Call `save` in a process that SIGKILL ends before its `at`-th act on files; was it killed?
 
     An act is an open, a rename, a removal, a new folder, an fsync. A file that would be synced is cut in half first.
     """
@@ -240,7 +244,7 @@ def save_and_be_killed(folder, number, at):
 
         os.fsync = fsync_unless_killed
         sys.addaudithook(on_event)
-        save_checkpoint(folder, convnet(number), convnet(-number), {"number": number})
+        save()
         os._exit(0)
     except BaseException:
         os._exit(1)

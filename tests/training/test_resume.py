@@ -1,0 +1,397 @@
+"""A stopped training goes on from its state, and nobody can tell from its end that it was stopped."""
+
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+from test_checkpoints import killed_at
+
+from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
+from pipeline.models.build import build_network
+from pipeline.recipe import Recipe
+from pipeline.speed import few_images
+from pipeline.training.checkpoints import read_checkpoint, save_folder
+from pipeline.training.loop import EpochReport, Result, train
+from pipeline.training.optimizers import build_optimizer
+from pipeline.training.resume import TENSORS, Parts, Resume
+
+CPU = torch.device("cpu")
+EPOCHS = 5
+ADAPTIVE = {"optimizer.lr": 3e-3, "optimizer.weight_decay": 0.01}
+STEP = {"schedule.name": "step", "schedule.interval": 0.3, "schedule.gamma": 0.5}
+ONE_CYCLE = {"schedule.name": "one_cycle", "schedule.peak": 0.4}
+FAST = {
+    "model.network": "fast",
+    "model.widths": (8, 16),
+    "augmentation.horizontal_flip": "alternating",
+    "optimizer.name": "muon",
+    "optimizer.lr": 0.1,
+    "optimizer.bias_lr": 10,
+    "optimizer.head_lr": 100,
+    "optimizer.whitening_share": 0.5,
+}
+KINDS = {
+    "sgd nesterov, one-cycle, mixup, dropout, average": {"optimizer.momentum": 0.9, **ONE_CYCLE},
+    "sgd without momentum, bf16": {"optimizer.momentum": 0, "optimizer.nesterov": False, "training.precision": "bf16"},
+    "adam, step, fp32": {"optimizer.name": "adam", "training.precision": "fp32", **ADAPTIVE, **STEP},
+    "adamw, no average": {"optimizer.name": "adamw", "training.ema_decay": 0, **ADAPTIVE},
+    "muon, whitening that freezes, alternating flip": FAST,
+    "adam, dropout of whole maps": {
+        "model.network": "plain",
+        "model.widths": (4, 8),
+        "model.convolution_dropout": 0.2,
+        "model.dropout": 0.2,
+        "optimizer.name": "adam",
+        **ADAPTIVE,
+    },
+}
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def few(digits: TrainingData) -> TrainingData:
+    """Four batches of 64, and a rest that waits for another epoch's order."""
+    return few_images(digits, 4 * 64 + 20, 60)
+
+
+@pytest.fixture(scope="module")
+def recipe(small_recipe: Recipe) -> Recipe:
+    return small_recipe.changed({"training.epochs": EPOCHS})
+
+
+def stopped(recipe: Recipe, data: TrainingData, folder: Path, epoch: int, step: int = 2) -> list[int]:
+    """Train, from the state in `folder`, until a step of an epoch; the epochs that it reported."""
+    reported: list[int] = []
+    keep = Resume(folder, every_s=0)
+
+    def on_step(number: int, steps: int) -> None:
+        if (len(keep.history) + len(reported) + 1, number) == (epoch, step):
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(recipe, data, CPU, lambda report: reported.append(report.epoch), on_step, resume=keep)
+    return reported
+
+
+def untimed(history: list[EpochReport]) -> list[dict[str, float]]:
+    timed = {"time/epoch_s", "throughput/images_per_s", "memory/peak_gib"}
+    return [{k: v for k, v in report.metrics.items() if k not in timed} | {"epoch": report.epoch} for report in history]
+
+
+def assert_the_same(one: Result, other: Result) -> None:
+    for mine, theirs in ((one.network, other.network), (one.plain, other.plain)):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            there = theirs.state_dict()
+            for name, tensor in mine.state_dict().items():
+                assert torch.equal(tensor, there[name]), name
+    assert torch.equal(one.validation_logits, other.validation_logits)
+    assert untimed(one.history) == untimed(other.history)
+
+
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+def test_a_training_stopped_again_and_again_ends_as_if_it_never_was(
+    changes: dict, recipe: Recipe, few: TrainingData, tmp_path: Path
+) -> None:
+    recipe = recipe.changed(changes)
+    whole = train(recipe, few, CPU)
+    assert len({str(metrics["val/loss"]) for metrics in untimed(whole.history)}) > 1, "it must learn something"
+    folder, draw, done = tmp_path / "a" / "key", random.Random(str(changes)), 0
+    for epoch in (1, *sorted(draw.choices(range(1, EPOCHS + 1), k=3)), EPOCHS):
+        reported = stopped(recipe, few, folder, epoch, step=draw.randint(1, 4))
+        assert reported == list(range(done + 1, epoch)), "an epoch that was reported is not reported again"
+        done = epoch - 1
+    keep, last = Resume(folder, every_s=0), []
+    result = train(recipe, few, CPU, last.append, resume=keep)
+    assert [report.epoch for report in last] == [EPOCHS]
+    assert keep.notes == [f"goes on after epoch {EPOCHS - 1} of {EPOCHS}"]
+    assert_the_same(result, whole)
+    assert result.seconds > sum(report.metrics["time/epoch_s"] for report in result.history)
+
+
+def test_a_process_killed_in_the_middle_is_followed_by_one_that_ends_as_it_would_have(
+    recipe: Recipe, few: TrainingData, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    at = 2 * 4 + 3  # the third epoch's third step
+    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(at)], timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    keep = Resume(tmp_path / "state", every_s=0)
+    result = train(recipe, few, CPU, resume=keep)
+    assert keep.notes == ["goes on after epoch 2 of 5"]
+    assert_the_same(result, train(recipe, few, CPU))
+
+
+KILLED = """
+import os, signal, sys
+from itertools import count
+from pathlib import Path
+import torch
+from pipeline.data.datasets import load
+from pipeline.data.prepare import prepare
+from pipeline.recipe import parse_recipe
+from pipeline.speed import few_images
+from pipeline.training.loop import train
+from pipeline.training.resume import Resume
+
+home, at, steps = Path(sys.argv[1]), int(sys.argv[2]), count(1)
+recipe = parse_recipe((home / "recipe.json").read_bytes())
+data = few_images(prepare(load("digits", 8, Path("data")), recipe.data, torch.device("cpu")), 4 * 64 + 20, 60)
+
+def on_step(step, total):
+    if next(steps) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(recipe, data, torch.device("cpu"), on_step=on_step, resume=Resume(home / "state", every_s=0))
+"""
+
+
+def states(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def kept(recipe: Recipe, few: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the states after epochs 2 and 3; to be copied."""
+    folder = tmp_path_factory.mktemp("kept") / "key"
+    stopped(recipe, few, folder, 4)
+    assert states(folder) == ["epoch-000002", "epoch-000003"]
+    return folder
+
+
+def parts_of(recipe: Recipe, seed: int) -> Parts:
+    network = build_network(recipe.model, 10, 8, seed)
+    return Parts(network, build_optimizer(network, recipe.optimizer, CPU), None)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_kill_at_any_act_of_a_save_leaves_a_whole_state(recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
+    found = []
+    for at in count(1):
+        folder = tmp_path / str(at)
+
+        def save_next(epoch: int, folder: Path = folder) -> None:
+            keep = Resume(folder, every_s=0)
+            keep.restore(recipe, few, parts_of(recipe, 0))
+            assert len(keep.history) == epoch - 1
+            keep.save_if_due(parts_of(recipe, epoch), [{"val/loss": 1.0}] * epoch, seconds=epoch)
+
+        for epoch in (1, 2):
+            save_next(epoch)
+        killed = killed_at(at, lambda: save_next(3))
+        keep, parts = Resume(folder, every_s=0), parts_of(recipe, 0)
+        keep.restore(recipe, few, parts)
+        found.append(len(keep.history))
+        assert keep.notes == [f"goes on after epoch {found[-1]} of {EPOCHS}"], (
+            "nothing half written is taken for damaged"
+        )
+        there = parts_of(recipe, found[-1]).network.state_dict()
+        assert all(torch.equal(tensor, there[name]) for name, tensor in parts.network.state_dict().items())
+        if not killed:
+            break
+        for epoch in range(found[-1] + 1, 5):
+            save_next(epoch)
+        assert sorted(path.name for path in folder.iterdir()) == ["epoch-000003", "epoch-000004"], "leftovers go"
+    assert found == sorted(found)
+    assert set(found) == {2, 3}
+    assert len(found) > 15, "every act must have been cut"
+
+
+def test_a_damaged_state_is_not_used_but_the_one_before_and_that_is_said(
+    kept: Path, recipe: Recipe, few: TrainingData, tmp_path: Path
+) -> None:
+    whole = train(recipe, few, CPU)
+    for number, name in enumerate((TENSORS, TENSORS, "checkpoint.json")):
+        folder = tmp_path / str(number)
+        shutil.copytree(kept, folder)
+        file = folder / "epoch-000003" / name
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content if number else content[: len(content) // 2])
+        keep = Resume(folder, every_s=0)
+        result = train(recipe, few, CPU, resume=keep)
+        assert keep.notes[0].startswith(f"the state of epoch-000003 is not used: {file}: damaged")
+        assert keep.notes[1:] == ["goes on after epoch 2 of 5"]
+        assert_the_same(result, whole)
+
+
+def test_without_a_whole_state_it_begins_anew_and_says_so(
+    kept: Path, recipe: Recipe, few: TrainingData, tmp_path: Path
+) -> None:
+    folder = tmp_path / "key"
+    shutil.copytree(kept, folder)
+    (folder / "epoch-000002" / TENSORS).unlink()
+    (folder / "epoch-000003" / TENSORS).write_bytes(b"")
+    keep, reported = Resume(folder, every_s=0), []
+    result = train(recipe, few, CPU, reported.append, resume=keep)
+    assert [line.partition(":")[0] for line in keep.notes[:2]] == [
+        "the state of epoch-000003 is not used",
+        "the state of epoch-000002 is not used",
+    ]
+    assert keep.notes[2:] == ["no state is left to go on from: from epoch 1 again"]
+    assert len(reported) == EPOCHS
+    assert_the_same(result, train(recipe, few, CPU))
+
+
+def test_tensors_that_do_not_fit_are_not_used_though_their_digest_is_right(
+    kept: Path, recipe: Recipe, few: TrainingData, tmp_path: Path
+) -> None:
+    newest = kept / "epoch-000003"
+    facts, tensors = read_checkpoint(newest), load_file(newest / TENSORS)
+    weight = next(name for name in tensors if name.startswith("network.") and name.endswith("weight"))
+    momentum = next(name for name in tensors if name.startswith("optimizer.") and tensors[name].ndim == 4)
+    wrong = {
+        "wider": tensors | {weight: torch.zeros(99, 3, 3, 3)},
+        "half": tensors | {weight: tensors[weight].half()},
+        "fewer": {name: tensor for name, tensor in tensors.items() if name != weight},
+        "more": tensors | {"network.nothing": torch.zeros(1)},
+        "momentum": tensors | {momentum: torch.zeros(7)},
+        "no such parameter": tensors | {"optimizer.999.momentum_buffer": torch.zeros(7)},
+    }
+    for name, content in wrong.items():
+        folder = tmp_path / name
+        shutil.copytree(kept, folder)
+        save_folder(folder / "epoch-000003", {TENSORS: save(content)}, facts)
+        keep = Resume(folder, every_s=60)
+        with pytest.raises(Stop):
+            train(recipe, few, CPU, on_step=_stop, resume=keep)
+        assert keep.notes[0].endswith("does not fit the network of this code"), name
+        assert keep.notes[1:] == ["goes on after epoch 2 of 5"]
+        assert states(folder) == ["epoch-000002"], "it is said once"
+    for odd in ({"epoch": 3}, facts | {"new": 1}, facts | {"seconds": "3"}, []):
+        folder = tmp_path / "odd"
+        shutil.rmtree(folder, ignore_errors=True)
+        save_folder(folder / "epoch-000003", {TENSORS: save(tensors)}, odd)
+        keep = Resume(folder, every_s=60)
+        with pytest.raises(Stop):
+            train(recipe, few, CPU, on_step=_stop, resume=keep)
+        assert keep.notes[-1] == "no state is left to go on from: from epoch 1 again", odd
+
+
+def _stop(*at: int) -> None:
+    raise Stop
+
+
+def test_the_state_of_another_recipe_or_data_is_refused_by_name_and_stays(
+    kept: Path, recipe: Recipe, few: TrainingData, tmp_path: Path
+) -> None:
+    folder = tmp_path / "key"
+    shutil.copytree(kept, folder)
+    cases = {
+        "recipe": (recipe.changed({"training.seed": 1}), few),
+        "data": (recipe, replace(few, digest="ab" * 32)),
+        "split": (recipe, replace(few, split_digest="cd" * 32)),
+    }
+    for name, (other, data) in cases.items():
+        with pytest.raises(UserError) as error:
+            train(other, data, CPU, resume=Resume(folder))
+        assert len(error.value.lines) == 1
+        assert f"the state of another training ({name} " in error.value.lines[0]
+        assert "move the folder away" in error.value.lines[0]
+    assert states(folder) == ["epoch-000002", "epoch-000003"]
+
+
+def test_a_state_is_saved_when_it_is_time_and_never_after_the_last_epoch(
+    recipe: Recipe, few: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(recipe, few, CPU, resume=Resume(tmp_path / "often", every_s=0))
+    assert states(tmp_path / "often") == ["epoch-000003", "epoch-000004"]
+    train(recipe, few, CPU, resume=Resume(tmp_path / "never", every_s=3600))
+    assert not (tmp_path / "never").exists()
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("pipeline.training.resume.time", clock)
+
+    def twenty_seconds(report: EpochReport) -> None:
+        clock.now += 20
+
+    train(
+        recipe.changed({"training.epochs": 7}), few, CPU, twenty_seconds, resume=Resume(tmp_path / "some", every_s=30)
+    )
+    assert states(tmp_path / "some") == ["epoch-000004", "epoch-000006"]
+
+
+def test_the_state_is_saved_after_the_epoch_was_reported(recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
+    def on_epoch(report: EpochReport) -> None:
+        if report.epoch == 2:
+            assert states(tmp_path) == ["epoch-000001"]
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(recipe, few, CPU, on_epoch, resume=Resume(tmp_path, every_s=0))
+    assert states(tmp_path) == ["epoch-000001"], "an epoch whose report fails is not counted as done"
+
+
+def test_a_disk_that_is_full_costs_the_state_and_not_the_training(
+    recipe: Recipe, few: TrainingData, tmp_path: Path
+) -> None:
+    folder, limits = tmp_path / "key", resource.getrlimit(resource.RLIMIT_FSIZE)
+    keep = Resume(folder, every_s=0)
+
+    def fill(report: EpochReport) -> None:
+        full = report.epoch in (2, 3)  # no file may be longer than 1,000 bytes, as if the disk had no more
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if full else limits[0], limits[1]))
+        if report.epoch == 4:
+            assert states(folder) == ["epoch-000001"], "the old state stays, and nothing half written"
+
+    try:
+        result = train(recipe, few, CPU, fill, resume=keep)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert keep.notes == ["the state after epoch 2 could not be saved: [Errno 27] File too large"]
+    assert states(folder) == ["epoch-000001", "epoch-000004"]
+    assert_the_same(result, train(recipe, few, CPU))
+
+
+def test_other_threads_than_then_are_said(kept: Path, recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
+    newest = kept / "epoch-000003"
+    facts = read_checkpoint(newest) | {"threads": 7}
+    save_folder(tmp_path / "epoch-000003", {TENSORS: (newest / TENSORS).read_bytes()}, facts)
+    keep = Resume(tmp_path)
+    with pytest.raises(Stop):
+        train(recipe, few, CPU, on_step=_stop, resume=keep)
+    assert len(keep.notes) == 1
+    assert "threads = 7" in keep.notes[0]
+    assert keep.notes[0].endswith("the last bits may differ")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("execution", ["eager", "graphed"])
+def test_a_stopped_training_goes_on_on_a_gpu(
+    execution: str, recipe: Recipe, small_recipe: Recipe, tmp_path: Path
+) -> None:
+    from pipeline.data.datasets import load
+    from pipeline.data.prepare import prepare
+
+    gpu = torch.device("cuda")
+    data = prepare(load("digits", 8, tmp_path), small_recipe.data, gpu)
+    recipe = recipe.changed({"training.deterministic": True, "training.execution": execution, "optimizer.name": "adam"})
+    recipe = recipe.changed(ADAPTIVE)
+    whole = train(recipe, data, gpu)
+    with pytest.raises(Stop):
+        train(recipe, data, gpu, _stop_in_the_third, resume=Resume(tmp_path / "key", every_s=0))
+    keep = Resume(tmp_path / "key", every_s=0)
+    result = train(recipe, data, gpu, resume=keep)
+    assert keep.notes == ["goes on after epoch 2 of 5"]
+    if execution == "eager":
+        assert_the_same(result, whole)
+    else:  # a capture may choose other kernels than the steps of its warm-up
+        torch.testing.assert_close(result.validation_logits, whole.validation_logits, rtol=0.05, atol=0.05)
+
+
+def _stop_in_the_third(report: EpochReport) -> None:
+    if report.epoch == 3:
+        raise Stop
