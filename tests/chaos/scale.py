@@ -113,7 +113,8 @@ def sleeping(seconds: float) -> Callable[..., Outcome]:
 
 def fill(study: optuna.Study, search: Search, storage: PatientStorage, trials: int) -> None:
     """As many finished trials as if the study had been at it for long, written in bulk."""
-    space = search.space()
+    space, sampler = search.space(), optuna.samplers.RandomSampler()
+    as_json = {name: optuna.distributions.distribution_to_json(one) for name, one in space.items()}
     rows: dict[Any, list[dict[str, Any]]] = {}
     with storage.engine.begin() as connection:
         first = connection.execute(text("select coalesce(max(trial_id), 0) + 1 from trials")).scalar_one()
@@ -138,13 +139,13 @@ def fill(study: optuna.Study, search: Search, storage: PatientStorage, trials: i
                 }
             )
             for name, distribution in space.items():
-                value = optuna.samplers.RandomSampler().sample_independent(study, Mock(), name, distribution)
+                value = sampler.sample_independent(study, None, name, distribution)
                 rows.setdefault(models.TrialParamModel, []).append(
                     {
                         "trial_id": trial_id,
                         "param_name": name,
                         "param_value": distribution.to_internal_repr(value),
-                        "distribution_json": optuna.distributions.distribution_to_json(distribution),
+                        "distribution_json": as_json[name],
                     }
                 )
             metrics = {f"val/metric/{n}": score for n in range(METRICS)}

@@ -19,5 +19,7 @@ def test_sleeping_trials_of_many_workers_are_counted_once_each(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     found = {name: float(value) for name, value in (line.split() for line in done.stdout.splitlines())}
     assert (found["trials"], found["notes"], found["left_over"]) == (6, 6, 0)
-    assert found["connections"] <= 2 * 3 + 3, "a worker's own and its pulse's; the supervisor's, its lock's, and what counts"
+    assert found["connections"] <= 2 * 3 + 3, (
+        "a worker's own and its pulse's; the supervisor's, its lock's, and what counts"
+    )
     assert found["statements"] < 150, "of a trial of ten epochs"
