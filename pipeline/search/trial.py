@@ -98,13 +98,14 @@ class Objective:
             raise
 
     def _run(self, trial: optuna.Trial) -> float:
-        self.search.ask(trial)
-        recipe = self.search.recipe(trial.params)
-        trial.set_user_attr("recipe_digest", recipe.digest())
-        key = trial.user_attrs.get("run_key")  # a retry has that of the trial whose place it takes
-        if key is None:
-            key = uuid.uuid4().hex
-            trial.set_user_attr("run_key", key)
+        with self.storage.together():
+            self.search.ask(trial)
+            recipe = self.search.recipe(trial.params)
+            trial.set_user_attr("recipe_digest", recipe.digest())
+            key = trial.user_attrs.get("run_key")  # a retry has that of the trial whose place it takes
+            if key is None:
+                key = uuid.uuid4().hex
+                trial.set_user_attr("run_key", key)
         self.observer.trial_started(trial.number, recipe, trial.params)
 
         is_judged = True
@@ -151,17 +152,18 @@ class Objective:
             resume=self.home / CHECKPOINTS / key,
             key=key,
         )
-        for name, value in (
-            ("state", outcome.state),
-            ("reason", outcome.reason),
-            ("notes", outcome.notes),
-            ("mlflow_run_id", outcome.run_id),
-            ("epochs", outcome.epochs),
-            ("seconds", round(outcome.seconds, 3)),
-            ("metrics", outcome.metrics),
-            ("epoch_s", outcome.metrics.get("time/epoch_s")),
-        ):
-            trial.set_user_attr(name, value)
+        with self.storage.together():
+            for name, value in (
+                ("state", outcome.state),
+                ("reason", outcome.reason),
+                ("notes", outcome.notes),
+                ("mlflow_run_id", outcome.run_id),
+                ("epochs", outcome.epochs),
+                ("seconds", round(outcome.seconds, 3)),
+                ("metrics", outcome.metrics),
+                ("epoch_s", outcome.metrics.get("time/epoch_s")),
+            ):
+                trial.set_user_attr(name, value)
         self.observer.trial_ended(trial.number, outcome)
         return self._told(trial, outcome)
 

@@ -23,7 +23,7 @@ from pipeline.recipe import Recipe
 from pipeline.search import workers
 from pipeline.search.storage import num_finished, open_storage
 from pipeline.search.study import Search, Study
-from pipeline.search.supervisor import Crew, WorkerBug
+from pipeline.search.supervisor import Processes, WorkerBug
 from pipeline.search.trial import Progress, StudyInterrupted
 from pipeline.search.worker import Limits
 from pipeline.tracking.runs import MlflowTracker
@@ -75,7 +75,14 @@ class Plant:
         search = Search("plant", study, base, 1, trials, None)
         where, watch = torch.device("cpu"), observer or Watch()
         return workers.run(
-            search, self.data, where, watch, self.storage, self.tracker, self.home, crew=Crew(crew, Path("."), limits)
+            search,
+            self.data,
+            where,
+            watch,
+            self.storage,
+            self.tracker,
+            self.home,
+            crew=Processes(where, crew, Path("."), limits),
         )
 
     def trials(self) -> list[FrozenTrial]:

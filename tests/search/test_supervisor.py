@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pipeline.search.storage import StudyLock, num_finished, open_storage, open_
 from pipeline.search.study import Search, Study
 from pipeline.search.supervisor import Supervisor, WorkerBug, _Judge, placements
 from pipeline.search.trial import Progress, StudyInterrupted
-from pipeline.search.worker import Ended, Limits, take
+from pipeline.search.worker import Assignment, Ended, Limits, take
 from pipeline.tracking.runs import MlflowTracker, State
 
 
@@ -119,15 +120,34 @@ class Firm:
             tracker=self.tracker,
             parent=self.parent,
             observer=self.seen,
-            start=start or own,
-            workers=workers,
-            limits=limits or Limits(),
+            crew=Hands(start or own, workers, limits or Limits()),
+            assign=self.assignment,
             stop=self.stop,
             lock=StudyLock(self.storage, self.key),
         ).run()
 
+    def assignment(self, launch: int) -> Assignment:
+        places = {"home": self.home, "data_dir": self.home}
+        return Assignment(search=b"", storage="", tracking_uri="", parent=self.parent, ordinal=launch, **places)
+
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(states=states or None)
+
+
+@dataclass
+class Hands:
+    """A crew; `starts(place, launch)` starts a worker."""
+
+    starts: Callable[[int, int], Any]
+    workers: int
+    limits: Limits
+    data_dir: Path = Path()
+
+    def room(self) -> int:
+        return self.workers
+
+    def start(self, assignment: Assignment, place: int) -> Any:
+        return self.starts(place, assignment.ordinal)
 
 
 def rates(trial: Any) -> None:
