@@ -28,6 +28,7 @@ import torch
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
 from sqlalchemy import NullPool, create_engine, event, text
+from sqlalchemy.exc import OperationalError
 
 from pipeline import experiment
 from pipeline.experiment import Outcome
@@ -265,7 +266,8 @@ def measure(url: str, home: Path, workers: int, trials: int, finished: int, seco
             finally:
                 ticks.append(time.perf_counter() - began)
                 if len(ticks) % 8 == 0:
-                    with sampler.connect() as connection:
+                    # Where too many clients are there, there is no place to count them from.
+                    with contextlib.suppress(OperationalError), sampler.connect() as connection:
                         query = "select count(*) from pg_stat_activity where datname = current_database()"
                         busiest[0] = max(busiest[0], connection.execute(text(query)).scalar_one() - 1)
 
