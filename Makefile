@@ -10,17 +10,17 @@ quoted = '$(subst ','\'',$(value $(1)))'
 typed = $(if $(value $(1)),$(if $(filter command line,$(origin $(1)))$(filter DATA_DIR,$(1)),$(call quoted,$(1))))
 option = $(if $(call typed,$(1)),--$(2)=$(call typed,$(1)))
 unexport NAME TRIALS EPOCHS TIMEOUT PATIENCE DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT IMAGE MODEL METHOD SHOW OUTPUT AGAINST JSON \
-  INT8 TOP SEEDS RUN TOLERANCE RULES FORCE REASON PEER AIRBENCH ONLY WORKERS HANG FIX
+  INT8 TOP SEEDS RUN TOLERANCE RULES FORCE REASON PEER AIRBENCH ONLY WORKERS CLUSTER HANG FIX
 
 STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout PATIENCE:patience DATASET:dataset DATA_DIR:data-dir DEVICE:device SEED:seed \
-  VERSION:version STORAGE:storage TRACKING_URI:tracking-uri SET:set WORKERS:workers HANG:hang
+  VERSION:version STORAGE:storage TRACKING_URI:tracking-uri SET:set WORKERS:workers CLUSTER:cluster HANG:hang
 
 PREDICT_OPTIONS := MODEL:model METHOD:method OUTPUT:output DEVICE:device TRACKING_URI:tracking-uri
 chosen = $(if $(or $(call typed,RUN),$(call typed,MODEL)),-- $(or $(call typed,RUN),$(call typed,MODEL)))
 EXPORT_OPTIONS := OUTPUT:output DATA_DIR:data-dir TRACKING_URI:tracking-uri
 SERVE_OPTIONS := PORT:port TRACKING_URI:tracking-uri
 COMPARE_OPTIONS := OUTPUT:output DATA_DIR:data-dir TRACKING_URI:tracking-uri
-PLAN_OPTIONS := $(filter-out TIMEOUT:% PATIENCE:% STORAGE:% TRACKING_URI:% HANG:%,$(STUDY_OPTIONS))
+PLAN_OPTIONS := $(filter-out TIMEOUT:% PATIENCE:% STORAGE:% TRACKING_URI:% CLUSTER:% HANG:%,$(STUDY_OPTIONS))
 BENCH_OPTIONS := MODEL:model DATASET:dataset DATA_DIR:data-dir DEVICE:device AGAINST:against
 BENCH_GPU_OPTIONS := PEER:peer AIRBENCH:airbench DATA_DIR:data-dir OUTPUT:output ONLY:only
 FINALS_OPTIONS := TOP:top SEEDS:seeds EPOCHS:epochs DATA_DIR:data-dir DEVICE:device TRACKING_URI:tracking-uri
@@ -46,7 +46,7 @@ setup: $(READY) ## create .venv and install everything, in the versions of .cons
 
 options = $(foreach o,$(1),$(call option,$(firstword $(subst :, ,$(o))),$(lastword $(subst :, ,$(o)))))
 
-study: $(READY) ## run or go on with a study: NAME= [DATASET= TRIALS= EPOCHS= TIMEOUT= PATIENCE= DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= TRACKING_URI= WORKERS=1 HANG=15m]
+study: $(READY) ## run or go on with a study: NAME= [DATASET= TRIALS= EPOCHS= TIMEOUT= PATIENCE= DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= TRACKING_URI= WORKERS=1 CLUSTER=auto HANG=15m]
 	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make study NAME=attention (in studies/: '$$(cd studies && ls *.py | sed 's/\.py$$//' | paste -sd' ' -)')' >&2; exit 2; }
 	@$(BIN)/python -m pipeline study $(call options,$(STUDY_OPTIONS)) -- $(call typed,NAME)
 

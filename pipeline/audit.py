@@ -28,7 +28,6 @@ from pipeline.tracking.journal import FOLDER, is_busy, remains
 from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.tracking.shipping import RUN_KEY
 from pipeline.training.checkpoints import read_checkpoint
-from pipeline.training.resume import TENSORS
 
 if TYPE_CHECKING:
     import optuna
@@ -244,7 +243,7 @@ class _Auditor:
                 continue
             for state in folder.glob("[!.]*"):
                 try:
-                    read_checkpoint(state, TENSORS)
+                    read_checkpoint(state)
                 except UserError as error:
                     way_out = "the trial goes on from the one before, or from epoch 1"
                     self._seen.findings += [f"{line}; {way_out}" for line in error.lines]

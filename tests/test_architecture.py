@@ -29,7 +29,7 @@ FLOORS = [
 KEEPERS = {
     "mlflow": ("pipeline/tracking/", "pipeline/registry/"),
     "optuna": ("pipeline/search/", "pipeline/console.py", "studies/"),
-    "ray": ("pipeline/search/workers.py",),
+    "ray": ("pipeline/search/cluster.py",),
     "plotly": ("pipeline/report/",),
     "matplotlib": ("pipeline/evaluation/figures.py",),
     "cloudpickle": ("pipeline/search/",),  # a search's space on its way to a worker; see `worker.packed`

@@ -322,8 +322,8 @@ def test_the_public_surface_is_frozen() -> None:
         "relocate": [],
         "serve": ["--port", "--tracking-uri", "model"],
         "study": [
-            *("--data-dir", "--dataset", "--device", "--epochs", "--hang", "--patience", "--seed", "--set"),
-            *("--storage", "--timeout", "--tracking-uri", "--trials", "--version", "--workers", "name"),
+            *("--cluster", "--data-dir", "--dataset", "--device", "--epochs", "--hang", "--patience", "--seed"),
+            *("--set", "--storage", "--timeout", "--tracking-uri", "--trials", "--version", "--workers", "name"),
         ],
         "sync": ["--tracking-uri"],
         "ui": ["--port", "--tracking-uri", "name"],

@@ -337,7 +337,7 @@ def _sparse(path: Path, size: int) -> None:
 
 
 RECORDS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a gigabyte": (lambda path: _sparse(path, 2**30), "more than 4,194,304"),
+    "a gigabyte": (lambda path: _sparse(path, 2**30), "more than 16,777,216"),
     "deep lists": (lambda path: path.write_text("[" * 100_000), "it is no JSON"),
     "deep objects": (lambda path: path.write_text('{"a":' * 900 + "1" + "}" * 900), "not of format 1"),
     "deep facts": (lambda path: _resealed(path, facts=_deep(300)), "its facts can't be used"),
@@ -349,8 +349,11 @@ RECORDS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: _resealed(path, facts={"mean": [float("inf")] * 3}),
         "its facts can't be used",
     ),
-    "digests of nothing": (lambda path: _resealed(path, sha256={}), "should have sha256 of weights.safetensors"),
-    "digests that are a list": (lambda path: _resealed(path, sha256=["weights.safetensors"]), "should have sha256"),
+    "digests of nothing": (lambda path: _resealed(path, sha256={}), "has no sha256 of weights.safetensors"),
+    "digests that are a list": (
+        lambda path: _resealed(path, sha256=["weights.safetensors"]),
+        "should have the sha256 of its .safetensors files",
+    ),
     "a digest of a device": (
         lambda path: _resealed(path, sha256={"weights.safetensors": "0", "/dev/zero": "0"}),
         "and of nothing else",

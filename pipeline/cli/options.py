@@ -54,7 +54,8 @@ class StudyOptions(BaseModel):
     patience: int | None = Field(None, ge=1, le=1_000_000)
     seed: int | None = Field(None, ge=0, le=2**32 - 1)
     version: int | None = Field(None, ge=1, le=1_000_000)
-    workers: int = Field(1, ge=1, le=1_000)
+    workers: int | None = Field(None, ge=1, le=1_000)
+    cluster: str | None = None
     hang: float | None = Field(None, gt=0)
     device: str = "auto"
 
@@ -64,6 +65,13 @@ class StudyOptions(BaseModel):
         """Seconds, or a number with s, m, h or d behind it."""
         if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value or ""):
             return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+        return value
+
+    @field_validator("cluster")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|(ray://)?[\w.-]+:\d{1,5}", value):
+            raise ValueError("should be auto, HOST:PORT or ray://HOST:PORT")
         return value
 
     @field_validator("device")
@@ -153,4 +161,18 @@ def database_faults(storage: str | None, tracking_uri: str | None) -> list[str]:
         paths.append(str(Path(path[10:]).resolve()) if path.startswith("sqlite:///") else path)
     if paths[0] == paths[1]:
         lines.append("STORAGE and TRACKING_URI: are the same database; Optuna and MLflow need one each")
+    return lines
+
+
+def cluster_faults(storage: str | None, tracking_uri: str | None, device: str) -> list[str]:
+    """One line for each thing that a study on several machines lacks."""
+    lines = []
+    if not re.match(r"postgresql(\+psycopg)?://", storage or ""):
+        lines.append(
+            "STORAGE: a cluster needs postgresql://...; an SQLite file is for one machine, on a shared disk its locks fail"
+        )
+    if not re.match(r"https?://", tracking_uri or ""):
+        lines.append("TRACKING_URI: a cluster needs an MLflow server, http://..., that all its nodes reach")
+    if re.match(r"cuda:", device):
+        lines.append(f"DEVICE {device}: on a cluster Ray chooses the GPU; auto, cpu or cuda")
     return lines

@@ -1,12 +1,14 @@
 """`study` and `plan`."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from pipeline.cli.common import HOME, INTERRUPTED, UI_PORT, expand, find_device, load_data, make_console, settle
+from pipeline.cli.common import HOME, INTERRUPTED, UI_PORT, expand, find_device, load_data, make_console, say, settle
 from pipeline.cli.look import links_of
 from pipeline.cli.options import (
     ChangeOption,
@@ -21,6 +23,7 @@ from pipeline.cli.options import (
     TrialsOption,
     VersionOption,
     WorkersOption,
+    cluster_faults,
     database_faults,
     resolve,
 )
@@ -52,6 +55,12 @@ def study(
     tracking_uri: TrackingOption = None,
     change: ChangeOption = None,
     workers: WorkersOption = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Workers on a Ray cluster: auto, HOST:PORT, ray://HOST:PORT; WORKERS at most."
+        ),
+    ] = None,
     hang: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="A trial of several workers that makes no step for so long is ended: 15m."),
@@ -59,8 +68,9 @@ def study(
 ) -> None:
     """Run a study, or go on with it: search, train, track, and show the best trials."""
     typed = {"trials": trials, "epochs": epochs, "timeout": timeout, "patience": patience}
-    typed |= {"seed": seed, "version": version, "device": device, "workers": workers, "hang": hang}
+    typed |= {"seed": seed, "version": version, "device": device, "workers": workers, "hang": hang, "cluster": cluster}
     faults = database_faults(storage, tracking_uri)
+    faults += cluster_faults(storage, tracking_uri, device) if cluster is not None else []
     search = resolve(name, typed, dataset, change or [], faults)
 
     from pipeline.console import StudyView
@@ -69,29 +79,35 @@ def study(
     from pipeline.search.workers import run
     from pipeline.tracking.runs import MlflowTracker
 
-    where = find_device(device)
-    crew = _crew(workers, hang, data_dir)
-    data = load_data(search, data_dir, where)
-    tracker = MlflowTracker(HOME, tracking_uri)
     console = make_console()
-    console.print(
-        f"{search.key(data)} on {where}: {len(data.train.labels):,} training and {len(data.validation.labels):,} validation "
-        f"images of {len(data.classes)} classes; up to {search.trials} trials of {search.most_epochs} epochs",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-    try:
-        with StudyView(console, search) as view:
-            store = open_storage(HOME, storage)
-            done = run(search, data, where, view, store, tracker, HOME, plans=True, crew=crew)
-    except StudyInterrupted:
-        settle(console, tracker, timeout_s=5)
-        console.print(f"interrupted; the same command goes on with {search.key(data)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except BaseException:
-        tracker.flush(5)
-        raise
+    options = StudyOptions.model_validate({key: text for key, text in typed.items() if text is not None})
+    with _crew(console, options, expand(data_dir)) as crew:
+        # The GPUs of a cluster need not be here, and what they are told to do they check themselves.
+        where = find_device("cpu" if cluster else device)
+        data = load_data(search, data_dir, where, execute=cluster is None)
+        tracker = MlflowTracker(HOME, tracking_uri)
+        console.print(
+            f"{search.key(data)} on {'a cluster' if cluster else where}: {len(data.train.labels):,} training and "
+            f"{len(data.validation.labels):,} validation images of {len(data.classes)} classes; "
+            f"up to {search.trials} trials of {search.most_epochs} epochs",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        try:
+            with StudyView(console, search) as view:
+                store = open_storage(HOME, storage)
+                # Measured here, a forecast would say little of other machines.
+                done = run(search, data, where, view, store, tracker, HOME, plans=cluster is None, crew=crew)
+        except StudyInterrupted:
+            settle(console, tracker, timeout_s=5)
+            console.print(
+                f"interrupted; the same command goes on with {search.key(data)}", highlight=False, soft_wrap=True
+            )
+            raise typer.Exit(INTERRUPTED) from None
+        except BaseException:
+            tracker.flush(5)
+            raise
     if search.is_exhausted(done) and num_finished(done) < search.trials:
         console.print(
             f"stopped after {num_finished(done)} trials: the last {search.patience} gave no better score "
@@ -101,15 +117,23 @@ def study(
     _finish(console, search, done, tracker)
 
 
-def _crew(workers: str | None, hang: str | None, data_dir: Path) -> "Crew | None":
+@contextlib.contextmanager
+def _crew(console: Console, options: StudyOptions, data_dir: Path) -> "Iterator[Crew | None]":
     """Whose processes train: None for this one alone, in which nobody could end a trial that hangs."""
-    from pipeline.search.supervisor import Crew
+    from pipeline.search.supervisor import Processes
     from pipeline.search.worker import Limits
 
-    options = StudyOptions.model_validate({k: v for k, v in {"workers": workers, "hang": hang}.items() if v})
-    if options.workers == 1 and not options.hang:
-        return None
-    return Crew(options.workers, expand(data_dir), Limits(hang_s=options.hang) if options.hang else Limits())
+    limits = Limits(hang_s=options.hang) if options.hang else Limits()
+    if options.cluster:
+        from pipeline.search.cluster import connect
+
+        with connect(options.cluster, options.device, data_dir, options.workers, limits) as joined:
+            say(console, f"{joined.where}; room for {joined.room()} workers on {joined.device}")
+            yield joined
+    elif (options.workers or 1) == 1 and not options.hang:
+        yield None
+    else:
+        yield Processes(find_device(options.device), options.workers or 1, data_dir, limits)
 
 
 def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "MlflowTracker") -> None:

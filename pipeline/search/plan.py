@@ -31,6 +31,7 @@ DRAWS = 200  # random recipes whose epochs are looked at
 # Not measured each time, or it would leave a run behind; seen on 2 CPU cores: 0.05 to 0.1 s a trial beside the epochs'
 # numbers, 326 and 330 bytes a number in databases of 12,816 and 7,243, of which the machine's monitor wrote 1.5 a second.
 TRACKING_S = 0.1
+WORKER_START_S = 6.0  # of a process's start until its first trial; seen: 6.0 s of processor time with digits
 ROW_BYTES = 330
 EPOCH_NUMBERS = 9
 MACHINE_NUMBERS_PER_S = 1.5
@@ -129,11 +130,12 @@ def _forecast(
     total, pruned = left * epochs, left * pruned_share
     used = share * total
     work_s = used * epoch_s + (left - pruned) * end_s
+    start_s = WORKER_START_S if workers > 1 else 0.0
     numbers = used * EPOCH_NUMBERS + work_s * MACHINE_NUMBERS_PER_S
     return Forecast(
         trials=left,
-        seconds=work_s / at_once,
-        unpruned_seconds=(total * epoch_s + left * end_s) / at_once,
+        seconds=start_s + work_s / at_once,
+        unpruned_seconds=start_s + (total * epoch_s + left * end_s) / at_once,
         epochs=used,
         unpruned_epochs=total,
         pruned=pruned,

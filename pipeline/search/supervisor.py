@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,7 +83,8 @@ class ProcessWorker:
             assert self._process.stdout and self._process.stdin
             said = self._process.stdout.read()
             for pipe in (self._process.stdout, self._process.stdin):
-                pipe.close()
+                with contextlib.suppress(OSError):  # it may have died before it read all
+                    pipe.close()
             self._ended = Ended(**json.loads(said)) if said else Ended(died=_of(code))
         return self._ended
 
@@ -119,6 +120,44 @@ def placements(device: torch.device, workers: int) -> list[tuple[str, float | No
     return [(f"cuda:{gpu}", 1 / on.count(gpu) if on.count(gpu) > 1 else None) for gpu in on]
 
 
+class Crew(Protocol):
+    """Where a study's workers work: on this machine, or on a cluster."""
+
+    @property
+    def limits(self) -> Limits:
+        """By which they are judged."""
+
+    @property
+    def data_dir(self) -> Path:
+        """Where each reads the images."""
+
+    def room(self) -> int:
+        """How many workers there can be now."""
+
+    def start(self, assignment: Assignment, place: int) -> Worker:
+        """A worker, its device and threads filled in as they are at its place, from 0."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Workers on this machine."""
+
+    device: torch.device
+    workers: int
+    data_dir: Path
+    limits: Limits = field(default_factory=Limits)
+
+    def room(self) -> int:
+        """See Crew."""
+        return self.workers
+
+    def start(self, assignment: Assignment, place: int) -> Worker:
+        """See Crew."""
+        device, share = placements(self.device, self.workers)[place]
+        threads = 1 if device == "cpu" and self.workers > 1 else None
+        return ProcessWorker(replace(assignment, device=device, memory_fraction=share, threads=threads))
+
+
 @dataclass
 class _Place:
     """Where a worker works, and another after it if it dies."""
@@ -131,7 +170,7 @@ class _Place:
 
 @dataclass
 class Supervisor:
-    """Runs a study with many workers until its trials are done; `start(place, launch)` starts a worker, both from 0 and 1.
+    """Runs a study with many workers until its trials are done; the crew starts them, each with an assignment of its own.
 
     Only it declares anybody dead, by its own clock: a process that has ended at once, any other after `grace_s` without
     a beat while the database answered. It need not be the parent of a worker, nor on the same machine.
@@ -143,9 +182,8 @@ class Supervisor:
     tracker: MlflowTracker
     parent: str
     observer: Observer
-    start: Callable[[int, int], Worker]
-    workers: int
-    limits: Limits
+    crew: Crew
+    assign: Callable[[int], Assignment]  # of a launch, from 1
     stop: StopOnSignal
     lock: StudyLock
     _places: list[_Place] = field(default_factory=list)
@@ -157,8 +195,7 @@ class Supervisor:
         Raises StudyInterrupted where somebody asked to stop; WorkerBug, or the user's fault, of a worker: all the others
         are stopped first, and what they did is asked again.
         """
-        self._places = [_Place(number) for number in range(self.workers)]
-        self._judge, self._show = _Judge(self.limits.grace_s), _Show(self.observer, self.search, self.study)
+        self._judge, self._show = _Judge(self.crew.limits.grace_s), _Show(self.observer, self.search, self.study)
         self.storage.while_waiting = self._interrupt_if_asked
         began = self._lock_checked = time.monotonic()
         try:
@@ -166,13 +203,13 @@ class Supervisor:
                 time.sleep(TICK_S)
             self._end_workers(END_S)
         except StudyInterrupted:
-            self._end_workers(self.limits.term_s if self.stop.number == signal.SIGTERM else None)
+            self._end_workers(self.crew.limits.term_s if self.stop.number == signal.SIGTERM else None)
             raise
         except KeyboardInterrupt:  # the second one: at once
             self._end_workers(0)
             raise
         except BaseException:
-            self._end_workers(self.limits.term_s)
+            self._end_workers(self.crew.limits.term_s)
             raise
         finally:
             del self.storage.while_waiting
@@ -204,8 +241,9 @@ class Supervisor:
             return False
         for place in ended:
             self._note_death(place, finished)
-        self._start_workers(left + len(running), finished)
-        grant(self.study, trials, min(left, self.workers))
+        room = self.crew.room()
+        self._start_workers(left + len(running), finished, room)
+        grant(self.study, trials, min(left, room))
         return True
 
     def _interrupt_if_asked(self) -> None:
@@ -257,7 +295,7 @@ class Supervisor:
             elif worker is None and owner and is_gone(owner):
                 dead.setdefault("its process is gone", []).append(trial)
             elif trial.number in still:
-                why = f"its worker gave no sign of life for {self.limits.grace_s:.0f} s"
+                why = f"its worker gave no sign of life for {self.crew.limits.grace_s:.0f} s"
                 if worker:  # paused or hung, it may wake up: nobody else may have its trial before it is gone
                     worker.kill()
                 elif owner:
@@ -267,12 +305,14 @@ class Supervisor:
             bury(self.study, trials, why, self.tracker, self.parent)
         return {trial.number for trials in dead.values() for trial in trials}
 
-    def _start_workers(self, trials: int, finished: int) -> None:
-        """So many that all these trials can be under way, as far as there are places."""
+    def _start_workers(self, trials: int, finished: int, room: int) -> None:
+        """So many that all these trials can be under way, as far as there is room."""
+        self._places += [_Place(number) for number in range(len(self._places), room)]
         empty = [place for place in self._places if place.worker is None]
-        for place in empty[: max(0, trials - (len(self._places) - len(empty)))]:
+        for place in empty[: max(0, min(trials, room) - (len(self._places) - len(empty)))]:
             self._launches += 1
-            place.worker, place.finished = self.start(place.number, self._launches), finished
+            place.worker = self.crew.start(self.assign(self._launches), place.number)
+            place.finished = finished
 
     def _end_workers(self, seconds: float | None) -> None:
         """Ask all to stop, kill those that have not after so many seconds (None: wait for a second Ctrl-C)."""
@@ -376,12 +416,3 @@ def _outcome(trial: FrozenTrial) -> Outcome:
         seconds=known.get("seconds", 0.0),
         notes=tuple(known.get("notes", ())),
     )
-
-
-@dataclass(frozen=True)
-class Crew:
-    """Several workers on this machine."""
-
-    workers: int
-    data_dir: Path  # where each reads the images
-    limits: Limits = field(default_factory=Limits)

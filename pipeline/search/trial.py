@@ -22,6 +22,7 @@ from pipeline.search.storage import PatientStorage, StorageAway, ask_again, run_
 from pipeline.search.study import Search
 from pipeline.tracking.runs import Lost, MlflowTracker, State
 from pipeline.training.loop import EpochReport
+from pipeline.training.resume import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,6 @@ class Observer(Protocol):
 
     def trial_ended(self, number: int, outcome: Outcome) -> None:
         """A trial ended, in whatever state."""
-
-
-CHECKPOINTS = "checkpoints"  # in the home folder: states that trials go on from, a folder for each run key
 
 
 class TrialFailed(Exception):
@@ -100,13 +98,14 @@ class Objective:
             raise
 
     def _run(self, trial: optuna.Trial) -> float:
-        self.search.ask(trial)
-        recipe = self.search.recipe(trial.params)
-        trial.set_user_attr("recipe_digest", recipe.digest())
-        key = trial.user_attrs.get("run_key")  # a retry has that of the trial whose place it takes
-        if key is None:
-            key = uuid.uuid4().hex
-            trial.set_user_attr("run_key", key)
+        with self.storage.together():
+            self.search.ask(trial)
+            recipe = self.search.recipe(trial.params)
+            trial.set_user_attr("recipe_digest", recipe.digest())
+            key = trial.user_attrs.get("run_key")  # a retry has that of the trial whose place it takes
+            if key is None:
+                key = uuid.uuid4().hex
+                trial.set_user_attr("run_key", key)
         self.observer.trial_started(trial.number, recipe, trial.params)
 
         is_judged = True
@@ -153,17 +152,18 @@ class Objective:
             resume=self.home / CHECKPOINTS / key,
             key=key,
         )
-        for name, value in (
-            ("state", outcome.state),
-            ("reason", outcome.reason),
-            ("notes", outcome.notes),
-            ("mlflow_run_id", outcome.run_id),
-            ("epochs", outcome.epochs),
-            ("seconds", round(outcome.seconds, 3)),
-            ("metrics", outcome.metrics),
-            ("epoch_s", outcome.metrics.get("time/epoch_s")),
-        ):
-            trial.set_user_attr(name, value)
+        with self.storage.together():
+            for name, value in (
+                ("state", outcome.state),
+                ("reason", outcome.reason),
+                ("notes", outcome.notes),
+                ("mlflow_run_id", outcome.run_id),
+                ("epochs", outcome.epochs),
+                ("seconds", round(outcome.seconds, 3)),
+                ("metrics", outcome.metrics),
+                ("epoch_s", outcome.metrics.get("time/epoch_s")),
+            ):
+                trial.set_user_attr(name, value)
         self.observer.trial_ended(trial.number, outcome)
         return self._told(trial, outcome)
 

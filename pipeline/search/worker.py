@@ -57,7 +57,7 @@ class Assignment:
     tracking_uri: str = field(repr=False)
     home: Path
     data_dir: Path
-    device: str
+    device: str = "cpu"
     memory_fraction: float | None = None  # of the GPU; None: all of it
     threads: int | None = None  # of torch on the CPU; None: its choice
     parent: str  # the study's run

@@ -15,7 +15,7 @@ from pipeline.guard import StopOnSignal, alone, this_worker
 from pipeline.search.plan import actual, forecast, size_mib
 from pipeline.search.storage import PatientStorage, StudyLock, num_finished, open_study, reconcile
 from pipeline.search.study import Search
-from pipeline.search.supervisor import Crew, ProcessWorker, Supervisor, Worker, placements
+from pipeline.search.supervisor import Crew, Supervisor
 from pipeline.search.trial import Objective, Observer, StudyInterrupted
 from pipeline.search.worker import Assignment, grant, packed, run_trial, take
 from pipeline.tracking.runs import MlflowTracker, State
@@ -85,25 +85,18 @@ def _lock(search: Search, data: TrainingData, storage: PatientStorage) -> StudyL
 def _supervisor(
     objective: Objective, study: optuna.Study, crew: Crew, home: Path, stop: StopOnSignal, lock: StudyLock
 ) -> Supervisor:
-    places = placements(objective.device, crew.workers)
     search = packed(objective.search)
 
-    def start(place: int, launch: int) -> Worker:
-        device, share = places[place]
-        return ProcessWorker(
-            Assignment(
-                search=search,
-                storage=objective.storage.url,
-                tracking_uri=objective.tracker.uri,
-                home=home,
-                data_dir=crew.data_dir,
-                device=device,
-                memory_fraction=share,
-                threads=1 if device == "cpu" and crew.workers > 1 else None,
-                parent=objective.parent,
-                ordinal=launch,
-                limits=crew.limits,
-            )
+    def assign(launch: int) -> Assignment:
+        return Assignment(
+            search=search,
+            storage=objective.storage.url,
+            tracking_uri=objective.tracker.uri,
+            home=home,
+            data_dir=crew.data_dir,
+            parent=objective.parent,
+            ordinal=launch,
+            limits=crew.limits,
         )
 
     return Supervisor(
@@ -113,9 +106,8 @@ def _supervisor(
         tracker=objective.tracker,
         parent=objective.parent,
         observer=objective.observer,
-        start=start,
-        workers=crew.workers,
-        limits=crew.limits,
+        crew=crew,
+        assign=assign,
         stop=stop,
         lock=lock,
     )
@@ -128,7 +120,7 @@ def _planned(objective: Objective, study: optuna.Study, home: Path, crew: Crew |
             raise StudyInterrupted
 
     study.set_user_attr("actual", None)
-    workers = crew.workers if crew else 1
+    workers = crew.room() if crew else 1
     planned = forecast(objective.search, objective.data, objective.device, study, on_step, workers)
     study.set_user_attr("forecast", asdict(planned) if planned else None)
     if not planned:

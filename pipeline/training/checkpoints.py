@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ FORMAT = 1
 WEIGHTS = "weights.safetensors"
 PLAIN_WEIGHTS = "weights_plain.safetensors"
 RECORD = "checkpoint.json"
-MAX_RECORD = 4 * 2**20  # bytes; a thousand classes take 0.1 MB
+MAX_RECORD = 16 * 2**20  # bytes; a thousand classes take 0.1 MB, a thousand epochs of a state 1
 MAX_HEADER = 2**20  # bytes, of safetensors; a thousand tensors take 0.1 MB
 
 
@@ -103,8 +104,8 @@ def save_folder(folder: Path, contents: Mapping[str, bytes], facts: dict[str, An
         raise
 
 
-def read_checkpoint(folder: Path, file: str = WEIGHTS) -> dict[str, Any]:
-    """The facts of a checkpoint, or of another folder with this `file`, whose files are all as they were written.
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint, or another folder of `save_folder`'s, whose files are all as they were written.
 
     Call it before reading any of the files: it also ends what a killed save left half done.
     UserError where there is no checkpoint, it is of another format, or a file is missing or damaged.
@@ -118,12 +119,15 @@ def read_checkpoint(folder: Path, file: str = WEIGHTS) -> dict[str, Any]:
     if digest != _digest(body):
         raise UserError(f"{record}: damaged, its digest differs")
     named = body.get("sha256")
-    if not isinstance(named, dict) or file not in named or not {file, PLAIN_WEIGHTS} >= named.keys():
-        raise UserError(f"{record}: should have sha256 of {file}, maybe {PLAIN_WEIGHTS}, and of nothing else")
+    if not isinstance(named, dict) or not all(re.fullmatch(r"\w+\.safetensors", name) for name in named):
+        raise UserError(f"{record}: should have the sha256 of its .safetensors files, and of nothing else")
+    if surplus := sorted({file.name for file in folder.glob("*.safetensors")} - named.keys()):
+        raise UserError(f"{record}: has no sha256 of {surplus[0]}")
     faults = {folder / name: _fault(folder / name, digest) for name, digest in body["sha256"].items()}
     if any(faults.values()):
         raise UserError([f"{path}: {fault}" for path, fault in faults.items() if fault])
-    return body.get("facts") or {}
+    facts: Any = body.get("facts")
+    return facts
 
 
 def _read_record(record: Path) -> Any:

@@ -21,6 +21,7 @@ from pipeline.recipe import Recipe
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.checkpoints import RECORD, discard_folder, read_checkpoint, save_folder
 
+CHECKPOINTS = "checkpoints"  # the folder of all states, in the home folder: one for each run key
 TENSORS = "state.safetensors"
 EVERY_S = 30.0
 
@@ -156,7 +157,7 @@ class _Unusable(Exception):
 def _read(state: Path) -> tuple[_Facts, dict[str, Tensor]]:
     """What `save_if_due` wrote."""
     try:
-        return _Facts.model_validate(read_checkpoint(state, TENSORS)), load_file(state / TENSORS)
+        return _Facts.model_validate(read_checkpoint(state)), load_file(state / TENSORS)
     except ValidationError:
         raise _Unusable("written by another version of the pipeline") from None
     except (UserError, OSError, SafetensorError) as error:

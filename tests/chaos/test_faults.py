@@ -100,7 +100,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
 
 @pytest.mark.parametrize("place", ["checkpoints", "journal", "artifacts"])
 def test_a_full_disk_costs_no_point(place: str, field: Field, judge: Judge) -> None:
-    with small_disk(field.home / place, {"checkpoints": "60k", "journal": "500k", "artifacts": "600k"}[place]) as make:
+    with small_disk(field.home / place, {"checkpoints": "60k", "journal": "120k", "artifacts": "600k"}[place]) as make:
         code = field.study().code(300)
         said = field.log.read_text()
         assert "Traceback" not in said, field.tail()
@@ -235,7 +235,9 @@ def test_postgresql_restarts_in_mid_study(field: Field, judge: Judge) -> None:
 
 def test_a_worker_that_is_paused_beyond_its_grace_is_replaced(field: Field, judge: Judge) -> None:
     field.limit(grace_s=3)
-    command, times, draw = field.study(), 0, random.Random(3)
+    times, draw = 0, random.Random(3)
+    field.trials = 16
+    command = field.study()
     while command.code() is None and times < 4:
         if pids := training(field):
             os.kill(draw.choice(pids), signal.SIGSTOP)
@@ -255,13 +257,13 @@ def test_a_hung_trial_is_ended_and_done_again(field: Field, judge: Judge) -> Non
 
 
 def test_a_study_that_is_started_twice_is_refused_the_second_time(field: Field, judge: Judge) -> None:
+    field.trials = 30
     command = field.study()
     wait_for(lambda: training(field), command)
-    times = 0
-    while command.code() is None and times < 5:
-        second = field.study()
-        assert second.code(60) == 2 and "another command is running it" in field.log.read_text(), field.tail()
-        times += 1
+    for times in range(1, 5):
+        second = field.study().code(60)
+        assert command.code() is None, "else the second was the first"
+        assert second == 2 and field.log.read_text().count("another command is running it") == times, field.tail()
     assert command.code(300) == 0
     judge(field, "the same study started twice", times)
 

@@ -23,7 +23,7 @@ from pipeline.recipe import Recipe
 from pipeline.search import workers
 from pipeline.search.storage import num_finished, open_storage
 from pipeline.search.study import Search, Study
-from pipeline.search.supervisor import Crew, WorkerBug
+from pipeline.search.supervisor import Processes, WorkerBug
 from pipeline.search.trial import Progress, StudyInterrupted
 from pipeline.search.worker import Limits
 from pipeline.tracking.runs import MlflowTracker
@@ -75,7 +75,14 @@ class Plant:
         search = Search("plant", study, base, 1, trials, None)
         where, watch = torch.device("cpu"), observer or Watch()
         return workers.run(
-            search, self.data, where, watch, self.storage, self.tracker, self.home, crew=Crew(crew, Path("."), limits)
+            search,
+            self.data,
+            where,
+            watch,
+            self.storage,
+            self.tracker,
+            self.home,
+            crew=Processes(where, crew, Path("."), limits),
         )
 
     def trials(self) -> list[FrozenTrial]:
@@ -181,7 +188,7 @@ def test_a_paused_worker_is_killed_and_a_hung_one_ends_itself(plant: Plant) -> N
         if number == 0:
             plant.worker_of(0).suspend()
 
-    plant.run(4, epochs=8, observer=Watch(pause), limits=Limits(beat_s=0.2, grace_s=3))
+    plant.run(4, epochs=8, observer=Watch(pause), limits=Limits(beat_s=0.2, grace_s=8))
     plant.assert_whole(4)
     assert [trial.user_attrs["deaths"] for trial in plant.trials() if "retry_of" in trial.user_attrs] == [1]
 
@@ -193,7 +200,7 @@ def test_a_paused_worker_is_killed_and_a_hung_one_ends_itself(plant: Plant) -> N
             mark.touch()
             time.sleep(600)
 
-    plant.run(7, epochs=8, space=hanging, limits=Limits(beat_s=0.2, grace_s=60, hang_s=4))
+    plant.run(7, epochs=8, space=hanging, limits=Limits(beat_s=0.2, grace_s=60, hang_s=15))
     plant.assert_whole(7)
     assert [trial.user_attrs["retry_of"] for trial in plant.trials() if "retry_of" in trial.user_attrs] == [0, 5]
 

@@ -162,3 +162,15 @@ def test_the_truth_counts_what_ended_since_a_trial(small_recipe: Recipe) -> None
     found = actual(study, 1, 12.0, 3.0)
     assert (found.trials, found.epochs, found.pruned, found.seconds, found.disk_mib) == (2, 4, 1, 12.0, 3.0)
     assert found.epoch_s == pytest.approx((3 * 1 + 1 * 2) / 4)
+
+
+def test_workers_share_the_time_as_far_as_there_are_cores(
+    small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan.os, "cpu_count", lambda: 2)
+    search, threads = search_of(small_recipe, 40), torch.get_num_threads()
+    one, many = (forecast(search, digits, CPU, None, workers=workers) for workers in (1, 8))
+    assert one and many and torch.get_num_threads() == threads
+    per_epoch = [found.unpruned_seconds / found.epoch_s for found in (one, many)]  # the machine may be busier meanwhile
+    start = plan.WORKER_START_S / many.epoch_s
+    assert per_epoch[1] - start == pytest.approx(per_epoch[0] / 2, rel=0.3)

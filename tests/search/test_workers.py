@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 import pytest
 import torch
 from optuna.trial import TrialState
@@ -161,11 +159,12 @@ def test_a_trial_that_was_declared_dead_is_told_and_logged_no_more(lab: Lab) -> 
     study = lab.run(3, observer=Silent(declare_dead))
     dead = study.trials[1]
     assert (dead.state, dead.value, dead.intermediate_values) == (TrialState.FAIL, None, {})
-    run = lab.mlflow_runs()[1]
-    assert "state" not in run.data.tags and run.info.status == "RUNNING", "it is another's to end"
-    epochs = lab.tracker.client.get_metric_history(run.info.run_id, "val/accuracy")
-    assert [point.step for point in epochs] == [1]
-    assert [trial.state for trial in study.trials[2:]] == [TrialState.COMPLETE] * 2
+    runs = lab.mlflow_runs()
+    assert set(runs) == {0, 2, 3}, "its run is the retry's"
+    assert runs[2].data.tags["run_key"] == dead.user_attrs["run_key"] and runs[2].info.status == "FINISHED"
+    epochs = lab.tracker.client.get_metric_history(runs[2].info.run_id, "val/accuracy")
+    assert [point.step for point in epochs] == [1, 2]
+    assert study.trials[2].user_attrs["retry_of"] == 1 and study.trials[2].state is TrialState.COMPLETE
     assert num_finished(study) == 3
 
 
@@ -285,15 +284,13 @@ def test_a_study_out_of_patience_stops_by_itself_and_goes_on_with_more(lab: Lab)
 def test_trials_of_a_process_that_is_gone_are_asked_again_and_those_of_a_living_one_left_alone(lab: Lab) -> None:
     lab.run(1)
     study = lab.study()
-    code = "import json, psutil, os; print(json.dumps([os.getpid(), psutil.Process().create_time()]))"
-    pid, started = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+    code = "import json; from pipeline.guard import this_worker; print(json.dumps(this_worker()))"
+    gone = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
     dead, alive = study.ask(), study.ask()
     rates(dead)
     rates(alive)
-    host = socket.gethostname()
-    dead.set_user_attr("worker", {"host": host, "pid": pid, "started": started})
-    me = psutil.Process()
-    alive.set_user_attr("worker", {"host": host, "pid": me.pid, "started": me.create_time()})
+    dead.set_user_attr("worker", gone)
+    alive.set_user_attr("worker", this_worker())
 
     parent = study.user_attrs["mlflow_run_id"]
     assert reconcile(study, lab.tracker, parent, lab.home) == [dead.number]

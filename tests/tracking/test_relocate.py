@@ -86,6 +86,7 @@ def test_after_one_command_a_moved_folder_works_as_before(
     assert not there, "no other column names a place of files"
     tracker = MlflowTracker(new)
     assert tracker.read_file(trained.finished, "recipe.json")
+    assert tracker.client.get_run(trained.finished).info.artifact_uri.startswith(f"{new.as_uri()}/")
     with find_model(new, None, None) as model:
         assert model.what.startswith("the champion")
         assert (model.folder / "model.onnx").exists()
