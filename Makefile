@@ -108,8 +108,8 @@ bench-gpu: $(READY) ## what a GPU is worth here, in under ten minutes: [PEER=pee
 test: $(READY) ## run the tests (DATA_DIR= with CIFAR-10 in it runs those on real data too)
 	@$(if $(value DATA_DIR),DATA_DIR=$(call quoted,DATA_DIR)) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-chaos: $(READY) ## the slow tests of faults: processes killed, paused and stopped, databases restarted
-	@$(BIN)/python -m pytest -m chaos
+chaos: $(READY) ## faults for half an hour: processes killed, paused and stopped, disks, databases, clocks; a table of what was lost: [OUTPUT=mlruns/chaos DATA_DIR=]
+	@$(if $(call typed,OUTPUT),OUTPUT=$(call typed,OUTPUT)) $(if $(value DATA_DIR),DATA_DIR=$(call quoted,DATA_DIR)) $(BIN)/python -m pytest -m chaos
 
 check: $(READY) ## ruff, formatting, types
 	@$(BIN)/ruff check

@@ -15,7 +15,6 @@ from pipeline.registry import ledger
 from pipeline.registry.promote import CHAMPION, Registry
 from pipeline.search.storage import PatientStorage, StudyLock, our_studies, reconcile
 from pipeline.search.study import counts
-from pipeline.search.trial import CHECKPOINTS
 from pipeline.tracking.inventory import (
     Points,
     all_points,
@@ -28,6 +27,7 @@ from pipeline.tracking.journal import FOLDER, is_busy, remains
 from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.tracking.shipping import RUN_KEY
 from pipeline.training.checkpoints import read_checkpoint
+from pipeline.training.resume import CHECKPOINTS
 
 if TYPE_CHECKING:
     import optuna
@@ -103,7 +103,9 @@ class _Auditor:
         if self._tracker.is_remote:
             self._skip("the server's files (checkpoints, models): run this where they lie")
         if storage and not storage.url.startswith("sqlite"):
-            self._skip(f"{public_uri(storage.url)}: whether its pages are whole is PostgreSQL's own business")
+            self._skip(
+                f"{public_uri(storage.url)}: whether its pages are whole, PostgreSQL knows; journals on other machines"
+            )
         return seen
 
     def _journals(self) -> None:
@@ -172,7 +174,7 @@ class _Auditor:
         if (tags.get("state"), tags.get("trial")) != (state, str(trial.number)):
             told = f"{tags.get('state')}, trial {tags.get('trial')}"
             self._find(
-                f"{what}: {state} in Optuna, its run {run.info.run_id} says {told}; {MENDS} can't tell which is right"
+                f"{what}: {state} in Optuna, its run {run.info.run_id} says {told}; which is right nobody here can tell"
             )
         if state is State.FINISHED and trial.value not in run.data.metrics.values():
             self._find(f"{what}: its score {trial.value} is not among the metrics of its run {run.info.run_id}")

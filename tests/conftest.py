@@ -172,11 +172,13 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Zygote"]:
 
 
 @pytest.fixture(scope="session")
-def table() -> Iterator[list["Row"]]:
-    """The kill matrix of this session: written, where there is one, to the folder OUTPUT or mlruns/chaos."""
+def table(request: pytest.FixtureRequest) -> Iterator[list["Row"]]:
+    """The kill matrix of this session: shown, and written to the folder OUTPUT or mlruns/chaos, where there is one."""
     from harness import merged, write_table
 
     rows: list[Row] = []
     yield rows
     if rows:
-        print(f"\n{write_table(merged(rows), Path(os.environ.get('OUTPUT', 'mlruns/chaos')))}")  # noqa: T201
+        shown = write_table(merged(rows), Path(os.environ.get("OUTPUT", "mlruns/chaos")))
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{shown}")  # noqa: T201

@@ -102,8 +102,8 @@ def kill_and_judge(zygote: Zygote, folder: Path, seed: int, trials: int, kills: 
     return [Row(way, times, whole.lost, whole.doubled, whole.orphaned, whole.findings) for way, times in done.items()]
 
 
-def test_a_dozen_kills_lose_double_and_orphan_nothing(zygote: Zygote, tmp_path: Path, table: list[Row]) -> None:
-    rows = kill_and_judge(zygote, tmp_path / "a", seed=1, trials=4, kills=12)
+def test_a_few_kills_lose_double_and_orphan_nothing(zygote: Zygote, tmp_path: Path) -> None:
+    rows = kill_and_judge(zygote, tmp_path / "a", seed=1, trials=3, kills=8)
     assert all(row.is_clean for row in rows), rows
 
 
