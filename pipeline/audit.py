@@ -1,5 +1,6 @@
 """Is everything there, once, and whole? Optuna's trials, MLflow's runs and the files of a folder mlruns, compared."""
 
+import json
 import shutil
 import socket
 import time
@@ -153,13 +154,14 @@ class _Auditor:
         for key, times in Counter(_key(trial) for trial in counted).items():
             if key and times > 1:
                 self._find(f"{name}: {times} trials that count have run key {key}; it was trained more than once")
+        objective = json.loads(study.user_attrs["fingerprint"])["objective"]
         for trial in counted:
-            self._trial(name, trial, by_key.get(_key(trial), []))
+            self._trial(name, objective, trial, by_key.get(_key(trial), []))
         if not is_live:
             self._orphans(name, trials, by_key)
             self._unfinished(name, trials)
 
-    def _trial(self, study: str, trial: "FrozenTrial", runs: list["StoredRun"]) -> None:
+    def _trial(self, study: str, objective: str, trial: "FrozenTrial", runs: list["StoredRun"]) -> None:
         """One that counts."""
         what = f"trial {trial.number} of {study}"
         if _key(trial) in self._busy | self._waiting:
@@ -176,8 +178,10 @@ class _Auditor:
             self._find(
                 f"{what}: {state} in Optuna, its run {run.info.run_id} says {told}; which is right nobody here can tell"
             )
-        if state is State.FINISHED and trial.value not in run.data.metrics.values():
-            self._find(f"{what}: its score {trial.value} is not among the metrics of its run {run.info.run_id}")
+        if state is State.FINISHED and trial.value != (there := run.data.metrics.get(objective)):
+            self._find(
+                f"{what}: {objective} {trial.value} in Optuna, {there} in its run {run.info.run_id}; make reproduce tells"
+            )
         epochs = trial.user_attrs.get("epochs", 0)
         if (there := self._epochs(run)) < epochs:
             self._find(

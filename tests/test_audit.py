@@ -106,7 +106,7 @@ FAULTS = {
         ("optuna.db", "UPDATE trial_user_attributes SET value_json = (SELECT value_json FROM trial_user_attributes "
             "WHERE key = 'run_key' AND trial_id = 1) WHERE key = 'run_key'"),
         ["2 trials that count have run key", "trial 1 of tiny-v1-digits: finished in Optuna, its run",
-            "trial 1 of tiny-v1-digits: its score", "no trial of tiny-v1-digits has its run key"],
+            "trial 1 of tiny-v1-digits: val/accuracy 0.", "no trial of tiny-v1-digits has its run key"],
     ),
     "a point is lost": (
         ("mlflow.db", f"DELETE FROM metrics WHERE key = 'val/loss' AND step = 1 AND run_uuid = {RUN}"),
@@ -124,7 +124,7 @@ FAULTS = {
     ),
     "another score": (
         ("optuna.db", "UPDATE trial_values SET value = value + 1e-9 WHERE trial_id = 2"),
-        ["trial 1 of tiny-v1-digits: its score"],
+        ["trial 1 of tiny-v1-digits: val/accuracy 0."],
     ),
     "another state": (
         ("mlflow.db", f"UPDATE tags SET value = 'pruned' WHERE key = 'state' AND run_uuid = {RUN}"),

@@ -25,6 +25,7 @@ from pipeline.cli.store import sync
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PartlyDone, UserError
 from pipeline.recipe import Recipe
+from pipeline.tracking.inventory import Points, all_points, all_runs
 from pipeline.tracking.journal import RECORDS, Busy, DiskFault, Journal, is_busy, journals
 from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.tracking.ui import HOST, start_server, stop_server
@@ -281,6 +282,16 @@ def test_a_run_whose_making_was_answered_by_nothing_is_not_made_twice(
     assert tracker.flush(30)
     assert_whole(tracker, key, small_recipe)
     assert len(runs_of(tracker, key, ViewType.ALL)) == (2 if behave == "late" else 1)
+
+
+def test_the_points_of_a_whole_server_are_counted(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
+) -> None:
+    key, _ = train(tracker, small_recipe, digits, tmp_path, lambda epoch: None)
+    assert tracker.flush(30)
+    runs = all_runs(tracker)
+    [mine] = [run.info.run_id for run in runs if run.data.tags["run_key"] == key]
+    assert all_points(tracker, runs)[mine] == dict.fromkeys(("val/accuracy", "val/loss"), Points(12, 12, 1, 12))
 
 
 def test_epochs_travel_many_to_a_request(
