@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import json
 import logging
+import shutil
 import threading
 import time
 import uuid
@@ -30,6 +31,7 @@ from pipeline.search.replay import WHOLE
 from pipeline.search.study import Search, check_same, counts
 from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.tracking.sqlite import use_write_ahead_log
+from pipeline.training.resume import CHECKPOINTS
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 log = logging.getLogger(__name__)
@@ -423,6 +425,7 @@ def bury(
                     key = uuid.uuid4().hex
                     study._storage.set_trial_user_attr(trial._trial_id, "run_key", key)
                 tracker.end_run(key, parent, run_name(trial), run_tags(study, trial), State.FAILED, reason)
+                shutil.rmtree(tracker.home / CHECKPOINTS / key, ignore_errors=True)  # nobody goes on from there
             study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
