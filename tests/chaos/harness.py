@@ -111,6 +111,10 @@ class Zygote:
         hook = {"function": function, "at": at, "when": when, "note": str(note), "seed": at}
         self.ask({"role": "hook", "for": which, "hook": hook}).close()
 
+    def disarm(self) -> None:
+        """Whoever is started from now on lives."""
+        self.ask({"role": "disarm"}).close()
+
 
 class Command:
     """`python -m pipeline WORDS` as a process of the zygote's; its output goes to a log."""

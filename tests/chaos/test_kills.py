@@ -64,11 +64,12 @@ def campaign(field: Field, draw: random.Random, kills: int) -> Counter[str]:
         command = field.study()
         while command.code() is None:
             if killed() >= kills:
+                field.zygote.disarm()
                 assert command.code(300) is not None, field.tail()
                 break
             time.sleep(draw.uniform(0.1, 1.5))
             strike = draw.random()
-            if strike < 0.5:
+            if strike < 0.55:
                 function, who, most = draw.choice(draw.choice(list(AIMS.values())))
                 at = draw.randint(1, most)
                 field.zygote.arm(who, function, at, draw.choice(["before", "inside", "after"]), note)
@@ -76,9 +77,10 @@ def campaign(field: Field, draw: random.Random, kills: int) -> Counter[str]:
                     done[RANDOM[1]] += command.code() is None
                     command.signal(signal.SIGKILL)
                 continue
-            if strike < 0.9 and (workers := field.zygote.workers()):
-                os.kill(draw.choice(workers), signal.SIGKILL)
-                done[RANDOM[0]] += 1
+            if strike < 0.85:
+                for pid in field.zygote.workers()[draw.randint(0, 1) :][:1]:
+                    os.kill(pid, signal.SIGKILL)
+                    done[RANDOM[0]] += 1
             elif command.code() is None:
                 command.signal(signal.SIGKILL)
                 done[RANDOM[1]] += 1
@@ -86,7 +88,8 @@ def campaign(field: Field, draw: random.Random, kills: int) -> Counter[str]:
             break
         if command.code() == 0:
             field.trials += 2  # it goes on, as there are kills left
-        assert command.code() in (0, -signal.SIGKILL, 2), field.tail()  # 2: a worker died three times in a row
+        if command.code() not in (0, -signal.SIGKILL):
+            assert command.code() == 2 and "times in a row and no trial ended" in field.tail(), field.tail()
     field.run_on()
     ways = {function: way for way, aims in AIMS.items() for function, _, _ in aims}
     done.update(ways[json.loads(line)["function"]] for line in note.read_text().splitlines())

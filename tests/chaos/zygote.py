@@ -200,6 +200,11 @@ def serve(path: str) -> None:
                 hooks[request["for"]].append(request["hook"])
                 talk.close()
                 continue
+            if request["role"] == "disarm":
+                for queue in hooks.values():
+                    queue.clear()
+                talk.close()
+                continue
             if request["role"] == "list":
                 talk.sendall(json.dumps({pid: role for pid, (role, _) in children.items()}).encode() + b"\n")
                 talk.close()

@@ -201,7 +201,10 @@ def test_a_trial_that_kills_its_worker_is_tried_three_times_and_then_fails_and_c
         return scores(trial, worker)
 
     one = firm(4)
+    state = one.home / "checkpoints" / ("c" * 32)
+    (state / "epoch-000001").mkdir(parents=True)
     one.run(deadly)
+    assert not state.exists(), "nobody goes on from there"
     dead = one.trials(TrialState.FAIL)
     assert [trial.user_attrs.get("deaths", 0) for trial in dead] == [0, 1, 2]
     assert [trial.user_attrs.get("asked_again", False) for trial in dead] == [True, True, False]
@@ -216,6 +219,19 @@ def test_a_trial_that_kills_its_worker_is_tried_three_times_and_then_fails_and_c
     run = one.tracker.client.get_run(one.tracker.id_of("c" * 32))
     assert (run.info.status, run.data.tags["trial"]) == ("FAILED", str(dead[2].number))
     assert run.data.tags["reason"] == dead[2].user_attrs["reason"]
+
+
+def test_a_trial_whose_workers_die_before_it_has_a_run_has_one_in_the_end(firm: Callable[..., Firm]) -> None:
+    def deadly(trial: optuna.Trial, worker: ThreadWorker) -> float:
+        if trial.user_attrs.get("control"):
+            raise Died("at once")
+        return scores(trial, worker)
+
+    one = firm(3)
+    one.run(deadly)
+    (failed,) = [trial for trial in one.trials(TrialState.FAIL) if not trial.user_attrs.get("asked_again")]
+    run = one.tracker.client.get_run(one.tracker.id_of(failed.user_attrs["run_key"]))
+    assert (run.info.status, run.data.tags["trial"]) == ("FAILED", str(failed.number))
 
 
 def test_a_worker_that_never_gets_anywhere_stops_the_study(firm: Callable[..., Firm]) -> None:

@@ -270,6 +270,14 @@ def test_a_study_opened_again_goes_on_with_its_parent_run(tracker: MlflowTracker
     fresh.end(State.FINISHED)
 
 
+def test_a_study_whose_first_command_died_before_it_knew_its_run_has_one_run(tracker: MlflowTracker) -> None:
+    key = "ab" * 16
+    opened = [tracker.open_study("cut-v1-digits", "?", "val/accuracy", [], None, key) for _ in range(2)]
+    assert opened[0].id == opened[1].id
+    opened[1].end(State.FINISHED)
+    assert stored(tracker, opened[1]).data.tags["run_key"] == key
+
+
 def test_the_studies_of_a_store_are_listed_the_last_one_run_first(tmp_path: Path) -> None:
     tracker = MlflowTracker(tmp_path)
     assert tracker.studies() == []
