@@ -48,6 +48,7 @@ class Row:
     doubled: int = 0
     orphaned: int = 0
     findings: int = 0
+    compared: int = 0  # trials that were done again and finished, each trained once more
 
     @property
     def is_clean(self) -> bool:
@@ -59,7 +60,7 @@ def merged(rows: list[Row]) -> list[Row]:
     found: dict[str, Row] = {}
     for row in rows:
         sums = found.setdefault(row.fault, Row(row.fault, 0))
-        for name in ("injected", "lost", "doubled", "orphaned", "findings"):
+        for name in ("injected", "lost", "doubled", "orphaned", "findings", "compared"):
             setattr(sums, name, getattr(sums, name) + getattr(row, name))
     return sorted(found.values(), key=lambda row: row.fault)
 
@@ -67,7 +68,10 @@ def merged(rows: list[Row]) -> list[Row]:
 def write_table(rows: list[Row], folder: Path) -> str:
     """The kill matrix as text, also in `chaos.txt` and `chaos.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = ["| fault | injected | lost | doubled | orphaned | audit findings |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| fault | injected | lost | doubled | orphaned | audit findings | compared |",
+        "|---|---|---|---|---|---|---|",
+    ]
     lines += ["| " + " | ".join(str(value) for value in asdict(row).values()) + " |" for row in rows]
     (folder / "chaos.txt").write_text("\n".join(lines) + "\n")
     (folder / "chaos.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -234,7 +238,7 @@ class Field:
         with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as connection:
             return connection.execute(query).fetchall()
 
-    def differing(self, most: int = 10**6) -> list[str]:
+    def differing(self, row: Row) -> list[str]:
         """Of the trials that were done again after a fault and finished: those whose score or weights differ, by a bit,
         from those of a training that nothing disturbed.
         """
@@ -242,7 +246,8 @@ class Field:
             "AND t.key = 'run_key'"))  # fmt: skip
         retried = [trial for trial in self.stored if "retry_of" in trial.user_attrs and trial.value is not None]
         others = []
-        for trial in [trial for trial in retried if trial.state.name == "COMPLETE"][:most]:
+        for trial in [trial for trial in retried if trial.state.name == "COMPLETE"]:
+            row.compared += 1
             where = files[trial.user_attrs["run_key"]].replace(
                 "mlflow-artifacts:", str(self.database.parent / "artifacts")
             )

@@ -32,7 +32,7 @@ def judge(table: list[Row]) -> Callable[[Field, str, int], None]:
         row = field.judge(fault, injected)
         table.append(row)
         assert row.is_clean and injected, row
-        assert not field.differing(), "a retried trial ends as if nothing had been"
+        assert not field.differing(row), "a retried trial ends as if nothing had been"
 
     return judged
 
