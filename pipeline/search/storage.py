@@ -285,7 +285,7 @@ def open_storage(home: Path, url: str | None = None, wait: bool = False) -> Pati
             ) from None
         except Exception as error:  # whatever a driver raises: the address is the user's
             if not (wait and _is_away(error)):
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].replace(url, "it")
+                reason = without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0][:200], url)
                 raise UserError(
                     f"STORAGE {public_uri(url)}: can't be opened ({reason}); mend it, or {way_out}"
                 ) from None
