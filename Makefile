@@ -30,19 +30,19 @@ REPRODUCE_OPTIONS := DATA_DIR:data-dir DEVICE:device TOLERANCE:tolerance TRACKIN
 ALL_OPTIONS := $(STUDY_OPTIONS) $(PREDICT_OPTIONS) $(BENCH_OPTIONS) $(BENCH_GPU_OPTIONS) $(FINALS_OPTIONS) $(PROMOTE_OPTIONS) $(REPRODUCE_OPTIONS)
 
 # A mistyped variable would silently run something else.
-KNOWN := NAME PORT IMAGE SHOW JSON FORCE INT8 PYTHON $(sort $(foreach o,$(ALL_OPTIONS),$(firstword $(subst :, ,$(o)))) RUN)
+KNOWN := NAME PORT IMAGE SHOW JSON FORCE INT8 PYTHON LOCKED $(sort $(foreach o,$(ALL_OPTIONS),$(firstword $(subst :, ,$(o)))) RUN)
 UNKNOWN := $(strip $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(filter-out $(KNOWN),$(v)))))
 ifneq ($(filter-out -%,$(UNKNOWN)),)
 $(error no such variable: $(UNKNOWN) (there are $(KNOWN)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study plan compare finals promote rollback history reproduce predict export serve ui bench bench-gpu test chaos check format
+.PHONY: help setup study plan compare finals promote rollback history reproduce sync relocate predict export serve ui bench bench-gpu test chaos test-floors check format lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
 
-setup: $(READY) ## create .venv and install everything (the other targets do it too)
+setup: $(READY) ## create .venv and install everything, in the versions of .constraints.txt: [LOCKED=0 for the newest] (the other targets do it too)
 
 options = $(foreach o,$(1),$(call option,$(firstword $(subst :, ,$(o))),$(lastword $(subst :, ,$(o)))))
 
@@ -72,6 +72,12 @@ history: $(READY) ## who was champion when, every look at the test split and eve
 reproduce: $(READY) ## make a run again and compare, bit for bit where that can be: RUN= [DATA_DIR= DEVICE= TOLERANCE=points TRACKING_URI=]
 	@test -n $(or $(call typed,RUN),'') || { echo 'error: which run? make reproduce RUN=<its id>; make ui shows them' >&2; exit 2; }
 	@$(BIN)/python -m pipeline reproduce $(call options,$(REPRODUCE_OPTIONS)) -- $(call typed,RUN)
+
+sync: $(READY) ## send MLflow what waits on disk since it was away or a command was killed: [TRACKING_URI=]
+	@$(BIN)/python -m pipeline sync $(call option,TRACKING_URI,tracking-uri)
+
+relocate: $(READY) ## after mlruns/ was moved: write its new place into its database
+	@$(BIN)/python -m pipeline relocate
 
 compare: $(READY) ## a study's trials, or several studies, as a table and one page: NAME= or NAME='a b' [OUTPUT= DATA_DIR= TRACKING_URI=]
 	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make compare NAME=attention' >&2; exit 2; }
@@ -111,9 +117,23 @@ format: $(READY) ## put the code into shape
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-$(READY): pyproject.toml
+lock: $(READY) ## write the versions that .venv has to .constraints.txt, which setup installs
+	@$(BIN)/python -m pip list --disable-pip-version-check --format=freeze --exclude-editable | grep -Ev '^(pip|setuptools|image-classifier-pipeline|triton|cuda-[a-z]+|nvidia-(cu|nccl|nv)[^=]*)==' | sed 's/+.*//' | LC_ALL=C sort -f > .constraints.new
+	@mv .constraints.new .constraints.txt
+
+# Every direct dependency at its floor; what needs a browser, a server or a study's length is left out.
+FLOORS := grep -oE '"[A-Za-z0-9_-]+(\[[a-z,]+\])?>=[0-9.]+' pyproject.toml | sed -E 's/"([^[>]+)(\[.*\])?>=/\1==/' | grep -v '^setuptools='
+FAST := tests/data tests/evaluation tests/models tests/search tests/studies tests/training tests/tracking/test_runs.py tests/registry/test_export.py tests/test_classifier.py tests/test_experiment.py tests/test_recipe.py
+
+test-floors: ## the fast tests with the oldest versions that pyproject.toml allows, in .venv-floors
+	@test -d .venv-floors || $(PYTHON) -m venv .venv-floors
+	@$(FLOORS) > .venv-floors/floors.txt
+	@.venv-floors/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-floors/floors.txt --editable '.[dev]'
+	@.venv-floors/bin/python -m pytest $(FAST)
+
+$(READY): pyproject.toml $(if $(filter 0,$(LOCKED)),,$(wildcard .constraints.txt))
 	@test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or newer found; install one, or say PYTHON=/path/to/python3.12' >&2; exit 2; }
 	@echo 'Setting up .venv with $(PYTHON), once (torch with its GPU libraries takes some minutes and 5 GB) ...'
 	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) can't make virtual environments; on Debian and Ubuntu install python3-venv" >&2; rm -rf .venv; exit 2; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(filter 0,$(LOCKED)),,$(addprefix --constraint ,$(wildcard .constraints.txt))) --editable '.[dev]'
 	@touch $(READY)

@@ -65,6 +65,7 @@ def benchmark(
                 measure_overhead(recipe, data, device, speed, tracker)  # a process's first run takes seconds more
             parts = trial_seconds(recipe, speed, measure_overhead(recipe, data, device, speed, tracker))
             total = sum(parts.values())
+            tracker.flush(60)  # before its folder goes
             flop_share, byte_share = _peak_shares(recipe, data, device, speed)
             yield {
                 "model": name,

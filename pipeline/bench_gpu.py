@@ -272,6 +272,7 @@ def fast(bench: Bench) -> Iterator[Row]:
                 recipe = bench.recipe("fast", {**FAST[aim], "training.execution": execution})
                 data, judge = _protocol(bench, recipe, f"bench-gpu, {aim}, {execution}, n = {count}")
                 yield _attempt(f"{aim}, {execution}", _fast_runs, recipe, data, judge, tracker, count, bench.where)
+        tracker.flush(60)  # before its folder goes
 
 
 def _protocol(bench: Bench, recipe: Recipe, reason: str) -> tuple[TrainingData, Split]:
@@ -398,6 +399,7 @@ def study(bench: Bench) -> Iterator[Row]:
             if "error" not in row:
                 yield _attempt(f"tracking, {execution}", _tracking, base, data, bench, tracker)
                 yield _attempt(f"{bench.trials} trials, {execution}", _trials, search, data, bench.where, tracker, home)
+        tracker.flush(60)
 
 
 def _forecast(search: Search, data: TrainingData, device: torch.device) -> Row:

@@ -15,7 +15,7 @@ from pipeline.evaluation.methods import METHODS, Fitted, Measured, combine, view
 from pipeline.evaluation.predict import predict_logits
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
-from pipeline.training.checkpoints import WEIGHTS, load_weights, read_checkpoint
+from pipeline.training.checkpoints import WEIGHTS, check_weights, load_weights, read_checkpoint
 
 _Channels = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
 
@@ -32,7 +32,9 @@ class Facts(BaseModel):
     classes: tuple[str, ...]
     mean: _Channels = Field(description="of the training images' pixels, in [0, 1], by channel")
     std: _Channels
-    run_id: str
+    run_id: str = Field(
+        description="MLflow's; empty where it was not known yet, and filled in by who reads it from the run"
+    )
     fitted: Fitted = Field(description="on the whole validation split")
     measured: Mapping[str, Measured] = Field(description="each method on the validation split, out of fold")
 
@@ -72,7 +74,10 @@ class Classifier:
         except ValidationError as error:
             lines = [f"  {line}" for line in validation_lines(error)]
             raise UserError([f"{folder}: its facts can't be used; train it again", *lines]) from None
-        network = build_network(facts.recipe.model, len(facts.classes), facts.recipe.data.image_size, seed=0)
+        shape = (facts.recipe.model, len(facts.classes), facts.recipe.data.image_size)
+        with torch.device("meta"):
+            check_weights(folder / WEIGHTS, build_network(*shape, seed=0))
+        network = build_network(*shape, seed=0)
         load_weights(folder / WEIGHTS, network)
         return cls(network.to(device).to(memory_format=torch.channels_last).eval(), facts, device)
 

@@ -1,9 +1,12 @@
 """What can go wrong by a user's hand: one line per fault, and the exit code that a command ends with."""
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Sequence
 
 from pydantic import ValidationError
+
+_LONGEST_LINE = 5_000  # characters
 
 
 class UserError(Exception):
@@ -12,7 +15,9 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, lines: str | Sequence[str]):
-        self.lines = [one_line(line) for line in ([lines] if isinstance(lines, str) else lines)]
+        self.lines = [
+            one_line(without_secrets(line))[:_LONGEST_LINE] for line in ([lines] if isinstance(lines, str) else lines)
+        ]
         super().__init__("\n".join(self.lines))
 
 
@@ -75,6 +80,34 @@ def validation_lines(error: ValidationError, tags: Collection[str] = ()) -> list
 def one_line(text: str) -> str:
     """Line breaks and control characters shown as escapes, so that a value can't pose as a message or move a cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def without_secrets(text: str) -> str:
+    """A message with `***` for users, passwords and queries of addresses, and for whatever is called a password or token.
+
+    In linear time, as anybody's text comes here.
+    """
+    text = re.sub(r"[^\s'\"]+", lambda word: _without_user(word[0]), text)
+    return re.sub(_NAMED_SECRET, r"\1***", text)
+
+
+_SECRETS = "password|passwd|passphrase|pwd|secret|token|api_?key"
+_NAMED_SECRET = rf"""(?i)((?:{_SECRETS})\w{{0,20}}=)('[^'\n]{{0,200}}'|"[^"\n]{{0,200}}"|[^\s&;,]+)"""
+
+
+def _without_user(word: str) -> str:
+    """`postgresql://ann:pw@host/db?x=y` as `postgresql://***@host/db?***`."""
+    scheme, is_address, rest = word.partition("://")
+    if not is_address:
+        return word
+    user, at, place = rest.rpartition("@")
+    place, asks, _ = place.partition("?")
+    return f"{scheme}://{'***' if user else ''}{at}{place}{'?***' if asks else ''}"
+
+
+def public_uri(uri: str) -> str:
+    """An address as it may be shown; it may be a mistyped one, without `://` or with blanks in its password."""
+    return without_secrets(re.sub(r"(?s)^(\w[\w+]*://)?.*@", r"\1***@", uri))
 
 
 def _shortened(value: object) -> str:

@@ -37,10 +37,14 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an experiment ended. `metrics` are the last epoch's, with the final scores where it finished."""
+    """How an experiment ended. `metrics` are the last epoch's, with the final scores where it finished.
+
+    `run_id` is None where MLflow had not answered by then; `MlflowTracker.id_of` waits for it.
+    """
 
     state: State
-    run_id: str
+    run_key: str
+    run_id: str | None
     reason: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     epochs: int = 0
@@ -56,13 +60,13 @@ def run(
     name: str,
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
-    on_start: Callable[[str], None] = lambda run_id: None,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
-    resume: Path | None = None,
     fence: Callable[[], None] = lambda: None,
+    resume: Path | None = None,
+    key: str | None = None,
 ) -> Outcome:
-    """Train, score and track one recipe.
+    """Train, score and track one recipe; `key` is the tracked run's, where it is to be gone on with.
 
     The training's state is kept in the folder `resume`, and gone on from where there is one; the outcome counts the epochs
     and seconds before. The folder goes when the run ends, but stays for one that was interrupted or met a bug.
@@ -74,7 +78,7 @@ def run(
     seen: list[EpochReport] = []
     kept = Resume(resume) if resume else None
 
-    with tracker.run(name, recipe, data, parent, {"device": str(device), **(tags or {})}) as opened:
+    with tracker.run(name, recipe, data, parent, {"device": str(device), **(tags or {})}, key) as opened:
         tracked = _Fenced(opened, fence)
 
         def record(report: EpochReport) -> None:
@@ -84,7 +88,6 @@ def run(
 
         state, reason, final = State.FINISHED, "", {}
         try:
-            on_start(tracked.id)
             result = train(recipe, data, device, record, on_step, resume=kept)
             final = publish(tracked, recipe, data, result)
         except Prune as verdict:
@@ -106,14 +109,25 @@ def run(
     history = [*(kept.history if kept else ()), *(report.metrics for report in seen)]
     seconds = time.perf_counter() - started + (kept.seconds if kept else 0)
     last = history[-1] if history else {}
-    return Outcome(state, tracked.id, reason, last | final, len(history), seconds, tuple(kept.notes) if kept else ())
+    notes = tuple(kept.notes) if kept else ()
+    return Outcome(state, tracked.key, tracked.id, reason, last | final, len(history), seconds, notes)
 
 
 class _Fenced:
     """A run that asks, before each thing that it logs, whether it still may."""
 
     def __init__(self, run: Run, fence: Callable[[], None]):
-        self.id, self._run, self._fence = run.id, run, fence
+        self._run, self._fence = run, fence
+
+    @property
+    def key(self) -> str:
+        """See Run."""
+        return self._run.key
+
+    @property
+    def id(self) -> str | None:
+        """See Run."""
+        return self._run.id
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """See Run."""
@@ -147,7 +161,7 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
         classes=data.classes,
         mean=tuple(data.mean.tolist()),
         std=tuple(data.std.tolist()),
-        run_id=tracked.id,
+        run_id=tracked.id or "",
         fitted=fit(logits[0], labels),
         measured=measured,
     )

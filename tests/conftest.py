@@ -23,6 +23,7 @@ from pipeline.data.prepare import TrainingData, prepare
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.package import Package, package
 from pipeline.tracking.models import DIGEST_TAG, find_model
+from pipeline.tracking.relocate import relocate
 from pipeline.tracking.runs import MlflowTracker, State
 
 # A shell starts what runs in its background with Ctrl-C ignored, which the commands under test would inherit.
@@ -88,6 +89,7 @@ class Trained:
                 contextlib.closing(sqlite3.connect(home / file.name)) as target,
             ):
                 source.backup(target)
+        relocate(home)
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +119,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digi
         )
     parent.end(State.FINISHED)
     assert [run.state for run in runs] == [State.FINISHED, State.PRUNED]
-    return Trained(home, *(run.run_id for run in runs))
+    return Trained(home, *(tracker.id_of(run.run_key) for run in runs))
 
 
 @pytest.fixture(scope="session")

@@ -253,6 +253,7 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
         (["rollback", "--reason", "x", "--version", "0"], ["VERSION 0: should be a number"]),
         (["rollback", "--reason", "x"], ["no runs yet in mlruns"]),
         (["history"], ["no promotions yet in mlruns"]),
+        (["relocate"], ["there is no mlflow.db here; run this where mlruns/ lies now"]),
         (["finals", "attention"], ["no runs yet in mlruns"]),
         (["finals", "attention", "--device", "gpu"], ["DEVICE gpu: should be auto, cpu, cuda or cuda:N"]),
         (["reproduce", "0" * 32], ["no runs yet in mlruns"]),
@@ -316,11 +317,13 @@ def test_the_public_surface_is_frozen() -> None:
         "predict": ["--device", "--method", "--model", "--output", "--show", "--tracking-uri", "files"],
         "reproduce": ["--data-dir", "--device", "--tolerance", "--tracking-uri", "run"],
         "replay": ["--json", "--orders", "--seed", "file"],
+        "relocate": [],
         "serve": ["--port", "--tracking-uri", "model"],
         "study": [
             *("--cluster", "--data-dir", "--dataset", "--device", "--epochs", "--hang", "--patience", "--seed"),
             *("--set", "--storage", "--timeout", "--tracking-uri", "--trials", "--version", "--workers", "name"),
         ],
+        "sync": ["--tracking-uri"],
         "ui": ["--port", "--tracking-uri", "name"],
     }
 
@@ -347,7 +350,9 @@ def test_compare_shows_the_best_trials_and_writes_a_page(trained: Trained, tmp_p
 
 def test_compare_needs_trials(trained: Trained, tmp_path: Path) -> None:
     trained.copy(tmp_path / "mlruns")
-    MlflowTracker(tmp_path / "mlruns").open_study("bare-v1-digits", "?", "val/accuracy", []).end(State.FINISHED)
+    tracker = MlflowTracker(tmp_path / "mlruns")
+    tracker.open_study("bare-v1-digits", "?", "val/accuracy", []).end(State.FINISHED)
+    assert tracker.flush(30)
     bare = pipeline("compare", "tiny bare", cwd=tmp_path)
     assert bare.returncode == 2 and "error: bare-v1-digits: has no trials yet; make study runs some" in bare.stderr
     assert not bare.stdout and not (tmp_path / "mlruns" / "reports").exists()
@@ -441,6 +446,21 @@ def test_methods_differ_and_say_what_they_gain_and_an_ensemble_averages_them(tra
     done = pipeline("ensemble", *map(str, tables), "--output", str(out), cwd=tmp_path)
     assert done.returncode == 3
     assert "its ids are not those of" in done.stderr
+
+
+def test_a_reader_who_leaves_early_stops_nothing(trained: Trained, tmp_path: Path) -> None:
+    """As `predict ... | head -1`, where the pipe is closed before the first line comes."""
+    write_digits(tmp_path, 3)
+    command = [sys.executable, "-m", "pipeline", "predict", str(tmp_path), "--output", str(tmp_path / "out.csv")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=trained.home.parent, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(read_predictions(tmp_path / "out.csv")) == 3
 
 
 def test_odd_names_reach_terminal_and_table_on_one_line_as_they_are(trained: Trained, tmp_path: Path) -> None:

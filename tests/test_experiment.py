@@ -37,7 +37,7 @@ class Folder:
     """A tracker that writes into a folder and keeps numbers in a list."""
 
     def __init__(self, folder: Path):
-        self.folder, self.id = folder, "run"
+        self.folder, self.key, self.id = folder, "key", "run"
         self.points: list[tuple[str, int, float]] = []
         self.ended: list[tuple[State, str]] = []
 

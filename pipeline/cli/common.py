@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.data.prepare import TrainingData
     from pipeline.recipe import Recipe
     from pipeline.search.study import Search
+    from pipeline.tracking.runs import MlflowTracker
 
 HOME = Path("mlruns")
 UI_PORT = 5000
@@ -24,9 +25,16 @@ INTERRUPTED = 130  # the exit code
 DEVICE_NAMES = r"auto|cpu|cuda(:\d{1,3})?"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on, as behind `| head -1`: what is left to do is done in silence."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def make_console(stderr: bool = False) -> Console:
     """What is printed is text: no colons that become pictures, no colours for numbers."""
-    return Console(stderr=stderr, emoji=False, highlight=False)
+    return _Console(stderr=stderr, emoji=False, highlight=False)
 
 
 def say(console: Console, text: str) -> None:
@@ -35,8 +43,15 @@ def say(console: Console, text: str) -> None:
 
 
 def expand(path: Path) -> Path:
-    """`~` means the home folder; Path's own raises where there is no such user."""
-    return Path(os.path.expanduser(path))
+    """`~` means the home folder; Path's own raises where there is no such user. UserError for what can be no path."""
+    path = Path(os.path.expanduser(path))
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # too long, or in a folder that may not be read; Path.is_dir would raise it
+        raise UserError(f"{str(path)[:200]}: {error.strerror}") from None
+    return path
 
 
 def find_device(name: str) -> "torch.device":
@@ -70,6 +85,32 @@ def load_data_of(recipe: "Recipe", data_dir: Path, device: "torch.device", execu
         check_execution(recipe, device)
     images = load(recipe.data.dataset, recipe.data.image_size, expand(data_dir))
     return prepare(images, recipe.data, device)
+
+
+def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) -> bool:
+    """Wait until MLflow has what this command measured; else say what it has not, and False."""
+    if tracker.flush(timeout_s):
+        return True
+    refused, folder = tracker.refused, HOME / "journal"
+    if waiting := set(tracker.waiting) - set(refused):
+        say(console, f"MLflow doesn't answer: {runs(len(waiting))} wait in {folder}; make sync sends them")
+    for key, why in refused.items():
+        say(console, f"{folder / key}: MLflow refuses this run ({why}); make sync tries again")
+    return False
+
+
+def say_what_waits(console: Console, tracker: "MlflowTracker") -> None:
+    """A line where MLflow lacks something that was measured: what is shown may be incomplete."""
+    left = tracker.left()
+    if left.free:
+        say(console, f"something may be missing: {runs(len(left.free))} not all in MLflow yet; make sync sends them")
+    if left.busy:
+        say(console, f"another command writes {runs(len(left.busy))} just now: what is shown is not the end of it")
+
+
+def runs(count: int) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count} run{'s' * (count != 1)}"
 
 
 def is_folder(wanted: str) -> bool:

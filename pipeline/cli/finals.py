@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, INTERRUPTED, find_device, load_data_of, make_console, say
+from pipeline.cli.common import HOME, INTERRUPTED, find_device, load_data_of, make_console, say, say_what_waits, settle
 from pipeline.cli.options import DataDirOption, DeviceOption, TrackingOption
-from pipeline.errors import NotReproduced, UserError
+from pipeline.errors import NotReproduced, UserError, public_uri
 
 SeedsOption = Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Fresh seeds of each recipe.")]
 
@@ -27,7 +27,7 @@ def finals(
     from pipeline.console import TrainingsView, duration, print_finals, print_links
     from pipeline.experiment import Interrupted
     from pipeline.registry import finals as the_finals
-    from pipeline.tracking.runs import MlflowTracker, public_uri
+    from pipeline.tracking.runs import MlflowTracker
     from pipeline.tracking.studies import find_study
 
     where = find_device(device)
@@ -37,6 +37,7 @@ def finals(
     console = make_console()
     if said:
         say(console, said)
+    say_what_waits(console, tracker)
     plan = the_finals.plan(tracker, study, top, seeds, epochs)
     data = load_data_of(plan.candidates[0].recipe, data_dir, where)
     the_finals.check_data(plan, tracker, data)
@@ -51,8 +52,12 @@ def finals(
         with TrainingsView(console, plan.trainings - plan.num_done) as view:
             decision = the_finals.run(tracker, plan, data, where, view, HOME)
     except (Interrupted, KeyboardInterrupt):
+        settle(console, tracker, timeout_s=5)
         say(console, f"interrupted; the same command goes on with the finals of {study.name}")
         raise typer.Exit(INTERRUPTED) from None
+    except BaseException:
+        tracker.flush(5)
+        raise
     print_finals(console, decision)
     if decision["winner"] is None:
         say(console, "no winner: every recipe diverged with some seed")
@@ -110,17 +115,22 @@ def reproduce(
             outcome = again.run(tracker, past, data, where, view.epoch)
             view.ended("reproduction", outcome)
     except (Interrupted, KeyboardInterrupt):
+        settle(console, tracker, timeout_s=5)
         say(console, "interrupted; nothing was compared")
         raise typer.Exit(INTERRUPTED) from None
+    except BaseException:
+        tracker.flush(5)
+        raise
+    run_id = tracker.id_of(outcome.run_key)
     try:
         if outcome.state is State.FAILED:
             raise NotReproduced(f"not reproduced: the run {past.state}, its reproduction failed ({outcome.reason})")
-        comparison = again.compare(tracker, past, outcome.run_id, len(data.validation.labels), tolerance)
+        comparison = again.compare(tracker, past, run_id, len(data.validation.labels), tolerance)
         said = again.verdict(comparison, found)
     except NotReproduced as error:
-        again.remember(tracker, outcome.run_id, error.lines[0])
+        again.remember(tracker, run_id, error.lines[0])
         raise
-    again.remember(tracker, outcome.run_id, said)
+    again.remember(tracker, run_id, said)
     for line in comparison.lines:
         say(console, line)
     say(console, said)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.common import HOME, UI_PORT, expand, make_console, say
+from pipeline.cli.common import HOME, UI_PORT, expand, make_console, say, say_what_waits
 from pipeline.cli.options import DataDirOption, TrackingOption
 from pipeline.errors import UserError
 
@@ -55,9 +55,9 @@ def ui(
 
 
 def links_of(tracker: "MlflowTracker", study: "StudyRuns", port: int) -> dict[str, str]:
-    from pipeline.tracking.ui import HOST, study_links
+    from pipeline.tracking.ui import HOST, study_links, web_address
 
-    base = re.sub("//[^/]*@", "//", tracker.uri).rstrip("/") if tracker.is_remote else f"http://{HOST}:{port}"
+    base = web_address(tracker.uri) if tracker.is_remote else f"http://{HOST}:{port}"
     return study_links(base, study.experiment, study.objective, study.view, tracker.best_run_ids(study, 10))
 
 
@@ -72,6 +72,8 @@ def compare(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Compare the trials of a study, or studies with each other: a table here, and one HTML page that opens offline."""
+    if not any(names := [name for word in names for name in word.split()]):  # make passes several as one word
+        raise UserError("NAME: which study? make compare NAME=attention")
     _check_store(tracking_uri)
 
     from pipeline.console import print_links
@@ -82,7 +84,7 @@ def compare(
     from pipeline.tracking.runs import MlflowTracker
 
     tracker = MlflowTracker(HOME, tracking_uri)
-    studies = choose(tracker, [name for word in names for name in word.split()])  # make passes several as one word
+    studies = choose(tracker, names)
     file = expand(output) if output else HOME / "reports" / page_name([study.name for study in studies])
     if file.is_dir():
         raise UserError(f"OUTPUT {file}: is a folder; name a file, e.g. {file / 'report.html'}")
@@ -90,6 +92,7 @@ def compare(
     if empty := [study.name for study in studies if study.name not in set(frame["study"])]:
         raise UserError(f"{', '.join(empty)}: has no trials yet; make study runs some")
     console = make_console()
+    say_what_waits(console, tracker)
     links = {study.name: links_of(tracker, study, UI_PORT) for study in studies}
     for study in studies:
         own = frame[frame["study"] == study.name]

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
 
 import typer
@@ -24,8 +25,9 @@ from pipeline.cli.measure import bench, bench_gpu, curves, replay
 from pipeline.cli.predict import ensemble, predict
 from pipeline.cli.promote import history, promote, rollback
 from pipeline.cli.ship import export, serve
+from pipeline.cli.store import relocate, sync
 from pipeline.cli.study import plan, study
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_secrets
 
 app = typer.Typer(
     add_completion=False,
@@ -35,7 +37,7 @@ app = typer.Typer(
 )
 
 for _command in (
-    *(study, plan, compare, ui, finals, promote, rollback, history, reproduce),
+    *(study, plan, compare, ui, finals, promote, rollback, history, reproduce, sync, relocate),
     *(predict, ensemble, export, serve, bench, bench_gpu, curves, replay),
 ):
     app.command()(_command)
@@ -43,8 +45,15 @@ for _command in (
 
 @app.callback()
 def _set_up() -> None:
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("pipeline").setLevel(logging.INFO)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -52,7 +61,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run a command; the user's faults are printed as lines, ours as a traceback."""
+    """Run a command; the user's faults are printed as lines, ours as a traceback, both without secrets."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # under nohup a hang-up is to be ignored
             signal.signal(number, _interrupt)  # or what we started, as the UI's server, would outlive us
@@ -65,3 +74,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         sys.exit(INTERRUPTED)
+    except Exception:  # a bug, or a store that broke: its message may hold the address
+        print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
+        sys.exit(1)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.common import HOME, expand, make_console, say
+from pipeline.cli.common import HOME, expand, make_console, say, say_what_waits
 from pipeline.cli.options import DataDirOption, TrackingOption
 from pipeline.errors import Refused, UserError, one_line
 
@@ -71,7 +71,8 @@ def promote(
 
     rules = Rules().changed(rule or [])
     registry = _registry(model, tracking_uri)
-    view = _View(make_console())
+    view = _View(console := make_console())
+    say_what_waits(console, registry.tracker)
     with alone(HOME):
         settle(registry.tracker, registry.ledger, view.said)
         chosen = ""

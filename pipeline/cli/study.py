@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from pipeline.cli.common import HOME, INTERRUPTED, UI_PORT, expand, find_device, load_data, make_console, say
+from pipeline.cli.common import HOME, INTERRUPTED, UI_PORT, expand, find_device, load_data, make_console, say, settle
 from pipeline.cli.look import links_of
 from pipeline.cli.options import (
     ChangeOption,
@@ -101,10 +101,14 @@ def study(
                 # Measured here, a forecast would say little of other machines.
                 done = run(search, data, where, view, store, tracker, HOME, plans=cluster is None, crew=crew)
         except StudyInterrupted:
+            settle(console, tracker, timeout_s=5)
             console.print(
                 f"interrupted; the same command goes on with {search.key(data)}", highlight=False, soft_wrap=True
             )
             raise typer.Exit(INTERRUPTED) from None
+        except BaseException:
+            tracker.flush(5)
+            raise
     if search.is_exhausted(done) and num_finished(done) < search.trials:
         console.print(
             f"stopped after {num_finished(done)} trials: the last {search.patience} gave no better score "
@@ -139,12 +143,13 @@ def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "
     from pipeline.search.study import best_trials
 
     if not best_trials(done):
+        settle(console, tracker)
         console.print("no trial was completed: the lines above say why; make ui shows what there is", highlight=False)
         raise typer.Exit(1)
     if done.user_attrs.get("actual"):
         print_forecast(console, done.user_attrs["forecast"], done.user_attrs["actual"])
     print_best_trials(console, done, search)
-    links = next(links_of(tracker, study, UI_PORT) for study in tracker.studies() if study.name == done.study_name)
+    links = _links(tracker, done.study_name) if settle(console, tracker) else {}
     elsewhere = "" if tracker.uri.endswith(str(HOME.resolve() / "mlflow.db")) else " TRACKING_URI=..."
     these = f"NAME={done.study_name}{elsewhere}"
     commands = [
@@ -154,6 +159,10 @@ def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "
     ]
     commands += [] if tracker.is_remote else [("open the UI", f"make ui{elsewhere}")]
     print_links(console, "Next:", commands + [(f"see the {what}", link) for what, link in links.items()])
+
+
+def _links(tracker: "MlflowTracker", name: str) -> dict[str, str]:
+    return next(links_of(tracker, study, UI_PORT) for study in tracker.studies() if study.name == name)
 
 
 def plan(

@@ -243,6 +243,7 @@ def _files_by_class(root: Path) -> dict[str, list[Path]]:
     if not train.is_dir():
         raise DataError(f"{root}: has no folder train: put the images into {train}/<class>/")
     files = {name: image_files(train / name) for name in class_names(train)}
+    check_inside(root, [path for paths in files.values() for path in paths])
     if len(files) < 2:
         raise DataError(f"{train}: holds {len(files)} class folder(s), needs at least 2: one for each class")
     lines = [
@@ -259,6 +260,16 @@ def _files_by_class(root: Path) -> dict[str, list[Path]]:
     if lines:
         raise DataError(_first(lines))
     return files
+
+
+def check_inside(root: Path, paths: Sequence[Path]) -> None:
+    """DataError, a line for each of the images that links lead out of the data set to: pictures in reports show them."""
+    real, folders = os.path.realpath(root), {parent: os.path.realpath(parent) for parent in {p.parent for p in paths}}
+    targets = {path: os.path.realpath(path) if path.is_symlink() else folders[path.parent] for path in paths}
+    out = [path for path, target in targets.items() if os.path.commonpath([real, target]) != real]
+    if out:
+        way_out = "copy the images into it, or give the folder where they lie"
+        raise DataError(_first([f"{path}: a link leads out of {root}: {way_out}" for path in out]))
 
 
 def class_names(split: Path) -> list[str]:

@@ -1,10 +1,13 @@
 """Image files -> pixels: the file formats and pixel modes that the pipeline takes, all to 8-bit RGB of one size."""
 
 import contextlib
+import mmap
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,9 @@ from pipeline.errors import DataError
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 50_000_000
+MAX_SCANS = 100  # of a JPEG; programs write about ten, and each takes as long as the whole image
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # above our limit, which is told in a line
+warnings.filterwarnings("ignore", module=r"PIL\.")  # a damaged TIFF has one for each of its tags
 
 
 class BadImage(DataError):
@@ -100,12 +105,22 @@ def _decode(path: Path, size: int) -> np.ndarray:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(path)
         image.draft(None, (4 * size, 4 * size))  # JPEG only: decodes at 1/2, 1/4 or 1/8, if still four times too large
         image.load()
         with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the orientation, the pixels are whole
             ImageOps.exif_transpose(image, in_place=True)
         rgb = _to_rgb(image)
     return np.ascontiguousarray(np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1))
+
+
+def _check_scans(path: Path) -> None:
+    """A few bytes are a scan of the whole image, so that a small file could take hours."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        scans = sum(1 for _ in islice(re.finditer(rb"\xff\xda", content), MAX_SCANS + 1))  # nowhere else in image data
+    if scans > MAX_SCANS:
+        raise ValueError(f"has more than {MAX_SCANS} scans: save it anew")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -123,8 +138,8 @@ def _grey_8_bit(image: Image.Image) -> Image.Image:
     """12- or 16-bit grey scaled to 8 bits; Pillow's own conversion clips, so that nearly all becomes white."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     white = 2 ** tags.get(258, (16,))[0] - 1  # BitsPerSample
-    values = np.asarray(image).astype(np.float64)
-    grey = np.rint(values * (255 / white)).astype(np.uint8)
+    values = np.asarray(image)
+    grey = np.rint(np.arange(2**16) * (255 / white)).astype(np.uint8)[values]
     result = Image.fromarray(255 - grey if tags.get(262) == 0 else grey)  # PhotometricInterpretation: white is zero
     if "transparency" in image.info:
         result.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))

@@ -3,9 +3,10 @@
 A run is data: candidates, what was trained already and what was decided are read from MLflow alone.
 """
 
+import hashlib
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import count as count_from
@@ -27,6 +28,7 @@ from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.race import RULES, Candidate, Final, Race, choose
 from pipeline.tracking.runs import MlflowTracker, State, StudyRuns
 from pipeline.training.loop import EpochReport
+from pipeline.training.resume import CHECKPOINTS
 
 DECISION = "finals.json"  # an artifact of the study's parent run
 
@@ -153,10 +155,11 @@ def run(
             for candidate in race.running():
                 final = done.get(candidate.with_seed(seed).digest())
                 if final is None:
-                    final = _train(tracker, plan.study, candidate, seed, data, device, observer, lambda: stop.requested)
+                    final = _train(tracker, plan.study, candidate, seed, data, device, observer, stop)
                 race.add(candidate, seed, final)
             for line in race.stop_the_beaten():
                 observer.said(line)
+        race.learn_ids(tracker.id_of)
         decision = _decide(tracker, plan, race, data)
         tracker.client.log_text(plan.study.parent, json.dumps(decision, indent=2), DECISION)
         if decision["winner"]:
@@ -227,7 +230,7 @@ def _candidate(
         recipe = recipe.changed({"training.epochs": epochs})
     done = run.data.tags.get("state") == State.FINISHED
     timed = run if done else finished[0]  # for the control that has not finished, another's time is the best guess
-    seconds = (timed.info.end_time - timed.info.start_time) / 1000 * recipe.training.epochs / own
+    seconds = timed.data.metrics["time/training_s"] * recipe.training.epochs / own
     score = run.data.metrics[study.objective] if done else None
     return Candidate(recipe, int(run.data.tags["trial"]), run.info.run_id, is_control, score, seconds)
 
@@ -277,12 +280,15 @@ def _train(
     data: TrainingData,
     device: torch.device,
     observer: Observer,
-    stop_requested: Callable[[], bool],
+    stop: StopOnSignal,
 ) -> Final:
     recipe, name = candidate.with_seed(seed), f"{candidate.name}, seed {seed}"
+    # One that was stopped or killed goes on, under the same run.
+    identity = f"{study.parent} {recipe.digest()} {data.digest} {data.split_digest}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:32]
 
     def check(*progress: object) -> None:
-        if stop_requested():
+        if stop.requested:
             raise Interrupted
 
     def on_epoch(report: EpochReport) -> None:
@@ -309,6 +315,8 @@ def _train(
         },
         on_epoch=on_epoch,
         on_step=check,
+        resume=tracker.home / CHECKPOINTS / key,
+        key=key,
     )
     observer.ended(name, outcome)
     if outcome.state is State.INTERRUPTED:
@@ -316,7 +324,7 @@ def _train(
     if outcome.state is State.FAILED and not outcome.reason.startswith("diverged"):
         raise UserError(f"{name}: {outcome.reason}; with more memory the same command goes on")
     score = outcome.metrics[study.objective] if outcome.state is State.FINISHED else None
-    return Final(outcome.run_id, score, outcome.metrics.get("time/training_s", 0.0))
+    return Final(outcome.run_id, score, outcome.metrics.get("time/training_s", 0.0), outcome.run_key)
 
 
 def _decide(tracker: MlflowTracker, plan: Plan, race: Race, data: TrainingData) -> dict[str, Any]:

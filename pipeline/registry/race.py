@@ -3,8 +3,8 @@
 Racing by paired tests: Maron and Moore, Hoeffding races (NIPS 1993); Birattari et al., F-Race (GECCO 2002).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from pipeline.evaluation.significance import paired_t
@@ -56,9 +56,10 @@ class Candidate:
 class Final:
     """One training of a candidate that came to an end, in a way that another one would too."""
 
-    run_id: str
+    run_id: str | None  # None where MLflow had not answered yet
     score: float | None  # None where it diverged
     seconds: float
+    run_key: str = ""  # of a training of this process
 
 
 class Race:
@@ -78,6 +79,13 @@ class Race:
         self.finals[candidate.digest][seed] = final
         if final.score is None:
             self.out.setdefault(candidate.digest, f"diverged with seed {seed}")
+
+    def learn_ids(self, id_of: Callable[[str], str]) -> None:
+        """MLflow's ids of what this process trained, by their run keys."""
+        for finals in self.finals.values():
+            for seed, final in finals.items():
+                if final.run_key:
+                    finals[seed] = replace(final, run_id=id_of(final.run_key))
 
     def scores(self, candidate: Candidate) -> dict[int, float]:
         """By seed, of those that did not diverge."""

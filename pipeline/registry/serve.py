@@ -1,8 +1,6 @@
 """MLflow's own scoring server for a packed model, on this machine only."""
 
-import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,12 +84,8 @@ def start(folder: Path, port: int, log_file: Path) -> subprocess.Popen[bytes]:
 
     UserError where it doesn't get ready.
     """
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(folder), "--env-manager", "local"]
-    settings = {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),  # has uvicorn
-    }
-    return launch("the scoring server", [*command, "--host", HOST, "--port", str(port)], settings, port, log_file)
+    settings = {"PIPELINE_MODEL": str(folder.resolve())}
+    return launch("the scoring server", "pipeline.registry.serve_app", settings, port, log_file)
 
 
 def curl_line(port: int, image_size: int) -> str:

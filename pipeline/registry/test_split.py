@@ -105,6 +105,7 @@ def _test_files(root: Path) -> dict[str, list[Path]]:
             f"class from {root / 'train'}/<class>/ to {test}/<class>/ and run the study again"
         )
     files = {name: image_files(test / name) for name in datasets.class_names(test)}
+    datasets.check_inside(test.parent, [path for paths in files.values() for path in paths])
     if not any(files.values()):
         raise DataError(f"{test}: holds no images: put some into {test}/<class>/ ({' '.join(SUFFIXES)})")
     return files

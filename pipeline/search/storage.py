@@ -24,11 +24,11 @@ from sqlalchemy import Connection, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import UserError
+from pipeline.errors import UserError, public_uri, without_secrets
 from pipeline.guard import is_gone
 from pipeline.search.replay import WHOLE
 from pipeline.search.study import Search, check_same, counts
-from pipeline.tracking.runs import MlflowTracker, State, public_uri
+from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.tracking.sqlite import use_write_ahead_log
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -247,7 +247,7 @@ def _is_away(error: BaseException) -> bool:
 
 
 def _wait(url: str, error: BaseException, count: int, deadline: float) -> None:
-    reason = public_uri(str(error.__cause__ or error).strip().splitlines()[0][:200])
+    reason = without_secrets(str(error.__cause__ or error).strip().splitlines()[0][:200])
     if time.monotonic() > deadline:
         raise StorageAway(
             f"STORAGE {public_uri(url)}: no answer for {PATIENCE_S / 60:.0f} minutes ({reason}); "
@@ -285,7 +285,7 @@ def open_storage(home: Path, url: str | None = None, wait: bool = False) -> Pati
             ) from None
         except Exception as error:  # whatever a driver raises: the address is the user's
             if not (wait and _is_away(error)):
-                reason = public_uri(str(error).splitlines()[0][:200])
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].replace(url, "it")
                 raise UserError(
                     f"STORAGE {public_uri(url)}: can't be opened ({reason}); mend it, or {way_out}"
                 ) from None
@@ -373,7 +373,7 @@ class StudyLock:
 
 
 def reconcile(study: optuna.Study, tracker: MlflowTracker, parent: str, home: Path) -> list[int]:
-    """Ask again what a process that is gone left RUNNING, and close the runs; the numbers of those trials.
+    """Ask again what a process that is gone left RUNNING, and close runs that nobody is at; the numbers of those trials.
 
     Only processes of this machine can be judged here. `parent` is the study's run in MLflow.
     """
@@ -381,34 +381,49 @@ def reconcile(study: optuna.Study, tracker: MlflowTracker, parent: str, home: Pa
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         # A trial that `claim` made RUNNING has a worker; another kind is of a time before it.
         dead = [trial for trial in running if "worker" not in trial.user_attrs or is_gone(trial.user_attrs["worker"])]
-        others = {trial.number for trial in running} - {trial.number for trial in dead}
-        bury(study, dead, "its process is gone", tracker, parent, alive=others)
+        bury(study, dead, "its process is gone", tracker, parent)
+        trials = study.get_trials(deepcopy=False)
+        ended = {trial.user_attrs["run_key"]: _end_of(trial) for trial in trials if _has_ended(trial)}
+        alive = {trial.user_attrs.get("run_key", "") for trial in trials if not trial.state.is_finished()}
+        tracker.close_lost(parent, alive, ended)
     return sorted(trial.number for trial in dead)
 
 
-def bury(
-    study: optuna.Study,
-    dead: list[FrozenTrial],
-    why: str,
-    tracker: MlflowTracker,
-    parent: str,
-    alive: set[int] | None = None,
-    died: bool = True,
-) -> None:
-    """Trials whose process is gone: each is asked again, or fails and counts if it `died` too often; the runs are closed.
+def _has_ended(trial: FrozenTrial) -> bool:
+    return counts(trial) and "state" in trial.user_attrs and "run_key" in trial.user_attrs
 
-    With `alive`, runs of trials that are neither dead nor among these numbers are closed too.
+
+def _end_of(trial: FrozenTrial) -> tuple[State, str]:
+    return State(trial.user_attrs["state"]), trial.user_attrs.get("reason", "")
+
+
+def bury(
+    study: optuna.Study, dead: list[FrozenTrial], why: str, tracker: MlflowTracker, parent: str, died: bool = True
+) -> None:
+    """Trials whose process is gone: each is asked again, and its run gone on with by whoever takes it.
+
+    One that `died` too often fails and counts, and its run is ended. MLflow is not waited for.
     """
-    failed = {}
     for trial in dead:
         with contextlib.suppress(UpdateFinishedTrialError):  # it ended at the last moment, and counts
             if not ask_again(study, trial, died):
-                failed[trial.number] = f"{why}; so it ended {RETRIES + 1} times"
+                reason = f"{why}; so it ended {RETRIES + 1} times"
                 study._storage.set_trial_user_attr(trial._trial_id, "state", str(State.FAILED))
-                study._storage.set_trial_user_attr(trial._trial_id, "reason", failed[trial.number])
+                study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
+                if key := trial.user_attrs.get("run_key"):
+                    name, tags = run_name(trial), run_tags(study, trial)
+                    tracker.end_run(key, parent, name, tags, State.FAILED, reason)
             study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-    if dead or alive is not None:
-        tracker.close_abandoned(parent, {trial.number for trial in dead}, alive, failed)
+
+
+def run_name(trial: FrozenTrial | optuna.Trial) -> str:
+    """Of a trial's run in MLflow."""
+    return f"trial {trial.number}" + (" (control)" if trial.user_attrs.get("control") else "")
+
+
+def run_tags(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> dict[str, str]:
+    """Which trial a run in MLflow is."""
+    return {"role": "trial", "study": study.study_name, "trial": str(trial.number)}
 
 
 def ask_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial, died: bool = False) -> bool:

@@ -408,7 +408,8 @@ def _outcome(trial: FrozenTrial) -> Outcome:
     again = "asked again" if known.get("asked_again") else ""
     return Outcome(
         state=State(known.get("state", State.INTERRUPTED if again else State.FAILED)),
-        run_id=known.get("mlflow_run_id", ""),
+        run_key=known.get("run_key", ""),
+        run_id=known.get("mlflow_run_id"),
         reason=known.get("reason") or again,
         metrics=known.get("metrics", {}),
         epochs=known.get("epochs", 0),

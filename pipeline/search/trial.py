@@ -18,10 +18,11 @@ from pipeline.data.prepare import TrainingData
 from pipeline.experiment import Interrupted, Outcome, Prune
 from pipeline.recipe import Recipe
 from pipeline.search.replay import WHOLE
-from pipeline.search.storage import PatientStorage, StorageAway, ask_again
+from pipeline.search.storage import PatientStorage, StorageAway, ask_again, run_name, run_tags
 from pipeline.search.study import Search
 from pipeline.tracking.runs import Lost, MlflowTracker, State
 from pipeline.training.loop import EpochReport
+from pipeline.training.resume import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,10 @@ class Objective:
             self.search.ask(trial)
             recipe = self.search.recipe(trial.params)
             trial.set_user_attr("recipe_digest", recipe.digest())
-            if "run_key" not in trial.user_attrs:  # a retry has that of the trial whose place it takes
-                trial.set_user_attr("run_key", uuid.uuid4().hex)
+            key = trial.user_attrs.get("run_key")  # a retry has that of the trial whose place it takes
+            if key is None:
+                key = uuid.uuid4().hex
+                trial.set_user_attr("run_key", key)
         self.observer.trial_started(trial.number, recipe, trial.params)
 
         is_judged = True
@@ -140,20 +143,21 @@ class Objective:
             self.data,
             self.device,
             self.tracker,
-            name=f"trial {trial.number}" + (" (control)" if trial.user_attrs.get("control") else ""),
+            name=run_name(trial),
             parent=self.parent,
-            tags={"role": "trial", "study": trial.study.study_name, "trial": str(trial.number)},
-            on_start=lambda run_id: trial.set_user_attr("mlflow_run_id", run_id),
+            tags=run_tags(trial.study, trial),
             on_epoch=on_epoch,
             on_step=on_step,
             fence=fence,
-            resume=self.home / "checkpoints" / trial.user_attrs["run_key"],
+            resume=self.home / CHECKPOINTS / key,
+            key=key,
         )
         with self.storage.together():
             for name, value in (
                 ("state", outcome.state),
                 ("reason", outcome.reason),
                 ("notes", outcome.notes),
+                ("mlflow_run_id", outcome.run_id),
                 ("epochs", outcome.epochs),
                 ("seconds", round(outcome.seconds, 3)),
                 ("metrics", outcome.metrics),

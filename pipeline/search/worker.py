@@ -34,6 +34,7 @@ from pipeline.training.execution import check_execution
 from pipeline.training.loop import EpochReport
 
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # of a worker for whom no trial waits
+FLUSH_S = 3.0  # for a worker that ends, until MLflow has all that it measured
 HUNG = 75  # the exit code of a process that ended itself
 
 
@@ -264,7 +265,7 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
     check_execution(search.base, device)
     images = load(search.base.data.dataset, search.base.data.image_size, assignment.data_dir)
     data = prepare(images, search.base.data, device)
-    tracker = MlflowTracker(assignment.home, assignment.tracking_uri)
+    tracker = MlflowTracker(assignment.home, assignment.tracking_uri, asks=False)
     storage = open_storage(assignment.home, assignment.storage, wait=True)
     study = find_study(search, data, storage)  # refuses data that is not the study's
     assert study is not None, "the supervisor made it"
@@ -283,14 +284,17 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
         objective = Objective(
             search, data, device, tracker, assignment.parent, pulse, stop_requested, storage, assignment.home
         )
-        while not stop_requested():
-            if trial := take(study, storage, worker):
-                with pulse.of(trial):
-                    run_trial(study, trial, objective)
-                pause_s = SHORTEST_PAUSE_S
-            else:
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        try:
+            while not stop_requested():
+                if trial := take(study, storage, worker):
+                    with pulse.of(trial):
+                        run_trial(study, trial, objective)
+                    pause_s = SHORTEST_PAUSE_S
+                else:
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        finally:
+            tracker.flush(FLUSH_S)  # what is left waits on disk, for the supervisor
 
 
 def main() -> None:

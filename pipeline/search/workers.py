@@ -51,6 +51,7 @@ def run(
             list(search.space()),
             study.user_attrs.get("mlflow_run_id"),
         )
+        assert parent.id is not None
         state = State.FAILED
         try:
             study.set_user_attr("mlflow_run_id", parent.id)
@@ -70,6 +71,7 @@ def run(
             raise StudyInterrupted from None
         finally:
             parent.end(state)
+            tracker.take_over()  # what died, and was not gone on with
     return study
 
 

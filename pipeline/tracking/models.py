@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.errors import DataError, UserError
 from pipeline.tracking.runs import MlflowTracker, State
-from pipeline.training.checkpoints import PLAIN_WEIGHTS, RECORD, WEIGHTS
+from pipeline.training.checkpoints import PLAIN_WEIGHTS, RECORD, WEIGHTS, amend, read_checkpoint
 
 CHAMPION = "models:/image-classifier@champion"
 DIGEST_TAG = "sha256."  # of a registered version, with the name of a file behind it
@@ -77,6 +77,9 @@ def _checkpoint(tracker: MlflowTracker, run: Run, what: str, folder: Path) -> Pa
             tracker.client.download_artifacts(run.info.run_id, name, str(folder))
     if RECORD not in names:
         raise UserError(f"{what}: {_why_no_model(run)}")
+    with contextlib.suppress(UserError):  # a damaged one is told by who uses it
+        if not read_checkpoint(folder).get("run_id"):  # MLflow had not answered yet when it was written
+            amend(folder, {"run_id": run.info.run_id})
     return folder
 
 

@@ -9,36 +9,45 @@ import os
 import re
 import tempfile
 import time
+import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-# A server that refuses is reported after 13 s, a silent one after 2 minutes; MLflow's own patience is 4 minutes a call.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+# A read is given up after 13 s where the server refuses, after 2 minutes where it is silent; MLflow's own patience is 4.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; PostgreSQL's own is 2 minutes
 
 import mlflow
 from filelock import FileLock
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.entities import Run as StoredRun
+from mlflow.entities import RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import UserError
+from pipeline.errors import UserError, public_uri, without_secrets
 from pipeline.guard import is_gone
 from pipeline.recipe import Recipe
+from pipeline.tracking.journal import FOLDER, Busy, Journal, address_of, is_busy, journals
 from pipeline.tracking.lineage import code, environment, hardware
+from pipeline.tracking.relocate import check_place
+from pipeline.tracking.shipping import RUN_KEY, SYSTEM, Shipper, Stores, ask, said
 from pipeline.tracking.sqlite import use_write_ahead_log
 from pipeline.tracking.ui import shared_view
 
 for _noisy in ("mlflow", "alembic", "urllib3"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints the traceback of what it raises
+
+
+log = logging.getLogger(__name__)
 
 
 class State(enum.StrEnum):
@@ -57,6 +66,8 @@ _STATUS = {
     State.INTERRUPTED: "KILLED",
 }
 _TAG_LIMIT = 5000  # characters; MLflow cuts longer ones silently
+_PROBE_S = 12.0  # that a server may take for its first answer
+_PATIENCE_S = 30.0  # for another process that ships a run's journal just now
 
 
 @dataclass(frozen=True)
@@ -75,12 +86,16 @@ class Lost(Exception):
 
 
 class Run(Protocol):
-    """An open run."""
+    """An open run. `key` names it from the first moment, MLflow's `id` is None as long as MLflow has not answered."""
 
-    id: str
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def id(self) -> str | None: ...
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """One batch of finite numbers; `step` is an epoch, from 1."""
+        """One batch of finite numbers; `step` is an epoch, from 1. Of a name's steps each is kept once, the first time."""
 
     def log_files(self, folder: Path) -> None:
         """Every file of a folder becomes an artifact."""
@@ -99,8 +114,12 @@ class Tracker(Protocol):
         data: TrainingData,
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
+        key: str | None = None,
     ) -> contextlib.AbstractContextManager[Run]:
-        """A run that is never left open: one that its user didn't end is FAILED when the block is left."""
+        """A run that is never left open: one that its user didn't end is FAILED when the block is left.
+
+        Where a `key` is given that is known, the same run is gone on with.
+        """
 
 
 class NullTracker:
@@ -114,80 +133,110 @@ class NullTracker:
         data: TrainingData,
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
+        key: str | None = None,
     ) -> Iterator[Run]:
         """See Tracker."""
-        yield _NullRun()
+        yield _NullRun(key or uuid.uuid4().hex)
 
 
 class _NullRun:
-    id = ""
+    id = None
+
+    def __init__(self, key: str):
+        self.key = key
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
     def log_files(self, folder: Path) -> None: ...
     def end(self, state: State, reason: str = "") -> None: ...
 
 
+@dataclass(frozen=True)
+class Left:
+    """The journals in a home folder that other processes made, by their run keys."""
+
+    free: Sequence[str]  # of dead processes
+    busy: Sequence[str]  # of living ones
+    elsewhere: Mapping[str, str]  # made for another tracker -> its address
+
+
 class MlflowTracker:
     """Runs in an MLflow store: `mlflow.db` in the home folder, another database, or a tracking server.
 
-    Raises UserError where the store can't be opened; a store that fails later raises MLflow's exceptions.
+    What runs measure goes to a journal in the home folder first and is sent by a thread, so they never wait for MLflow and
+    lose nothing where it is away; see journal.py and shipping.py. Raises UserError where the store can't be opened, at
+    once; reading from a store that fails later raises MLflow's exceptions.
     """
 
-    def __init__(self, home: Path, uri: str | None = None):
-        self.uri = uri or f"sqlite:///{home.resolve() / 'mlflow.db'}"
+    def __init__(self, home: Path, uri: str | None = None, asks: bool = True):
+        """With `asks` false the store is not looked at: one who starts in mid-study may come while it is away."""
+        self.home = home
+        default = f"sqlite:///{home.resolve() / 'mlflow.db'}"
+        self.uri = uri or default
+        self.address = "mlflow.db" if self.uri == default else self.uri  # of the journals; without secrets
+        if not self.address.startswith("sqlite"):
+            self.address = public_uri(self.address)
         way_out = "leave TRACKING_URI out to keep runs in mlruns/mlflow.db" if uri else "move that file away"
         self.is_remote = self.uri.startswith("http")  # a server, which keeps the artifacts too
-        self._artifacts = None if self.is_remote else (home.resolve() / "artifacts").as_uri()
+        artifacts = None if self.is_remote else (home.resolve() / "artifacts").as_uri()
         self._lock = FileLock(home / "mlflow.lock")
         try:
             home.mkdir(parents=True, exist_ok=True)
             # Several processes that create the tables at once break a database for good.
             with self._lock:
-                if not self.is_remote:
+                if asks and self.is_remote:
+                    ask(self.uri, "experiments/search", {"max_results": 1}, _PROBE_S)
+                elif asks:
                     _connect_once(self.uri)
                 self.client = mlflow.MlflowClient(self.uri)
-                self.client.search_experiments(max_results=1)
+                if asks and not self.is_remote:
+                    self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever a driver raises: the address is the user's
             raise UserError(
-                f"TRACKING_URI {public_uri(self.uri)}: can't be opened ({_first_line(error)}); mend it, or {way_out}"
+                f"TRACKING_URI {public_uri(self.uri)}: can't be opened ({said(error)}); mend it, or {way_out}"
             ) from None
+        if asks and self.uri == default:
+            check_place(home)
+        self._stores = Stores(self.client, self.uri, artifacts, self._lock)
+        self._shipper = Shipper(self._stores)
+        self._damaged: dict[str, str] = {}  # what others left and can't be read
 
     def experiment(self, name: str) -> str:
         """The id of the experiment of this name, made where there is none."""
-        found = self.client.get_experiment_by_name(name)
-        if found and found.lifecycle_stage == "deleted":
-            raise UserError(
-                f"the MLflow experiment {name} was deleted: restore it in the UI, or give the study another VERSION"
-            )
-        if found:
-            return found.experiment_id
-        return self.client.create_experiment(
-            name, self._artifacts, tags={"mlflow.experimentKind": "custom_model_development"}
-        )
+        return self._stores.experiment(name)
 
     def open_study(
         self, name: str, note: str, objective: str, params: Sequence[str], run_id: str | None = None
     ) -> "MlflowRun":
         """A study's parent run, RUNNING: the one of this id, or a new one; `params` are those that it searches.
 
-        The study itself remembers the id: others may have one of the same name in a shared store.
+        The study itself remembers the id: others may have one of the same name in a shared store. MLflow has answered when
+        it returns: the run's `id` is there. UserError where MLflow does not.
         """
-        with self._lock:  # two commands at once would each make the experiment
-            experiment = self.experiment(name)
-        key, view = shared_view(objective, params)
-        self.client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{key}", view)
-        if run_id and self._is_there(run_id):
-            self.client.update_run(run_id, status="RUNNING")
-            return MlflowRun(self.client, run_id)
-        tags = {"study": name, "role": "study", "objective": objective, "view": key, "mlflow.note.content": note}
-        made = self.client.create_run(experiment, tags=_provenance() | tags, run_name=name)
-        return MlflowRun(self.client, made.info.run_id)
-
-    def _is_there(self, run_id: str) -> bool:
         try:
-            return self.client.get_run(run_id).info.lifecycle_stage == "active"
-        except MlflowException:
-            return False
+            experiment = self.experiment(name)
+            view_key, view = shared_view(objective, params)
+            self.client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{view_key}", view)
+            found = self._active(run_id) if run_id else None
+            key = (found.data.tags.get(RUN_KEY) if found else None) or uuid.uuid4().hex
+            tags = {"study": name, "role": "study", "objective": objective, "view": view_key, RUN_KEY: key}
+            if found is None:
+                tags |= _provenance() | {"mlflow.note.content": note}
+                run_id = self._stores.make(experiment, name, tags, _now())
+            assert run_id
+            self.client.update_run(run_id, "RUNNING")
+        except MlflowException as error:
+            raise UserError(f"TRACKING_URI {public_uri(self.uri)}: doesn't answer ({said(error)}); try again") from None
+        start = {"run_id": run_id, "name": name, "tags": {RUN_KEY: key}, "params": {}}
+        return MlflowRun(self._shipper, self._journal(key, start, found is not None), run_id)
+
+    def _active(self, run_id: str) -> StoredRun | None:
+        try:
+            found = self.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return found if found.info.lifecycle_stage == "active" else None
 
     @contextlib.contextmanager
     def run(
@@ -197,9 +246,12 @@ class MlflowTracker:
         data: TrainingData,
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
+        key: str | None = None,
     ) -> Iterator["MlflowRun"]:
-        """See Tracker; with `parent`, a child of that run in its experiment."""
-        experiment = self.client.get_run(parent).info.experiment_id if parent else self.experiment(data.name)
+        """See Tracker; with `parent`, a child of that run in its experiment.
+
+        Raises UserError where another process has the run of this key, or the disk takes no journal.
+        """
         all_tags = {
             "recipe_digest": recipe.digest(),
             "data_digest": data.digest,
@@ -208,23 +260,97 @@ class MlflowTracker:
             **({MLFLOW_PARENT_RUN_ID: parent} if parent else {}),
             **(tags or {}),
         }
-        run = MlflowRun(self.client, self.client.create_run(experiment, tags=all_tags, run_name=name).info.run_id)
-        monitor = None
+        start = {
+            "experiment": data.name,
+            "name": name,
+            "tags": all_tags,
+            "params": {n: json.dumps(v) if isinstance(v, tuple) else str(v) for n, v in recipe.flat().items()},
+            "data": _dataset(data),
+        }
+        run = MlflowRun(self._shipper, self._journal(key or uuid.uuid4().hex, start, key is not None))
         try:
-            run.start(recipe, data)
-            monitor = SystemMetricsMonitor(run.id, sampling_interval=5, tracking_uri=self.uri)
-            monitor.start()
+            run.start(recipe, self.uri)
             yield run
         except Lost:
             run.leave()
             raise
         except BaseException as error:
-            run.end(State.FAILED, repr(error))
+            with contextlib.suppress(UserError):  # of a full disk, which is told by the first one
+                run.end(State.FAILED, repr(error))
             raise
         finally:
-            if monitor:
-                monitor.finish()
-            run.end(State.FAILED, "ended without a state")
+            run.stop_monitor()
+        run.end(State.FAILED, "ended without a state")
+
+    def _journal(self, key: str, start: Mapping[str, Any], is_known: bool) -> Journal:
+        assert re.fullmatch("[0-9a-f]{32}", key), key  # it names a folder
+        first = {"kind": "start", "address": self.address, "time": _now(), **start}
+        try:
+            return self._shipper.open(self.home / FOLDER / key, first, is_known, _PATIENCE_S)
+        except Busy:
+            raise UserError(f"run key {key}: another process is writing or sending this run; wait for it") from None
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until MLflow has all that this process measured; False where it has not by then, or refuses some of it."""
+        return self._shipper.flush(timeout_s)
+
+    @property
+    def waiting(self) -> Sequence[str]:
+        """The keys of this process's runs of which something is not in MLflow yet, refused ones too."""
+        return self._shipper.waiting
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Run key -> why MLflow will never take what is in its journal."""
+        return self._shipper.refused | self._damaged
+
+    @property
+    def failing_s(self) -> float:
+        """For so long MLflow has not answered the sending thread; 0 where it does."""
+        return self._shipper.failing_s
+
+    def id_of(self, key: str, timeout_s: float = 60.0) -> str:
+        """MLflow's id of a run of this process, when all of the process is in MLflow; UserError where that takes too long."""
+        if self.flush(timeout_s) and (found := self._shipper.run_id(key)):
+            return found
+        reason = self.refused.get(key)
+        raise UserError(
+            f"run key {key}: MLflow refuses it ({reason})"
+            if reason
+            else f"run key {key}: waits in {self.home / FOLDER}, MLflow doesn't answer; the same command goes on when it does"
+        )
+
+    def left(self) -> Left:
+        """The journals of other processes."""
+        own = set(self._shipper.keys)
+        theirs = [folder for folder in journals(self.home) if folder.name not in own]
+        busy = [folder.name for folder in theirs if is_busy(folder)]
+        addresses = {folder.name: address_of(folder) for folder in theirs if folder.name not in busy}
+        elsewhere = {key: its for key, its in addresses.items() if its and its != self.address}
+        return Left([key for key in addresses if key not in elsewhere], busy, elsewhere)
+
+    def take_over(self) -> int:
+        """Send what dead processes left here for this tracker, their open runs as interrupted; how many runs.
+
+        It is sent in the background; `flush` waits for it.
+        """
+        taken = 0
+        for key in self.left().free:
+            try:
+                journal = Journal(self.home / FOLDER / key)
+            except Busy:  # since
+                continue
+            except UserError as error:
+                self._damaged[key] = str(error)
+                continue
+            if not journal.size or journal.is_left:
+                journal.remove()  # its process died before its first record was whole; or another has gone on with the run
+                continue
+            if not journal.has_ended:
+                journal.append(_end(State.INTERRUPTED, "its process is gone"), durable=True)
+            self._shipper.adopt(journal)
+            taken += 1
+        return taken
 
     def studies(self) -> list["StudyRuns"]:
         """The studies in this store, the last one run first."""
@@ -247,27 +373,38 @@ class MlflowTracker:
         )
         return [run.info.run_id for run in found]
 
-    def close_abandoned(
-        self,
-        parent: str,
-        abandoned: Collection[int],
-        alive: Collection[int] | None,
-        failed: Mapping[int, str] | None = None,
-    ) -> None:
-        """Close the runs of a study's abandoned trials, and any RUNNING one whose trial isn't among the living.
+    def close_lost(self, parent: str, alive: Collection[str], ended: Mapping[str, tuple[State, str]]) -> None:
+        """Close a study's RUNNING runs that no process is at: not those with a key in `alive`, nor with a journal here.
 
-        An abandoned trial's run may have finished: its process died before it could tell. Its trial is asked again, but
-        those in `failed`, with the reason. Without `alive` other runs are left alone.
+        `ended` tells, by key, how the trials of some ended; of the others the process is gone.
         """
-        failed = failed or {}
         experiment = self.client.get_run(parent).info.experiment_id
-        for run in self.client.search_runs([experiment], _child_of(parent, "trial"), max_results=50_000):
-            number, runs = int(run.data.tags["trial"]), run.info.status == "RUNNING"
-            if (number in abandoned and run.data.tags.get("state") != State.INTERRUPTED) or (
-                runs and alive is not None and number not in alive
-            ):
-                end = (State.FAILED, failed[number]) if number in failed else (State.INTERRUPTED, "its process is gone")
-                MlflowRun(self.client, run.info.run_id).end(*end)
+        query = f"{_child_of(parent, 'trial')} and attributes.status = 'RUNNING'"
+        for run in self.client.search_runs([experiment], query, max_results=50_000):
+            key = run.data.tags.get(RUN_KEY, "")
+            if key not in alive and not (key and (self.home / FOLDER / key).exists()):
+                self._close(run, *ended.get(key, (State.INTERRUPTED, "its process is gone")))
+
+    def end_run(self, key: str, parent: str, name: str, tags: Mapping[str, str], state: State, reason: str) -> None:
+        """End, as soon as MLflow answers, the run of a process that is gone, and that nobody will go on with."""
+        tags = {MLFLOW_PARENT_RUN_ID: parent, **tags}
+        try:
+            journal = self._journal(key, {"name": name, "tags": tags, "params": {}}, True)
+            journal.append(_end(state, reason), durable=True)
+        except UserError as error:
+            log.warning("%s can't be ended in MLflow (%s); make audit tells and mends it", name, error)
+        self._shipper.hurry()
+
+    def _settle(self) -> None:
+        self.take_over()
+        self.flush(60)
+
+    def _close(self, run: StoredRun, state: State = State.INTERRUPTED, reason: str = "its process is gone") -> None:
+        """A run that has no journal."""
+        end = _end(state, reason)
+        tags = [RunTag(name, value) for name, value in end["tags"].items()]
+        self.client.log_batch(run.info.run_id, tags=tags)
+        self.client.set_terminated(run.info.run_id, end["status"])
 
     def children(self, study: "StudyRuns", role: str | None = None) -> list[StoredRun]:
         """A study's runs with this tag `role` (trial, final, reproduction), or all, as MLflow has them, the oldest first."""
@@ -283,11 +420,15 @@ class MlflowTracker:
                 return found
 
     def close_gone(self, experiment: str) -> None:
-        """Close what processes of this machine left RUNNING: runs with a tag `worker`, as finals' have."""
+        """Close what processes of this machine left RUNNING: runs with a tag `worker`, as finals' have.
+
+        What they left in their journals is sent first.
+        """
+        self._settle()
         for run in self.client.search_runs([experiment], "attributes.status = 'RUNNING'", max_results=50_000):
             worker = run.data.tags.get("worker")
             if worker and is_gone(json.loads(worker)):
-                MlflowRun(self.client, run.info.run_id).end(State.INTERRUPTED, "its process is gone")
+                self._close(run)
 
     def read_file(self, run_id: str, name: str) -> bytes | None:
         """An artifact's bytes; None where the run has none of this name."""
@@ -302,53 +443,103 @@ def _child_of(parent: str, role: str | None = None) -> str:
 
 
 class MlflowRun:
-    """An open run in MLflow; see Run."""
+    """An open run, in its journal; see Run."""
 
-    def __init__(self, client: mlflow.MlflowClient, run_id: str):
-        self.id = run_id
-        self._client = client
+    def __init__(self, shipper: Shipper, journal: Journal, run_id: str | None = None):
+        self.key = journal.key
+        self._shipper, self._journal, self._id = shipper, journal, run_id
         self._open = True
+        self._monitor: _Monitor | None = None
 
-    def start(self, recipe: Recipe, data: TrainingData) -> None:
-        """What is known before the first step: parameters, data set, code and environment."""
-        params = [Param(name, json.dumps(v) if isinstance(v, tuple) else str(v)) for name, v in recipe.flat().items()]
-        self._client.log_batch(self.id, params=params)
-        self._client.log_inputs(self.id, datasets=[_dataset_input(data)])
+    @property
+    def id(self) -> str | None:
+        """See Run."""
+        self._id = self._id or self._shipper.run_id(self.key)
+        return self._id
+
+    def start(self, recipe: Recipe, uri: str) -> None:
+        """The files that are known before the first step: recipe, environment, code; and the machine is watched."""
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "recipe.json").write_text(recipe.to_json() + "\n")
             (Path(folder) / "environment.txt").write_text(environment())
             if code().dirty:
                 (Path(folder) / "diff.patch").write_bytes(code().diff)
             self.log_files(Path(folder))
+        self._monitor = _Monitor(self._journal, uri)
+        self._monitor.start()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """See Run. Infinity would be stored as 1.8e308 and win every comparison, so it is refused here."""
+        """See Run; on disk when it returns. Infinity would be stored as 1.8e308 and win every comparison, so it is refused."""
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
             raise ValueError(f"not a finite number: {', '.join(bad)}")
-        now = int(time.time() * 1000)
-        self._client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+        self._journal.append_metrics(metrics, step, durable=True)
 
     def log_files(self, folder: Path) -> None:
         """See Run."""
-        self._client.log_artifacts(self.id, str(folder))
+        self._journal.append_files(folder)
 
     def leave(self) -> None:
-        """Not ours any more: `end` does nothing from here on."""
-        self._open = False
+        """Not ours any more: nothing more of it is sent from here, and `end` does nothing."""
+        if self._open:
+            self._open = False
+            self.stop_monitor()
+            self._shipper.leave(self._journal)
 
     def end(self, state: State, reason: str = "") -> None:
         """See Run."""
         if self._open:
             self._open = False
-            tags = {"state": str(state)} | ({"reason": reason[:_TAG_LIMIT]} if reason else {})
-            self._client.log_batch(self.id, tags=[RunTag(name, value) for name, value in tags.items()])
-            self._client.set_terminated(self.id, _STATUS[state])
+            self.stop_monitor()
+            self._journal.append(_end(state, reason), durable=True)
+            self._shipper.hurry()
+
+    def stop_monitor(self) -> None:
+        """Watch the machine no longer."""
+        if self._monitor:
+            self._monitor.finish()
+            self._monitor = None
 
 
-def public_uri(text: str) -> str:
-    """An address, or a message that shows some, without users and passwords; an address may be a mistyped one."""
-    return re.sub(r"(\w[\w+]*://)?\S*@", r"\1***@", re.sub(r"password=[^\s&]*", "password=***", text))
+class _Monitor(SystemMetricsMonitor):
+    """MLflow's thread that watches processor, memory, disk, network and GPU; what it sees goes to the journal."""
+
+    def __init__(self, journal: Journal, uri: str):
+        super().__init__(
+            journal.key, sampling_interval=5, tracking_uri=uri
+        )  # without it, a database of its own is made
+        self._journal = journal
+        self._logging_step = journal.next_step(SYSTEM)
+
+    def monitor(self) -> None:
+        """MLflow's own asks its store before each sample whether the run goes on; `finish` says so here."""
+        while True:
+            for _ in range(self.samples_before_logging):
+                self.collect_metrics()
+                if self._shutdown_event.wait(self.sampling_interval):
+                    return
+            try:
+                self.publish_metrics(self.aggregate_metrics())
+            except UserError:  # a full disk; the training will say so
+                return
+
+    def publish_metrics(self, metrics: Mapping[str, float]) -> None:
+        """One point of each."""
+        finite = {f"{SYSTEM}{name}": value for name, value in metrics.items() if math.isfinite(value)}
+        self._journal.append_metrics(finite, self._logging_step, durable=False)
+        self._logging_step += 1
+        for monitor in self.monitors:
+            monitor.clear_metrics()
+
+
+def _end(state: State, reason: str = "") -> dict[str, Any]:
+    """A run's last record."""
+    tags = {"state": str(state)} | ({"reason": without_secrets(reason)[:_TAG_LIMIT]} if reason else {})
+    return {"kind": "end", "status": _STATUS[state], "tags": tags, "time": _now()}
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def _connect_once(uri: str) -> None:
@@ -386,20 +577,15 @@ def _provenance() -> dict[str, str]:
     }
 
 
-def _dataset_input(data: TrainingData) -> DatasetInput:
+def _dataset(data: TrainingData) -> dict[str, str]:
     """The data set as MLflow shows it, with our own digest over every pixel (MLflow's reads the first 10,000 numbers)."""
     shape = {"images": list(data.train.images.shape[1:]), "classes": list(data.classes)}
     profile = {"num_train": len(data.train.labels), "num_validation": len(data.validation.labels)}
-    dataset = Dataset(
-        name=data.name,
-        digest=data.digest[:36],  # the column's width
-        source_type="local",
-        source=json.dumps({"uri": data.source}),
-        schema=json.dumps(shape),
-        profile=json.dumps(profile | {"split_digest": data.split_digest}),
-    )
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
-
-
-def _first_line(error: BaseException) -> str:
-    return public_uri((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
+    return {
+        "name": data.name,
+        "digest": data.digest[:36],  # the column's width
+        "source_type": "local",
+        "source": json.dumps({"uri": data.source}),
+        "schema": json.dumps(shape),
+        "profile": json.dumps(profile | {"split_digest": data.split_digest}),
+    }

@@ -8,13 +8,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -24,6 +25,8 @@ FORMAT = 1
 WEIGHTS = "weights.safetensors"
 PLAIN_WEIGHTS = "weights_plain.safetensors"
 RECORD = "checkpoint.json"
+MAX_RECORD = 16 * 2**20  # bytes; a thousand classes take 0.1 MB, a thousand epochs of a state 1
+MAX_HEADER = 2**20  # bytes, of safetensors; a thousand tensors take 0.1 MB
 
 
 def save_weights(path: Path, network: nn.Module, metadata: dict[str, str]) -> None:
@@ -39,16 +42,34 @@ def load_weights(path: Path, network: nn.Module) -> None:
 
     UserError, with the network as it was, where the file can't be read or a tensor's name or shape differs.
     """
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: can't be read as weights: {error}") from None
-    expected = network.state_dict()
+    check_weights(path, network)
+    network.load_state_dict(load_file(path))
+
+
+def check_weights(path: Path, network: nn.Module) -> None:
+    """UserError unless the file has the network's tensors, by name and shape. Only its header is read.
+
+    The network may be on torch's device `meta`, without memory: a recipe can ask for more than there is.
+    """
+    found = {name: tuple(shape) for name, shape in _shapes(path).items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     for name in [*expected, *found]:
-        there, here = (tuple(tensors[name].shape) if name in tensors else None for tensors in (found, expected))
+        there, here = found.get(name), expected.get(name)
         if there != here:
-            raise UserError(f"{path}: {name} has {_shape(there)} in the file and {_shape(here)} in the network")
-    network.load_state_dict(found)
+            raise UserError(f"{path}: {name:.80} has {_shape(there)} in the file and {_shape(here)} in the network")
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise FileNotFoundError("no such file")
+        with path.open("rb") as file:
+            if (size := int.from_bytes(file.read(8), "little")) > MAX_HEADER:
+                raise ValueError(f"its header has {size:,} bytes, more than {MAX_HEADER:,}")
+        with safe_open(path, "pt") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: can't be read as weights: {error}") from None
 
 
 def save_checkpoint(folder: Path, plain: nn.Module, averaged: nn.Module | None, facts: dict[str, Any]) -> None:
@@ -91,21 +112,43 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     """
     _undo_half_a_replacement(folder)
     record = folder / RECORD
-    try:
-        body = json.loads(record.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder}: no checkpoint here ({RECORD} is missing)") from None
-    except ValueError:
-        raise UserError(f"{record}: damaged, it is no JSON") from None
+    body = _read_record(record)
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise UserError(f"{record}: not of format {FORMAT}, the one that is read here")
     digest = body.pop("digest", None)
     if digest != _digest(body):
         raise UserError(f"{record}: damaged, its digest differs")
+    named = body.get("sha256")
+    if not isinstance(named, dict) or not all(re.fullmatch(r"\w+\.safetensors", name) for name in named):
+        raise UserError(f"{record}: should have the sha256 of its .safetensors files, and of nothing else")
+    if surplus := sorted({file.name for file in folder.glob("*.safetensors")} - named.keys()):
+        raise UserError(f"{record}: has no sha256 of {surplus[0]}")
     faults = {folder / name: _fault(folder / name, digest) for name, digest in body["sha256"].items()}
     if any(faults.values()):
         raise UserError([f"{path}: {fault}" for path, fault in faults.items() if fault])
-    return body["facts"]
+    facts: Any = body.get("facts")
+    return facts
+
+
+def _read_record(record: Path) -> Any:
+    if not record.is_file():
+        raise UserError(f"{record.parent}: no checkpoint here ({RECORD} is missing)")
+    if (size := record.stat().st_size) > MAX_RECORD:
+        raise UserError(f"{record}: has {size:,} bytes, more than {MAX_RECORD:,}")
+    try:
+        return json.loads(record.read_bytes())
+    except (ValueError, RecursionError):  # the latter where lists lie in lists in lists
+        raise UserError(f"{record}: damaged, it is no JSON") from None
+
+
+def amend(folder: Path, facts: dict[str, Any]) -> None:
+    """Change some facts of a checkpoint that `read_checkpoint` takes; UserError where it does not."""
+    known = read_checkpoint(folder)
+    body = json.loads((folder / RECORD).read_bytes())
+    body.pop("digest")
+    new = folder / f".{RECORD}.new"
+    _write(new, _record(body | {"facts": known | facts}))
+    os.replace(new, folder / RECORD)
 
 
 def _weights(network: nn.Module, metadata: dict[str, str]) -> bytes:
@@ -137,7 +180,7 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def _fault(path: Path, digest: str) -> str | None:
-    if not path.exists():
+    if not path.is_file():
         return "missing"
     with path.open("rb") as file:
         return None if hashlib.file_digest(file, "sha256").hexdigest() == digest else "damaged, its digest differs"
@@ -148,7 +191,8 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def _beside(folder: Path, suffix: str) -> Path:
-    return folder.with_name(f".{folder.name}.{suffix}")
+    folder = Path(os.path.abspath(folder))  # `.` has no name
+    return folder.parent / f".{folder.name}.{suffix}"
 
 
 def _move_into_place(new: Path, folder: Path) -> None:

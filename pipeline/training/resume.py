@@ -21,6 +21,7 @@ from pipeline.recipe import Recipe
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.checkpoints import RECORD, discard_folder, read_checkpoint, save_folder
 
+CHECKPOINTS = "checkpoints"  # the folder of all states, in the home folder: one for each run key
 TENSORS = "state.safetensors"
 EVERY_S = 30.0
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -134,6 +135,23 @@ def test_links_are_followed_once_even_in_a_circle(pets: Path) -> None:
     data = load(str(pets), 12, NOWHERE)
     assert data.classes == ("bird", "cat", "dog")
     assert data.train.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("link", ["train/bird", "train/cat/more", "train/cat/3.png", "train"])
+def test_a_link_out_of_the_folder_is_refused(link: str, pets: Path) -> None:
+    private = pets.parent / "private"
+    for name in ("1.png", "2.png", "a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+        add_image(private / name)
+    if link == "train":
+        (pets / "train").rename(pets / "before")
+    (pets / link).symlink_to(private / "1.png" if link.endswith(".png") else private)
+    with pytest.raises(DataError, match=f"a link leads out of {re.escape(str(pets))}: copy the images into it"):
+        load(str(pets), 12, NOWHERE)
+    whole = pets.parent / "whole"
+    whole.symlink_to(pets)
+    (pets / link).unlink()
+    if link != "train":
+        assert load(str(whole), 12, NOWHERE).classes == ("cat", "dog"), "the folder itself may be named by a link"
 
 
 @pytest.mark.parametrize(

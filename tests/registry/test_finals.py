@@ -57,6 +57,7 @@ class Lab:
         self.tracker, self.home, self.base, self.data = tracker, home, base.changed({"training.epochs": 1}), data
         self.name = f"lab{next(NUMBERS)}-v1-digits"
         self.tracker.open_study(self.name, "?", "val/accuracy", []).end(State.FINISHED)
+        assert self.tracker.flush(30)
 
     @property
     def study(self) -> StudyRuns:
@@ -69,9 +70,9 @@ class Lab:
         tags = {"role": "trial", "study": self.name, "trial": str(number)}
         name = f"trial {number}" + (" (control)" if control else "")
         with self.tracker.run(name, recipe, self.data, self.study.parent, tags) as run:
-            run.log_metrics({"val/accuracy": score}, 1)
+            run.log_metrics({"val/accuracy": score, "time/training_s": 0.5}, 1)
             run.end(state)
-        return run.id
+        return self.tracker.id_of(run.key)
 
     def finals(self, top: int = 1, seeds: int = 2, watch: Watch | None = None) -> dict[str, Any]:
         planned = plan(self.tracker, self.study, top, seeds)
@@ -161,8 +162,7 @@ def test_finals_are_children_of_the_study_and_leave_its_trials_as_they_were(done
     assert runs["1", "1"].data.params["optimizer.lr"] == "0.05"
     trials = {run.info.run_id for run in done.runs("trial")}
     assert set(done.tracker.best_run_ids(done.study, 10)) == trials
-    done.tracker.close_abandoned(done.study.parent, abandoned=(), alive=())
-    done.tracker.close_abandoned(done.study.parent, abandoned={7}, alive=())
+    done.tracker.close_lost(done.study.parent, alive=(), ended={})
     assert {run.data.tags["state"] for run in done.runs()} == {"finished"}, "their trials' fate is not theirs"
 
 
@@ -220,6 +220,7 @@ def test_ctrl_c_ends_the_training_at_its_next_step_and_no_old_decision_is_valid_
     watch = Watch()
     decision = lab.finals(seeds=2, watch=watch)
     assert list(watch.outcomes) == ["trial 1, seed 2"]
+    assert [run.data.tags["state"] for run in lab.runs()] == ["finished"] * 4, "the same run, gone on with"
     assert winner(lab.tracker, lab.study)
     lab.tracker.client.delete_run(decision["candidates"][0]["runs"][0]["run_id"])
     with pytest.raises(UserError, match="1 of the runs that decided them are gone"):
@@ -254,7 +255,9 @@ def test_finals_that_were_killed_are_closed_and_gone_on_with_by_the_real_command
     assert "2 trainings, 1 of them done" in said
     assert "interrupted; the same command goes on" in said
     ended = [(run.info.status, run.data.tags.get("reason")) for run in lab.runs()]
-    assert ended == [("FINISHED", None), ("KILLED", "its process is gone"), ("KILLED", "stopped by the user")]
+    assert ended == [("FINISHED", None), ("KILLED", "stopped by the user")], "the same run, gone on with"
+    epochs = lab.tracker.client.get_metric_history(lab.runs()[1].info.run_id, "val/accuracy")
+    assert [point.step for point in epochs] == list(range(1, len(epochs) + 1)), "each epoch once"
 
 
 def test_other_data_than_the_trials_saw_is_refused_before_anything_is_trained(lab: Lab) -> None:

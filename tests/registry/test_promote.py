@@ -94,8 +94,9 @@ def store(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits
         tags = {"role": "trial", "study": "tiny-v1-digits", "trial": str(number)}
         name = f"trial {number}" + " (control)" * (not number)
         done = experiment.run(base.changed(changes), digits, torch.device("cpu"), tracker, name, parent.id, tags)
-        runs.append(done.run_id)
+        runs.append(tracker.id_of(done.run_key))
     parent.end(State.FINISHED)
+    assert tracker.flush(60)
     packed = home.parent / "packed"
     with find_model(home, None, runs[3]) as found:
         package(tracker, runs[3], found.folder, packed)
@@ -223,7 +224,7 @@ def test_the_first_champion_meets_a_control_that_was_chosen_as_it_was(
         with tracker.run(name, recipe, digits, parent.id, tags) as run:
             run.log_metrics({"val/accuracy": score}, 1)
             run.end(State.FINISHED)
-        return run.id
+        return tracker.id_of(run.key)
 
     control = made("trial 0 (control)", 0.5, role="trial", trial="0")
     trial = made("trial 1", 0.9, 1, role="trial", trial="1")
@@ -245,7 +246,7 @@ def test_a_reproduction_is_no_candidate(
     with registry.tracker.run("reproduction", small_recipe, digits, tags={"reproduces": store.good}) as run:
         run.end(State.FINISHED)
     with pytest.raises(UserError, match=rf"a reproduction, which is no candidate; make promote RUN={store.good}"):
-        promote(registry, run.id, RULES, DATA, View())
+        promote(registry, registry.tracker.id_of(run.key), RULES, DATA, View())
     assert not registry.ledger.events()
 
 

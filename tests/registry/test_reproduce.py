@@ -71,7 +71,7 @@ def test_what_was_stored_and_is_not_what_comes_out_ends_with_exit_code_6(
     from pipeline.cli.main import main
 
     one_epoch = small_recipe.changed({"training.epochs": 1})
-    run_id = experiment.run(one_epoch, digits, CPU, tracker, "tampered").run_id
+    run_id = tracker.id_of(experiment.run(one_epoch, digits, CPU, tracker, "tampered").run_key)
     weights = tracker.client.download_artifacts(trained.finished, "weights.safetensors", str(tmp_path))
     tracker.client.log_artifact(run_id, weights)
     monkeypatch.chdir(trained.home.parent)
@@ -98,7 +98,7 @@ def test_a_pruned_run_is_compared_over_the_epochs_that_it_had(
     assert (past.state, past.epochs) == ("pruned", 1)
     outcome = reproduce.run(tracker, past, digits, CPU)
     assert (outcome.state, outcome.epochs) == (State.PRUNED, 1)
-    comparison = compare(tracker, past, outcome.run_id, 144, None)
+    comparison = compare(tracker, past, tracker.id_of(outcome.run_key), 144, None)
     assert comparison.equal and comparison.points == 0
     assert comparison.lines[0] == "metrics: 6 numbers of 1 epochs, 6 equal"
 
@@ -110,25 +110,28 @@ def test_a_run_of_two_threads_is_trained_with_two(
     short = small_recipe.changed({"training.epochs": 1})
     with reproduce.threads(2):
         first = experiment.run(short, digits, CPU, tracker, "two threads")
-    past = find_past(tracker, first.run_id)
+    past = find_past(tracker, tracker.id_of(first.run_key))
     assert past.threads == 2
     again = reproduce.run(tracker, past, digits, CPU, lambda report: seen.append(torch.get_num_threads()))
     assert seen == [2] and torch.get_num_threads() == before
-    assert compare(tracker, past, again.run_id, 144, None).equal
+    assert compare(tracker, past, tracker.id_of(again.run_key), 144, None).equal
 
 
 def test_another_training_is_found_to_differ_in_every_part(
     trained: Trained, tracker: MlflowTracker, other_seed: Outcome
 ) -> None:
     past = find_past(tracker, trained.finished)
-    comparison = compare(tracker, past, other_seed.run_id, 144, None)
+    comparison = compare(tracker, past, tracker.id_of(other_seed.run_key), 144, None)
     assert not comparison.equal
     weights, predictions, metrics, score = comparison.lines
     assert "weights.safetensors: differs, by up to" in weights and "weights_plain.safetensors: differs" in weights
     assert "another class for" in predictions
     assert "the first that differs:" in metrics and "after epoch 1" in metrics
     assert score.startswith("val/accuracy after epoch 2: ")
-    values = [tracker.client.get_run(run).data.metrics["val/accuracy"] for run in (trained.finished, other_seed.run_id)]
+    values = [
+        tracker.client.get_run(run).data.metrics["val/accuracy"]
+        for run in (trained.finished, tracker.id_of(other_seed.run_key))
+    ]
     assert comparison.points == pytest.approx(100 * abs(values[0] - values[1]))
 
 
@@ -136,7 +139,7 @@ def test_unequal_bits_are_forgiven_within_the_tolerance_and_only_for_a_cause(
     trained: Trained, tracker: MlflowTracker, other_seed: Outcome
 ) -> None:
     past = find_past(tracker, trained.finished)
-    wide, none = (compare(tracker, past, other_seed.run_id, 144, points) for points in (100.0, 0.0))
+    wide, none = (compare(tracker, past, tracker.id_of(other_seed.run_key), 144, points) for points in (100.0, 0.0))
     cause = [Difference("torch: 2.11 then, 2.15 now", matters=True), Difference("pytest: 8 then, 9 now", matters=False)]
     said = verdict(wide, cause)
     assert said.startswith("reproduced within the tolerance: val/accuracy differs by")
@@ -156,7 +159,7 @@ def test_the_default_tolerance_is_three_standard_deviations_between_two_seeds(
         with tracker.run("scored", small_recipe, digits) as run:
             run.log_metrics({"val/accuracy": accuracy}, 1)
             run.end(State.FINISHED)
-        return reproduce.default_tolerance(find_past(tracker, run.id), images)
+        return reproduce.default_tolerance(find_past(tracker, tracker.id_of(run.key)), images)
 
     assert tolerance(0.94, 5000) == pytest.approx(1.04, abs=0.01)
     assert tolerance(1.0, 144) == pytest.approx(300 / 144), "three images, where none was wrong"
@@ -168,19 +171,19 @@ def test_what_differs_from_then_is_told_line_by_line(
     with tracker.run("old", small_recipe, digits) as run:
         run.log_metrics({"val/accuracy": 0.5}, 1)
         run.end(State.FINISHED)
-    assert differences(tracker, find_past(tracker, run.id), CPU) == []
+    assert differences(tracker, find_past(tracker, tracker.id_of(run.key)), CPU) == []
 
-    environment = (tracker.read_file(run.id, "environment.txt") or b"").decode()
+    environment = (tracker.read_file(tracker.id_of(run.key), "environment.txt") or b"").decode()
     changed = environment.replace("# cpu: ", "# cpu: Old ").replace("\ntorch==", "\ntorch==0.").replace(
         "\npytest==", "\ntransistor==1.0\npytest=="
     )  # fmt: skip
     (tmp_path / "environment.txt").write_text(changed)
     (tmp_path / "diff.patch").write_text("--- a\n+++ b\n")
     for name in ("environment.txt", "diff.patch"):
-        tracker.client.log_artifact(run.id, str(tmp_path / name))
-    tracker.client.set_tag(run.id, "mlflow.source.git.commit", "0" * 40)
-    tracker.client.set_tag(run.id, "device", "cuda")
-    found = {d.line.partition(":")[0]: d for d in differences(tracker, find_past(tracker, run.id), CPU)}
+        tracker.client.log_artifact(tracker.id_of(run.key), str(tmp_path / name))
+    tracker.client.set_tag(tracker.id_of(run.key), "mlflow.source.git.commit", "0" * 40)
+    tracker.client.set_tag(tracker.id_of(run.key), "device", "cuda")
+    found = {d.line.partition(":")[0]: d for d in differences(tracker, find_past(tracker, tracker.id_of(run.key)), CPU)}
     matter = {name: difference.matters for name, difference in found.items()}
     assert matter == {
         "commit": True,
@@ -204,13 +207,13 @@ def test_what_can_not_be_reproduced_is_told(
         "last": "RUN last: must be a run's id, 32 of 0-9a-f",
         "0" * 32: "no such run in the tracking store",
         parent: "a whole study",
-        stillborn.id: "failed before its first epoch ended; there is nothing to compare",
+        tracker.id_of(stillborn.key): "failed before its first epoch ended; there is nothing to compare",
     }.items():
         with pytest.raises(UserError) as caught:
             find_past(tracker, run_id)
         assert line in caught.value.lines[0]
     with tracker.run("open", small_recipe, digits) as still_open, pytest.raises(UserError, match="has not ended"):
-        find_past(tracker, still_open.id)
+        find_past(tracker, tracker.id_of(still_open.key))
 
 
 def test_other_data_is_refused(trained: Trained, tracker: MlflowTracker, digits: TrainingData) -> None:

@@ -57,7 +57,7 @@ def store(
     for number, (rate, name) in enumerate([(0.02, "trial 0 (control)"), (0.2, "trial 1")]):
         tags = {"role": "trial", "study": "odd-v1-digits", "trial": str(number)}
         recipe = small_recipe.changed({"optimizer.lr": rate, "training.epochs": 1})
-        ids.append(experiment.run(recipe, named, CPU, tracker, name, parent.id, tags).run_id)
+        ids.append(tracker.id_of(experiment.run(recipe, named, CPU, tracker, name, parent.id, tags).run_key))
     dice = np.random.default_rng(0)
     for number in range(2, 16):  # without files
         state = {14: State.PRUNED, 15: State.FAILED}.get(number, State.FINISHED)
@@ -81,6 +81,7 @@ def store(
         log(tracker, parent.id, small_recipe, named, number, "trial", State.FAILED, {})
     parent.end(State.FINISHED)
     tracker.open_study("bare-v1-digits", "?", "val/accuracy", []).end(State.FINISHED)
+    assert tracker.flush(60)
     return Store(home, best=ids[1], control=ids[0])
 
 
@@ -146,6 +147,7 @@ def halved(trained: Trained, tmp_path_factory: pytest.TempPathFactory, small_rec
         )
         tracker.client.set_terminated(run_id)
     parent.end(State.FINISHED)
+    assert tracker.flush(60)
     return Store(home, best=run_id, control="")
 
 

@@ -60,6 +60,7 @@ def test_more_runs_than_a_page_of_mlflow_are_all_there(tmp_path: Path, monkeypat
     for number in range(5):
         tracker.client.create_run(experiment, tags=tags | {"trial": str(number)}, start_time=number + 1)
     parent.end(State.FINISHED)
+    assert tracker.flush(30)
     real = tracker.client.search_runs
 
     def pages_of_two(*arguments: object, **named: object) -> object:

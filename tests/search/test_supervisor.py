@@ -195,7 +195,7 @@ def test_a_trial_that_kills_its_worker_is_tried_three_times_and_then_fails_and_c
     def deadly(trial: optuna.Trial, worker: ThreadWorker) -> float:
         rates(trial)
         if trial.user_attrs.get("control"):
-            trial.set_user_attr("run_key", trial.user_attrs.get("run_key", "key of the control"))
+            trial.set_user_attr("run_key", trial.user_attrs.get("run_key", "c" * 32))
             trial.report(0.5, 1)
             raise Died("by SIGKILL")
         return scores(trial, worker)
@@ -205,7 +205,7 @@ def test_a_trial_that_kills_its_worker_is_tried_three_times_and_then_fails_and_c
     dead = one.trials(TrialState.FAIL)
     assert [trial.user_attrs.get("deaths", 0) for trial in dead] == [0, 1, 2]
     assert [trial.user_attrs.get("asked_again", False) for trial in dead] == [True, True, False]
-    assert {trial.user_attrs["run_key"] for trial in dead} == {"key of the control"}
+    assert {trial.user_attrs["run_key"] for trial in dead} == {"c" * 32}
     assert all(trial.user_attrs["control"] for trial in dead)
     assert [trial.user_attrs.get("retry_of") for trial in dead][1:] == [trial.number for trial in dead][:2]
     assert all(trial.params == dead[0].params and trial.intermediate_values == {1: 0.5} for trial in dead)
@@ -213,6 +213,9 @@ def test_a_trial_that_kills_its_worker_is_tried_three_times_and_then_fails_and_c
     assert num_finished(one.study) == 4 and len(one.trials()) == 6
     assert one.seen.outcomes[dead[0].number].reason == "asked again"
     assert one.seen.outcomes[dead[2].number].state == State.FAILED
+    run = one.tracker.client.get_run(one.tracker.id_of("c" * 32))
+    assert (run.info.status, run.data.tags["trial"]) == ("FAILED", str(dead[2].number))
+    assert run.data.tags["reason"] == dead[2].user_attrs["reason"]
 
 
 def test_a_worker_that_never_gets_anywhere_stops_the_study(firm: Callable[..., Firm]) -> None:

@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.experiment import Outcome
+from pipeline.guard import this_worker
 from pipeline.recipe import Recipe
 from pipeline.search import workers
 from pipeline.search.storage import ask_again, num_finished, open_storage, reconcile
@@ -76,6 +77,7 @@ class Lab:
         return optuna.load_study(study_name="lab-v1-digits", storage=self.storage)
 
     def mlflow_runs(self) -> dict[int, Any]:
+        assert self.tracker.flush(60)
         experiment = self.tracker.experiment("lab-v1-digits")
         runs = self.tracker.client.search_runs([experiment], "tags.role = 'trial'")
         numbers = [int(run.data.tags["trial"]) for run in runs]
@@ -84,6 +86,7 @@ class Lab:
 
     def assert_nothing_runs(self) -> None:
         assert not self.study().get_trials(states=(TrialState.RUNNING,))
+        assert self.tracker.flush(60)
         experiment = self.tracker.experiment("lab-v1-digits")
         assert not self.tracker.client.search_runs([experiment], "attributes.status = 'RUNNING'")
 
@@ -99,7 +102,7 @@ def test_a_study_runs_its_trials_and_tracks_each_once(lab: Lab, small_recipe: Re
     runs = lab.mlflow_runs()
     for trial in study.trials:
         run = runs[trial.number]
-        assert trial.user_attrs["mlflow_run_id"] == run.info.run_id
+        assert trial.user_attrs["run_key"] == run.data.tags["run_key"]
         assert run.data.tags["recipe_digest"] == trial.user_attrs["recipe_digest"]
         assert float(run.data.params["optimizer.lr"]) == trial.params["optimizer.lr"]
         assert run.data.metrics["val/accuracy"] == trial.value
@@ -158,10 +161,11 @@ def test_a_trial_that_was_declared_dead_is_told_and_logged_no_more(lab: Lab) -> 
     study = lab.run(3, observer=Silent(declare_dead))
     dead = study.trials[1]
     assert (dead.state, dead.value, dead.intermediate_values) == (TrialState.FAIL, None, {})
-    run = lab.mlflow_runs()[1]
-    assert "state" not in run.data.tags and run.info.status == "RUNNING", "it is another's to end"
-    epochs = lab.tracker.client.get_metric_history(run.info.run_id, "val/accuracy")
-    assert [point.step for point in epochs] == [1]
+    runs = lab.mlflow_runs()
+    assert set(runs) == {0, 2, 3}, "its run is the retry's"
+    assert runs[2].data.tags["run_key"] == dead.user_attrs["run_key"] and runs[2].info.status == "FINISHED"
+    epochs = lab.tracker.client.get_metric_history(runs[2].info.run_id, "val/accuracy")
+    assert [point.step for point in epochs] == [1, 2]
     assert study.trials[2].user_attrs["retry_of"] == 1 and study.trials[2].state is TrialState.COMPLETE
     assert num_finished(study) == 3
 
@@ -259,6 +263,7 @@ def test_a_signal_ends_the_trial_killed_and_the_study_resumes(number: signal.Sig
     study = lab.run(3)
     assert num_finished(study) == 3
     assert study.trials[2].params == study.trials[1].params, "the interrupted trial is asked again"
+    lab.assert_nothing_runs()
     assert lab.tracker.client.get_run(parent.info.run_id).info.status == "FINISHED"
 
 
@@ -316,15 +321,25 @@ def test_a_trial_that_ended_half_way_through_its_space_is_asked_again_whole_and_
     assert waiting[0].user_attrs == {"retry_of": trial.number, "control": True, "whole": True}
 
 
-def test_a_finished_run_whose_trial_was_never_told_is_not_among_the_best(lab: Lab) -> None:
-    """Its process was killed between the two: the trial is asked again, and would stand there twice."""
+def test_a_finished_run_whose_trial_was_never_told_is_gone_on_with_and_stands_there_once(lab: Lab) -> None:
+    """Its process was killed between the two: the trial is asked again."""
     lab.run(1)
     study = lab.study()
-    parent = study.user_attrs["mlflow_run_id"]
-    lab.tracker.close_abandoned(parent, abandoned={0}, alive=())
-    run = lab.mlflow_runs()[0]
-    assert (run.info.status, run.data.tags["state"]) == ("KILLED", State.INTERRUPTED)
-    assert not lab.tracker.best_run_ids(lab.tracker.studies()[0], 10)
+    lost = study.ask()
+    rates(lost)
+    lost.set_user_attr("worker", this_worker() | {"started": 0.0})
+    lost.set_user_attr("run_key", "a" * 32)
+    tags = {"role": "trial", "study": study.study_name, "trial": str(lost.number)}
+    parent, recipe = study.user_attrs["mlflow_run_id"], lab.base.changed(lost.params)
+    with lab.tracker.run("trial 1", recipe, lab.data, parent, tags, "a" * 32) as run:
+        run.end(State.FINISHED)
+    lab.run(2)
+    assert [trial.state.name for trial in lab.study().trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    runs = lab.mlflow_runs()
+    assert set(runs) == {0, 2}
+    assert runs[2].data.tags["run_key"] == "a" * 32 and runs[2].info.status == "FINISHED"
+    assert len(lab.tracker.best_run_ids(lab.tracker.studies()[0], 10)) == 2
+    lab.assert_nothing_runs()
 
 
 def test_two_stores_of_one_study_share_an_mlflow_without_touching_each_other(
@@ -338,6 +353,7 @@ def test_two_stores_of_one_study_share_an_mlflow_without_touching_each_other(
             other.run(1)
 
     lab.run(1, observer=Silent(meanwhile))
+    assert lab.tracker.flush(60)
     experiment = lab.tracker.experiment("lab-v1-digits")
     runs = lab.tracker.client.search_runs([experiment], "tags.role = 'trial'")
     assert [run.info.status for run in runs] == ["FINISHED"] * 2

@@ -48,7 +48,9 @@ def test_no_store_is_told_and_not_made(tmp_path: Path) -> None:
 
 
 def test_a_store_without_a_finished_run_is_told(tmp_path: Path) -> None:
-    MlflowTracker(tmp_path).open_study("s", "?", "val/accuracy", []).end(State.FINISHED)
+    tracker = MlflowTracker(tmp_path)
+    tracker.open_study("s", "?", "val/accuracy", []).end(State.FINISHED)
+    assert tracker.flush(30)
     assert refusal(tmp_path, None).startswith("no finished run yet")
 
 
@@ -61,7 +63,7 @@ def scored(
         run.log_metrics({"val/accuracy": score}, 1)
         run.end(State.FINISHED)
     parent_run.end(State.FINISHED)
-    return run.id
+    return tracker.id_of(run.key)
 
 
 def test_the_default_is_the_best_run_of_all_studies_on_the_last_ones_data(

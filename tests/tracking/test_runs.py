@@ -64,8 +64,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def stored(tracker: MlflowTracker, run_id: str) -> StoredRun:
-    return tracker.client.get_run(run_id)
+def stored(tracker: MlflowTracker, run: MlflowRun | str) -> StoredRun:
+    """What MLflow has of a run, when it has all that was measured so far."""
+    assert tracker.flush(30)
+    return tracker.client.get_run(run if isinstance(run, str) else str(run.id))
 
 
 def trial_tags(study: str, trial: int) -> dict[str, str]:
@@ -86,14 +88,14 @@ def test_a_run_holds_recipe_data_code_and_machine_in_every_store(
     tracker: MlflowTracker = request.getfixturevalue(store)
     parent = tracker.open_study("whole-v1-digits", "Why?", "val/accuracy", ["optimizer.lr"])
     with tracker.run("trial 3", small_recipe, digits, parent.id, trial_tags("whole-v1-digits", 3)) as run:
-        assert stored(tracker, run.id).info.status == "RUNNING"
+        assert stored(tracker, run).info.status == "RUNNING"
         run.log_metrics({"val/accuracy": 0.5, "val/loss": 1.5}, 1)
         run.log_metrics({"val/accuracy": 0.75}, 2)
         (tmp_path / "logged").mkdir()
         (tmp_path / "logged" / "notes.txt").write_text("seen")
         run.log_files(tmp_path / "logged")
         run.end(State.FINISHED)
-    found = stored(tracker, run.id)
+    found = stored(tracker, run)
 
     assert found.info.run_name == "trial 3"
     assert found.info.status == "FINISHED"
@@ -114,7 +116,7 @@ def test_a_run_holds_recipe_data_code_and_machine_in_every_store(
     assert tags["git_dirty"] in ("true", "false")
     assert tags["hardware"].startswith("cpu: ") and re.match(r"\d+\.\d+", tags["torch"])
     assert tags["mlflow.parentRunId"] == parent.id
-    assert found.info.experiment_id == stored(tracker, parent.id).info.experiment_id
+    assert found.info.experiment_id == stored(tracker, parent).info.experiment_id
 
     [shown] = found.inputs.dataset_inputs
     assert shown.dataset.name == "digits"
@@ -141,7 +143,7 @@ def test_each_state_has_its_status_in_mlflow_and_its_tag(
 ) -> None:
     with tracker.run("run", small_recipe, digits) as run:
         run.end(state, "because")
-    found = stored(tracker, run.id)
+    found = stored(tracker, run)
     assert found.info.status == status
     assert found.info.end_time
     assert (found.data.tags["state"], found.data.tags["reason"]) == (str(state), "because")
@@ -152,7 +154,7 @@ def test_a_run_without_a_parent_is_in_the_data_sets_experiment(
 ) -> None:
     with tracker.run("run", small_recipe, digits) as run:
         run.end(State.FINISHED)
-    found = stored(tracker, run.id)
+    found = stored(tracker, run)
     assert tracker.client.get_experiment(found.info.experiment_id).name == "digits"
     assert "reason" not in found.data.tags and "mlflow.parentRunId" not in found.data.tags
 
@@ -167,7 +169,7 @@ def test_a_block_that_an_exception_leaves_is_failed_with_it_as_the_reason_and_ra
     ):
         raise error
     assert caught.value is error
-    found = stored(tracker, run.id)
+    found = stored(tracker, run)
     assert found.info.status == "FAILED"
     assert (found.data.tags["state"], found.data.tags["reason"]) == ("failed", repr(error))
 
@@ -175,21 +177,19 @@ def test_a_block_that_an_exception_leaves_is_failed_with_it_as_the_reason_and_ra
 def test_a_run_that_nobody_ended_is_failed(tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData) -> None:
     with tracker.run("run", small_recipe, digits) as run:
         pass
-    found = stored(tracker, run.id)
+    found = stored(tracker, run)
     assert (found.info.status, found.data.tags["reason"]) == ("FAILED", "ended without a state")
 
 
-def test_a_run_that_could_not_begin_is_failed(
+def test_a_run_whose_journal_the_disk_does_not_take_is_told_in_a_line_and_leaves_nothing(
     tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
 ) -> None:
     blocked = MlflowTracker(tmp_path, tracker.uri)
-    parent = blocked.open_study("blocked-v1-digits", "Why?", "val/accuracy", [])
-    (tmp_path / "artifacts").write_text("a file where the folder should be")
-    with pytest.raises(OSError), blocked.run("run", small_recipe, digits, parent.id):
-        pytest.fail("the block was entered")
-    [run] = [run for run in all_runs(blocked, "blocked-v1-digits") if run.info.run_id != parent.id]
-    assert run.info.status == "FAILED"
-    assert run.data.tags["reason"] == "NotADirectoryError(20, 'Not a directory')"
+    (tmp_path / "journal").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"can't be written.*free space") as caught:
+        blocked.run("run", small_recipe, digits).__enter__()
+    assert len(caught.value.lines) == 1
+    assert not blocked.waiting
 
 
 def all_runs(tracker: MlflowTracker, study: str) -> list[StoredRun]:
@@ -200,7 +200,7 @@ def test_the_first_end_counts(tracker: MlflowTracker, small_recipe: Recipe, digi
     with tracker.run("run", small_recipe, digits) as run:
         run.end(State.PRUNED, "below the median")
         run.end(State.FINISHED)
-    found = stored(tracker, run.id)
+    found = stored(tracker, run)
     assert (found.info.status, found.data.tags["reason"]) == ("KILLED", "below the median")
 
 
@@ -209,7 +209,7 @@ def test_a_reason_too_long_for_a_tag_is_cut_and_the_run_ends(
 ) -> None:
     with tracker.run("run", small_recipe, digits) as run:
         run.end(State.FAILED, "é" * 100_000)
-    found = stored(tracker, run.id)
+    found = stored(tracker, run)
     assert found.info.status == "FAILED"
     assert re.fullmatch("é{1000,}", found.data.tags["reason"])
 
@@ -222,7 +222,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name_and_nothing_of_their_ba
         with pytest.raises(ValueError, match="val/loss"):
             run.log_metrics({"val/accuracy": 0.5, "val/loss": value}, 1)
         run.end(State.FINISHED)
-    assert stored(tracker, run.id).data.metrics == {}
+    assert stored(tracker, run).data.metrics == {}
 
 
 def test_a_batch_of_1200_metrics_arrives_whole(
@@ -232,7 +232,7 @@ def test_a_batch_of_1200_metrics_arrives_whole(
     with tracker.run("run", small_recipe, digits) as run:
         run.log_metrics(metrics, 1)
         run.end(State.FINISHED)
-    assert stored(tracker, run.id).data.metrics == metrics
+    assert stored(tracker, run).data.metrics == metrics
 
 
 def test_the_machines_load_is_in_the_run(
@@ -242,7 +242,7 @@ def test_the_machines_load_is_in_the_run(
     with tracker.run("run", small_recipe, digits) as run:
         time.sleep(0.5)
         run.end(State.FINISHED)
-    metrics = stored(tracker, run.id).data.metrics
+    metrics = stored(tracker, run).data.metrics
     assert 0 <= metrics["system/cpu_utilization_percentage"] <= 100
     assert metrics["system/system_memory_usage_megabytes"] > 0
 
@@ -250,9 +250,9 @@ def test_the_machines_load_is_in_the_run(
 def test_a_study_opened_again_goes_on_with_its_parent_run(tracker: MlflowTracker) -> None:
     first = tracker.open_study("again-v1-digits", "Which rate is best?", "val/f1_macro", ["optimizer.lr"])
     first.end(State.INTERRUPTED)
-    assert stored(tracker, first.id).info.status == "KILLED"
+    assert stored(tracker, first).info.status == "KILLED"
     second = tracker.open_study("again-v1-digits", "Which rate is best?", "val/f1_macro", ["optimizer.lr"], first.id)
-    found = stored(tracker, second.id)
+    found = stored(tracker, second)
     assert second.id == first.id
     assert found.info.status == "RUNNING"
     assert found.data.tags["role"] == "study"
@@ -260,7 +260,7 @@ def test_a_study_opened_again_goes_on_with_its_parent_run(tracker: MlflowTracker
     experiment = tracker.client.get_experiment(found.info.experiment_id)
     assert f"mlflow.sharedViewState.{found.data.tags['view']}" in experiment.tags
     second.end(State.FINISHED)
-    assert stored(tracker, second.id).info.status == "FINISHED"
+    assert stored(tracker, second).info.status == "FINISHED"
     stranger = tracker.open_study("again-v1-digits", "Which rate is best?", "val/f1_macro", ["optimizer.lr"])
     assert stranger.id != first.id, "another store's study of this name"
     stranger.end(State.FINISHED)
@@ -277,12 +277,14 @@ def test_the_studies_of_a_store_are_listed_the_last_one_run_first(tmp_path: Path
     for name in ("a-v1-digits", "b-v1-digits", "c-v1-digits"):
         parents[name] = tracker.open_study(name, "Why?", "val/accuracy", [])
         parents[name].end(State.FINISHED)
+        assert tracker.flush(30)
         time.sleep(0.01)  # MLflow counts milliseconds
     tracker.experiment("no-study")
     assert [study.name for study in tracker.studies()] == ["c-v1-digits", "b-v1-digits", "a-v1-digits"]
     reopened = tracker.open_study("a-v1-digits", "Why?", "val/accuracy", [], parents["a-v1-digits"].id)
     assert [study.name for study in tracker.studies()] == ["a-v1-digits", "c-v1-digits", "b-v1-digits"]
     reopened.end(State.FINISHED)
+    assert tracker.flush(30)
     assert [study.name for study in tracker.studies()] == ["a-v1-digits", "c-v1-digits", "b-v1-digits"]
     study = tracker.studies()[0]
     assert (study.experiment, study.objective) == (tracker.experiment("a-v1-digits"), "val/accuracy")
@@ -298,39 +300,49 @@ def test_the_best_runs_are_the_finished_trials_best_first(
         with tracker.run("trial", small_recipe, digits, parent.id, trial_tags("best-v1-digits", number)) as run:
             run.log_metrics({"val/accuracy": accuracy, "val/loss": 1 - accuracy}, 1)
             run.end(state)
-        ids[run.id] = accuracy
+        ids[stored(tracker, run).info.run_id] = accuracy
     parent.log_metrics({"val/accuracy": 1.0}, 1)
     parent.end(State.FINISHED)
+    assert tracker.flush(30)
     [study] = [study for study in tracker.studies() if study.name == "best-v1-digits"]
     assert [ids[run_id] for run_id in tracker.best_run_ids(study, 10)] == [0.9, 0.5, 0.2]
     assert [ids[run_id] for run_id in tracker.best_run_ids(study, 2)] == [0.9, 0.5]
 
 
-def test_runs_are_closed_where_their_trials_are_dead_and_only_there(
-    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+def test_runs_of_a_study_that_nobody_is_at_are_closed_and_only_those(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
 ) -> None:
     parent = tracker.open_study("left-v1-digits", "Why?", "val/accuracy", [])
     other = tracker.open_study("other-v1-digits", "Why?", "val/accuracy", [])
-    with tracker.run("trial 0", small_recipe, digits, parent.id, trial_tags("left-v1-digits", 0)) as finished:
-        finished.end(State.FINISHED)
+    elsewhere = MlflowTracker(tmp_path / "elsewhere", tracker.uri)  # whose journals are not here
     with ExitStack() as left_open:
 
-        def run(parent: MlflowRun, study: str, trial: int) -> str:
-            opened = tracker.run("trial", small_recipe, digits, parent.id, trial_tags(study, trial))
-            return left_open.enter_context(opened).id
+        def run(of: MlflowRun, study: str, trial: int, at: MlflowTracker = elsewhere, role: str = "trial") -> MlflowRun:
+            tags = trial_tags(study, trial) | {"role": role}
+            opened = left_open.enter_context(at.run("trial", small_recipe, digits, of.id, tags))
+            at.id_of(opened.key)
+            return opened
 
-        dead, alive = run(parent, "left-v1-digits", 1), run(parent, "left-v1-digits", 2)
-        elsewhere = run(other, "other-v1-digits", 1)
-        tracker.close_abandoned(parent.id, abandoned=(), alive={2})
-        closed = stored(tracker, dead)
-        assert (closed.info.status, closed.data.tags["state"]) == ("KILLED", "interrupted")
-        assert closed.data.tags["reason"] == "its process is gone"
-        for run_id in (alive, elsewhere, parent.id):
-            assert stored(tracker, run_id).info.status == "RUNNING"
-    assert stored(tracker, finished.id).data.tags["state"] == "finished"
+        dead, told = run(parent, "left-v1-digits", 1), run(parent, "left-v1-digits", 2)
+        others = [
+            run(parent, "left-v1-digits", 3),
+            run(parent, "left-v1-digits", 4, at=tracker),
+            run(parent, "left-v1-digits", 1, role="final"),
+            run(other, "other-v1-digits", 1),
+            parent,
+        ]
+        tracker.close_lost(parent.id, alive={others[0].key}, ended={told.key: (State.PRUNED, "too bad")})
+        closed = {name: stored(tracker, run) for name, run in (("dead", dead), ("told", told))}
+        assert {name: (run.info.status, run.data.tags["state"]) for name, run in closed.items()} == {
+            "dead": ("KILLED", "interrupted"),
+            "told": ("KILLED", "pruned"),
+        }
+        assert [run.data.tags["reason"] for run in closed.values()] == ["its process is gone", "too bad"]
+        for each in others:
+            assert stored(tracker, each).info.status == "RUNNING"
 
 
-def test_finals_and_reproductions_are_neither_the_best_trials_nor_closed_with_them(
+def test_finals_and_reproductions_are_not_the_best_trials(
     tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     parent = tracker.open_study("roles-v1-digits", "Why?", "val/accuracy", [])
@@ -341,15 +353,27 @@ def test_finals_and_reproductions_are_neither_the_best_trials_nor_closed_with_th
         with tracker.run(role, small_recipe, digits, parent.id, tags | {"role": role}) as run:
             run.log_metrics({"val/accuracy": score}, 1)
             run.end(State.FINISHED)
-        ids[role] = run.id
-        assert [child.info.run_id for child in tracker.children(study, role)] == [run.id]
+        ids[role] = tracker.id_of(run.key)
+        assert [child.info.run_id for child in tracker.children(study, role)] == [ids[role]]
     assert tracker.best_run_ids(study, 10) == [ids["trial"]]
-    tracker.close_abandoned(parent.id, abandoned={0}, alive=())
-    assert {role: stored(tracker, run).data.tags["state"] for role, run in ids.items()} == {
-        "trial": "interrupted",
-        "final": "finished",
-        "reproduction": "finished",
-    }
+
+
+def test_the_run_of_a_process_that_is_gone_is_ended_wherever_its_journal_is(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
+) -> None:
+    parent = tracker.open_study("ended-v1-digits", "Why?", "val/accuracy", [])
+    tags = trial_tags("ended-v1-digits", 7)
+    elsewhere = MlflowTracker(tmp_path / "elsewhere", tracker.uri)
+    with elsewhere.run("trial 7", small_recipe, digits, parent.id, tags) as run:
+        run.log_metrics({"val/accuracy": 0.5}, 1)
+        elsewhere.id_of(run.key)
+        run.leave()  # as one does whose trial was declared dead
+    tracker.end_run(run.key, parent.id, "trial 7", tags, State.FAILED, "it died too often")
+    ended = tracker.client.get_run(tracker.id_of(run.key))
+    assert (ended.info.status, ended.data.tags["reason"]) == ("FAILED", "it died too often")
+    assert ended.data.metrics["val/accuracy"] == 0.5
+    assert elsewhere.take_over() == 0, "what was left there is another's"
+    assert stored(tracker, run).data.tags["state"] == "failed"
 
 
 def test_runs_are_closed_whose_process_is_gone(
@@ -362,21 +386,23 @@ def test_runs_are_closed_whose_process_is_gone(
         runs = {
             name: left_open.enter_context(
                 tracker.run(name, small_recipe, digits, parent.id, {"role": "final", "worker": json.dumps(worker)})
-            ).id
+            )
             for name, worker in workers.items()
         }
-        tracker.close_gone(stored(tracker, parent.id).info.experiment_id)
+        assert tracker.flush(30)
+        tracker.close_gone(stored(tracker, parent).info.experiment_id)
         statuses = {name: stored(tracker, run).info.status for name, run in runs.items()}
         assert statuses == {"alive": "RUNNING", "gone": "KILLED", "elsewhere": "RUNNING"}
-        assert stored(tracker, parent.id).info.status == "RUNNING", "what names no process is left alone"
+        assert stored(tracker, parent).info.status == "RUNNING", "what names no process is left alone"
         assert stored(tracker, runs["gone"]).data.tags["reason"] == "its process is gone"
 
 
 def test_an_artifact_is_read_or_not_there(tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData) -> None:
     with tracker.run("run", small_recipe, digits) as run:
         run.end(State.FINISHED)
-    assert parse_recipe(tracker.read_file(run.id, "recipe.json") or "") == small_recipe
-    assert tracker.read_file(run.id, "weights.safetensors") is None
+    run_id = tracker.id_of(run.key)
+    assert parse_recipe(tracker.read_file(run_id, "recipe.json") or "") == small_recipe
+    assert tracker.read_file(run_id, "weights.safetensors") is None
 
 
 def test_a_deleted_experiment_is_refused_in_a_line_that_tells_the_way_out(tracker: MlflowTracker) -> None:

@@ -12,6 +12,7 @@ def tracker(tmp_path: Path) -> MlflowTracker:
     tracker = MlflowTracker(tmp_path / "mlruns")
     for name in ("attention-v1-digits", "attention-v2-digits", "attention_two-v1-digits"):
         tracker.open_study(name, "?", "val/accuracy", []).end(State.FINISHED)
+        assert tracker.flush(30)
     return tracker
 
 

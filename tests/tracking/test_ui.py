@@ -61,8 +61,9 @@ def site(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits:
             tags={"role": "trial", "study": "tiny-v1-digits", "trial": str(trial)},
         )
         assert outcome.state is State.FINISHED
-        accuracies[outcome.run_id] = outcome.metrics["val/accuracy"]
+        accuracies[tracker.id_of(outcome.run_key)] = outcome.metrics["val/accuracy"]
     parent.end(State.FINISHED)
+    assert tracker.flush(30)
     accuracies = dict(sorted(accuracies.items(), key=lambda item: -item[1]))
     first, second = accuracies.values()
     assert first > second, "the order on the page tells nothing where the trials are equal"
@@ -189,7 +190,6 @@ def test_a_runs_picture_is_seen_on_its_page(site: Site, page: Page) -> None:
 
 def test_the_server_listens_on_this_machine_only(site: Site) -> None:
     processes = family(site.server.pid)
-    assert len(processes) <= 3, "one worker"
     listening = {
         connection.laddr[:2]
         for process in processes
@@ -223,7 +223,7 @@ def test_a_server_that_cannot_start_is_told_with_the_reason_and_leaves_nothing(t
     port = free_port()
     with pytest.raises(UserError, match=rf"did not start on port {port}: .*server\.log") as caught:
         start_server("nosuch://maria:hunter2@127.0.0.1/runs", tmp_path, port)
-    assert "hunter2" not in str(caught.value)
+    assert "hunter2" not in str(caught.value) + (tmp_path / "server.log").read_text()
     assert not listens(port)
 
 
@@ -252,24 +252,21 @@ def test_ctrl_c_while_the_server_starts_leaves_no_process(tmp_path: Path) -> Non
     assert family(leader.pid) == []
 
 
-def test_stop_ends_the_workers_of_a_server_that_was_killed(
+def test_a_server_that_was_killed_leaves_nothing_and_is_quiet(
     site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     port = free_port()
     server = start_server(site.uri, tmp_path, port)
     assert capfd.readouterr() == ("", "")
-    workers = [process for process in family(server.pid) if process.pid != server.pid]
+    assert [process.pid for process in family(server.pid)] == [server.pid], "one process"
     server.kill()
     server.wait()
-    assert listens(port), "the worker outlives its parent"
     stop_server(server)
-    psutil.wait_procs(workers, timeout=10)
     assert family(server.pid) == [] and not listens(port)
 
 
 def test_stop_leaves_no_process_behind_though_a_browser_is_still_connected(site: Site, page: Page) -> None:
     """The last test of the site."""
     page.goto(site.links["trials"])
-    assert len(family(site.server.pid)) > 1
     stop_server(site.server)
     assert family(site.server.pid) == [] and not listens(site.port)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -401,3 +402,11 @@ def test_what_a_kill_left_of_the_old_one_does_not_come_back_when_the_new_one_is_
         read_checkpoint(tmp_path / "best")
     save_checkpoint(tmp_path / "best", convnet(2), None, {})
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_the_current_folder_is_read_as_any_other(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "model", nn.Linear(2, 3), None, {"a": 1})
+    monkeypatch.chdir(tmp_path / "model")
+    assert read_checkpoint(Path(".")) == {"a": 1}
+    with pytest.raises(UserError, match="no checkpoint here"):
+        read_checkpoint(Path("/"))

@@ -1,0 +1,13 @@
+"""MLflow's scoring server behind the door; `serve.start` has uvicorn call `app`."""
+
+import os
+
+from mlflow.pyfunc import load_model
+from mlflow.pyfunc.scoring_server import init
+
+from pipeline.tracking.door import Door
+
+
+def app() -> Door:
+    """What `mlflow models serve` runs, for the package whose folder the environment names."""
+    return Door(init(load_model(os.environ["PIPELINE_MODEL"])))

