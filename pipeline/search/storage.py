@@ -97,8 +97,8 @@ class PatientStorage(RDBStorage):
     def together(self) -> Iterator[None]:
         """What this thread sets of a trial in the block, parameters and user attributes, is written at its end, at once.
 
-        Optuna's own way is a transaction for each with three statements or four; of what a trial sleeping in the place of
-        training costs a database, that was most. Nothing that was set can be read before the end.
+        Optuna's own way is a transaction for each, with two or three statements. Nothing that was set can be read before
+        the end.
         """
         self._repeats.params, self._repeats.attributes = [], {}
         try:

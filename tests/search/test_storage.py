@@ -221,3 +221,22 @@ def test_eight_first_starts_on_an_empty_folder_make_one_store(tmp_path: Path) ->
     )
     starts = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(8)]
     assert [start.wait() for start in starts] == [0] * 8
+
+
+def test_what_a_trial_sets_together_is_written_once_at_the_end(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    study = optuna.create_study(storage=storage)
+    trial = study.ask()
+    with storage.together():
+        rate = trial.suggest_float("lr", 0, 1)
+        trial.set_user_attr("epochs", 2)
+        trial.set_user_attr("epochs", 3)
+        assert not storage.get_trial(trial._trial_id).params
+    stored = storage.get_trial(trial._trial_id)
+    assert (stored.params, stored.user_attrs) == ({"lr": rate}, {"epochs": 3})
+    again = [(trial._trial_id, "lr", rate, stored.distributions["lr"])]
+    storage.set_at_once(trial._trial_id, again, {"epochs": 4})  # as after a reply that was lost
+    assert storage.get_trial(trial._trial_id).user_attrs == {"epochs": 4}
+    study.tell(trial, 1.0)
+    with pytest.raises(UpdateFinishedTrialError), storage.together():
+        trial.set_user_attr("epochs", 5)
