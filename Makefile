@@ -10,7 +10,7 @@ quoted = '$(subst ','\'',$(value $(1)))'
 typed = $(if $(value $(1)),$(if $(filter command line,$(origin $(1)))$(filter DATA_DIR,$(1)),$(call quoted,$(1))))
 option = $(if $(call typed,$(1)),--$(2)=$(call typed,$(1)))
 unexport NAME TRIALS EPOCHS TIMEOUT PATIENCE DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT IMAGE MODEL METHOD SHOW OUTPUT AGAINST JSON \
-  INT8 TOP SEEDS RUN TOLERANCE RULES FORCE REASON PEER AIRBENCH ONLY WORKERS CLUSTER HANG
+  INT8 TOP SEEDS RUN TOLERANCE RULES FORCE REASON PEER AIRBENCH ONLY WORKERS CLUSTER HANG FIX
 
 STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout PATIENCE:patience DATASET:dataset DATA_DIR:data-dir DEVICE:device SEED:seed \
   VERSION:version STORAGE:storage TRACKING_URI:tracking-uri SET:set WORKERS:workers CLUSTER:cluster HANG:hang
@@ -30,14 +30,14 @@ REPRODUCE_OPTIONS := DATA_DIR:data-dir DEVICE:device TOLERANCE:tolerance TRACKIN
 ALL_OPTIONS := $(STUDY_OPTIONS) $(PREDICT_OPTIONS) $(BENCH_OPTIONS) $(BENCH_GPU_OPTIONS) $(FINALS_OPTIONS) $(PROMOTE_OPTIONS) $(REPRODUCE_OPTIONS)
 
 # A mistyped variable would silently run something else.
-KNOWN := NAME PORT IMAGE SHOW JSON FORCE INT8 PYTHON LOCKED $(sort $(foreach o,$(ALL_OPTIONS),$(firstword $(subst :, ,$(o)))) RUN)
+KNOWN := NAME PORT IMAGE SHOW JSON FORCE INT8 FIX PYTHON LOCKED $(sort $(foreach o,$(ALL_OPTIONS),$(firstword $(subst :, ,$(o)))) RUN)
 UNKNOWN := $(strip $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(filter-out $(KNOWN),$(v)))))
 ifneq ($(filter-out -%,$(UNKNOWN)),)
 $(error no such variable: $(UNKNOWN) (there are $(KNOWN)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study plan compare finals promote rollback history reproduce sync relocate predict export serve ui bench bench-gpu test chaos test-floors check format lock
+.PHONY: help setup study plan compare finals promote rollback history reproduce sync audit relocate predict export serve ui bench bench-gpu test chaos test-floors check format lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
@@ -76,6 +76,9 @@ reproduce: $(READY) ## make a run again and compare, bit for bit where that can 
 sync: $(READY) ## send MLflow what waits on disk since it was away or a command was killed: [TRACKING_URI=]
 	@$(BIN)/python -m pipeline sync $(call option,TRACKING_URI,tracking-uri)
 
+audit: $(READY) ## whether all is there, once, and whole: trials, runs, points, models, files: [FIX=1 STORAGE= TRACKING_URI=]
+	@$(BIN)/python -m pipeline audit $(if $(call typed,FIX),$(if $(filter-out 0,$(value FIX)),--fix)) $(call option,STORAGE,storage) $(call option,TRACKING_URI,tracking-uri)
+
 relocate: $(READY) ## after mlruns/ was moved: write its new place into its database
 	@$(BIN)/python -m pipeline relocate
 
@@ -105,8 +108,8 @@ bench-gpu: $(READY) ## what a GPU is worth here, in under ten minutes: [PEER=pee
 test: $(READY) ## run the tests (DATA_DIR= with CIFAR-10 in it runs those on real data too)
 	@$(if $(value DATA_DIR),DATA_DIR=$(call quoted,DATA_DIR)) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-chaos: $(READY) ## the slow tests of faults: processes killed, paused and stopped, databases restarted
-	@$(BIN)/python -m pytest -m chaos
+chaos: $(READY) ## faults for half an hour: processes killed, paused and stopped, disks, databases, clocks; a table of what was lost: [OUTPUT=mlruns/chaos DATA_DIR=]
+	@$(if $(call typed,OUTPUT),OUTPUT=$(call typed,OUTPUT)) $(if $(value DATA_DIR),DATA_DIR=$(call quoted,DATA_DIR)) $(BIN)/python -m pytest -m chaos
 
 check: $(READY) ## ruff, formatting, types
 	@$(BIN)/ruff check

@@ -58,9 +58,21 @@ def alone(key: str, home: Path) -> Iterator[None]:
         raise UserError(f"study {key}: another command is running it; wait for it, or stop it") from None
 
 
+def is_running(key: str, home: Path) -> bool:
+    """Whether a command on this machine runs a study just now."""
+    lock = home / f"{key}.lock"
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def this_worker() -> dict[str, Any]:
     """Names this process so that another can tell whether it still lives; JSON."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
 
 
 def is_gone(worker: Mapping[str, Any]) -> bool:
@@ -68,9 +80,15 @@ def is_gone(worker: Mapping[str, Any]) -> bool:
     if worker["host"] != socket.gethostname():
         return False
     try:
-        return abs(psutil.Process(worker["pid"]).create_time() - worker["started"]) > 1
+        return abs(_started(worker["pid"]) - worker["started"]) > 1
     except psutil.NoSuchProcess:
         return True
+
+
+def _started(pid: int) -> float:
+    """Seconds from the machine's start to the process's: as times of day both jump when the clock is set."""
+    booted = psutil.boot_time()
+    return psutil.Process(pid).create_time() - booted
 
 
 def end_process(worker: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -25,6 +26,9 @@ from pipeline.registry.package import Package, package
 from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.relocate import relocate
 from pipeline.tracking.runs import MlflowTracker, State
+
+if TYPE_CHECKING:
+    from harness import Row, Zygote
 
 # A shell starts what runs in its background with Ctrl-C ignored, which the commands under test would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -156,3 +160,25 @@ def registered(trained: Trained, package: Package) -> Iterator[str]:
         yield str(version)
     finally:
         client.delete_registered_model("image-classifier")
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Zygote"]:
+    """Starts processes of the pipeline; see tests/chaos."""
+    from harness import Zygote
+
+    with contextlib.closing(Zygote(tmp_path_factory.mktemp("zygote"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def table(request: pytest.FixtureRequest) -> Iterator[list["Row"]]:
+    """The kill matrix of this session: shown, and written to the folder OUTPUT or mlruns/chaos, where there is one."""
+    from harness import merged, write_table
+
+    rows: list[Row] = []
+    yield rows
+    if rows:
+        shown = write_table(merged(rows), Path(os.environ.get("OUTPUT", "mlruns/chaos")))
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{shown}")  # noqa: T201

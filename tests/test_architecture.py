@@ -20,7 +20,7 @@ FLOORS = [
     {"experiment", "prediction"},
     {"speed"},
     {"search", "registry"},
-    {"report", "console", "bench"},
+    {"report", "console", "bench", "audit"},
     {"bench_gpu"},
     {"cli"},
     {"__main__"},

@@ -253,6 +253,7 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
         (["rollback", "--reason", "x", "--version", "0"], ["VERSION 0: should be a number"]),
         (["rollback", "--reason", "x"], ["no runs yet in mlruns"]),
         (["history"], ["no promotions yet in mlruns"]),
+        (["audit"], ["no runs yet in mlruns"]),
         (["relocate"], ["there is no mlflow.db here; run this where mlruns/ lies now"]),
         (["finals", "attention"], ["no runs yet in mlruns"]),
         (["finals", "attention", "--device", "gpu"], ["DEVICE gpu: should be auto, cpu, cuda or cuda:N"]),
@@ -296,6 +297,7 @@ def test_the_public_surface_is_frozen() -> None:
         for name, command in group.commands.items()  # type: ignore[attr-defined]
     }
     assert surface == {
+        "audit": ["--fix", "--storage", "--tracking-uri"],
         "bench": ["--against", "--data-dir", "--dataset", "--device", "--json", "--model"],
         "finals": ["--data-dir", "--device", "--epochs", "--seeds", "--top", "--tracking-uri", "name"],
         "bench-gpu": ["--airbench", "--data-dir", "--only", "--output", "--peer"],

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.errors import UserError
@@ -42,3 +43,13 @@ def test_a_process_is_known_to_live_to_be_gone_or_not_to_be_ours_to_judge() -> N
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert is_gone(json.loads(ended))
     assert not is_gone(json.loads(ended) | {"host": "elsewhere"})
+
+
+def test_a_clock_that_is_set_kills_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells when the machine started by today's clock, so that every process seems to have started then too."""
+    me = this_worker()
+    system = psutil._pslinux if psutil.LINUX else psutil
+    booted = system.boot_time()
+    monkeypatch.setattr(system, "boot_time", lambda: booted + 3600)
+    assert abs(psutil.Process().create_time() - booted) > 1
+    assert not is_gone(me)

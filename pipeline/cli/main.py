@@ -25,7 +25,7 @@ from pipeline.cli.measure import bench, bench_gpu, curves, replay
 from pipeline.cli.predict import ensemble, predict
 from pipeline.cli.promote import history, promote, rollback
 from pipeline.cli.ship import export, serve
-from pipeline.cli.store import relocate, sync
+from pipeline.cli.store import audit, relocate, sync
 from pipeline.cli.study import plan, study
 from pipeline.errors import UserError, without_secrets
 
@@ -37,7 +37,7 @@ app = typer.Typer(
 )
 
 for _command in (
-    *(study, plan, compare, ui, finals, promote, rollback, history, reproduce, sync, relocate),
+    *(study, plan, compare, ui, finals, promote, rollback, history, reproduce, sync, audit, relocate),
     *(predict, ensemble, export, serve, bench, bench_gpu, curves, replay),
 ):
     app.command()(_command)

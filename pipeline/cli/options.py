@@ -32,6 +32,9 @@ ChangeOption = Annotated[
         help="Change fields of the base recipe for all trials, e.g. data.image_size=64.",
     ),
 ]
+StorageOption = Annotated[
+    str | None, typer.Option(metavar="URL", help="Optuna's database instead of mlruns/optuna.db.")
+]
 TrackingOption = Annotated[
     str | None, typer.Option(metavar="URL", help="MLflow server or database instead of mlruns/mlflow.db.")
 ]

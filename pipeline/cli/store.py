@@ -1,8 +1,12 @@
-"""`sync` and `relocate`: the runs' store after MLflow was away, and after its folder was moved."""
+"""`sync`, `audit` and `relocate`: the runs' store after MLflow was away, after anything, and after its folder was moved."""
+
+from typing import Annotated
+
+import typer
 
 from pipeline.cli.common import HOME, make_console, runs, say
-from pipeline.cli.options import TrackingOption
-from pipeline.errors import PartlyDone
+from pipeline.cli.options import StorageOption, TrackingOption, database_faults
+from pipeline.errors import PartlyDone, UserError
 
 _GIVE_UP_S = 30.0  # MLflow has not answered for so long
 
@@ -42,6 +46,46 @@ def sync(tracking_uri: TrackingOption = None) -> None:
         lines.append(f"{runs(len(waiting))} still in {folder}: MLflow stopped answering; make sync goes on")
     if lines:
         raise PartlyDone(lines)
+
+
+def audit(
+    fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended without guessing.")] = False,
+    storage: StorageOption = None,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Look whether all is there, once, and whole: trials and runs, points, models, files. A line for each thing that is not.
+
+    Ends with 1 where something was found.
+    """
+    if faults := database_faults(storage, tracking_uri):
+        raise UserError(faults)
+    if tracking_uri is None and not (HOME / "mlflow.db").exists():
+        raise UserError(f"no runs yet in {HOME}; make study NAME=attention DATASET=digits makes some")
+
+    from pipeline.audit import audit as look
+    from pipeline.audit import check_databases, mend
+    from pipeline.search.storage import open_storage
+    from pipeline.tracking.runs import MlflowTracker
+
+    console = make_console()
+    if broken := check_databases(HOME):
+        for line in broken:
+            say(console, line)
+        raise typer.Exit(1)
+    tracker = MlflowTracker(HOME, tracking_uri)
+    store = open_storage(HOME, storage) if storage or (HOME / "optuna.db").exists() else None
+    with make_console(stderr=True).status("looking at every trial, run and file"):
+        for line in mend(HOME, store, tracker) if fix else ():
+            say(console, f"mended: {line}")
+        seen = look(HOME, store, tracker)
+    for line in seen.findings:
+        say(console, line)
+    for line in dict.fromkeys(seen.unchecked):
+        say(console, f"not looked at: {line}")
+    found = f"{len(seen.findings)} found" if seen.findings else "nothing found"
+    say(console, f"{seen.studies} studies, {seen.trials} trials, {seen.runs} runs: {found}")
+    if seen.findings:
+        raise typer.Exit(1)
 
 
 def relocate() -> None:

@@ -17,6 +17,7 @@ from pipeline.cli.options import (
     DeviceOption,
     EpochsOption,
     SeedOption,
+    StorageOption,
     StudyOptions,
     TrackingOption,
     TrialsOption,
@@ -50,9 +51,7 @@ def study(
     device: DeviceOption = "auto",
     seed: SeedOption = None,
     version: VersionOption = None,
-    storage: Annotated[
-        str | None, typer.Option(metavar="URL", help="Optuna's database instead of mlruns/optuna.db.")
-    ] = None,
+    storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
     change: ChangeOption = None,
     workers: WorkersOption = None,

@@ -21,7 +21,7 @@ from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import Connection, NullPool, create_engine, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, public_uri, without_secrets
@@ -213,7 +213,7 @@ def _patient(name: str) -> Callable[..., Any]:
             while True:
                 try:
                     return once(self, *arguments, **named)
-                except (StorageInternalError, DBAPIError) as error:
+                except (StorageInternalError, DBAPIError, PendingRollbackError) as error:
                     if not _is_away(error):
                         raise
                     self.while_waiting()
@@ -240,6 +240,8 @@ for _name in (
 def _is_away(error: BaseException) -> bool:
     """Whether a database may answer the same call later; Optuna wraps what SQLAlchemy raises."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if isinstance(cause, PendingRollbackError):  # the connection broke in the middle of a transaction
+        return True
     if not isinstance(cause, (OperationalError, InterfaceError)):
         return isinstance(cause, DBAPIError) and cause.connection_invalidated
     is_sqlite = type(cause.orig).__module__.startswith("sqlite3")
@@ -328,6 +330,12 @@ def find_study(search: Search, data: TrainingData, storage: RDBStorage) -> optun
     return study
 
 
+def our_studies(storage: RDBStorage) -> list[optuna.Study]:
+    """Every stored study that was made here."""
+    found = [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)]
+    return [study for study in found if "fingerprint" in study.user_attrs]
+
+
 class StudyLock:
     """One command at a time for a study, on whatever machine: a lock that PostgreSQL holds as long as the connection lives.
 
@@ -410,9 +418,11 @@ def bury(
                 reason = f"{why}; so it ended {RETRIES + 1} times"
                 study._storage.set_trial_user_attr(trial._trial_id, "state", str(State.FAILED))
                 study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
-                if key := trial.user_attrs.get("run_key"):
-                    name, tags = run_name(trial), run_tags(study, trial)
-                    tracker.end_run(key, parent, name, tags, State.FAILED, reason)
+                key = trial.user_attrs.get("run_key")
+                if key is None:  # it died each time before it had one
+                    key = uuid.uuid4().hex
+                    study._storage.set_trial_user_attr(trial._trial_id, "run_key", key)
+                tracker.end_run(key, parent, run_name(trial), run_tags(study, trial), State.FAILED, reason)
             study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 

@@ -44,12 +44,15 @@ def run(
         contextlib.closing(_lock(search, data, storage)) as lock,
     ):
         study = open_study(search, data, storage, home)
+        if "run_key" not in study.user_attrs:
+            study.set_user_attr("run_key", uuid.uuid4().hex)
         parent = tracker.open_study(
             study.study_name,
             search.study.question,
             search.study.objective,
             list(search.space()),
             study.user_attrs.get("mlflow_run_id"),
+            study.user_attrs["run_key"],
         )
         assert parent.id is not None
         state = State.FAILED

@@ -182,6 +182,11 @@ def journals(home: Path) -> list[Path]:
     return sorted(found, key=lambda folder: folder.stat().st_ctime_ns)
 
 
+def remains(home: Path) -> list[Path]:
+    """The folders that hold no records, of processes that died while they made or removed them."""
+    return [path for path in (home / FOLDER).glob("*") if not (path / RECORDS).exists() and not is_busy(path)]
+
+
 def address_of(folder: Path) -> str | None:
     """The tracker that a journal was made for, by its first record; None where there is no whole one."""
     try:

@@ -35,7 +35,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, public_uri, without_secrets
 from pipeline.guard import is_gone
 from pipeline.recipe import Recipe
-from pipeline.tracking.journal import FOLDER, Busy, Journal, address_of, is_busy, journals
+from pipeline.tracking.journal import FOLDER, Busy, Journal, address_of, is_busy, journals, remains
 from pipeline.tracking.lineage import code, environment, hardware
 from pipeline.tracking.relocate import check_place
 from pipeline.tracking.shipping import RUN_KEY, SYSTEM, Shipper, Stores, ask, said
@@ -205,23 +205,31 @@ class MlflowTracker:
         return self._stores.experiment(name)
 
     def open_study(
-        self, name: str, note: str, objective: str, params: Sequence[str], run_id: str | None = None
+        self,
+        name: str,
+        note: str,
+        objective: str,
+        params: Sequence[str],
+        run_id: str | None = None,
+        key: str | None = None,
     ) -> "MlflowRun":
-        """A study's parent run, RUNNING: the one of this id, or a new one; `params` are those that it searches.
+        """A study's parent run, RUNNING: the one of this id or key, or a new one; `params` are those that it searches.
 
-        The study itself remembers the id: others may have one of the same name in a shared store. MLflow has answered when
-        it returns: the run's `id` is there. UserError where MLflow does not.
+        The study itself remembers id and key: others may have one of the same name in a shared store, and who dies before it
+        knows the id has made the run. MLflow has answered when it returns: the run's `id` is there. UserError where MLflow
+        does not.
         """
         try:
             experiment = self.experiment(name)
             view_key, view = shared_view(objective, params)
             self.client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{view_key}", view)
-            found = self._active(run_id) if run_id else None
-            key = (found.data.tags.get(RUN_KEY) if found else None) or uuid.uuid4().hex
+            found = self._active(run_id) if run_id else self._stores.find(experiment, key) if key else None
+            key = (found.data.tags.get(RUN_KEY) if found else key) or uuid.uuid4().hex
             tags = {"study": name, "role": "study", "objective": objective, "view": view_key, RUN_KEY: key}
             if found is None:
                 tags |= _provenance() | {"mlflow.note.content": note}
                 run_id = self._stores.make(experiment, name, tags, _now())
+            run_id = found.info.run_id if found else run_id
             assert run_id
             self.client.update_run(run_id, "RUNNING")
         except MlflowException as error:
@@ -334,6 +342,9 @@ class MlflowTracker:
 
         It is sent in the background; `flush` waits for it.
         """
+        for folder in remains(self.home):
+            with contextlib.suppress(Busy, UserError):  # Busy: since; UserError: of a full disk
+                Journal(folder).remove()
         taken = 0
         for key in self.left().free:
             try:
@@ -383,7 +394,7 @@ class MlflowTracker:
         for run in self.client.search_runs([experiment], query, max_results=50_000):
             key = run.data.tags.get(RUN_KEY, "")
             if key not in alive and not (key and (self.home / FOLDER / key).exists()):
-                self._close(run, *ended.get(key, (State.INTERRUPTED, "its process is gone")))
+                self.close(run, *ended.get(key, (State.INTERRUPTED, "its process is gone")))
 
     def end_run(self, key: str, parent: str, name: str, tags: Mapping[str, str], state: State, reason: str) -> None:
         """End, as soon as MLflow answers, the run of a process that is gone, and that nobody will go on with."""
@@ -399,7 +410,7 @@ class MlflowTracker:
         self.take_over()
         self.flush(60)
 
-    def _close(self, run: StoredRun, state: State = State.INTERRUPTED, reason: str = "its process is gone") -> None:
+    def close(self, run: StoredRun, state: State = State.INTERRUPTED, reason: str = "its process is gone") -> None:
         """A run that has no journal."""
         end = _end(state, reason)
         tags = [RunTag(name, value) for name, value in end["tags"].items()]
@@ -428,7 +439,7 @@ class MlflowTracker:
         for run in self.client.search_runs([experiment], "attributes.status = 'RUNNING'", max_results=50_000):
             worker = run.data.tags.get("worker")
             if worker and is_gone(json.loads(worker)):
-                self._close(run)
+                self.close(run)
 
     def read_file(self, run_id: str, name: str) -> bytes | None:
         """An artifact's bytes; None where the run has none of this name."""

@@ -13,6 +13,8 @@ import optuna
 import pytest
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
+from sqlalchemy import event
+from sqlalchemy.exc import PendingRollbackError
 
 from pipeline.errors import UserError
 from pipeline.search import storage
@@ -97,6 +99,22 @@ def lost_reply(tmp_path: Path) -> Iterator[tuple[PatientStorage, Callable[[], No
     store.engine.dialect.do_commit = commit  # type: ignore[method-assign, assignment]
     yield store, lambda: armed.append(True)
     assert not armed, "a reply was lost"
+
+
+def test_a_connection_that_broke_in_the_middle_of_a_read_is_made_again(tmp_path: Path) -> None:
+    """SQLAlchemy says so where PostgreSQL goes away between two queries (found by make chaos)."""
+    store = open_storage(tmp_path)
+    study, _ = waiting_trial(store)
+    queries: list[str] = []
+
+    @event.listens_for(store.engine, "before_cursor_execute")
+    def break_once(connection: Any, cursor: Any, query: str, *rest: Any) -> None:
+        queries.append(query)
+        if len(queries) == 2:
+            raise PendingRollbackError("can't reconnect until invalid transaction is rolled back")
+
+    assert len(store._get_trials(study._study_id, None, set(), -1)) == 1
+    assert len(queries) > 2
 
 
 def test_a_new_trial_whose_reply_was_lost_is_not_doubled(

@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 import pytest
 import torch
 from optuna.trial import TrialState
@@ -286,15 +284,13 @@ def test_a_study_out_of_patience_stops_by_itself_and_goes_on_with_more(lab: Lab)
 def test_trials_of_a_process_that_is_gone_are_asked_again_and_those_of_a_living_one_left_alone(lab: Lab) -> None:
     lab.run(1)
     study = lab.study()
-    code = "import json, psutil, os; print(json.dumps([os.getpid(), psutil.Process().create_time()]))"
-    pid, started = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+    code = "import json; from pipeline.guard import this_worker; print(json.dumps(this_worker()))"
+    gone = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
     dead, alive = study.ask(), study.ask()
     rates(dead)
     rates(alive)
-    host = socket.gethostname()
-    dead.set_user_attr("worker", {"host": host, "pid": pid, "started": started})
-    me = psutil.Process()
-    alive.set_user_attr("worker", {"host": host, "pid": me.pid, "started": me.create_time()})
+    dead.set_user_attr("worker", gone)
+    alive.set_user_attr("worker", this_worker())
 
     parent = study.user_attrs["mlflow_run_id"]
     assert reconcile(study, lab.tracker, parent, lab.home) == [dead.number]

@@ -1,6 +1,5 @@
 """Tracking that survives the tracker: a journal on disk, and a real MLflow server behind a proxy that misbehaves."""
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -19,12 +18,14 @@ import pytest
 from conftest import Trained
 from mlflow.entities import Run as StoredRun
 from mlflow.entities import ViewType
+from proxy import Proxy
 
 import pipeline.tracking.shipping as shipping
 from pipeline.cli.store import sync
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PartlyDone, UserError
 from pipeline.recipe import Recipe
+from pipeline.tracking.inventory import Points, all_points, all_runs
 from pipeline.tracking.journal import RECORDS, Busy, DiskFault, Journal, is_busy, journals
 from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.tracking.ui import HOST, start_server, stop_server
@@ -160,71 +161,6 @@ def test_files_are_kept_though_their_folder_goes(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- a server that fails
 
 
-class Proxy:
-    """TCP between a client and the server; `behave` says what happens to a connection's request.
-
-    `pass`, `down` (refused at once), `cut` (the answer ends in its middle), `lose` (the request arrives, its answer
-    doesn't), `late` (the request arrives after the client has given up), `slow` (the answer takes a second). Where `only` is
-    set, requests without these bytes pass.
-    """
-
-    def __init__(self, port: int):
-        self.upstream, self.behave, self.only, self.times = port, "pass", b"", 10**9
-        self.requests: list[bytes] = []
-        self._socket = socket.create_server((HOST, 0))
-        self.port = self._socket.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def set(self, behave: str, only: bytes = b"", times: int = 10**9) -> None:
-        self.behave, self.only, self.times = behave, only, times
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._socket.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client, contextlib.suppress(OSError):
-            if self.behave == "down" and not self.only:
-                client.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
-                )  # a reset, as a dead server's
-                return
-            while request := _message(client):
-                self.requests.append(request)
-                way = self.behave if self.only in request and self.times > 0 else "pass"
-                if way != "pass":
-                    self.times -= 1
-                if way == "down":
-                    return
-                if way == "late":
-                    time.sleep(2.5)
-                with socket.create_connection((HOST, self.upstream)) as server:
-                    server.sendall(request.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
-                    answer = b"".join(iter(lambda: server.recv(65536), b""))
-                if way == "lose":
-                    return
-                if way == "slow":
-                    time.sleep(1)
-                client.sendall(answer[: len(answer) // 2] if way == "cut" else answer)
-                return  # one request a connection
-
-
-def _message(client: socket.socket) -> bytes:
-    """A whole HTTP request."""
-    text = b""
-    while b"\r\n\r\n" not in text:
-        if not (part := client.recv(65536)):
-            return b""
-        text += part
-    head, _, body = text.partition(b"\r\n\r\n")
-    length = next((int(h.split(b":")[1]) for h in head.split(b"\r\n") if h.lower().startswith(b"content-length:")), 0)
-    while len(body) < length:
-        body += client.recv(65536)
-    return head + b"\r\n\r\n" + body
-
-
 @pytest.fixture(scope="module")
 def server_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     home = tmp_path_factory.mktemp("server")
@@ -346,6 +282,16 @@ def test_a_run_whose_making_was_answered_by_nothing_is_not_made_twice(
     assert tracker.flush(30)
     assert_whole(tracker, key, small_recipe)
     assert len(runs_of(tracker, key, ViewType.ALL)) == (2 if behave == "late" else 1)
+
+
+def test_the_points_of_a_whole_server_are_counted(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
+) -> None:
+    key, _ = train(tracker, small_recipe, digits, tmp_path, lambda epoch: None)
+    assert tracker.flush(30)
+    runs = all_runs(tracker)
+    [mine] = [run.info.run_id for run in runs if run.data.tags["run_key"] == key]
+    assert all_points(tracker, runs)[mine] == dict.fromkeys(("val/accuracy", "val/loss"), Points(12, 12, 1, 12))
 
 
 def test_epochs_travel_many_to_a_request(

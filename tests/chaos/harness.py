@@ -1,0 +1,259 @@
+"""A study under faults: started, killed, run on to its end, and everything counted afterwards."""
+
+import contextlib
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial
+from safetensors.torch import load_file
+
+from pipeline.data.datasets import load
+from pipeline.data.prepare import TrainingData, prepare
+from pipeline.recipe import Recipe, parse_recipe
+from pipeline.search.study import counts
+from pipeline.training.loop import train
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 augmentation.crop_padding=2"
+EPOCHS = 4
+
+
+_TRIAL_RUNS = """SELECT r.run_uuid, r.status, k.value FROM runs r
+  JOIN tags k ON k.run_uuid = r.run_uuid AND k.key = 'run_key'
+  JOIN tags o ON o.run_uuid = r.run_uuid AND o.key = 'role' AND o.value = 'trial' WHERE lifecycle_stage = 'active'"""
+_DOUBLE_POINTS = """SELECT run_uuid FROM metrics WHERE key NOT LIKE 'system/%'
+  GROUP BY run_uuid, key, step HAVING count(*) > 1"""
+_EPOCHS_OF_FINISHED = """SELECT m.run_uuid, count(DISTINCT m.step) FROM metrics m
+  JOIN tags s ON s.run_uuid = m.run_uuid AND s.key = 'state' AND s.value = 'finished'
+  WHERE m.key = 'val/accuracy' GROUP BY m.run_uuid"""
+
+
+@dataclass
+class Row:
+    """A line of the kill matrix."""
+
+    fault: str
+    injected: int
+    lost: int = 0
+    doubled: int = 0
+    orphaned: int = 0
+    findings: int = 0
+
+    @property
+    def is_clean(self) -> bool:
+        return (self.lost, self.doubled, self.orphaned, self.findings) == (0, 0, 0, 0)
+
+
+def merged(rows: list[Row]) -> list[Row]:
+    """A row for each fault."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        sums = found.setdefault(row.fault, Row(row.fault, 0))
+        for name in ("injected", "lost", "doubled", "orphaned", "findings"):
+            setattr(sums, name, getattr(sums, name) + getattr(row, name))
+    return sorted(found.values(), key=lambda row: row.fault)
+
+
+def write_table(rows: list[Row], folder: Path) -> str:
+    """The kill matrix as text, also in `chaos.txt` and `chaos.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["| fault | injected | lost | doubled | orphaned | audit findings |", "|---|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(str(value) for value in asdict(row).values()) + " |" for row in rows]
+    (folder / "chaos.txt").write_text("\n".join(lines) + "\n")
+    (folder / "chaos.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return "\n".join(lines)
+
+
+class Zygote:
+    """See zygote.py."""
+
+    def __init__(self, folder: Path):
+        self.address = str(folder / "zygote")
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ZYGOTE": self.address}
+        program = Path(__file__).with_name("zygote.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(program), self.address], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self._process.stdout and self._process.stdout.readline() == b"ready\n"
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def ask(self, request: dict[str, Any], files: list[int] | None = None) -> socket.socket:
+        """A request; where its answers come."""
+        talk = socket.socket(socket.AF_UNIX)
+        talk.connect(self.address)
+        message = json.dumps(request).encode() + b"\n"
+        socket.send_fds(talk, [message], files) if files else talk.sendall(message)
+        return talk
+
+    def workers(self) -> list[int]:
+        """The ids of the worker processes that live."""
+        with self.ask({"role": "list"}) as talk, talk.makefile() as heard:
+            return [int(pid) for pid, role in json.loads(heard.readline()).items() if role == "worker"]
+
+    def arm(self, which: str, function: str, at: int, when: str, note: Path) -> None:
+        """The next `worker` or `command` kills itself at the `at`-th call of a function; see zygote.arm."""
+        hook = {"function": function, "at": at, "when": when, "note": str(note), "seed": at}
+        self.ask({"role": "hook", "for": which, "hook": hook}).close()
+
+
+class Command:
+    """`python -m pipeline WORDS` as a process of the zygote's; its output goes to a log."""
+
+    def __init__(self, zygote: Zygote, words: list[str], folder: Path, log: Path, environment: dict[str, str]):
+        request = {"role": "command", "words": words, "cwd": str(folder), "env": {"COLUMNS": "200"} | environment}
+        with log.open("ab") as out, open(os.devnull) as nothing:
+            self._talk = zygote.ask(request, [nothing.fileno(), out.fileno(), out.fileno()])
+        self._heard = self._talk.makefile("rb")
+        self.pid = int(self._heard.readline())
+        self._code: int | None = None
+
+    def code(self, timeout_s: float = 0.001) -> int | None:
+        """How it ended; None where it has not by then."""
+        if self._code is None:
+            self._talk.settimeout(timeout_s)
+            with contextlib.suppress(TimeoutError):
+                self._code = int(self._talk.recv(64) or b"-9")
+        return self._code
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it lives."""
+        if self.code() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+class Field:
+    """A folder with a tiny study of digits, and what is done to it."""
+
+    def __init__(self, zygote: Zygote, folder: Path, trials: int = 8, workers: int = 2, storage: str | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.zygote, self.folder, self.trials, self.workers = zygote, folder, trials, workers
+        self.storage, self.home, self.log = storage, folder / "mlruns", folder / "log"
+        self.tracking: str | None = None
+        self.database = self.home / "mlflow.db"
+        self.dataset, self.options, self.environment = "digits", ["--set", TINY], dict[str, str]()
+
+    def limit(self, **seconds: float) -> None:
+        """Other times than zygote.LIMITS."""
+        self.environment["CHAOS_LIMITS"] = json.dumps(seconds)
+
+    def study(self) -> Command:
+        """The command of the study."""
+        words = ["study", "attention", "--dataset", self.dataset, "--epochs", str(EPOCHS), "--trials", str(self.trials)]
+        words += ["--workers", str(self.workers), *self.options]
+        words += ["--storage", self.storage] if self.storage else []
+        words += ["--tracking-uri", self.tracking] if self.tracking else []
+        return self.command(*words)
+
+    def command(self, *words: str) -> Command:
+        """Another command in this folder."""
+        return Command(self.zygote, list(words), self.folder, self.log, self.environment)
+
+    def run_on(self, tries: int = 5) -> None:
+        """The same command until the study has ended."""
+        for _ in range(tries):
+            if self.study().code(300) == 0:
+                return
+        raise AssertionError(f"the study does not end:\n{self.tail()}")
+
+    def tail(self) -> str:
+        """The last lines of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
+
+    @property
+    def stored(self) -> list[FrozenTrial]:
+        """The trials in Optuna's database."""
+        url = self.storage or f"sqlite:///{self.home / 'optuna.db'}"
+        storage = optuna.storages.RDBStorage(url.replace("postgresql://", "postgresql+psycopg://"))
+        try:
+            return optuna.load_study(study_name=f"attention-v1-{Path(self.dataset).name}", storage=storage).trials
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()
+
+    def audit(self) -> list[str]:
+        """What the command finds: its lines but the last; and it mends nothing."""
+        log = self.folder / "audit"
+        log.unlink(missing_ok=True)
+        words = ["audit", *(["--storage", self.storage] if self.storage else [])]
+        words += ["--tracking-uri", self.tracking] if self.tracking else []
+        code = Command(self.zygote, words, self.folder, log, self.environment).code(120)
+        said = [line for line in log.read_text().splitlines() if not line.startswith("not looked at:")]
+        assert said and (code == 0) == said[-1].endswith("nothing found"), log.read_text()
+        return said[:-1] if code else []
+
+    def judge(self, fault: str, injected: int) -> Row:
+        """Count what was lost, doubled and orphaned, without the audit, and what the audit finds."""
+        trials = self.stored
+        counted = [trial for trial in trials if counts(trial)]
+        replaced = Counter(trial.user_attrs.get("retry_of") for trial in trials)
+        again = [trial for trial in trials if trial.user_attrs.get("asked_again")]
+        runs = self.rows(_TRIAL_RUNS)
+        by_key = Counter(key for _, _, key in runs)
+        keys = Counter(str(trial.user_attrs.get("run_key")) for trial in counted)
+        points = self.rows(_DOUBLE_POINTS)
+        finished = self.rows(_EPOCHS_OF_FINISHED)
+        row = Row(fault, injected)
+        row.lost = max(0, self.trials - len(counted)) + sum(not by_key[key] for key in keys)
+        row.lost += sum(not replaced[trial.number] for trial in again) + sum(EPOCHS - epochs for _, epochs in finished)
+        row.doubled = (
+            max(0, len(counted) - self.trials) + sum(by_key.values()) - len(by_key) + sum(keys.values()) - len(keys)
+        )
+        row.doubled += len(points) + sum(replaced[trial.number] > 1 for trial in again)
+        row.orphaned = sum(trial.state.name == "RUNNING" for trial in trials) + sum(key not in keys for key in by_key)
+        row.orphaned += sum(status == "RUNNING" for _, status, _ in runs)
+        row.orphaned += sum(1 for place in ("journal", "checkpoints") for _ in (self.home / place).glob("*"))
+        findings = self.audit()
+        row.findings = len(findings)
+        if not row.is_clean:
+            print(row, *findings, self.tail(), sep="\n")  # noqa: T201
+        return row
+
+    def rows(self, query: str) -> list[tuple]:
+        """What MLflow's database answers."""
+        with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as connection:
+            return connection.execute(query).fetchall()
+
+    def differing(self, most: int = 10**6) -> list[str]:
+        """Of the trials that were done again after a fault and finished: those whose score or weights differ, by a bit,
+        from those of a training that nothing disturbed.
+        """
+        files = dict(self.rows("SELECT t.value, r.artifact_uri FROM runs r JOIN tags t ON t.run_uuid = r.run_uuid "
+            "AND t.key = 'run_key'"))  # fmt: skip
+        retried = [trial for trial in self.stored if "retry_of" in trial.user_attrs and trial.value is not None]
+        others = []
+        for trial in [trial for trial in retried if trial.state.name == "COMPLETE"][:most]:
+            where = files[trial.user_attrs["run_key"]].replace(
+                "mlflow-artifacts:", str(self.database.parent / "artifacts")
+            )
+            folder = Path(where.removeprefix("file://"))
+            recipe = parse_recipe(json.loads((folder / "recipe.json").read_text()))
+            result = train(recipe, _data(recipe), torch.device("cpu"))
+            there = load_file(folder / "weights.safetensors")
+            same = all(torch.equal(tensor.contiguous().float() if tensor.is_floating_point() else tensor, there[name])
+                for name, tensor in result.network.state_dict().items())  # fmt: skip
+            if not same or result.history[-1].metrics["val/accuracy"] != trial.value:
+                others.append(
+                    f"trial {trial.number}: {trial.value}, undisturbed {result.history[-1].metrics['val/accuracy']}"
+                )
+        return others
+
+
+def _data(recipe: Recipe) -> TrainingData:
+    return prepare(load("digits", 8, Path("data")), recipe.data, torch.device("cpu"))

@@ -1,0 +1,117 @@
+"""SIGKILL, at random moments and at those that hurt most: nothing is lost, doubled or orphaned, whatever dies when."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from harness import Field, Row, Zygote
+
+# Where a death could tear something apart: a function, who calls it, and about how often a process does.
+AIMS = {
+    "inside a checkpoint write": [
+        ("pipeline.training.checkpoints:_write", "worker", 12),
+        ("pipeline.training.checkpoints:_move_into_place", "worker", 6),
+        ("pipeline.training.checkpoints:discard_folder", "worker", 6),
+        ("pipeline.experiment:shutil.rmtree", "worker", 2),
+    ],
+    "inside an MLflow call": [
+        ("mlflow.tracking.client:MlflowClient.log_batch", "worker", 8),
+        ("mlflow.tracking.client:MlflowClient.create_run", "worker", 2),
+        ("mlflow.tracking.client:MlflowClient.log_artifacts", "worker", 3),
+        ("mlflow.tracking.client:MlflowClient.set_terminated", "worker", 2),
+        ("mlflow.tracking.client:MlflowClient.update_run", "command", 1),
+    ],
+    "inside a tell, a claim or a report": [
+        ("optuna.study.study:Study.tell", "worker", 2),
+        ("pipeline.search.storage:PatientStorage.set_trial_state_values", "worker", 2),
+        ("pipeline.search.storage:PatientStorage.claim", "worker", 2),
+        ("pipeline.search.storage:PatientStorage.set_trial_user_attr", "worker", 20),
+        ("pipeline.search.storage:PatientStorage.set_trial_intermediate_value", "worker", 6),
+    ],
+    "inside a journal write": [
+        ("pipeline.tracking.journal:Journal.append", "worker", 12),
+        ("pipeline.tracking.journal:Journal.append_files", "worker", 3),
+        ("pipeline.tracking.journal:Journal.remove", "worker", 2),
+    ],
+    "inside the supervisor's own acts": [
+        ("pipeline.search.supervisor:grant", "command", 20),
+        ("pipeline.search.supervisor:bury", "command", 1),
+        ("pipeline.search.storage:ask_again", "command", 1),
+        ("pipeline.search.workers:reconcile", "command", 1),
+        ("pipeline.tracking.runs:MlflowTracker.open_study", "command", 1),
+        ("pipeline.tracking.runs:Stores.make", "command", 1),
+        ("pipeline.tracking.runs:MlflowTracker.take_over", "command", 1),
+    ],
+}
+RANDOM = ("a worker, at a random moment", "the supervisor, at a random moment")
+
+
+def campaign(field: Field, draw: random.Random, kills: int) -> Counter[str]:
+    """Run a study to its end while processes of it are killed; how often each way was."""
+    note = field.folder / "kills"
+    note.touch()
+    done: Counter[str] = Counter()
+
+    def killed() -> int:
+        return done.total() + len(note.read_text().splitlines())
+
+    for _ in range(20 + kills):
+        command = field.study()
+        while command.code() is None:
+            if killed() >= kills:
+                assert command.code(300) is not None, field.tail()
+                break
+            time.sleep(draw.uniform(0.1, 1.5))
+            strike = draw.random()
+            if strike < 0.5:
+                function, who, most = draw.choice(draw.choice(list(AIMS.values())))
+                at = draw.randint(1, most)
+                field.zygote.arm(who, function, at, draw.choice(["before", "inside", "after"]), note)
+                if who == "command" and draw.random() < 0.5:  # else it would wait for a death for long
+                    done[RANDOM[1]] += command.code() is None
+                    command.signal(signal.SIGKILL)
+                continue
+            if strike < 0.9 and (workers := field.zygote.workers()):
+                os.kill(draw.choice(workers), signal.SIGKILL)
+                done[RANDOM[0]] += 1
+            elif command.code() is None:
+                command.signal(signal.SIGKILL)
+                done[RANDOM[1]] += 1
+        if command.code() == 0 and killed() >= kills:
+            break
+        if command.code() == 0:
+            field.trials += 2  # it goes on, as there are kills left
+        assert command.code() in (0, -signal.SIGKILL, 2), field.tail()  # 2: a worker died three times in a row
+    field.run_on()
+    ways = {function: way for way, aims in AIMS.items() for function, _, _ in aims}
+    done.update(ways[json.loads(line)["function"]] for line in note.read_text().splitlines())
+    return done
+
+
+def kill_and_judge(zygote: Zygote, folder: Path, seed: int, trials: int, kills: int) -> list[Row]:
+    field = Field(zygote, folder, trials)
+    done = campaign(field, random.Random(seed), kills)
+    whole = field.judge("", done.total())
+    assert not field.differing(), "a retried trial ends as if nothing had been"
+    # Of one study's faults it can't be told which did it: none may have done anything.
+    return [Row(way, times, whole.lost, whole.doubled, whole.orphaned, whole.findings) for way, times in done.items()]
+
+
+def test_a_few_kills_lose_double_and_orphan_nothing(zygote: Zygote, tmp_path: Path) -> None:
+    rows = kill_and_judge(zygote, tmp_path / "a", seed=1, trials=3, kills=8)
+    assert all(row.is_clean for row in rows), rows
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", range(8))
+def test_kills_lose_double_and_orphan_nothing(seed: int, zygote: Zygote, tmp_path: Path, table: list[Row]) -> None:
+    rows = kill_and_judge(zygote, tmp_path / "a", seed=100 + seed, trials=10, kills=30)
+    for row in rows:
+        row.fault = f"SIGKILL: {row.fault}"
+        table.append(row)
+    assert all(row.is_clean for row in rows), rows

@@ -1,0 +1,233 @@
+"""Starts the pipeline's processes in a moment each, so that many can be killed: all is imported once, then forked.
+
+A program, run by `plant.Zygote`. A request on its socket is a line of JSON with the files for stdin, stdout and stderr; the
+answers are the new process's id, and later the code that it ended with. The supervisor asks for its workers here too,
+in place of subprocess.Popen. What is run are the real `main` functions, with the real pipes, signals, files and databases.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import random
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+PRELOADED = (
+    *("torch", "mlflow", "optuna", "sklearn.datasets", "pandas", "matplotlib.pyplot", "pyarrow.parquet", "psycopg"),
+    *("pipeline.cli.main", "pipeline.audit", "pipeline.console", "pipeline.search.workers", "pipeline.search.curves"),
+)
+
+
+class Forked:
+    """What the supervisor sees of a worker that the zygote forked; the part of subprocess.Popen that it uses."""
+
+    def __init__(self, command: list[str], **options: Any):
+        assert command[1:] == ["-c", "from pipeline.search.worker import main; main()"], command
+        stdin, mine = os.pipe()
+        yours, stdout = os.pipe()
+        self._talk = socket.socket(socket.AF_UNIX)
+        self._talk.connect(os.environ["ZYGOTE"])
+        request = {"role": "worker", "env": dict(options["env"]), "cwd": os.getcwd()}
+        socket.send_fds(self._talk, [json.dumps(request).encode() + b"\n"], [stdin, stdout, 2])
+        os.close(stdin)
+        os.close(stdout)
+        self.stdin, self.stdout = os.fdopen(mine, "wb"), os.fdopen(yours, "rb")
+        self._heard = self._talk.makefile("rb")
+        self.pid = int(self._heard.readline())
+        self._talk.setblocking(False)
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        if self._code is None and (line := self._heard.readline()):
+            self._code = int(line)
+        return self._code
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        while (code := self.poll()) is None:
+            time.sleep(0.01)
+        return code
+
+
+def arm(hook: dict[str, Any]) -> None:
+    """Have the `at`-th call of a function kill its process: `before`, `after` or while it is `inside`; or have it `hang`."""
+    module, _, path = hook["function"].partition(":")
+    owner: Any = importlib.import_module(module)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    original, calls, lock = getattr(owner, name), [0], threading.Lock()
+
+    def die() -> None:
+        with open(hook["note"], "a") as file:
+            file.write(json.dumps(hook) + "\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def armed(*arguments: Any, **named: Any) -> Any:
+        with lock:
+            calls[0] += 1
+            now = calls[0] == hook["at"]
+        if now and hook["when"] == "before":
+            die()
+        if now and hook["when"] == "hang":
+            time.sleep(3600)
+        if now and hook["when"] == "inside":
+            threading.Timer(random.Random(hook["seed"]).uniform(0, 0.02), die).start()
+        answer = original(*arguments, **named)
+        if now and hook["when"] == "after":
+            die()
+        return answer
+
+    setattr(owner, name, armed)
+
+
+def tune(limits: dict[str, float]) -> None:
+    """The same as ever, in less time: a beat, a state at each epoch's end, MLflow asked sooner."""
+    from pipeline.search import worker
+    from pipeline.tracking import shipping
+    from pipeline.training.resume import Resume
+
+    initial: Any = worker.Limits.__init__
+    initial.__defaults__ = tuple(limits[name] for name in ("beat_s", "grace_s", "hang_s", "term_s"))
+    saving: Any = Resume.__init__
+    saving.__defaults__ = (limits["every_s"],)
+    shipping._INTERVAL_S, shipping._LONGEST_PAUSE_S = 0.5, 1.0
+
+
+def jump(draw: random.Random) -> None:
+    """Let this process's clock jump by hours, forward and back, every second or so; not the monotonic one.
+
+    The kernel's idea of when it started, by which psutil tells when a process did, jumps with it.
+    """
+    import psutil._pslinux as system
+
+    clock, nanoseconds, started = time.time, time.time_ns, system.boot_time
+    jumps = [draw.choice([-1, 1]) * draw.uniform(0, 86_400) for _ in range(1000)]
+
+    def offset() -> float:
+        return jumps[int(time.monotonic()) % len(jumps)]
+
+    time.time = lambda: clock() + offset()
+    time.time_ns = lambda: nanoseconds() + int(offset() * 1e9)
+    system.boot_time = lambda: started() + offset()
+
+
+LIMITS = {"beat_s": 0.3, "grace_s": 30.0, "hang_s": 900.0, "term_s": 7.0, "every_s": 0.0}
+
+
+def begin(request: dict[str, Any], files: list[int], hook: dict[str, Any] | None) -> None:
+    """The life of a forked process, which does not return."""
+    os.setsid()
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    os.closerange(3, 1024)
+    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.set_wakeup_fd(-1)
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        setattr(sys, name, open(number, "r" if not number else "w", closefd=False))  # noqa: SIM115
+    tune(LIMITS | json.loads(os.environ.get("CHAOS_LIMITS", "{}")))
+    if seed := os.environ.get("CHAOS_CLOCK"):
+        jump(random.Random(int(seed)))
+    if hook:
+        arm(hook)
+    code = 1
+    try:
+        if request["role"] == "worker":
+            from pipeline.search.worker import main
+        else:
+            from pipeline.cli.main import main
+            from pipeline.search import supervisor
+
+            places: Any = supervisor
+            places.subprocess = type("Spawning", (), {"Popen": Forked, "PIPE": -1})
+            sys.argv = ["pipeline", *request["words"]]
+        main()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def serve(path: str) -> None:
+    """Until the one who started this closes our stdin."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(path)
+    listening.listen(64)
+    wake, woken = os.pipe()
+    os.set_blocking(woken, False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.set_wakeup_fd(woken)
+    children: dict[int, tuple[str, socket.socket]] = {}
+    hooks: dict[str, list[dict[str, Any]]] = {"worker": [], "command": []}
+    watch = selectors.DefaultSelector()
+    for source in (listening, wake, 0):
+        watch.register(source, selectors.EVENT_READ)
+    os.write(1, b"ready\n")
+    while True:
+        for key, _ in watch.select():
+            if key.fileobj == 0:
+                return
+            if key.fileobj == wake:
+                os.read(wake, 4096)
+                reap(children)
+                continue
+            talk, _ = listening.accept()
+            text, files, _, _ = socket.recv_fds(talk, 1 << 20, 3)
+            while not text.endswith(b"\n"):
+                text += talk.recv(1 << 20)
+            request = json.loads(text)
+            if request["role"] == "hook":
+                hooks[request["for"]].append(request["hook"])
+                talk.close()
+                continue
+            if request["role"] == "list":
+                talk.sendall(json.dumps({pid: role for pid, (role, _) in children.items()}).encode() + b"\n")
+                talk.close()
+                continue
+            queue = hooks[request["role"]]
+            hook = queue.pop(0) if queue else None
+            if not (pid := os.fork()):
+                begin(request, files, hook)
+            for file in files:
+                os.close(file)
+            talk.sendall(f"{pid}\n".encode())
+            children[pid] = (request["role"], talk)
+
+
+def reap(children: dict[int, tuple[str, socket.socket]]) -> None:
+    """Tell whoever asked for a process how it ended."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            return
+        _, talk = children.pop(pid)
+        with contextlib.suppress(OSError):
+            talk.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        talk.close()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
