@@ -89,7 +89,7 @@ def without_secrets(text: str, uri: str = "") -> str:
     Of what failed at `uri` also for any part of its password: a driver that misreads an address, as where the password
     has an @ in it, shows the rest as a host. In linear time, as anybody's text comes here.
     """
-    password = uri.partition("://")[2].rpartition("@")[0].partition(":")[2]
+    password = (uri.partition("://")[2] or uri).rpartition("@")[0].partition(":")[2]
     for part in {*re.split("[:@]", password), *re.split("[:@]", unquote(password))}:
         if len(part) > 2:
             text = text.replace(part, "***")

@@ -65,7 +65,8 @@ class PatientStorage(RDBStorage):
         Optuna's own way reads the state and then writes it, and on SQLite two workers can do so at once.
         """
         with self._session() as session:
-            changes = {"state": TrialState.RUNNING, "datetime_start": datetime.datetime.now()}
+            now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)  # as Optuna keeps times
+            changes = {models.TrialModel.state: TrialState.RUNNING, models.TrialModel._datetime_start_utc: now}
             mine = session.query(models.TrialModel).filter_by(trial_id=trial_id, state=TrialState.WAITING)
             if mine.update(changes, synchronize_session=False):
                 self._set_trial_attr_without_commit(

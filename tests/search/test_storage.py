@@ -1,5 +1,6 @@
 """The study's database: locked, restarted, its replies lost; real databases."""
 
+import datetime
 import sqlite3
 import subprocess
 import sys
@@ -170,6 +171,20 @@ def test_of_many_who_claim_a_trial_at_once_one_gets_it(tmp_path: Path) -> None:
     assert sorted(trial_id for ids in won for trial_id in ids) == [trial._trial_id for trial in study.trials]
     for worker, ids in enumerate(won):
         assert all(stores[0].get_trial(trial_id).user_attrs["worker"] == {"id": worker} for trial_id in ids)
+
+
+def test_a_claimed_trial_began_now_wherever_this_machine_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        store = open_storage(tmp_path)
+        _, trial_id = waiting_trial(store)
+        assert store.claim(trial_id, {"id": 1})
+        began = store.get_trial(trial_id).datetime_start
+        assert began and abs(datetime.datetime.now() - began) < datetime.timedelta(minutes=5)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 # -------------------------------------------------------------------------------------------------------- PostgreSQL
