@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection, Iterable, Sequence
+from urllib.parse import unquote
 
 from pydantic import ValidationError
 
@@ -82,11 +83,16 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def without_secrets(text: str) -> str:
+def without_secrets(text: str, uri: str = "") -> str:
     """A message with `***` for users, passwords and queries of addresses, and for whatever is called a password or token.
 
-    In linear time, as anybody's text comes here.
+    Of what failed at `uri` also for any part of its password: a driver that misreads an address, as where the password
+    has an @ in it, shows the rest as a host. In linear time, as anybody's text comes here.
     """
+    password = (uri.partition("://")[2] or uri).rpartition("@")[0].partition(":")[2]
+    for part in {*re.split("[:@]", password), *re.split("[:@]", unquote(password))}:
+        if len(part) > 2:
+            text = text.replace(part, "***")
     text = re.sub(r"[^\s'\"]+", lambda word: _without_user(word[0]), text)
     return re.sub(_NAMED_SECRET, r"\1***", text)
 

@@ -146,3 +146,10 @@ def _dump(uri: str) -> str:
     with engine.connect() as connection:
         tables = sqlalchemy.inspect(engine).get_table_names()
         return "".join(str(connection.execute(sqlalchemy.text(f'select * from "{t}"')).all()) for t in tables)
+
+
+@pytest.mark.parametrize("typed", ["postgresql://ann:hun@ter2@db/runs", "postgresql://ann:hun%40ter2@db/runs"])
+def test_no_part_of_the_password_of_what_failed_is_shown(typed: str) -> None:
+    assert without_secrets("no host 'ter2@db' for user ann of postgresql, hun@ter2", typed) == (
+        "no host '***@db' for user ann of postgresql, ***@***"
+    )

@@ -45,7 +45,7 @@ try:
     else:
         from ray._private.services import canonicalize_bootstrap_address
         from ray._raylet import GcsClient
-        address = canonicalize_bootstrap_address(None if address == "auto" else address)
+        address = canonicalize_bootstrap_address(None) if address == "auto" else address
         if address is None:
             sys.exit({_NOBODY})
         GcsClient(address=address).internal_kv_get(b"knock", namespace=None, timeout=5)

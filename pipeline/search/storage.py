@@ -67,7 +67,8 @@ class PatientStorage(RDBStorage):
         Optuna's own way reads the state and then writes it, and on SQLite two workers can do so at once.
         """
         with self._session() as session:
-            changes = {"state": TrialState.RUNNING, "datetime_start": datetime.datetime.now()}
+            now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)  # as Optuna keeps times
+            changes = {models.TrialModel.state: TrialState.RUNNING, models.TrialModel._datetime_start_utc: now}
             mine = session.query(models.TrialModel).filter_by(trial_id=trial_id, state=TrialState.WAITING)
             if mine.update(changes, synchronize_session=False):
                 self._set_trial_attr_without_commit(
@@ -99,8 +100,8 @@ class PatientStorage(RDBStorage):
     def together(self) -> Iterator[None]:
         """What this thread sets of a trial in the block, parameters and user attributes, is written at its end, at once.
 
-        Optuna's own way is a transaction for each with three statements or four; of what a trial sleeping in the place of
-        training costs a database, that was most. Nothing that was set can be read before the end.
+        Optuna's own way is a transaction for each, with two or three statements. Nothing that was set can be read before
+        the end.
         """
         self._repeats.params, self._repeats.attributes = [], {}
         try:
@@ -289,7 +290,7 @@ def open_storage(home: Path, url: str | None = None, wait: bool = False) -> Pati
             ) from None
         except Exception as error:  # whatever a driver raises: the address is the user's
             if not (wait and _is_away(error)):
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].replace(url, "it")
+                reason = without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0][:200], url)
                 raise UserError(
                     f"STORAGE {public_uri(url)}: can't be opened ({reason}); mend it, or {way_out}"
                 ) from None

@@ -75,12 +75,10 @@ def keep_inside(folder: Path) -> None:
     known |= {"": Inside, "file": Inside}
     create = SqlAlchemyStore.create_experiment
 
-    def create_inside(
-        self: SqlAlchemyStore, name: str, artifact_location: str | None = None, *rest: Any, **named: Any
-    ) -> str:
+    def create_inside(self: SqlAlchemyStore, name: str, artifact_location: str | None = None, tags: Any = None) -> str:
         if artifact_location:  # a study that takes the experiment over would write there
             registry.get_artifact_repository(artifact_location)
-        return str(create(self, name, artifact_location, *rest, **named))
+        return str(create(self, name, artifact_location, tags))
 
     store: Any = SqlAlchemyStore
     store.create_experiment = create_inside

@@ -192,7 +192,7 @@ class MlflowTracker:
                     self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever a driver raises: the address is the user's
             raise UserError(
-                f"TRACKING_URI {public_uri(self.uri)}: can't be opened ({said(error)}); mend it, or {way_out}"
+                f"TRACKING_URI {public_uri(self.uri)}: can't be opened ({said(error, self.uri)}); mend it, or {way_out}"
             ) from None
         if asks and self.uri == default:
             check_place(home)

@@ -390,9 +390,9 @@ def is_for_good(error: Exception) -> bool:
     return 400 <= code < 500 and code not in (408, 429)
 
 
-def said(error: BaseException) -> str:
-    """An error's first line, without users and passwords."""
-    return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
+def said(error: BaseException, uri: str = "") -> str:
+    """An error's first line, without users and passwords, those of `uri` in whatever form."""
+    return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0], uri)[:300]
 
 
 def _points(record: Mapping[str, Any], before: Mapping[str, int]) -> list[Metric]:

@@ -15,6 +15,7 @@ import random
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +91,7 @@ class Forks:
 def sleeping(seconds: float) -> Callable[..., Outcome]:
     """What stands for `experiment.run`: no training and no tracker, all the words to Optuna."""
 
-    def run(
-        recipe: Recipe, *arguments: Any, on_epoch: Any, on_step: Any, on_start: Any, fence: Any, **more: Any
-    ) -> Outcome:
-        on_start("0" * 32)
+    def run(recipe: Recipe, *arguments: Any, on_epoch: Any, on_step: Any, fence: Any, **more: Any) -> Outcome:
         quality = random.random()
         numbers = {f"val/metric/{n}": random.random() for n in range(METRICS)}
         for epoch in range(1, recipe.training.epochs + 1):
@@ -106,8 +104,8 @@ def sleeping(seconds: float) -> Callable[..., Outcome]:
             try:
                 on_epoch(EpochReport(epoch, metrics))
             except experiment.Prune as verdict:
-                return Outcome(State.PRUNED, "0" * 32, str(verdict), metrics, epoch, seconds)
-        return Outcome(State.FINISHED, "0" * 32, "", metrics, epoch, seconds)
+                return Outcome(State.PRUNED, "0" * 32, "0" * 32, str(verdict), metrics, epoch, seconds)
+        return Outcome(State.FINISHED, "0" * 32, "0" * 32, "", metrics, epoch, seconds)
 
     return run
 
@@ -198,6 +196,8 @@ def working(question: Question, url: str, home: Path, notes: Path) -> Callable[[
     def live(assignment: Assignment, stop_requested: Callable[[], bool]) -> None:
         try:
             _live(assignment, stop_requested)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)  # what was forked with us, connections too, is not ours to close
 

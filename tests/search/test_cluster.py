@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -35,9 +36,13 @@ SERVERS = ("--storage", "postgresql://me@127.0.0.1:9/optuna", "--tracking-uri", 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPatch]:
     """No token and no cluster but what a test makes."""
-    with pytest.MonkeyPatch.context() as patch:
+    # pytest's folders are too long for the paths of Ray's sockets, which end at 107 bytes.
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as ray,
+    ):
         patch.setenv("HOME", str(tmp_path_factory.mktemp("user")))
-        patch.setenv("RAY_TMPDIR", str(tmp_path_factory.mktemp("r", numbered=False)))
+        patch.setenv("RAY_TMPDIR", ray)
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
             patch.delenv(name, raising=False)
         yield patch

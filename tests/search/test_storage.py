@@ -1,5 +1,6 @@
 """The study's database: locked, restarted, its replies lost; real databases."""
 
+import datetime
 import sqlite3
 import subprocess
 import sys
@@ -172,6 +173,20 @@ def test_of_many_who_claim_a_trial_at_once_one_gets_it(tmp_path: Path) -> None:
         assert all(stores[0].get_trial(trial_id).user_attrs["worker"] == {"id": worker} for trial_id in ids)
 
 
+def test_a_claimed_trial_began_now_wherever_this_machine_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        store = open_storage(tmp_path)
+        _, trial_id = waiting_trial(store)
+        assert store.claim(trial_id, {"id": 1})
+        began = store.get_trial(trial_id).datetime_start
+        assert began and abs(datetime.datetime.now() - began) < datetime.timedelta(minutes=5)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 # -------------------------------------------------------------------------------------------------------- PostgreSQL
 
 
@@ -239,3 +254,22 @@ def test_eight_first_starts_on_an_empty_folder_make_one_store(tmp_path: Path) ->
     )
     starts = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(8)]
     assert [start.wait() for start in starts] == [0] * 8
+
+
+def test_what_a_trial_sets_together_is_written_once_at_the_end(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    study = optuna.create_study(storage=storage)
+    trial = study.ask()
+    with storage.together():
+        rate = trial.suggest_float("lr", 0, 1)
+        trial.set_user_attr("epochs", 2)
+        trial.set_user_attr("epochs", 3)
+        assert not storage.get_trial(trial._trial_id).params
+    stored = storage.get_trial(trial._trial_id)
+    assert (stored.params, stored.user_attrs) == ({"lr": rate}, {"epochs": 3})
+    again = [(trial._trial_id, "lr", rate, stored.distributions["lr"])]
+    storage.set_at_once(trial._trial_id, again, {"epochs": 4})  # as after a reply that was lost
+    assert storage.get_trial(trial._trial_id).user_attrs == {"epochs": 4}
+    study.tell(trial, 1.0)
+    with pytest.raises(UpdateFinishedTrialError), storage.together():
+        trial.set_user_attr("epochs", 5)

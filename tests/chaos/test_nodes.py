@@ -1,0 +1,76 @@
+"""Nodes of a Ray cluster that go and come while a study runs; several on this machine."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+
+from pipeline.data.prepare import TrainingData
+from pipeline.recipe import Recipe
+from pipeline.search import workers
+from pipeline.search.cluster import connect
+from pipeline.search.storage import num_finished, open_storage
+from pipeline.search.study import Search, Study
+from pipeline.search.worker import Limits
+from pipeline.tracking.runs import MlflowTracker
+
+pytestmark = [
+    pytest.mark.chaos,
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray isn't installed"),
+]
+
+
+class Storm:
+    """An Observer that takes a node away at the first epoch it sees, and brings another."""
+
+    def __init__(self, cluster: Any, node: Any):
+        self._cluster, self._node, self.rooms = cluster, node, []
+
+    def epoch(self, number: int, report: Any) -> None:
+        if self._node:
+            self._cluster.remove_node(self._node, allow_graceful=False)
+            self._node = None
+            self._cluster.add_node(num_cpus=1)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *what: None
+
+
+def rates(trial: Any) -> None:
+    trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)
+
+
+def test_a_node_that_is_lost_costs_no_trial_and_another_takes_its_place(
+    tmp_path: Path, small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        node = nodes.add_node(num_cpus=1)
+        home = tmp_path / "mlruns"
+        storage, tracker = open_storage(home), MlflowTracker(home)
+        base = small_recipe.changed({"training.epochs": 6})
+        study = Study(question="?", base=base, space=rates, objective="val/accuracy", trials=8)
+        search = Search("storm", study, base, version=1, trials=8, timeout_s=None)
+        with connect(nodes.address, "cpu", Path("data"), None, Limits(beat_s=0.5, grace_s=15)) as crew:
+            assert crew.room() == 2
+            watch: Any = Storm(nodes, node)
+            done = workers.run(search, digits, torch.device("cpu"), watch, storage, tracker, home, crew=crew)
+        assert num_finished(done) == 8
+        assert {trial.state for trial in done.trials} <= {
+            optuna.trial.TrialState.COMPLETE,
+            optuna.trial.TrialState.PRUNED,
+            optuna.trial.TrialState.FAIL,
+        }
+        again = [trial for trial in done.trials if trial.user_attrs.get("asked_again")]
+        assert len(done.trials) == 8 + len(again)
+        assert os.getpid() not in {trial.user_attrs["worker"]["pid"] for trial in done.trials}
+    finally:
+        nodes.shutdown()
