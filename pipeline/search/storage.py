@@ -448,7 +448,11 @@ def ask_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial, died: bool
     frozen = study._storage.get_trial(trial._trial_id)
     deaths = frozen.user_attrs.get("deaths", 0) + died
     if died and deaths > RETRIES:
-        return False
+        if not frozen.user_attrs.get("asked_again"):
+            return False
+        deaths = (
+            RETRIES  # it was stopped, and died while it was asked again: that is to be ended, or nobody has its place
+        )
     study._storage.set_trial_user_attr(trial._trial_id, "asked_again", True)
     if any(other.user_attrs.get("retry_of") == frozen.number for other in study.get_trials(deepcopy=False)):
         return True

@@ -19,7 +19,7 @@ from pipeline.experiment import Outcome
 from pipeline.guard import StopOnSignal, this_worker
 from pipeline.recipe import Recipe
 from pipeline.search import supervisor
-from pipeline.search.storage import StudyLock, num_finished, open_storage, open_study
+from pipeline.search.storage import StudyLock, bury, num_finished, open_storage, open_study
 from pipeline.search.study import Search, Study
 from pipeline.search.supervisor import Supervisor, WorkerBug, _Judge, placements
 from pipeline.search.trial import Progress, StudyInterrupted
@@ -219,6 +219,18 @@ def test_a_trial_that_kills_its_worker_is_tried_three_times_and_then_fails_and_c
     run = one.tracker.client.get_run(one.tracker.id_of("c" * 32))
     assert (run.info.status, run.data.tags["trial"]) == ("FAILED", str(dead[2].number))
     assert run.data.tags["reason"] == dead[2].user_attrs["reason"]
+
+
+def test_a_trial_that_died_while_it_was_asked_again_for_a_stop_has_a_successor_whatever_was_before(
+    firm: Callable[..., Firm],
+) -> None:
+    one = firm(1)
+    trial = one.study.ask()
+    trial.set_user_attr("deaths", 2)
+    trial.set_user_attr("asked_again", True)
+    bury(one.study, one.trials(TrialState.RUNNING), "gone", one.tracker, one.parent)
+    (queued,) = [each for each in one.trials(TrialState.WAITING) if each.user_attrs.get("retry_of") == trial.number]
+    assert queued.user_attrs["deaths"] == 2
 
 
 def test_a_trial_whose_workers_die_before_it_has_a_run_has_one_in_the_end(firm: Callable[..., Firm]) -> None:
