@@ -155,8 +155,11 @@ class _Auditor:
             if key and times > 1:
                 self._find(f"{name}: {times} trials that count have run key {key}; it was trained more than once")
         objective = json.loads(study.user_attrs["fingerprint"])["objective"]
+        if old := [trial for trial in counted if not _key(trial)]:
+            self._skip(f"{name}: {len(old)} trials from before there were run keys, which tie trials to their runs")
         for trial in counted:
-            self._trial(name, objective, trial, by_key.get(_key(trial), []))
+            if _key(trial):
+                self._trial(name, objective, trial, by_key.get(_key(trial), []))
         if not is_live:
             self._orphans(name, trials, by_key)
             self._unfinished(name, trials)

@@ -84,6 +84,14 @@ def test_of_a_whole_store_nothing_is_said(home: Path) -> None:
     assert check_databases(home) == []
 
 
+def test_what_was_made_before_there_were_run_keys_is_named_and_not_called_lost(home: Path) -> None:
+    change(home, "optuna.db", "DELETE FROM trial_user_attributes WHERE key = 'run_key'")
+    change(home, "mlflow.db", "DELETE FROM tags WHERE key = 'run_key'")
+    seen = look(home)
+    assert seen.findings == []
+    assert "tiny-v1-digits: 2 trials from before there were run keys, which tie trials to their runs" in seen.unchecked
+
+
 RUN = "(SELECT run_uuid FROM tags WHERE key = 'trial' AND value = '1')"
 ATTRIBUTE = "trial_user_attributes(trial_id, key, value_json)"
 FAULTS = {

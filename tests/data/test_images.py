@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,7 +71,13 @@ def test_a_jpeg_gives_what_pillow_decodes(tmp_path: Path) -> None:
     assert np.array_equal(seen(path), np.asarray(Image.open(path)))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
+OLD_PILLOW = int(PIL.__version__.split(".")[0]) < 13
+AS_TIFF = pytest.param(
+    "YCbCr", marks=pytest.mark.skipif(OLD_PILLOW, reason="Pillow before 13 can't read what it wrote")
+)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", AS_TIFF])
 def test_every_pixel_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     image = Image.fromarray(RGB).convert(mode)
     assert np.array_equal(seen(saved(tmp_path / "a.tif", image)), np.asarray(image.convert("RGB")))
