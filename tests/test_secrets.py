@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from urllib.parse import quote
 import psutil
 import pytest
 
-from pipeline.cli.main import _Formatter
+from pipeline.cli.main import _Formatter, main
 from pipeline.errors import UserError, public_uri, without_secrets
 from pipeline.tracking.ui import start_server, stop_server, web_address
 
@@ -91,8 +92,21 @@ def test_cleaning_takes_linear_time() -> None:
     ],
     ids=lambda words: f"{words[0]} {words[-1].replace(SECRET, 'x')}",
 )
-def test_a_wrong_address_is_told_without_its_password(words: tuple[str, ...], tmp_path: Path) -> None:
-    said = pipeline(*words, cwd=tmp_path, MLFLOW_TRACKING_PASSWORD=f"{SECRET}2", MLFLOW_TRACKING_TOKEN=f"{SECRET}3")
+def test_a_wrong_address_is_told_without_its_password(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pipeline", *words])
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", f"{SECRET}2")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", f"{SECRET}3")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(SystemExit):
+            main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    said = "".join(capfd.readouterr())
     assert "can't be opened" in said and SECRET not in said
     assert "Traceback" not in said
     assert holders(tmp_path) == []
