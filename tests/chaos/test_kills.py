@@ -1,5 +1,6 @@
 """SIGKILL, at random moments and at those that hurt most: nothing is lost, doubled or orphaned, whatever dies when."""
 
+import contextlib
 import json
 import os
 import random
@@ -79,8 +80,9 @@ def campaign(field: Field, draw: random.Random, kills: int) -> Counter[str]:
                 continue
             if strike < 0.85:
                 for pid in field.zygote.workers()[draw.randint(0, 1) :][:1]:
-                    os.kill(pid, signal.SIGKILL)
-                    done[RANDOM[0]] += 1
+                    with contextlib.suppress(ProcessLookupError):  # it has ended since
+                        os.kill(pid, signal.SIGKILL)
+                        done[RANDOM[0]] += 1
             elif command.code() is None:
                 command.signal(signal.SIGKILL)
                 done[RANDOM[1]] += 1
