@@ -206,7 +206,8 @@ def serve(path: str) -> None:
                 talk.close()
                 continue
             if request["role"] == "list":
-                talk.sendall(json.dumps({pid: role for pid, (role, _) in children.items()}).encode() + b"\n")
+                with contextlib.suppress(OSError):
+                    talk.sendall(json.dumps({pid: role for pid, (role, _) in children.items()}).encode() + b"\n")
                 talk.close()
                 continue
             queue = hooks[request["role"]]
@@ -215,7 +216,8 @@ def serve(path: str) -> None:
                 begin(request, files, hook)
             for file in files:
                 os.close(file)
-            talk.sendall(f"{pid}\n".encode())
+            with contextlib.suppress(OSError):  # who asked was killed meanwhile
+                talk.sendall(f"{pid}\n".encode())
             children[pid] = (request["role"], talk)
 
 
