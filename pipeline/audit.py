@@ -14,7 +14,8 @@ from pipeline.errors import UserError, public_uri
 from pipeline.guard import alone, is_gone, is_running
 from pipeline.registry import ledger
 from pipeline.registry.promote import CHAMPION, Registry
-from pipeline.search.storage import PatientStorage, StudyLock, our_studies, reconcile
+from pipeline.search.retries import reconcile
+from pipeline.search.storage import PatientStorage, StudyLock, our_studies
 from pipeline.search.study import counts
 from pipeline.tracking.inventory import (
     Points,

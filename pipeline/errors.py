@@ -111,6 +111,11 @@ def _without_user(word: str) -> str:
     return f"{scheme}://{'***' if user else ''}{at}{place}{'?***' if asks else ''}"
 
 
+def first_line(error: BaseException, uri: str = "") -> str:
+    """Of its message, without secrets, those of `uri` in whatever form; its kind where it says nothing."""
+    return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0], uri)[:300]
+
+
 def public_uri(uri: str) -> str:
     """An address as it may be shown; it may be a mistyped one, without `://` or with blanks in its password."""
     return without_secrets(re.sub(r"(?s)^(\w[\w+]*://)?.*@", r"\1***@", uri))

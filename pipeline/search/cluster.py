@@ -20,7 +20,7 @@ from typing import Any
 
 import cloudpickle
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.search.supervisor import Worker
 from pipeline.search.worker import Assignment, Ended, Limits, work
 
@@ -200,7 +200,7 @@ def connect(address: str, device: str, data_dir: Path, workers: int | None, limi
             ray.init(address=joined, log_to_driver=False, logging_level=logging.ERROR)
     except (SystemExit, Exception) as error:  # Ray ends so where its ports are closed, or this machine is no node of it
         raise UserError(
-            f"CLUSTER {address}: can't be joined ({_first_line(error)}); HOST:PORT is for a machine of the cluster, "
+            f"CLUSTER {address}: can't be joined ({first_line(error)}); HOST:PORT is for a machine of the cluster, "
             "ray://HOST:10001 for others"
         ) from None
     # Where a node dies Ray prints 40 lines of its inner state; what became of the trials the supervisor says.
@@ -276,7 +276,3 @@ def _make_token() -> None:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

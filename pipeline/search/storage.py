@@ -1,11 +1,10 @@
-"""Where Optuna keeps a study: SQLite on one machine, PostgreSQL beyond; and how it stays whole whatever dies."""
+"""Where Optuna keeps a study: SQLite on one machine, PostgreSQL beyond; and how it waits for its database."""
 
 import contextlib
 import datetime
 import hashlib
 import json
 import logging
-import shutil
 import threading
 import time
 import uuid
@@ -20,25 +19,20 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
 
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import UserError, public_uri, without_secrets
-from pipeline.guard import is_gone
-from pipeline.search.replay import WHOLE
+from pipeline.errors import UserError, first_line, public_uri
 from pipeline.search.study import Search, check_same, counts
-from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.tracking.sqlite import use_write_ahead_log
-from pipeline.training.resume import CHECKPOINTS
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 600.0  # for a database that is away
 LONGEST_PAUSE_S = 5.0
-RETRIES = 2  # of a trial whose process died
 
 
 class StorageAway(UserError):
@@ -252,7 +246,7 @@ def _is_away(error: BaseException) -> bool:
 
 
 def _wait(url: str, error: BaseException, count: int, deadline: float) -> None:
-    reason = without_secrets(str(error.__cause__ or error).strip().splitlines()[0][:200])
+    reason = first_line(error.__cause__ or error, url)
     if time.monotonic() > deadline:
         raise StorageAway(
             f"STORAGE {public_uri(url)}: no answer for {PATIENCE_S / 60:.0f} minutes ({reason}); "
@@ -290,7 +284,7 @@ def open_storage(home: Path, url: str | None = None, wait: bool = False) -> Pati
             ) from None
         except Exception as error:  # whatever a driver raises: the address is the user's
             if not (wait and _is_away(error)):
-                reason = without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0][:200], url)
+                reason = first_line(error, url)
                 raise UserError(
                     f"STORAGE {public_uri(url)}: can't be opened ({reason}); mend it, or {way_out}"
                 ) from None
@@ -381,101 +375,6 @@ class StudyLock:
                 f"study {self._key}: another command is running it, maybe on another machine; wait for it, or stop it"
             )
         return connection
-
-
-def reconcile(study: optuna.Study, tracker: MlflowTracker, parent: str, home: Path) -> list[int]:
-    """Ask again what a process that is gone left RUNNING, and close runs that nobody is at; the numbers of those trials.
-
-    Only processes of this machine can be judged here. `parent` is the study's run in MLflow.
-    """
-    with FileLock(home / "optuna.lock"):
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        # A trial that `claim` made RUNNING has a worker; another kind is of a time before it.
-        dead = [trial for trial in running if "worker" not in trial.user_attrs or is_gone(trial.user_attrs["worker"])]
-        bury(study, dead, "its process is gone", tracker, parent)
-        trials = study.get_trials(deepcopy=False)
-        ended = {trial.user_attrs["run_key"]: _end_of(trial) for trial in trials if _has_ended(trial)}
-        alive = {trial.user_attrs.get("run_key", "") for trial in trials if not trial.state.is_finished()}
-        tracker.close_lost(parent, alive, ended)
-    return sorted(trial.number for trial in dead)
-
-
-def _has_ended(trial: FrozenTrial) -> bool:
-    return counts(trial) and "state" in trial.user_attrs and "run_key" in trial.user_attrs
-
-
-def _end_of(trial: FrozenTrial) -> tuple[State, str]:
-    return State(trial.user_attrs["state"]), trial.user_attrs.get("reason", "")
-
-
-def bury(
-    study: optuna.Study, dead: list[FrozenTrial], why: str, tracker: MlflowTracker, parent: str, died: bool = True
-) -> None:
-    """Trials whose process is gone: each is asked again, and its run gone on with by whoever takes it.
-
-    One that `died` too often fails and counts, and its run is ended. MLflow is not waited for.
-    """
-    for trial in dead:
-        with contextlib.suppress(UpdateFinishedTrialError):  # it ended at the last moment, and counts
-            if not ask_again(study, trial, died):
-                reason = f"{why}; so it ended {RETRIES + 1} times"
-                study._storage.set_trial_user_attr(trial._trial_id, "state", str(State.FAILED))
-                study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
-                key = trial.user_attrs.get("run_key")
-                if key is None:  # it died each time before it had one
-                    key = uuid.uuid4().hex
-                    study._storage.set_trial_user_attr(trial._trial_id, "run_key", key)
-                tracker.end_run(key, parent, run_name(trial), run_tags(study, trial), State.FAILED, reason)
-                shutil.rmtree(tracker.home / CHECKPOINTS / key, ignore_errors=True)  # nobody goes on from there
-            study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-
-
-def run_name(trial: FrozenTrial | optuna.Trial) -> str:
-    """Of a trial's run in MLflow."""
-    return f"trial {trial.number}" + (" (control)" if trial.user_attrs.get("control") else "")
-
-
-def run_tags(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> dict[str, str]:
-    """Which trial a run in MLflow is."""
-    return {"role": "trial", "study": study.study_name, "trial": str(trial.number)}
-
-
-def ask_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial, died: bool = False) -> bool:
-    """Queue a trial that ended through no fault of its own, once, with all that it is known by; it no longer counts.
-
-    False where its process `died` and it has been asked again RETRIES times for that: nothing is queued.
-    """
-    frozen = study._storage.get_trial(trial._trial_id)
-    deaths = frozen.user_attrs.get("deaths", 0) + died
-    if died and deaths > RETRIES:
-        if not frozen.user_attrs.get("asked_again"):
-            return False
-        deaths = (
-            RETRIES  # it was stopped, and died while it was asked again: that is to be ended, or nobody has its place
-        )
-    study._storage.set_trial_user_attr(trial._trial_id, "asked_again", True)
-    if any(other.user_attrs.get("retry_of") == frozen.number for other in study.get_trials(deepcopy=False)):
-        return True
-    attributes = {"retry_of": frozen.number} | ({"deaths": deaths} if deaths else {})
-    if frozen.number < WHOLE:
-        attributes["whole"] = True
-    attributes |= {name: frozen.user_attrs[name] for name in _KEPT if name in frozen.user_attrs}
-    # What was fixed and not asked yet belongs to it too: the space may have been left half-way.
-    fixed = {"fixed_params": frozen.system_attrs.get("fixed_params", {}) | frozen.params}
-    # It goes on from its checkpoint, so what it reported and how the pruner judged it before stay.
-    rungs = {name: value for name, value in frozen.system_attrs.items() if name.startswith("completed_rung_")}
-    study.add_trial(
-        create_trial(
-            state=TrialState.WAITING,
-            user_attrs=attributes,
-            system_attrs=fixed | rungs,
-            intermediate_values=frozen.intermediate_values,
-        )
-    )
-    return True
-
-
-_KEPT = ("control", "run_key", "whole")  # of a trial, by the one that takes its place
 
 
 def num_finished(study: optuna.Study) -> int:

@@ -23,7 +23,8 @@ from sqlalchemy.exc import DBAPIError
 from pipeline.errors import UserError
 from pipeline.experiment import Outcome
 from pipeline.guard import StopOnSignal, end_process, is_gone
-from pipeline.search.storage import PatientStorage, StudyLock, bury
+from pipeline.search.retries import bury
+from pipeline.search.storage import PatientStorage, StudyLock
 from pipeline.search.study import Search, counts
 from pipeline.search.trial import Observer, Progress, StudyInterrupted
 from pipeline.search.worker import Assignment, Ended, Limits, grant

@@ -18,7 +18,8 @@ from pipeline.data.prepare import TrainingData
 from pipeline.experiment import Interrupted, Outcome, Prune
 from pipeline.recipe import Recipe
 from pipeline.search.replay import WHOLE
-from pipeline.search.storage import PatientStorage, StorageAway, ask_again, run_name, run_tags
+from pipeline.search.retries import ask_again, run_name, run_tags
+from pipeline.search.storage import PatientStorage, StorageAway
 from pipeline.search.study import Search
 from pipeline.tracking.runs import Lost, MlflowTracker, State
 from pipeline.training.loop import EpochReport

@@ -13,7 +13,8 @@ import torch
 from pipeline.data.prepare import TrainingData
 from pipeline.guard import StopOnSignal, alone, this_worker
 from pipeline.search.plan import actual, forecast, size_mib
-from pipeline.search.storage import PatientStorage, StudyLock, num_finished, open_study, reconcile
+from pipeline.search.retries import reconcile
+from pipeline.search.storage import PatientStorage, StudyLock, num_finished, open_study
 from pipeline.search.study import Search
 from pipeline.search.supervisor import Crew, Supervisor
 from pipeline.search.trial import Objective, Observer, StudyInterrupted

@@ -1,14 +1,11 @@
 """The only opener of MLflow runs: an experiment per study, a parent run for the study, a child run per trial."""
 
 import contextlib
-import enum
 import json
 import logging
-import math
 import os
 import re
 import tempfile
-import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,17 +25,17 @@ from filelock import FileLock
 from mlflow.entities import Run as StoredRun
 from mlflow.entities import RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import UserError, public_uri, without_secrets
+from pipeline.errors import UserError, first_line, public_uri
 from pipeline.guard import is_gone
 from pipeline.recipe import Recipe
 from pipeline.tracking.journal import FOLDER, Busy, Journal, address_of, is_busy, journals, remains
-from pipeline.tracking.lineage import code, environment, hardware
+from pipeline.tracking.lineage import code, hardware
+from pipeline.tracking.open_run import MlflowRun, State, end_record, now_ms
 from pipeline.tracking.relocate import check_place
-from pipeline.tracking.shipping import RUN_KEY, SYSTEM, Shipper, Stores, ask, said
+from pipeline.tracking.shipping import RUN_KEY, Shipper, Stores, ask
 from pipeline.tracking.sqlite import use_write_ahead_log
 from pipeline.tracking.ui import shared_view
 
@@ -50,22 +47,6 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prin
 log = logging.getLogger(__name__)
 
 
-class State(enum.StrEnum):
-    """How a run ended, kept in its tag `state`; MLflow has no word for a pruned one."""
-
-    FINISHED = "finished"
-    PRUNED = "pruned"
-    FAILED = "failed"
-    INTERRUPTED = "interrupted"
-
-
-_STATUS = {
-    State.FINISHED: "FINISHED",
-    State.PRUNED: "KILLED",
-    State.FAILED: "FAILED",
-    State.INTERRUPTED: "KILLED",
-}
-_TAG_LIMIT = 5000  # characters; MLflow cuts longer ones silently
 _PROBE_S = 12.0  # that a server may take for its first answer
 _PATIENCE_S = 30.0  # for another process that ships a run's journal just now
 
@@ -192,7 +173,7 @@ class MlflowTracker:
                     self.client.search_experiments(max_results=1)
         except Exception as error:  # whatever a driver raises: the address is the user's
             raise UserError(
-                f"TRACKING_URI {public_uri(self.uri)}: can't be opened ({said(error, self.uri)}); mend it, or {way_out}"
+                f"TRACKING_URI {public_uri(self.uri)}: can't be opened ({first_line(error, self.uri)}); mend it, or {way_out}"
             ) from None
         if asks and self.uri == default:
             check_place(home)
@@ -228,12 +209,14 @@ class MlflowTracker:
             tags = {"study": name, "role": "study", "objective": objective, "view": view_key, RUN_KEY: key}
             if found is None:
                 tags |= _provenance() | {"mlflow.note.content": note}
-                run_id = self._stores.make(experiment, name, tags, _now())
+                run_id = self._stores.make(experiment, name, tags, now_ms())
             run_id = found.info.run_id if found else run_id
             assert run_id
             self.client.update_run(run_id, "RUNNING")
         except MlflowException as error:
-            raise UserError(f"TRACKING_URI {public_uri(self.uri)}: doesn't answer ({said(error)}); try again") from None
+            raise UserError(
+                f"TRACKING_URI {public_uri(self.uri)}: doesn't answer ({first_line(error)}); try again"
+            ) from None
         start = {"run_id": run_id, "name": name, "tags": {RUN_KEY: key}, "params": {}}
         return MlflowRun(self._shipper, self._journal(key, start, found is not None), run_id)
 
@@ -292,7 +275,7 @@ class MlflowTracker:
 
     def _journal(self, key: str, start: Mapping[str, Any], is_known: bool) -> Journal:
         assert re.fullmatch("[0-9a-f]{32}", key), key  # it names a folder
-        first = {"kind": "start", "address": self.address, "time": _now(), **start}
+        first = {"kind": "start", "address": self.address, "time": now_ms(), **start}
         try:
             return self._shipper.open(self.home / FOLDER / key, first, is_known, _PATIENCE_S)
         except Busy:
@@ -358,7 +341,7 @@ class MlflowTracker:
                 journal.remove()  # its process died before its first record was whole; or another has gone on with the run
                 continue
             if not journal.has_ended:
-                journal.append(_end(State.INTERRUPTED, "its process is gone"), durable=True)
+                journal.append(end_record(State.INTERRUPTED, "its process is gone"), durable=True)
             self._shipper.adopt(journal)
             taken += 1
         return taken
@@ -401,7 +384,7 @@ class MlflowTracker:
         tags = {MLFLOW_PARENT_RUN_ID: parent, **tags}
         try:
             journal = self._journal(key, {"name": name, "tags": tags, "params": {}}, True)
-            journal.append(_end(state, reason), durable=True)
+            journal.append(end_record(state, reason), durable=True)
         except UserError as error:
             log.warning("%s can't be ended in MLflow (%s); make audit tells and mends it", name, error)
         self._shipper.hurry()
@@ -412,7 +395,7 @@ class MlflowTracker:
 
     def close(self, run: StoredRun, state: State = State.INTERRUPTED, reason: str = "its process is gone") -> None:
         """A run that has no journal."""
-        end = _end(state, reason)
+        end = end_record(state, reason)
         tags = [RunTag(name, value) for name, value in end["tags"].items()]
         self.client.log_batch(run.info.run_id, tags=tags)
         self.client.set_terminated(run.info.run_id, end["status"])
@@ -451,106 +434,6 @@ class MlflowTracker:
 
 def _child_of(parent: str, role: str | None = None) -> str:
     return f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}'" + (f" and tags.role = '{role}'" if role else "")
-
-
-class MlflowRun:
-    """An open run, in its journal; see Run."""
-
-    def __init__(self, shipper: Shipper, journal: Journal, run_id: str | None = None):
-        self.key = journal.key
-        self._shipper, self._journal, self._id = shipper, journal, run_id
-        self._open = True
-        self._monitor: _Monitor | None = None
-
-    @property
-    def id(self) -> str | None:
-        """See Run."""
-        self._id = self._id or self._shipper.run_id(self.key)
-        return self._id
-
-    def start(self, recipe: Recipe, uri: str) -> None:
-        """The files that are known before the first step: recipe, environment, code; and the machine is watched."""
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "recipe.json").write_text(recipe.to_json() + "\n")
-            (Path(folder) / "environment.txt").write_text(environment())
-            if code().dirty:
-                (Path(folder) / "diff.patch").write_bytes(code().diff)
-            self.log_files(Path(folder))
-        self._monitor = _Monitor(self._journal, uri)
-        self._monitor.start()
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """See Run; on disk when it returns. Infinity would be stored as 1.8e308 and win every comparison, so it is refused."""
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if bad:
-            raise ValueError(f"not a finite number: {', '.join(bad)}")
-        self._journal.append_metrics(metrics, step, durable=True)
-
-    def log_files(self, folder: Path) -> None:
-        """See Run."""
-        self._journal.append_files(folder)
-
-    def leave(self) -> None:
-        """Not ours any more: nothing more of it is sent from here, and `end` does nothing."""
-        if self._open:
-            self._open = False
-            self.stop_monitor()
-            self._shipper.leave(self._journal)
-
-    def end(self, state: State, reason: str = "") -> None:
-        """See Run."""
-        if self._open:
-            self._open = False
-            self.stop_monitor()
-            self._journal.append(_end(state, reason), durable=True)
-            self._shipper.hurry()
-
-    def stop_monitor(self) -> None:
-        """Watch the machine no longer."""
-        if self._monitor:
-            self._monitor.finish()
-            self._monitor = None
-
-
-class _Monitor(SystemMetricsMonitor):
-    """MLflow's thread that watches processor, memory, disk, network and GPU; what it sees goes to the journal."""
-
-    def __init__(self, journal: Journal, uri: str):
-        super().__init__(
-            journal.key, sampling_interval=5, tracking_uri=uri
-        )  # without it, a database of its own is made
-        self._journal = journal
-        self._logging_step = journal.next_step(SYSTEM)
-
-    def monitor(self) -> None:
-        """MLflow's own asks its store before each sample whether the run goes on; `finish` says so here."""
-        while True:
-            for _ in range(self.samples_before_logging):
-                self.collect_metrics()
-                if self._shutdown_event.wait(self.sampling_interval):
-                    return
-            try:
-                self.publish_metrics(self.aggregate_metrics())
-            except UserError:  # a full disk; the training will say so
-                return
-
-    def publish_metrics(self, metrics: Mapping[str, float]) -> None:
-        """One point of each."""
-        finite = {f"{SYSTEM}{name}": value for name, value in metrics.items() if math.isfinite(value)}
-        self._journal.append_metrics(finite, self._logging_step, durable=False)
-        self._logging_step += 1
-        for monitor in self.monitors:
-            monitor.clear_metrics()
-
-
-def _end(state: State, reason: str = "") -> dict[str, Any]:
-    """A run's last record."""
-    tags = {"state": str(state)} | ({"reason": without_secrets(reason)[:_TAG_LIMIT]} if reason else {})
-    return {"kind": "end", "status": _STATUS[state], "tags": tags, "time": _now()}
-
-
-def _now() -> int:
-    return int(time.time() * 1000)
 
 
 def _connect_once(uri: str) -> None:

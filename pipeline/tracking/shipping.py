@@ -27,7 +27,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.rest_utils import http_request, verify_rest_response
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.errors import UserError, without_secrets
+from pipeline.errors import UserError, first_line
 from pipeline.tracking.journal import DiskFault, Journal
 
 log = logging.getLogger(__name__)
@@ -266,7 +266,9 @@ class Shipper:
             pause = min(0.5 * 2 ** min(self._failures, 10), 1.0 if self._flushing else _LONGEST_PAUSE_S)
             self._next = time.monotonic() + pause
             if self._failures == 2:
-                log.warning("MLflow doesn't answer (%s): training goes on, what is measured waits on disk", said(error))
+                log.warning(
+                    "MLflow doesn't answer (%s): training goes on, what is measured waits on disk", first_line(error)
+                )
 
     def _ship(self, shipment: _Shipment) -> None:
         """What there is now; raises where another try may mend it."""
@@ -278,7 +280,7 @@ class Shipper:
             if not is_for_good(error):
                 raise
             with self._changed:
-                shipment.refused = self._refused[journal.key] = said(error)
+                shipment.refused = self._refused[journal.key] = first_line(error)
             log.warning("run key %s: MLflow refuses it (%s); it is kept", journal.key, shipment.refused)
         with self._changed:
             if journal.has_ended and (shipment.refused or shipment.offset == journal.size):
@@ -388,11 +390,6 @@ def is_for_good(error: Exception) -> bool:
     if "sqlalche.me" in str(error):  # the database behind MLflow is at fault, as when it restarts; MLflow says 400
         return False
     return 400 <= code < 500 and code not in (408, 429)
-
-
-def said(error: BaseException, uri: str = "") -> str:
-    """An error's first line, without users and passwords, those of `uri` in whatever form."""
-    return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0], uri)[:300]
 
 
 def _points(record: Mapping[str, Any], before: Mapping[str, int]) -> list[Metric]:

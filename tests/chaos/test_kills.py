@@ -42,7 +42,7 @@ AIMS = {
     "inside the supervisor's own acts": [
         ("pipeline.search.supervisor:grant", "command", 20),
         ("pipeline.search.supervisor:bury", "command", 1),
-        ("pipeline.search.storage:ask_again", "command", 1),
+        ("pipeline.search.retries:ask_again", "command", 1),
         ("pipeline.search.workers:reconcile", "command", 1),
         ("pipeline.tracking.runs:MlflowTracker.open_study", "command", 1),
         ("pipeline.tracking.runs:Stores.make", "command", 1),

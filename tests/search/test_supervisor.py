@@ -19,7 +19,8 @@ from pipeline.experiment import Outcome
 from pipeline.guard import StopOnSignal, this_worker
 from pipeline.recipe import Recipe
 from pipeline.search import supervisor
-from pipeline.search.storage import StudyLock, bury, num_finished, open_storage, open_study
+from pipeline.search.retries import bury
+from pipeline.search.storage import StudyLock, num_finished, open_storage, open_study
 from pipeline.search.study import Search, Study
 from pipeline.search.supervisor import Supervisor, WorkerBug, _Judge, placements
 from pipeline.search.trial import Progress, StudyInterrupted

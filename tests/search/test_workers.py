@@ -19,7 +19,8 @@ from pipeline.experiment import Outcome
 from pipeline.guard import this_worker
 from pipeline.recipe import Recipe
 from pipeline.search import workers
-from pipeline.search.storage import ask_again, num_finished, open_storage, reconcile
+from pipeline.search.retries import ask_again, reconcile
+from pipeline.search.storage import num_finished, open_storage
 from pipeline.search.study import Search, Study
 from pipeline.search.trial import StudyInterrupted
 from pipeline.tracking.runs import MlflowTracker, State

@@ -1,0 +1,112 @@
+"""What becomes of a trial that ended through no fault of its own: another takes its place, and goes on with its run."""
+
+import contextlib
+import shutil
+import uuid
+from pathlib import Path
+
+import optuna
+from filelock import FileLock
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from pipeline.guard import is_gone
+from pipeline.search.replay import WHOLE
+from pipeline.search.study import counts
+from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.training.resume import CHECKPOINTS
+
+RETRIES = 2  # of a trial whose process died
+_KEPT = ("control", "run_key", "whole")  # of a trial, by the one that takes its place
+
+
+def reconcile(study: optuna.Study, tracker: MlflowTracker, parent: str, home: Path) -> list[int]:
+    """Ask again what a process that is gone left RUNNING, and close runs that nobody is at; the numbers of those trials.
+
+    Only processes of this machine can be judged here. `parent` is the study's run in MLflow.
+    """
+    with FileLock(home / "optuna.lock"):
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        # A trial that `claim` made RUNNING has a worker; another kind is of a time before it.
+        dead = [trial for trial in running if "worker" not in trial.user_attrs or is_gone(trial.user_attrs["worker"])]
+        bury(study, dead, "its process is gone", tracker, parent)
+        trials = study.get_trials(deepcopy=False)
+        ended = {trial.user_attrs["run_key"]: _end_of(trial) for trial in trials if _has_ended(trial)}
+        alive = {trial.user_attrs.get("run_key", "") for trial in trials if not trial.state.is_finished()}
+        tracker.close_lost(parent, alive, ended)
+    return sorted(trial.number for trial in dead)
+
+
+def _has_ended(trial: FrozenTrial) -> bool:
+    return counts(trial) and "state" in trial.user_attrs and "run_key" in trial.user_attrs
+
+
+def _end_of(trial: FrozenTrial) -> tuple[State, str]:
+    return State(trial.user_attrs["state"]), trial.user_attrs.get("reason", "")
+
+
+def bury(
+    study: optuna.Study, dead: list[FrozenTrial], why: str, tracker: MlflowTracker, parent: str, died: bool = True
+) -> None:
+    """Trials whose process is gone: each is asked again, and its run gone on with by whoever takes it.
+
+    One that `died` too often fails and counts, and its run is ended. MLflow is not waited for.
+    """
+    for trial in dead:
+        with contextlib.suppress(UpdateFinishedTrialError):  # it ended at the last moment, and counts
+            if not ask_again(study, trial, died):
+                reason = f"{why}; so it ended {RETRIES + 1} times"
+                study._storage.set_trial_user_attr(trial._trial_id, "state", str(State.FAILED))
+                study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
+                key = trial.user_attrs.get("run_key")
+                if key is None:  # it died each time before it had one
+                    key = uuid.uuid4().hex
+                    study._storage.set_trial_user_attr(trial._trial_id, "run_key", key)
+                tracker.end_run(key, parent, run_name(trial), run_tags(study, trial), State.FAILED, reason)
+                shutil.rmtree(tracker.home / CHECKPOINTS / key, ignore_errors=True)  # nobody goes on from there
+            study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+
+def run_name(trial: FrozenTrial | optuna.Trial) -> str:
+    """Of a trial's run in MLflow."""
+    return f"trial {trial.number}" + (" (control)" if trial.user_attrs.get("control") else "")
+
+
+def run_tags(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> dict[str, str]:
+    """Which trial a run in MLflow is."""
+    return {"role": "trial", "study": study.study_name, "trial": str(trial.number)}
+
+
+def ask_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial, died: bool = False) -> bool:
+    """Queue a trial that ended through no fault of its own, once, with all that it is known by; it no longer counts.
+
+    False where its process `died` and it has been asked again RETRIES times for that: nothing is queued.
+    """
+    frozen = study._storage.get_trial(trial._trial_id)
+    deaths = frozen.user_attrs.get("deaths", 0) + died
+    if died and deaths > RETRIES:
+        if not frozen.user_attrs.get("asked_again"):
+            return False
+        deaths = (
+            RETRIES  # it was stopped, and died while it was asked again: that is ended here, or nobody has its place
+        )
+    study._storage.set_trial_user_attr(trial._trial_id, "asked_again", True)
+    if any(other.user_attrs.get("retry_of") == frozen.number for other in study.get_trials(deepcopy=False)):
+        return True
+    attributes = {"retry_of": frozen.number} | ({"deaths": deaths} if deaths else {})
+    if frozen.number < WHOLE:
+        attributes["whole"] = True
+    attributes |= {name: frozen.user_attrs[name] for name in _KEPT if name in frozen.user_attrs}
+    # What was fixed and not asked yet belongs to it too: the space may have been left half-way.
+    fixed = {"fixed_params": frozen.system_attrs.get("fixed_params", {}) | frozen.params}
+    # It goes on from its checkpoint, so what it reported and how the pruner judged it before stay.
+    rungs = {name: value for name, value in frozen.system_attrs.items() if name.startswith("completed_rung_")}
+    study.add_trial(
+        create_trial(
+            state=TrialState.WAITING,
+            user_attrs=attributes,
+            system_attrs=fixed | rungs,
+            intermediate_values=frozen.intermediate_values,
+        )
+    )
+    return True
