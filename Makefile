@@ -136,7 +136,7 @@ test-floors: ## the fast tests with the oldest versions that pyproject.toml allo
 
 $(READY): pyproject.toml $(if $(filter 0,$(LOCKED)),,$(wildcard .constraints.txt))
 	@test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or newer found; install one, or say PYTHON=/path/to/python3.12' >&2; exit 2; }
-	@echo 'Setting up .venv with $(PYTHON), once (torch with its GPU libraries takes some minutes and 5 GB) ...'
+	@echo 'Setting up .venv with $(PYTHON), once (with the GPU libraries of torch it takes some minutes and 7 GB of disk) ...'
 	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) can't make virtual environments; on Debian and Ubuntu install python3-venv" >&2; rm -rf .venv; exit 2; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(filter 0,$(LOCKED)),,$(addprefix --constraint ,$(wildcard .constraints.txt))) --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(filter 0,$(LOCKED)),,$(addprefix --constraint ,$(wildcard .constraints.txt))) --editable '.[dev]' || { echo "error: not everything could be installed (above: why); it takes 10 GB of disk, and 7 GB stay; free here: $$(df -Ph . | awk 'END {print $$4}'); once that is mended the same command goes on" >&2; exit 2; }
 	@touch $(READY)

@@ -113,7 +113,7 @@ def step_work(recipe: Recipe, data: TrainingData, device: torch.device) -> Work:
         if part == "augmentation":
             traffic.bytes = 0  # until then it was set-up, and the gather of a few bytes
 
-    def on_step(step: int, steps: int) -> None:
+    def on_step(epoch: int, step: int, steps: int) -> None:
         raise _Stepped
 
     batch = few_images(data, min(recipe.training.batch_size, len(data.train.images)), 1)

@@ -189,7 +189,7 @@ def _speed(bench: Bench, recipe: Recipe, data: TrainingData, execution: str) -> 
     """`first_step_s` is what it takes until the first step is sent: set-up, and compilation where there is one."""
     first: list[float] = []
 
-    def on_step(step: int, steps: int) -> None:
+    def on_step(epoch: int, step: int, steps: int) -> None:
         if not first:
             first.append(time.perf_counter() - began)
 

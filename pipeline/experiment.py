@@ -61,7 +61,7 @@ def run(
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
-    on_step: Callable[[int, int], None] = lambda step, steps: None,
+    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
     fence: Callable[[], None] = lambda: None,
     resume: Path | None = None,
     key: str | None = None,

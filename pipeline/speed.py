@@ -100,7 +100,7 @@ def measure(
     data: TrainingData,
     device: torch.device,
     seconds: float,
-    on_step: Callable[[int, int], None] = lambda step, steps: None,
+    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
 ) -> Speed:
     """Train for `seconds`, and at least two short epochs, of which the first warms up and isn't counted.
 

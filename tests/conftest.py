@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks gain nothing from more; read when torch is imported
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
 
 # A shell starts what runs in its background with Ctrl-C ignored, which the commands under test would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples each time: what is tested must not depend on a draw. `pytest --hypothesis-profile=anew` draws others.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("anew", max_examples=1000, deadline=None)
+hypothesis.settings.load_profile("same")
 
 UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack_cifar10.py"
 

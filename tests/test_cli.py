@@ -710,6 +710,20 @@ def make(folder: Path, *words: str, **environment: str) -> subprocess.CompletedP
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=clean | environment)
 
 
+def test_a_set_up_that_fails_says_what_it_needs_and_is_not_taken_for_done(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(made, folder)
+    (folder / ".venv" / "ready").unlink()
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\ntest "$2" != pip\n')
+    done = make(folder, "setup", f"PYTHON={python}")
+    assert done.returncode == 2
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "not everything could be installed" in line
+    assert re.search(r"10 GB of disk.*free here: [\d.]+[KMGT]", line)
+    assert not (folder / ".venv" / "ready").exists()
+
+
 def test_make_study_passes_every_variable_on(made: Path) -> None:
     names = ["TRIALS", "EPOCHS", "TIMEOUT", "DATASET", "DATA_DIR", "DEVICE", "SEED", "VERSION", "STORAGE"]
     words = [f"{name}={name.lower()} value" for name in [*names, "TRACKING_URI", "SET", "WORKERS", "HANG"]]

@@ -209,7 +209,7 @@ def test_an_interrupted_run_goes_on_from_its_state_and_counts_what_came_before(
     folder, tracker = tmp_path / "state", Folder(tmp_path)
     steps: list[int] = []
 
-    def on_step(step: int, total: int) -> None:
+    def on_step(epoch: int, step: int, total: int) -> None:
         steps.append(step)
         if len(steps) == total + 2:
             raise Interrupted
@@ -217,7 +217,14 @@ def test_an_interrupted_run_goes_on_from_its_state_and_counts_what_came_before(
     first = experiment.run(small_recipe, digits, CPU, tracker, "one", on_step=on_step, resume=folder)
     assert (first.state, first.epochs, first.notes) == (State.INTERRUPTED, 1, ())
     assert folder.is_dir()
-    again = experiment.run(small_recipe, digits, CPU, tracker, "one", on_step=_interrupt, resume=folder)
+    begun: list[tuple[int, ...]] = []
+
+    def stop(*at: int) -> None:
+        begun.append(at[:2])
+        raise Interrupted
+
+    again = experiment.run(small_recipe, digits, CPU, tracker, "one", on_step=stop, resume=folder)
+    assert begun == [(2, 1)], "the epoch under way"
     assert (again.state, again.epochs) == (State.INTERRUPTED, 1)
     assert again.metrics == first.metrics
     assert again.seconds > first.metrics["time/epoch_s"]
@@ -231,10 +238,6 @@ def test_an_interrupted_run_goes_on_from_its_state_and_counts_what_came_before(
     assert last.metrics["time/training_s"] > first.metrics["time/epoch_s"] + last.metrics["time/epoch_s"]
     for name in ("weights.safetensors", "weights_plain.safetensors"):
         assert (tracker.folder / name).read_bytes() == (whole.folder / name).read_bytes()
-
-
-def _interrupt(*at: int) -> None:
-    raise Interrupted
 
 
 @pytest.mark.usefixtures("always")

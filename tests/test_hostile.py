@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Trained
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -491,12 +491,23 @@ NAMES = [
     ),
     *("models:/x@y", "models:/x/99999999999999999999", "runs:/x/y", "file:///etc/passwd", "1e999", "NaN", "$(touch x)"),
 ]
-quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=settings.default.max_examples // 10,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 texts = st.text(st.characters(exclude_characters="\0"), max_size=60) | st.sampled_from(NAMES)
+
+
+def each(test: Callable[..., None]) -> Callable[..., None]:
+    """Every one of NAMES, before what is drawn."""
+    for name in NAMES:
+        test = example(name=name)(test)
+    return test
 
 
 @pytest.mark.parametrize("words", WORDS, ids=" ".join)
 @quick
+@each
 @given(name=texts)
 def test_any_name_is_refused_in_lines_and_nothing_is_written(words: list[str], name: str, elsewhere: Path) -> None:
     if "tiny-v1-digits".startswith(name) or name in ("attention", "digits"):

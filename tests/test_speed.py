@@ -51,7 +51,7 @@ def test_a_measurement_counts_the_steps_and_batches_of_the_whole_data(
 ) -> None:
     seen: list[int] = []
     began = time.perf_counter()
-    speed = measure(small_recipe, digits, CPU, 0, lambda step, steps: seen.append(step))
+    speed = measure(small_recipe, digits, CPU, 0, lambda epoch, step, steps: seen.append(step))
     took = time.perf_counter() - began
     assert seen == [1, 2, 3, 4] * 2, "one short epoch to warm up, one that counts"
     assert (speed.batch_size, speed.steps) == (64, len(digits.train.images) // 64)
@@ -59,7 +59,7 @@ def test_a_measurement_counts_the_steps_and_batches_of_the_whole_data(
     assert 4 * sum(speed.step_s.values()) + speed.evaluation_s < took
     assert speed.images_per_second == pytest.approx(64 / sum(speed.step_s.values()))
     assert speed.epoch_s == pytest.approx(speed.steps * sum(speed.step_s.values()) + speed.evaluation_s)
-    long = measure(small_recipe, digits, CPU, 0.3, lambda step, steps: seen.append(step))
+    long = measure(small_recipe, digits, CPU, 0.3, lambda epoch, step, steps: seen.append(step))
     assert len(seen) > 16 and long.steps == speed.steps
 
 
@@ -69,7 +69,7 @@ def test_a_recipe_that_would_diverge_is_measured(small_recipe: Recipe, digits: T
 
 
 def test_a_measurement_ends_where_on_step_raises(small_recipe: Recipe, digits: TrainingData) -> None:
-    def stop(step: int, steps: int) -> None:
+    def stop(epoch: int, step: int, steps: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -124,7 +124,7 @@ def test_a_stopwatch_never_waits_for_a_gpu(small_recipe: Recipe, digits: Trainin
     train(small_recipe, data, gpu)  # warm: libraries synchronise when they start
     watch = Stopwatch(gpu)
 
-    def on_step(step: int, steps: int) -> None:
+    def on_step(epoch: int, step: int, steps: int) -> None:
         torch.cuda.set_sync_debug_mode("default" if step == steps else "error")
 
     began = time.perf_counter()

@@ -51,6 +51,8 @@ def expand(path: Path) -> Path:
         pass
     except OSError as error:  # too long, or in a folder that may not be read; Path.is_dir would raise it
         raise UserError(f"{str(path)[:200]}: {error.strerror}") from None
+    except ValueError:  # a null byte, or half of a character
+        raise UserError(f"{str(path)[:200]!a}: can be no path") from None
     return path
 
 

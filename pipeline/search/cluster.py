@@ -26,9 +26,12 @@ from pipeline.search.worker import Assignment, Ended, Limits, work
 
 KNOCK_S = 25.0  # for a cluster to answer
 LOOK_S = 5.0  # between two looks at the cluster's nodes
+PLACED_S = 15.0  # within which an actor has a place, where there is one
 KILL_S = 10.0  # for a killed actor to be gone
 INSTALL = ".venv/bin/pip install -e '.[cluster]'"
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray is for this machine only, and its ports open on 127.0.0.1
+
+log = logging.getLogger(__name__)
 
 _IN, _KEPT_OUT, _NOBODY = 0, 3, 4
 # In a process of its own: how to authenticate is fixed when Ray is imported, and a token that is missing ends the process.
@@ -85,6 +88,17 @@ class ActorWorker:
         kind: Any = ray.remote(Actor)
         self._actor = actor = kind.options(**resources, max_restarts=0, max_concurrency=3).remote()
         self._begun, self._answer = actor.begun.remote(), actor.work.remote(cloudpickle.dumps(assignment))
+        self._asked = time.monotonic()
+
+    def waits(self) -> bool:
+        """Whether the cluster has had no place for it for PLACED_S."""
+        late = time.monotonic() - self._asked > PLACED_S
+        return late and self.ended() is None and not self._has_place()
+
+    def _has_place(self) -> bool:
+        import ray
+
+        return bool(ray.wait([self._begun], timeout=0)[0])
 
     def ended(self) -> Ended | None:
         """See Worker."""
@@ -101,17 +115,18 @@ class ActorWorker:
         """See Worker. One that has no place yet has nothing to end."""
         import ray
 
-        if ray.wait([self._begun], timeout=0)[0]:
+        if self._has_place():
             self._actor.stop.remote()
         else:
             ray.kill(self._actor)
 
     def kill(self) -> None:
-        """See Worker."""
+        """See Worker. Its place is free then, also where its work had ended."""
         import ray
 
-        if self.ended() is None:
-            ray.kill(self._actor)
+        ended = self.ended()
+        ray.kill(self._actor)
+        if ended is None:
             ray.wait([self._answer], timeout=KILL_S)
 
 
@@ -136,6 +151,8 @@ class Cluster:
     limits: Limits = field(default_factory=Limits)
     _room: int = 0
     _looked: float = -math.inf
+    _actors: list[ActorWorker] = field(default_factory=list)
+    _told: int = 0  # actors that wait
 
     def __post_init__(self) -> None:
         gpus = sum(_gpus(node) for node in _nodes())
@@ -148,17 +165,28 @@ class Cluster:
             on = [_gpus(node) * self._per_gpu if self.device == "cuda" else _cpus(node) for node in _nodes()]
             self._room = sum(on) if self.workers is None else min(sum(on), self.workers)
             self._looked = time.monotonic()
+            self._tell_who_waits()
         return self._room
 
     def start(self, assignment: Assignment, place: int) -> Worker:
         """See Crew."""
         if self.device == "cpu":
-            return ActorWorker(replace(assignment, device="cpu", threads=1), {"num_cpus": 1})
+            return self._add(ActorWorker(replace(assignment, device="cpu", threads=1), {"num_cpus": 1}))
         share = math.floor(10_000 / self._per_gpu) / 10_000  # Ray counts in ten-thousandths
         fraction = 1 / self._per_gpu if self._per_gpu > 1 else None
         # Ray shows each actor its own GPU only, as the first.
         on_gpu = replace(assignment, device="cuda:0", memory_fraction=fraction, threads=None)
-        return ActorWorker(on_gpu, {"num_gpus": share, "num_cpus": 0})
+        return self._add(ActorWorker(on_gpu, {"num_gpus": share, "num_cpus": 0}))
+
+    def _add(self, actor: ActorWorker) -> ActorWorker:
+        self._actors = [other for other in self._actors if other.ended() is None] + [actor]
+        return actor
+
+    def _tell_who_waits(self) -> None:
+        waiting = sum(actor.waits() for actor in self._actors)
+        if waiting > self._told:
+            log.info("%d of %d workers wait for a place: others are at work on the cluster", waiting, len(self._actors))
+        self._told = waiting
 
 
 def _nodes() -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def forecast(
     data: TrainingData,
     device: torch.device,
     study: optuna.Study | None,
-    on_step: Callable[[int, int], None] = lambda step, steps: None,
+    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
     workers: int = 1,
 ) -> Forecast | None:
     """Measure the control and a few random recipes; None where no trial is left. `study` is what is stored so far.
@@ -103,7 +103,7 @@ def _forecast(
     data: TrainingData,
     device: torch.device,
     study: optuna.Study | None,
-    on_step: Callable[[int, int], None],
+    on_step: Callable[[int, int, int], None],
     workers: int,
 ) -> Forecast | None:
     done = num_finished(study) if study else 0

@@ -1,6 +1,7 @@
 """What becomes of a trial that ended through no fault of its own: another takes its place, and goes on with its run."""
 
 import contextlib
+import logging
 import shutil
 import uuid
 from pathlib import Path
@@ -15,6 +16,8 @@ from pipeline.search.replay import WHOLE
 from pipeline.search.study import counts
 from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.training.resume import CHECKPOINTS
+
+log = logging.getLogger(__name__)
 
 RETRIES = 2  # of a trial whose process died
 _KEPT = ("control", "run_key", "whole")  # of a trial, by the one that takes its place
@@ -31,6 +34,10 @@ def reconcile(study: optuna.Study, tracker: MlflowTracker, parent: str, home: Pa
         dead = [trial for trial in running if "worker" not in trial.user_attrs or is_gone(trial.user_attrs["worker"])]
         bury(study, dead, "its process is gone", tracker, parent)
         trials = study.get_trials(deepcopy=False)
+        for number in (trial.number for trial in dead):
+            again = trials[number].user_attrs.get("asked_again")
+            what = "is asked again" if again else f"failed: {trials[number].user_attrs.get('reason')}"
+            log.info("trial %d, whose process is gone, %s", number, what)
         ended = {trial.user_attrs["run_key"]: _end_of(trial) for trial in trials if _has_ended(trial)}
         alive = {trial.user_attrs.get("run_key", "") for trial in trials if not trial.state.is_finished()}
         tracker.close_lost(parent, alive, ended)

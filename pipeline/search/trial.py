@@ -118,7 +118,7 @@ class Objective:
 
         def on_epoch(report: EpochReport) -> None:
             nonlocal is_judged
-            clock.epoch_ended(report.epoch)
+            clock.epoch_ended()
             self.observer.epoch(trial.number, report)
             if (step := self.search.step(report.epoch, recipe)) not in reported:
                 with _ours():
@@ -130,8 +130,8 @@ class Objective:
             if self.stop_requested():
                 raise Interrupted
 
-        def on_step(step: int, steps: int) -> None:
-            self.observer.step(trial.number, clock.step(step, steps))
+        def on_step(epoch: int, step: int, steps: int) -> None:
+            self.observer.step(trial.number, clock.step(epoch, step, steps))
             if self.stop_requested():
                 raise Interrupted
 
@@ -184,15 +184,14 @@ class _Clock:
     """Makes Progress of steps."""
 
     batch_size: int
-    epoch: int = 1
     began: float = field(default_factory=time.monotonic)  # s
 
-    def epoch_ended(self, epoch: int) -> None:
-        self.epoch, self.began = epoch + 1, time.monotonic()
+    def epoch_ended(self) -> None:
+        self.began = time.monotonic()
 
-    def step(self, step: int, steps: int) -> Progress:
+    def step(self, epoch: int, step: int, steps: int) -> Progress:
         seconds = max(time.monotonic() - self.began, 1e-9)
-        return Progress(self.epoch, step, steps, step * self.batch_size / seconds)
+        return Progress(epoch, step, steps, step * self.batch_size / seconds)
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ def _supervisor(
 
 @contextlib.contextmanager
 def _planned(objective: Objective, study: optuna.Study, home: Path, crew: Crew | None) -> Iterator[None]:
-    def on_step(step: int, steps: int) -> None:
+    def on_step(epoch: int, step: int, steps: int) -> None:
         if objective.stop_requested():
             raise StudyInterrupted
 

@@ -62,14 +62,14 @@ def train(
     data: TrainingData,
     device: torch.device,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
-    on_step: Callable[[int, int], None] = lambda step, steps: None,
+    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
     on_part: Callable[[str], None] = lambda part: None,
     score_plain: bool = False,
     resume: Resume | None = None,
 ) -> Result:
     """Train a recipe's network on `data` and score it on the validation split after every epoch.
 
-    `on_epoch` may raise to end the training. `on_step(step, steps)` tells how far the epoch is, by the host's count:
+    `on_epoch` may raise to end the training. `on_step(epoch, step, steps)`, from 1, tells how far it is, by the host's count:
     nothing is read from the device inside an epoch but a copy of the loss that has already arrived.
     `on_part(part)` is told which of PARTS the time belongs to from here on; it must not wait for the device either.
     With `score_plain`, a recipe that averages its weights has the trained ones scored too, for another evaluation an
@@ -160,7 +160,7 @@ def train(
                     train_step(on_part)
                 watch.look(last_loss, epoch, step)
                 on_part("tracking")
-                on_step(step + 1, steps)
+                on_step(epoch, step + 1, steps)
                 on_part("data")
 
             on_part("evaluation")

@@ -97,7 +97,7 @@ def sleeping(seconds: float) -> Callable[..., Outcome]:
         for epoch in range(1, recipe.training.epochs + 1):
             for step in range(1, 11):
                 time.sleep(seconds / recipe.training.epochs / 10)
-                on_step(step, 10)
+                on_step(epoch, step, 10)
             fence()
             score = quality * (1 - 0.5**epoch)
             metrics = numbers | {"val/accuracy": score, "throughput/images_per_s": 1.0, "time/epoch_s": 1.0}
@@ -303,6 +303,7 @@ def measure(url: str, home: Path, workers: int, trials: int, finished: int, seco
     found |= {"connections": busiest[0], "tick_s": statistics.median(ticks), "tick_longest_s": max(ticks)}
     for name in ("ready_s", "take_s", "ask_s", "ask_cpu_s", "cpu_s", "statements", "trial_s"):
         found[name] = statistics.median(row[name] for row in rows)
+    found["statements_most"] = max(row["statements"] for row in rows)  # of a trial that none prunes
     states = [trial.state for trial in study.get_trials(deepcopy=False)[finished:]]
     return found | {
         "left_over": sum(not state.is_finished() for state in states),

@@ -22,4 +22,4 @@ def test_sleeping_trials_of_many_workers_are_counted_once_each(tmp_path: Path) -
     assert found["connections"] <= 2 * 3 + 3, (
         "a worker's own and its pulse's; the supervisor's, its lock's, and what counts"
     )
-    assert found["statements"] < 150, "of a trial of ten epochs"
+    assert found["statements_most"] < 190, "of a trial of ten epochs, that none prunes: 176, and a few for each beat"

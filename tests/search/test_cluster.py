@@ -106,6 +106,39 @@ def test_actors_run_a_study_and_one_that_is_killed_costs_no_trial(
 
 
 @needs_ray
+def test_that_the_cluster_has_no_place_is_told_once(
+    ray_here: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    import ray
+
+    class Other:
+        def is_here(self) -> bool:
+            return True
+
+    monkeypatch.setattr(cluster, "PLACED_S", 0)
+    monkeypatch.setattr(cluster, "LOOK_S", 0)
+    caplog.set_level("INFO", "pipeline")
+    other: Any = ray.remote(Other).options(num_cpus=ray.cluster_resources()["CPU"]).remote()
+    assert ray.get(other.is_here.remote(), timeout=30), "the actors of the studies before are gone"
+    crew = Cluster("here", "cpu", tmp_path, 1)
+    late = crew.start(
+        Assignment(search=b"", storage="", tracking_uri="", home=tmp_path, data_dir=tmp_path, parent=""), 0
+    )
+    try:
+        assert late.ended() is None
+        crew.room()
+        crew.room()
+        assert [record.getMessage() for record in caplog.records] == [
+            "1 of 1 workers wait for a place: others are at work on the cluster"
+        ]
+    finally:
+        late.kill()
+        ray.kill(other)
+    crew.room()
+    assert len(caplog.records) == 1
+
+
+@needs_ray
 def test_a_stranger_without_the_token_or_with_another_is_kept_out(ray_here: Cluster, alone: pytest.MonkeyPatch) -> None:
     import ray
 

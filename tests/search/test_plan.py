@@ -142,7 +142,7 @@ def test_a_study_stores_its_forecast_first_and_the_truth_at_its_end(
 
 
 def test_a_stop_ends_the_measuring(small_recipe: Recipe, digits: TrainingData) -> None:
-    def stop(step: int, steps: int) -> None:
+    def stop(epoch: int, step: int, steps: int) -> None:
         raise StudyInterrupted
 
     with pytest.raises(StudyInterrupted):

@@ -282,7 +282,9 @@ def test_a_study_out_of_patience_stops_by_itself_and_goes_on_with_more(lab: Lab)
     lab.assert_nothing_runs()
 
 
-def test_trials_of_a_process_that_is_gone_are_asked_again_and_those_of_a_living_one_left_alone(lab: Lab) -> None:
+def test_trials_of_a_process_that_is_gone_are_asked_again_and_those_of_a_living_one_left_alone(
+    lab: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
     lab.run(1)
     study = lab.study()
     code = "import json; from pipeline.guard import this_worker; print(json.dumps(this_worker()))"
@@ -294,7 +296,9 @@ def test_trials_of_a_process_that_is_gone_are_asked_again_and_those_of_a_living_
     alive.set_user_attr("worker", this_worker())
 
     parent = study.user_attrs["mlflow_run_id"]
+    caplog.set_level("INFO", "pipeline")
     assert reconcile(study, lab.tracker, parent, lab.home) == [dead.number]
+    assert caplog.messages == [f"trial {dead.number}, whose process is gone, is asked again"]
     trials = lab.study().trials
     assert trials[dead.number].state == TrialState.FAIL
     assert trials[alive.number].state == TrialState.RUNNING

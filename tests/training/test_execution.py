@@ -240,7 +240,7 @@ def test_no_replayed_step_waits_for_the_gpu(small_recipe: Recipe, on_gpu: Traini
     """torch raises at any synchronising call; the first epoch has the capture, which waits once."""
     recipe, seen = small_recipe.changed(FULL | {"training.epochs": 3, "training.execution": "graphed"}), []
 
-    def guard(step: int, steps: int) -> None:
+    def guard(epoch: int, step: int, steps: int) -> None:
         seen.append(step)
         inside = len(seen) > steps and step < steps
         torch.cuda.set_sync_debug_mode("error" if inside else "default")

@@ -112,7 +112,7 @@ def test_a_training_that_diverges_ends_at_once(small_recipe: Recipe, digits: Tra
         {"optimizer.lr": 99, "optimizer.weight_decay": 9, "training.clip_norm": 0, "training.epochs": 50}
     )
     with pytest.raises(Diverged, match=r"loss is (nan|inf) in epoch \d+, step \d+"):
-        train(recipe, digits, CPU, on_step=lambda step, total: steps.append(step))
+        train(recipe, digits, CPU, on_step=lambda epoch, step, total: steps.append(step))
     assert 0 < len(steps) < 50 * 20
 
 
@@ -127,13 +127,13 @@ def test_on_epoch_ends_the_training_by_raising(small_recipe: Recipe, digits: Tra
 def test_steps_are_counted_and_a_batch_larger_than_the_data_is_the_data(
     small_recipe: Recipe, digits: TrainingData
 ) -> None:
-    seen: list[tuple[int, int]] = []
-    train(small_recipe, digits, CPU, on_step=lambda step, steps: seen.append((step, steps)))
+    seen: list[tuple[int, int, int]] = []
+    train(small_recipe, digits, CPU, on_step=lambda *at: seen.append(at))
     steps = len(digits.train.labels) // 64
-    assert seen == [(i, steps) for i in range(1, steps + 1)] * 2
+    assert seen == [(epoch, i, steps) for epoch in (1, 2) for i in range(1, steps + 1)]
     seen.clear()
     train(small_recipe.changed({"training.batch_size": 60_000}), digits, CPU, on_step=lambda *at: seen.append(at))
-    assert seen == [(1, 1)] * 2
+    assert seen == [(1, 1, 1), (2, 1, 1)]
 
 
 MUON = {"optimizer.name": "muon", "optimizer.lr": 0.1, "optimizer.bias_lr": 1, "optimizer.head_lr": 1}
@@ -216,7 +216,7 @@ def test_no_step_waits_for_the_gpu(small_recipe: Recipe, tmp_path) -> None:
     )
     train(full, data, gpu)  # warm: libraries synchronise when they start
 
-    def guard(step: int, steps: int) -> None:
+    def guard(epoch: int, step: int, steps: int) -> None:
         torch.cuda.set_sync_debug_mode("default" if step == steps else "error")
 
     try:
