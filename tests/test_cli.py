@@ -318,7 +318,7 @@ def test_the_public_surface_is_frozen() -> None:
         "rollback": ["--model", "--reason", "--tracking-uri", "--version"],
         "predict": ["--device", "--method", "--model", "--output", "--show", "--tracking-uri", "files"],
         "reproduce": ["--data-dir", "--device", "--tolerance", "--tracking-uri", "run"],
-        "replay": ["--json", "--orders", "--seed", "file"],
+        "replay": ["--json", "--orders", "--rise", "--seed", "--trials", "file"],
         "relocate": [],
         "serve": ["--port", "--tracking-uri", "model"],
         "study": [
@@ -380,9 +380,14 @@ def test_curves_are_collected_gone_on_with_and_replayed(tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     as_json = json.loads(shown.stdout)
     assert (as_json["recipes"], as_json["epochs"], as_json["orders"]) == (3, 2, 5)
+    assert (as_json["trials"], as_json["rise"]) == (3, 0)
     nothing = as_json["results"][0]
     assert (nothing["judged_by"], nothing["strategy"], nothing["workers"]) == ("plain", "no pruning", 1)
     assert nothing["epochs_used"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    learning = pipeline("replay", str(table), "--orders", "5", "--trials", "2", "--rise", "0.75", cwd=tmp_path)
+    assert learning.returncode == 0 and "2 of 3 recipes" in " ".join(learning.stdout.split())
+    many = pipeline("replay", str(table), "--trials", "4", cwd=tmp_path)
+    assert (many.returncode, many.stderr) == (2, f"error: --trials 4: {table} has 3 recipes; give at most so many\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- predict

@@ -143,6 +143,14 @@ def replay(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A table of learning curves, as `curves` writes.")],
     orders: Annotated[int, typer.Option(metavar="N", min=1, help="Random orders of the recipes.")] = 500,
     seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Draws the orders.")] = 0,
+    trials: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Of a study: so many of the recipes, drawn anew for each order."),
+    ] = None,
+    rise: Annotated[
+        float,
+        typer.Option(metavar="WIDTHS", min=0, help="Later trials tend to be better, as in a search that learns: 0.75."),
+    ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with a list `results`.")] = False,
 ) -> None:
     """Replay ways of pruning on learning curves: epochs used, regret, and how early scores rank the recipes."""
@@ -151,17 +159,21 @@ def replay(
     from pipeline.search.replay import JUDGES, replay_all
 
     known = load_curves(expand(file))
+    if trials and trials > len(known):
+        raise UserError(f"--trials {trials}: {file} has {len(known)} recipes; give at most so many")
     console = make_console()
     with make_console(stderr=True).status("replaying"):
-        found = replay_all({judge: scores(known, judge) for judge in JUDGES}, orders, seed)
+        judged = {judge: scores(known, judge) for judge in JUDGES}
+        found = replay_all(judged, orders, seed, trials=trials, rise=rise)
     if as_json:
         about = {"curves": str(file), "recipes": len(known), "epochs": len(known[0].plain), "orders": orders}
+        about |= {"trials": trials or len(known), "rise": rise}
         sys.stdout.write(json.dumps(about | {"results": [line.as_json() for line in found]}) + "\n")
         return
     console.print(
-        f"{len(known)} recipes of {len(known[0].plain)} epochs, {orders} random orders; intervals: 95 %, recipes drawn "
-        "with replacement and their orders. Regret: the best recipe's last score less that of the best that was not "
-        "pruned, each by the weights that judge.",
+        f"{trials or len(known)} of {len(known)} recipes of {len(known[0].plain)} epochs, {orders} random orders; "
+        "intervals: 95 %, recipes drawn with replacement and their orders. Regret: the best recipe's last score less that "
+        "of the best that was not pruned, each by the weights that judge.",
         markup=False,
     )
     print_replay(console, found)

@@ -1,8 +1,8 @@
 """Ways of pruning replayed on whole learning curves: what each would have cost, and what it would have found.
 
 Every epoch costs 1 and the workers take the next recipe as soon as they are free, in lockstep; as in a study, the first
-WHOLE recipes are not pruned. Optuna's pruners are replayed by the same rules on plain lists, a few hundred times faster;
-the tests hold the two to the same verdicts.
+WHOLE recipes are not pruned. Our pruner and Optuna's are replayed by the same rules on plain lists, a few hundred times
+faster; the tests hold the two to the same verdicts.
 """
 
 from bisect import insort
@@ -21,6 +21,8 @@ from optuna.pruners import (
     SuccessiveHalvingPruner,
 )
 
+from pipeline.search.pruner import RECENT, RecentPruner, goes_on
+
 # Name -> the pruner for so many trials of so many epochs; the fraction is when it first decides.
 STRATEGIES: Mapping[str, Callable[[int, int], BasePruner]] = {
     "no pruning": lambda trials, epochs: NopPruner(),
@@ -33,6 +35,7 @@ STRATEGIES: Mapping[str, Callable[[int, int], BasePruner]] = {
     "halving by 3 from 1/6": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 6), 3),
     "halving by 4 from 1/6": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 6), 4),
     "halving by 3 from 1/9": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 9), 3),
+    "best quarter of the last 12 from 1/6": lambda trials, epochs: RecentPruner(epochs),
     "Hyperband by 3 from 1/9": lambda trials, epochs: HyperbandPruner(max(1, epochs // 9), epochs, 3),
 }
 WHOLE = 3  # trials, the control the first, that a study never prunes: even a short one has something to compare
@@ -103,10 +106,29 @@ class Halving:
         while epoch >= self.first_decision * self._eta ** self._rung[trial]:
             scores = self._scores[self._rung[trial]]
             insort(scores, score)
+            self._rung[trial] += 1
             if score < scores[-max(1, len(scores) // self._eta)]:
                 return True
-            self._rung[trial] += 1
         return False
+
+    def complete(self, trial: int) -> None:
+        """See Rule."""
+
+
+class Recent:
+    """RecentPruner: at each rung only the best of the last few who came goes on."""
+
+    def __init__(self, pruner: RecentPruner):
+        self.first_decision = pruner.rungs[0]
+        self._scores: dict[int, list[tuple[int, float]]] = {rung: [] for rung in pruner.rungs}  # by trial
+
+    def prune(self, trial: int, epoch: int, score: float) -> bool:
+        """See Rule."""
+        if epoch not in self._scores:
+            return False
+        others = [other for _, other in self._scores[epoch][1 - RECENT :]]
+        insort(self._scores[epoch], (trial, score))
+        return not goes_on(score, others)
 
     def complete(self, trial: int) -> None:
         """See Rule."""
@@ -140,15 +162,17 @@ class _Numbered(NamedTuple):
     number: int
 
 
-AnyRule = Never | Percentile | Halving | Hyperband
+AnyRule = Never | Percentile | Halving | Recent | Hyperband
 
 
 def rule(pruner: BasePruner, name: str) -> AnyRule:
-    """What an Optuna pruner does in a study called `name`, by which Hyperband draws its brackets."""
+    """What a pruner does in a study called `name`, by which Hyperband draws its brackets."""
     if isinstance(pruner, PercentilePruner):
         return Percentile(pruner)
     if isinstance(pruner, SuccessiveHalvingPruner):
         return Halving(pruner)
+    if isinstance(pruner, RecentPruner):
+        return Recent(pruner)
     if isinstance(pruner, HyperbandPruner):
         return Hyperband(pruner, name)
     assert isinstance(pruner, NopPruner)
@@ -164,7 +188,6 @@ def simulate(curves: Sequence[Sequence[float]], rule: Rule, workers: int, whole:
     waiting = iter(range(workers, len(curves)))
     running = deque((trial, 1) for trial in range(min(workers, len(curves))))  # and the epoch that comes next
     used, completed = 0, []
-    spared: set[int] = set()  # from the pruner, to which they ended
     while running:
         trial, epoch = running.popleft()
         used += 1
@@ -174,10 +197,7 @@ def simulate(curves: Sequence[Sequence[float]], rule: Rule, workers: int, whole:
                 rule.complete(trial)
                 completed.append(trial)
             else:
-                goes_on = trial in spared or not rule.prune(trial, epoch, score)
-                if not goes_on and trial < whole:
-                    spared.add(trial)
-                if goes_on or trial in spared:
+                if not rule.prune(trial, epoch, score) or trial < whole:
                     running.append((trial, epoch + 1))
                     continue
         if (new := next(waiting, None)) is not None:
@@ -211,10 +231,19 @@ class Replayed:
         return asdict(self)
 
 
-def replay_all(scores: Mapping[str, np.ndarray], orders: int, seed: int = 0, resamples: int = 200) -> list[Replayed]:
+def replay_all(
+    scores: Mapping[str, np.ndarray],
+    orders: int,
+    seed: int = 0,
+    resamples: int = 200,
+    trials: int | None = None,
+    rise: float = 0.0,
+) -> list[Replayed]:
     """Every strategy on the curves of each judge, (num_recipes, num_epochs), NaN where a recipe had diverged.
 
-    Values are means over `orders` random orders, the same for all. The intervals are percentile bootstraps over recipes:
+    Values are means over `orders` random orders, the same for all, of all recipes or of `trials` drawn ones. With `rise`
+    the later ones tend to be better, as in a search that learns: by so many widths of the spread of a uniform distribution
+    from the first to the last. The intervals are percentile bootstraps over recipes:
     as many recipes are drawn with replacement, `resamples` times, and each time the mean is over ORDERS_EACH orders.
     Regret is in the terms of the judge's own last score; a study that completes nothing is counted as scoring 0.
     """
@@ -222,7 +251,7 @@ def replay_all(scores: Mapping[str, np.ndarray], orders: int, seed: int = 0, res
         line
         for judge, curves in scores.items()
         for name, make in STRATEGIES.items()
-        for line in _replay(curves, judge, name, make, orders, seed, resamples)
+        for line in _replay(curves, judge, name, make, orders, seed, resamples, trials, rise)
     ]
 
 
@@ -234,13 +263,22 @@ def _replay(
     orders: int,
     seed: int,
     resamples: int,
+    trials: int | None,
+    rise: float,
 ) -> list[Replayed]:
     random = np.random.RandomState(seed)
     num_recipes, num_epochs = curves.shape
-    first = rule(make(num_recipes, num_epochs), "").first_decision
-    given = [random.permutation(num_recipes) for _ in range(orders)]
-    choices = [random.randint(num_recipes, size=num_recipes) for _ in range(resamples)]
-    drawn = [[random.permutation(chosen) for _ in range(ORDERS_EACH)] for chosen in choices]
+    num_trials = trials or num_recipes
+    first = rule(make(num_trials, num_epochs), "").first_decision
+    ranks = np.nan_to_num(curves[:, -1]).argsort().argsort() / num_recipes
+
+    def order(recipes: np.ndarray) -> np.ndarray:
+        chosen = random.permutation(recipes)[:num_trials]
+        return chosen[np.argsort(random.rand(num_trials) + rise * ranks[chosen])]
+
+    given = [order(np.arange(num_recipes)) for _ in range(orders)]
+    choices = [np.asarray(random.randint(num_recipes, size=num_recipes)) for _ in range(resamples)]
+    drawn = [[order(those) for _ in range(ORDERS_EACH)] for those in choices]
     correlation = _estimate(
         _rank_correlation(curves, first), [_rank_correlation(curves[chosen], first) for chosen in choices]
     )
@@ -261,7 +299,7 @@ def _mean_outcome(
     shares, regrets = [], []
     for number, order in enumerate(orders):
         ordered = [rows[i] for i in order]
-        used, completed = simulate(ordered, rule(make(*curves.shape), f"order {number}"), workers, WHOLE)
+        used, completed = simulate(ordered, rule(make(len(order), curves.shape[1]), f"order {number}"), workers, WHOLE)
         shares.append(used / np.minimum(1 + (~np.isnan(curves[order])).sum(1), curves.shape[1]).sum())
         regrets.append(finals[order].max() - finals[order[completed]].max(initial=0.0))
     return float(np.mean(shares)), float(np.mean(regrets))

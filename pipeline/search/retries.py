@@ -106,14 +106,12 @@ def ask_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial, died: bool
     attributes |= {name: frozen.user_attrs[name] for name in _KEPT if name in frozen.user_attrs}
     # What was fixed and not asked yet belongs to it too: the space may have been left half-way.
     fixed = {"fixed_params": frozen.system_attrs.get("fixed_params", {}) | frozen.params}
-    # It goes on from its checkpoint, so what it reported and how the pruner judged it before stay.
-    rungs = {name: value for name, value in frozen.system_attrs.items() if name.startswith("completed_rung_")}
     study.add_trial(
         create_trial(
             state=TrialState.WAITING,
             user_attrs=attributes,
-            system_attrs=fixed | rungs,
-            intermediate_values=frozen.intermediate_values,
+            system_attrs=fixed,
+            intermediate_values=frozen.intermediate_values,  # it goes on from its checkpoint
         )
     )
     return True

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
-from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import TPESampler
 
 from pipeline.errors import UserError, did_you_mean
 from pipeline.recipe import Recipe
+from pipeline.search.pruner import RecentPruner
 from pipeline.search.space import FixedFields, Space, control, describe, explore, extremes
 
 if TYPE_CHECKING:  # it brings torch with it, and a wrong name is to be told at once
@@ -102,14 +102,9 @@ class Search:
         """The recipe of a trial with these parameters."""
         return self.base.changed(params)
 
-    def pruner(self) -> SuccessiveHalvingPruner:
-        """Successive halving (ASHA, arXiv 1810.05934): after a sixth of the epochs, and each time they have tripled, only
-        a trial goes on whose score is among the best third of those that came so far.
-
-        Replayed on whole learning curves it finds what no pruning finds, for the least epochs (studies/README.md). Not
-        sooner: learning curves cross while the rate is high. The first WHOLE trials are judged, but go on all the same.
-        """
-        return SuccessiveHalvingPruner(min_resource=math.ceil(self.most_epochs / 6), reduction_factor=3)
+    def pruner(self) -> RecentPruner:
+        """What judges the trials; the first WHOLE go on all the same."""
+        return RecentPruner(self.most_epochs)
 
     def is_exhausted(self, study: optuna.Study) -> bool:
         """Whether the last `patience` trials that ended, in whatever state, gave no score above the best before them."""

@@ -109,7 +109,6 @@ class Objective:
                 trial.set_user_attr("run_key", key)
         self.observer.trial_started(trial.number, recipe, trial.params)
 
-        is_judged = True
         is_whole = trial.number < WHOLE or trial.user_attrs.get("whole")
         reported = set(
             trial.study._storage.get_trial(trial._trial_id).intermediate_values
@@ -117,16 +116,13 @@ class Objective:
         clock = _Clock(recipe.training.batch_size)
 
         def on_epoch(report: EpochReport) -> None:
-            nonlocal is_judged
             clock.epoch_ended()
             self.observer.epoch(trial.number, report)
             if (step := self.search.step(report.epoch, recipe)) not in reported:
                 with _ours():
                     trial.report(report.metrics[self.search.study.objective], step)
-            if is_judged and report.epoch < recipe.training.epochs and trial.should_prune():
-                if not is_whole:
-                    raise Prune(f"not among the best third after epoch {report.epoch}")
-                is_judged = False  # to the pruner it ended here, which is what others are compared with
+            if not is_whole and report.epoch < recipe.training.epochs and trial.should_prune():
+                raise Prune(f"not among the best quarter after epoch {report.epoch}")
             if self.stop_requested():
                 raise Interrupted
 

@@ -67,12 +67,12 @@ def test_a_forecast_is_for_the_trials_that_are_left(small_recipe: Recipe, digits
 
 
 def test_pruning_is_foreseen_by_the_pruners_own_rule(small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of exchangeable trials a third goes on at each rung: 3 of 18 epochs for all, 9 for a third, 18 for a ninth."""
+    """Of exchangeable trials a quarter goes on at each rung, which are 3, 6 and 12 of 18 epochs."""
     monkeypatch.setattr(plan, "RISE", 0.0)
     search = search_of(small_recipe.changed({"training.epochs": 18}), 1000)
     share, pruned = plan._pruning(search, 0)
-    assert share == pytest.approx((3 + 6 / 3 + 9 / 9) / 18, rel=0.05)
-    assert pruned == pytest.approx(8 / 9, abs=0.02)
+    assert share == pytest.approx((3 + 3 / 4 + 6 / 16 + 6 / 64) / 18, rel=0.05)
+    assert pruned == pytest.approx(63 / 64, abs=0.02)
 
 
 def test_the_first_trials_of_a_study_are_pruned_less(small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,27 @@ def test_curves_that_all_cross_are_pruned_wrongly_and_the_regret_says_by_how_muc
             assert line.regret.low <= line.regret.value <= line.regret.high or judge == "averaged"
 
 
+def test_a_study_in_which_later_recipes_are_better_prunes_less_than_one_in_any_order() -> None:
+    curves = np.linspace(0.1, 0.9, 60)[:, None] * np.linspace(0.5, 1, 12)
+
+    def used(**more: float) -> dict[str, float]:
+        lines = replay_all({"plain": curves}, orders=20, resamples=2, **more)
+        return {line.strategy: line.epochs_used.value for line in lines if line.workers == 1}
+
+    any_order, learning, sorted_order = used(), used(rise=0.75), used(rise=1000)
+    recent, halving = "best quarter of the last 12 from 1/6", "halving by 3 from 1/6"
+    for strategy in (recent, halving):
+        assert any_order[strategy] < learning[strategy] < sorted_order[strategy] == 1
+    assert learning[recent] - any_order[recent] < 0.6 * (learning[halving] - any_order[halving])
+
+
+def test_of_a_short_study_so_many_recipes_are_drawn() -> None:
+    curves = np.repeat(np.linspace(0.1, 0.9, 30)[:, None], 6, axis=1)
+    lines = replay_all({"plain": curves}, orders=50, resamples=2, trials=3)
+    assert all(line.epochs_used.value == 1 for line in lines), "the first three are whole"
+    assert all(line.regret.value == 0 for line in lines), "beside the best of the same three"
+
+
 def test_the_same_seed_gives_the_same_numbers() -> None:
     curves = rising_curves(2, recipes=12, epochs=6)
     first, again, other = (replay_all({"plain": curves}, 5, seed, resamples=5) for seed in (0, 0, 1))
@@ -144,12 +165,12 @@ def test_recipes_that_all_diverge_complete_nothing() -> None:
     assert (line.epochs_used.value, line.regret.value, line.rank_correlation.value) == (1, 0, 0)
 
 
-def test_the_first_trials_go_on_whole_and_judge_the_others_as_if_they_had_ended() -> None:
-    """Halving by 3 from epoch 1: the second, worse than the first, is spared; the third has to beat the first."""
+def test_the_first_trials_go_on_whole_and_others_are_held_against_them() -> None:
+    """Halving by 3 from epoch 1, and again at the third: the second, worse than the first, goes on, and the third not."""
     curves = [[0.5, 0.5, 0.5, 0.5], [0.4, 0.9, 0.9, 0.9], [0.45, 0.9, 0.9, 0.9], [0.6, 0.6, 0.6, 0.6]]
 
     def halving() -> Rule:
         return rule(SuccessiveHalvingPruner(1, 3), "")
 
     assert simulate(curves, halving(), 1) == (4 + 1 + 1 + 4, [0, 3])
-    assert simulate(curves, halving(), 1, whole=2) == (4 + 4 + 1 + 4, [0, 1, 3])
+    assert simulate(curves, halving(), 1, whole=2) == (4 + 4 + 1 + 3, [0, 1]), "the last meets the second there"

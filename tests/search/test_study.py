@@ -90,12 +90,6 @@ def test_the_number_of_trials_may_change(search: Search, digits: TrainingData) -
     check_same("tiny", search.fingerprint(digits), more.fingerprint(digits), 1)
 
 
-@pytest.mark.parametrize(("epochs", "first"), [(1, 1), (6, 1), (8, 2), (18, 3), (60, 10)])
-def test_the_pruner_waits_for_a_sixth_of_the_epochs(search: Search, epochs: int, first: int) -> None:
-    lasting = replace(search, base=search.base.changed({"training.epochs": epochs}))
-    assert (lasting.pruner()._min_resource, lasting.pruner()._reduction_factor) == (first, 3)
-
-
 def lengths(trial: Any) -> None:
     trial.suggest_float("optimizer.lr", 0.01, 1, log=True)
     trial.suggest_int("training.epochs", 2, 8, step=2)
@@ -112,7 +106,7 @@ def test_short_and_long_trainings_are_compared_at_equal_shares(small_recipe: Rec
     assert search.most_epochs == 8
     assert [search.step(epoch, short) for epoch in (1, 2)] == [4, 8]
     assert [search.step(epoch, long) for epoch in (1, 4, 8)] == [1, 4, 8]
-    assert search.pruner()._min_resource == 2
+    assert search.pruner().rungs == [2, 3, 6]
 
 
 def test_what_is_set_for_all_trials_is_not_searched(small_recipe: Recipe) -> None:
