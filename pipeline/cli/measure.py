@@ -149,7 +149,7 @@ def replay(
     ] = None,
     rise: Annotated[
         float,
-        typer.Option(metavar="WIDTHS", min=0, help="Later trials tend to be better, as in a search that learns: 0.75."),
+        typer.Option(metavar="WIDTHS", min=0, help="Later trials tend to be better, by so many widths of the spread."),
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with a list `results`.")] = False,
 ) -> None:

@@ -36,9 +36,6 @@ ROW_BYTES = 330
 EPOCH_NUMBERS = 9
 MACHINE_NUMBERS_PER_S = 1.5
 SIMULATED = 1000  # trials at most, in one study or several
-# What a search gains from its first to its last trial, in widths of the scores' random spread: what made 60 simulated trials
-# train 51 % of their epochs and 20 of them complete, as in a live study (studies/README.md).
-RISE = 0.75
 
 
 @dataclass(frozen=True)
@@ -80,9 +77,10 @@ def forecast(
     """Measure the control and a few random recipes; None where no trial is left. `study` is what is stored so far.
 
     Time: the mean of the measured epochs, times the mean epochs of random recipes of the space (the search will come to
-    prefer some, which isn't foreseen), and what a trial takes beside. Pruned: what the pruner does with trials
-    whose scores are random, keep their order and rise by RISE. Other work on the machine changes all of it. `on_step` may
-    raise to end it. Several `workers` share the work, on a CPU as far as there are cores, with one thread each.
+    prefer some, which isn't foreseen), and what a trial takes beside. Pruned: what the pruner does with trials whose
+    scores are random and keep their order, which is what three live studies came to (studies/README.md). Other work on
+    the machine changes all of it. `on_step` may raise to end it. Several `workers` share the work, on a CPU as far as
+    there are cores, with one thread each.
     """
     with _one_thread() if workers > 1 and device.type == "cpu" else contextlib.nullcontext():
         return _forecast(search, data, device, study, on_step, workers)
@@ -192,7 +190,7 @@ def _pruning(search: Search, done: int, workers: int = 1) -> tuple[float, float]
     studies = SIMULATED // trials
     used, completed = 0, 0
     for _ in range(studies):
-        scores = random.rand(trials) + RISE * np.arange(trials) / trials
+        scores = random.rand(trials)
         curves = np.repeat(scores[:, None], epochs, axis=1).tolist()
         for sign, part in ((1, curves), (-1, curves[:first])):  # with one worker the first don't know those behind them
             trained, ended = simulate(part, rule(search.pruner(), ""), workers, WHOLE)
