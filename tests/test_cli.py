@@ -9,8 +9,12 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -328,6 +332,60 @@ def test_the_public_surface_is_frozen() -> None:
         "sync": ["--tracking-uri"],
         "ui": ["--port", "--tracking-uri", "name"],
     }
+
+
+# ------------------------------------------------------------------------------------------- MLflow's server goes away
+
+
+@pytest.fixture
+def fading() -> Iterator[str]:
+    """The address of an MLflow server that answers once, that it has no experiments, and then only the half."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            whole = not asked
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", "2" if whole else "100")
+            self.end_headers()
+            self.wfile.write(b"{}")
+            self.close_connection = True
+
+        do_POST = do_GET
+
+        def log_message(self, *words: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+
+
+def test_a_server_that_goes_away_is_told_in_a_line(fading: str, tmp_path: Path) -> None:
+    done = pipeline("compare", "attention", "--tracking-uri", fading, cwd=tmp_path, **IMPATIENT)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: MLflow doesn't answer any more (API request to {fading}/")
+    assert line.endswith("; once it does, the same command goes on")
+
+
+def test_a_study_that_is_done_only_lacks_its_links_where_the_server_goes_away_then(
+    fading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.cli import study
+    from pipeline.cli.common import make_console
+
+    for name, value in IMPATIENT.items():
+        monkeypatch.setenv(name, value)
+    tracker = MlflowTracker(tmp_path / "mlruns", fading)
+    assert study._links(make_console(), tracker, "attention") == {}
+    assert f"no links: MLflow doesn't answer any more (API request to {fading}/" in capsys.readouterr().out
+    with pytest.raises(AttributeError):  # a bug isn't hidden
+        study._links(make_console(), SimpleNamespace(), "attention")
 
 
 # ---------------------------------------------------------------------------------------------------------- compare

@@ -101,6 +101,12 @@ def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) 
     return False
 
 
+def is_away(error: BaseException) -> bool:
+    """Whether MLflow's server was asked, and its answer didn't come, or not whole."""
+    # By its name: mlflow takes a second to import, and where it wasn't it raised nothing.
+    return type(error).__name__ == "MlflowException" and str(error).startswith("API request to ")
+
+
 def say_what_waits(console: Console, tracker: "MlflowTracker") -> None:
     """A line where MLflow lacks something that was measured: what is shown may be incomplete."""
     left = tracker.left()

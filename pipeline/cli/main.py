@@ -18,7 +18,7 @@ import typer
 # GNU's OpenMP reads it when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
-from pipeline.cli.common import INTERRUPTED
+from pipeline.cli.common import INTERRUPTED, is_away
 from pipeline.cli.finals import finals, reproduce
 from pipeline.cli.look import compare, ui
 from pipeline.cli.measure import bench, bench_gpu, curves, replay
@@ -27,7 +27,7 @@ from pipeline.cli.promote import history, promote, rollback
 from pipeline.cli.ship import export, serve
 from pipeline.cli.store import audit, relocate, sync
 from pipeline.cli.study import plan, study
-from pipeline.errors import UserError, without_secrets
+from pipeline.errors import UserError, first_line, without_secrets
 
 app = typer.Typer(
     add_completion=False,
@@ -74,6 +74,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         sys.exit(INTERRUPTED)
-    except Exception:  # a bug, or a store that broke: its message may hold the address
+    except Exception as error:  # a bug, or a store that broke: its message may hold the address
+        if is_away(error):
+            line = (
+                f"error: MLflow doesn't answer any more ({first_line(error)}); once it does, the same command goes on"
+            )
+            print(line, file=sys.stderr)  # noqa: T201
+            sys.exit(UserError.exit_code)
         print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
         sys.exit(1)

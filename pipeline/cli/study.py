@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from pipeline.cli.common import HOME, INTERRUPTED, UI_PORT, expand, find_device, load_data, make_console, say, settle
+from pipeline.cli.common import (
+    HOME,
+    INTERRUPTED,
+    UI_PORT,
+    expand,
+    find_device,
+    is_away,
+    load_data,
+    make_console,
+    say,
+    settle,
+)
 from pipeline.cli.look import links_of
 from pipeline.cli.options import (
     ChangeOption,
@@ -27,6 +38,7 @@ from pipeline.cli.options import (
     database_faults,
     resolve,
 )
+from pipeline.errors import first_line
 
 if TYPE_CHECKING:
     import optuna
@@ -148,7 +160,7 @@ def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "
     if done.user_attrs.get("actual"):
         print_forecast(console, done.user_attrs["forecast"], done.user_attrs["actual"])
     print_best_trials(console, done, search)
-    links = _links(tracker, done.study_name) if settle(console, tracker) else {}
+    links = _links(console, tracker, done.study_name) if settle(console, tracker) else {}
     elsewhere = "" if tracker.uri.endswith(str(HOME.resolve() / "mlflow.db")) else " TRACKING_URI=..."
     these = f"NAME={done.study_name}{elsewhere}"
     commands = [
@@ -160,8 +172,15 @@ def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "
     print_links(console, "Next:", commands + [(f"see the {what}", link) for what, link in links.items()])
 
 
-def _links(tracker: "MlflowTracker", name: str) -> dict[str, str]:
-    return next(links_of(tracker, study, UI_PORT) for study in tracker.studies() if study.name == name)
+def _links(console: Console, tracker: "MlflowTracker", name: str) -> dict[str, str]:
+    """None where MLflow's server went away at the last moment: the study is done."""
+    try:
+        return next(links_of(tracker, study, UI_PORT) for study in tracker.studies() if study.name == name)
+    except Exception as error:
+        if not is_away(error):
+            raise
+        say(console, f"no links: MLflow doesn't answer any more ({first_line(error)})")
+        return {}
 
 
 def plan(
