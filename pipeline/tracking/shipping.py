@@ -322,7 +322,11 @@ class Shipper:
         tags = start["tags"] | {RUN_KEY: key}
         if found:
             shipment.run_id = found.info.run_id
-            self._client.update_run(shipment.run_id, "RUNNING", start["name"])
+            if (found.info.status, found.info.run_name) != (
+                "RUNNING",
+                start["name"],
+            ):  # said late it would undo the end
+                self._client.update_run(shipment.run_id, "RUNNING", start["name"])
             for name in {"state", "reason"} & found.data.tags.keys():  # of how it ended before
                 with _done_already():
                     self._client.delete_tag(shipment.run_id, name)

@@ -196,7 +196,7 @@ def test_an_mlflow_server_that_fails_costs_no_point_and_doubles_none(field: Fiel
     quick = {"MAX_RETRIES": "1", "BACKOFF_FACTOR": "0", "TIMEOUT": "2"}
     field.environment |= {f"MLFLOW_HTTP_REQUEST_{name}": value for name, value in quick.items()}
     try:
-        proxy, draw, times = Proxy(port), random.Random(11), 0
+        proxy, draw, times, field.trials = Proxy(port), random.Random(11), 0, 30
         field.tracking, field.database = f"http://{HOST}:{proxy.port}", home / "mlflow.db"
         command = field.study()
         wait_for(lambda: training(field), command)

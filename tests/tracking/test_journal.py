@@ -282,6 +282,8 @@ def test_a_run_whose_making_was_answered_by_nothing_is_not_made_twice(
     assert tracker.flush(30)
     assert_whole(tracker, key, small_recipe)
     assert len(runs_of(tracker, key, ViewType.ALL)) == (2 if behave == "late" else 1)
+    resumed = [request for request in proxy.requests if b"/runs/update" in request and b'"RUNNING"' in request]
+    assert not resumed, "it is RUNNING already, and a server that does it late would undo the end"
 
 
 def test_the_points_of_a_whole_server_are_counted(
