@@ -167,6 +167,8 @@ class MlflowTracker:
                 if asks and self.is_remote:
                     ask(self.uri, "experiments/search", {"max_results": 1}, _PROBE_S)
                 elif asks:
+                    if self.uri == default and not (home / "mlflow.db").exists():
+                        _create(home.resolve() / "mlflow.db")
                     _connect_once(self.uri)
                 self.client = mlflow.MlflowClient(self.uri)
                 if asks and not self.is_remote:
@@ -434,6 +436,17 @@ class MlflowTracker:
 
 def _child_of(parent: str, role: str | None = None) -> str:
     return f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}'" + (f" and tags.role = '{role}'" if role else "")
+
+
+def _create(database: Path) -> None:
+    """MLflow's tables, in a file that gets its name when it has them all: with half of them MLflow can't go on."""
+    new = database.with_name(f".{database.name}.new")
+    for left in database.parent.glob(f"{new.name}*"):  # by a process that was killed here
+        left.unlink()
+    client = mlflow.MlflowClient(f"sqlite:///{new}")
+    client.search_experiments(max_results=1)
+    client._tracking_client.store.engine.dispose()
+    new.rename(database)
 
 
 def _connect_once(uri: str) -> None:
