@@ -193,8 +193,8 @@ def _append(
 
 def _read(connection: sqlite3.Connection, model: str | None) -> list[Event]:
     rows = connection.execute(
-        f"SELECT {', '.join(_COLUMNS)} FROM events WHERE ?1 IS NULL OR model = ?1 ORDER BY id",
-        (model,),
+        f"SELECT {', '.join(_COLUMNS)} FROM events WHERE :model IS NULL OR model = :model ORDER BY id",
+        {"model": model},
     )
     return [Event(**dict(zip(_COLUMNS, row, strict=True)) | {"details": json.loads(row[-1])}) for row in rows]
 

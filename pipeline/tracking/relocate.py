@@ -54,12 +54,12 @@ def _rewrite(connection: sqlite3.Connection, old: str, new: str) -> int:
     prefixes = {f"{old}/": f"{new}/", f"{_path(old)}/": f"{_path(new)}/"}
     return sum(
         connection.execute(
-            f"UPDATE {table} SET {column} = ?2 || substr({column}, length(?1) + 1) "
-            f"WHERE substr({column}, 1, length(?1)) = ?1",
-            prefix,
+            f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) "
+            f"WHERE substr({column}, 1, length(:old)) = :old",
+            {"old": before, "new": after},
         ).rowcount
         for table, column in _COLUMNS
-        for prefix in prefixes.items()
+        for before, after in prefixes.items()
     )
 
 
