@@ -173,7 +173,7 @@ def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "
 
 
 def _links(console: Console, tracker: "MlflowTracker", name: str) -> dict[str, str]:
-    """None where MLflow's server went away at the last moment: the study is done."""
+    """To a study in the UI; no links where MLflow's server went away at the last moment, as the study is done."""
     try:
         return next(links_of(tracker, study, UI_PORT) for study in tracker.studies() if study.name == name)
     except Exception as error:

@@ -17,7 +17,8 @@ from optuna.trial import TrialState
 
 from pipeline.data.prepare import TrainingData
 from pipeline.recipe import Recipe
-from pipeline.search.replay import WHOLE, rule, simulate
+from pipeline.search.pruner import WHOLE
+from pipeline.search.replay import rule, simulate
 from pipeline.search.storage import num_finished
 from pipeline.search.study import Search
 from pipeline.speed import measure, measure_overhead, trial_seconds

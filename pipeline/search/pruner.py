@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial
 
 RECENT = 12  # trials that are compared, the one that is judged included
 SHARE = 1 / 4  # of them that goes on
+WHOLE = 3  # trials, the control the first, that a study never prunes: even a short one has something to compare
 
 
 class RecentPruner(BasePruner):

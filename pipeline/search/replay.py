@@ -21,7 +21,7 @@ from optuna.pruners import (
     SuccessiveHalvingPruner,
 )
 
-from pipeline.search.pruner import RECENT, RecentPruner, goes_on
+from pipeline.search.pruner import RECENT, WHOLE, RecentPruner, goes_on
 
 # Name -> the pruner for so many trials of so many epochs; the fraction is when it first decides.
 STRATEGIES: Mapping[str, Callable[[int, int], BasePruner]] = {
@@ -38,7 +38,6 @@ STRATEGIES: Mapping[str, Callable[[int, int], BasePruner]] = {
     "best quarter of the last 12 from 1/6": lambda trials, epochs: RecentPruner(epochs),
     "Hyperband by 3 from 1/9": lambda trials, epochs: HyperbandPruner(max(1, epochs // 9), epochs, 3),
 }
-WHOLE = 3  # trials, the control the first, that a study never prunes: even a short one has something to compare
 WORKERS = (1, 2, 4)
 JUDGES = ("plain", "averaged")
 ORDERS_EACH = 10  # of a resample

@@ -12,7 +12,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pipeline.guard import is_gone
-from pipeline.search.replay import WHOLE
+from pipeline.search.pruner import WHOLE
 from pipeline.search.study import counts
 from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.training.resume import CHECKPOINTS

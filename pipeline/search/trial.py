@@ -17,7 +17,7 @@ from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.experiment import Interrupted, Outcome, Prune
 from pipeline.recipe import Recipe
-from pipeline.search.replay import WHOLE
+from pipeline.search.pruner import WHOLE
 from pipeline.search.retries import ask_again, run_name, run_tags
 from pipeline.search.storage import PatientStorage, StorageAway
 from pipeline.search.study import Search

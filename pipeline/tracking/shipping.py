@@ -322,10 +322,8 @@ class Shipper:
         tags = start["tags"] | {RUN_KEY: key}
         if found:
             shipment.run_id = found.info.run_id
-            if (found.info.status, found.info.run_name) != (
-                "RUNNING",
-                start["name"],
-            ):  # said late it would undo the end
+            # Not where it is so already: a server that does it late would undo the run's end.
+            if (found.info.status, found.info.run_name) != ("RUNNING", start["name"]):
                 self._client.update_run(shipment.run_id, "RUNNING", start["name"])
             for name in {"state", "reason"} & found.data.tags.keys():  # of how it ended before
                 with _done_already():
