@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 a bug, 2 bad input, 3 no data, 4 some files were no use, 5
 """
 
 import logging
-import os
 import signal
 import sys
 import traceback
@@ -13,11 +12,7 @@ from types import FrameType
 
 import typer
 
-# torch's threads wait for each other by spinning, for ever as it seems once another program wants the cores too: beside
-# two busy processes, two threads trained at under 32 images/s, and at 340 with this (one run; studies/README.md).
-# GNU's OpenMP reads it when torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "100000")
-
+import pipeline.interpreter  # noqa: F401, before all that is large
 from pipeline.cli.common import INTERRUPTED, is_away
 from pipeline.cli.finals import finals, reproduce
 from pipeline.cli.look import compare, ui

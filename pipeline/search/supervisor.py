@@ -35,6 +35,7 @@ TICK_S = 0.25
 LONGEST_GAP_S = 5.0  # between two answers of the database; what is longer was an outage, or our own pause
 LOCK_CHECK_S = 5.0
 END_S = 15.0  # for idle workers to end by themselves
+WORKER = "import pipeline.interpreter; from pipeline.search.worker import main; main()"
 BARREN = 3  # deaths of a worker in a row, while no trial of the study ended: it will not get better
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class ProcessWorker:
         if assignment.threads:
             environment["OMP_NUM_THREADS"] = str(assignment.threads)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from pipeline.search.worker import main; main()"],
+            [sys.executable, "-c", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

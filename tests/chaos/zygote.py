@@ -28,7 +28,9 @@ class Forked:
     """What the supervisor sees of a worker that the zygote forked; the part of subprocess.Popen that it uses."""
 
     def __init__(self, command: list[str], **options: Any):
-        assert command[1:] == ["-c", "from pipeline.search.worker import main; main()"], command
+        from pipeline.search import supervisor
+
+        assert command[1:] == ["-c", supervisor.WORKER], command
         stdin, mine = os.pipe()
         yours, stdout = os.pipe()
         self._talk = socket.socket(socket.AF_UNIX)
