@@ -109,7 +109,7 @@ test: $(READY) ## run the tests (DATA_DIR= with CIFAR-10 in it runs those on rea
 	@$(if $(value DATA_DIR),DATA_DIR=$(call quoted,DATA_DIR)) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 chaos: $(READY) ## faults for half an hour: processes killed, paused and stopped, disks, databases, clocks; a table of what was lost: [OUTPUT=mlruns/chaos DATA_DIR=]
-	@$(if $(call typed,OUTPUT),OUTPUT=$(call typed,OUTPUT)) $(if $(value DATA_DIR),DATA_DIR=$(call quoted,DATA_DIR)) $(BIN)/python -m pytest -m chaos
+	@$(if $(call typed,OUTPUT),OUTPUT=$(call typed,OUTPUT)) $(if $(value DATA_DIR),DATA_DIR=$(call quoted,DATA_DIR)) $(BIN)/python -m pytest -m chaos -o faulthandler_timeout=3600
 
 check: $(READY) ## ruff, formatting, types
 	@$(BIN)/ruff check

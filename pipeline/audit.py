@@ -27,7 +27,7 @@ from pipeline.tracking.inventory import (
 )
 from pipeline.tracking.journal import FOLDER, is_busy, remains
 from pipeline.tracking.runs import MlflowTracker, State
-from pipeline.tracking.shipping import RUN_KEY
+from pipeline.tracking.stores import RUN_KEY
 from pipeline.training.checkpoints import read_checkpoint
 from pipeline.training.resume import CHECKPOINTS
 

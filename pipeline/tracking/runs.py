@@ -35,8 +35,8 @@ from pipeline.tracking.journal import FOLDER, Busy, Journal, address_of, is_busy
 from pipeline.tracking.lineage import code, hardware
 from pipeline.tracking.open_run import MlflowRun, State, end_record, now_ms
 from pipeline.tracking.relocate import check_place
-from pipeline.tracking.shipping import RUN_KEY, Shipper, Stores, ask
-from pipeline.tracking.sqlite import use_write_ahead_log
+from pipeline.tracking.shipping import Shipper
+from pipeline.tracking.stores import RUN_KEY, Stores, connect
 from pipeline.tracking.ui import shared_view
 
 for _noisy in ("mlflow", "alembic", "urllib3"):
@@ -47,7 +47,6 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prin
 log = logging.getLogger(__name__)
 
 
-_PROBE_S = 12.0  # that a server may take for its first answer
 _PATIENCE_S = 30.0  # for another process that ships a run's journal just now
 
 
@@ -151,7 +150,8 @@ class MlflowTracker:
     def __init__(self, home: Path, uri: str | None = None, asks: bool = True):
         """With `asks` false the store is not looked at: one who starts in mid-study may come while it is away."""
         self.home = home
-        default = f"sqlite:///{home.resolve() / 'mlflow.db'}"
+        own = home.resolve() / "mlflow.db"
+        default = f"sqlite:///{own}"
         self.uri = uri or default
         self.address = "mlflow.db" if self.uri == default else self.uri  # of the journals; without secrets
         if not self.address.startswith("sqlite"):
@@ -162,17 +162,8 @@ class MlflowTracker:
         self._lock = FileLock(home / "mlflow.lock")
         try:
             home.mkdir(parents=True, exist_ok=True)
-            # Several processes that create the tables at once break a database for good.
-            with self._lock:
-                if asks and self.is_remote:
-                    ask(self.uri, "experiments/search", {"max_results": 1}, _PROBE_S)
-                elif asks:
-                    if self.uri == default and not (home / "mlflow.db").exists():
-                        _create(home.resolve() / "mlflow.db")
-                    _connect_once(self.uri)
-                self.client = mlflow.MlflowClient(self.uri)
-                if asks and not self.is_remote:
-                    self.client.search_experiments(max_results=1)
+            with self._lock:  # several processes that create the tables at once break a database for good
+                self.client = connect(self.uri, own) if asks else mlflow.MlflowClient(self.uri)
         except Exception as error:  # whatever a driver raises: the address is the user's
             raise UserError(
                 f"TRACKING_URI {public_uri(self.uri)}: can't be opened ({first_line(error, self.uri)}); mend it, or {way_out}"
@@ -436,29 +427,6 @@ class MlflowTracker:
 
 def _child_of(parent: str, role: str | None = None) -> str:
     return f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}'" + (f" and tags.role = '{role}'" if role else "")
-
-
-def _create(database: Path) -> None:
-    """MLflow's tables, in a file that gets its name when it has them all: with half of them MLflow can't go on."""
-    new = database.with_name(f".{database.name}.new")
-    for left in database.parent.glob(f"{new.name}*"):  # by a process that was killed here
-        left.unlink()
-    client = mlflow.MlflowClient(f"sqlite:///{new}")
-    client.search_experiments(max_results=1)
-    client._tracking_client.store.engine.dispose()
-    new.rename(database)
-
-
-def _connect_once(uri: str) -> None:
-    """Fail at once where MLflow would try for 100 s; and set SQLite's write-ahead log."""
-    from sqlalchemy import create_engine
-
-    engine = create_engine(uri)
-    try:
-        engine.connect().close()
-        use_write_ahead_log(engine)
-    finally:
-        engine.dispose()
 
 
 def _provenance() -> dict[str, str]:

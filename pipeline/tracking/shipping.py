@@ -5,44 +5,28 @@ and value; parameters, tags and files are overwritten by themselves. Only a run 
 have been asked for, it is looked for by its key first.
 """
 
-import contextlib
-import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import mlflow
-import requests
-from filelock import FileLock
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.entities import Run as StoredRun
-from mlflow.exceptions import MlflowException
-from mlflow.utils.credentials import get_default_host_creds
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from mlflow.utils.rest_utils import http_request, verify_rest_response
-from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import UserError, first_line
-from pipeline.tracking.journal import DiskFault, Journal
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.stores import RUN_KEY, Refused, Stores, done_already, is_for_good
 
 log = logging.getLogger(__name__)
 
-RUN_KEY = "run_key"  # the tag by which a run is found that nobody knows the id of
 SYSTEM = "system/"  # metrics of the machine, whose steps only count
 _INTERVAL_S = 10.0  # between two calls for runs that go on, so that each takes many records
 _LONGEST_PAUSE_S = 30.0  # between two tries while MLflow doesn't answer
 _BATCH = 500  # records that are held in memory
-# What another try won't mend. Of HTTP's 4xx, 408 (too slow) and 429 (too many) it will.
-_FOR_GOOD = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, UserError)
-
-
-class _Refused(Exception):
-    """MLflow will never take this."""
 
 
 @dataclass
@@ -61,62 +45,6 @@ class _Shipment:
     def has_news(self) -> bool:
         """Whether something is to be done."""
         return self.journal.has_ended or (not self.refused and self.offset < self.journal.size)
-
-
-class Stores:
-    """MLflow as journals need it."""
-
-    def __init__(self, client: mlflow.MlflowClient, uri: str, artifacts: str | None, lock: FileLock):
-        self.client = client
-        self._uri, self._artifacts, self._lock = uri, artifacts, lock
-        self._experiments: dict[str, str] = {}  # parent run -> its experiment
-
-    def experiment(self, name: str) -> str:
-        """The id of the experiment of this name, made where there is none."""
-        with self._lock:  # two processes at once would each make it
-            found = self.client.get_experiment_by_name(name)
-            if found and found.lifecycle_stage == "deleted":
-                raise UserError(
-                    f"the MLflow experiment {name} was deleted: restore it in the UI, or give the study another VERSION"
-                )
-            if found:
-                return found.experiment_id
-            return self.client.create_experiment(
-                name, self._artifacts, tags={"mlflow.experimentKind": "custom_model_development"}
-            )
-
-    def experiment_of(self, start: Mapping[str, Any]) -> str:
-        """The experiment in which a run with this first record is."""
-        parent = start["tags"].get(MLFLOW_PARENT_RUN_ID)
-        if not parent:
-            return self.experiment(start["experiment"])
-        if parent not in self._experiments:
-            self._experiments[parent] = self.client.get_run(parent).info.experiment_id
-        return self._experiments[parent]
-
-    def make(self, experiment: str, name: str, tags: Mapping[str, str], at: int) -> str:
-        """A new run's id; asked for exactly once. `at` is its start in ms.
-
-        MLflow's client sends a request again whose reply was lost, which would make two runs.
-        """
-        if not self._uri.startswith("http"):
-            return self.client.create_run(experiment, start_time=at, tags=dict(tags), run_name=name).info.run_id
-        pairs = [{"key": key, "value": value} for key, value in tags.items()]
-        body = {"experiment_id": experiment, "start_time": at, "run_name": name, "tags": pairs}
-        return str(ask(self._uri, "runs/create", body)["run"]["info"]["run_id"])
-
-    def find(self, experiment: str, key: str, keep: str | None = None) -> StoredRun | None:
-        """The run of this key. Of several that a slow server made of one, all but one, `keep` if it is named, are deleted."""
-        found = self.client.search_runs([experiment], f"tags.{RUN_KEY} = '{key}'", ViewType.ALL)
-        there = [run for run in found if run.info.lifecycle_stage == "active"]
-        if found and not there:
-            raise _Refused("it was deleted in MLflow")
-        # That which was written to has metrics or parameters.
-        there.sort(key=lambda run: (run.info.run_id == keep, len(run.data.metrics), len(run.data.params)))
-        for other in there[:-1]:
-            with _done_already():
-                self.client.delete_run(other.info.run_id)
-        return there[-1] if there else None
 
 
 class Shipper:
@@ -326,7 +254,7 @@ class Shipper:
             if (found.info.status, found.info.run_name) != ("RUNNING", start["name"]):
                 self._client.update_run(shipment.run_id, "RUNNING", start["name"])
             for name in {"state", "reason"} & found.data.tags.keys():  # of how it ended before
-                with _done_already():
+                with done_already():
                     self._client.delete_tag(shipment.run_id, name)
         else:
             shipment.asks, shipment.may_be_there = shipment.asks + 1, True
@@ -356,42 +284,8 @@ class Shipper:
 
     def _id(self, shipment: _Shipment) -> str:
         if shipment.run_id is None:
-            raise _Refused("its journal has no beginning")
+            raise Refused("its journal has no beginning")
         return shipment.run_id
-
-
-@contextlib.contextmanager
-def _done_already() -> Iterator[None]:
-    """MLflow says no where its client deletes again because an answer was lost."""
-    try:
-        yield
-    except MlflowException as error:
-        if not is_for_good(error):
-            raise
-
-
-def ask(uri: str, what: str, body: Mapping[str, Any], timeout_s: float | None = None) -> Any:
-    """The answer of an MLflow server, asked once. https://mlflow.org/docs/latest/rest-api.html"""
-    path = f"/api/2.0/mlflow/{what}"
-    answer = http_request(
-        get_default_host_creds(uri), path, "POST", max_retries=0, timeout=timeout_s, json=body, raise_on_status=False
-    )
-    return json.loads(verify_rest_response(answer, path).text)
-
-
-def is_for_good(error: Exception) -> bool:
-    """Whether trying again can't mend it: MLflow understood and said no, or something here is wrong."""
-    if isinstance(error, MlflowException):
-        code = error.get_http_status_code()
-    elif isinstance(error, requests.RequestException):
-        code = error.response.status_code if error.response is not None else 503
-    elif isinstance(error, (DiskFault, SQLAlchemyError)):
-        return False
-    else:
-        return isinstance(error, (_Refused, *_FOR_GOOD)) or not isinstance(error, OSError)
-    if "sqlalche.me" in str(error):  # the database behind MLflow is at fault, as when it restarts; MLflow says 400
-        return False
-    return 400 <= code < 500 and code not in (408, 429)
 
 
 def _points(record: Mapping[str, Any], before: Mapping[str, int]) -> list[Metric]:

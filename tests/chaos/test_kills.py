@@ -45,7 +45,7 @@ AIMS = {
         ("pipeline.search.retries:ask_again", "command", 1),
         ("pipeline.search.workers:reconcile", "command", 1),
         ("pipeline.tracking.runs:MlflowTracker.open_study", "command", 1),
-        ("pipeline.tracking.runs:Stores.make", "command", 1),
+        ("pipeline.tracking.stores:Stores.make", "command", 1),
         ("pipeline.tracking.runs:MlflowTracker.take_over", "command", 1),
     ],
 }

@@ -26,7 +26,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import PartlyDone, UserError
 from pipeline.recipe import Recipe
 from pipeline.tracking.inventory import Points, all_points, all_runs
-from pipeline.tracking.journal import FOLDER, RECORDS, Busy, DiskFault, Journal, is_busy, journals
+from pipeline.tracking.journal import FOLDER, RECORDS, Busy, Journal, is_busy, journals
 from pipeline.tracking.runs import MlflowTracker, State
 from pipeline.tracking.ui import HOST, start_server, stop_server
 
@@ -337,15 +337,6 @@ def test_what_mlflow_refuses_for_good_is_kept_told_and_not_tried_for_ever(
         tracker.id_of(run.key)
 
 
-def test_a_silent_server_is_told_in_good_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tracking.runs._PROBE_S", 1.0)
-    with socket.create_server((HOST, 0)) as silent:
-        began = time.monotonic()
-        with pytest.raises(UserError, match=r"^TRACKING_URI .*can't be opened.*Read timed"):
-            MlflowTracker(tmp_path, f"http://{HOST}:{silent.getsockname()[1]}")
-    assert time.monotonic() - began < 10, "asked once"
-
-
 # ------------------------------------------------------------------------------------------ processes that die, and return
 
 
@@ -525,21 +516,3 @@ def test_points_that_are_sent_twice_are_stored_once(local: MlflowTracker) -> Non
         stored = connection.execute("SELECT count(*) FROM metrics WHERE run_uuid = ?", (run_id,))
         assert stored.fetchone() == (40,)
     journal.remove()
-
-
-def test_a_disk_fault_is_tried_again_and_a_run_that_mlflow_does_not_know_is_not(tmp_path: Path) -> None:
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos import databricks_pb2 as codes
-    from requests import ConnectionError as Refused
-
-    assert not shipping.is_for_good(DiskFault("full"))
-    assert not shipping.is_for_good(Refused("no"))
-    assert not shipping.is_for_good(MlflowException("503", codes.TEMPORARILY_UNAVAILABLE))
-    assert not shipping.is_for_good(MlflowException("slow down", codes.REQUEST_LIMIT_EXCEEDED))
-    assert not shipping.is_for_good(
-        MlflowException("(Background on: https://sqlalche.me/e/20/rvf5)", codes.BAD_REQUEST)
-    )
-    assert shipping.is_for_good(MlflowException("no such run", codes.RESOURCE_DOES_NOT_EXIST))
-    assert shipping.is_for_good(UserError("deleted"))
-    assert shipping.is_for_good(PermissionError("artifacts"))
-    assert shipping.is_for_good(TypeError("a bug"))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import mlflow.store.tracking.sqlalchemy_store
 import optuna
-import pytest
 from sqlalchemy import create_engine, text
 
 from pipeline.search.storage import open_storage
@@ -45,32 +44,6 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL
     with create_engine(f"sqlite:///{tmp_path / 'optuna.db'}").connect() as connection:
         assert connection.execute(text("SELECT value_json FROM study_user_attributes")).scalars().all() == ["true"]
-
-
-@pytest.mark.parametrize("statement", [1, 20, 200])
-def test_a_first_start_that_is_killed_while_it_makes_the_tables_is_no_hindrance(statement: int, tmp_path: Path) -> None:
-    script = f"""
-import os, signal, sys
-from itertools import count
-from pathlib import Path
-from sqlalchemy import Engine, event
-from pipeline.tracking.runs import MlflowTracker
-numbers = count(1)
-
-@event.listens_for(Engine, "after_cursor_execute")
-def die(*words):
-    if next(numbers) == {statement}:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-MlflowTracker(Path(sys.argv[1]))
-"""
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=dict(os.environ))
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "mlflow.db").exists()
-    assert MlflowTracker(tmp_path).client.search_experiments()
-    assert {path.name for path in tmp_path.iterdir() if "mlflow.db" in path.name} <= {
-        *("mlflow.db", "mlflow.db-wal", "mlflow.db-shm")
-    }
 
 
 def test_a_checkpoint_empties_the_log_into_the_database(tmp_path: Path) -> None:
