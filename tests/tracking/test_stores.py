@@ -82,19 +82,18 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
         MlflowTracker(tmp_path)
 
 
-@pytest.mark.parametrize("statement", [1, 20, 200])
-def test_a_first_start_that_is_killed_while_it_makes_the_tables_is_no_hindrance(statement: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("statement", ["", "CREATE TABLE metrics", "DROP TABLE metrics"])
+def test_a_first_start_that_is_killed_while_it_makes_the_tables_is_no_hindrance(statement: str, tmp_path: Path) -> None:
+    """The last of them leaves a table behind that its migration makes, and can't make again."""
     script = f"""
 import os, signal, sys
-from itertools import count
 from pathlib import Path
 from sqlalchemy import Engine, event
 from pipeline.tracking.runs import MlflowTracker
-numbers = count(1)
 
 @event.listens_for(Engine, "after_cursor_execute")
-def die(*words):
-    if next(numbers) == {statement}:
+def die(connection, cursor, words, *others):
+    if {statement!r} in words:
         os.kill(os.getpid(), signal.SIGKILL)
 
 MlflowTracker(Path(sys.argv[1]))
