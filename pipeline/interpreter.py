@@ -1,5 +1,6 @@
 """How the interpreter of a command or a worker is set; to be imported before anything large is."""
 
+import atexit
 import gc
 import os
 
@@ -9,5 +10,17 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 # Imports make half a million objects that stay. Looking through all of them for garbage, again and again while they come,
-# took a quarter of a command's start (studies/README.md). Not never: what a long study leaves behind in cycles has to go.
-gc.set_threshold(700, 10, 200)
+# took a quarter of a command's start (studies/README.md).
+_usual = gc.get_threshold()
+gc.set_threshold(*_usual[:2], 200)
+
+
+def keep_imports() -> None:
+    """What there is by now stays: garbage is looked for again as ever, but not among it. Before a process trains.
+
+    Figures leave theirs in cycles, 10 MB a trial.
+    """
+    if not gc.get_freeze_count():
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # what isn't freed at the end triton's bindings call leaks, in a page of lines
+    gc.set_threshold(*_usual)

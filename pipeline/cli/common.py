@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from pipeline.errors import UserError, one_line
+from pipeline.interpreter import keep_imports
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,9 @@ def load_data_of(recipe: "Recipe", data_dir: Path, device: "torch.device", execu
     if execute:
         check_execution(recipe, device)
     images = load(recipe.data.dataset, recipe.data.image_size, expand(data_dir))
-    return prepare(images, recipe.data, device)
+    data = prepare(images, recipe.data, device)
+    keep_imports()
+    return data
 
 
 def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) -> bool:

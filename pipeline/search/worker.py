@@ -25,6 +25,7 @@ from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
 from pipeline.experiment import Interrupted, Outcome
 from pipeline.guard import this_worker
+from pipeline.interpreter import keep_imports
 from pipeline.recipe import Recipe
 from pipeline.search.storage import PatientStorage, find_study, open_storage
 from pipeline.search.study import Search
@@ -265,6 +266,7 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
     check_execution(search.base, device)
     images = load(search.base.data.dataset, search.base.data.image_size, assignment.data_dir)
     data = prepare(images, search.base.data, device)
+    keep_imports()
     tracker = MlflowTracker(assignment.home, assignment.tracking_uri, asks=False)
     storage = open_storage(assignment.home, assignment.storage, wait=True)
     study = find_study(search, data, storage)  # refuses data that is not the study's
