@@ -1,5 +1,6 @@
 """What a command and a worker do before their imports."""
 
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,22 @@ from pipeline.search.supervisor import WORKER
 
 COMMAND = "from pipeline.cli import main; import pipeline.search.worker"
 COUNT = "import gc, os; print(gc.get_stats()[2]['collections'], os.environ['GOMP_SPINCOUNT'])"
+
+
+@pytest.mark.parametrize("start", ["pipeline.cli.main, pipeline.registry.package", "pipeline.search.worker"])
+def test_mlflow_is_imported_with_its_telemetry_off(start: str) -> None:
+    look = f"""
+import os, sys
+class Finder:
+    def find_spec(self, name, *others):
+        if name == "mlflow":
+            print(os.environ.get("MLFLOW_DISABLE_TELEMETRY"))
+sys.meta_path.insert(0, Finder())
+import {start}
+"""
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, env=settings)
+    assert done.stdout == "true\n"
 
 
 @pytest.mark.parametrize("start", [COMMAND, WORKER.removesuffix("; main()")])

@@ -12,7 +12,8 @@ from types import FrameType
 
 import typer
 
-import pipeline.interpreter  # noqa: F401, before all that is large
+import pipeline.environment
+import pipeline.interpreter  # noqa: F401, both before all that is large
 from pipeline.cli.common import INTERRUPTED, is_away
 from pipeline.cli.finals import finals, reproduce
 from pipeline.cli.look import compare, ui

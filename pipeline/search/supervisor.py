@@ -35,7 +35,8 @@ TICK_S = 0.25
 LONGEST_GAP_S = 5.0  # between two answers of the database; what is longer was an outage, or our own pause
 LOCK_CHECK_S = 5.0
 END_S = 15.0  # for idle workers to end by themselves
-WORKER = "import pipeline.interpreter; from pipeline.search.worker import main; main()"
+# A worker process.
+WORKER = "import pipeline.environment, pipeline.interpreter; from pipeline.search.worker import main; main()"
 BARREN = 3  # deaths of a worker in a row, while no trial of the study ended: it will not get better
 
 log = logging.getLogger(__name__)

@@ -12,14 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-# A read is given up after 13 s where the server refuses, after 2 minutes where it is silent; MLflow's own patience is 4.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; PostgreSQL's own is 2 minutes
+import pipeline.environment  # noqa: F401, before MLflow
 
+# isort: split
 import mlflow
 from filelock import FileLock
 from mlflow.entities import Run as StoredRun
@@ -45,7 +40,6 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prin
 
 
 log = logging.getLogger(__name__)
-
 
 _PATIENCE_S = 30.0  # for another process that ships a run's journal just now
 
@@ -163,7 +157,9 @@ class MlflowTracker:
         try:
             home.mkdir(parents=True, exist_ok=True)
             with self._lock:  # several processes that create the tables at once break a database for good
-                self.client = connect(self.uri, own) if asks else mlflow.MlflowClient(self.uri)
+                self.client = (
+                    connect(self.uri, own if self.uri == default else None) if asks else mlflow.MlflowClient(self.uri)
+                )
         except Exception as error:  # whatever a driver raises: the address is the user's
             raise UserError(
                 f"TRACKING_URI {public_uri(self.uri)}: can't be opened ({first_line(error, self.uri)}); mend it, or {way_out}"

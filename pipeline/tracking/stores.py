@@ -31,15 +31,15 @@ class Refused(Exception):
     """MLflow will never take this."""
 
 
-def connect(uri: str, own: Path) -> mlflow.MlflowClient:
+def connect(uri: str, own: Path | None) -> mlflow.MlflowClient:
     """A client of a store that has answered; whatever a driver raises, where it doesn't. One process at a time may call it.
 
-    `own` is the SQLite database that is made where `uri` means it and it is not there.
+    `own`: the SQLite database that `uri` means, to be made where it is not there.
     """
     if uri.startswith("http"):
         ask(uri, "experiments/search", {"max_results": 1}, _PROBE_S)
         return mlflow.MlflowClient(uri)
-    if uri == f"sqlite:///{own}" and not own.exists():
+    if own and not own.exists():
         _create(own)
     _connect_once(uri)
     client = mlflow.MlflowClient(uri)
