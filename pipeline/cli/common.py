@@ -92,6 +92,12 @@ def load_data_of(recipe: "Recipe", data_dir: Path, device: "torch.device", execu
     return data
 
 
+def say_remarks(console: Console, search: "Search") -> None:
+    """What was set and doesn't hold for all trials, or changes what is searched: once, before anything runs."""
+    for line in search.remarks():
+        say(console, line)
+
+
 def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) -> bool:
     """Wait until MLflow has what this command measured; else say what it has not, and False."""
     if tracker.flush(timeout_s):

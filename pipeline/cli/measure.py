@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, expand, find_device, load_data, make_console, say
+from pipeline.cli.common import HOME, expand, find_device, load_data, make_console, say, say_remarks
 from pipeline.cli.options import ChangeOption, DataDirOption, DatasetOption, DeviceOption, resolve
 from pipeline.errors import UserError
 
@@ -131,10 +131,11 @@ def curves(
     from pipeline.console import CurvesView
     from pipeline.search.curves import averaging, collect
 
+    say_remarks(console := make_console(), search)
     where = find_device(device)
     data = load_data(search, data_dir, where)
     search = averaging(search, data)
-    with CurvesView(make_console(), recipes, search.base.training.epochs) as view:
+    with CurvesView(console, recipes, search.base.training.epochs) as view:
         for curve in collect(search, data, where, expand(output), recipes, view.epoch):
             view.recipe_ended(curve)
 

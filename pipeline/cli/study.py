@@ -18,6 +18,7 @@ from pipeline.cli.common import (
     load_data,
     make_console,
     say,
+    say_remarks,
     settle,
 )
 from pipeline.cli.look import links_of
@@ -91,7 +92,7 @@ def study(
     from pipeline.search.workers import run
     from pipeline.tracking.runs import MlflowTracker
 
-    console = make_console()
+    say_remarks(console := make_console(), search)
     options = StudyOptions.model_validate({key: text for key, text in typed.items() if text is not None})
     with _crew(console, options, expand(data_dir)) as crew:
         # The GPUs of a cluster need not be here, and what they are told to do they check themselves.
@@ -205,10 +206,10 @@ def plan(
     from pipeline.search.plan import forecast
     from pipeline.search.storage import find_study, open_storage
 
+    say_remarks(console := make_console(), search)
     where = find_device(device)
     data = load_data(search, data_dir, where)
     stored = find_study(search, data, open_storage(HOME)) if (HOME / "optuna.db").exists() else None
-    console = make_console()
     if found := forecast(search, data, where, stored, workers=int(workers or 1)):
         print_forecast(console, asdict(found))
     else:

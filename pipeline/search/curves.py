@@ -44,8 +44,7 @@ def averaging(search: Search, data: TrainingData) -> Search:
     """
     steps = max(4, len(data.train.labels) // search.base.training.batch_size)
     decay = search.base.training.ema_decay or 1 - 2 / steps
-    base = search.base.changed({"training.ema_decay": decay})
-    return replace(search, base=base, fixed=search.fixed | {"training.ema_decay"})
+    return replace(search, settings={**search.settings, "training.ema_decay": decay})
 
 
 def draw(search: Search, count: int) -> list[dict[str, Any]]:
