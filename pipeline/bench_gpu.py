@@ -450,6 +450,14 @@ PARTS: dict[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
 # ------------------------------------------------------------------------------------------------------------- running
 
 
+def parts(only: Iterable[str]) -> list[str]:
+    """The parts of these names, all where there are none; UserError for a name that isn't there."""
+    names = list(only) or list(PARTS)
+    if unknown := [name for name in names if name not in PARTS]:
+        raise UserError(f"ONLY {unknown[0]}: not one of {', '.join(PARTS)}")
+    return names
+
+
 def run(
     bench: Bench,
     only: Iterable[str],
@@ -461,9 +469,7 @@ def run(
     `{"machine": ..., "parts": {name: {"state": "done", "failed" or "out of time", "seconds", "reason", "rows"}}}`.
     UserError for a name that isn't there.
     """
-    names = list(only) or list(PARTS)
-    if unknown := [name for name in names if name not in PARTS]:
-        raise UserError(f"ONLY {unknown[0]}: not one of {', '.join(PARTS)}")
+    names = parts(only)
     report: dict[str, Any] = {"machine": machine(bench.where), "parts": {}}
     for name in names:
         report["parts"][name] = _run_part(name, bench, PARTS[name][1], on_row)

@@ -246,6 +246,20 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
             ["curves", "baseline", "--output", "c.csv", "--epochs", "0", "--set", "data.train_fraction=2"],
             ["EPOCHS = 0:", "data.train_fraction = 2: should be less than or equal to 1"],
         ),
+        (["curves", "plain", "--output", "c.csv"], ["curves need one length: --epochs N"]),
+        (["curves", "attention", "--output", "."], ["OUTPUT .: can't be written"]),
+        (
+            ["study", "attention", "--epochs", "2", "--set", "training.epochs=3 optimizer.lr=1 optimizer.lr=2"],
+            ["SET training.epochs=3: was set to 2 already; say one", "SET optimizer.lr=2: was set to 1 already"],
+        ),
+        (
+            ["plan", "attention", "--set", "optimizer.sgd_momentum=0.5"],
+            ["no such field where optimizer.name is sgd, adam or adamw; muon can have it"],
+        ),
+        (
+            ["bench", "--against", "peer.py", "--model", "plain"],
+            ["AGAINST peer.py: no such file; a script that trains"],
+        ),
         (["ui"], ["no runs yet in mlruns"]),
         (["promote"], ["which model? make promote NAME=attention takes a study's"]),
         (["promote", "a", "--run", "b"], ["which model?"]),
@@ -287,6 +301,14 @@ def test_bad_input_is_told_in_lines_and_leaves_nothing(words: list[str], lines: 
     for line in lines:
         assert line in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_can_not_be_opened_is_told_before_data_is_downloaded(tmp_path: Path) -> None:
+    for option, uri in (("--tracking-uri", "http://127.0.0.1:9"), ("--storage", "postgresql://127.0.0.1:9/x")):
+        done = pipeline("study", "attention", option, uri, cwd=tmp_path)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert f"{option[2:].upper().replace('-', '_')} " in done.stderr
+        assert "download" not in done.stderr
 
 
 def test_the_public_surface_is_frozen() -> None:

@@ -30,7 +30,7 @@ ChangeOption = Annotated[
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
-        help="Change fields of the base recipe for all trials, e.g. data.image_size=64.",
+        help="Set fields of the recipe for all trials, whatever kinds they draw, e.g. data.image_size=64.",
     ),
 ]
 StorageOption = Annotated[

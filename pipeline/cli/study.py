@@ -15,6 +15,7 @@ from pipeline.cli.common import (
     expand,
     find_device,
     is_away,
+    is_new,
     load_data,
     make_console,
     say,
@@ -97,8 +98,11 @@ def study(
     with _crew(console, options, expand(data_dir)) as crew:
         # The GPUs of a cluster need not be here, and what they are told to do they check themselves.
         where = find_device("cpu" if cluster else device)
+        tracker = None if is_new(tracking_uri, "mlflow.db") else MlflowTracker(HOME, tracking_uri)
+        store = None if is_new(storage, "optuna.db") else open_storage(HOME, storage)
         data = load_data(search, data_dir, where, execute=cluster is None)
-        tracker = MlflowTracker(HOME, tracking_uri)
+        tracker = tracker or MlflowTracker(HOME, tracking_uri)
+        store = store or open_storage(HOME, storage)
         console.print(
             f"{search.key(data)} on {'a cluster' if cluster else where}: {len(data.train.labels):,} training and "
             f"{len(data.validation.labels):,} validation images of {len(data.classes)} classes; "
@@ -109,7 +113,6 @@ def study(
         )
         try:
             with StudyView(console, search) as view:
-                store = open_storage(HOME, storage)
                 # Measured here, a forecast would say little of other machines.
                 done = run(search, data, where, view, store, tracker, HOME, plans=cluster is None, crew=crew)
         except StudyInterrupted:

@@ -59,6 +59,12 @@ def draw(search: Search, count: int) -> list[dict[str, Any]]:
     return drawn
 
 
+def check_length(search: Search) -> None:
+    """UserError where the space asks for the number of epochs."""
+    if "training.epochs" in search.space():
+        raise UserError("the study asks for training.epochs, but curves need one length: --epochs N gives all the same")
+
+
 def collect(
     search: Search,
     data: TrainingData,
@@ -72,8 +78,7 @@ def collect(
     A recipe is written whole, when it is done. Raises UserError where the space asks for the number of epochs, as
     curves need one length, and where the file holds other recipes.
     """
-    if "training.epochs" in search.space():
-        raise UserError("the study asks for training.epochs, but curves need one length: --epochs N gives all the same")
+    check_length(search)
     drawn = draw(search, count)
     recipes = [search.recipe(params) for params in drawn]
     done = _begun(file, recipes)

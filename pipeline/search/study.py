@@ -203,6 +203,12 @@ class Search:
         """The parameters of trial 0; where a kind was set whose default the space doesn't hold, the study's own value."""
         return control(self.ask, self.recipe({}), self.study.base)
 
+    def executed(self) -> list[Recipe]:
+        """The control, with each way of executing a step that a trial may have."""
+        name, space = "training.execution", self.space()
+        ways = extremes(space[name]) if name in space else [self.base.training.execution]
+        return [self.recipe({**self.control(), name: way}) for way in ways]
+
     def remarks(self) -> list[str]:
         """A line for each setting that doesn't hold for all trials, and each question or value that settings change."""
         space, before, now = self.space(), self.study.base.flat(), self.base.flat()

@@ -9,6 +9,7 @@ import optuna
 import pytest
 import torch
 
+from pipeline.cli.common import load_data
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import UserError
@@ -121,6 +122,25 @@ def test_what_is_set_for_all_trials_is_not_searched(small_recipe: Recipe) -> Non
     search.ask(trial)
     assert list(trial.params) == ["optimizer.lr"]
     assert search.recipe(trial.params).training.epochs == 3
+
+
+def test_every_way_of_execution_that_a_trial_may_have_is_known_before(small_recipe: Recipe, tmp_path: Path) -> None:
+    def ways(trial: Any) -> None:
+        trial.suggest_categorical("training.execution", ["eager", "graphed"])
+
+    study = Study(question="?", base=small_recipe, space=ways, objective="val/accuracy", trials=8)
+    search = Search("tiny", study, {}, 1, 8, None)
+    assert [recipe.training.execution for recipe in search.executed()] == ["eager", "graphed"]
+    with pytest.raises(UserError, match=r"training.execution = graphed: a graph needs a GPU"):
+        load_data(search, tmp_path, torch.device("cpu"))
+    eager = replace(search, settings={"training.execution": "eager"})
+    assert [recipe.training.execution for recipe in eager.executed()] == ["eager"]
+
+
+def test_what_a_kind_has_only_in_some_trials_is_in_the_fingerprint(search: Search, digits: TrainingData) -> None:
+    """Else a study would go on with another value of it."""
+    fingerprints = [replace(search, settings={"optimizer.beta2": beta}).fingerprint(digits) for beta in (0.9, 0.95)]
+    assert fingerprints[0] != fingerprints[1]
 
 
 def test_a_space_sees_the_fixed_value_and_all_else_of_its_trial(small_recipe: Recipe) -> None:
