@@ -20,6 +20,7 @@ from typing import Any
 
 import cloudpickle
 
+from pipeline.environment import ignore_variables
 from pipeline.errors import UserError, first_line
 from pipeline.search.supervisor import Worker
 from pipeline.search.worker import Assignment, Ended, Limits, work
@@ -62,6 +63,7 @@ class Actor:
     """One worker, somewhere on the cluster; its methods run in threads beside each other."""
 
     def __init__(self) -> None:
+        ignore_variables()  # those of the shell that started the node
         self._stop = threading.Event()
 
     def work(self, assignment: bytes) -> Ended:
@@ -298,7 +300,7 @@ def _make_token() -> None:
     """Ray would make one itself, which everybody on this machine can read."""
     if not _token_is_there():
         _token_file().parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), open(_token_file(), "x", opener=_private) as file:
+        with contextlib.suppress(FileExistsError), open(_token_file(), "x", encoding="utf-8", opener=_private) as file:
             file.write(secrets.token_hex(32))
 
 
