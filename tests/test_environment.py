@@ -20,8 +20,9 @@ import requests
 
 from pipeline import environment
 from pipeline.cli.main import main
-from pipeline.errors import first_line
+from pipeline.errors import UserError, first_line
 from pipeline.registry import reproduce
+from pipeline.search import cluster
 from pipeline.tracking import lineage
 from pipeline.tracking.runs import MlflowTracker
 
@@ -129,6 +130,13 @@ def test_a_home_that_cannot_be_written_to_stays_and_caches_go_elsewhere(
     assert environment._private_folder() == str(folder)
     folder.chmod(0o777)  # as another user would have made it
     assert environment._private_folder() != str(folder)
+
+
+def test_a_token_of_ray_that_cannot_be_written_is_one_line(variables: pytest.MonkeyPatch) -> None:
+    variables.delenv("RAY_AUTH_TOKEN", raising=False)
+    variables.setenv("RAY_AUTH_TOKEN_PATH", "/proc/self/nowhere/token")
+    with pytest.raises(UserError, match="^/proc/self/nowhere/token: .* RAY_AUTH_TOKEN_PATH=FILE names another place"):
+        cluster._make_token()
 
 
 @pytest.fixture

@@ -297,11 +297,18 @@ def _token_is_there() -> bool:
 
 
 def _make_token() -> None:
-    """Ray would make one itself, which everybody on this machine can read."""
-    if not _token_is_there():
+    """Ray would make one itself, which everybody on this machine can read. UserError where it can't be written."""
+    if _token_is_there():
+        return
+    try:
         _token_file().parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), open(_token_file(), "x", encoding="utf-8", opener=_private) as file:
-            file.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError), open(_token_file(), "xb", opener=_private) as file:
+            file.write(secrets.token_hex(32).encode())
+    except OSError as error:
+        raise UserError(
+            f"{_token_file()}: the token of a Ray of this command's can't be written ({error.strerror}); "
+            "RAY_AUTH_TOKEN_PATH=FILE names another place"
+        ) from None
 
 
 def _private(path: str, flags: int) -> int:
