@@ -11,6 +11,7 @@ from pathlib import Path
 
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime's, which writes an id into the home and reports to its maker
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # A read is given up after 13 s where the server refuses, after 2 minutes where it is silent; MLflow's own patience is 4.
@@ -25,8 +26,8 @@ _DEFAULTS = {
 
 # MLflow's and Optuna's variables choose stores, experiments, runs, whether a write is waited for: the options of a command
 # alone say so, or the next command, from another shell, would look elsewhere. So a command ignores them all, but for those
-# that say how what was chosen is reached.
-_CHOOSING = re.compile(r"_?MLFLOW_\w*|OPTUNA_\w*")
+# that say how what was chosen is reached. matplotlib's chooses windows, of which there are none, and a wrong one is an error.
+_CHOOSING = re.compile(r"_?MLFLOW_\w*|OPTUNA_\w*|MPLBACKEND")
 _OBEYED = re.compile(
     r"MLFLOW_("
     r"TRACKING_(TOKEN|USERNAME|PASSWORD|AUTH|AWS_SIGV4|INSECURE_TLS|SERVER_CERT_PATH|CLIENT_CERT_PATH)"

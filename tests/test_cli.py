@@ -635,7 +635,7 @@ def test_a_champion_is_made_told_of_and_refuses_to_be_rolled_back(trained: Train
     elsewhere = {"MLFLOW_REGISTRY_URI": "sqlite:///other.db", "MLFLOW_RUN_ID": "0" * 32}  # of this command alone
     done = pipeline("promote", "tiny", "--rule", "alpha=0.4", cwd=tmp_path, **elsewhere)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ignored in the environment: MLFLOW_REGISTRY_URI, MLFLOW_RUN_ID; only --tracking-uri" in done.stderr
+    assert "ignored in the environment: MLFLOW_REGISTRY_URI, MLFLOW_RUN_ID; options alone choose" in done.stderr
     assert not (tmp_path / "other.db").exists()
     with find_model(tmp_path / "mlruns", None, None) as model:  # what predict takes
         assert model.what.startswith("the champion, image-classifier version 1")

@@ -51,7 +51,9 @@ def _set_up() -> None:
     logging.basicConfig(handlers=[handler])
     logging.getLogger("pipeline").setLevel(logging.INFO)
     if ignored := ignore_variables():
-        log.warning("ignored in the environment: %s; only --tracking-uri and --storage choose", ", ".join(ignored))
+        log.warning(
+            "ignored in the environment: %s; options alone choose (--tracking-uri, --storage)", ", ".join(ignored)
+        )
     if COMPUTING:
         log.warning("the environment changes what is computed: %s", " ".join(f"{n}={v}" for n, v in COMPUTING.items()))
 

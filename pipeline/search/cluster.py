@@ -263,7 +263,7 @@ def _joined(address: str) -> str | None:
     if stranger == _KEPT_OUT:
         fault = "has another token than this one" if ours else "asks for a token, and there is none here"
         raise UserError(
-            f"CLUSTER {address}: {fault}; copy ~/.ray/auth_token from its head, or say RAY_AUTH_TOKEN_PATH=file"
+            f"CLUSTER {address}: {fault}; copy ~/.ray/auth_token from its head, or name its file in RAY_AUTH_TOKEN_PATH"
         )
     if address == "auto" and not os.environ.get("RAY_ADDRESS"):
         return None
@@ -307,7 +307,7 @@ def _make_token() -> None:
     except OSError as error:
         raise UserError(
             f"{_token_file()}: the token of a Ray of this command's can't be written ({error.strerror}); "
-            "RAY_AUTH_TOKEN_PATH=FILE names another place"
+            "RAY_AUTH_TOKEN_PATH names another place"
         ) from None
 
 
