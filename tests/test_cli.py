@@ -177,7 +177,7 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
     assert done.returncode == 3
     assert "Traceback" not in done.stderr
     assert f"not in {tmp_path / 'data' / 'cifar-10-batches-py'}" in done.stderr
-    assert "download from" in done.stderr
+    assert f"failed (through http_proxy={closed} https_proxy={closed}): " in done.stderr
     assert "DATASET=digits" in done.stderr
     left = [file for file in tmp_path.rglob("*") if file.is_file() and file.parent.name != "mlruns"]
     assert not left
@@ -654,8 +654,13 @@ def test_export_with_8_bits_says_what_is_wrong_with_the_data_before_it_writes(tr
 
 def test_a_champion_is_made_told_of_and_refuses_to_be_rolled_back(trained: Trained, tmp_path: Path) -> None:
     trained.copy(tmp_path / "mlruns")
-    done = pipeline("promote", "tiny", "--rule", "alpha=0.4", cwd=tmp_path)
+    elsewhere = {"MLFLOW_REGISTRY_URI": "sqlite:///other.db", "MLFLOW_RUN_ID": "0" * 32}  # of this command alone
+    done = pipeline("promote", "tiny", "--rule", "alpha=0.4", cwd=tmp_path, **elsewhere)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "ignored in the environment: MLFLOW_REGISTRY_URI, MLFLOW_RUN_ID; options alone choose" in done.stderr
+    assert not (tmp_path / "other.db").exists()
+    with find_model(tmp_path / "mlruns", None, None) as model:  # what predict takes
+        assert model.what.startswith("the champion, image-classifier version 1")
     said = " ".join(done.stdout.split())
     assert f"its best trial, run {trained.finished}; one seed can't tell the best from the lucky" in said
     assert "against the constant answer, on the test split" in said and "at most 0.4" in said

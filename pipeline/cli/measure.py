@@ -95,7 +95,7 @@ def bench_gpu(
 
     def write(report: "Mapping[str, object]") -> None:
         if output:
-            output.write_text(json.dumps(report, indent=1) + "\n")
+            output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     console = make_console()
     bench = Bench(data_dir=expand(data_dir), home=HOME, peer=scripts[0], airbench=scripts[1])

@@ -82,7 +82,7 @@ def collect(
     drawn = draw(search, count)
     recipes = [search.recipe(params) for params in drawn]
     done = _begun(file, recipes)
-    with file.open("a", newline="") as table:
+    with file.open("a", encoding="utf-8", newline="") as table:
         for number in range(done, count):
             curve = _train(number, recipes[number], drawn[number], search.study.objective, data, device, on_epoch)
             table.write(_rows(curve))
@@ -163,7 +163,7 @@ def _begun(file: Path, recipes: list[Recipe]) -> int:
     if not file.exists():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(",".join(COLUMNS) + "\n")
+            file.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"OUTPUT {file}: can't be written ({error.strerror})") from None
     curves, end = _read(file, recipes[0].training.epochs)
@@ -173,13 +173,13 @@ def _begun(file: Path, recipes: list[Recipe]) -> int:
                 f"OUTPUT {file}: its recipe {curve.recipe} is another than this command's; the former options go on "
                 "with it, another file begins anew"
             )
-    with file.open("r+") as table:
+    with file.open("r+", encoding="utf-8") as table:
         table.truncate(end)
     return len(curves)
 
 
 def _read(file: Path, epochs: int | None = None) -> tuple[list[Curve], int]:
     try:
-        return _parse(file.read_text(), epochs)
+        return _parse(file.read_text(encoding="utf-8"), epochs)
     except (OSError, ValueError, IndexError) as error:
         raise DataError(f"{file}: no table of learning curves ({error}); python -m pipeline curves makes one") from None
