@@ -153,8 +153,8 @@ def decide(
     if said:
         choice = Choice(own, workers or 1)
     elif stored:
-        begun = stored["workers"] if device.type == "cuda" else 1
-        choice = Choice(stored["execution"], workers or begun, stored["taken"], "as the study was begun")
+        begun, why = (stored["workers"], "as the study was begun") if len(executions) > 1 else (1, "")
+        choice = Choice(stored["execution"], workers or begun, stored["taken"], why)
     elif len(executions) == 1 or (study and num_finished(study)):
         choice = Choice(own, workers or 1)
     else:
