@@ -46,11 +46,11 @@ setup: $(READY) ## create .venv and install everything, in the versions of .cons
 
 options = $(foreach o,$(1),$(call option,$(firstword $(subst :, ,$(o))),$(lastword $(subst :, ,$(o)))))
 
-study: $(READY) ## run or go on with a study: NAME= [DATASET= TRIALS= EPOCHS= TIMEOUT= PATIENCE= DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= TRACKING_URI= WORKERS=1 CLUSTER=auto HANG=15m]
+study: $(READY) ## run or go on with a study: NAME= [DATASET= TRIALS= EPOCHS= TIMEOUT= PATIENCE= DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= TRACKING_URI= WORKERS= CLUSTER=auto HANG=15m]
 	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make study NAME=attention (in studies/: '$$(cd studies && ls *.py | sed 's/\.py$$//' | paste -sd' ' -)')' >&2; exit 2; }
 	@$(BIN)/python -m pipeline study $(call options,$(STUDY_OPTIONS)) -- $(call typed,NAME)
 
-plan: $(READY) ## what a study will cost in time, disk and GPU memory: NAME= [DATASET= TRIALS= EPOCHS= DATA_DIR= DEVICE= SEED= VERSION= SET= WORKERS=1]
+plan: $(READY) ## what a study will cost in time, disk and GPU memory: NAME= [DATASET= TRIALS= EPOCHS= DATA_DIR= DEVICE= SEED= VERSION= SET= WORKERS=]
 	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make plan NAME=attention' >&2; exit 2; }
 	@$(BIN)/python -m pipeline plan $(call options,$(PLAN_OPTIONS)) -- $(call typed,NAME)
 
@@ -102,7 +102,7 @@ ui: $(READY) ## open the MLflow UI on 127.0.0.1 with links to the studies: [NAME
 bench: $(READY) ## how fast each network trains here, and where the time goes: [MODEL=all DATASET= DATA_DIR= DEVICE= JSON=1 AGAINST=peer.py]
 	@$(BIN)/python -m pipeline bench $(call options,$(BENCH_OPTIONS)) $(if $(call typed,JSON),$(if $(filter-out 0,$(value JSON)),--json))
 
-bench-gpu: $(READY) ## what a GPU is worth here, in under ten minutes: [PEER=peer.py AIRBENCH=airbench94_muon.py DATA_DIR= OUTPUT=gpu.json ONLY=fast,study]
+bench-gpu: $(READY) ## what a GPU is worth here, in under eight minutes: [PEER=peer.py AIRBENCH=airbench94_muon.py DATA_DIR= OUTPUT=mlruns/bench-gpu.json ONLY=fast,study]
 	@$(BIN)/python -m pipeline bench-gpu $(call options,$(BENCH_GPU_OPTIONS))
 
 test: $(READY) ## run the tests (DATA_DIR= with CIFAR-10 in it runs those on real data too)

@@ -1,10 +1,27 @@
-"""What a GPU is worth here, in parts: each in a process of its own, with a limit of time; together under ten minutes.
+"""What a GPU is worth here, in parts, the most wanted first: each in a process of its own, with a limit of time.
 
-A part yields rows, JSON each, as soon as it has them. A row that fails carries an `error`, and the part goes on; a part that
-fails, dies or runs out of its time keeps the rows it had, and the next one starts.
+All are done in eight minutes, and in nine with AIRBENCH=. A part yields rows, JSON each, and each is written as soon as it is
+there. A row that fails carries an `error` and its `traceback`, and the part goes on; a part that fails, dies or runs out of
+its time keeps the rows it had and tells where it was, and the next one starts.
+
+On a GPU machine without network, which has Python 3.12 and torch, beside a clone and torchvision's CIFAR-10 in DATA:
+
+    # where there is a network; what the machine has already can be left out
+    pip download --no-deps --only-binary=:all: --python-version 3.12 --dest wheels -r needed.txt
+    # there, in the clone
+    python3 -m pip install --quiet --no-index --no-deps --target /tmp/site wheels/*.whl
+    export PYTHONPATH=$PWD:/tmp/site PYTHONUNBUFFERED=1
+    timeout 580 python3 -m pipeline bench-gpu --data-dir DATA --output gpu.json
+    python3 -m pytest -k gpu tests/training tests/gpu
+    python3 -m pipeline bench-gpu --data-dir DATA --output again.json --only 'attention,study'
+
+`needed.txt` is what of .constraints.txt the machine lacks; for most: mlflow, mlflow-skinny, mlflow-tracing, optuna, pydantic,
+SQLAlchemy, and what those need.
 """
 
 import contextlib
+import faulthandler
+import functools
 import math
 import multiprocessing
 import multiprocessing.context
@@ -17,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,17 +44,17 @@ from typing import Any, cast
 
 import torch
 
-from pipeline.bench import benchmark, machine, peer_speed, peer_words
+from pipeline.bench import benchmark, machine, peer_speed, peer_words, step_work
 from pipeline.data.datasets import Split, default_image_size, load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import UserError
 from pipeline.experiment import publish
-from pipeline.recipe import Recipe
+from pipeline.recipe import Data, Recipe
 from pipeline.registry.speedruns import six_views, speed_run_data
 from pipeline.search import workers
-from pipeline.search.plan import forecast
+from pipeline.search.plan import Choice, decide, forecast
 from pipeline.search.storage import open_storage
-from pipeline.search.study import Search, load_study
+from pipeline.search.study import Search, available, load_study
 from pipeline.speed import Stopwatch, measure, measure_overhead, trial_seconds
 from pipeline.tracking.runs import MlflowTracker, State, Tracker
 from pipeline.training.loop import train
@@ -45,6 +63,9 @@ Row = dict[str, Any]
 
 START = "spawn"  # of processes: a fork may not use a GPU that its parent has used
 NETWORKS = ("improved", "plain")
+COMPILED = ("attention", "improved")  # each takes half a minute to compile
+# `attention` as published, and with widths that tensor cores take whole.
+WIDTHS: dict[str, dict[str, Any]] = {"": {}, " of 32 to 256": {"model.widths": (32, 64, 128, 256)}}
 # What small networks are: `baseline` made wider, and `improved` made wider, with all of its augmentation.
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "0.3 M": ("baseline", {"model.widths": (32, 64)}),
@@ -85,6 +106,7 @@ ATTENTION: dict[str, Any] = {
 }
 STUDY: dict[str, Any] = {"training.batch_size": 512, "training.epochs": 10}
 STUDY_TRIALS = 100
+STACKS_S = 0.5  # for a part that is out of time to write where it is
 TRIAL_S = 10.0  # the trial whose share of tracking is asked for
 
 
@@ -103,6 +125,7 @@ class Bench:
     executions: tuple[str, ...] = ("eager", "graphed", "compiled", "compiled_graphed")
     at_once: tuple[int, ...] = (1, 2, 4, 8)
     rounds: int = 3  # beside the peer
+    eager_runs: int = 3  # of `fast`
     fast_runs: Mapping[str, int] = field(default_factory=lambda: {"94 %": 10, "95 %": 3, "96 %": 2})
     airbench_runs: int = 10
     trials: int = 4
@@ -119,13 +142,18 @@ class Bench:
 
     def data(self, recipe: Recipe) -> TrainingData:
         """Split as the recipe says, on the device."""
-        whole = load(recipe.data.dataset, recipe.data.image_size, self.data_dir)
-        return prepare(whole, recipe.data, self.where)
+        return _prepared(recipe.data, self.data_dir, self.where)
 
     @property
     def where(self) -> torch.device:
         """The device."""
         return torch.device(self.device)
+
+
+@functools.lru_cache(maxsize=1)
+def _prepared(wanted: Data, data_dir: Path, device: torch.device) -> TrainingData:
+    """Once for all rows of a part: reading it takes longer than most of them."""
+    return prepare(load(wanted.dataset, wanted.image_size, data_dir), wanted, device)
 
 
 def _attempt(what: str, measured: Callable[..., Row], *arguments: Any) -> Row:
@@ -135,7 +163,7 @@ def _attempt(what: str, measured: Callable[..., Row], *arguments: Any) -> Row:
     except Exception as error:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        return {"what": what, "error": _told(error)}
+        return {"what": what, "error": _told(error), "traceback": traceback.format_exc()}
 
 
 def _told(error: BaseException) -> str:
@@ -177,19 +205,33 @@ def _network(bench: Bench, name: str, recipe: Recipe, data: TrainingData) -> Row
 
 
 def executions(bench: Bench) -> Iterator[Row]:
-    """Ways to execute a step, for two small networks and several batch sizes."""
-    for execution in bench.executions:
-        for size, (study, changes) in SMALL.items():
-            recipe = bench.recipe(study, changes)
-            data = bench.data(recipe)
-            for batch_size in bench.batch_sizes:
-                changed = recipe.changed({"training.batch_size": batch_size})
+    """Each study's network by its base recipe, eager and graphed; then what is compiled, as far as there is time."""
+    plain, compiled = bench.executions[:2], bench.executions[2:]
+    for name, execution in [
+        *((name, execution) for name in available() for execution in plain),
+        *((name, execution) for name in COMPILED for execution in compiled),
+    ]:
+        recipe = bench.recipe(name, {})
+        yield _attempt(f"{name}, {execution}", _speed, bench, recipe, bench.data(recipe), execution)
+
+
+def batches(bench: Bench) -> Iterator[Row]:
+    """Two small networks and several batch sizes, eager and graphed."""
+    for size, (study, changes) in SMALL.items():
+        recipe = bench.recipe(study, changes)
+        data = bench.data(recipe)
+        for batch_size in bench.batch_sizes:
+            changed = recipe.changed({"training.batch_size": batch_size})
+            for execution in bench.executions[:2]:
                 what = f"{size}, batch {batch_size}, {execution}"
                 yield _attempt(what, _speed, bench, changed, data, execution)
 
 
 def _speed(bench: Bench, recipe: Recipe, data: TrainingData, execution: str) -> Row:
-    """`first_step_s` is what it takes until the first step is sent: set-up, and compilation where there is one."""
+    """`first_step_s` is what it takes until the first step is sent: set-up, and compilation where there is one.
+
+    `tflops` counts matrix products and convolutions, two operations for each multiply-add, and all of a step's time.
+    """
     first: list[float] = []
 
     def on_step(epoch: int, step: int, steps: int) -> None:
@@ -199,51 +241,53 @@ def _speed(bench: Bench, recipe: Recipe, data: TrainingData, execution: str) -> 
     began = time.perf_counter()
     executed = recipe.changed({"training.execution": execution})
     speed = measure(executed, data, bench.where, bench.seconds, on_step)
+    flop = step_work(executed, data, bench.where).flop
     return {
         "images_per_second": round(speed.images_per_second, 1),
+        "step_ms": round(1000 * sum(speed.step_s.values()), 3),
+        "tflops": round(flop / sum(speed.step_s.values()) / 1e12, 4),
         "first_step_s": round(first[0], 2),
         "memory_gib": round(speed.memory_gib, 2),
     }
 
 
 def at_once(bench: Bench) -> Iterator[Row]:
-    """Several equal trainings at once, each in a process; `ratio` is to one eager one, in trials per hour."""
+    """Several equal trainings of `attention` at once, each in a process; `ratio` is to one eager one, in trials per hour."""
     context = _context()
-    for size in SMALL:
-        phases = [(execution, count) for execution in bench.executions[:2] for count in bench.at_once]
-        barrier, results = context.Barrier(max(bench.at_once)), context.Queue()
-        processes = [
-            context.Process(target=_one_of_many, args=(bench, size, phases, index, barrier, results))
-            for index in range(max(bench.at_once))
-        ]
-        for process in processes:
-            process.start()
-        alone = 0.0
-        arrived: dict[int, list[Row]] = defaultdict(list)
-        for number, (execution, count) in enumerate(phases):
-            while len(arrived[number]) < count:
-                phase, row = results.get()  # a result may be overtaken by one of the next phase
-                arrived[phase].append(row)
-            rows = arrived[number]
-            what = f"{size}, batch 128, {execution}, {count} at once"
-            if faults := [row["error"] for row in rows if "error" in row]:
-                yield {"what": what, "error": faults[0]}
-                continue
-            together = sum(row["images_per_second"] for row in rows)
-            if (execution, count) == ("eager", 1):
-                alone = together
-            yield {
-                "what": what,
-                "images_per_second": round(together, 1),
-                "ratio": round(together / alone, 2) if alone else None,
-            }
-        for process in processes:
-            process.join()
+    phases = [(execution, count) for execution in bench.executions[:2] for count in bench.at_once]
+    barrier, results = context.Barrier(max(bench.at_once)), context.Queue()
+    processes = [
+        context.Process(target=_one_of_many, args=(bench, phases, index, barrier, results))
+        for index in range(max(bench.at_once))
+    ]
+    for process in processes:
+        process.start()
+    alone = 0.0
+    arrived: dict[int, list[Row]] = defaultdict(list)
+    for number, (execution, count) in enumerate(phases):
+        while len(arrived[number]) < count:
+            phase, row = results.get()  # a result may be overtaken by one of the next phase
+            arrived[phase].append(row)
+        rows = arrived[number]
+        what = f"attention, {execution}, {count} at once"
+        if failed := [row for row in rows if "error" in row]:
+            yield failed[0] | {"what": what}
+            continue
+        together = sum(row["images_per_second"] for row in rows)
+        if (execution, count) == ("eager", 1):
+            alone = together
+        yield {
+            "what": what,
+            "images_per_second": round(together, 1),
+            "ratio": round(together / alone, 2) if alone else None,
+            "memory_gib": max(row["memory_gib"] for row in rows),
+        }
+    for process in processes:
+        process.join()
 
 
 def _one_of_many(
     bench: Bench,
-    size: str,
     phases: list[tuple[str, int]],
     index: int,
     barrier: threading.Barrier,
@@ -251,8 +295,7 @@ def _one_of_many(
 ) -> None:
     """Every phase begins when all are ready for it; those with an index from its count on leave it out."""
     torch.set_num_threads(1)
-    study, changes = SMALL[size]
-    recipe = bench.recipe(study, {**changes, "training.batch_size": 128})
+    recipe = bench.recipe("attention", {})
     data = bench.data(recipe)
     for number, (execution, count) in enumerate(phases):
         barrier.wait()
@@ -268,20 +311,22 @@ def fast(bench: Bench) -> Iterator[Row]:
     """
     with tempfile.TemporaryDirectory() as folder:
         tracker = MlflowTracker(Path(folder))
-        for execution in (bench.executions[1], bench.executions[0], bench.executions[-1]):
-            for aim, count in bench.fast_runs.items():
-                if aim != "94 %" and execution != bench.executions[1]:
-                    continue
-                recipe = bench.recipe("fast", {**FAST[aim], "training.execution": execution})
-                data, judge = _protocol(bench, recipe, f"bench-gpu, {aim}, {execution}, n = {count}")
-                yield _attempt(f"{aim}, {execution}", _fast_runs, recipe, data, judge, tracker, count, bench.where)
+        eager, graphed = bench.executions[:2]
+        first, *others = bench.fast_runs
+        cases = [(first, graphed, bench.fast_runs[first]), (first, eager, bench.eager_runs)]
+        cases += [(aim, graphed, bench.fast_runs[aim]) for aim in others]
+        cases += [(first, execution, bench.eager_runs) for execution in bench.executions[3:]]
+        data, judge = _protocol(bench, f"bench-gpu, speed runs of {', '.join(bench.fast_runs)}")
+        for aim, execution, count in cases:
+            recipe = bench.recipe("fast", {**FAST[aim], "training.execution": execution})
+            yield _attempt(f"{aim}, {execution}", _fast_runs, recipe, data, judge, tracker, count, bench.where)
         tracker.flush(60)  # before its folder goes
 
 
-def _protocol(bench: Bench, recipe: Recipe, reason: str) -> tuple[TrainingData, Split]:
+def _protocol(bench: Bench, reason: str) -> tuple[TrainingData, Split]:
     if bench.dataset == "cifar10":
         return speed_run_data(bench.data_dir, bench.where, bench.home, reason)
-    data = bench.data(recipe)
+    data = bench.data(bench.recipe("fast", {}))
     return data, data.validation
 
 
@@ -368,10 +413,16 @@ def airbench(bench: Bench) -> Iterator[Row]:
 
 
 def attention(bench: Bench) -> Iterator[Row]:
-    """`attention` by a short recipe: the validation accuracy, published as 95.30 %, and the seconds of training."""
+    """`attention`'s speed with two kinds of widths, and its validation accuracy by a short recipe, published as 95.30 %."""
+    for batch_size in (128, 512):
+        for widths, changes in WIDTHS.items():
+            recipe = bench.recipe("attention", {**changes, "training.batch_size": batch_size})
+            for execution in bench.executions[:2]:
+                what = f"attention{widths}, batch {batch_size}, {execution}"
+                yield _attempt(what, _speed, bench, recipe, bench.data(recipe), execution)
     for execution in (bench.executions[1], bench.executions[0]):
         recipe = bench.recipe("attention", {**ATTENTION, "training.execution": execution})
-        row = _attempt(f"attention, {execution}", _attention, recipe, bench.data(recipe), bench.where)
+        row = _attempt(f"attention's short recipe, {execution}", _attention, recipe, bench.data(recipe), bench.where)
         yield row
         if "error" not in row:
             return
@@ -388,25 +439,29 @@ def _attention(recipe: Recipe, data: TrainingData, device: torch.device) -> Row:
 
 
 def study(bench: Bench) -> Iterator[Row]:
-    """A few trials of a study of `attention`, a forecast of 100, and tracking's share of a trial of 10 seconds."""
+    """A study of `attention` by what it chooses itself: a forecast of 100 trials, a few of them, and tracking's share."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         tracker = MlflowTracker(home)
-        for version, execution in enumerate(bench.executions[:2], start=1):
-            settings = bench.settings({**STUDY, "training.execution": execution})
-            search = Search("attention", load_study("attention"), settings, version, bench.trials, None)
-            base = search.base
-            data = bench.data(base)
-            row = _attempt(f"forecast of {STUDY_TRIALS} trials, {execution}", _forecast, search, data, bench.where)
-            yield row
-            if "error" not in row:
-                yield _attempt(f"tracking, {execution}", _tracking, base, data, bench, tracker)
-                yield _attempt(f"{bench.trials} trials, {execution}", _trials, search, data, bench.where, tracker, home)
+        search = Search("attention", load_study("attention"), bench.settings(STUDY), 1, STUDY_TRIALS, None)
+        data = bench.data(search.base)
+        began = time.perf_counter()
+        search, choice = decide(search, data, bench.where, None)
+        how = choice.execution
+        yield {"what": f"choice: {how}", "workers": choice.workers, "why": choice.why, "seconds": _since(began)}
+        yield _attempt(f"forecast of {STUDY_TRIALS} trials, {how}", _forecast, search, choice, data, bench.where)
+        short = replace(search, trials=bench.trials)
+        yield _attempt(f"{bench.trials} trials, {how}", _trials, short, data, bench.where, tracker, home)
+        yield _attempt(f"tracking, {how}", _tracking, search.base, data, bench, tracker)
         tracker.flush(60)
 
 
-def _forecast(search: Search, data: TrainingData, device: torch.device) -> Row:
-    found = forecast(replace(search, trials=STUDY_TRIALS), data, device, None)
+def _since(began: float) -> float:
+    return round(time.perf_counter() - began, 2)
+
+
+def _forecast(search: Search, choice: Choice, data: TrainingData, device: torch.device) -> Row:
+    found = forecast(search, data, device, None, workers=choice.workers, choice=choice)
     assert found
     return {"seconds": round(found.seconds, 1), "epoch_s": round(found.epoch_s, 3), "pruned": round(found.pruned, 1)}
 
@@ -435,15 +490,16 @@ class _Silent:
         return lambda *what: None
 
 
-# Part -> what measures it, and the seconds that it may take, the start of its process included: less than 600 in all.
+# Part -> what measures it, and the seconds that it may take, the start of its process included; the most wanted first.
 PARTS: dict[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
-    "networks": (networks, 120),
-    "executions": (executions, 110),
-    "at once": (at_once, 70),
-    "fast": (fast, 105),
-    "airbench": (airbench, 65),
-    "attention": (attention, 65),
+    "executions": (executions, 85),
+    "attention": (attention, 90),
+    "fast": (fast, 90),
+    "at once": (at_once, 55),
     "study": (study, 55),
+    "batches": (batches, 40),
+    "networks": (networks, 45),
+    "airbench": (airbench, 65),
 }
 
 
@@ -464,15 +520,19 @@ def run(
     on_row: Callable[[str, Row], None],
     write: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Measure the parts of these names, all where there are none; the report, which `write` gets after each part too.
+    """Measure the parts of these names, all where there are none; the report, which `write` gets after each row too.
 
-    `{"machine": ..., "parts": {name: {"state": "done", "failed" or "out of time", "seconds", "reason", "rows"}}}`.
-    UserError for a name that isn't there.
+    `{"machine": ..., "parts": {name: {"state", "seconds", "reason", "traceback", "rows"}}}`; a state is "running", "done",
+    "failed" or "out of time". UserError for a name that isn't there.
     """
     names = parts(only)
     report: dict[str, Any] = {"machine": machine(bench.where), "parts": {}}
     for name in names:
-        report["parts"][name] = _run_part(name, bench, PARTS[name][1], on_row)
+        part: dict[str, Any] = {"state": "running", "seconds": 0.0, "reason": "", "traceback": "", "rows": []}
+        report["parts"][name] = part
+        for row in _run_part(name, bench, PARTS[name][1], part):
+            on_row(name, row)
+            write(report)
         write(report)
     return report
 
@@ -487,43 +547,57 @@ def faults(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _run_part(name: str, bench: Bench, limit_s: float, on_row: Callable[[str, Row], None]) -> dict[str, Any]:
+def _run_part(name: str, bench: Bench, limit_s: float, part: dict[str, Any]) -> Iterator[Row]:
+    """The part's rows as they come; they, and how it ended, are put into `part`."""
     context = _context()
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_part, args=(name, bench, sender))
-    began, rows = time.monotonic(), []
-    state, reason = "out of time", f"its limit is {limit_s:g} s"
-    process.start()
-    sender.close()
-    try:
-        while receiver.poll(max(0.0, limit_s - (time.monotonic() - began))):
-            try:
-                kind, value = receiver.recv()
-            except EOFError:
-                process.join()
-                state, reason = "failed", f"its process died with exit code {process.exitcode}"
-                break
-            if kind == "row":
-                rows.append(value)
-                on_row(name, value)
-            else:
-                state, reason = kind, value
-                break
-    finally:
+    with tempfile.NamedTemporaryFile("r", errors="replace") as stacks:
+        process = context.Process(target=_measure_part, args=(name, bench, stacks.name, sender))
+        began = time.monotonic()
+        process.start()
         assert process.pid
-        with contextlib.suppress(ProcessLookupError):  # it may not lead a group yet
-            os.killpg(process.pid, signal.SIGKILL)  # and whatever it started
-        process.kill()
-        process.join()
-    return {"state": state, "seconds": round(time.monotonic() - began, 1), "reason": reason, "rows": rows}
+        sender.close()
+        try:
+            while receiver.poll(max(0.0, limit_s - (time.monotonic() - began))):
+                try:
+                    kind, value = receiver.recv()
+                except EOFError:
+                    process.join()
+                    part |= {"state": "failed", "reason": f"its process died with exit code {process.exitcode}"}
+                    break
+                if kind == "row":
+                    part["rows"].append(value)
+                    yield value
+                else:
+                    part |= value | {"state": kind}
+                    break
+            else:
+                part |= {"state": "out of time", "reason": f"its limit is {limit_s:g} s"}
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGUSR1)
+                process.join(STACKS_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # it may not lead a group yet
+                os.killpg(process.pid, signal.SIGKILL)  # and whatever it started
+            process.kill()
+            process.join()
+            part["seconds"] = round(time.monotonic() - began, 1)
+            if part["state"] != "done":
+                part["traceback"] = part["traceback"] or stacks.read()
 
 
-def _measure_part(name: str, bench: Bench, sender: Connection) -> None:
-    """In the part's own process, which leads a group of its own."""
+def _measure_part(name: str, bench: Bench, stacks: str, sender: Connection) -> None:
+    """In the part's own process, which leads a group of its own. Where it crashes, or is asked, it writes where it is."""
     os.setsid()
-    try:
-        for row in PARTS[name][0](bench):
-            sender.send(("row", row))
-        sender.send(("done", ""))
-    except Exception as error:
-        sender.send(("failed", _told(error)))
+    with open(stacks, "w") as file:
+        faulthandler.enable(file)
+        faulthandler.register(signal.SIGUSR1, file)
+        try:
+            for row in PARTS[name][0](bench):
+                sender.send(("row", row))
+            sender.send(("done", {"reason": ""}))
+        except Exception as error:
+            sender.send(("failed", {"reason": _told(error), "traceback": traceback.format_exc()}))
+        finally:
+            faulthandler.disable()
+            faulthandler.unregister(signal.SIGUSR1)

@@ -265,6 +265,16 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
         others = forecast["measured"] - 1
         beside = f" and of {others} other recipe{'s' * (others != 1)}" if others else ""
         console.print(f"from a few steps of the control{beside}; other work on the machine changes it")
+        choice = forecast.get("choice")
+        if choice and choice["why"]:
+            workers = f"{choice['workers']} worker{'s' * (choice['workers'] != 1)}"
+            console.print(
+                f"training.execution {choice['execution']}, {workers}: {choice['why']} (SET=training.execution= and "
+                "WORKERS= say otherwise)",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 class CurvesView:

@@ -1,9 +1,11 @@
 """The parts of the GPU's benchmark, as far as a CPU can: tiny networks, digits."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -40,6 +42,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         executions=("eager", "graphed"),
         at_once=(1, 2),
         rounds=1,
+        eager_runs=1,
         fast_runs={"94 %": 2, "95 %": 1},
         airbench_runs=2,
         trials=2,
@@ -81,6 +84,12 @@ def dies(bench: Bench) -> Iterator[Row]:
     os._exit(3)
 
 
+def states(report: dict[str, Any]) -> str:
+    """Of the part under way: its name, state and number of rows."""
+    name, part = [*report["parts"].items()][-1]
+    return f"{name} {part['state']} {len(part['rows'])}"
+
+
 def alive(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
@@ -90,24 +99,28 @@ def test_parts_are_independent_keep_their_rows_and_end_in_time(tiny: Bench, monk
     parts = {"rows": (three_rows, 60), "breaks": (breaks, 60), "slow": (never_ends, 2), "dies": (dies, 60)}
     monkeypatch.setattr(bench_gpu, "PARTS", parts)
     seen: list[tuple[str, Row]] = []
-    written: list[list[str]] = []
-    report = run(
-        tiny, [], lambda name, row: seen.append((name, row)), lambda so_far: written.append([*so_far["parts"]])
-    )
+    written: list[str] = []
+    report = run(tiny, [], lambda name, row: seen.append((name, row)), lambda so_far: written.append(states(so_far)))
     assert {name: part["state"] for name, part in report["parts"].items()} == {
         "rows": "done",
         "breaks": "failed",
         "slow": "out of time",
         "dies": "failed",
     }
-    assert written == [["rows"], ["rows", "breaks"], ["rows", "breaks", "slow"], [*parts]]
+    assert written[0] == "rows running 1", "a row is written as soon as it is there"
+    ends = ["rows done 3", "breaks failed 1", "slow out of time 1", "dies failed 1"]
+    assert [line for line in written if "running" not in line] == ends
     assert seen == [(name, row) for name, part in report["parts"].items() for row in part["rows"]]
     rows = report["parts"]["rows"]["rows"]
+    assert "1 / (number - 1)" in rows[1].pop("traceback")
     assert rows == [
         {"what": "row 0", "half": -1.0},
         {"what": "row 1", "error": "ZeroDivisionError: division by zero"},
         {"what": "row 2", "half": 1.0},
     ]
+    places = {"rows": "^$", "breaks": 'raise KeyError\\("no', "slow": "in never_ends", "dies": "^$"}
+    for name, place in places.items():
+        assert re.search(place, report["parts"][name]["traceback"]), name
     assert report["parts"]["slow"]["seconds"] < 10
     assert not alive(report["parts"]["slow"]["rows"][0]["pid"]), "what a part started ends with it"
     assert faults(report) == [
@@ -119,8 +132,32 @@ def test_parts_are_independent_keep_their_rows_and_end_in_time(tiny: Bench, monk
     json.dumps(report, allow_nan=False)
 
 
-def test_all_parts_together_are_done_in_ten_minutes() -> None:
-    assert sum(limit for _, limit in bench_gpu.PARTS.values()) < 600
+def test_all_parts_together_are_done_in_eight_minutes() -> None:
+    """A minute more where the original speed run is asked for."""
+    limits = {name: limit for name, (_, limit) in bench_gpu.PARTS.items()}
+    assert sum(limits.values()) - limits["airbench"] <= 480
+    assert sum(limits.values()) <= 540
+
+
+def test_a_fault_is_told_and_the_report_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("pipeline.data.datasets.load", lambda *what: None)
+    monkeypatch.setattr(bench_gpu, "START", "fork")
+    monkeypatch.setattr(bench_gpu, "machine", lambda device: {})
+    monkeypatch.setattr(bench_gpu, "PARTS", {"breaks": (breaks, 60), "rows": (three_rows, 60)})
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["bench-gpu"])
+    assert done.exit_code == 1
+    assert [line for line in done.output.splitlines() if "Traceback" in line] == []
+    assert "failed: rows: row 1: ZeroDivisionError: division by zero" in done.output
+    assert "the report: mlruns/bench-gpu.json" in done.output
+    report = json.loads((tmp_path / "mlruns" / "bench-gpu.json").read_text())
+    assert [part["state"] for part in report["parts"].values()] == ["failed", "done"]
+    assert "KeyError" in report["parts"]["breaks"]["traceback"]
+    refused = CliRunner().invoke(app, ["bench-gpu", "--output", str(tmp_path)])
+    assert "is a folder; name a file" in str(refused.exception)
 
 
 def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,18 +195,30 @@ def test_networks_are_measured_beside_a_peers_script(
     assert ratio["median"] == pytest.approx(rows["plain, eager, round 1"]["images_per_second"] / 0.5, abs=0.01)
 
 
-def test_executions_are_compared_for_each_network_and_batch_size(tiny: Bench) -> None:
-    rows = rows_of("executions", tiny)
-    assert list(rows)[:4] == [f"{size}, batch {batch}, eager" for size in ("0.3 M", "2 M") for batch in (32, 64)]
-    assert len(rows) == 8
-    assert all(row["images_per_second"] > 0 for row in rows.values() if "error" not in row)
+def test_executions_of_each_network_are_compared(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_gpu, "available", lambda: ["baseline", "plain"])
+    monkeypatch.setattr(bench_gpu, "COMPILED", ("plain",))
+    bench = Bench(**{**vars(tiny), "executions": ("eager", "graphed", "compiled_graphed")})
+    rows = rows_of("executions", bench)
+    assert list(rows) == [
+        *(f"{name}, {execution}" for name in ("baseline", "plain") for execution in ("eager", "graphed")),
+        "plain, compiled_graphed",
+    ]
+    row = rows["plain, eager"]
+    assert row["images_per_second"] == pytest.approx(64_000 / row["step_ms"], rel=0.01)
+    assert 0 < row["tflops"] < 10
 
 
-def test_several_trainings_at_once_are_compared_with_one(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_sizes_are_compared(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_gpu, "SMALL", {"0.3 M": bench_gpu.SMALL["0.3 M"]})
+    rows = rows_of("batches", tiny)
+    assert list(rows) == [f"0.3 M, batch {batch}, {how}" for batch in (32, 64) for how in ("eager", "graphed")]
+
+
+def test_several_trainings_at_once_are_compared_with_one(tiny: Bench) -> None:
     rows = rows_of("at once", tiny)
-    assert list(rows) == [f"0.3 M, batch 128, {how}, {k} at once" for how in ("eager", "graphed") for k in (1, 2)]
-    one, two = (rows[f"0.3 M, batch 128, eager, {k} at once"] for k in (1, 2))
+    assert list(rows) == [f"attention, {how}, {k} at once" for how in ("eager", "graphed") for k in (1, 2)]
+    one, two = (rows[f"attention, eager, {k} at once"] for k in (1, 2))
     assert one["ratio"] == 1
     assert two["ratio"] == pytest.approx(two["images_per_second"] / one["images_per_second"], abs=0.01)
 
@@ -177,10 +226,10 @@ def test_several_trainings_at_once_are_compared_with_one(tiny: Bench, monkeypatc
 def test_the_speed_runs_are_repeated_with_tracking_on(tiny: Bench) -> None:
     rows = rows_of("fast", tiny)
     row = rows["94 %, eager"]
-    assert (row["n"], len(row["runs"]), row["judged_by"]) == (2, 2, "validation split")
+    assert (row["n"], len(row["runs"]), row["judged_by"]) == (1, 1, "validation split")
     assert 0 < row["of_that_tracking_s"] < row["seconds"] < row["trial_s"]
-    assert row["accuracy"] == pytest.approx(sum(run["accuracy"] for run in row["runs"]) / 2, abs=1e-4)
-    assert list(rows) == ["94 %, graphed", "95 %, graphed", "94 %, eager"]
+    assert row["accuracy"] == row["runs"][0]["accuracy"]
+    assert list(rows) == ["94 %, graphed", "94 %, eager", "95 %, graphed"]
     assert not tiny.home.exists(), "no look at a test split"
 
 
@@ -204,8 +253,13 @@ def test_the_original_script_is_run_as_it_is_until_there_are_enough_runs(tiny: B
     assert not [*bench_gpu.airbench(tiny)], "nothing to run"
 
 
-def test_attentions_short_recipe_is_trained_in_the_first_way_that_works(tiny: Bench) -> None:
-    row = rows_of("attention", tiny)["attention, eager"]
+def test_attentions_speed_and_short_recipe_are_measured(tiny: Bench) -> None:
+    rows = rows_of("attention", tiny)
+    assert [*rows][:4] == [
+        f"attention{widths}, batch 128, {how}" for widths in ("", " of 32 to 256") for how in ("eager", "graphed")
+    ]
+    assert [*rows][-2:] == [f"attention's short recipe, {how}" for how in ("graphed", "eager")]
+    row = rows["attention's short recipe, eager"]
     assert (row["epochs"], len(row["by_epoch"])) == (2, 2)
     assert row["accuracy"] == pytest.approx(row["by_epoch"][-1], abs=1e-4)
 
@@ -214,6 +268,8 @@ def test_a_short_study_is_run_and_a_long_one_forecast(tiny: Bench, monkeypatch: 
     monkeypatch.setattr(plan, "CONTROL_S", 0)
     monkeypatch.setattr(plan, "OTHERS", 1)
     rows = rows_of("study", tiny)
+    assert [*rows] == ["choice: eager", "forecast of 100 trials, eager", "2 trials, eager", "tracking, eager"]
+    assert rows["choice: eager"]["workers"] == 1
     assert rows["2 trials, eager"]["seconds"] > 0
     assert rows["forecast of 100 trials, eager"]["seconds"] > rows["2 trials, eager"]["trial_s"]
     assert 0 < rows["tracking, eager"]["share"] < 1

@@ -69,7 +69,9 @@ def bench(
 
 
 def bench_gpu(
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the whole report goes, as JSON.")] = None,
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where the whole report goes, as JSON, row by row.")
+    ] = HOME / "bench-gpu.json",
     peer: Annotated[Path | None, typer.Option(metavar="SCRIPT", help="A peer's script, as bench --against.")] = None,
     airbench: Annotated[
         Path | None, typer.Option(metavar="SCRIPT", help="airbench94_muon.py, to run beside `fast`.")
@@ -77,7 +79,11 @@ def bench_gpu(
     data_dir: DataDirOption = Path("data"),
     only: Annotated[str, typer.Option(metavar="PART,PART", help="Not all of the parts.")] = "",
 ) -> None:
-    """Measure on a GPU, in under ten minutes: executions of a step, several trainings at once, speed runs, a study."""
+    """Measure on a GPU, in under eight minutes: executions of a step, attention, speed runs, trainings at once, a study.
+
+    A part that fails or takes too long is told, with its traceback in the report, and the others go on; the exit code is
+    then 1. With --airbench it takes a minute more. How to run it where there is no network: pipeline/bench_gpu.py.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -90,26 +96,29 @@ def bench_gpu(
     if missing := [script for script in scripts if script and not script.is_file()]:
         raise UserError([f"{script}: no such file" for script in missing])
     names = parts(name.strip() for name in only.split(",") if name.strip())
-    output = writable(output) if output else None
+    file = writable(expand(output))
     load("cifar10", 32, expand(data_dir))  # downloaded or refused before anything starts
 
     def write(report: "Mapping[str, object]") -> None:
-        if output:
-            output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        whole = file.with_name(f"{file.name}.new")  # or a command that is ended while it writes loses all
+        whole.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        whole.replace(file)
 
     console = make_console()
     bench = Bench(data_dir=expand(data_dir), home=HOME, peer=scripts[0], airbench=scripts[1])
     report = run(bench, names, _row_printer(console), write)
     for line in faults(report):
         say(console, f"failed: {line}")
+    say(console, f"the report: {file}")
     raise typer.Exit(1 if faults(report) else 0)
 
 
 def _row_printer(console: "Console") -> "Callable[[str, Mapping[str, object]], None]":
-    """A line for each row: numbers and short words; lists and tables are for the report."""
+    """A line for each row: numbers and short words; lists, tables and tracebacks are for the report."""
 
     def show(part: str, row: "Mapping[str, object]") -> None:
-        numbers = [f"{name} {value}" for name, value in row.items() if isinstance(value, (int, float, str))]
+        shown = {name: value for name, value in row.items() if name != "traceback"}
+        numbers = [f"{name} {value}" for name, value in shown.items() if isinstance(value, (int, float, str))]
         ratio = row.get("ratio")
         if isinstance(ratio, dict):
             numbers.append(" ".join(f"{name} {value}" for name, value in ratio.items()))

@@ -41,7 +41,12 @@ TrackingOption = Annotated[
 ]
 
 
-WorkersOption = Annotated[str | None, typer.Option(metavar="N", help="Trials at once on this machine, each a process.")]
+WorkersOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N", help="Trials at once on this machine, each a process; else 1, or on a GPU what was measured."
+    ),
+]
 
 
 class StudyOptions(BaseModel):

@@ -88,21 +88,25 @@ def study(
     search = resolve(name, typed, dataset, change or [], faults)
 
     from pipeline.console import StudyView
-    from pipeline.search.storage import num_finished, open_storage
+    from pipeline.search.plan import decide
+    from pipeline.search.storage import find_study, num_finished, open_storage
     from pipeline.search.trial import StudyInterrupted
     from pipeline.search.workers import run
     from pipeline.tracking.runs import MlflowTracker
 
     say_remarks(console := make_console(), search)
     options = StudyOptions.model_validate({key: text for key, text in typed.items() if text is not None})
-    with _crew(console, options, expand(data_dir)) as crew:
-        # The GPUs of a cluster need not be here, and what they are told to do they check themselves.
-        where = find_device("cpu" if cluster else device)
-        tracker = None if is_new(tracking_uri, "mlflow.db") else MlflowTracker(HOME, tracking_uri)
-        store = None if is_new(storage, "optuna.db") else open_storage(HOME, storage)
-        data = load_data(search, data_dir, where, execute=cluster is None)
-        tracker = tracker or MlflowTracker(HOME, tracking_uri)
-        store = store or open_storage(HOME, storage)
+    # The GPUs of a cluster need not be here, and what they are told to do they check themselves.
+    where = find_device("cpu" if cluster else device)
+    tracker = None if is_new(tracking_uri, "mlflow.db") else MlflowTracker(HOME, tracking_uri)
+    store = None if is_new(storage, "optuna.db") else open_storage(HOME, storage)
+    data = load_data(search, data_dir, where, execute=cluster is None)
+    tracker = tracker or MlflowTracker(HOME, tracking_uri)
+    store = store or open_storage(HOME, storage)
+    choice = None
+    if not cluster:  # measured here, it would say little of other machines, nor would a forecast
+        search, choice = decide(search, data, where, find_study(search, data, store), options.workers)
+    with _crew(console, options, choice.workers if choice else 1, expand(data_dir)) as crew:
         console.print(
             f"{search.key(data)} on {'a cluster' if cluster else where}: {len(data.train.labels):,} training and "
             f"{len(data.validation.labels):,} validation images of {len(data.classes)} classes; "
@@ -113,8 +117,7 @@ def study(
         )
         try:
             with StudyView(console, search) as view:
-                # Measured here, a forecast would say little of other machines.
-                done = run(search, data, where, view, store, tracker, HOME, plans=cluster is None, crew=crew)
+                done = run(search, data, where, view, store, tracker, HOME, plans=not cluster, crew=crew, choice=choice)
         except StudyInterrupted:
             settle(console, tracker, timeout_s=5)
             console.print(
@@ -134,7 +137,7 @@ def study(
 
 
 @contextlib.contextmanager
-def _crew(console: Console, options: StudyOptions, data_dir: Path) -> "Iterator[Crew | None]":
+def _crew(console: Console, options: StudyOptions, workers: int, data_dir: Path) -> "Iterator[Crew | None]":
     """Whose processes train: None for this one alone, in which nobody could end a trial that hangs."""
     from pipeline.search.supervisor import Processes
     from pipeline.search.worker import Limits
@@ -146,10 +149,10 @@ def _crew(console: Console, options: StudyOptions, data_dir: Path) -> "Iterator[
         with connect(options.cluster, options.device, data_dir, options.workers, limits) as joined:
             say(console, f"{joined.where}; room for {joined.room()} workers on {joined.device}")
             yield joined
-    elif (options.workers or 1) == 1 and not options.hang:
+    elif workers == 1 and not options.hang:
         yield None
     else:
-        yield Processes(find_device(options.device), options.workers or 1, data_dir, limits)
+        yield Processes(find_device(options.device), workers, data_dir, limits)
 
 
 def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "MlflowTracker") -> None:
@@ -206,14 +209,15 @@ def plan(
     from dataclasses import asdict
 
     from pipeline.console import print_forecast
-    from pipeline.search.plan import forecast
+    from pipeline.search.plan import decide, forecast
     from pipeline.search.storage import find_study, open_storage
 
     say_remarks(console := make_console(), search)
     where = find_device(device)
     data = load_data(search, data_dir, where)
     stored = find_study(search, data, open_storage(HOME)) if (HOME / "optuna.db").exists() else None
-    if found := forecast(search, data, where, stored, workers=int(workers or 1)):
+    search, choice = decide(search, data, where, stored, int(workers) if workers else None)
+    if found := forecast(search, data, where, stored, workers=choice.workers, choice=choice):
         print_forecast(console, asdict(found))
     else:
         console.print(f"{search.key(data)}: its {search.trials} trials are done; TRIALS= asks for more")

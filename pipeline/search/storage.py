@@ -323,6 +323,8 @@ def find_study(search: Search, data: TrainingData, storage: RDBStorage) -> optun
     if key not in optuna.get_all_study_names(storage):
         return None
     study = optuna.load_study(study_name=key, storage=storage)
+    if "fingerprint" not in study.user_attrs:  # a start that was killed: nothing was asked yet
+        return None
     check_same(key, json.loads(study.user_attrs["fingerprint"]), search.fingerprint(data), search.version)
     return study
 

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.data.prepare import TrainingData
 from pipeline.guard import StopOnSignal, alone, this_worker
-from pipeline.search.plan import actual, forecast, size_mib
+from pipeline.search.plan import Choice, actual, forecast, size_mib
 from pipeline.search.retries import reconcile
 from pipeline.search.storage import PatientStorage, StudyLock, num_finished, open_study
 from pipeline.search.study import Search
@@ -32,12 +32,14 @@ def run(
     home: Path,
     plans: bool = False,
     crew: Crew | None = None,
+    choice: Choice | None = None,
 ) -> optuna.Study:
     """Run or resume a study until its trials are done, its time is up, or somebody stops it (StudyInterrupted).
 
     `home` is the folder `mlruns`, where the locks lie. Raises UserError where the stored study asks another question.
     With `plans` the forecast for the trials that are left is stored before the first of them, and afterwards what they
-    took: the study's attributes `forecast` and `actual`. Without a `crew` all is done in this process.
+    took: the study's attributes `forecast` and `actual`. Without a `crew` all is done in this process. `choice` is stored
+    for those who go on with the study.
     """
     with (
         StopOnSignal() as stop,
@@ -47,6 +49,8 @@ def run(
         study = open_study(search, data, storage, home)
         if "run_key" not in study.user_attrs:
             study.set_user_attr("run_key", uuid.uuid4().hex)
+        if choice:
+            study.set_user_attr("choice", asdict(choice))
         parent = tracker.open_study(
             study.study_name,
             search.study.question,
@@ -63,7 +67,7 @@ def run(
             objective = Objective(
                 search, data, device, tracker, parent.id, observer, lambda: stop.requested, storage, home
             )
-            with _planned(objective, study, home, crew) if plans else contextlib.nullcontext():
+            with _planned(objective, study, home, crew, choice) if plans else contextlib.nullcontext():
                 if crew:
                     _supervisor(objective, study, crew, home, stop, lock).run()
                 else:
@@ -115,14 +119,16 @@ def _supervisor(
 
 
 @contextlib.contextmanager
-def _planned(objective: Objective, study: optuna.Study, home: Path, crew: Crew | None) -> Iterator[None]:
+def _planned(
+    objective: Objective, study: optuna.Study, home: Path, crew: Crew | None, choice: Choice | None
+) -> Iterator[None]:
     def on_step(epoch: int, step: int, steps: int) -> None:
         if objective.stop_requested():
             raise StudyInterrupted
 
     study.set_user_attr("actual", None)
     workers = crew.room() if crew else 1
-    planned = forecast(objective.search, objective.data, objective.device, study, on_step, workers)
+    planned = forecast(objective.search, objective.data, objective.device, study, on_step, workers, choice)
     study.set_user_attr("forecast", asdict(planned) if planned else None)
     if not planned:
         yield

@@ -10,9 +10,10 @@ import torch
 from optuna.trial import TrialState
 
 from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.search import plan, workers
-from pipeline.search.plan import actual, forecast
+from pipeline.search.plan import Choice, Way, actual, choose, decide, forecast, measure_ways
 from pipeline.search.storage import find_study, open_storage
 from pipeline.search.study import Search, Study
 from pipeline.search.trial import StudyInterrupted
@@ -125,8 +126,10 @@ def test_a_study_stores_its_forecast_first_and_the_truth_at_its_end(
 ) -> None:
     home, search, view = tmp_path / "mlruns", search_of(small_recipe, 2), Noted()
     storage, tracker = open_storage(home), MlflowTracker(home)
-    study = workers.run(search, digits, CPU, view, storage, tracker, home, plans=True)
+    choice = Choice("eager", 1, why="measured")
+    study = workers.run(search, digits, CPU, view, storage, tracker, home, plans=True, choice=choice)
     assert study.user_attrs["forecast"] == view.forecast
+    assert study.user_attrs["choice"] == view.forecast["choice"] == dataclasses.asdict(choice)
     truth = study.user_attrs["actual"]
     assert set(truth) <= set(view.forecast)
     assert (truth["trials"], truth["epochs"], truth["pruned"]) == (2, 4, 0)
@@ -173,3 +176,135 @@ def test_workers_share_the_time_as_far_as_there_are_cores(
     per_epoch = [found.unpruned_seconds / found.epoch_s for found in (one, many)]  # the machine may be busier meanwhile
     start = plan.WORKER_START_S / many.epoch_s
     assert per_epoch[1] - start == pytest.approx(per_epoch[0] / 2, rel=0.3)
+
+
+# ------------------------------------------------------------------------------------------- execution and workers
+
+EAGER, GRAPHED = Way("eager", 53.0, 0.5, 1.0), Way("graphed", 18.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ways", "trials", "cores", "free_gib", "expected"),
+    [
+        (
+            [EAGER, GRAPHED],
+            100,
+            16,
+            70,
+            ("graphed", 1),
+        ),  # `attention` as its launches foretell it: one fills the device
+        ([EAGER, Way("graphed", 45.0, 0.5, 1.0)], 100, 16, 70, ("eager", 1)),  # saves less than a fifth
+        ([Way("eager", 1.6, 0.6, 1), Way("graphed", 1.4, 0.6, 1)], 100, 16, 70, ("eager", 2)),  # short trials
+        ([Way("eager", 4.0, 3.0, 1), Way("graphed", 1.0, 3.0, 1)], 100, 16, 70, ("graphed", 4)),
+        ([Way("eager", 4.0, 3.0, 1), Way("graphed", 1.0, 3.0, 1)], 100, 16, 9.5, ("graphed", 3)),  # 3 GiB each
+        ([Way("eager", 4.0, 3.0, 1), Way("graphed", 1.0, 3.0, 1)], 100, 2, 70, ("graphed", 2)),
+        ([Way("eager", 4.0, 3.0, 1), Way("graphed", 1.0, 3.0, 1)], 3, 16, 70, ("graphed", 1)),  # starts cost more
+        ([Way("eager", 53.0, 0.5, 60)], 100, 16, 1, ("eager", 1)),  # the graph failed, and there is no room
+    ],
+)
+def test_the_simplest_that_is_hardly_slower_is_chosen(
+    ways: list[Way], trials: int, cores: int, free_gib: float, expected: tuple[str, int]
+) -> None:
+    choice = choose(ways, trials, cores, free_gib)
+    assert (choice.execution, choice.workers) == expected
+
+
+def test_a_choice_says_what_was_measured_and_takes_typed_workers() -> None:
+    choice = choose([EAGER, GRAPHED], 100, 16, 70, failed="compiled fails (no compiler)")
+    said = "a whole trial takes eager 53.5 s, graphed 18.5 s, compiled fails (no compiler); the device is free for 0.5 s of it"
+    assert choice.why == said
+    assert choice.taken == pytest.approx(18 / 18.5)
+    typed = choose([EAGER, GRAPHED], 100, cores=1, free_gib=0, workers=3)
+    assert (typed.execution, typed.workers, typed.taken) == ("eager", 3, pytest.approx(18 / 53.5)), (
+        "three eager ones leave the device no pause"
+    )
+
+
+def test_ways_are_measured_on_the_real_loop_and_one_that_fails_is_told(
+    small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = plan.measure
+
+    def measure(recipe: Recipe, *rest: Any) -> Any:
+        if recipe.training.execution == "graphed":
+            raise RuntimeError("capture failed\nmore")
+        return measured(recipe, *rest)
+
+    monkeypatch.setattr(plan, "measure", measure)
+    search = search_of(small_recipe, 2)
+    ways, failed = measure_ways(search, digits, CPU, ("eager", "graphed"))
+    assert ([way.execution for way in ways], failed) == (["eager"], "graphed fails (capture failed)")
+    assert ways[0].training_s > 0 and ways[0].tracking_s > plan.TRACKING_S and ways[0].memory_gib > 0
+    with pytest.raises(RuntimeError, match="capture failed"):
+        measure_ways(search, digits, CPU, ("graphed",))
+    monkeypatch.setattr("torch.rand", lambda *shape, device: measure(small_recipe.changed(graphed)))
+    with pytest.raises(UserError, match=r"cpu: graphed fails \(capture failed\); SET=training.execution=eager trains"):
+        plan._check_usable(CPU, failed)
+
+
+graphed = {"training.execution": "graphed"}
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The CPU knows two executions, with made-up times; what was measured."""
+    measured: list[str] = []
+
+    def ways(search: Search, data: Any, device: Any, executions: Any) -> Any:
+        measured.extend(executions)
+        return [EAGER, GRAPHED], ""
+
+    monkeypatch.setattr(plan, "EXECUTIONS", {"cpu": ("eager", "graphed")})
+    monkeypatch.setattr(plan, "measure_ways", ways)
+    monkeypatch.setattr(plan, "_free_gib", lambda device: 70.0)
+    monkeypatch.setattr(plan, "check_execution", lambda recipe, device: None)
+    return measured
+
+
+def test_a_cpu_needs_no_measuring(small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "measure_ways", lambda *what: pytest.fail("measured"))
+    search = search_of(small_recipe, 2)
+    assert decide(search, digits, CPU, None) == (search, Choice("eager", 1))
+    assert decide(search, digits, CPU, None, workers=2)[1] == Choice("eager", 2)
+
+
+def test_a_new_study_is_measured_and_what_was_typed_wins(
+    small_recipe: Recipe, digits: TrainingData, like_a_gpu: list[str]
+) -> None:
+    search, choice = decide(search_of(small_recipe, 100), digits, CPU, None)
+    assert (choice.execution, choice.workers) == ("graphed", 1)
+    assert search.base == small_recipe.changed(graphed) and search.recipe({}).training.execution == "graphed"
+    assert like_a_gpu == ["eager", "graphed"]
+
+    like_a_gpu.clear()
+    typed = dataclasses.replace(search_of(small_recipe, 100), settings={"training.execution": "eager"})
+    assert decide(typed, digits, CPU, None) == (typed, Choice("eager", 1))
+    written = search_of(small_recipe.changed({"training.execution": "compiled"}), 100)
+    assert decide(written, digits, CPU, None, workers=2) == (written, Choice("compiled", 2))
+    assert not like_a_gpu
+
+
+def test_a_study_goes_on_as_it_was_begun(small_recipe: Recipe, digits: TrainingData, like_a_gpu: list[str]) -> None:
+    search, study = search_of(small_recipe, 100), stored([TrialState.COMPLETE])
+    assert decide(search, digits, CPU, study) == (search, Choice("eager", 1)), "from before there was a choice"
+    study.set_user_attr("choice", dataclasses.asdict(Choice("graphed", 3, 0.9, "measured")))
+    found, choice = decide(search, digits, CPU, study)
+    assert found.base.training.execution == choice.execution == "graphed"
+    assert (choice.taken, choice.why) == (0.9, "as the study was begun")
+    assert not like_a_gpu
+
+
+def test_a_study_that_was_begun_on_a_gpu_is_told_apart_on_a_cpu(small_recipe: Recipe, digits: TrainingData) -> None:
+    study = stored([TrialState.COMPLETE])
+    study.set_user_attr("choice", dataclasses.asdict(Choice("graphed", 3, 0.9, "measured")))
+    with pytest.raises(UserError, match=r"a graph needs a GPU, and this is cpu; SET=training.execution=eager"):
+        decide(search_of(small_recipe, 2), digits, CPU, study)
+
+
+def test_a_device_that_is_taken_is_shared_no_further(small_recipe: Recipe, digits: TrainingData) -> None:
+    """A forecast for several workers on one device."""
+    search = search_of(small_recipe, 10)
+    found = forecast(search, digits, CPU, None, choice=Choice("eager", 1, taken=3.0))
+    assert found and found.choice and found.choice.taken == 3.0
+    free = found.unpruned_epochs * found.epoch_s
+    assert found.unpruned_seconds > 3 * free, "three times what one worker takes"
