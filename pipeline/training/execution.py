@@ -6,6 +6,7 @@ graph sends them in one call; compilation makes fewer of them.
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator
+from functools import cache
 from typing import cast
 
 import torch
@@ -47,11 +48,20 @@ def forward_of(network: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]
 @contextlib.contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
     """A stream beside the default one, which no capture may begin on; both wait for each other at the ends."""
-    before, own = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    before = torch.cuda.current_stream(device)
+    own = _stream(before.device)  # with its index, which `device` need not have
     own.wait_stream(before)
-    with torch.cuda.stream(own):
-        yield
-    before.wait_stream(own)
+    try:
+        with torch.cuda.stream(own):
+            yield
+    finally:
+        before.wait_stream(own)  # also of a training that was pruned: what it padded is the next one's
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The same one for all of a process's trainings: torch gives memory, and cuBLAS its workspace, to one stream only."""
+    return torch.cuda.Stream(device)
 
 
 def capture(step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:

@@ -31,6 +31,8 @@ def build_optimizer(
     can be captured and replayed.
     """
     built = _built(network, optimizer, True if device.type in _FUSED else None, on_device)  # None: torch chooses
+    if on_device:  # or Adam warns that its steps aren't captured, as those of the warm-up aren't
+        built._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
     for group in built.param_groups:
         group["initial_lr"] = group["lr"]
         group.setdefault("share", 1.0)
@@ -126,8 +128,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(buffers, gradients)
             steps: _Tensors = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
             if group["filters"]:
-                for parameter in parameters:
-                    parameter *= len(parameter) ** 0.5 / parameter.norm()
+                scales = list(torch._foreach_reciprocal(torch._foreach_norm(parameters)))
+                torch._foreach_mul_(scales, [len(parameter) ** 0.5 for parameter in parameters])
+                torch._foreach_mul_(parameters, scales)
                 steps = [orthogonalise(step.flatten(1)).view(step.shape).to(step.dtype) for step in steps]
             if isinstance(group["lr"], Tensor):
                 torch._foreach_sub_(parameters, torch._foreach_mul(steps, group["lr"]))
