@@ -16,7 +16,9 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
 WARM_UP = 3  # steps before a capture: cuDNN chooses its kernels, optimizers make their state, compilers compile
-RECOMPILATIONS = 64  # of one network's code; torch's 8 are soon used up by a search over widths
+RECOMPILATIONS = (
+    10_000  # of one network's code: a search over widths wants each; past torch's 8, or 256 in all, it raises
+)
 
 
 def is_graphed(recipe: Recipe) -> bool:
@@ -41,7 +43,9 @@ def forward_of(network: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]
     """
     if "compiled" not in recipe.training.execution:
         return network
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILATIONS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, RECOMPILATIONS)
     return cast("Callable[[Tensor], Tensor]", torch.compile(network, fullgraph=True, dynamic=False))
 
 

@@ -26,6 +26,9 @@ from pipeline.data.prepare import TrainingData
 from pipeline.training import execution
 
 GPU = torch.device("cuda", 0)
+DEVICE = torch.device(
+    "cuda"
+)  # as `find_device` gives it: torch fills in the index for tensors, and refuses it at times
 NO_KERNEL = frozenset({"alias", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty"})
 READ_VALUE = 0.5  # of every number that is read from the device
 
@@ -344,7 +347,9 @@ def backward(loss: Tensor) -> None:
                 continue
             if gradient is not None:
                 wanted = following._input_metadata[place]
-                assert gradient.device == wanted.device, f"{node.name()}: a gradient of {wanted.device} on {gradient.device}"
+                assert gradient.device == wanted.device, (
+                    f"{node.name()}: a gradient of {wanted.device} on {gradient.device}"
+                )
                 gradient = gradient.sum_to_size(wanted.shape).to(wanted.dtype)
                 arrived[following][place] = _sum(arrived[following][place], gradient)
             awaited[following] -= 1

@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from simulation import GPU, HostWaits, SimulatedGpu, simulated_gpu
+from simulation import DEVICE, GPU, HostWaits, SimulatedGpu, simulated_gpu
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
+from pipeline.cli.common import find_device
 from pipeline.data import augment
+from pipeline.errors import UserError
 from pipeline.evaluation.methods import views
 from pipeline.evaluation.predict import latency_ms, predict_logits
 from pipeline.recipe import Recipe
 from pipeline.search.study import load_study
 from pipeline.speed import Stopwatch
+from pipeline.tracking.lineage import hardware
 from pipeline.training import execution, loop
 from pipeline.training.execution import own_stream
 from pipeline.training.loop import Result, train
@@ -64,7 +67,7 @@ def tiny(small_recipe: Recipe) -> Recipe:
 
 def trained(recipe: Recipe, num_train: int = TWO_STEPS, **options: Any) -> tuple[Result, SimulatedGpu]:
     with simulated_gpu() as gpu:
-        return train(recipe, gpu.data(num_train), GPU, on_part=gpu.kernels, **options), gpu
+        return train(recipe, gpu.data(num_train), DEVICE, on_part=gpu.kernels, **options), gpu
 
 
 # ------------------------------------------------------------------------------------------------ the simulation itself
@@ -107,7 +110,7 @@ def masked(loss: Tensor) -> Tensor:
 
 
 FAULTS = [
-    (mixed, RuntimeError, "two different devices"),
+    (mixed, RuntimeError, "found at least two devices, cuda:0 and cpu"),
     (made_on_host, HostWaits, "forward uses tensors of the host"),
     (copied_there, HostWaits, "forward uses tensors of the host"),
     (copied_back, HostWaits, "forward uses tensors of the host"),
@@ -240,13 +243,13 @@ def test_an_epoch_copies_its_order_and_its_rates_nowhere(tiny: Recipe) -> None:
     """Alternating flips, both sides of a mean, plain scores too, and what times it: of two epochs."""
     change = {"augmentation.horizontal_flip": "alternating", "training.epochs": 2, "training.deterministic": True}
     with simulated_gpu() as gpu:
-        watch = Stopwatch(GPU)
+        watch = Stopwatch(DEVICE)
 
         def on_part(part: str) -> None:
             watch(part)
             gpu.kernels(part)
 
-        train(tiny.changed(change), gpu.data(TWO_STEPS), GPU, on_part=on_part, score_plain=True)
+        train(tiny.changed(change), gpu.data(TWO_STEPS), DEVICE, on_part=on_part, score_plain=True)
         seconds, steps = watch.seconds()
     assert gpu.kernels.reads == 2 * 2
     assert steps == 2 * 2 and seconds["forward"] == pytest.approx(steps / 1000)
@@ -255,16 +258,45 @@ def test_an_epoch_copies_its_order_and_its_rates_nowhere(tiny: Recipe) -> None:
 def test_what_is_predicted_with_other_views_is_read_once(tiny: Recipe) -> None:
     with simulated_gpu() as gpu:
         data = gpu.data(TWO_STEPS)
-        network = train(tiny, data, GPU, on_part=gpu.kernels).network
+        network = train(tiny, data, DEVICE, on_part=gpu.kernels).network
         gpu.kernels.reads = 0
         gpu.kernels("evaluation")
         logits = [
-            predict_logits(network, view, data.mean, data.std, "bf16") for view in views(data.validation.images, True, 2)
+            predict_logits(network, view, data.mean, data.std, "bf16")
+            for view in views(data.validation.images, True, 2)
         ]
         assert gpu.kernels.reads == 0
         assert {tensor.device for tensor in logits} == {GPU}
         assert latency_ms(network, 32, "bf16", repeats=1) > 0
         assert gpu.kernels.reads == 4, "a latency ends when the class is there"
+
+
+# ------------------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "current"), [("auto", "cuda", []), ("cuda", "cuda", []), ("cuda:1", "cuda:1", [1])]
+)
+def test_the_users_word_is_a_device_that_torch_takes(
+    name: str, device: str, current: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.cuda.set_device itself refuses a device without an index."""
+    became: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", became.append)
+    assert find_device(name) == torch.device(device)
+    assert became == current
+
+
+def test_a_gpu_whose_driver_is_of_no_use_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch counts by NVML, which may see what CUDA can't use."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert find_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match="DEVICE cuda: torch sees 0 GPUs here"):
+        find_device("cuda")
+    assert len(hardware()) == 1, "the processor"
 
 
 # ------------------------------------------------------------------------------------------------------------- streams
@@ -283,15 +315,15 @@ def test_both_streams_wait_for_each_other_also_after_a_pruned_training(tiny: Rec
         for _ in range(2):
             gpu.kernels.restart()
             with pytest.raises(Pruned):
-                train(recipe, gpu.data(TWO_STEPS), GPU, prune, on_part=gpu.kernels)
+                train(recipe, gpu.data(TWO_STEPS), DEVICE, prune, on_part=gpu.kernels)
     first, second = gpu.default_stream.waited_for
     assert first is second, "each new one would keep memory and a workspace of its own"
     assert first.waited_for == [gpu.default_stream] * 2
 
 
 def test_the_loss_is_watched_on_the_stream_of_the_steps() -> None:
-    with simulated_gpu(), own_stream(GPU):
-        watch = loop._LossWatch(GPU)
+    with simulated_gpu(), own_stream(DEVICE):
+        watch = loop._LossWatch(DEVICE)
         watch.look(torch.zeros((), device=GPU), 1, 0)
         assert watch._copied is not None
         assert watch._copied.stream is torch.cuda.current_stream()  # type: ignore[attr-defined]

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe
+from pipeline.models.baseline import BaselineNetwork
+from pipeline.recipe import Baseline, Recipe
 from pipeline.training import execution, loop
 from pipeline.training.loop import Result, train
 
@@ -192,6 +193,17 @@ def test_a_compiled_network_is_one_graph_and_trains_alike(
         called.history[-1].metrics["train/loss"], rel=1e-3
     )
     assert set(compiled.network.state_dict()) == set(called.network.state_dict()), "the network itself is returned"
+
+
+def test_a_search_over_widths_compiles_each(small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past its limits torch raises, as the network is to be one graph."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **named: compile_(network, backend="eager", **named))
+    recipe = small_recipe.changed({"training.execution": "compiled"})
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=2):
+        for width in range(1, 6):
+            network = BaselineNetwork(Baseline(widths=(width,), hidden=2), 2, 4)
+            execution.forward_of(network, recipe)(torch.zeros(2, 3, 4, 4))
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU
