@@ -1,7 +1,6 @@
 """A run as long as it is open: what it measures goes to its journal, what the machine does too."""
 
 import enum
-import logging
 import math
 import tempfile
 import time
@@ -93,24 +92,6 @@ class MlflowRun:
         if self._monitor:
             self._monitor.finish()
             self._monitor = None
-
-
-class _Once(logging.Filter):
-    """Lets a line through the first time: a part of a GPU, or one in WSL, can't say its load, at each of all samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """See logging.Filter."""
-        line = record.getMessage()
-        is_new = line not in self._seen
-        self._seen.add(line)
-        return is_new
-
-
-logging.getLogger("mlflow.system_metrics.metrics.gpu_monitor").addFilter(_Once())
 
 
 class _Monitor(SystemMetricsMonitor):

@@ -5,8 +5,12 @@ graph sends them in one call; compilation makes fewer of them.
 """
 
 import contextlib
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Hashable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -16,9 +20,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
 WARM_UP = 3  # steps before a capture: cuDNN chooses its kernels, optimizers make their state, compilers compile
-RECOMPILATIONS = (
-    10_000  # of one network's code: a search over widths wants each; past torch's 8, or 256 in all, it raises
-)
+RECOMPILATIONS = 10_000  # of one network's code, for a search over widths: past torch's 8, or 256 in all, it raises
 
 
 def is_graphed(recipe: Recipe) -> bool:
@@ -33,6 +35,19 @@ def check_execution(recipe: Recipe, device: torch.device) -> None:
             f"training.execution = {recipe.training.execution}: a graph needs a GPU, and this is {device}; "
             "SET=training.execution=eager trains here"
         )
+    if "compiled" in recipe.training.execution and device.type == "cuda" and (lacks := _lacks_to_compile()):
+        raise UserError(
+            f"training.execution = {recipe.training.execution}: compiling for a GPU needs {lacks}, which isn't here; "
+            "install it, or train with SET=training.execution=graphed"
+        )
+
+
+def _lacks_to_compile() -> str:
+    """What triton builds its launcher with, by the first kernel; slim images have none. Empty where all is there."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler (gcc, clang or CC)"
+    header = Path(sysconfig.get_config_var("INCLUDEPY")) / "Python.h"
+    return "" if header.is_file() else f"Python's headers ({header})"
 
 
 def forward_of(network: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:

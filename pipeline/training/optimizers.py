@@ -31,8 +31,6 @@ def build_optimizer(
     can be captured and replayed.
     """
     built = _built(network, optimizer, True if device.type in _FUSED else None, on_device)  # None: torch chooses
-    if on_device:  # or Adam warns that its steps aren't captured, as those of the warm-up aren't
-        built._warned_capturable_if_run_uncaptured = True
     for group in built.param_groups:
         group["initial_lr"] = group["lr"]
         group.setdefault("share", 1.0)

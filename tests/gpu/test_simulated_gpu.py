@@ -219,7 +219,7 @@ OF_OPTIMIZER = {"sgd": 11, "adam": 12, "adamw": 12, "muon": 85}
 def test_a_step_of_each_optimizer_is_the_devices_alone(optimizer: str, how: str, tiny: Recipe) -> None:
     recipe = tiny.changed(OPTIMIZERS[optimizer] | {"training.execution": how})
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # as of Adam, that it isn't captured
+        warnings.simplefilter("error")
         _, gpu = trained(recipe, num_train=6 * 8)
     if how == "eager":
         assert gpu.kernels.last.launches("optimizer") <= OF_OPTIMIZER[optimizer]

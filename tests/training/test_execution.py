@@ -1,7 +1,9 @@
 """A step is the same training whether it is called, compiled or captured once and replayed."""
 
 import contextlib
+import sysconfig
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,6 +195,23 @@ def test_a_compiled_network_is_one_graph_and_trains_alike(
         called.history[-1].metrics["train/loss"], rel=1e-3
     )
     assert set(compiled.network.state_dict()) == set(called.network.state_dict()), "the network itself is returned"
+
+
+def test_a_gpu_without_a_compiler_is_told_before_anything_starts(
+    small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe, gpu = small_recipe.changed({"training.execution": "compiled_graphed"}), torch.device("cuda")
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match=r"compiled_graphed: compiling for a GPU needs Python's headers .*Python.h"):
+        execution.check_execution(recipe, gpu)
+    (tmp_path / "Python.h").touch()
+    execution.check_execution(recipe, gpu)
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="needs a C compiler"):
+        execution.check_execution(recipe, gpu)
+    execution.check_execution(recipe.changed({"training.execution": "graphed"}), gpu)
 
 
 def test_a_search_over_widths_compiles_each(small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
