@@ -123,12 +123,12 @@ def _planned(objective: Objective, study: optuna.Study, home: Path, crew: Crew |
     study.set_user_attr("actual", None)
     workers = crew.room() if crew else 1
     planned = forecast(objective.search, objective.data, objective.device, study, on_step, workers)
-    torch.cuda.empty_cache()  # what the forecast took of a GPU is its workers' now; nothing where no GPU is in use
     study.set_user_attr("forecast", asdict(planned) if planned else None)
     if not planned:
         yield
         return
     objective.observer.planned(asdict(planned))
+    torch.cuda.empty_cache()  # what the forecast took of a GPU is its workers' now; nothing where no GPU is in use
     before = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
     began, size = time.monotonic(), size_mib(home)
     yield
