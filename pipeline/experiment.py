@@ -237,7 +237,11 @@ def _gallery(data: TrainingData, labels: np.ndarray, probabilities: np.ndarray, 
     )
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """torch has an exception for it, but its CPU allocator, cuBLAS and cuDNN raise plain RuntimeErrors."""
+def _out_of_memory(error: BaseException) -> bool:
+    """torch has an exception for it, but its CPU allocator, cuBLAS and cuDNN raise plain RuntimeErrors.
+
+    So does a capture that it ends: the error that says why is then the one before.
+    """
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+    found = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+    return found or (error.__context__ is not None and _out_of_memory(error.__context__))

@@ -180,6 +180,20 @@ def test_exceptions_become_states_here(
     assert "val/accuracy" in outcome.metrics
 
 
+def test_a_capture_that_memory_ends_is_out_of_memory(small_recipe: Recipe, digits: TrainingData) -> None:
+    """torch.cuda.graph ends its capture all the same, and what that raises comes last."""
+
+    def fail(report: EpochReport) -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    outcome = experiment.run(small_recipe, digits, CPU, NullTracker(), "one", on_epoch=fail)
+    assert outcome.state is State.FAILED
+    assert outcome.reason.startswith("out of memory: operation failed due to a previous error")
+
+
 def test_a_bug_is_not_a_state(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
     def bug(report: EpochReport) -> None:
         raise RuntimeError("shapes do not match")

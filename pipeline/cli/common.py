@@ -58,17 +58,21 @@ def expand(path: Path) -> Path:
 
 
 def find_device(name: str) -> "torch.device":
-    """The device of this name; auto is a GPU where there is one. UserError where there is none of it."""
+    """The device of this name; auto is a GPU where there is one. UserError where there is none of it.
+
+    It has an index only where the name has one: `cuda` is the first GPU, and for several workers all of them.
+    """
     import torch
 
     if not re.fullmatch(DEVICE_NAMES, name):
         raise UserError(f"DEVICE {name}: should be auto, cpu, cuda or cuda:N")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # counted also where the driver is of no use
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if gpus else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"DEVICE {name}: torch sees {torch.cuda.device_count()} GPUs here; DEVICE=cpu trains without")
-    if device.type == "cuda":
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UserError(f"DEVICE {name}: torch sees {gpus} GPUs here; DEVICE=cpu trains without")
+    if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # or streams and events are those of the first GPU
     return device
 

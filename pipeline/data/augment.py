@@ -288,7 +288,7 @@ class Augmenter:
         if not a.mixup and not a.cutmix:
             return images, targets
         share = images.new_ones(len(images), 1, size, size)
-        choice = _per_image(draw.uniform(0, 1))
+        choice = _per_image(draw.unit())
         if a.mixup:
             share = torch.where(choice < a.mixup, _per_image(draw.of(self._mixup_quantiles)), share)
         if a.cutmix:
@@ -304,19 +304,22 @@ class _Draws:
     def __init__(self, count: int, generator: torch.Generator):
         self._count, self._generator = count, generator
 
+    def unit(self, *shape: int) -> Tensor:
+        """In [0, 1); without the two kernels that `uniform` takes to get there."""
+        return torch.rand(self._count, *shape, generator=self._generator, device=self._generator.device)
+
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        unit = torch.rand(self._count, *shape, generator=self._generator, device=self._generator.device)
-        return unit.mul_(high - low).add_(low)
+        return self.unit(*shape).mul_(high - low).add_(low)
 
     def integers(self, stop: int, *shape: int) -> Tensor:
         return torch.randint(stop, (self._count, *shape), generator=self._generator, device=self._generator.device)
 
     def below(self, stop: Tensor) -> Tensor:
         """Whole numbers in [0, stop), as float32; `stop` (count,) is whole and has its own value for each image."""
-        return (self.uniform(0, 1) * stop).floor_()
+        return (self.unit() * stop).floor_()
 
     def chance(self, probability: float) -> Tensor:
-        return self.uniform(0, 1) < probability
+        return self.unit() < probability
 
     def of(self, values: Tensor) -> Tensor:
         return values.index_select(0, self.integers(len(values)))

@@ -134,6 +134,7 @@ def _planned(
         yield
         return
     objective.observer.planned(asdict(planned))
+    torch.cuda.empty_cache()  # what the forecast took of a GPU is its workers' now; nothing where no GPU is in use
     before = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
     began, size = time.monotonic(), size_mib(home)
     yield

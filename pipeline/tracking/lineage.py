@@ -79,7 +79,8 @@ def hardware() -> tuple[str, ...]:
     """One line for the processor, the threads that torch uses, and each GPU."""
     import torch
 
-    gpus = [f"gpu {i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0  # of a broken driver, a name is an error
+    gpus = [f"gpu {i}: {torch.cuda.get_device_name(i)}" for i in range(count)]
     return (f"cpu: {_processor()}, {torch.get_num_threads()} threads", *gpus)
 
 

@@ -5,7 +5,12 @@ graph sends them in one call; compilation makes fewer of them.
 """
 
 import contextlib
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Hashable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -15,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
 WARM_UP = 3  # steps before a capture: cuDNN chooses its kernels, optimizers make their state, compilers compile
-RECOMPILATIONS = 64  # of one network's code; torch's 8 are soon used up by a search over widths
+RECOMPILATIONS = 10_000  # of one network's code, for a search over widths: past torch's 8, or 256 in all, it raises
 
 
 def is_graphed(recipe: Recipe) -> bool:
@@ -30,6 +35,19 @@ def check_execution(recipe: Recipe, device: torch.device) -> None:
             f"training.execution = {recipe.training.execution}: a graph needs a GPU, and this is {device}; "
             "SET=training.execution=eager trains here"
         )
+    if "compiled" in recipe.training.execution and device.type == "cuda" and (lacks := _lacks_to_compile()):
+        raise UserError(
+            f"training.execution = {recipe.training.execution}: compiling for a GPU needs {lacks}, which isn't here; "
+            "install it, or train with SET=training.execution=graphed"
+        )
+
+
+def _lacks_to_compile() -> str:
+    """What triton builds its launcher with, by the first kernel; slim images have none. Empty where all is there."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler (gcc, clang or CC)"
+    header = Path(sysconfig.get_config_var("INCLUDEPY")) / "Python.h"
+    return "" if header.is_file() else f"Python's headers ({header})"
 
 
 def forward_of(network: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]:
@@ -40,18 +58,29 @@ def forward_of(network: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]
     """
     if "compiled" not in recipe.training.execution:
         return network
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILATIONS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, RECOMPILATIONS)
     return cast("Callable[[Tensor], Tensor]", torch.compile(network, fullgraph=True, dynamic=False))
 
 
 @contextlib.contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
     """A stream beside the default one, which no capture may begin on; both wait for each other at the ends."""
-    before, own = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    before = torch.cuda.current_stream(device)
+    own = _stream(before.device)  # with its index, which `device` need not have
     own.wait_stream(before)
-    with torch.cuda.stream(own):
-        yield
-    before.wait_stream(own)
+    try:
+        with torch.cuda.stream(own):
+            yield
+    finally:
+        before.wait_stream(own)  # also of a training that was pruned: what it padded is the next one's
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The same one for all of a process's trainings: torch gives memory, and cuBLAS its workspace, to one stream only."""
+    return torch.cuda.Stream(device)
 
 
 def capture(step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:

@@ -126,8 +126,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(buffers, gradients)
             steps: _Tensors = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
             if group["filters"]:
-                for parameter in parameters:
-                    parameter *= len(parameter) ** 0.5 / parameter.norm()
+                scales = list(torch._foreach_reciprocal(torch._foreach_norm(parameters)))
+                torch._foreach_mul_(scales, [len(parameter) ** 0.5 for parameter in parameters])
+                torch._foreach_mul_(parameters, scales)
                 steps = [orthogonalise(step.flatten(1)).view(step.shape).to(step.dtype) for step in steps]
             if isinstance(group["lr"], Tensor):
                 torch._foreach_sub_(parameters, torch._foreach_mul(steps, group["lr"]))

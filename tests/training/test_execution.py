@@ -1,7 +1,9 @@
 """A step is the same training whether it is called, compiled or captured once and replayed."""
 
 import contextlib
+import sysconfig
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe
+from pipeline.models.baseline import BaselineNetwork
+from pipeline.recipe import Baseline, Recipe
 from pipeline.training import execution, loop
 from pipeline.training.loop import Result, train
 
@@ -192,6 +195,34 @@ def test_a_compiled_network_is_one_graph_and_trains_alike(
         called.history[-1].metrics["train/loss"], rel=1e-3
     )
     assert set(compiled.network.state_dict()) == set(called.network.state_dict()), "the network itself is returned"
+
+
+def test_a_gpu_without_a_compiler_is_told_before_anything_starts(
+    small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe, gpu = small_recipe.changed({"training.execution": "compiled_graphed"}), torch.device("cuda")
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match=r"compiled_graphed: compiling for a GPU needs Python's headers .*Python.h"):
+        execution.check_execution(recipe, gpu)
+    (tmp_path / "Python.h").touch()
+    execution.check_execution(recipe, gpu)
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="needs a C compiler"):
+        execution.check_execution(recipe, gpu)
+    execution.check_execution(recipe.changed({"training.execution": "graphed"}), gpu)
+
+
+def test_a_search_over_widths_compiles_each(small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past its limits torch raises, as the network is to be one graph."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **named: compile_(network, backend="eager", **named))
+    recipe = small_recipe.changed({"training.execution": "compiled"})
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=2):
+        for width in range(1, 6):
+            network = BaselineNetwork(Baseline(widths=(width,), hidden=2), 2, 4)
+            execution.forward_of(network, recipe)(torch.zeros(2, 3, 4, 4))
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU
