@@ -74,20 +74,36 @@ def find_device(name: str) -> "torch.device":
 
 
 def load_data(search: "Search", data_dir: Path, device: "torch.device", execute: bool = True) -> "TrainingData":
-    """The search's data set, split and on the device."""
-    return load_data_of(search.base, data_dir, device, execute)
-
-
-def load_data_of(recipe: "Recipe", data_dir: Path, device: "torch.device", execute: bool = True) -> "TrainingData":
-    """A recipe's data set, split and on the device, which can execute its steps if it has to."""
+    """The search's data set, split and on the device, which can execute its steps if it has to."""
     from pipeline.data.datasets import load
     from pipeline.data.prepare import prepare
     from pipeline.training.execution import check_execution
 
+    recipe = search.base
     if execute:
         check_execution(recipe, device)
-    images = load(recipe.data.dataset, recipe.data.image_size, expand(data_dir))
-    data = prepare(images, recipe.data, device)
+    data = prepare(load(recipe.data.dataset, recipe.data.image_size, expand(data_dir)), recipe.data, device)
+    keep_imports()
+    return data
+
+
+def load_data_of_run(
+    tracker: "MlflowTracker",
+    run_id: str,
+    recipe: "Recipe",
+    data_dir: Path,
+    dataset: str | None,
+    device: "torch.device",
+) -> "TrainingData":
+    """The data set that a run of this recipe saw, wherever it lies now; split and on the device, as `load_data`."""
+    from pipeline.data.prepare import prepare
+    from pipeline.tracking.run_data import Seen, find_data
+    from pipeline.training.execution import check_execution
+
+    check_execution(recipe, device)
+    digest = tracker.client.get_run(run_id).data.tags["data_digest"]
+    seen = Seen(f"run {run_id}", recipe.data.dataset, recipe.data.image_size, digest, tracker.places_of(run_id))
+    data = prepare(find_data(seen, expand(data_dir), dataset).images, recipe.data, device)
     keep_imports()
     return data
 
@@ -117,6 +133,14 @@ def say_what_waits(console: Console, tracker: "MlflowTracker") -> None:
         say(console, f"something may be missing: {runs(len(left.free))} not all in MLflow yet; make sync sends them")
     if left.busy:
         say(console, f"another command writes {runs(len(left.busy))} just now: what is shown is not the end of it")
+
+
+def say_small_split(console: Console, images: int, fraction: float) -> None:
+    """A line where the validation split is too small for its scores to say much."""
+    from pipeline.evaluation.significance import small_split_line
+
+    if line := small_split_line(images, fraction):
+        say(console, line)
 
 
 def runs(count: int) -> str:

@@ -18,6 +18,7 @@ from pipeline.cli.common import (
     load_data,
     make_console,
     say,
+    say_small_split,
     settle,
 )
 from pipeline.cli.look import links_of
@@ -86,7 +87,7 @@ def study(
     search = resolve(name, typed, dataset, change or [], faults)
 
     from pipeline.console import StudyView
-    from pipeline.search.storage import num_finished, open_storage
+    from pipeline.search.storage import num_finished, open_storage, resolved
     from pipeline.search.trial import StudyInterrupted
     from pipeline.search.workers import run
     from pipeline.tracking.runs import MlflowTracker
@@ -98,6 +99,10 @@ def study(
         where = find_device("cpu" if cluster else device)
         data = load_data(search, data_dir, where, execute=cluster is None)
         tracker = MlflowTracker(HOME, tracking_uri)
+        store = open_storage(HOME, storage)
+        own, search = search.key(data), resolved(search, data, store)
+        if search.key(data) != own:
+            say(console, f"{data.source}: belongs to the study {search.key(data)}")
         console.print(
             f"{search.key(data)} on {'a cluster' if cluster else where}: {len(data.train.labels):,} training and "
             f"{len(data.validation.labels):,} validation images of {len(data.classes)} classes; "
@@ -106,9 +111,9 @@ def study(
             highlight=False,
             soft_wrap=True,
         )
+        say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
         try:
             with StudyView(console, search) as view:
-                store = open_storage(HOME, storage)
                 # Measured here, a forecast would say little of other machines.
                 done = run(search, data, where, view, store, tracker, HOME, plans=cluster is None, crew=crew)
         except StudyInterrupted:
@@ -203,12 +208,15 @@ def plan(
 
     from pipeline.console import print_forecast
     from pipeline.search.plan import forecast
-    from pipeline.search.storage import find_study, open_storage
+    from pipeline.search.storage import find_study, open_storage, resolved
 
     where = find_device(device)
     data = load_data(search, data_dir, where)
-    stored = find_study(search, data, open_storage(HOME)) if (HOME / "optuna.db").exists() else None
-    console = make_console()
+    stored, console = None, make_console()
+    if (HOME / "optuna.db").exists():
+        search = resolved(search, data, store := open_storage(HOME))
+        stored = find_study(search, data, store)
+    say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
     if found := forecast(search, data, where, stored, workers=int(workers or 1)):
         print_forecast(console, asdict(found))
     else:

@@ -19,6 +19,7 @@ from pipeline.errors import UserError, did_you_mean
 from pipeline.recipe import Recipe
 from pipeline.search.pruner import RecentPruner
 from pipeline.search.space import FixedFields, Space, control, describe, explore, extremes
+from pipeline.tracking.study_key import StudyKey
 
 if TYPE_CHECKING:  # it brings torch with it, and a wrong name is to be told at once
     from pipeline.data.prepare import TrainingData
@@ -88,10 +89,11 @@ class Search:
     timeout_s: float | None
     patience: int | None = None
     fixed: frozenset[str] = frozenset()  # fields that were set for all trials: not searched, though the space may ask
+    stored_key: str | None = None  # of the study that goes on, once `storage.resolved` has looked for it
 
     def key(self, data: "TrainingData") -> str:
         """The name in Optuna and MLflow: study, version, data set."""
-        return f"{self.name}-v{self.version}-{data.name}"
+        return self.stored_key or str(StudyKey(self.name, self.version, data.name))
 
     def ask(self, trial: Any) -> None:
         """Put the space's questions to a trial, but those that are answered for all trials."""
@@ -172,6 +174,8 @@ def load_study(name: str) -> Study:
         raise UserError(
             f"study name {name!r}: must be small letters, digits, _ and -, and begin with a letter or digit"
         )
+    if re.search(r"-v\d+(-|$)", name):
+        raise UserError(f"study name {name!r}: must not hold -v and a number, which stand behind it in a study's key")
     if name not in available():
         raise UserError([f"no study {name}{did_you_mean(name, available())}", f"studies: {', '.join(available())}"])
     file = FOLDER / f"{name}.py"
