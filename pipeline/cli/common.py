@@ -90,19 +90,23 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
 def load_data_of_run(
     tracker: "MlflowTracker",
     run_id: str,
+    what: str,
     recipe: "Recipe",
     data_dir: Path,
     dataset: str | None,
     device: "torch.device",
 ) -> "TrainingData":
-    """The data set that a run of this recipe saw, wherever it lies now; split and on the device, as `load_data`."""
+    """The data set that a run of this recipe saw, wherever it lies now; split and on the device, as `load_data`.
+
+    `what` is whose it is, for messages.
+    """
     from pipeline.data.prepare import prepare
     from pipeline.tracking.run_data import Seen, find_data
     from pipeline.training.execution import check_execution
 
     check_execution(recipe, device)
     digest = tracker.client.get_run(run_id).data.tags["data_digest"]
-    seen = Seen(f"run {run_id}", recipe.data.dataset, recipe.data.image_size, digest, tracker.places_of(run_id))
+    seen = Seen(what, recipe.data.dataset, recipe.data.image_size, digest, tracker.places_of(run_id))
     data = prepare(find_data(seen, expand(data_dir), dataset).images, recipe.data, device)
     keep_imports()
     return data

@@ -52,7 +52,7 @@ def finals(
     say_what_waits(console, tracker)
     plan = the_finals.plan(tracker, study, top, seeds, epochs)
     control = plan.candidates[0]
-    data = load_data_of_run(tracker, control.trial_run, control.recipe, data_dir, dataset, where)
+    data = load_data_of_run(tracker, control.trial_run, f"study {study.name}", control.recipe, data_dir, dataset, where)
     the_finals.check_data(plan, tracker, data)
     others = len(plan.candidates) - 1
     say(
@@ -117,7 +117,7 @@ def reproduce(
     past = again.find_past(tracker, run)
     if device == "auto" and past.device == "cpu":
         where = find_device("cpu")
-    data = load_data_of_run(tracker, run, past.recipe, data_dir, dataset, where)
+    data = load_data_of_run(tracker, run, f"run {run}", past.recipe, data_dir, dataset, where)
     console = make_console()
     say(console, f"{past.name}: {past.state}, {past.epochs} epochs")
     found = again.differences(tracker, past, where)

@@ -100,9 +100,7 @@ def study(
         data = load_data(search, data_dir, where, execute=cluster is None)
         tracker = MlflowTracker(HOME, tracking_uri)
         store = open_storage(HOME, storage)
-        own, search = search.key(data), resolved(search, data, store)
-        if search.key(data) != own:
-            say(console, f"{data.source}: belongs to the study {search.key(data)}")
+        search = resolved(search, data, store)
         console.print(
             f"{search.key(data)} on {'a cluster' if cluster else where}: {len(data.train.labels):,} training and "
             f"{len(data.validation.labels):,} validation images of {len(data.classes)} classes; "

@@ -288,7 +288,7 @@ def _study_of(tracker: MlflowTracker, run: Run) -> StudyRuns | None:
 
 
 def _but_seed(params: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in params.items() if name != "training.seed"}
+    return {name: value for name, value in params.items() if name not in ("training.seed", "data.dataset")}
 
 
 def _epochs(run: Run) -> str | None:

@@ -297,25 +297,34 @@ def open_storage(home: Path, url: str | None = None, wait: bool = False) -> Pati
 
 
 def resolved(search: Search, data: TrainingData, storage: RDBStorage) -> Search:
-    """The search with the key that its study has in the store, or will have.
+    """The search with the key that its study has in the store, or will have, and with the data set's name in its recipes.
 
     First the study of this name and version on the same images, wherever they lay then and whatever their folder was
     called; else one that was run on this very folder when other images were in it, which is then refused as changed: a
-    question must not become two unnoticed; else a new one.
+    question must not become two unnoticed; else a new one. Recipes keep the name that the data set had first: a folder
+    that moved is no other recipe, and what was interrupted can go on.
     """
     if search.stored_key:
         return search
-    own = StudyKey(search.name, search.version, data.name)
+    own, typed = StudyKey(search.name, search.version, data.name), search.base.data.dataset
+    keys = [key for name in optuna.get_all_study_names(storage) if (key := StudyKey.parse(name))]
     known = {
-        name: storage.get_study_user_attrs(storage.get_study_id_from_name(name))
-        for name in optuna.get_all_study_names(storage)
-        if (key := StudyKey.parse(name)) and (key.study, key.version) == (search.name, search.version)
+        str(key): storage.get_study_user_attrs(storage.get_study_id_from_name(str(key)))
+        for key in keys
+        if key[:2] == own[:2]
     }
-    if str(own) in known:
-        return replace(search, stored_key=str(own))
-    same = [name for name, its in known.items() if json.loads(its.get("fingerprint", "{}")).get("data") == data.digest]
+    same = [name for name in known if name == str(own)]
+    same += [name for name, its in known.items() if json.loads(its.get("fingerprint", "{}")).get("data") == data.digest]
     here = [name for name, its in known.items() if data.place in its.get("places", _guessed_places(name, own, data))]
-    return replace(search, stored_key=[*same, *here, str(own)][0])
+    name = [*same, *here, str(own)][0]
+    if name != str(own):
+        log.info("%s: belongs to the study %s", data.source, name)
+    elif name not in known and (
+        others := [str(key) for key in keys if key[:2] == own[:2] and key.bare.data == own.bare.data]
+    ):
+        log.info("%s: a new study %s; others of that name have other images: %s", data.source, name, ", ".join(others))
+    base = search.base.changed({"data.dataset": known.get(name, {}).get("dataset", typed)})
+    return replace(search, stored_key=name, base=base, lies_at=typed)
 
 
 def _guessed_places(name: str, own: StudyKey, data: TrainingData) -> list[str | None]:
@@ -330,8 +339,8 @@ def _guessed_places(name: str, own: StudyKey, data: TrainingData) -> list[str | 
 def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Path) -> optuna.Study:
     """The Optuna study of this search, made with the control as its first trial, or resumed.
 
-    Its attribute `places` has where its data set lay, the newest first. Raises UserError where it exists and asks another
-    question.
+    Its attributes: `places`, where its data set lay, the newest first; `dataset`, as its recipes name it. Raises UserError
+    where it exists and asks another question.
     """
     search = resolved(search, data, storage)
     key, fingerprint = search.key(data), search.fingerprint(data)
@@ -349,8 +358,9 @@ def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Pa
         else:
             check_same(key, json.loads(stored), fingerprint, search.version)
         places = newest_first(study.user_attrs.get("places", []), data.place)
-        if places != study.user_attrs.get("places"):
-            study.set_user_attr("places", places)
+        for name, value in (("places", places), ("dataset", search.base.data.dataset)):
+            if study.user_attrs.get(name) != value:
+                study.set_user_attr(name, value)
         if not study.get_trials(deepcopy=False):
             study.enqueue_trial(search.control(), user_attrs={"control": True})
     study.sampler = search.sampler(len(study.get_trials(deepcopy=False)))

@@ -89,7 +89,8 @@ class Search:
     timeout_s: float | None
     patience: int | None = None
     fixed: frozenset[str] = frozenset()  # fields that were set for all trials: not searched, though the space may ask
-    stored_key: str | None = None  # of the study that goes on, once `storage.resolved` has looked for it
+    stored_key: str | None = None  # of the study that goes on; this and the next once `storage.resolved` has looked
+    lies_at: str | None = None  # the data set as `load` takes it here, where `base` has the name that it had first
 
     def key(self, data: "TrainingData") -> str:
         """The name in Optuna and MLflow: study, version, data set."""

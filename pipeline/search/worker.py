@@ -264,7 +264,7 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
         if assignment.memory_fraction:
             torch.cuda.set_per_process_memory_fraction(assignment.memory_fraction, device)
     check_execution(search.base, device)
-    images = load(search.base.data.dataset, search.base.data.image_size, assignment.data_dir)
+    images = load(search.lies_at or search.base.data.dataset, search.base.data.image_size, assignment.data_dir)
     data = prepare(images, search.base.data, device)
     keep_imports()
     tracker = MlflowTracker(assignment.home, assignment.tracking_uri, asks=False)

@@ -41,6 +41,9 @@ def find_data(seen: Seen, data_dir: Path, dataset: str | None = None, download: 
     tried: dict[str, list[str]] = {}
     for name, directory, may_download in _candidates(seen, data_dir, dataset, download):
         place = str(directory.absolute()) if name in NATURAL_SIZE else _resolved(name)
+        if not dataset and name not in NATURAL_SIZE and not os.path.lexists(name):
+            tried[place] = [f"{name}: no such folder"]
+            continue
         try:
             images = load(name, seen.image_size, directory, may_download)
         except UserError as error:
