@@ -307,21 +307,16 @@ def resolved(search: Search, data: TrainingData, storage: RDBStorage) -> Search:
     if search.stored_key:
         return search
     own, typed = StudyKey(search.name, search.version, data.name), search.base.data.dataset
-    keys = [key for name in optuna.get_all_study_names(storage) if (key := StudyKey.parse(name))]
-    known = {
-        str(key): storage.get_study_user_attrs(storage.get_study_id_from_name(str(key)))
-        for key in keys
-        if key[:2] == own[:2]
-    }
+    parsed = [StudyKey.parse(name) for name in optuna.get_all_study_names(storage)]
+    keys = [key for key in parsed if key and (key.study, key.version) == (own.study, own.version)]
+    known = {str(key): storage.get_study_user_attrs(storage.get_study_id_from_name(str(key))) for key in keys}
     same = [name for name in known if name == str(own)]
     same += [name for name, its in known.items() if json.loads(its.get("fingerprint", "{}")).get("data") == data.digest]
     here = [name for name, its in known.items() if data.place in its.get("places", _guessed_places(name, own, data))]
     name = [*same, *here, str(own)][0]
     if name != str(own):
         log.info("%s: belongs to the study %s", data.source, name)
-    elif name not in known and (
-        others := [str(key) for key in keys if key[:2] == own[:2] and key.bare.data == own.bare.data]
-    ):
+    elif name not in known and (others := [str(key) for key in keys if key.bare == own.bare]):
         log.info("%s: a new study %s; others of that name have other images: %s", data.source, name, ", ".join(others))
     base = search.base.changed({"data.dataset": known.get(name, {}).get("dataset", typed)})
     return replace(search, stored_key=name, base=base, lies_at=typed)

@@ -223,7 +223,7 @@ class MlflowTracker:
         self.client.set_tag(run_id, _PLACES, text)
 
     def places_of(self, run_id: str) -> list[str]:
-        """Where a run's data set lay, the newest first: what its study has kept, then what the run itself says."""
+        """Where a run's data set lay, the newest first: what its study has kept, then where MLflow has it, the first place."""
         run = self._active(run_id)
         if run is None:
             return []

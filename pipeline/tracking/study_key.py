@@ -20,7 +20,7 @@ class StudyKey(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "StudyKey | None":
         """None where the text is no key, as the name of a study that something else made."""
-        found = re.fullmatch(r"(.+?)-v(\d+)-(.+)", text)
+        found = re.fullmatch(r"(.+?)-v([1-9]\d*)-(.+)", text)
         return cls(found[1], int(found[2]), found[3]) if found else None
 
     def is_meant_by(self, name: str) -> bool:
