@@ -17,16 +17,16 @@ STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout PATIENCE:patience D
 
 PREDICT_OPTIONS := MODEL:model METHOD:method OUTPUT:output DEVICE:device TRACKING_URI:tracking-uri
 chosen = $(if $(or $(call typed,RUN),$(call typed,MODEL)),-- $(or $(call typed,RUN),$(call typed,MODEL)))
-EXPORT_OPTIONS := OUTPUT:output DATA_DIR:data-dir TRACKING_URI:tracking-uri
+EXPORT_OPTIONS := OUTPUT:output DATASET:dataset DATA_DIR:data-dir TRACKING_URI:tracking-uri
 SERVE_OPTIONS := PORT:port TRACKING_URI:tracking-uri
-COMPARE_OPTIONS := OUTPUT:output DATA_DIR:data-dir TRACKING_URI:tracking-uri
+COMPARE_OPTIONS := OUTPUT:output DATASET:dataset DATA_DIR:data-dir TRACKING_URI:tracking-uri
 PLAN_OPTIONS := $(filter-out TIMEOUT:% PATIENCE:% STORAGE:% TRACKING_URI:% CLUSTER:% HANG:%,$(STUDY_OPTIONS))
 BENCH_OPTIONS := MODEL:model DATASET:dataset DATA_DIR:data-dir DEVICE:device AGAINST:against
 BENCH_GPU_OPTIONS := PEER:peer AIRBENCH:airbench DATA_DIR:data-dir OUTPUT:output ONLY:only
-FINALS_OPTIONS := TOP:top SEEDS:seeds EPOCHS:epochs DATA_DIR:data-dir DEVICE:device TRACKING_URI:tracking-uri
-PROMOTE_OPTIONS := RUN:run MODEL:model DATA_DIR:data-dir RULES:rule REASON:reason TRACKING_URI:tracking-uri
+FINALS_OPTIONS := TOP:top SEEDS:seeds EPOCHS:epochs DATASET:dataset DATA_DIR:data-dir DEVICE:device TRACKING_URI:tracking-uri
+PROMOTE_OPTIONS := RUN:run MODEL:model DATASET:dataset DATA_DIR:data-dir RULES:rule REASON:reason TRACKING_URI:tracking-uri
 ROLLBACK_OPTIONS := REASON:reason VERSION:version MODEL:model TRACKING_URI:tracking-uri
-REPRODUCE_OPTIONS := DATA_DIR:data-dir DEVICE:device TOLERANCE:tolerance TRACKING_URI:tracking-uri
+REPRODUCE_OPTIONS := DATASET:dataset DATA_DIR:data-dir DEVICE:device TOLERANCE:tolerance TRACKING_URI:tracking-uri
 ALL_OPTIONS := $(STUDY_OPTIONS) $(PREDICT_OPTIONS) $(BENCH_OPTIONS) $(BENCH_GPU_OPTIONS) $(FINALS_OPTIONS) $(PROMOTE_OPTIONS) $(REPRODUCE_OPTIONS)
 
 # A mistyped variable would silently run something else.
@@ -54,11 +54,11 @@ plan: $(READY) ## what a study will cost in time, disk and GPU memory: NAME= [DA
 	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make plan NAME=attention' >&2; exit 2; }
 	@$(BIN)/python -m pipeline plan $(call options,$(PLAN_OPTIONS)) -- $(call typed,NAME)
 
-finals: $(READY) ## train a study's best recipes and its control again, several seeds each: NAME= [TOP=3 SEEDS=5 EPOCHS= DATA_DIR= DEVICE= TRACKING_URI=]
+finals: $(READY) ## train a study's best recipes and its control again, several seeds each: NAME= [TOP=3 SEEDS=5 EPOCHS= DATASET= DATA_DIR= DEVICE= TRACKING_URI=]
 	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make finals NAME=attention' >&2; exit 2; }
 	@$(BIN)/python -m pipeline finals $(call options,$(FINALS_OPTIONS)) -- $(call typed,NAME)
 
-promote: $(READY) ## judge a study's winner on the test split and make it champion if it passes: NAME= or RUN= [MODEL= DATA_DIR= RULES= FORCE=1 REASON= TRACKING_URI=]
+promote: $(READY) ## judge a study's winner on the test split and make it champion if it passes: NAME= or RUN= [MODEL= DATASET= DATA_DIR= RULES= FORCE=1 REASON= TRACKING_URI=]
 	@test -n $(or $(call typed,NAME),$(call typed,RUN),'') || { echo 'error: which model? make promote NAME=attention takes a study'"'"'s, make promote RUN=<id> a run'"'"'s' >&2; exit 2; }
 	@$(BIN)/python -m pipeline promote $(call options,$(PROMOTE_OPTIONS)) $(if $(call typed,FORCE),$(if $(filter-out 0,$(value FORCE)),--force)) $(if $(call typed,NAME),-- $(call typed,NAME))
 
@@ -69,7 +69,7 @@ rollback: $(READY) ## make the champion before champion again: REASON= [VERSION=
 history: $(READY) ## who was champion when, every look at the test split and every verdict: [MODEL= TRACKING_URI=]
 	@$(BIN)/python -m pipeline history $(call option,MODEL,model) $(call option,TRACKING_URI,tracking-uri)
 
-reproduce: $(READY) ## make a run again and compare, bit for bit where that can be: RUN= [DATA_DIR= DEVICE= TOLERANCE=points TRACKING_URI=]
+reproduce: $(READY) ## make a run again and compare, bit for bit where that can be: RUN= [DATASET= DATA_DIR= DEVICE= TOLERANCE=points TRACKING_URI=]
 	@test -n $(or $(call typed,RUN),'') || { echo 'error: which run? make reproduce RUN=<its id>; make ui shows them' >&2; exit 2; }
 	@$(BIN)/python -m pipeline reproduce $(call options,$(REPRODUCE_OPTIONS)) -- $(call typed,RUN)
 
@@ -82,7 +82,7 @@ audit: $(READY) ## whether all is there, once, and whole: trials, runs, points, 
 relocate: $(READY) ## after mlruns/ was moved: write its new place into its database
 	@$(BIN)/python -m pipeline relocate
 
-compare: $(READY) ## a study's trials, or several studies, as a table and one page: NAME= or NAME='a b' [OUTPUT= DATA_DIR= TRACKING_URI=]
+compare: $(READY) ## a study's trials, or several studies, as a table and one page: NAME= or NAME='a b' [OUTPUT= DATASET= DATA_DIR= TRACKING_URI=]
 	@test -n $(or $(call typed,NAME),'') || { echo 'error: which study? make compare NAME=attention' >&2; exit 2; }
 	@$(BIN)/python -m pipeline compare $(call options,$(COMPARE_OPTIONS)) -- $(call typed,NAME)
 
@@ -90,7 +90,7 @@ predict: $(READY) ## classify an image, a folder or a pickle of images: IMAGE= [
 	@test -n $(or $(call typed,IMAGE),'') || { echo 'error: which image? make predict IMAGE=cat.jpg' >&2; exit 2; }
 	@$(BIN)/python -m pipeline predict $(call options,$(PREDICT_OPTIONS)) $(if $(call typed,SHOW),$(if $(filter-out 0,$(value SHOW)),--show)) -- $(call typed,IMAGE)
 
-export: $(READY) ## a model as ONNX with weights, recipe and card: [RUN= OUTPUT=folder INT8=1 DATA_DIR= TRACKING_URI=]
+export: $(READY) ## a model as ONNX with weights, recipe and card: [RUN= OUTPUT=folder INT8=1 DATASET= DATA_DIR= TRACKING_URI=]
 	@$(BIN)/python -m pipeline export $(call options,$(EXPORT_OPTIONS)) $(if $(call typed,INT8),$(if $(filter-out 0,$(value INT8)),--int8)) $(chosen)
 
 serve: $(READY) ## the champion behind MLflow's scoring server on 127.0.0.1: [MODEL= PORT=5001 TRACKING_URI=]

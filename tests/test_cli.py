@@ -157,7 +157,7 @@ def test_a_slice_of_cifar10_as_a_users_own_folder(tmp_path: Path, cifar10_dir: P
     words = ("study", "attention", "--dataset", "pets", "--trials", "1", "--epochs", "1")
     done = pipeline(*words, "--set", f"{TINY} data.image_size=24", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "attention-v1-pets on" in done.stdout
+    assert re.search("attention-v1-pets-[0-9a-f]{6} on", done.stdout)
     keys = {key for (key,) in rows(tmp_path / "mlruns" / "mlflow.db", "select distinct key from metrics")}
     assert "val/f1/cat _tabby_" in keys
 
@@ -169,6 +169,35 @@ def test_a_slice_of_cifar10_as_a_users_own_folder(tmp_path: Path, cifar10_dir: P
     assert "broken.png" in refused.stderr
     assert "empty.jpg" in refused.stderr
     assert rows(tmp_path / "mlruns" / "optuna.db", "select count(*) from trials") == before
+
+
+def test_a_study_of_a_folder_that_moved_is_finished_where_it_lies_now(tmp_path: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    from pipeline.tracking.runs import MlflowTracker
+
+    digits = load_digits()
+    for number in np.flatnonzero(digits.target < 2)[:24]:
+        folder = tmp_path / "digits" / "train" / str(digits.target[number])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[number] * 15).astype(np.uint8)).save(folder / f"{number}.png")
+    words = ("--epochs", "1", "--trials", "1", "--set", f"{TINY} data.image_size=16 training.batch_size=8")
+    done = pipeline("study", "attention", "--dataset", "./digits", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search("attention-v1-digits-[0-9a-f]{6} on", done.stdout), (
+        "not the study of the digits that need no folder"
+    )
+    assert "caution: 2 validation images say little" in done.stdout
+    moved = (tmp_path / "digits").rename(tmp_path / "zeros and ones")
+    refused = pipeline("promote", "attention", cwd=tmp_path)
+    assert refused.returncode == 3
+    assert f"is not in {tmp_path / 'digits'}; DATASET= names the folder" in refused.stderr
+    finals = ("finals", "attention-v1-digits", "--top", "1", "--seeds", "1", "--dataset", moved.name)
+    done = pipeline(*finals, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "caution: 2 validation images say little" in done.stdout
+    [study] = MlflowTracker(tmp_path / "mlruns").studies()
+    assert study.places == [str(moved), str(tmp_path / "digits")], "where it is found without the option"
 
 
 def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: Path) -> None:
@@ -325,25 +354,25 @@ def test_the_public_surface_is_frozen() -> None:
     assert surface == {
         "audit": ["--fix", "--storage", "--tracking-uri"],
         "bench": ["--against", "--data-dir", "--dataset", "--device", "--json", "--model"],
-        "finals": ["--data-dir", "--device", "--epochs", "--seeds", "--top", "--tracking-uri", "name"],
+        "finals": ["--data-dir", "--dataset", "--device", "--epochs", "--seeds", "--top", "--tracking-uri", "name"],
         "bench-gpu": ["--airbench", "--data-dir", "--only", "--output", "--peer"],
         "plan": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--seed", "--set", "--trials", "--version"),
             *("--workers", "name"),
         ],
-        "compare": ["--data-dir", "--output", "--tracking-uri", "names"],
+        "compare": ["--data-dir", "--dataset", "--output", "--tracking-uri", "names"],
         "curves": [
             *("--data-dir", "--dataset", "--device", "--epochs", "--output", "--recipes", "--seed", "--set", "name"),
         ],
         "ensemble": ["--output", "files"],
-        "export": ["--data-dir", "--int8", "--output", "--tracking-uri", "model"],
+        "export": ["--data-dir", "--dataset", "--int8", "--output", "--tracking-uri", "model"],
         "history": ["--model", "--tracking-uri"],
         "promote": [
-            *("--data-dir", "--force", "--model", "--reason", "--rule", "--run", "--tracking-uri", "name"),
+            *("--data-dir", "--dataset", "--force", "--model", "--reason", "--rule", "--run", "--tracking-uri", "name"),
         ],
         "rollback": ["--model", "--reason", "--tracking-uri", "--version"],
         "predict": ["--device", "--method", "--model", "--output", "--show", "--tracking-uri", "files"],
-        "reproduce": ["--data-dir", "--device", "--tolerance", "--tracking-uri", "run"],
+        "reproduce": ["--data-dir", "--dataset", "--device", "--tolerance", "--tracking-uri", "run"],
         "replay": ["--json", "--orders", "--rise", "--seed", "--trials", "file"],
         "relocate": [],
         "serve": ["--port", "--tracking-uri", "model"],
@@ -643,9 +672,12 @@ def test_export_with_8_bits_says_what_is_wrong_with_the_data_before_it_writes(tr
     (tmp_path / "model" / "checkpoint.json").write_text(json.dumps(record))
     done = pipeline("export", "model", "--int8", "--output", "out", cwd=tmp_path)
     assert done.returncode == 3
-    first, second = done.stderr.splitlines()
+    first, second, third = done.stderr.splitlines()
     assert first.startswith("error: INT8=1 needs the data set that the model was trained on")
-    assert re.match("  .*: not the images that the model was trained on", second)
+    assert re.match(
+        f"  the model of run {trained.finished}: its data set, digest other pixel.*; DATA_DIR= says", second
+    )
+    assert "holds other images" in third
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
@@ -681,9 +713,22 @@ def test_a_champion_is_made_told_of_and_refuses_to_be_rolled_back(trained: Train
 
 
 def test_make_promote_rollback_and_history_pass_every_variable_on(made: Path) -> None:
-    words = ["MODEL=m", "DATA_DIR=my data", "RULES=alpha=0.01 size_factor=9", "REASON=it's better", "TRACKING_URI=u"]
+    words = [
+        "MODEL=m",
+        "DATASET=d",
+        "DATA_DIR=my data",
+        "RULES=alpha=0.01 size_factor=9",
+        "REASON=it's better",
+        "TRACKING_URI=u",
+    ]
     got = re.findall(r"\[(.*)\]", make(made, "promote", "NAME=attention", "FORCE=1", *words, REASON="exported").stdout)
-    options = ["--model=m", "--data-dir=my data", "--rule=alpha=0.01 size_factor=9", "--reason=it's better"]
+    options = [
+        "--model=m",
+        "--dataset=d",
+        "--data-dir=my data",
+        "--rule=alpha=0.01 size_factor=9",
+        "--reason=it's better",
+    ]
     assert got == ["-m", "pipeline", "promote", *options, "--tracking-uri=u", "--force", "--", "attention"]
     run = re.findall(r"\[(.*)\]", make(made, "promote", "RUN=abc", "FORCE=0").stdout)
     assert run == ["-m", "pipeline", "promote", "--run=abc"]
@@ -719,9 +764,9 @@ def test_make_predict_passes_every_variable_on(made: Path) -> None:
 
 
 def test_make_export_and_serve_pass_every_variable_on(made: Path) -> None:
-    words = ["OUTPUT=my model", "DATA_DIR=my data", "TRACKING_URI=u"]
+    words = ["OUTPUT=my model", "DATASET=my pets", "DATA_DIR=my data", "TRACKING_URI=u"]
     got = re.findall(r"\[(.*)\]", make(made, "export", "RUN=a b", "INT8=1", *words, MODEL="exported").stdout)
-    options = ["--output=my model", "--data-dir=my data", "--tracking-uri=u", "--int8"]
+    options = ["--output=my model", "--dataset=my pets", "--data-dir=my data", "--tracking-uri=u", "--int8"]
     assert got == ["-m", "pipeline", "export", *options, "--", "a b"]
     assert re.findall(r"\[(.*)\]", make(made, "export", "INT8=0").stdout) == ["-m", "pipeline", "export"]
     got = re.findall(r"\[(.*)\]", make(made, "serve", "MODEL=models:/x@y", "PORT=5", "TRACKING_URI=u").stdout)
@@ -737,9 +782,9 @@ def test_make_plan_passes_the_options_that_matter_on(made: Path) -> None:
 
 
 def test_make_compare_passes_every_variable_on(made: Path) -> None:
-    words = ["OUTPUT=my page.html", "DATA_DIR=my data", "TRACKING_URI=u"]
+    words = ["OUTPUT=my page.html", "DATASET=my pets", "DATA_DIR=my data", "TRACKING_URI=u"]
     got = re.findall(r"\[(.*)\]", make(made, "compare", "NAME=attention baseline", *words, OUTPUT="exported").stdout)
-    options = ["--output=my page.html", "--data-dir=my data", "--tracking-uri=u"]
+    options = ["--output=my page.html", "--dataset=my pets", "--data-dir=my data", "--tracking-uri=u"]
     assert got == ["-m", "pipeline", "compare", *options, "--", "attention baseline"]
     assert "which study? make compare NAME=attention" in make(made, "compare").stderr
 
@@ -753,12 +798,12 @@ def test_make_bench_passes_every_variable_on(made: Path) -> None:
 
 
 def test_make_finals_and_reproduce_pass_every_variable_on(made: Path) -> None:
-    names = ["TOP", "SEEDS", "EPOCHS", "DATA_DIR", "DEVICE", "TRACKING_URI"]
+    names = ["TOP", "SEEDS", "EPOCHS", "DATASET", "DATA_DIR", "DEVICE", "TRACKING_URI"]
     done = make(made, "finals", "NAME=attention", *(f"{name}={name.lower()} value" for name in names))
     expected = [f"--{name.lower().replace('_', '-')}={name.lower()} value" for name in names]
     assert re.findall(r"\[(.*)\]", done.stdout) == ["-m", "pipeline", "finals", *expected, "--", "attention"]
     assert "which study? make finals NAME=attention" in make(made, "finals").stderr
-    names = ["DATA_DIR", "DEVICE", "TOLERANCE", "TRACKING_URI"]
+    names = ["DATASET", "DATA_DIR", "DEVICE", "TOLERANCE", "TRACKING_URI"]
     done = make(made, "reproduce", "RUN=0123", *(f"{name}={name.lower()} value" for name in names), RUN="exported")
     expected = [f"--{name.lower().replace('_', '-')}={name.lower()} value" for name in names]
     assert re.findall(r"\[(.*)\]", done.stdout) == ["-m", "pipeline", "reproduce", *expected, "--", "0123"]

@@ -79,21 +79,41 @@ def find_device(name: str) -> "torch.device":
 
 def load_data(search: "Search", data_dir: Path, device: "torch.device", execute: bool = True) -> "TrainingData":
     """The search's data set, split and on the device, which can execute the steps of all trials if it has to."""
-    return load_data_of(search.executed(), data_dir, device, execute)
-
-
-def load_data_of(
-    recipes: "Sequence[Recipe]", data_dir: Path, device: "torch.device", execute: bool = True
-) -> "TrainingData":
-    """The data set that recipes share, split and on the device, which can execute their steps if it has to."""
     from pipeline.data.datasets import load
     from pipeline.data.prepare import prepare
     from pipeline.training.execution import check_execution
 
-    for recipe in recipes if execute else ():
+    for recipe in search.executed() if execute else ():
+        check_execution(recipe, device)
+    about = search.base.data
+    data = prepare(load(about.dataset, about.image_size, expand(data_dir)), about, device)
+    keep_imports()
+    return data
+
+
+def load_data_of_run(
+    tracker: "MlflowTracker",
+    run_id: str,
+    what: str,
+    recipes: "Sequence[Recipe]",
+    data_dir: Path,
+    dataset: str | None,
+    device: "torch.device",
+) -> "TrainingData":
+    """The data set that a run saw, wherever it lies now; split and on the device, which can execute these recipes of it.
+
+    `what` is whose it is, for messages.
+    """
+    from pipeline.data.prepare import prepare
+    from pipeline.tracking.run_data import Seen, find_data
+    from pipeline.training.execution import check_execution
+
+    for recipe in recipes:
         check_execution(recipe, device)
     about = recipes[0].data
-    data = prepare(load(about.dataset, about.image_size, expand(data_dir)), about, device)
+    digest = tracker.client.get_run(run_id).data.tags["data_digest"]
+    seen = Seen(what, about.dataset, about.image_size, digest, tracker.places_of(run_id))
+    data = prepare(find_data(seen, expand(data_dir), dataset).images, about, device)
     keep_imports()
     return data
 
@@ -144,6 +164,14 @@ def say_what_waits(console: Console, tracker: "MlflowTracker") -> None:
         say(console, f"something may be missing: {runs(len(left.free))} not all in MLflow yet; make sync sends them")
     if left.busy:
         say(console, f"another command writes {runs(len(left.busy))} just now: what is shown is not the end of it")
+
+
+def say_small_split(console: Console, images: int, fraction: float) -> None:
+    """A line where the validation split is too small for its scores to say much."""
+    from pipeline.evaluation.significance import small_split_line
+
+    if line := small_split_line(images, fraction):
+        say(console, line)
 
 
 def runs(count: int) -> str:

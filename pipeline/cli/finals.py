@@ -5,8 +5,18 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, INTERRUPTED, find_device, load_data_of, make_console, say, say_what_waits, settle
-from pipeline.cli.options import DataDirOption, DeviceOption, TrackingOption
+from pipeline.cli.common import (
+    HOME,
+    INTERRUPTED,
+    find_device,
+    load_data_of_run,
+    make_console,
+    say,
+    say_small_split,
+    say_what_waits,
+    settle,
+)
+from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
 from pipeline.errors import NotReproduced, UserError, public_uri
 
 SeedsOption = Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Fresh seeds of each recipe.")]
@@ -19,6 +29,7 @@ def finals(
     epochs: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=10_000, help="Instead of each recipe's own.")
     ] = None,
+    dataset: SeenDatasetOption = None,
     data_dir: DataDirOption = Path("data"),
     device: DeviceOption = "auto",
     tracking_uri: TrackingOption = None,
@@ -27,6 +38,7 @@ def finals(
     from pipeline.console import TrainingsView, duration, print_finals, print_links
     from pipeline.experiment import Interrupted
     from pipeline.registry import finals as the_finals
+    from pipeline.tracking.run_data import newest_first
     from pipeline.tracking.runs import MlflowTracker
     from pipeline.tracking.studies import find_study
 
@@ -39,7 +51,8 @@ def finals(
         say(console, said)
     say_what_waits(console, tracker)
     plan = the_finals.plan(tracker, study, top, seeds, epochs)
-    data = load_data_of([candidate.recipe for candidate in plan.candidates], data_dir, where)
+    control, recipes = plan.candidates[0], [candidate.recipe for candidate in plan.candidates]
+    data = load_data_of_run(tracker, control.trial_run, f"study {study.name}", recipes, data_dir, dataset, where)
     the_finals.check_data(plan, tracker, data)
     others = len(plan.candidates) - 1
     say(
@@ -48,6 +61,8 @@ def finals(
         f"{', '.join(map(str, plan.seeds))}: {plan.trainings} trainings, {plan.num_done} of them done; "
         f"about {duration(plan.seconds_left)} by what their trials took, if none stops early",
     )
+    say_small_split(console, len(data.validation.labels), control.recipe.data.validation_fraction)
+    tracker.keep_places(study.parent, newest_first(study.places, data.place))
     try:
         with TrainingsView(console, plan.trainings - plan.num_done) as view:
             decision = the_finals.run(tracker, plan, data, where, view, HOME)
@@ -72,6 +87,7 @@ def finals(
 
 def reproduce(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's id.")],
+    dataset: SeenDatasetOption = None,
     data_dir: DataDirOption = Path("data"),
     device: DeviceOption = "auto",
     tolerance: Annotated[
@@ -101,7 +117,7 @@ def reproduce(
     past = again.find_past(tracker, run)
     if device == "auto" and past.device == "cpu":
         where = find_device("cpu")
-    data = load_data_of([past.recipe], data_dir, where)
+    data = load_data_of_run(tracker, run, f"run {run}", [past.recipe], data_dir, dataset, where)
     console = make_console()
     say(console, f"{past.name}: {past.state}, {past.epochs} epochs")
     found = again.differences(tracker, past, where)

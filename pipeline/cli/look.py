@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cli.common import HOME, UI_PORT, expand, make_console, say, say_what_waits
-from pipeline.cli.options import DataDirOption, TrackingOption
+from pipeline.cli.options import DataDirOption, SeenDatasetOption, TrackingOption
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def compare(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The page; default mlruns/reports/<study>.html.")
     ] = None,
+    dataset: SeenDatasetOption = None,
     data_dir: DataDirOption = Path("data"),
     tracking_uri: TrackingOption = None,
 ) -> None:
@@ -101,7 +102,7 @@ def compare(
             say(console, line)
     with make_console(stderr=True).status("writing the page"):
         if len(studies) == 1:
-            page = study_page(tracker, studies[0], frame, expand(data_dir), links[studies[0].name])
+            page = study_page(tracker, studies[0], frame, expand(data_dir), links[studies[0].name], dataset)
         else:
             flat = {f"{name}: {what}": link for name, some in links.items() for what, link in some.items()}
             page = studies_page(tracker, studies, frame, flat)

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 # What several commands ask for.
 DatasetOption = Annotated[str | None, typer.Option(help="cifar10, digits, or a folder with train/<class>/*.")]
+SeenDatasetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        metavar="FOLDER",
+        help="Where the run's data set lies now; default: where it was last, if it is there.",
+    ),
+]
 DataDirOption = Annotated[Path, typer.Option(help="Where downloaded data sets lie, or are put.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 TrialsOption = Annotated[str | None, typer.Option(metavar="N", help="Trials in all, those already done included.")]

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cli.common import HOME, expand, make_console, say, say_what_waits
-from pipeline.cli.options import DataDirOption, TrackingOption
+from pipeline.cli.options import DataDirOption, SeenDatasetOption, TrackingOption
 from pipeline.errors import Refused, UserError, one_line
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def promote(
     name: Annotated[str | None, typer.Argument(help="A study: its finals' winner, else its best trial.")] = None,
     run: Annotated[str | None, typer.Option(metavar="ID", help="This run instead.")] = None,
     model: ModelOption = MODEL,
+    dataset: SeenDatasetOption = None,
     data_dir: DataDirOption = Path("data"),
     rule: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Change rules, e.g. class_margin=3.")
@@ -80,7 +81,7 @@ def promote(
             run, chosen = _chosen(registry.tracker, name)
             view.said(chosen)
         assert run is not None
-        champion = take(registry, run, rules, expand(data_dir), view, reason, chosen)
+        champion = take(registry, run, rules, expand(data_dir), view, reason, chosen, dataset)
     view.said(f"champion: {model} version {champion.version}, run {champion.run}")
 
 

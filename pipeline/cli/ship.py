@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.cli.common import HOME, expand, is_folder, make_console, model_files, say
-from pipeline.cli.options import DataDirOption, TrackingOption
+from pipeline.cli.options import DataDirOption, SeenDatasetOption, TrackingOption
 from pipeline.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def export(
     int8: Annotated[
         bool, typer.Option("--int8", help="A quantised model too, measured beside the original; needs the data set.")
     ] = False,
+    dataset: SeenDatasetOption = None,
     data_dir: DataDirOption = Path("data"),
     tracking_uri: TrackingOption = None,
 ) -> None:
@@ -56,7 +57,7 @@ def export(
         classifier = Classifier.load(checkpoint, torch.device("cpu"))
         facts = classifier.facts
         with quiet.status("reading the data set"):
-            data, missing = _data_of(facts, data_dir, needed=int8)
+            data, missing = _data_of(facts, data_dir, dataset, tracking_uri, needed=int8)
         folder = expand(output) if output else HOME / "exports" / facts.run_id
         # A folder's files were compared with no registry's digests, so it is exported anew.
         onnx_file, evidence = (None, None) if model and is_folder(model) else registered(checkpoint)
@@ -78,13 +79,23 @@ def export(
         _print_benchmarks(console, found)
 
 
-def _data_of(facts: "Facts", data_dir: Path, needed: bool) -> tuple["TrainingData | None", str]:
-    """The data set that the model was trained on; else None and why, or DataError. Downloaded only where `needed`."""
-    from pipeline.registry.export import trained_on
+def _data_of(
+    facts: "Facts", data_dir: Path, dataset: str | None, tracking_uri: str | None, needed: bool
+) -> tuple["TrainingData | None", str]:
+    """The data set that the model was trained on; else None and why, or DataError. Downloaded only where `needed`.
 
+    DataError too where `dataset` names another.
+    """
+    from pipeline.registry.export import find_data_of, split_as_then
+    from pipeline.tracking.runs import MlflowTracker
+
+    there = tracking_uri is not None or (HOME / "mlflow.db").exists()
+    tracker = MlflowTracker(HOME, tracking_uri) if there else None
     try:
-        return trained_on(facts, expand(data_dir), download=needed), ""
+        return split_as_then(facts, find_data_of(facts, tracker, expand(data_dir), dataset, download=needed).images), ""
     except UserError as error:
+        if not needed and dataset:
+            raise
         if not needed:
             return None, error.lines[0]
         why = "INT8=1 needs the data set that the model was trained on: training images calibrate, validation judges"

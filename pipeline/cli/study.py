@@ -20,6 +20,7 @@ from pipeline.cli.common import (
     make_console,
     say,
     say_remarks,
+    say_small_split,
     settle,
 )
 from pipeline.cli.look import links_of
@@ -89,7 +90,7 @@ def study(
 
     from pipeline.console import StudyView
     from pipeline.search.plan import decide
-    from pipeline.search.storage import find_study, num_finished, open_storage
+    from pipeline.search.storage import find_study, num_finished, open_storage, resolved
     from pipeline.search.trial import StudyInterrupted
     from pipeline.search.workers import run
     from pipeline.tracking.runs import MlflowTracker
@@ -103,6 +104,7 @@ def study(
     data = load_data(search, data_dir, where, execute=cluster is None)
     tracker = tracker or MlflowTracker(HOME, tracking_uri)
     store = store or open_storage(HOME, storage)
+    search = resolved(search, data, store)
     choice = None
     if not cluster:  # measured here, it would say little of other machines, nor would a forecast
         search, choice = decide(search, data, where, find_study(search, data, store), options.workers)
@@ -115,6 +117,7 @@ def study(
             highlight=False,
             soft_wrap=True,
         )
+        say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
         try:
             with StudyView(console, search) as view:
                 done = run(search, data, where, view, store, tracker, HOME, plans=not cluster, crew=crew, choice=choice)
@@ -210,13 +213,17 @@ def plan(
 
     from pipeline.console import print_forecast
     from pipeline.search.plan import decide, forecast
-    from pipeline.search.storage import find_study, open_storage
+    from pipeline.search.storage import find_study, open_storage, resolved
 
     say_remarks(console := make_console(), search)
     where = find_device(device)
     data = load_data(search, data_dir, where)
-    stored = find_study(search, data, open_storage(HOME)) if (HOME / "optuna.db").exists() else None
+    stored = None
+    if (HOME / "optuna.db").exists():
+        search = resolved(search, data, store := open_storage(HOME))
+        stored = find_study(search, data, store)
     search, choice = decide(search, data, where, stored, int(workers) if workers else None)
+    say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
     if found := forecast(search, data, where, stored, workers=choice.workers, choice=choice):
         print_forecast(console, asdict(found))
     else:

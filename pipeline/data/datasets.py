@@ -14,7 +14,7 @@ import re
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ CIFAR10_TRAIN_IMAGES = 50_000
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 MAX_BYTES = 16 * 2**30
 MAX_LISTED = 20
+SUFFIX_DIGITS = 6  # hexadecimal ones of its digest, in a folder's name
 DIGITS_TEST_FRACTION, DIGITS_TEST_SEED = 0.2, 20_261_101  # never change them: they seal the test split
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,9 @@ class Split:
 class Dataset:
     """A data set in memory. `train` holds all that may train or validate, never a test image.
 
-    `name` is short and made of a-z, 0-9, _ and -; `digest` is the SHA-256 of shapes, pixels, labels and class names;
-    `source` says where the images were read from.
+    `digest` is the SHA-256 of shapes, pixels, labels and class names. `name` is short and made of a-z, 0-9, _ and -; a
+    folder's ends with the first digits of its digest, as many folders are called `data`. `source` says where the images
+    were read from: an absolute path where they lie in files.
     """
 
     name: str
@@ -223,7 +225,8 @@ def _folder(dataset: str, image_size: int) -> Dataset:
     _check_memory(len(paths), image_size)
     labels = np.repeat(np.arange(len(files)), [len(class_paths) for class_paths in files.values()])
     name = re.sub(r"[^a-z0-9_-]+", "-", root.name.lower()).strip("-")[:40] or "folder"
-    return _dataset(name, list(files), decoded(paths, image_size), torch.from_numpy(labels), str(root))
+    data = _dataset(name, list(files), decoded(paths, image_size), torch.from_numpy(labels), str(root))
+    return replace(data, name=f"{name}-{data.digest[:SUFFIX_DIGITS]}")
 
 
 def existing_folder(dataset: str) -> Path:

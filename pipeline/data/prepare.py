@@ -1,5 +1,6 @@
 """A data set, split and moved to the device once, as every trial of a study uses it."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,11 @@ class TrainingData:
     validation_ids: Tensor  # (num_validation,) positions in the data set's training part, on the CPU
     mean: Tensor  # (3,) of the training images' pixels, in [0, 1]
     std: Tensor  # (3,)
+
+    @property
+    def place(self) -> str | None:
+        """The file or folder that it was read from, links resolved; None for one that came with a library."""
+        return os.path.realpath(self.source) if os.path.isabs(self.source) else None
 
     @property
     def image_size(self) -> int:

@@ -6,10 +6,12 @@ Trainings that differ by their seed are a sample: means of them have an interval
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count as count_from
 
 import numpy as np
 
 LEVEL = 0.95  # of intervals
+WIDEST = 0.2  # of the interval of an accuracy, before it is said that the images are too few
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,41 @@ def paired_t(differences: Sequence[float], least_sd: float) -> float:
         return 1.0
     t = abs(float(np.mean(differences))) / max(float(np.std(differences, ddof=1)), least_sd) * math.sqrt(n)
     return 2 * float(stdtr(n - 1, -t))
+
+
+def wilson(right: float, images: int) -> tuple[float, float]:
+    """The 95 % interval, in [0, 1], of an accuracy of `right` images, or a half more, among `images` (Wilson 1927)."""
+    from scipy.special import ndtri
+
+    z, share = float(ndtri((1 + LEVEL) / 2)), right / images
+    middle = (share + z**2 / (2 * images)) / (1 + z**2 / images)
+    half = z * math.sqrt(share * (1 - share) / images + z**2 / (4 * images**2)) / (1 + z**2 / images)
+    return middle - half, middle + half
+
+
+def small_split_line(images: int, fraction: float) -> str | None:
+    """What to know of a validation split so small that its scores say little, and how many images would do; else None.
+
+    Too small: the interval of an accuracy of 50 %, the widest that there is, is wider than WIDEST. `fraction` is the
+    recipe's validation_fraction.
+    """
+
+    def interval(count: int) -> tuple[float, float]:
+        return wilson(count / 2, count)
+
+    def is_wide(count: int) -> bool:
+        low, high = interval(count)
+        return high - low > WIDEST
+
+    if not is_wide(images):
+        return None
+    needed = next(count for count in count_from(images + 1) if not is_wide(count))
+    low, high = interval(images)
+    return (
+        f"caution: {images} validation images say little: an accuracy of 50 % among them has a 95 % interval from "
+        f"{100 * low:.0f} to {100 * high:.0f} % (Wilson); {needed} narrow it to {100 * WIDEST:.0f} points, at "
+        f"data.validation_fraction = {fraction:g} that takes {math.ceil(needed / fraction):,} images in all"
+    )
 
 
 def mcnemar(better: int, worse: int) -> float:

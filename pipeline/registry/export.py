@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from pipeline.classifier import Classifier, Facts
 from pipeline.data.augment import normalise
-from pipeline.data.datasets import load
+from pipeline.data.datasets import Dataset
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import DataError, Refused
 from pipeline.evaluation.methods import combine
 from pipeline.evaluation.predict import predict_logits
 from pipeline.evaluation.scores import score
+from pipeline.tracking.run_data import Found, Seen, find_data
+from pipeline.tracking.runs import MlflowTracker
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -120,15 +122,21 @@ def difference_line(worst: float, images: str) -> str:
     )
 
 
-def trained_on(facts: Facts, data_dir: Path, download: bool) -> TrainingData:
-    """The data set that a model was trained on, split as then, on the CPU.
+def find_data_of(
+    facts: Facts, tracker: MlflowTracker | None, data_dir: Path, dataset: str | None, download: bool
+) -> Found:
+    """The data set that a model was trained on, wherever it lies now; see `run_data.find_data`."""
+    what = f"the model of run {facts.run_id}" if facts.run_id else "the model"
+    places = tracker.places_of(facts.run_id) if tracker and facts.run_id else []
+    seen = Seen(what, facts.recipe.data.dataset, facts.recipe.data.image_size, facts.data_digest, places)
+    return find_data(seen, data_dir, dataset, download)
 
-    UserError where it is not at hand, or another by now; DataError too.
-    """
-    recipe = facts.recipe.data
-    data = prepare(load(recipe.dataset, recipe.image_size, data_dir, download), recipe, torch.device("cpu"))
-    if (data.digest, data.split_digest) != (facts.data_digest, facts.split_digest):
-        raise DataError(f"{data.source}: not the images that the model was trained on (digest {data.digest[:12]}...)")
+
+def split_as_then(facts: Facts, images: Dataset) -> TrainingData:
+    """A model's data set, split as when it was trained, on the CPU; DataError where that can't be done any more."""
+    data = prepare(images, facts.recipe.data, torch.device("cpu"))
+    if data.split_digest != facts.split_digest:
+        raise DataError(f"{data.source}: is split into other parts than when the model was trained, by other code")
     return data
 
 

@@ -134,7 +134,7 @@ def check_same_data(what: str, tags: Mapping[str, str], data: TrainingData) -> N
         if tags[tag] != now
     ]
     if lines:
-        way_out = "DATA_DIR= names where the same data lies; for a folder, run from where the study was run"
+        way_out = "DATASET= names the folder where the same data lies, DATA_DIR= where CIFAR-10 does"
         raise DataError([f"{what}: trained on other data than is here", *(f"  {line}" for line in lines), way_out])
 
 

@@ -15,11 +15,13 @@ from mlflow.entities.model_registry import ModelVersion
 
 from pipeline.classifier import Classifier, Facts
 from pipeline.errors import DataError, Refused, UserError
+from pipeline.evaluation.significance import small_split_line
 from pipeline.registry import export, test_split
 from pipeline.registry.gate import Rules, Side, Verdict, judge
 from pipeline.registry.ledger import LOOK, PASSED, PROMOTED, REFUSED, Champion, Event, Ledger
 from pipeline.registry.package import MODEL
 from pipeline.tracking.models import find_model
+from pipeline.tracking.run_data import Found
 from pipeline.tracking.runs import MlflowTracker, StudyRuns
 
 LOOKS = "looks"  # the folder of what was predicted, beside the ledger
@@ -57,6 +59,7 @@ class Bench:
     data_dir: Path
     folder: Path  # a temporary one
     observer: Observer
+    dataset: str | None = None  # where the challenger's data set lies; None: where it is known to have been
 
     def of_run(self, run_id: str, name: str) -> Judged:
         """The model of a run. UserError where it has none."""
@@ -81,9 +84,11 @@ class Bench:
         """The challenger's in the ledger: the former one where it still holds, else a new one.
 
         Refused where a former one doesn't hold, or says no, and the run isn't judged again because `forced` says why.
-        `chosen` is how the run was chosen, for the record.
+        `chosen` is how the run was chosen, for the record. DataError where the challenger's data set is nowhere as it was:
+        what changed might have been among the images that it was trained on.
         """
-        split = test_split.digest_of(challenger.facts.recipe.data.dataset, self.data_dir)
+        data = export.find_data_of(challenger.facts, self.tracker, self.data_dir, self.dataset, download=False)
+        split = test_split.digest_of(data.dataset, data.data_dir)
         against = champion.run if champion else control_of(self.tracker, challenger.run)
         former = self._former(challenger.run, split)
         if former and not forced:
@@ -99,7 +104,7 @@ class Bench:
             self.observer.said(
                 "no champion yet, and no other model to beat: the first champion must beat a constant answer"
             )
-        return self._judged(challenger, other, split, forced, forced or chosen)
+        return self._judged(challenger, other, data, split, forced, forced or chosen)
 
     def _former(self, run: str, split: str) -> Event | None:
         verdicts = [e for e in self.ledger.events() if e.kind in (PASSED, REFUSED) and (e.run, e.split) == (run, split)]
@@ -124,17 +129,18 @@ class Bench:
             beaten = former.details["against"] or f"a {CONSTANT}"
             raise Refused(f"{when}, and passed against {beaten}, which isn't what it has to beat now; {again}")
 
-    def _judged(self, challenger: Judged, other: Judged | None, split: str, forced: str, reason: str) -> Event:
+    def _judged(
+        self, challenger: Judged, other: Judged | None, data: Found, split: str, forced: str, reason: str
+    ) -> Event:
         classes = challenger.facts.classes
         if other and other.facts.classes != classes:
             raise UserError(
                 f"{self.model}: the {other.name} knows other classes ({', '.join(other.facts.classes[:5])}, ...) than the "
                 f"challenger ({', '.join(classes[:5])}, ...); MODEL=... keeps another champion for them"
             )
-        self._export(challenger, on_validation=True)
+        self._export(challenger, data)
         if other:
             self._export(other)
-        data = challenger.facts.recipe.data.dataset
         labels, its = self._look(challenger, data, split, f"is it to be promoted? {forced}".strip())
         sides = {challenger.run: its}
         if other:
@@ -169,21 +175,23 @@ class Bench:
         self.tracker.client.log_dict(challenger.run, evidence(event), f"gate/verdict-{event.id}.json")
         return event
 
-    def _export(self, judged: Judged, on_validation: bool = False) -> None:
-        """Write the model as it would be served, if it isn't there, and compare it with torch."""
+    def _export(self, judged: Judged, data: Found | None = None) -> None:
+        """Write the model as it would be served, if it isn't there, and compare it with torch, on its data where given."""
         path = judged.folder / MODEL
         if path.exists():
             return
         classifier = Classifier.load(judged.folder, torch.device("cpu"))
         export.export_onnx(classifier, path)
-        if on_validation:
+        if data:
             try:
-                images = export.trained_on(judged.facts, self.data_dir, download=False).validation.images
-            except UserError as error:
+                images = export.split_as_then(judged.facts, data.images).validation.images
+            except DataError as error:
                 self.observer.said(f"not compared with torch on the validation split, only on made-up images: {error}")
                 return
             worst = export.check(classifier, path, images)
             self.observer.said(export.difference_line(worst, f"the {len(images):,} images of the validation split"))
+            if line := small_split_line(len(images), judged.facts.recipe.data.validation_fraction):
+                self.observer.said(line)
 
     def as_judged(self, challenger: Judged, verdict: Event) -> Path:
         """The ONNX file that the verdict is about; Refused where exporting it once more doesn't give that."""
@@ -196,15 +204,15 @@ class Bench:
             )
         return path
 
-    def _look(self, judged: Judged, dataset: str, split: str, reason: str) -> tuple[np.ndarray, np.ndarray]:
+    def _look(self, judged: Judged, data: Found, split: str, reason: str) -> tuple[np.ndarray, np.ndarray]:
         """Labels (N,) and probabilities (N, C) on the test split: stored ones, else new ones. Written down first."""
         path = self._path(judged.run, split)
         stored = self._is_stored(judged.run, split)
         details = {"recipe_digest": judged.facts.recipe_digest, "from": "stored predictions" if stored else "images"}
         self.ledger.record(LOOK, self.model, judged.run, split=split, reason=reason, details=details)
         if not stored:
-            facts = judged.facts
-            images = test_split.open_test_split(dataset, facts.recipe.data.image_size, self.data_dir, facts.classes)
+            size, classes = judged.facts.recipe.data.image_size, judged.facts.classes
+            images = test_split.open_test_split(data.dataset, size, data.data_dir, classes)
             found = export.run(export.session(judged.folder / MODEL), export.as_pixels(images.images))
             _write(path, images.labels.numpy(), found)
         return _read(path)
@@ -280,7 +288,7 @@ def _study_of(tracker: MlflowTracker, run: Run) -> StudyRuns | None:
 
 
 def _but_seed(params: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in params.items() if name != "training.seed"}
+    return {name: value for name, value in params.items() if name not in ("training.seed", "data.dataset")}
 
 
 def _epochs(run: Run) -> str | None:

@@ -198,11 +198,13 @@ def promote(
     observer: Observer,
     forced: str = "",
     chosen: str = "",
+    dataset: str | None = None,
 ) -> Champion:
     """Judge a run's model against the champion and make it champion; call it `alone` and after `settle`.
 
     Does nothing where it is champion. A run that was judged on the same split is judged again only if `forced` says why.
-    `chosen` is how the run was chosen, for the record. Refused where a rule, or that one, says no.
+    `chosen` is how the run was chosen, for the record; `dataset` is where its data set lies, if that is not known. Refused
+    where a rule, or that one, says no.
     """
     champion = registry.champion()
     if champion and champion.run == run_id:
@@ -211,7 +213,7 @@ def promote(
     _check_that_it_is_no_reproduction(registry.tracker, run_id)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bench = Bench(registry.tracker, registry.ledger, registry.model, rules, data_dir, folder, observer)
+        bench = Bench(registry.tracker, registry.ledger, registry.model, rules, data_dir, folder, observer, dataset)
         there = registry.packed(run_id)
         challenger = bench.of_version(there, "challenger") if there else bench.of_run(run_id, "challenger")
         verdict = bench.verdict(challenger, champion, forced, chosen)

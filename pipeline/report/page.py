@@ -2,9 +2,10 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from pipeline.data.datasets import load
 from pipeline.errors import UserError, one_line
 from pipeline.registry.finals import load_decision, winner
 from pipeline.report import figures, markup
@@ -32,8 +32,10 @@ from pipeline.report.trials import (
     weakest_class,
 )
 from pipeline.search.importances import num_top
+from pipeline.tracking.run_data import Found, Seen, find_data
 from pipeline.tracking.runs import MlflowTracker, StudyRuns
 
+_Find = Callable[[Seen], Found]  # `run_data.find_data`, told where to look
 LISTED = 10  # best trials
 ENDED = 40  # pruned and failed trials that are listed
 PICTURES = 12  # of each kind of disagreement
@@ -56,9 +58,16 @@ class Pair:
 
 
 def study_page(
-    tracker: MlflowTracker, study: StudyRuns, frame: pd.DataFrame, data_dir: Path, links: Mapping[str, str]
+    tracker: MlflowTracker,
+    study: StudyRuns,
+    frame: pd.DataFrame,
+    data_dir: Path,
+    links: Mapping[str, str],
+    dataset: str | None = None,
 ) -> str:
-    """The HTML of one study, from `trials.table`; images come from `data_dir`, and are never downloaded."""
+    """The HTML of one study, from `trials.table`; images come from where its data set lies, see `run_data.find_data`, and
+    are never downloaded.
+    """
     note = tracker.client.get_run(study.parent).data.tags.get("mlflow.note.content", "")
     pair = best_pair(tracker, frame)
     decision, verdict = finals_verdict(tracker, study)
@@ -73,13 +82,13 @@ def study_page(
     if pair is None:
         page.part("Search history", page.figure(figures.history(frame)))
     else:
-        _results(page, tracker, frame, pair, data_dir)
+        _results(page, tracker, frame, pair, partial(find_data, data_dir=data_dir, dataset=dataset, download=False))
     page.part("What was pruned or failed, and why", _ended(frame))
     page.part("Provenance", _provenance(tracker, pair))
     return page.html(study.name)
 
 
-def _results(page: markup.Page, tracker: MlflowTracker, frame: pd.DataFrame, pair: Pair, data_dir: Path) -> None:
+def _results(page: markup.Page, tracker: MlflowTracker, frame: pd.DataFrame, pair: Pair, find: _Find) -> None:
     """What needs at least one finished trial."""
     done, weights, judged = finished(frame), importances(frame), ranked(frame)
     order = "by score" if len(judged) == len(done) else _RANK
@@ -102,7 +111,7 @@ def _results(page: markup.Page, tracker: MlflowTracker, frame: pd.DataFrame, pai
     curves = histories(tracker, list(dict.fromkeys([*shown, *stopped])), str(pair.best["objective"]))
     page.part("Learning curves", page.figure(figures.learning_curves(frame, curves)))
     page.part("F1 by class", page.figure(figures.per_class(frame)))
-    page.part(f"Where the {pair.word} and the control disagree", *_disagreement(page, tracker, pair, data_dir))
+    page.part(f"Where the {pair.word} and the control disagree", *_disagreement(page, tracker, pair, find))
     answers = {f"the {pair.word}": pair.best_answers}
     if pair.base is not None and pair.base["run_id"] != pair.best["run_id"]:
         answers["the control"] = pair.base_answers
@@ -353,7 +362,7 @@ def _effects(page: markup.Page, tracker: MlflowTracker, frame: pd.DataFrame) -> 
     return [page.figure(figures.effect(found, of)), markup.paragraph(said), markup.method(method), whole]
 
 
-def _disagreement(page: markup.Page, tracker: MlflowTracker, pair: Pair, data_dir: Path) -> list[str]:
+def _disagreement(page: markup.Page, tracker: MlflowTracker, pair: Pair, find: _Find) -> list[str]:
     best, base = pair.best_answers, pair.base_answers
     if pair.base is None or pair.base["run_id"] == pair.best["run_id"]:
         return [markup.dim("There is no control beside the best to disagree with.")]
@@ -365,7 +374,7 @@ def _disagreement(page: markup.Page, tracker: MlflowTracker, pair: Pair, data_di
         f"{pair.lead.only_first:,} by the {pair.word} alone, {pair.lead.only_second:,} by the control alone, "
         f"{int((~right & ~other).sum()):,} by neither. Blue cells: the {pair.word} does better; orange: worse."
     )
-    images = _images(tracker, pair.best, best, data_dir)
+    images = _images(tracker, pair.best, best, find)
     parts = [markup.paragraph(counts), page.figure(figures.confusion_difference(best, base))]
     if isinstance(images, str):
         parts.append(markup.paragraph(images))
@@ -383,15 +392,16 @@ def _disagreement(page: markup.Page, tracker: MlflowTracker, pair: Pair, data_di
     return parts
 
 
-def _images(tracker: MlflowTracker, run: pd.Series, answers: Predictions, data_dir: Path) -> np.ndarray | str:
+def _images(tracker: MlflowTracker, run: pd.Series, answers: Predictions, find: _Find) -> np.ndarray | str:
     """uint8 (N, S, S, 3) of a run's validation images, in the order of its predictions; or why there are none."""
+    run_id = str(run["run_id"])
     try:
-        data = load(str(run["data.dataset"]), int(run["data.image_size"]), data_dir, download=False)
+        digest = tracker.client.get_run(run_id).data.tags["data_digest"]
+        named = (str(run["data.dataset"]), int(run["data.image_size"]))
+        data = find(Seen(f"run {run_id}", *named, digest, tracker.places_of(run_id))).images
     except (UserError, KeyError, ValueError) as error:
         reason = error.lines[0] if isinstance(error, UserError) else "the run does not say which"
         return f"The images can't be shown, only their numbers in the training part: {reason}."
-    if data.digest != tracker.client.get_run(run["run_id"]).data.tags.get("data_digest"):
-        return f"The images can't be shown, only their numbers: {data.source} is not the data that the run had."
     return data.train.images[answers.ids].permute(0, 2, 3, 1).numpy()
 
 

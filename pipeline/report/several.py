@@ -101,7 +101,7 @@ def _recipes_table(frame: pd.DataFrame, pairs: Mapping[str, Pair]) -> str:
     """The fields that two studies searched, or in which their best recipes differ."""
     groups = {name: frame[frame["study"] == name] for name in pairs}
     asked = [set(searched(runs)) for runs in groups.values()]
-    names, rows = [name for name in param_names(frame) if name != "data.dataset"], []
+    names, rows = param_names(frame), []
     for name in names:
         values = {study: "" if pd.isna(value := pair.best[name]) else show(value) for study, pair in pairs.items()}
         if len(set(values.values())) > 1 or sum(name in some for some in asked) > 1:

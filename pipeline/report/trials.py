@@ -161,8 +161,8 @@ def challenger(frame: pd.DataFrame) -> tuple[pd.Series, str] | None:
 
 
 def param_names(frame: pd.DataFrame) -> list[str]:
-    """The recipe fields among the columns."""
-    return [name for name in frame.columns if "." in name and "/" not in name]
+    """The recipe fields among the columns, without where the data lies: moved, it is the same."""
+    return [name for name in frame.columns if "." in name and "/" not in name and name != "data.dataset"]
 
 
 def searched(frame: pd.DataFrame) -> list[str]:

@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
 
+from pipeline.data.datasets import NATURAL_SIZE
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line, public_uri
 from pipeline.search.study import Search, check_same, counts
+from pipeline.tracking.run_data import newest_first
 from pipeline.tracking.sqlite import use_write_ahead_log
+from pipeline.tracking.study_key import StudyKey
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 log = logging.getLogger(__name__)
@@ -292,11 +296,48 @@ def open_storage(home: Path, url: str | None = None, wait: bool = False) -> Pati
             _wait(url, error, count, deadline)
 
 
+def resolved(search: Search, data: TrainingData, storage: RDBStorage) -> Search:
+    """The search with the key that its study has in the store, or will have, and with the data set's name in its recipes.
+
+    First the study of this name and version on the same images, wherever they lay then and whatever their folder was
+    called; else one that was run on this very folder when other images were in it, which is then refused as changed: a
+    question must not become two unnoticed; else a new one. Recipes keep the name that the data set had first: a folder
+    that moved is no other recipe, and what was interrupted can go on.
+    """
+    if search.stored_key:
+        return search
+    own, typed = StudyKey(search.name, search.version, data.name), search.base.data.dataset
+    parsed = [StudyKey.parse(name) for name in optuna.get_all_study_names(storage)]
+    keys = [key for key in parsed if key and (key.study, key.version) == (own.study, own.version)]
+    known = {str(key): storage.get_study_user_attrs(storage.get_study_id_from_name(str(key))) for key in keys}
+    same = [name for name in known if name == str(own)]
+    same += [name for name, its in known.items() if json.loads(its.get("fingerprint", "{}")).get("data") == data.digest]
+    here = [name for name, its in known.items() if data.place in its.get("places", _guessed_places(name, own, data))]
+    name = [*same, *here, str(own)][0]
+    if name != str(own):
+        log.info("%s: belongs to the study %s", data.source, name)
+    elif name not in known and (others := [str(key) for key in keys if key.bare == own.bare]):
+        log.info("%s: a new study %s; others of that name have other images: %s", data.source, name, ", ".join(others))
+    settings = {**search.settings, "data.dataset": known.get(name, {}).get("dataset", typed)}
+    return replace(search, stored_key=name, settings=settings, lies_at=typed)
+
+
+def _guessed_places(name: str, own: StudyKey, data: TrainingData) -> list[str | None]:
+    """Those of a study from before they were kept, with a folder's bare name in its key: a folder of that name's.
+
+    It gets a place when it goes on. A data set of its own, as `digits`, was in no folder.
+    """
+    was_here = name == str(own.bare) and own.bare.data not in NATURAL_SIZE
+    return [data.place] if was_here else []
+
+
 def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Path) -> optuna.Study:
     """The Optuna study of this search, made with the control as its first trial, or resumed.
 
-    Raises UserError where it exists and asks another question.
+    Its attributes: `places`, where its data set lay, the newest first; `dataset`, as its recipes name it. Raises UserError
+    where it exists and asks another question.
     """
+    search = resolved(search, data, storage)
     key, fingerprint = search.key(data), search.fingerprint(data)
     with FileLock(home / "optuna.lock"):
         study = optuna.create_study(
@@ -311,6 +352,10 @@ def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Pa
             study.set_user_attr("fingerprint", json.dumps(fingerprint))
         else:
             check_same(key, json.loads(stored), fingerprint, search.version)
+        places = newest_first(study.user_attrs.get("places", []), data.place)
+        for name, value in (("places", places), ("dataset", search.base.data.dataset)):
+            if study.user_attrs.get(name) != value:
+                study.set_user_attr(name, value)
         if not study.get_trials(deepcopy=False):
             study.enqueue_trial(search.control(), user_attrs={"control": True})
     study.sampler = search.sampler(len(study.get_trials(deepcopy=False)))
@@ -319,7 +364,7 @@ def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Pa
 
 def find_study(search: Search, data: TrainingData, storage: RDBStorage) -> optuna.Study | None:
     """The stored study of this search, if there is one; UserError where it asks another question."""
-    key = search.key(data)
+    key = resolved(search, data, storage).key(data)
     if key not in optuna.get_all_study_names(storage):
         return None
     study = optuna.load_study(study_name=key, storage=storage)

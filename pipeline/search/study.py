@@ -19,6 +19,7 @@ from pipeline.errors import UserError, did_you_mean
 from pipeline.recipe import KIND, Recipe, has_default, kind_field, kinds_with
 from pipeline.search.pruner import RecentPruner
 from pipeline.search.space import FixedFields, ScriptedTrial, Space, control, describe, explore, extremes, lowest
+from pipeline.tracking.study_key import StudyKey
 
 if TYPE_CHECKING:  # it brings torch with it, and a wrong name is to be told at once
     from pipeline.data.prepare import TrainingData
@@ -105,10 +106,12 @@ class Search:
     trials: int
     timeout_s: float | None
     patience: int | None = None
+    stored_key: str | None = None  # of the study that goes on; this and the next once `storage.resolved` has looked
+    lies_at: str | None = None  # the data set as `load` takes it here, where `base` has the name that it had first
 
     def key(self, data: "TrainingData") -> str:
         """The name in Optuna and MLflow: study, version, data set."""
-        return f"{self.name}-v{self.version}-{data.name}"
+        return self.stored_key or str(StudyKey(self.name, self.version, data.name))
 
     def recipe(self, params: Mapping[str, Any]) -> Recipe:
         """The recipe of a trial with these parameters."""
@@ -267,6 +270,8 @@ def load_study(name: str) -> Study:
         raise UserError(
             f"study name {name!r}: must be small letters, digits, _ and -, and begin with a letter or digit"
         )
+    if re.search(r"-v\d+(-|$)", name):
+        raise UserError(f"study name {name!r}: must not hold -v and a number, which stand behind it in a study's key")
     if name not in available():
         raise UserError([f"no study {name}{did_you_mean(name, available())}", f"studies: {', '.join(available())}"])
     file = FOLDER / f"{name}.py"

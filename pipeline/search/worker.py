@@ -265,7 +265,7 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
             torch.cuda.set_per_process_memory_fraction(assignment.memory_fraction, device)
     for recipe in search.executed():
         check_execution(recipe, device)
-    images = load(search.base.data.dataset, search.base.data.image_size, assignment.data_dir)
+    images = load(search.lies_at or search.base.data.dataset, search.base.data.image_size, assignment.data_dir)
     data = prepare(images, search.base.data, device)
     keep_imports()
     tracker = MlflowTracker(assignment.home, assignment.tracking_uri, asks=False)

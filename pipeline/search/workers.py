@@ -14,7 +14,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.guard import StopOnSignal, alone, this_worker
 from pipeline.search.plan import Choice, actual, forecast, size_mib
 from pipeline.search.retries import reconcile
-from pipeline.search.storage import PatientStorage, StudyLock, num_finished, open_study
+from pipeline.search.storage import PatientStorage, StudyLock, num_finished, open_study, resolved
 from pipeline.search.study import Search
 from pipeline.search.supervisor import Crew, Supervisor
 from pipeline.search.trial import Objective, Observer, StudyInterrupted
@@ -41,6 +41,7 @@ def run(
     took: the study's attributes `forecast` and `actual`. Without a `crew` all is done in this process. `choice` is stored
     for those who go on with the study.
     """
+    search = resolved(search, data, storage)
     with (
         StopOnSignal() as stop,
         alone(search.key(data), home),
@@ -58,6 +59,7 @@ def run(
             list(search.space()),
             study.user_attrs.get("mlflow_run_id"),
             study.user_attrs["run_key"],
+            study.user_attrs["places"],
         )
         assert parent.id is not None
         state = State.FAILED

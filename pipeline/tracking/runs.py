@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import re
 import tempfile
 import uuid
@@ -39,6 +40,8 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prin
 
 log = logging.getLogger(__name__)
 
+_PLACES = "data_places"  # the tag of a study's run: JSON
+_LONGEST_TAG = 8_000  # characters; MLflow cuts longer ones without a word
 _PATIENCE_S = 30.0  # for another process that ships a run's journal just now
 
 
@@ -51,6 +54,7 @@ class StudyRuns:
     experiment: str
     objective: str
     view: str | None  # the key of its view in the UI
+    places: Sequence[str] = ()  # where its data set lay, the newest first
 
 
 class Lost(Exception):
@@ -178,8 +182,11 @@ class MlflowTracker:
         params: Sequence[str],
         run_id: str | None = None,
         key: str | None = None,
+        places: Sequence[str] = (),
     ) -> "MlflowRun":
         """A study's parent run, RUNNING: the one of this id or key, or a new one; `params` are those that it searches.
+
+        `places` are those where its data set lay, the newest first; they replace those that it has.
 
         The study itself remembers id and key: others may have one of the same name in a shared store, and who dies before it
         knows the id has made the run. MLflow has answered when it returns: the run's `id` is there. UserError where MLflow
@@ -197,6 +204,7 @@ class MlflowTracker:
                 run_id = self._stores.make(experiment, name, tags, now_ms())
             run_id = found.info.run_id if found else run_id
             assert run_id
+            self.keep_places(run_id, places)
             self.client.update_run(run_id, "RUNNING")
         except MlflowException as error:
             raise UserError(
@@ -204,6 +212,24 @@ class MlflowTracker:
             ) from None
         start = {"run_id": run_id, "name": name, "tags": {RUN_KEY: key}, "params": {}}
         return MlflowRun(self._shipper, self._journal(key, start, found is not None), run_id)
+
+    def keep_places(self, run_id: str, places: Sequence[str]) -> None:
+        """Where a study's data set lay, the newest first, in its run; as many as a tag holds."""
+        while len(text := json.dumps(list(places))) > _LONGEST_TAG:
+            places = places[:-1]
+        self.client.set_tag(run_id, _PLACES, text)
+
+    def places_of(self, run_id: str) -> list[str]:
+        """Where a run's data set lay, the newest first: what its study has kept, then where MLflow has it, the first place."""
+        run = self._active(run_id)
+        if run is None:
+            return []
+        study = self._active(run.data.tags.get(MLFLOW_PARENT_RUN_ID, run_id))
+        kept = json.loads(study.data.tags.get(_PLACES, "[]")) if study else []
+        sources = [
+            json.loads(its.dataset.source).get("uri", "") for its in (run.inputs.dataset_inputs if run.inputs else [])
+        ]
+        return list(dict.fromkeys([*kept, *filter(os.path.isabs, sources)]))
 
     def _active(self, run_id: str) -> StoredRun | None:
         try:
@@ -338,7 +364,9 @@ class MlflowTracker:
             for parent in self.client.search_runs([experiment.experiment_id], "tags.role = 'study'"):
                 tags, info = parent.data.tags, parent.info
                 ended = float("inf") if info.status == "RUNNING" else info.end_time  # one opened again has both
-                study = StudyRuns(tags["study"], info.run_id, info.experiment_id, tags["objective"], tags.get("view"))
+                places = json.loads(tags.get(_PLACES, "[]"))
+                names = (tags["study"], info.run_id, info.experiment_id, tags["objective"], tags.get("view"))
+                study = StudyRuns(*names, places)
                 found.append((ended, study))
         return [study for _, study in sorted(found, key=lambda item: -item[0])]
 

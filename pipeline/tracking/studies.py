@@ -1,18 +1,19 @@
 """Which study is meant by a name."""
 
-import re
-
 from pipeline.errors import UserError, did_you_mean
 from pipeline.tracking.runs import MlflowTracker, StudyRuns
+from pipeline.tracking.study_key import StudyKey
 
 
 def find_studies(tracker: MlflowTracker, name: str) -> list[StudyRuns]:
     """Those of a module's name (`attention`) or of a whole one (`attention-v1-cifar10`), the last one run first.
 
-    UserError where there is none.
+    A folder's may be named without the digits of its digest, too. UserError where there is none.
     """
     known = tracker.studies()
-    found = [study for study in known if study.name == name or re.match(rf"{re.escape(name)}-v\d+-", study.name)]
+    exact = [study for study in known if study.name == name]
+    keys = [(study, StudyKey.parse(study.name)) for study in known]
+    found = exact or [study for study, key in keys if key and key.is_meant_by(name)]
     if not found:
         names = sorted(study.name for study in known)
         raise UserError(
@@ -24,5 +25,11 @@ def find_studies(tracker: MlflowTracker, name: str) -> list[StudyRuns]:
 def find_study(tracker: MlflowTracker, name: str) -> tuple[StudyRuns, str]:
     """The last one run of those that a name means; and a line that says so where there are several, else nothing."""
     first, *others = find_studies(tracker, name)
-    names = ", ".join(study.name for study in others)
-    return first, f"{first.name}, the last one run; there are also {names}: NAME= takes whole names" if others else ""
+    names = ", ".join(map(_with_place, others))
+    line = f"{_with_place(first)}, the last one run; there are also {names}: NAME= takes whole names"
+    return first, line if others else ""
+
+
+def _with_place(study: StudyRuns) -> str:
+    """Its name, and where its data set lay last: digits of a digest tell nobody which folder is meant."""
+    return f"{study.name} ({study.places[0]})" if study.places else study.name

@@ -190,7 +190,8 @@ class Field:
         url = self.storage or f"sqlite:///{self.home / 'optuna.db'}"
         storage = optuna.storages.RDBStorage(url.replace("postgresql://", "postgresql+psycopg://"))
         try:
-            return optuna.load_study(study_name=f"attention-v1-{Path(self.dataset).name}", storage=storage).trials
+            [name] = optuna.get_all_study_names(storage)
+            return optuna.load_study(study_name=name, storage=storage).trials
         finally:
             storage.remove_session()
             storage.engine.dispose()

@@ -8,7 +8,21 @@ import pytest
 from scipy.stats import binomtest, ttest_1samp
 from sklearn.metrics import f1_score
 
-from pipeline.evaluation.significance import f1_macro_error, mcnemar, paired_t, sample
+from pipeline.evaluation.significance import f1_macro_error, mcnemar, paired_t, sample, small_split_line, wilson
+
+
+@pytest.mark.parametrize(("right", "images"), [(0, 1), (1, 2), (7, 7), (50, 93), (4500, 5000)])
+def test_wilson_is_scipys(right: int, images: int) -> None:
+    expected = binomtest(right, images).proportion_ci(0.95, method="wilson")
+    assert wilson(right, images) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_a_split_is_too_small_until_the_interval_is_20_points_wide() -> None:
+    assert small_split_line(2, 0.1) == (
+        "caution: 2 validation images say little: an accuracy of 50 % among them has a 95 % interval from 9 to 91 % "
+        "(Wilson); 93 narrow it to 20 points, at data.validation_fraction = 0.1 that takes 930 images in all"
+    )
+    assert "93 narrow it" in str(small_split_line(92, 0.25)) and small_split_line(93, 0.25) is None
 
 
 def test_mcnemar_is_the_two_sided_binomial_test() -> None:

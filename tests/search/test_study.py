@@ -170,6 +170,12 @@ def test_a_name_outside_the_alphabet_is_refused(name: str) -> None:
     assert len(caught.value.lines) == 1
 
 
+@pytest.mark.parametrize("name", ["attention-v2", "a-v1-b"])
+def test_a_name_that_would_make_keys_ambiguous_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="must not hold -v and a number"):
+        load_study(name)
+
+
 def test_an_unknown_study_is_told_with_the_nearest_and_the_list() -> None:
     with pytest.raises(UserError) as caught:
         load_study("atention")

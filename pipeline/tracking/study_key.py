@@ -1,0 +1,33 @@
+"""The name of a study in Optuna and MLflow, `<study>-v<version>-<data set>`: made and taken apart here only.
+
+Imports nothing heavy: a mistyped name is told before torch and MLflow are there.
+"""
+
+import re
+from typing import NamedTuple
+
+
+class StudyKey(NamedTuple):
+    """`attention-v1-digits`; as a folder's data set has digits of its digest in its name, `attention-v1-pets-3fa9c1`."""
+
+    study: str  # a module of studies/, whose name can't hold `-v1-`
+    version: int
+    data: str  # `Dataset.name`
+
+    def __str__(self) -> str:
+        return f"{self.study}-v{self.version}-{self.data}"
+
+    @classmethod
+    def parse(cls, text: str) -> "StudyKey | None":
+        """None where the text is no key, as the name of a study that something else made."""
+        found = re.fullmatch(r"(.+?)-v([1-9]\d*)-(.+)", text)
+        return cls(found[1], int(found[2]), found[3]) if found else None
+
+    def is_meant_by(self, name: str) -> bool:
+        """Whether a person may mean it by the study's name, or by the key without a digest's digits."""
+        return name in (self.study, str(self.bare))
+
+    @property
+    def bare(self) -> "StudyKey":
+        """Without a folder's digits: several data sets may have it."""
+        return self._replace(data=re.sub(r"-[0-9a-f]{6}$", "", self.data))
