@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, INTERRUPTED, find_device, load_data_of, make_console, say, say_what_waits, settle
+from pipeline.cli.common import (
+    HOME,
+    INTERRUPTED,
+    find_device,
+    load_data_of,
+    make_console,
+    say,
+    say_what_is_missing,
+    settle,
+)
 from pipeline.cli.options import DataDirOption, DeviceOption, TrackingOption
 from pipeline.errors import NotReproduced, UserError, public_uri
 
@@ -37,7 +46,7 @@ def finals(
     console = make_console()
     if said:
         say(console, said)
-    say_what_waits(console, tracker)
+    say_what_is_missing(console, tracker, [study])
     plan = the_finals.plan(tracker, study, top, seeds, epochs)
     data = load_data_of(plan.candidates[0].recipe, data_dir, where)
     the_finals.check_data(plan, tracker, data)
