@@ -198,7 +198,7 @@ class _Auditor:
         elif parent and (gone := [str(trial.number) for trial in counted if _key(trial) in self._deleted]):
             way = self._tracker.way_back(parent.info.experiment_id)
             what = f"trial{'s' * (len(gone) > 1)} {', '.join(gone)} of {study.study_name}"
-            self._seen.left_out.append(f"left out, deleted in MLflow: {what}; {way}")
+            self._seen.left_out.append(f"left out, deleted in MLflow: {what}; to have it back, {way}")
 
     def _trial(self, study: str, objective: str, trial: "FrozenTrial", runs: list["StoredRun"]) -> None:
         """One that counts."""

@@ -99,7 +99,7 @@ def plan(tracker: MlflowTracker, study: StudyRuns, top: int, num_seeds: int, epo
     finished = [run for run in trials if run.data.tags.get("state") == State.FINISHED]
     finished.sort(key=lambda run: (-run.data.metrics[study.objective], int(run.data.tags["trial"])))
     if not finished:
-        raise UserError(f"study {study.name}: no finished trial yet; make study goes on with it")
+        raise UserError(f"study {study.name}: no finished trial yet; make study goes on with it, TRIALS= adds some")
     seen = {(run.data.tags["data_digest"], run.data.tags["split_digest"]) for run in trials}
     if len(seen) > 1:
         raise UserError(

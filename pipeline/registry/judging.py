@@ -17,7 +17,7 @@ from pipeline.classifier import Classifier, Facts
 from pipeline.errors import DataError, Refused, UserError
 from pipeline.registry import export, test_split
 from pipeline.registry.gate import Rules, Side, Verdict, judge
-from pipeline.registry.ledger import LOOK, PASSED, PROMOTED, REFUSED, Champion, Event, Ledger
+from pipeline.registry.ledger import GONE, LOOK, PASSED, PROMOTED, REFUSED, Champion, Event, Ledger
 from pipeline.registry.package import MODEL
 from pipeline.tracking.kept import controls
 from pipeline.tracking.models import find_model
@@ -115,6 +115,10 @@ class Bench:
         later = [e for e in self.ledger.events(former.model) if e.run == former.run and e.id > former.id]
         if promoted := [event for event in later if event.kind == PROMOTED]:
             version = promoted[-1].version
+            if any((event.kind, event.version) == (GONE, version) for event in later):
+                raise Refused(
+                    f"{when}, passed, and served as {former.model} version {version}, which was deleted in MLflow; {again}"
+                )
             raise Refused(
                 [
                     f"{when}, passed, and served as {former.model} version {version}, which was taken back; {again}",

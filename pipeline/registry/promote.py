@@ -8,7 +8,7 @@ finishes what has its version and undoes what has none.
 import contextlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +99,11 @@ class Registry:
         found = self.alias(CHAMPION)
         if found == (now.version if now else None):
             return now
+        if name := self._new_name(reigns):
+            raise UserError(
+                f"{self.model}: is called {name} in MLflow by now, and the ledger ({self.ledger.home}) knows it by the old "
+                f"name: rename it back there, or MODEL={name} begins a ledger of its own"
+            )
         lines = [
             f"{self.model}: MLflow's alias champion names {_named(found)}, but by the ledger ({self.ledger.home}) it is "
             f"{_named(now.version if now else None)}: somebody moved or deleted it by hand, or from another folder mlruns",
@@ -111,7 +116,16 @@ class Registry:
 
     def gone(self) -> list[Champion]:
         """The versions that were champion, by the ledger, and were deleted in MLflow since."""
-        return [reign for reign in dict.fromkeys(self.ledger.reigns(self.model)) if not self._is_there(reign)]
+        gone = [reign for reign in dict.fromkeys(self.ledger.reigns(self.model)) if not self._is_there(reign)]
+        return [] if gone and self._new_name(gone) else gone
+
+    def _new_name(self, reigns: Sequence[Champion]) -> str | None:
+        """What the registered model is called by now, where a person renamed it: these versions are under that name."""
+        if self.tracker.client.search_registered_models(f"name = '{self.model}'"):
+            return None
+        known = {(reign.version, reign.run) for reign in reigns}
+        found = [version for run in {reign.run for reign in reigns} for version in self._versions(run)]
+        return next((v.name for v in found if (str(v.version), v.run_id) in known), None)
 
     def _is_there(self, reign: Champion) -> bool:
         try:
@@ -159,7 +173,7 @@ def settle(tracker: MlflowTracker, ledger: Ledger, said: Callable[[str], None]) 
     for model in dict.fromkeys(event.model for event in ledger.events()):
         for gone in (registry := Registry(tracker, ledger, model)).gone():
             was = "the champion" if gone == ledger.reigns(model)[-1] else "a former champion"
-            ledger.lose(model, gone, f"{was}, was deleted in MLflow")
+            ledger.lose(model, gone, f"deleted in MLflow; was {was}")
             said(f"{model} {_named(gone.version)}, {was}, was deleted in MLflow: the ledger has it as gone")
 
 

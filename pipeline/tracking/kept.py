@@ -58,7 +58,9 @@ def left_out(runs: Sequence[StoredRun], deleted: Sequence[StoredRun], way_back: 
     if gone:
         them = "it" if len(gone) == 1 else "them"
         names = sorted(str(run.info.run_name) for run in gone)
-        lines.append(f"left out, deleted in MLflow: {_first(names, ', ')}; {way_back.replace(' it ', f' {them} ', 1)}")
+        anew = ", or make finals trains a final anew" * any(run.data.tags["role"] == "final" for run in gone)
+        way_back = way_back.replace(" it ", f" {them} ", 1)
+        lines.append(f"left out, deleted in MLflow: {_first(names, ', ')}; to have {them} back, {way_back}{anew}")
     if broken:
         lines.append(
             f"left out, tags were removed or changed in MLflow: {_first(broken, '; ')}; make audit FIX=1 writes those of "

@@ -209,10 +209,13 @@ class MlflowTracker:
             tags = {"study": name, "role": "study", "objective": objective, "view": view_key, RUN_KEY: key}
             if found is None:
                 first = tags | _provenance() | {"mlflow.note.content": note}
+                if run_id:
+                    first[_REPLACES] = ",".join([run_id, *(_replaced(former) if former else ())])
+                    log.warning("the study's own run %s was deleted in MLflow: another takes its place", run_id)
                 opened = self._stores.make(experiment, name, first, now_ms())
-                self._adopt(experiment, run_id, opened)
             else:
                 opened, name = found.info.run_id, found.info.run_name or name  # a person's name for it stays
+            self._adopt(opened)
             self.client.update_run(opened, "RUNNING")
         except MlflowException as error:
             raise UserError(
@@ -233,19 +236,16 @@ class MlflowTracker:
             return former.info.experiment_id
         return self.experiment(name)
 
-    def _adopt(self, experiment: str, former: str | None, parent: str) -> None:
-        """The runs of a parent run that was deleted are another's."""
-        if former is None:
-            return
-        runs = list(self._search(experiment, _child_of(former)))
-        for run in runs:
-            self.client.set_tag(run.info.run_id, MLFLOW_PARENT_RUN_ID, parent)
-        log.warning(
-            "the study's own run %s was deleted in MLflow: run %s is in its place, and has %d runs of it",
-            former,
-            parent,
-            len(runs),
-        )
+    def _adopt(self, parent: str) -> None:
+        """The runs of those that a study's run replaces are its own from now on; such as were restored since, too."""
+        run = self.client.get_run(parent)
+        strays = [
+            child for former in _replaced(run) for child in self._search(run.info.experiment_id, _child_of(former))
+        ]
+        for child in strays:
+            self.client.set_tag(child.info.run_id, MLFLOW_PARENT_RUN_ID, parent)
+        if strays:
+            log.warning("the study's run %s has %d runs of one that was deleted in MLflow", parent, len(strays))
 
     def _search(
         self, experiment: str, query: str, order: Sequence[str] = (), view: int = ViewType.ACTIVE_ONLY
@@ -454,14 +454,17 @@ class MlflowTracker:
 
     def deleted_children(self, study: "StudyRuns") -> list[StoredRun]:
         """A study's runs that were deleted in MLflow, and are still there to be restored."""
-        query = _child_of(study.parent)
-        return list(self._search(study.experiment, query, _OLDEST_FIRST, ViewType.DELETED_ONLY))
+        return self._deleted_of(study.parent)
 
     def deleted_keys(self, parent: str) -> set[str]:
         """The keys of a study's runs that were deleted in MLflow; `parent` is the study's own."""
-        experiment = self.client.get_run(parent).info.experiment_id
-        runs = self._search(experiment, _child_of(parent), view=ViewType.DELETED_ONLY)
-        return {run.data.tags[RUN_KEY] for run in runs if RUN_KEY in run.data.tags}
+        return {run.data.tags[RUN_KEY] for run in self._deleted_of(parent) if RUN_KEY in run.data.tags}
+
+    def _deleted_of(self, parent: str) -> list[StoredRun]:
+        run = self.client.get_run(parent)
+        queries = [_child_of(name) for name in (parent, *_replaced(run))]
+        place, view = run.info.experiment_id, ViewType.DELETED_ONLY
+        return [child for query in queries for child in self._search(place, query, _OLDEST_FIRST, view)]
 
     def left_out(self, study: "StudyRuns") -> list[str]:
         """A line for what of a study was deleted in MLflow, and for what lost its tags: no command reads those runs."""
@@ -502,6 +505,13 @@ class MlflowTracker:
             return None
         with tempfile.TemporaryDirectory() as folder:
             return Path(self.client.download_artifacts(run_id, name, folder)).read_bytes()
+
+
+_REPLACES = "replaces"  # a tag of a study's run: the ids of those before it, which were deleted
+
+
+def _replaced(parent: StoredRun) -> list[str]:
+    return re.findall(r"[0-9a-f]{32}", parent.data.tags.get(_REPLACES, ""))
 
 
 _OLDEST_FIRST = ("attributes.start_time ASC",)
