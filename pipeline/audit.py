@@ -90,10 +90,11 @@ class _Auditor:
         self._broken: set[str] = set()  # ids of runs that were told of
         known = {run.info.run_id for run in [*runs, *deleted]}
         of_studies = [study.user_attrs.get("mlflow_run_id") for study in studies]
-        of_trials = [trial.user_attrs.get("mlflow_run_id") for its in trials.values() for trial in its]
+        keyed = (trial for its in trials.values() for trial in its if _key(trial))
+        of_trials = {trial.user_attrs.get("mlflow_run_id") for trial in keyed}
         without_key = _read(self._tracker, {*of_studies, *of_trials} - known)
         for run in [*runs, *without_key]:
-            self._tags(run)
+            self._tags(run, run.info.run_id in of_trials)
         self._points = all_points(self._tracker, runs)
         self._running(runs)
         trained = [run for run in runs if run.data.tags.get("role") in _TRAINED]
@@ -134,8 +135,8 @@ class _Auditor:
         for key, address in left.elsewhere.items():
             self._skip(f"{self._home / FOLDER / key}: for another tracker, {address}; TRACKING_URI= asks that one")
 
-    def _tags(self, run: "StoredRun") -> None:
-        if broken := broken_tags(run):
+    def _tags(self, run: "StoredRun", has_key: bool) -> None:
+        if broken := broken_tags(run, has_key):
             self._broken.add(run.info.run_id)
             way_out = f"{MENDS} writes those of studies and trials again, what else has lost them can be deleted"
             self._find(f"{called(run)}: tags were removed or changed in MLflow: {', '.join(broken)}; {way_out}")
@@ -440,10 +441,11 @@ def _write_tags(
             known[by_key.get(_key(trial)) or trial.user_attrs.get("mlflow_run_id")] = of_all | tags
     others = _read(tracker, known.keys() - runs.keys() - deleted)
     for run in [*(runs[run_id] for run_id in known.keys() & runs.keys()), *others]:
-        broken = [name for name in broken_tags(run) if known[run.info.run_id].get(name)]
+        its = known[run.info.run_id]
+        broken = [name for name in broken_tags(run, has_key=its["role"] == "trial") if its.get(name)]
         # A run without a role needs all that belongs to it.
-        for name in known[run.info.run_id] if broken == ["role"] else broken:
-            tracker.client.set_tag(run.info.run_id, name, known[run.info.run_id][name])
+        for name in filter(its.get, its if broken == ["role"] else broken):
+            tracker.client.set_tag(run.info.run_id, name, its[name])
         if broken:
             yield f"{called(run)}: tags written again: {', '.join(broken)}"
 

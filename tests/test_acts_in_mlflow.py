@@ -108,7 +108,7 @@ def expect(command: Sequence[str], code: int, *words: str) -> str:
     assert "Traceback" not in said, said
     assert ended == code, said
     for phrase in words:
-        assert phrase in told, (phrase, said)
+        assert phrase in told, f"{phrase!r} is not in:\n{said}"
     return told
 
 
@@ -217,19 +217,24 @@ TABLE: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
         [(AUDIT, 1, "tags were removed or changed in MLflow: recipe_digest", "can be deleted"),
          (FINALS, 0, "left out, tags were removed or changed in MLflow", "1 of them done", "winner: ")],
     ),
+    "a trial loses its key": (
+        lambda s: s.client.delete_tag(s.trials[2], "run_key"),
+        [(COMPARE, 0, "best 3 of 3 trials"), (AUDIT, 1, "tags were removed or changed in MLflow: run_key"),
+         (FIX, 0, "tags written again: run_key", "nothing found")],
+    ),
     "a version is registered by hand": (
         lambda s: s.client.create_model_version(MODEL, f"runs:/{s.trials[1]}/model", s.trials[1]),
         [(HISTORY, 0, "champion: version 2"), (PROMOTE, 0, "nothing to do"), (AUDIT, 0, "nothing found")],
     ),
 }  # fmt: skip
-for _tag in ("run_key", "role", "study", "trial", "state", "recipe_digest", "data_digest"):
+for _tag in ("role", "study", "trial", "state", "recipe_digest", "data_digest"):
     TABLE[f"a trial loses its tag {_tag}"] = (
         lambda s, tag=_tag: s.client.delete_tag(s.trials[2], tag),  # type: ignore[misc]
         [(AUDIT, 1, f"tags were removed or changed in MLflow: {_tag}; make audit FIX=1 writes"),
          (COMPARE, 0, "left out, tags were removed or changed in MLflow: trial 2", "best 2 of 2 trials"),
          (FIX, 0, f"tags written again: {_tag}", "nothing found"), (STUDY, 0, "best 3 of 3 trials")],
     )  # fmt: skip
-for _tag, _value in (("run_key", ""), ("role", ""), ("study", ""), ("objective", ""), ("objective", "loss")):
+for _tag, _value in (("role", ""), ("study", ""), ("objective", ""), ("objective", "loss")):
     TABLE[f"the study's {_tag} becomes {_value or 'nothing'}"] = (
         lambda s, tag=_tag, value=_value: (  # type: ignore[misc]
             s.client.set_tag(s.study, tag, value) if value else s.client.delete_tag(s.study, tag)
@@ -330,7 +335,7 @@ def test_an_interrupted_trial_whose_run_is_deleted_begins_anew_with_another(
     with monkeypatch.context() as patches:
         patches.setattr(console.StudyView, "epoch", stop)
         expect(MORE, 130, "interrupted")
-    [run] = store.client.search_runs([store.experiment], "tags.state = 'interrupted'")
+    [run] = store.client.search_runs([store.experiment], "tags.state = 'interrupted' and tags.role = 'trial'")
     store.delete(run.info.run_id)
     expect(MORE, 0, "trial 4: its run was deleted in MLflow; it begins anew, with another", "best 4 of 4 trials")
     expect(AUDIT, 0, "nothing found")

@@ -7,12 +7,12 @@ from mlflow.entities import Run as StoredRun
 
 from pipeline.tracking.stores import RUN_KEY
 
-_KEY, _DIGEST = r"[0-9a-f]{32}", r"[0-9a-f]+"
-_TRAINED = {RUN_KEY: _KEY, "recipe_digest": _DIGEST, "data_digest": _DIGEST, "split_digest": _DIGEST}
+_KEY, _DIGEST = r"[0-9a-f]{32}", r".+"
+_TRAINED = {"recipe_digest": _DIGEST, "data_digest": _DIGEST, "split_digest": _DIGEST}
 _OF_STUDY = {"study": r".+", "trial": r"\d+"}
 # Role -> the tags that are read of its runs, each with its form. Whoever may delete a tag in MLflow may not break a command.
 _FORMS = {
-    "study": {"study": r".+", "objective": r"val/(accuracy|f1_macro)", RUN_KEY: _KEY},
+    "study": {"study": r".+", "objective": r"val/(accuracy|f1_macro)"},
     "trial": _TRAINED | _OF_STUDY,
     "final": _TRAINED | _OF_STUDY | {"trial_run": _KEY},
     "reproduction": _TRAINED | {"reproduces": _KEY},
@@ -20,14 +20,19 @@ _FORMS = {
 _STATE = {"state": "finished|pruned|failed|interrupted"}
 
 
-def broken_tags(run: StoredRun) -> list[str]:
-    """The tags that the code needs of a run and that are gone, or hold what the code never writes; `role` if that is one."""
+def broken_tags(run: StoredRun, has_key: bool = False) -> list[str]:
+    """The tags that the code needs of a run and that are gone, or hold what the code never writes; `role` if that is one.
+
+    Its key is one of them where it `has_key`: runs older than keys go on without.
+    """
     tags = run.data.tags
     forms = _FORMS.get(tags.get("role", ""))
     if forms is None:
         return ["role"]
     if tags["role"] != "study" and run.info.status != "RUNNING":
         forms = forms | _STATE
+    if has_key:
+        forms = forms | {RUN_KEY: _KEY}
     return [name for name, form in forms.items() if not re.fullmatch(form, tags.get(name, ""), re.DOTALL)]
 
 

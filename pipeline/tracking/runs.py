@@ -248,12 +248,19 @@ class MlflowTracker:
             log.warning("the study's run %s has %d runs of one that was deleted in MLflow", parent, len(strays))
 
     def _search(
-        self, experiment: str, query: str, order: Sequence[str] = (), view: int = ViewType.ACTIVE_ONLY
+        self,
+        experiment: str,
+        query: str,
+        order: Sequence[str] = (),
+        view: int = ViewType.ACTIVE_ONLY,
+        at_once: int = 5_000,
     ) -> Iterator[StoredRun]:
-        """Every run that a query finds; MLflow gives them by pages."""
+        """Every run that a query finds, `at_once` so many asked for: MLflow gives them by pages."""
         page = None
         while True:
-            runs = self.client.search_runs([experiment], query, view, 5_000, list(order), page)
+            runs = self.client.search_runs(
+                [experiment], query, view, max_results=at_once, order_by=list(order), page_token=page
+            )
             yield from runs
             page = runs.token
             if not page:
@@ -409,7 +416,7 @@ class MlflowTracker:
     def best_run_ids(self, study: "StudyRuns", count: int) -> list[str]:
         """The finished trials' runs, best first; not those of finals and reproductions."""
         query = f"{_child_of(study.parent, 'trial')} and tags.state = 'finished'"
-        found = whole(self._search(study.experiment, query, [f"metrics.`{study.objective}` DESC"]))
+        found = whole(self._search(study.experiment, query, [f"metrics.`{study.objective}` DESC"], at_once=count + 10))
         return [run.info.run_id for run in islice(found, count)]
 
     def close_lost(self, parent: str, alive: Collection[str], ended: Mapping[str, tuple[State, str]]) -> None:
