@@ -10,7 +10,7 @@ quoted = '$(subst ','\'',$(value $(1)))'
 typed = $(if $(value $(1)),$(if $(filter command line,$(origin $(1)))$(filter DATA_DIR,$(1)),$(call quoted,$(1))))
 option = $(if $(call typed,$(1)),--$(2)=$(call typed,$(1)))
 unexport NAME TRIALS EPOCHS TIMEOUT PATIENCE DATASET DATA_DIR DEVICE SEED VERSION STORAGE TRACKING_URI SET PORT IMAGE MODEL METHOD SHOW OUTPUT AGAINST JSON \
-  INT8 TOP SEEDS RUN TOLERANCE RULES FORCE REASON PEER AIRBENCH ONLY WORKERS CLUSTER HANG FIX
+  INT8 TOP SEEDS RUN TOLERANCE RULES FORCE REASON PEER AIRBENCH ONLY WORKERS CLUSTER HANG FIX DROP
 
 STUDY_OPTIONS := TRIALS:trials EPOCHS:epochs TIMEOUT:timeout PATIENCE:patience DATASET:dataset DATA_DIR:data-dir DEVICE:device SEED:seed \
   VERSION:version STORAGE:storage TRACKING_URI:tracking-uri SET:set WORKERS:workers CLUSTER:cluster HANG:hang
@@ -30,7 +30,7 @@ REPRODUCE_OPTIONS := DATASET:dataset DATA_DIR:data-dir DEVICE:device TOLERANCE:t
 ALL_OPTIONS := $(STUDY_OPTIONS) $(PREDICT_OPTIONS) $(BENCH_OPTIONS) $(BENCH_GPU_OPTIONS) $(FINALS_OPTIONS) $(PROMOTE_OPTIONS) $(REPRODUCE_OPTIONS)
 
 # A mistyped variable would silently run something else.
-KNOWN := NAME PORT IMAGE SHOW JSON FORCE INT8 FIX PYTHON LOCKED $(sort $(foreach o,$(ALL_OPTIONS),$(firstword $(subst :, ,$(o)))) RUN)
+KNOWN := NAME PORT IMAGE SHOW JSON FORCE INT8 FIX DROP PYTHON LOCKED $(sort $(foreach o,$(ALL_OPTIONS),$(firstword $(subst :, ,$(o)))) RUN)
 UNKNOWN := $(strip $(foreach v,$(.VARIABLES),$(if $(filter command line,$(origin $(v))),$(filter-out $(KNOWN),$(v)))))
 ifneq ($(filter-out -%,$(UNKNOWN)),)
 $(error no such variable: $(UNKNOWN) (there are $(KNOWN)))
@@ -73,8 +73,8 @@ reproduce: $(READY) ## make a run again and compare, bit for bit where that can 
 	@test -n $(or $(call typed,RUN),'') || { echo 'error: which run? make reproduce RUN=<its id>; make ui shows them' >&2; exit 2; }
 	@$(BIN)/python -m pipeline reproduce $(call options,$(REPRODUCE_OPTIONS)) -- $(call typed,RUN)
 
-sync: $(READY) ## send MLflow what waits on disk since it was away or a command was killed: [TRACKING_URI=]
-	@$(BIN)/python -m pipeline sync $(call option,TRACKING_URI,tracking-uri)
+sync: $(READY) ## send MLflow what waits on disk since it was away or a command was killed: [DROP=1 TRACKING_URI=]
+	@$(BIN)/python -m pipeline sync $(if $(call typed,DROP),$(if $(filter-out 0,$(value DROP)),--drop-deleted)) $(call option,TRACKING_URI,tracking-uri)
 
 audit: $(READY) ## whether all is there, once, and whole: trials, runs, points, models, files: [FIX=1 STORAGE= TRACKING_URI=]
 	@$(BIN)/python -m pipeline audit $(if $(call typed,FIX),$(if $(filter-out 0,$(value FIX)),--fix)) $(call option,STORAGE,storage) $(call option,TRACKING_URI,tracking-uri)

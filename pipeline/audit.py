@@ -1,18 +1,19 @@
 """Is everything there, once, and whole? Optuna's trials, MLflow's runs and the files of a folder mlruns, compared."""
 
+import contextlib
 import json
 import shutil
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import UserError, public_uri
+from pipeline.errors import Refused, UserError, public_uri
 from pipeline.guard import alone, is_gone, is_running
-from pipeline.registry import ledger
+from pipeline.registry import ledger, promote
 from pipeline.registry.promote import CHAMPION, Registry
 from pipeline.search.retries import reconcile
 from pipeline.search.storage import PatientStorage, StudyLock, our_studies
@@ -26,8 +27,9 @@ from pipeline.tracking.inventory import (
     folder_of,
 )
 from pipeline.tracking.journal import FOLDER, is_busy, remains
+from pipeline.tracking.kept import broken_tags, called
 from pipeline.tracking.runs import MlflowTracker, State
-from pipeline.tracking.stores import RUN_KEY
+from pipeline.tracking.stores import RUN_KEY, is_active
 from pipeline.training.checkpoints import read_checkpoint
 from pipeline.training.resume import CHECKPOINTS
 
@@ -44,12 +46,13 @@ _STATES = {"COMPLETE": State.FINISHED, "PRUNED": State.PRUNED, "FAIL": State.FAI
 
 @dataclass
 class Audit:
-    """What was looked at, what is wrong, and what could not be looked at: a line each."""
+    """What was looked at, what is wrong, what a person deleted, and what could not be looked at: a line each."""
 
     studies: int = 0
     trials: int = 0  # that count
     runs: int = 0  # that train
     findings: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
 
@@ -80,8 +83,18 @@ class _Auditor:
         studies = our_studies(storage) if storage else []
         self._live = {study.study_name for study in studies if storage and is_run(study, storage, self._home)}
         trials = {study.study_name: study.get_trials(deepcopy=False) for study in studies}
+        deleted = all_runs(self._tracker, deleted=True)
+        self._deleted = {run.data.tags[RUN_KEY] for run in deleted}
         self._journals()
         runs = all_runs(self._tracker)
+        self._broken: set[str] = set()  # ids of runs that were told of
+        known = {run.info.run_id for run in [*runs, *deleted]}
+        of_studies = [study.user_attrs.get("mlflow_run_id") for study in studies]
+        keyed = (trial for its in trials.values() for trial in its if _key(trial))
+        of_trials = {trial.user_attrs.get("mlflow_run_id") for trial in keyed}
+        without_key = _read(self._tracker, {*of_studies, *of_trials} - known)
+        for run in [*runs, *without_key]:
+            self._tags(run, run.info.run_id in of_trials)
         self._points = all_points(self._tracker, runs)
         self._running(runs)
         trained = [run for run in runs if run.data.tags.get("role") in _TRAINED]
@@ -114,9 +127,19 @@ class _Auditor:
         left = self._tracker.left()
         self._busy, self._waiting = set(left.busy), {*left.free, *left.elsewhere}
         for key in left.free:
+            if key in self._deleted:
+                way_out = "restored there, make sync sends what waits for it; make sync DROP=1 throws that away"
+                self._find(f"{self._home / FOLDER / key}: its run was deleted in MLflow; {way_out}")
+                continue
             self._find(f"{self._home / FOLDER / key}: not in MLflow yet, and its process is gone; make sync sends it")
         for key, address in left.elsewhere.items():
             self._skip(f"{self._home / FOLDER / key}: for another tracker, {address}; TRACKING_URI= asks that one")
+
+    def _tags(self, run: "StoredRun", has_key: bool) -> None:
+        if broken := broken_tags(run, has_key):
+            self._broken.add(run.info.run_id)
+            way_out = f"{MENDS} writes those of studies and trials again, what else has lost them can be deleted"
+            self._find(f"{called(run)}: tags were removed or changed in MLflow: {', '.join(broken)}; {way_out}")
 
     def _is_open(self, run: "StoredRun") -> bool:
         """Whether more of it may come: nothing can be said of it yet."""
@@ -128,9 +151,9 @@ class _Auditor:
             if run.info.status != "RUNNING" or tags[RUN_KEY] in self._busy or tags.get("study") in self._live:
                 continue
             if tags.get("host") != socket.gethostname():
-                self._skip(f"{_called(run)}: runs on {tags.get('host')}; only there it can be seen whether it does")
+                self._skip(f"{called(run)}: runs on {tags.get('host')}; only there it can be seen whether it does")
             else:
-                self._find(f"{_called(run)}: RUNNING in MLflow, and its process is gone; {MENDS} closes it")
+                self._find(f"{called(run)}: RUNNING in MLflow, and its process is gone; {MENDS} closes it")
 
     def _parents(self, runs: list["StoredRun"], studies: list["optuna.Study"]) -> None:
         known = {study.study_name: study.user_attrs.get("mlflow_run_id") for study in studies}
@@ -141,7 +164,7 @@ class _Auditor:
             if name not in known:
                 self._skip(f"{name}: its trials are not in this database; STORAGE= names another")
             elif known[name] != run.info.run_id:
-                self._find(f"{_called(run)}: a second parent run of its study; delete the one without trials in the UI")
+                self._find(f"{called(run)}: a second parent run of its study; delete the one without trials in the UI")
 
     def _study(self, study: "optuna.Study", trials: list["FrozenTrial"], runs: list["StoredRun"]) -> None:
         name, is_live = study.study_name, study.study_name in self._live
@@ -155,6 +178,7 @@ class _Auditor:
         for key, times in Counter(_key(trial) for trial in counted).items():
             if key and times > 1:
                 self._find(f"{name}: {times} trials that count have run key {key}; it was trained more than once")
+        self._left_out(study, counted)
         objective = json.loads(study.user_attrs["fingerprint"])["objective"]
         if old := [trial for trial in counted if not _key(trial)]:
             self._skip(f"{name}: {len(old)} trials from before there were run keys, which tie trials to their runs")
@@ -165,14 +189,31 @@ class _Auditor:
             self._orphans(name, trials, by_key)
             self._unfinished(name, trials)
 
+    def _left_out(self, study: "optuna.Study", counted: list["FrozenTrial"]) -> None:
+        run_id = study.user_attrs.get("mlflow_run_id")
+        parent = self._tracker.find(run_id) if run_id else None
+        if parent and not is_active(parent):
+            way = self._tracker.way_back(parent.info.experiment_id)
+            goes_on = "or make study goes on with what is left of it"
+            self._seen.left_out.append(f"{study.study_name}: was deleted in MLflow; {way}, {goes_on}")
+        elif parent and (gone := [str(trial.number) for trial in counted if _key(trial) in self._deleted]):
+            way = self._tracker.way_back(parent.info.experiment_id)
+            what = f"trial{'s' * (len(gone) > 1)} {', '.join(gone)} of {study.study_name}"
+            self._seen.left_out.append(f"left out, deleted in MLflow: {what}; to have it back, {way}")
+
     def _trial(self, study: str, objective: str, trial: "FrozenTrial", runs: list["StoredRun"]) -> None:
         """One that counts."""
         what = f"trial {trial.number} of {study}"
         if _key(trial) in self._busy | self._waiting:
             return
+        if not runs and _key(trial) in self._deleted:
+            return  # a person may
+        if self._broken & {trial.user_attrs.get("mlflow_run_id"), *(run.info.run_id for run in runs)}:
+            return  # told already
         if len(runs) != 1:
             ids = ", ".join(run.info.run_id for run in runs) or "none"
-            way_out = "delete those without metrics in the UI" if runs else "nothing on this machine brings it back"
+            lost = "lost, or deleted in MLflow for good: nothing on this machine brings it back"
+            way_out = "delete those without metrics in the UI" if runs else lost
             self._find(f"{what}: should have one run in MLflow, and has {len(runs)} ({ids}); {way_out}")
             return
         (run,) = runs
@@ -196,7 +237,7 @@ class _Auditor:
         known = {_key(trial) for trial in trials}
         for key, runs in by_key.items():
             for run in runs if key not in known else []:
-                self._find(f"{_called(run)}: no trial of {name} has its run key; delete it in the UI")
+                self._find(f"{called(run)}: no trial of {name} has its run key; delete it in the UI")
         replaced = Counter(trial.user_attrs.get("retry_of") for trial in trials)
         for trial in trials:
             if trial.state.is_finished() and not counts(trial) and replaced[trial.number] != 1:
@@ -223,9 +264,9 @@ class _Auditor:
 
     def _run(self, run: "StoredRun") -> None:
         """One that has ended: its points, and its model."""
-        if self._is_open(run):
+        if self._is_open(run) or run.info.run_id in self._broken:
             return
-        epochs, what = self._epochs(run), _called(run)
+        epochs, what = self._epochs(run), called(run)
         faults = faults_of_points(self._points.get(run.info.run_id, {}), self._by_epoch)
         self._seen.findings += [f"{what}: {fault}; nothing here brings points back" for fault in faults]
         if run.data.tags.get("state") != State.FINISHED:
@@ -274,7 +315,12 @@ class _Auditor:
             )
         cut_off = {event.model for event in kept.cut_off()}
         for model in {event.model for event in kept.events() if event.kind in (ledger.PROMOTED, ledger.ROLLED_BACK)}:
-            champion, alias = kept.reigns(model)[-1].version, Registry(self._tracker, kept, model).alias(CHAMPION)
+            registry, reigns = Registry(self._tracker, kept, model), kept.reigns(model)
+            if gone := registry.gone():
+                versions = ", ".join(reign.version for reign in gone)
+                self._find(f"{model}: version {versions} was deleted in MLflow; {MENDS} takes it out of the reigns")
+                continue
+            champion, alias = reigns[-1].version if reigns else None, registry.alias(CHAMPION)
             if alias != champion and model not in cut_off:
                 way_out = f"make rollback VERSION={champion}"
                 self._find(f"{model}: version {champion} is champion by the ledger, {alias} by MLflow; {way_out}")
@@ -305,6 +351,13 @@ def leftovers(home: Path) -> list[Path]:
     ]
     old = [path for path in others if time.time() - path.stat().st_mtime > _YOUNG_S]
     return sorted([*remains(home), *states, *old])
+
+
+def _read(tracker: MlflowTracker, ids: Iterable[str | None]) -> Iterator["StoredRun"]:
+    """The runs of these ids that are there and not deleted."""
+    for run_id in filter(None, ids):
+        if (found := tracker.find(run_id)) and is_active(found):
+            yield found
 
 
 def is_run(study: "optuna.Study", storage: PatientStorage, home: Path) -> bool:
@@ -338,9 +391,16 @@ def mend(home: Path, storage: PatientStorage | None, tracker: MlflowTracker) -> 
         done += [f"trial {number} of {study.study_name}: its process was gone; it is asked again" for number in again]
     if taken := tracker.take_over():
         tracker.flush(60)
-        done.append(f"{taken} journals of processes that are gone: sent to MLflow")
+        if sent := taken - len(tracker.waiting):
+            done.append(f"{sent} journals of processes that are gone: sent to MLflow")
     live = {study.study_name for study in studies if storage and is_run(study, storage, home)}
     done += _close_runs(tracker, live)
+    runs = {run.info.run_id: run for run in all_runs(tracker)}
+    deleted = {run.info.run_id for run in all_runs(tracker, deleted=True)}
+    for study in studies:
+        if study.study_name not in live:
+            done += _write_tags(study, tracker, runs, deleted)
+    done += _settle(home, tracker)
     trials = [trial for study in studies for trial in study.get_trials(deepcopy=False)]
     ended = _ended(trials, all_runs(tracker))
     busy = set(tracker.left().busy)
@@ -362,7 +422,43 @@ def _close_runs(tracker: MlflowTracker, live: set[str]) -> Iterator[str]:
         is_nobodys = tags[RUN_KEY] not in written and tags.get("study") not in live
         if run.info.status == "RUNNING" and is_nobodys and tags.get("host") == socket.gethostname():
             tracker.close(run)
-            yield f"{_called(run)}: was RUNNING, and its process was gone; closed as interrupted"
+            yield f"{called(run)}: was RUNNING, and its process was gone; closed as interrupted"
+
+
+def _write_tags(
+    study: "optuna.Study", tracker: MlflowTracker, runs: Mapping[str, "StoredRun"], deleted: Collection[str]
+) -> Iterator[str]:
+    """What Optuna knows of a study's run and those of its trials, where their tags were removed or changed."""
+    asked = json.loads(study.user_attrs["fingerprint"])
+    of_all = {"study": study.study_name, "data_digest": asked["data"], "split_digest": asked["split"]}
+    own = {"role": "study", "study": study.study_name, "objective": asked["objective"]}
+    by_key = {run.data.tags[RUN_KEY]: run_id for run_id, run in runs.items()}
+    known: dict[str, dict[str, str]] = {
+        study.user_attrs.get("mlflow_run_id", ""): own | {RUN_KEY: study.user_attrs.get("run_key", "")}
+    }
+    for trial in study.get_trials(deepcopy=False):
+        if counts(trial) and _key(trial) and "recipe_digest" in trial.user_attrs:
+            tags = {"role": "trial", "trial": str(trial.number), "state": str(_STATES[trial.state.name])}
+            tags |= {RUN_KEY: _key(trial), "recipe_digest": trial.user_attrs["recipe_digest"]}
+            known[by_key.get(_key(trial)) or trial.user_attrs.get("mlflow_run_id", "")] = of_all | tags
+    others = _read(tracker, known.keys() - runs.keys() - set(deleted))
+    for run in [*(runs[run_id] for run_id in known.keys() & runs.keys()), *others]:
+        its = known[run.info.run_id]
+        broken = [name for name in broken_tags(run, has_key=its["role"] == "trial") if its.get(name)]
+        # A run without a role needs all that belongs to it.
+        for name in filter(its.get, its if broken == ["role"] else broken):
+            tracker.client.set_tag(run.info.run_id, name, its[name])
+        if broken:
+            yield f"{called(run)}: tags written again: {', '.join(broken)}"
+
+
+def _settle(home: Path, tracker: MlflowTracker) -> list[str]:
+    """Promotions that were cut off, and champions that were deleted; not while somebody else promotes."""
+    lines: list[str] = []
+    if (home / ledger.FILE).is_file():
+        with contextlib.suppress(Refused), promote.alone(home):
+            promote.settle(tracker, ledger.Ledger(home), lines.append)
+    return lines
 
 
 def _ended(trials: list["FrozenTrial"], runs: list["StoredRun"]) -> set[str]:
@@ -375,10 +471,3 @@ def _ended(trials: list["FrozenTrial"], runs: list["StoredRun"]) -> set[str]:
 
 def _key(trial: "FrozenTrial") -> str:
     return str(trial.user_attrs.get("run_key", ""))
-
-
-def _called(run: "StoredRun") -> str:
-    """`trial 3 of attention-v1-digits (run 0123...)`."""
-    study = run.data.tags.get("study")
-    of = f" of {study}" if study and run.data.tags.get("role") != "study" else ""
-    return f"{run.info.run_name}{of} (run {run.info.run_id})"

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -148,9 +148,14 @@ class StudyView:
         self._live.update(grid)
 
 
-def print_best_trials(console: Console, study: optuna.Study, search: Search, count: int = 10) -> None:
-    """The best trials: score, macro-F1, weakest class and cost, then what the best three change in the control."""
-    best = best_trials(study, count)
+def print_best_trials(
+    console: Console, study: optuna.Study, search: Search, without: Collection[str] = (), count: int = 10
+) -> None:
+    """The best trials: score, macro-F1, weakest class and cost, then what the best three change in the control.
+
+    `without` those of these run keys.
+    """
+    best = best_trials(study, count, without)
     table = Table(title=f"{study.study_name}: best {len(best)} of {num_finished(study)} trials, validation split")
     for heading in ("trial", search.study.objective, "macro-F1", "weakest class (F1)", "epochs", "time"):
         table.add_column(heading, justify="left" if heading.startswith("weak") else "right")

@@ -96,7 +96,7 @@ RUN = "(SELECT run_uuid FROM tags WHERE key = 'trial' AND value = '1')"
 ATTRIBUTE = "trial_user_attributes(trial_id, key, value_json)"
 FAULTS = {
     "a run is gone": (
-        ("mlflow.db", f"UPDATE runs SET lifecycle_stage = 'deleted' WHERE run_uuid = {RUN}"),
+        ("mlflow.db", f"DELETE FROM runs WHERE run_uuid = {RUN}"),
         ["trial 1 of tiny-v1-digits: should have one run in MLflow, and has 0"],
     ),
     "a trial has two runs": (
@@ -220,7 +220,7 @@ def test_a_promotion_that_was_cut_off_and_an_alias_that_was_moved_are_found(trai
     assert "was cut off; make history finishes or undoes it" in seen
     kept.end(begun, ledger.PROMOTED, "1")
     (seen,) = audit(home, None, MlflowTracker(home)).findings
-    assert "version 1 is champion by the ledger, None by MLflow" in seen
+    assert "version 1 was deleted in MLflow; make audit FIX=1 takes it out of the reigns" in seen
 
 
 def test_what_killed_processes_left_on_disk_is_found_and_mended_and_no_measurement_goes(home: Path) -> None:

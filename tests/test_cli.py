@@ -524,7 +524,7 @@ def test_predict_names_the_model_each_class_and_what_was_no_use(trained: Trained
     done = pipeline("predict", *words, "--output", str(out), "--show", cwd=trained.home.parent, DISPLAY="")
     assert done.returncode == 4, done.stderr
     first, *lines = done.stdout.splitlines()
-    assert first.startswith("model: the best finished run (no champion yet), trial 0 of tiny-v1-digits, run ")
+    assert first.startswith("model: the best finished run (no champion), trial 0 of tiny-v1-digits, run ")
     for file, line in zip(files, lines, strict=False):
         assert re.fullmatch(rf"{re.escape(str(file))}: \d \d+\.\d%, \d \d+\.\d%, \d \d+\.\d%", line)
     assert f"{out}: 3 images" in done.stdout

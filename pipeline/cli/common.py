@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.data.prepare import TrainingData
     from pipeline.recipe import Recipe
     from pipeline.search.study import Search
-    from pipeline.tracking.runs import MlflowTracker
+    from pipeline.tracking.runs import MlflowTracker, StudyRuns
 
 HOME = Path("mlruns")
 UI_PORT = 5000
@@ -147,8 +147,15 @@ def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) 
     if waiting := set(tracker.waiting) - set(refused):
         say(console, f"MLflow doesn't answer: {runs(len(waiting))} wait in {folder}; make sync sends them")
     for key, why in refused.items():
-        say(console, f"{folder / key}: MLflow refuses this run ({why}); make sync tries again")
+        say(console, f"{folder / key}: MLflow refuses this run ({why}); {way_out_of_refusal(tracker, key)}")
     return False
+
+
+def way_out_of_refusal(tracker: "MlflowTracker", key: str) -> str:
+    """What a person can do for what MLflow will not take as it is."""
+    if key in tracker.deleted:
+        return "restored there, make sync sends what waits for it; make sync DROP=1 throws that away"
+    return "mend that and make sync tries again, or remove the folder"
 
 
 def is_away(error: BaseException) -> bool:
@@ -157,13 +164,15 @@ def is_away(error: BaseException) -> bool:
     return type(error).__name__ == "MlflowException" and str(error).startswith("API request to ")
 
 
-def say_what_waits(console: Console, tracker: "MlflowTracker") -> None:
-    """A line where MLflow lacks something that was measured: what is shown may be incomplete."""
+def say_what_is_missing(console: Console, tracker: "MlflowTracker", studies: "Sequence[StudyRuns]" = ()) -> None:
+    """A line where MLflow lacks something that was measured, or something of these studies was deleted there."""
     left = tracker.left()
     if left.free:
         say(console, f"something may be missing: {runs(len(left.free))} not all in MLflow yet; make sync sends them")
     if left.busy:
         say(console, f"another command writes {runs(len(left.busy))} just now: what is shown is not the end of it")
+    for line in [line for study in studies for line in tracker.left_out(study)]:
+        say(console, line)
 
 
 def say_small_split(console: Console, images: int, fraction: float) -> None:

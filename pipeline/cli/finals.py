@@ -13,7 +13,7 @@ from pipeline.cli.common import (
     make_console,
     say,
     say_small_split,
-    say_what_waits,
+    say_what_is_missing,
     settle,
 )
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
@@ -49,7 +49,7 @@ def finals(
     console = make_console()
     if said:
         say(console, said)
-    say_what_waits(console, tracker)
+    say_what_is_missing(console, tracker, [study])
     plan = the_finals.plan(tracker, study, top, seeds, epochs)
     control, recipes = plan.candidates[0], [candidate.recipe for candidate in plan.candidates]
     data = load_data_of_run(tracker, control.trial_run, f"study {study.name}", recipes, data_dir, dataset, where)

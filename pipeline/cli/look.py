@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.common import HOME, UI_PORT, expand, make_console, say, say_what_waits
+from pipeline.cli.common import HOME, UI_PORT, expand, make_console, say, say_what_is_missing
 from pipeline.cli.options import DataDirOption, SeenDatasetOption, TrackingOption
 from pipeline.errors import UserError
 
@@ -89,11 +89,11 @@ def compare(
     file = expand(output) if output else HOME / "reports" / page_name([study.name for study in studies])
     if file.is_dir():
         raise UserError(f"OUTPUT {file}: is a folder; name a file, e.g. {file / 'report.html'}")
+    console = make_console()
+    say_what_is_missing(console, tracker, studies)
     frame = table(tracker, studies)
     if empty := [study.name for study in studies if study.name not in set(frame["study"])]:
         raise UserError(f"{', '.join(empty)}: has no trials yet; make study runs some")
-    console = make_console()
-    say_what_waits(console, tracker)
     links = {study.name: links_of(tracker, study, UI_PORT) for study in studies}
     for study in studies:
         own = frame[frame["study"] == study.name]

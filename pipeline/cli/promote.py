@@ -1,6 +1,7 @@
 """`promote`, `rollback` and `history`: who is champion, why, and since when."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.common import HOME, expand, make_console, say, say_what_waits
+from pipeline.cli.common import HOME, expand, make_console, say, say_what_is_missing
 from pipeline.cli.options import DataDirOption, SeenDatasetOption, TrackingOption
 from pipeline.errors import Refused, UserError, one_line
 
@@ -73,24 +74,26 @@ def promote(
     rules = Rules().changed(rule or [])
     registry = _registry(model, tracking_uri)
     view = _View(console := make_console())
-    say_what_waits(console, registry.tracker)
+    say_what_is_missing(console, registry.tracker)
     with alone(HOME):
         settle(registry.tracker, registry.ledger, view.said)
         chosen = ""
         if name is not None:
-            run, chosen = _chosen(registry.tracker, name)
+            run, chosen = _chosen(registry.tracker, name, view.said)
             view.said(chosen)
         assert run is not None
         champion = take(registry, run, rules, expand(data_dir), view, reason, chosen, dataset)
     view.said(f"champion: {model} version {champion.version}, run {champion.run}")
 
 
-def _chosen(tracker: "MlflowTracker", name: str) -> tuple[str, str]:
+def _chosen(tracker: "MlflowTracker", name: str, said: Callable[[str], None]) -> tuple[str, str]:
     """The run that a study stands for, and why that one."""
     from pipeline.registry.finals import winner
     from pipeline.tracking.studies import find_study
 
     study, several = find_study(tracker, name)
+    for line in tracker.left_out(study):
+        said(line)
     if found := winner(tracker, study):
         run, why = found.run_id, f"{study.name}: {found.said}"
     elif best := tracker.best_run_ids(study, 1):

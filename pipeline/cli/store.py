@@ -4,14 +4,19 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, make_console, runs, say
+from pipeline.cli.common import HOME, make_console, runs, say, way_out_of_refusal
 from pipeline.cli.options import StorageOption, TrackingOption, database_faults
 from pipeline.errors import PartlyDone, UserError
 
 _GIVE_UP_S = 30.0  # MLflow has not answered for so long
 
 
-def sync(tracking_uri: TrackingOption = None) -> None:
+def sync(
+    drop_deleted: Annotated[
+        bool, typer.Option("--drop-deleted", help="Throw away what waits for runs that were deleted in MLflow.")
+    ] = False,
+    tracking_uri: TrackingOption = None,
+) -> None:
     """Send MLflow what waits on disk: what was measured while it was away, or by a command that was killed.
 
     It can be repeated; what a running command writes is left to it.
@@ -31,8 +36,11 @@ def sync(tracking_uri: TrackingOption = None) -> None:
     with make_console(stderr=True).status("") as status:
         while not tracker.flush(1) and set(tracker.waiting) - set(tracker.refused) and tracker.failing_s < _GIVE_UP_S:
             status.update(f"{len(tracker.waiting)} of {taken} runs to go")
+    dropped = tracker.drop_deleted() if drop_deleted else []
     refused, waiting = tracker.refused, set(tracker.waiting) - set(tracker.refused)
-    say(console, f"sent {runs(taken - len(set(tracker.waiting)))}")
+    say(console, f"sent {runs(taken - len(set(tracker.waiting)) - len(dropped))}")
+    if dropped:
+        say(console, f"thrown away, as they were deleted in MLflow: {runs(len(dropped))}")
     if left.busy:
         say(console, f"{runs(len(left.busy))}: a running command writes and sends them itself")
     for address in sorted(set(left.elsewhere.values())):
@@ -40,7 +48,7 @@ def sync(tracking_uri: TrackingOption = None) -> None:
         count = list(left.elsewhere.values()).count(address)
         say(console, f"{runs(count)} for another tracker: make sync {way} sends them")
     lines = [
-        f"{folder / key}: MLflow refuses it ({why}); mend that, or remove the folder" for key, why in refused.items()
+        f"{folder / key}: MLflow refuses it ({why}); {way_out_of_refusal(tracker, key)}" for key, why in refused.items()
     ]
     if waiting:
         lines.append(f"{runs(len(waiting))} still in {folder}: MLflow stopped answering; make sync goes on")
@@ -79,6 +87,8 @@ def audit(
             say(console, f"mended: {line}")
         seen = look(HOME, store, tracker)
     for line in seen.findings:
+        say(console, line)
+    for line in seen.left_out:
         say(console, line)
     for line in dict.fromkeys(seen.unchecked):
         say(console, f"not looked at: {line}")

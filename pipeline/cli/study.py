@@ -169,8 +169,9 @@ def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "
         raise typer.Exit(1)
     if done.user_attrs.get("actual"):
         print_forecast(console, done.user_attrs["forecast"], done.user_attrs["actual"])
-    print_best_trials(console, done, search)
-    links = _links(console, tracker, done.study_name) if settle(console, tracker) else {}
+    is_settled = settle(console, tracker)
+    print_best_trials(console, done, search, _deleted(console, tracker, done))
+    links = _links(console, tracker, done.study_name) if is_settled else {}
     elsewhere = "" if tracker.uri.endswith(str(HOME.resolve() / "mlflow.db")) else " TRACKING_URI=..."
     these = f"NAME={done.study_name}{elsewhere}"
     commands = [
@@ -182,10 +183,28 @@ def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "
     print_links(console, "Next:", commands + [(f"see the {what}", link) for what, link in links.items()])
 
 
+def _deleted(console: Console, tracker: "MlflowTracker", done: "optuna.Study") -> set[str]:
+    """The run keys of trials that were deleted in MLflow, and a line for them: tables don't show what a person deleted.
+
+    The sampler goes on with what they measured, and they count: that was true, and to search there again would be a waste.
+    """
+    try:
+        for study in tracker.studies():
+            if study.parent == done.user_attrs["mlflow_run_id"]:
+                for line in tracker.left_out(study):
+                    say(console, line)
+        return tracker.deleted_keys(done.user_attrs["mlflow_run_id"])
+    except Exception as error:
+        if not is_away(error):
+            raise
+        return set()  # that it is away is told elsewhere
+
+
 def _links(console: Console, tracker: "MlflowTracker", name: str) -> dict[str, str]:
     """To a study in the UI; no links where MLflow's server went away at the last moment, as the study is done."""
     try:
-        return next(links_of(tracker, study, UI_PORT) for study in tracker.studies() if study.name == name)
+        found = (links_of(tracker, study, UI_PORT) for study in tracker.studies() if study.name == name)
+        return next(found, {})  # the study's own run may have been deleted meanwhile
     except Exception as error:
         if not is_away(error):
             raise

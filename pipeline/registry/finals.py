@@ -6,7 +6,7 @@ A run is data: candidates, what was trained already and what was decided are rea
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import count as count_from
@@ -26,7 +26,9 @@ from pipeline.guard import StopOnSignal, alone, this_worker
 from pipeline.models.build import prediction_flop
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.race import RULES, Candidate, Final, Race, choose
+from pipeline.tracking.kept import controls, whole
 from pipeline.tracking.runs import MlflowTracker, State, StudyRuns
+from pipeline.tracking.stores import is_active
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import CHECKPOINTS
 
@@ -97,13 +99,13 @@ def plan(tracker: MlflowTracker, study: StudyRuns, top: int, num_seeds: int, epo
     finished = [run for run in trials if run.data.tags.get("state") == State.FINISHED]
     finished.sort(key=lambda run: (-run.data.metrics[study.objective], int(run.data.tags["trial"])))
     if not finished:
-        raise UserError(f"study {study.name}: no finished trial yet; make study goes on with it")
+        raise UserError(f"study {study.name}: no finished trial yet; make study goes on with it, TRIALS= adds some")
     seen = {(run.data.tags["data_digest"], run.data.tags["split_digest"]) for run in trials}
     if len(seen) > 1:
         raise UserError(
             f"study {study.name}: its trials saw {len(seen)} different data sets or splits; start a VERSION"
         )
-    control = _control(study, trials)
+    control = _control(tracker, study, trials)
     chosen = {
         candidate.digest: candidate for candidate in [_candidate(tracker, study, control, finished, True, epochs)]
     }
@@ -151,11 +153,13 @@ def run(
         tracker.close_gone(plan.study.experiment)
         race = Race(plan.candidates, len(plan.seeds), least_sd=1 / len(data.validation.labels))
         done = _done(tracker, plan.study, data.digest, data.split_digest)
+        deleted = tracker.deleted_keys(plan.study.parent)
         for seed in plan.seeds:
             for candidate in race.running():
                 final = done.get(candidate.with_seed(seed).digest())
                 if final is None:
-                    final = _train(tracker, plan.study, candidate, seed, data, device, observer, stop)
+                    key = _run_key(plan.study, candidate.with_seed(seed), data, deleted)
+                    final = _train(tracker, plan.study, candidate, seed, key, data, device, observer, stop)
                 race.add(candidate, seed, final)
             for line in race.stop_the_beaten():
                 observer.said(line)
@@ -199,21 +203,32 @@ def load_decision(tracker: MlflowTracker, study: StudyRuns) -> dict[str, Any] | 
     there = _evidence(tracker, study)
     if new := there - seen:
         raise UserError(
-            f"finals of {study.name}: {len(new)} trainings ended since the decision of {decision['decided']}, without a "
-            f"new one; {again}, RUN= names a run"
+            f"finals of {study.name}: {len(new)} trainings ended, or were restored in MLflow, since the decision of "
+            f"{decision['decided']}, without a new one; {again}, RUN= names a run"
         )
     if gone := seen - there:
-        raise UserError(f"finals of {study.name}: {len(gone)} of the runs that decided them are gone; {again}")
+        raise UserError(
+            f"finals of {study.name}: {len(gone)} of the runs that decided them are gone, deleted in MLflow or without "
+            f"their tags; {again}, as does restoring them without training"
+        )
     return dict(decision)
 
 
-def _control(study: StudyRuns, trials: Sequence[StoredRun]) -> StoredRun:
-    """The run that its name says is the control's, else trial 0's; a finished one where there are several."""
-    named = [run for run in trials if (run.info.run_name or "").endswith("(control)")]
-    found = named or [run for run in trials if run.data.tags["trial"] == "0"]
-    if not found:
-        raise UserError(f"study {study.name}: no run of its control, trial 0; make study goes on with it")
-    return max(found, key=lambda run: run.data.tags.get("state") == State.FINISHED)
+def _control(tracker: MlflowTracker, study: StudyRuns, trials: Sequence[StoredRun]) -> StoredRun:
+    """The control's run, a finished one where there are several.
+
+    One that was deleted in MLflow has its recipe still, which is all that is needed: its score is left out.
+    """
+    found = controls(trials)
+    if found:
+        return max(found, key=lambda run: run.data.tags.get("state") == State.FINISHED)
+    deleted = [run for run in tracker.deleted_children(study) if run.data.tags.get("role") == "trial"]
+    if found := controls(list(whole(deleted))):
+        return found[0]
+    raise UserError(
+        f"study {study.name}: no run of its control, trial 0; make study goes on with it, or VERSION= starts another "
+        "where it was deleted in MLflow for good"
+    )
 
 
 def _candidate(
@@ -228,7 +243,7 @@ def _candidate(
     own = recipe.training.epochs
     if epochs:
         recipe = recipe.changed({"training.epochs": epochs})
-    done = run.data.tags.get("state") == State.FINISHED
+    done = run.data.tags.get("state") == State.FINISHED and is_active(run)
     timed = run if done else finished[0]  # for the control that has not finished, another's time is the best guess
     seconds = timed.data.metrics["time/training_s"] * recipe.training.epochs / own
     score = run.data.metrics[study.objective] if done else None
@@ -272,20 +287,26 @@ def _evidence(tracker: MlflowTracker, study: StudyRuns) -> set[str]:
     return {run.info.run_id for run in tracker.children(study, "final") if run.data.tags.get("state") in ended}
 
 
+def _run_key(study: StudyRuns, recipe: Recipe, data: TrainingData, deleted: Collection[str]) -> str:
+    """By which a training that was stopped or killed goes on, under the same run; where that was deleted, the next one."""
+    identity = f"{study.parent} {recipe.digest()} {data.digest} {data.split_digest}"
+    names = (identity + (f" {number}" if number else "") for number in count_from(0))
+    keys = (hashlib.sha256(name.encode()).hexdigest()[:32] for name in names)
+    return next(key for key in keys if key not in deleted)
+
+
 def _train(
     tracker: MlflowTracker,
     study: StudyRuns,
     candidate: Candidate,
     seed: int,
+    key: str,
     data: TrainingData,
     device: torch.device,
     observer: Observer,
     stop: StopOnSignal,
 ) -> Final:
     recipe, name = candidate.with_seed(seed), f"{candidate.name}, seed {seed}"
-    # One that was stopped or killed goes on, under the same run.
-    identity = f"{study.parent} {recipe.digest()} {data.digest} {data.split_digest}"
-    key = hashlib.sha256(identity.encode()).hexdigest()[:32]
 
     def check(*progress: object) -> None:
         if stop.requested:

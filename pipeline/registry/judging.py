@@ -18,11 +18,12 @@ from pipeline.errors import DataError, Refused, UserError
 from pipeline.evaluation.significance import small_split_line
 from pipeline.registry import export, test_split
 from pipeline.registry.gate import Rules, Side, Verdict, judge
-from pipeline.registry.ledger import LOOK, PASSED, PROMOTED, REFUSED, Champion, Event, Ledger
+from pipeline.registry.ledger import GONE, LOOK, PASSED, PROMOTED, REFUSED, Champion, Event, Ledger
 from pipeline.registry.package import MODEL
+from pipeline.tracking.kept import controls
 from pipeline.tracking.models import find_model
 from pipeline.tracking.run_data import Found
-from pipeline.tracking.runs import MlflowTracker, StudyRuns
+from pipeline.tracking.runs import MlflowTracker, State, StudyRuns
 
 LOOKS = "looks"  # the folder of what was predicted, beside the ledger
 CONTROL, CONSTANT = "control", "constant answer"  # what a challenger has to beat where there is no champion
@@ -119,6 +120,10 @@ class Bench:
         later = [e for e in self.ledger.events(former.model) if e.run == former.run and e.id > former.id]
         if promoted := [event for event in later if event.kind == PROMOTED]:
             version = promoted[-1].version
+            if any((event.kind, event.version) == (GONE, version) for event in later):
+                raise Refused(
+                    f"{when}, passed, and served as {former.model} version {version}, which was deleted in MLflow; {again}"
+                )
             raise Refused(
                 [
                     f"{when}, passed, and served as {former.model} version {version}, which was taken back; {again}",
@@ -250,22 +255,27 @@ def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
         return None
     runs = _finished(tracker, study)
     trials = [other for other in runs if other.data.tags.get("role") == "trial"]
-    named = [trial for trial in trials if (trial.info.run_name or "").endswith("(control)")]
-    found = named or [trial for trial in trials if trial.data.tags.get("trial") == "0"]
-    if not found:
-        raise UserError(
-            f"{study.name}: has no finished control to compare with, and there is no champion yet; run the study on"
-        )
-    ids = {control.info.run_id for control in found}
+    deleted = [
+        other
+        for other in tracker.deleted_children(study)
+        if other.data.tags.get("role") == "trial" and other.data.tags.get("state") == State.FINISHED
+    ]
+    found = controls(trials)
+    ids = {control.info.run_id for control in found or controls(deleted)}
     if ids & {run_id, run.data.tags.get("trial_run")}:
         return None
-    if run.data.tags.get("role") != "final":
+    if run.data.tags.get("role") != "final" and found:
         return found[0].info.run_id
     again = [other for other in runs if other.data.tags.get("trial_run") in ids]
-    for length in (_epochs(run), _epochs(found[0])):  # EPOCHS= holds for all of some finals
+    for length in (_epochs(run), *(_epochs(control) for control in found[:1])):  # EPOCHS= holds for all of some finals
         if alike := [other for other in again if _epochs(other) == length]:
             return max(alike, key=lambda other: other.data.metrics[study.objective]).info.run_id
-    return found[0].info.run_id
+    if found:
+        return found[0].info.run_id
+    raise UserError(
+        f"{study.name}: has no finished control to compare with, and there is no champion; make study goes on with one "
+        f"that did not finish; where it was deleted in MLflow, restore it, or make finals NAME={study.name} trains it anew"
+    )
 
 
 def _seed_accuracies(tracker: MlflowTracker, run_id: str) -> list[float]:
@@ -297,9 +307,7 @@ def _epochs(run: Run) -> str | None:
 
 def _finished(tracker: MlflowTracker, study: StudyRuns) -> list[Run]:
     """The oldest first."""
-    query = f"tags.study = '{study.name}' and tags.state = 'finished'"
-    order = ["attributes.start_time ASC"]
-    return list(tracker.client.search_runs([study.experiment], query, order_by=order, max_results=50_000))
+    return [run for run in tracker.children(study) if run.data.tags["state"] == State.FINISHED]
 
 
 # ------------------------------------------------------------------------------------------- predictions that are kept

@@ -22,6 +22,9 @@ from pipeline.errors import Refused, UserError
 FILE = "ledger.db"
 LOOK, PASSED, REFUSED = "look", "passed", "refused"
 BEGUN, PROMOTED, ROLLED_BACK, UNDONE = "begun", "promoted", "rolled back", "undone"
+GONE = (
+    "gone"  # a version that was deleted in MLflow, which nobody can restore: it is champion no more, nor can be again
+)
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS events (
@@ -101,6 +104,11 @@ class Ledger:
         with self._transaction() as connection:
             return _append(connection, kind, model, run, None, split, reason, details or {})
 
+    def lose(self, model: str, gone: Champion, reason: str) -> Event:
+        """Write down that a version of the reigns is no longer in the registry."""
+        with self._transaction() as connection:
+            return _append(connection, GONE, model, gone.run, gone.version, None, reason, {})
+
     def begin(
         self,
         kind: str,
@@ -155,7 +163,10 @@ class Ledger:
             return _read(connection, model)
 
     def reigns(self, model: str) -> list[Champion]:
-        """The champion last, before it those that a rollback goes back to; a rollback takes away what came after."""
+        """The champion last, before it those that a rollback goes back to; a rollback takes away what came after.
+
+        Versions that were deleted in MLflow are taken out.
+        """
         return _reigns(self.events(model))
 
     def cut_off(self) -> list[Event]:
@@ -214,6 +225,8 @@ def _reigns(events: list[Event]) -> list[Champion]:
             if event.kind == ROLLED_BACK and champion in stack:
                 del stack[stack.index(champion) :]
             stack.append(champion)
+        elif event.kind == GONE:
+            stack = [reign for reign in stack if reign != Champion(event.version or "", event.run)]
     return stack
 
 

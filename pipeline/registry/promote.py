@@ -8,7 +8,7 @@ finishes what has its version and undoes what has none.
 import contextlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from pipeline.registry.package import CARD, package
 from pipeline.tracking.models import DIGEST_TAG
 from pipeline.tracking.models import digests as digests_of
 from pipeline.tracking.runs import MlflowTracker
+from pipeline.tracking.stores import is_active
 
 CHAMPION, PREVIOUS = "champion", "previous"  # aliases
 ARTIFACTS = "model"  # where a package lies among its run's artifacts
@@ -98,15 +99,42 @@ class Registry:
         found = self.alias(CHAMPION)
         if found == (now.version if now else None):
             return now
+        if name := self._new_name(reigns):
+            raise UserError(
+                f"{self.model}: is called {name} in MLflow by now, and the ledger ({self.ledger.home}) knows it by the old "
+                f"name: rename it back there, or MODEL={name} begins a ledger of its own"
+            )
         lines = [
             f"{self.model}: MLflow's alias champion names {_named(found)}, but by the ledger ({self.ledger.home}) it is "
-            f"{_named(now.version if now else None)}: somebody moved it by hand, or from another folder mlruns",
+            f"{_named(now.version if now else None)}: somebody moved or deleted it by hand, or from another folder mlruns",
         ]
         if found:
             lines.append(f"  make rollback VERSION={found} REASON=... takes the registry's word for it")
         if now:
             lines.append(f"  make rollback VERSION={now.version} REASON=... takes the ledger's")
         raise UserError(lines)
+
+    def gone(self) -> list[Champion]:
+        """The versions that were champion, by the ledger, and were deleted in MLflow since."""
+        gone = [reign for reign in dict.fromkeys(self.ledger.reigns(self.model)) if not self._is_there(reign)]
+        return [] if gone and self._new_name(gone) else gone
+
+    def _new_name(self, reigns: Sequence[Champion]) -> str | None:
+        """What the registered model is called by now, where a person renamed it: these versions are under that name."""
+        if self.tracker.client.search_registered_models(f"name = '{self.model}'"):
+            return None
+        known = {(reign.version, reign.run) for reign in reigns}
+        found = [version for run in {reign.run for reign in reigns} for version in self._versions(run)]
+        return next((v.name for v in found if (str(v.version), v.run_id) in known), None)
+
+    def _is_there(self, reign: Champion) -> bool:
+        try:
+            found = self.tracker.client.get_model_version(self.model, reign.version)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        return found.run_id == reign.run  # of a model that was deleted and made again the numbers begin anew
 
     def _versions(self, run: str) -> list[ModelVersion]:
         """Those that a promotion made; one registered by hand has no digests and is never served."""
@@ -126,7 +154,10 @@ def alone(home: Path) -> Iterator[None]:
 
 
 def settle(tracker: MlflowTracker, ledger: Ledger, said: Callable[[str], None]) -> None:
-    """Finish or undo what was cut off; call it `alone`, so that whoever began it is gone."""
+    """Finish or undo what was cut off, and take out of the ledger's reigns what was deleted in MLflow.
+
+    Call it `alone`, so that whoever began it is gone.
+    """
     for begun in ledger.cut_off():
         registry = Registry(tracker, ledger, begun.model)
         kind = "rollback" if begun.details["kind"] == ROLLED_BACK else "promotion"
@@ -139,6 +170,11 @@ def settle(tracker: MlflowTracker, ledger: Ledger, said: Callable[[str], None]) 
             why = "its version was not registered yet" if version is None else "the alias was moved by hand meanwhile"
             ledger.end(begun, UNDONE, version, f"cut off: {why}")
             said(f"{what}, was undone ({why}): {_named(found)} is champion; the same command does it")
+    for model in dict.fromkeys(event.model for event in ledger.events()):
+        for gone in (registry := Registry(tracker, ledger, model)).gone():
+            was = "the champion" if gone == ledger.reigns(model)[-1] else "a former champion"
+            ledger.lose(model, gone, f"deleted in MLflow; was {was}")
+            said(f"{model} {_named(gone.version)}, {was}, was deleted in MLflow: the ledger has it as gone")
 
 
 def _move(registry: Registry, begun: Event, version: str) -> None:
@@ -210,7 +246,7 @@ def promote(
     if champion and champion.run == run_id:
         observer.said(f"run {run_id} is champion already, {registry.model} {_named(champion.version)}: nothing to do")
         return champion
-    _check_that_it_is_no_reproduction(registry.tracker, run_id)
+    _check_that_it_is_a_candidate(registry.tracker, run_id)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench = Bench(registry.tracker, registry.ledger, registry.model, rules, data_dir, folder, observer, dataset)
@@ -241,13 +277,20 @@ def _pack(bench: Bench, challenger: Judged, verdict: Event, folder: Path) -> Non
     package(bench.tracker, challenger.run, challenger.folder, folder, evidence(verdict), onnx_file)
 
 
-def _check_that_it_is_no_reproduction(tracker: MlflowTracker, run_id: str) -> None:
-    """Its bits are another run's: under a second name the test split would judge one model twice."""
+def _check_that_it_is_a_candidate(tracker: MlflowTracker, run_id: str) -> None:
+    """UserError for a run that a person deleted, and for a reproduction.
+
+    Its bits are another run's: under a second name the test split would judge one model twice.
+    """
     try:
-        first = tracker.client.get_run(run_id).data.tags.get("reproduces")
+        run = tracker.client.get_run(run_id)
     except MlflowException:
         return  # find_model says so
-    if first:
+    if not is_active(run):
+        raise UserError(
+            f"RUN {run_id}: was deleted in MLflow; {tracker.way_back(run.info.experiment_id)}, or take another"
+        )
+    if first := run.data.tags.get("reproduces"):
         raise UserError(f"RUN {run_id}: a reproduction, which is no candidate; make promote RUN={first} judges the run")
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from pipeline.errors import UserError
 from pipeline.recipe import KIND
+from pipeline.tracking.kept import controls
 from pipeline.tracking.runs import MlflowTracker, State, StudyRuns
 from pipeline.tracking.studies import find_study
 
@@ -55,7 +56,7 @@ def choose(tracker: MlflowTracker, names: Sequence[str]) -> list[StudyRuns]:
 
 def table(tracker: MlflowTracker, studies: Sequence[StudyRuns]) -> pd.DataFrame:
     """See `trials`."""
-    rows = [_row(run, study) for study in studies for run in tracker.children(study)]
+    rows = [row for study in studies for row in _rows(tracker.children(study), study)]
     frame = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
     params = sorted(name for name in frame.columns if "." in name and "/" not in name)
     metrics = sorted(name for name in frame.columns if "/" in name)
@@ -64,12 +65,17 @@ def table(tracker: MlflowTracker, studies: Sequence[StudyRuns]) -> pd.DataFrame:
     return frame.astype(kinds).copy()  # in one piece, or pandas warns where a column is added
 
 
+def _rows(runs: Sequence[Any], study: StudyRuns) -> list[dict[str, Any]]:
+    """Of MLflow's runs; nothing of them is asked for again."""
+    base = {run.info.run_id for run in controls([run for run in runs if run.data.tags["role"] == "trial"])}
+    return [_row(run, study) | {"control": run.info.run_id in base} for run in runs]
+
+
 def _row(run: Any, study: StudyRuns) -> dict[str, Any]:
-    """Of an MLflow run; nothing of it is asked for again."""
     tags, info = run.data.tags, run.info
     state = tags.get("state", info.status.lower())
     trial = tags.get("trial", "")
-    role = tags.get("role", "trial")
+    role = tags["role"]
     score = run.data.metrics.get(study.objective, np.nan) if state == State.FINISHED else np.nan
     return {
         "study": study.name,
@@ -78,7 +84,6 @@ def _row(run: Any, study: StudyRuns) -> dict[str, Any]:
         "role": role,
         "state": state,
         "reason": tags.get("reason", ""),
-        "control": role == "trial" and (info.run_name or "").endswith("(control)"),
         "objective": study.objective,
         "score": score if abs(score) < 1e300 else np.nan,  # MLflow keeps infinity as 1.8e308
         "started": pd.Timestamp(info.start_time, unit="ms", tz="UTC"),

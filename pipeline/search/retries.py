@@ -41,7 +41,19 @@ def reconcile(study: optuna.Study, tracker: MlflowTracker, parent: str, home: Pa
         ended = {trial.user_attrs["run_key"]: _end_of(trial) for trial in trials if _has_ended(trial)}
         alive = {trial.user_attrs.get("run_key", "") for trial in trials if not trial.state.is_finished()}
         tracker.close_lost(parent, alive, ended)
+        _leave_deleted(study, tracker, parent)
     return sorted(trial.number for trial in dead)
+
+
+def _leave_deleted(study: optuna.Study, tracker: MlflowTracker, parent: str) -> None:
+    """What waits to be asked again, and whose run was deleted in MLflow, begins anew with a run of its own."""
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    known = {trial.user_attrs["run_key"]: trial for trial in waiting if "run_key" in trial.user_attrs}
+    for key in known.keys() & (tracker.deleted_keys(parent) if known else set()):
+        trial = known[key]
+        study._storage.set_trial_user_attr(trial._trial_id, "run_key", uuid.uuid4().hex)
+        shutil.rmtree(tracker.home / CHECKPOINTS / key, ignore_errors=True)  # its first epochs are in the deleted run
+        log.warning("trial %d: its run was deleted in MLflow; it begins anew, with another", trial.number)
 
 
 def _has_ended(trial: FrozenTrial) -> bool:
@@ -81,7 +93,8 @@ def run_name(trial: FrozenTrial | optuna.Trial) -> str:
 
 def run_tags(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> dict[str, str]:
     """Which trial a run in MLflow is."""
-    return {"role": "trial", "study": study.study_name, "trial": str(trial.number)}
+    tags = {"role": "trial", "study": study.study_name, "trial": str(trial.number)}
+    return tags | ({"control": "true"} if trial.user_attrs.get("control") else {})
 
 
 def ask_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial, died: bool = False) -> bool:

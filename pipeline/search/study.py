@@ -5,7 +5,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -335,7 +335,10 @@ def counts(trial: optuna.trial.FrozenTrial) -> bool:
     return trial.state.is_finished() and not trial.user_attrs.get("asked_again")
 
 
-def best_trials(study: optuna.Study, count: int | None = None) -> list[optuna.trial.FrozenTrial]:
-    """The completed trials, best first."""
+def best_trials(
+    study: optuna.Study, count: int | None = None, without: Collection[str] = ()
+) -> list[optuna.trial.FrozenTrial]:
+    """The completed trials, best first; `without` those of these run keys."""
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    done = [trial for trial in done if trial.user_attrs.get("run_key") not in without]
     return sorted(done, key=lambda trial: (-(trial.value or 0.0), trial.number))[:count]

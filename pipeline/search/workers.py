@@ -65,6 +65,7 @@ def run(
         state = State.FAILED
         try:
             study.set_user_attr("mlflow_run_id", parent.id)
+            study.set_user_attr("run_key", parent.key)  # another one where the run was deleted
             reconcile(study, tracker, parent.id, home)
             objective = Objective(
                 search, data, device, tracker, parent.id, observer, lambda: stop.requested, storage, home

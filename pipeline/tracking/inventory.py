@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run as StoredRun
+from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
@@ -35,14 +36,16 @@ class Points(NamedTuple):
     last: int
 
 
-def all_runs(tracker: MlflowTracker) -> list[StoredRun]:
-    """Every run that is ours, of all studies, and of none."""
-    experiments = [experiment.experiment_id for experiment in tracker.client.search_experiments(max_results=50_000)]
+def all_runs(tracker: MlflowTracker, deleted: bool = False) -> list[StoredRun]:
+    """Every run that is ours, of all studies, and of none; or those that were deleted in MLflow and can be restored."""
+    view = ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
+    there = tracker.client.search_experiments(ViewType.ALL if deleted else view, max_results=50_000)
+    experiments = [experiment.experiment_id for experiment in there]
     found: list[StoredRun] = []
     page = None
     while experiments:
         runs = tracker.client.search_runs(
-            experiments, f"tags.{RUN_KEY} != ''", max_results=_PAGE, order_by=["start_time"], page_token=page
+            experiments, f"tags.{RUN_KEY} != ''", view, max_results=_PAGE, order_by=["start_time"], page_token=page
         )
         found += runs
         page = runs.token

@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import parse_recipe
 from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.tracking.stores import is_active
 from pipeline.training.checkpoints import PLAIN_WEIGHTS, RECORD, WEIGHTS, amend, read_checkpoint, read_facts
 
 CHAMPION = "models:/image-classifier@champion"
@@ -145,7 +146,7 @@ def _found(tracker: MlflowTracker, wanted: str | None) -> tuple[Run | ModelVersi
     if wanted.startswith("models:/"):
         found = _registered(tracker, wanted)
         if found is None and wanted == CHAMPION:
-            raise UserError(f"{wanted}: no champion yet; make promote NAME=attention chooses one")
+            raise UserError(f"{wanted}: no champion; make promote NAME=attention chooses one")
         if found is None:
             raise UserError(f"{wanted}: no such registered model; models:/NAME@ALIAS or models:/NAME/VERSION names one")
         return found
@@ -155,7 +156,7 @@ def _found(tracker: MlflowTracker, wanted: str | None) -> tuple[Run | ModelVersi
         run = tracker.client.get_run(wanted)
     except MlflowException:
         raise UserError(f"{wanted}: no such run in the tracking store; make ui shows those there are") from None
-    return run, _name(run)
+    return run, _name(run) + ("" if is_active(run) else ", which was deleted in MLflow")
 
 
 def _champion(tracker: MlflowTracker) -> tuple[ModelVersion, str] | None:
@@ -200,7 +201,7 @@ def _best_run(tracker: MlflowTracker) -> tuple[Run, str]:
     if not best:
         raise UserError(_NO_RUN)
     _, run, what = max(best, key=lambda item: item[0])
-    return run, f"the best finished run (no champion yet), {what}"
+    return run, f"the best finished run (no champion), {what}"
 
 
 def _why_no_model(run: Run) -> str:

@@ -5,10 +5,12 @@ import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +19,7 @@ import pipeline.environment  # noqa: F401, before MLflow
 # isort: split
 from filelock import FileLock
 from mlflow.entities import Run as StoredRun
-from mlflow.entities import RunTag
+from mlflow.entities import RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
@@ -26,12 +28,14 @@ from pipeline.errors import UserError, first_line, public_uri
 from pipeline.guard import is_gone
 from pipeline.recipe import Recipe
 from pipeline.tracking.journal import FOLDER, Busy, Journal, address_of, is_busy, journals, remains
+from pipeline.tracking.kept import left_out, whole
 from pipeline.tracking.lineage import code, hardware
 from pipeline.tracking.open_run import MlflowRun, State, end_record, now_ms
 from pipeline.tracking.relocate import check_place
-from pipeline.tracking.shipping import Shipper
-from pipeline.tracking.stores import RUN_KEY, Stores, client_of, connect
+from pipeline.tracking.shipping import DELETED, Shipper
+from pipeline.tracking.stores import RUN_KEY, Deleted, Stores, client_of, connect, is_active
 from pipeline.tracking.ui import shared_view
+from pipeline.training.resume import CHECKPOINTS
 
 for _noisy in ("mlflow", "alembic", "urllib3"):
     logging.getLogger(_noisy).setLevel(logging.ERROR)
@@ -189,29 +193,40 @@ class MlflowTracker:
         `places` are those where its data set lay, the newest first; they replace those that it has.
 
         The study itself remembers id and key: others may have one of the same name in a shared store, and who dies before it
-        knows the id has made the run. MLflow has answered when it returns: the run's `id` is there. UserError where MLflow
-        does not.
+        knows the id has made the run. Where that run was deleted in MLflow there is a new one, with a key of its own, to
+        which the study's other runs belong from now on. Tags that were removed are written again. MLflow has answered when
+        it returns: the run's `id` is there. UserError where MLflow does not, or the study's experiment was deleted.
         """
         try:
-            experiment = self.experiment(name)
+            former = self._stores.run(run_id) if run_id else None
+            found = former if former and is_active(former) else None
+            experiment = self._place(name, former)
+            if key and not run_id:
+                found = self._found(experiment, key)
             view_key, view = shared_view(objective, params)
             self.client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{view_key}", view)
-            found = self._active(run_id) if run_id else self._stores.find(experiment, key) if key else None
-            key = (found.data.tags.get(RUN_KEY) if found else key) or uuid.uuid4().hex
+            is_new = found is None
+            if is_new and run_id:
+                key = None
+            key = key or (found and found.data.tags.get(RUN_KEY)) or uuid.uuid4().hex
             tags = {"study": name, "role": "study", "objective": objective, "view": view_key, RUN_KEY: key}
             if found is None:
-                tags |= _provenance() | {"mlflow.note.content": note}
-                run_id = self._stores.make(experiment, name, tags, now_ms())
-            run_id = found.info.run_id if found else run_id
-            assert run_id
-            self.keep_places(run_id, places)
-            self.client.update_run(run_id, "RUNNING")
+                first = tags | _provenance() | {"mlflow.note.content": note}
+                if run_id:
+                    first[_REPLACES] = ",".join([run_id, *(_replaced(former) if former else ())])
+                    log.warning("the study's own run %s was deleted in MLflow: another takes its place", run_id)
+                opened = self._stores.make(experiment, name, first, now_ms())
+            else:
+                opened, name = found.info.run_id, found.info.run_name or name  # a person's name for it stays
+            self._adopt(opened)
+            self.keep_places(opened, places)
+            self.client.update_run(opened, "RUNNING")
         except MlflowException as error:
             raise UserError(
                 f"TRACKING_URI {public_uri(self.uri)}: doesn't answer ({first_line(error)}); try again"
             ) from None
-        start = {"run_id": run_id, "name": name, "tags": {RUN_KEY: key}, "params": {}}
-        return MlflowRun(self._shipper, self._journal(key, start, found is not None), run_id)
+        start = {"run_id": opened, "name": name, "tags": tags, "params": {}}
+        return MlflowRun(self._shipper, self._journal(key, start, not is_new), opened)
 
     def keep_places(self, run_id: str, places: Sequence[str]) -> None:
         """Where a study's data set lay, the newest first, in its run; as many as a tag holds."""
@@ -221,24 +236,56 @@ class MlflowTracker:
 
     def places_of(self, run_id: str) -> list[str]:
         """Where a run's data set lay, the newest first: what its study has kept, then where MLflow has it, the first place."""
-        run = self._active(run_id)
-        if run is None:
+        run = self._stores.run(run_id)
+        if run is None or not is_active(run):
             return []
-        study = self._active(run.data.tags.get(MLFLOW_PARENT_RUN_ID, run_id))
-        kept = json.loads(study.data.tags.get(_PLACES, "[]")) if study else []
+        study = self._stores.run(run.data.tags.get(MLFLOW_PARENT_RUN_ID, run_id))
         sources = [
             json.loads(its.dataset.source).get("uri", "") for its in (run.inputs.dataset_inputs if run.inputs else [])
         ]
-        return list(dict.fromkeys([*kept, *filter(os.path.isabs, sources)]))
+        return list(dict.fromkeys([*(_places(study) if study else ()), *filter(os.path.isabs, sources)]))
 
-    def _active(self, run_id: str) -> StoredRun | None:
+    def _found(self, experiment: str, key: str) -> StoredRun | None:
         try:
-            found = self.client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
-        return found if found.info.lifecycle_stage == "active" else None
+            return self._stores.find(experiment, key)
+        except Deleted:
+            return None
+
+    def _place(self, name: str, former: StoredRun | None) -> str:
+        """The experiment of a study's run: where it is or was, whatever that is called by now; else the one of its name."""
+        if former and self._stores.is_experiment_active(former.info.experiment_id):
+            return former.info.experiment_id
+        return self.experiment(name)
+
+    def _adopt(self, parent: str) -> None:
+        """The runs of those that a study's run replaces are its own from now on; such as were restored since, too."""
+        run = self.client.get_run(parent)
+        strays = [
+            child for former in _replaced(run) for child in self._search(run.info.experiment_id, _child_of(former))
+        ]
+        for child in strays:
+            self.client.set_tag(child.info.run_id, MLFLOW_PARENT_RUN_ID, parent)
+        if strays:
+            log.warning("the study's run %s has %d runs of one that was deleted in MLflow", parent, len(strays))
+
+    def _search(
+        self,
+        experiment: str,
+        query: str,
+        order: Sequence[str] = (),
+        view: int = ViewType.ACTIVE_ONLY,
+        at_once: int = 5_000,
+    ) -> Iterator[StoredRun]:
+        """Every run that a query finds, `at_once` so many asked for: MLflow gives them by pages."""
+        page = None
+        while True:
+            runs = self.client.search_runs(
+                [experiment], query, view, max_results=at_once, order_by=list(order), page_token=page
+            )
+            yield from runs
+            page = runs.token
+            if not page:
+                return
 
     @contextlib.contextmanager
     def run(
@@ -313,9 +360,12 @@ class MlflowTracker:
 
     def id_of(self, key: str, timeout_s: float = 60.0) -> str:
         """MLflow's id of a run of this process, when all of the process is in MLflow; UserError where that takes too long."""
-        if self.flush(timeout_s) and (found := self._shipper.run_id(key)):
+        self.flush(timeout_s)
+        if key not in self.waiting and (found := self._shipper.run_id(key)):  # others may be refused
             return found
         reason = self.refused.get(key)
+        if key in self._shipper.deleted:
+            raise UserError(f"run key {key}: {DELETED} before it was whole; the same command makes it anew")
         raise UserError(
             f"run key {key}: MLflow refuses it ({reason})"
             if reason
@@ -357,28 +407,39 @@ class MlflowTracker:
             taken += 1
         return taken
 
+    def drop_deleted(self) -> list[str]:
+        """Throw away what waits here for runs that were deleted in MLflow, their kept trainings too; their keys."""
+        dropped = []
+        for key in self._shipper.deleted:
+            with contextlib.suppress(Busy):
+                Journal(self.home / FOLDER / key).remove()
+                shutil.rmtree(self.home / CHECKPOINTS / key, ignore_errors=True)
+                self._shipper.forget(key)
+                dropped.append(key)
+        return dropped
+
+    @property
+    def deleted(self) -> set[str]:
+        """Of the refused runs, the keys of those that were deleted in MLflow."""
+        return self._shipper.deleted
+
     def studies(self) -> list["StudyRuns"]:
         """The studies in this store, the last one run first."""
         found = []
         for experiment in self.client.search_experiments(max_results=1000):
-            for parent in self.client.search_runs([experiment.experiment_id], "tags.role = 'study'"):
+            for parent in whole(self._search(experiment.experiment_id, "tags.role = 'study'")):
                 tags, info = parent.data.tags, parent.info
                 ended = float("inf") if info.status == "RUNNING" else info.end_time  # one opened again has both
-                places = json.loads(tags.get(_PLACES, "[]"))
                 names = (tags["study"], info.run_id, info.experiment_id, tags["objective"], tags.get("view"))
-                study = StudyRuns(*names, places)
+                study = StudyRuns(*names, _places(parent))
                 found.append((ended, study))
         return [study for _, study in sorted(found, key=lambda item: -item[0])]
 
     def best_run_ids(self, study: "StudyRuns", count: int) -> list[str]:
         """The finished trials' runs, best first; not those of finals and reproductions."""
-        found = self.client.search_runs(
-            [study.experiment],
-            f"{_child_of(study.parent, 'trial')} and tags.state = 'finished'",
-            order_by=[f"metrics.`{study.objective}` DESC"],
-            max_results=count,
-        )
-        return [run.info.run_id for run in found]
+        query = f"{_child_of(study.parent, 'trial')} and tags.state = 'finished'"
+        found = whole(self._search(study.experiment, query, [f"metrics.`{study.objective}` DESC"], at_once=count + 10))
+        return [run.info.run_id for run in islice(found, count)]
 
     def close_lost(self, parent: str, alive: Collection[str], ended: Mapping[str, tuple[State, str]]) -> None:
         """Close a study's RUNNING runs that no process is at: not those with a key in `alive`, nor with a journal here.
@@ -414,17 +475,47 @@ class MlflowTracker:
         self.client.set_terminated(run.info.run_id, end["status"])
 
     def children(self, study: "StudyRuns", role: str | None = None) -> list[StoredRun]:
-        """A study's runs with this tag `role` (trial, final, reproduction), or all, as MLflow has them, the oldest first."""
-        found: list[StoredRun] = []
-        query, order, page = _child_of(study.parent, role), ["attributes.start_time ASC"], None
-        while True:
-            runs = self.client.search_runs(
-                [study.experiment], query, order_by=order, max_results=5_000, page_token=page
-            )
-            found += runs
-            page = runs.token
-            if not page:
-                return found
+        """A study's runs with this tag `role` (trial, final, reproduction), or all, as MLflow has them, the oldest first.
+
+        Not those that `left_out` tells of.
+        """
+        return list(whole(self._search(study.experiment, _child_of(study.parent, role), _OLDEST_FIRST)))
+
+    def deleted_children(self, study: "StudyRuns") -> list[StoredRun]:
+        """A study's runs that were deleted in MLflow, and are still there to be restored."""
+        return self._deleted_of(study.parent)
+
+    def deleted_keys(self, parent: str) -> set[str]:
+        """The keys of a study's runs that were deleted in MLflow; `parent` is the study's own."""
+        return {run.data.tags[RUN_KEY] for run in self._deleted_of(parent) if RUN_KEY in run.data.tags}
+
+    def _deleted_of(self, parent: str) -> list[StoredRun]:
+        run = self.client.get_run(parent)
+        queries = [_child_of(name) for name in (parent, *_replaced(run))]
+        place, view = run.info.experiment_id, ViewType.DELETED_ONLY
+        return [child for query in queries for child in self._search(place, query, _OLDEST_FIRST, view)]
+
+    def left_out(self, study: "StudyRuns") -> list[str]:
+        """A line for what of a study was deleted in MLflow, and for what lost its tags: no command reads those runs."""
+        runs = list(self._search(study.experiment, _child_of(study.parent)))
+        return left_out(runs, self.deleted_children(study), self._stores.way_back(study.experiment))
+
+    def find(self, run_id: str) -> StoredRun | None:
+        """The run of this id, deleted or not; None where there is none, or none any more."""
+        return self._stores.run(run_id)
+
+    def way_back(self, experiment: str) -> str:
+        """How a person restores a deleted run of this experiment."""
+        return self._stores.way_back(experiment)
+
+    def deleted_studies(self) -> dict[str, str]:
+        """The names of studies that were deleted in MLflow -> how a person restores each."""
+        found = {}
+        for experiment in self.client.search_experiments(ViewType.ALL, max_results=1000):
+            place = experiment.experiment_id
+            for run in whole(self._search(place, "tags.role = 'study'", view=ViewType.DELETED_ONLY)):
+                found[run.data.tags["study"]] = self._stores.way_back(place)
+        return found
 
     def close_gone(self, experiment: str) -> None:
         """Close what processes of this machine left RUNNING: runs with a tag `worker`, as finals' have.
@@ -443,6 +534,25 @@ class MlflowTracker:
             return None
         with tempfile.TemporaryDirectory() as folder:
             return Path(self.client.download_artifacts(run_id, name, folder)).read_bytes()
+
+
+_REPLACES = "replaces"  # a tag of a study's run: the ids of those before it, which were deleted
+
+
+def _replaced(parent: StoredRun) -> list[str]:
+    return re.findall(r"[0-9a-f]{32}", parent.data.tags.get(_REPLACES, ""))
+
+
+_OLDEST_FIRST = ("attributes.start_time ASC",)
+
+
+def _places(study: StoredRun) -> list[str]:
+    """The places in the tag of a study's run; none where a person has spoilt it."""
+    try:
+        kept = json.loads(study.data.tags.get(_PLACES, "[]"))
+    except ValueError:
+        return []
+    return [place for place in kept if isinstance(place, str)] if isinstance(kept, list) else []
 
 
 def _child_of(parent: str, role: str | None = None) -> str:

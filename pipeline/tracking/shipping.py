@@ -16,14 +16,16 @@ from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.entities import Run as StoredRun
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.errors import UserError, first_line
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.stores import RUN_KEY, Refused, Stores, done_already, is_for_good
+from pipeline.tracking.stores import RUN_KEY, Deleted, Refused, Stores, done_already, is_for_good
 
 log = logging.getLogger(__name__)
 
 SYSTEM = "system/"  # metrics of the machine, whose steps only count
+DELETED = "it was deleted in MLflow"
 _INTERVAL_S = 10.0  # between two calls for runs that go on, so that each takes many records
 _LONGEST_PAUSE_S = 30.0  # between two tries while MLflow doesn't answer
 _BATCH = 500  # records that are held in memory
@@ -40,6 +42,7 @@ class _Shipment:
     asks: int = 0  # for the run to be made
     failures: int = 0
     refused: str = ""  # why it is no longer tried
+    parent: str | None = None  # the run that its run is a child of
 
     @property
     def has_news(self) -> bool:
@@ -58,6 +61,7 @@ class Shipper:
         self._shipments: dict[str, _Shipment] = {}
         self._ids: dict[str, str] = {}
         self._refused: dict[str, str] = {}
+        self._deleted: set[str] = set()  # of the refused, those whose run was deleted
         self._thread: threading.Thread | None = None
         self._next, self._failures, self._flushing, self._urgent = 0.0, 0, 0, False
         self._failing_since: float | None = None
@@ -99,6 +103,7 @@ class Shipper:
     def _add(self, shipment: _Shipment) -> None:
         self._shipments[shipment.journal.key] = shipment
         self._refused.pop(shipment.journal.key, None)
+        self._deleted.discard(shipment.journal.key)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="shipper", daemon=True)
             self._thread.start()
@@ -131,6 +136,18 @@ class Shipper:
         """Run key -> why MLflow will never take it as it is."""
         with self._changed:
             return dict(self._refused)
+
+    @property
+    def deleted(self) -> set[str]:
+        """Of the refused, the keys of those whose run was deleted in MLflow: only restoring it would help."""
+        with self._changed:
+            return set(self._deleted)
+
+    def forget(self, key: str) -> None:
+        """Its journal was dropped."""
+        with self._changed:
+            self._refused.pop(key, None)
+            self._deleted.discard(key)
 
     @property
     def failing_s(self) -> float:
@@ -207,13 +224,20 @@ class Shipper:
         except Exception as error:
             if not is_for_good(error):
                 raise
-            with self._changed:
-                shipment.refused = self._refused[journal.key] = first_line(error)
-            log.warning("run key %s: MLflow refuses it (%s); it is kept", journal.key, shipment.refused)
+            self._refuse(shipment, error)
         with self._changed:
             if journal.has_ended and (shipment.refused or shipment.offset == journal.size):
                 del self._shipments[journal.key]
                 (journal.release if shipment.refused else journal.remove)()
+
+    def _refuse(self, shipment: _Shipment, error: Exception) -> None:
+        known, key = shipment.run_id or shipment.parent, shipment.journal.key
+        is_deleted = isinstance(error, Deleted) or (known is not None and self._stores.is_deleted(known))
+        with self._changed:
+            shipment.refused = self._refused[key] = DELETED if is_deleted else first_line(error)
+            if is_deleted:
+                self._deleted.add(key)
+        log.warning("run key %s: MLflow refuses it (%s); it is kept", key, shipment.refused)
 
     def _send(self, shipment: _Shipment) -> None:
         """Some records, as few calls as can be."""
@@ -240,6 +264,7 @@ class Shipper:
     def _begin(self, shipment: _Shipment, start: Mapping[str, Any]) -> None:
         """The run, made or found and RUNNING, with all that was known of it before its first step."""
         journal, key = shipment.journal, shipment.journal.key
+        shipment.parent = start["tags"].get(MLFLOW_PARENT_RUN_ID)
         found: StoredRun | None = None
         if "run_id" in start:
             found = self._client.get_run(start["run_id"])

@@ -17,7 +17,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.rest_utils import http_request, verify_rest_response
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, public_uri
 from pipeline.tracking.journal import DiskFault
 from pipeline.tracking.sqlite import use_write_ahead_log
 
@@ -29,6 +29,10 @@ _FOR_GOOD = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirector
 
 class Refused(Exception):
     """MLflow will never take this."""
+
+
+class Deleted(Refused):
+    """The run was deleted in MLflow, or its study was."""
 
 
 def connect(uri: str, own: Path | None) -> mlflow.MlflowClient:
@@ -88,9 +92,8 @@ class Stores:
         with self._lock:  # two processes at once would each make it
             found = self.client.get_experiment_by_name(name)
             if found and found.lifecycle_stage == "deleted":
-                raise UserError(
-                    f"the MLflow experiment {name} was deleted: restore it in the UI, or give the study another VERSION"
-                )
+                way = self.way_back(found.experiment_id)
+                raise UserError(f"the MLflow experiment {name} was deleted: {way}, or give the study another VERSION")
             if found:
                 return found.experiment_id
             return self.client.create_experiment(
@@ -106,6 +109,31 @@ class Stores:
             self._experiments[parent] = self.client.get_run(parent).info.experiment_id
         return self._experiments[parent]
 
+    def run(self, run_id: str) -> StoredRun | None:
+        """The run of this id, deleted or not; None where there is none any more."""
+        try:
+            return self.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+    def is_deleted(self, run_id: str) -> bool:
+        """Whether a run that was there is deleted, or gone for good."""
+        found = self.run(run_id)
+        return found is None or not is_active(found)
+
+    def is_experiment_active(self, experiment: str) -> bool:
+        """Whether it was not deleted; its runs are deleted with it."""
+        return bool(self.client.get_experiment(experiment).lifecycle_stage == "active")
+
+    def way_back(self, experiment: str) -> str:
+        """How a person restores a deleted run of this experiment: MLflow's pages can't restore experiments."""
+        if self.is_experiment_active(experiment):
+            return "restore it in MLflow (runs of its experiment, State: Deleted, Restore)"
+        command = f".venv/bin/mlflow experiments restore --experiment-id {experiment}"
+        return f"MLFLOW_TRACKING_URI={public_uri(self._uri)} {command} restores it with its runs"
+
     def make(self, experiment: str, name: str, tags: Mapping[str, str], at: int) -> str:
         """A new run's id; asked for exactly once. `at` is its start in ms.
 
@@ -120,15 +148,20 @@ class Stores:
     def find(self, experiment: str, key: str, keep: str | None = None) -> StoredRun | None:
         """The run of this key. Of several that a slow server made of one, all but one, `keep` if it is named, are deleted."""
         found = self.client.search_runs([experiment], f"tags.{RUN_KEY} = '{key}'", ViewType.ALL)
-        there = [run for run in found if run.info.lifecycle_stage == "active"]
+        there = [run for run in found if is_active(run)]
         if found and not there:
-            raise Refused("it was deleted in MLflow")
+            raise Deleted("it was deleted in MLflow")
         # That which was written to has metrics or parameters.
         there.sort(key=lambda run: (run.info.run_id == keep, len(run.data.metrics), len(run.data.params)))
         for other in there[:-1]:
             with done_already():
                 self.client.delete_run(other.info.run_id)
         return there[-1] if there else None
+
+
+def is_active(run: StoredRun) -> bool:
+    """Whether it was not deleted."""
+    return bool(run.info.lifecycle_stage == "active")
 
 
 @contextlib.contextmanager

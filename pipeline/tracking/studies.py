@@ -11,15 +11,27 @@ def find_studies(tracker: MlflowTracker, name: str) -> list[StudyRuns]:
     A folder's may be named without the digits of its digest, too. UserError where there is none.
     """
     known = tracker.studies()
-    exact = [study for study in known if study.name == name]
-    keys = [(study, StudyKey.parse(study.name)) for study in known]
-    found = exact or [study for study, key in keys if key and key.is_meant_by(name)]
+    found = [study for study in known if study.name == name] or [
+        study for study in known if _is_meant(name, study.name)
+    ]
     if not found:
+        deleted = {its: way for its, way in tracker.deleted_studies().items() if _is_meant(name, its)}
+        if deleted:
+            goes_on = f"make study NAME={name} goes on with what is left of it"
+            raise UserError(
+                [f"study {its}: was deleted in MLflow; {way}, or {goes_on}" for its, way in deleted.items()]
+            )
         names = sorted(study.name for study in known)
         raise UserError(
-            f"no study {name} in the tracking store{did_you_mean(name, names)}; there: {', '.join(names) or 'none'}"
+            f"no study {name} in the tracking store{did_you_mean(name, names)}; there: {', '.join(names) or 'none'}; "
+            "make study makes one, and finds one again whose tags were removed in MLflow"
         )
     return found
+
+
+def _is_meant(name: str, whole: str) -> bool:
+    key = StudyKey.parse(whole)
+    return whole == name or bool(key and key.is_meant_by(name))
 
 
 def find_study(tracker: MlflowTracker, name: str) -> tuple[StudyRuns, str]:

@@ -55,7 +55,8 @@ def test_names_that_mean_nothing_are_told(trained: Trained, tmp_path: Path) -> N
 def test_more_runs_than_a_page_of_mlflow_are_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = MlflowTracker(tmp_path)
     parent = tracker.open_study("many-v1-digits", "?", "val/accuracy", [])
-    tags = {"mlflow.parentRunId": parent.id, "role": "trial"}
+    digests = dict.fromkeys(("recipe_digest", "data_digest", "split_digest"), "ab" * 32)
+    tags = {"mlflow.parentRunId": parent.id, "role": "trial", "study": "many-v1-digits", **digests}
     experiment = tracker.client.get_run(parent.id).info.experiment_id
     for number in range(5):
         tracker.client.create_run(experiment, tags=tags | {"trial": str(number)}, start_time=number + 1)

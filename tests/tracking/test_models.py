@@ -37,7 +37,7 @@ def test_what_has_no_model_is_told_with_its_state(trained: Trained) -> None:
     assert "a whole study, not one of its trials" in refusal(trained.home, parent)
     assert refusal(trained.home, "0" * 32).startswith(f"{'0' * 32}: no such run")
     assert refusal(trained.home, "best").startswith("best: neither a folder, nor a run's id")
-    assert "no champion yet; make promote" in refusal(trained.home, "models:/image-classifier@champion")
+    assert "no champion; make promote" in refusal(trained.home, "models:/image-classifier@champion")
     for name in ("models:/image-classifier@other", "models:/x/3", "models:/x", "models:/a/b@c", "models:/"):
         assert refusal(trained.home, name).startswith(f"{name}: no such registered model")
 
@@ -97,7 +97,7 @@ def test_the_default_is_the_best_run_of_all_studies_on_the_last_ones_data(
     scored(tracker, "c-v1-digits", small_recipe, digits, 0.7)
     # These runs have no weights, so the line that says so names the one that was chosen.
     assert refusal(tmp_path, None).startswith(
-        f"the best finished run (no champion yet), trial 0 of b-v1-digits, run {best}, val/accuracy 0.8000: finished,"
+        f"the best finished run (no champion), trial 0 of b-v1-digits, run {best}, val/accuracy 0.8000: finished,"
     )
     scored(tracker, "d-v1-digits", small_recipe, dataclasses.replace(digits, split_digest="another split"), 0.95)
     assert "val/accuracy 0.9500" in refusal(tmp_path, None)
@@ -109,7 +109,7 @@ def test_the_default_is_the_best_run_of_all_studies_on_the_last_ones_data(
 
 def test_the_champion_comes_before_the_best_run(trained: Trained, packed: Package) -> None:
     with find_model(trained.home, None, None) as model:
-        assert model.what.startswith("the best finished run (no champion yet), trial 0 of tiny-v1-digits")
+        assert model.what.startswith("the best finished run (no champion), trial 0 of tiny-v1-digits")
     with registered(trained, packed) as version:
         name = f"image-classifier version {version}, trial 0 of tiny-v1-digits, run {trained.finished}"
         for wanted, what in {

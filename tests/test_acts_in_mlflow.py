@@ -1,0 +1,351 @@
+"""What people do in MLflow's pages between two commands: each command works and says what is left out, or says the way out.
+
+The acts are those of the pages, by MLflow's client; the store, the commands and the trainings are real, only short.
+"""
+
+import contextlib
+import io
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Trained
+from mlflow import MlflowClient
+from PIL import Image
+
+from pipeline.cli.main import main
+from pipeline.tracking.journal import FOLDER, journals
+from pipeline.tracking.runs import MlflowTracker
+
+MODEL, NAME = "image-classifier", "attention-v1-digits"
+SET = (
+    "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 training.batch_size=16 "
+    "augmentation.crop_padding=0 augmentation.mixup=0 augmentation.cutmix=0"
+)
+LENIENT = ("--rule", "class_margin=100 ece_margin=100 latency_factor=1000 alpha=0.49 seed_spread=0")
+STUDY = ("study", "attention", "--dataset", "digits", "--epochs", "1", "--set", SET, "--trials", "3")
+MORE = (*STUDY[:-1], "4")
+FINALS = ("finals", "attention", "--top", "2", "--seeds", "1", "--epochs", "2")
+COMPARE, PREDICT = ("compare", "attention"), ("predict", "picture.png")
+PROMOTE = ("promote", "attention", *LENIENT)
+ROLLBACK = ("rollback", "--reason", "slower")
+HISTORY, EXPORT, SYNC, AUDIT, FIX = ("history",), ("export",), ("sync",), ("audit",), ("audit", "--fix")
+ROLES = ("study", "trial", "final")
+
+
+def call(*words: str) -> tuple[int, str]:
+    """A command's exit code, and what it prints; in the current folder, in this process."""
+    out, root = io.StringIO(), logging.getLogger()
+    handlers, arguments = root.handlers[:], sys.argv
+    root.handlers[:], sys.argv = [], ["pipeline", *words]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            main()
+    except SystemExit as ended:
+        return int(ended.code or 0), out.getvalue()
+    finally:
+        root.handlers[:], sys.argv = handlers, arguments
+    raise AssertionError("typer always exits")
+
+
+@dataclass(frozen=True)
+class Store:
+    """A study of three trials and its finals; champion is a final of the control, before it the control's trial was."""
+
+    client: MlflowClient
+    experiment: str
+    study: str  # run ids
+    trials: Sequence[str]
+    finals: Sequence[str]
+
+    def delete(self, *run_ids: str) -> None:
+        for run_id in run_ids:
+            self.client.delete_run(run_id)
+
+    def restore(self, *run_ids: str) -> None:
+        for run_id in run_ids:
+            self.client.restore_run(run_id)
+
+
+def opened(home: Path) -> Store:
+    client = MlflowTracker(home).client
+    (experiment,) = [found.experiment_id for found in client.search_experiments() if found.name == NAME]
+    runs = client.search_runs([experiment], order_by=["attributes.start_time ASC"])
+    [study], trials, finals = ([r.info.run_id for r in runs if r.data.tags["role"] == role] for role in ROLES)
+    return Store(client, experiment, study, trials, finals)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    home = tmp_path_factory.mktemp("made") / "mlruns"
+    with contextlib.chdir(home.parent):
+        for command in (STUDY, FINALS):
+            code, said = call(*command)
+            assert code == 0, said
+        for which in (("--run", opened(home).trials[0]), ("attention",)):
+            code, said = call("promote", *which, *LENIENT)
+            assert code == 0, said
+    return Trained(home, "", "")
+
+
+@pytest.fixture
+def store(made: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    made.copy(tmp_path / "mlruns")
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("picture.png")
+    return opened(tmp_path / "mlruns")
+
+
+def expect(command: Sequence[str], code: int, *words: str) -> str:
+    """A command that ends so, with these words in what it says, and never with a traceback."""
+    ended, said = call(*command)
+    told = " ".join(said.split())
+    assert "Traceback" not in said, said
+    assert ended == code, said
+    for phrase in words:
+        assert phrase in told, f"{phrase!r} is not in:\n{said}"
+    return told
+
+
+# Act -> what is done, and then command after command: its exit code, and what it has to say.
+Step = tuple[Sequence[str], int, *tuple[str, ...]]
+TABLE: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
+    "a trial is deleted": (
+        lambda s: s.delete(s.trials[1]),
+        [(AUDIT, 0, f"left out, deleted in MLflow: trial 1 of {NAME}; to have it back, restore it in MLflow"),
+         (STUDY, 0, "left out, deleted in MLflow: trial 1;", "best 2 of 3 trials"),
+         (COMPARE, 0, "left out, deleted in MLflow: trial 1;", "best 2 of 2 trials"),
+         (PROMOTE, 0, "left out, deleted in MLflow: trial 1;", "nothing to do"),
+         (MORE, 0, "best 3 of 4 trials"),
+         (FIX, 0, "nothing found")],
+    ),
+    "the control is deleted": (
+        lambda s: s.delete(s.trials[0]),
+        [(FINALS, 0, "left out, deleted in MLflow: trial 0 (control);", "2 candidates and the control", "winner: "),
+         (PREDICT, 0, "the champion, image-classifier version 2"), (ROLLBACK, 0, "version 1"), (PREDICT, 0, "version 1"),
+         (AUDIT, 0, "nothing found")],
+    ),
+    "all trials are deleted": (
+        lambda s: s.delete(*s.trials),
+        [(STUDY, 0, "trial 0 (control), trial 1, trial 2; to have them back, restore them in MLflow"),
+         (FINALS, 2, "left out, deleted", "no finished trial yet"),
+         (COMPARE, 0, "left out, deleted", "no trial finished"), (AUDIT, 0, "trials 0, 1, 2 of")],
+    ),
+    "a final is deleted": (
+        lambda s: s.delete(s.finals[0]),
+        [(PROMOTE, 2, "1 of the runs that decided them are gone, deleted in MLflow", f"make finals NAME={NAME}"),
+         (COMPARE, 0, "left out, deleted in MLflow: final of trial 0 (control), seed 1;"),
+         (EXPORT, 0, "image-classifier version 2"),
+         (FINALS, 0, "make finals trains a final anew", "1 of them done", "winner: "),
+         (AUDIT, 0, "nothing found"), (COMPARE, 0, "Finals: the winner is")],
+    ),
+    "a final is deleted and restored": (
+        lambda s: (s.delete(s.finals[0]), s.client.restore_run(s.finals[0])),
+        [(FINALS, 0, "2 of them done"), (PROMOTE, 0, "nothing to do"), (AUDIT, 0, "nothing found")],
+    ),
+    "the study's own run is deleted": (
+        lambda s: s.delete(s.study),
+        [(COMPARE, 2, f"study {NAME}: was deleted in MLflow; restore it in MLflow", "or make study NAME=attention"),
+         (FINALS, 2, "was deleted in MLflow"), (PROMOTE, 2, "was deleted in MLflow"),
+         (AUDIT, 0, f"{NAME}: was deleted in MLflow"),
+         (STUDY, 0, "another takes its place", "has 5 runs of one that was deleted", "best 3 of 3 trials"),
+         (AUDIT, 0, "nothing found"), (COMPARE, 0, "best 3 of 3 trials"), (FINALS, 0, "2 of them done", "winner: "),
+         (PROMOTE, 0, "nothing to do")],
+    ),
+    "the study is deleted with all its runs, and these are restored": (
+        lambda s: s.delete(s.study, *s.trials, *s.finals),
+        [(STUDY, 0, "left out, deleted in MLflow: ", "best 0 of 3 trials"), (AUDIT, 0, "trials 0, 1, 2 of")],
+    ),
+    "the study is deleted, then its trials' runs too, which are restored": (
+        lambda s: (s.delete(s.study, *s.trials, *s.finals), call(*STUDY), s.restore(*s.trials, *s.finals)),
+        [(STUDY, 0, "has 5 runs of one that was deleted", "best 3 of 3 trials"), (FINALS, 0, "2 of them done")],
+    ),
+    "the experiment is deleted": (
+        lambda s: s.client.delete_experiment(s.experiment),
+        [(STUDY, 2, "was deleted: MLFLOW_TRACKING_URI=sqlite:", "mlflow experiments restore --experiment-id 1"),
+         (COMPARE, 2, "was deleted in MLflow", "mlflow experiments restore"), (FINALS, 2, "mlflow experiments restore"),
+         (PREDICT, 0, "version 2"), (AUDIT, 0, "was deleted in MLflow", "mlflow experiments restore"), (SYNC, 0,)],
+    ),
+    "the experiment is renamed": (
+        lambda s: s.client.rename_experiment(s.experiment, "mine"),
+        [(MORE, 0, "best 4 of 4 trials"), (COMPARE, 0, "best 4 of 4 trials"), (AUDIT, 0, "nothing found")],
+    ),
+    "the control and the study are renamed": (
+        lambda s: (s.client.update_run(s.trials[0], name="mine"), s.client.update_run(s.study, name="ours")),
+        [(STUDY, 0), (COMPARE, 0, "control 0"), (FINALS, 0, "2 of them done"), (AUDIT, 0, "nothing found")],
+    ),
+    "the registered model is deleted": (
+        lambda s: s.client.delete_registered_model(MODEL),
+        [(AUDIT, 1, "version 1, 2 was deleted in MLflow; make audit FIX=1 takes it out"),
+         (FIX, 0, "version 2, the champion, was deleted in MLflow: the ledger has it as gone"),
+         (HISTORY, 0, "gone", "no champion"), (ROLLBACK, 2, "has no champion; there is nothing to go back to"),
+         (PROMOTE, 5, "which was deleted in MLflow; FORCE=1"), (PREDICT, 0, "no champion"),
+         ((*PROMOTE, "--force", "--reason", "deleted by mistake"), 0, "champion: image-classifier version 1")],
+    ),
+    "the registered model is renamed": (
+        lambda s: s.client.rename_registered_model(MODEL, "other"),
+        [(PROMOTE, 2, "is called other in MLflow by now", "rename it back there, or MODEL=other"),
+         (ROLLBACK, 2, "is called other"), (HISTORY, 2, "is called other"), (AUDIT, 1)],
+    ),
+    "the champion's version is deleted": (
+        lambda s: s.client.delete_model_version(MODEL, "2"),
+        [(PROMOTE, 2, "version 2, the champion, was deleted in MLflow", "make rollback VERSION=1"),
+         (AUDIT, 1, "make rollback VERSION=1"), ((*ROLLBACK, "--version", "1"), 0, "version 1"),
+         (AUDIT, 0, "nothing found"), (PREDICT, 0, "the champion, image-classifier version 1")],
+    ),
+    "the former champion's version is deleted": (
+        lambda s: s.client.delete_model_version(MODEL, "1"),
+        [(ROLLBACK, 2, "version 1, a former champion, was deleted in MLflow", "there is nothing to go back to"),
+         (HISTORY, 0, "champion: version 2"), (AUDIT, 0, "nothing found")],
+    ),
+    "the aliases are deleted": (
+        lambda s: [s.client.delete_registered_model_alias(MODEL, alias) for alias in ("champion", "previous")],
+        [(PROMOTE, 2, "make rollback VERSION=2"), (HISTORY, 2, "make rollback VERSION=2"),
+         ((*ROLLBACK, "--version", "2"), 0, "version 2"), (AUDIT, 0, "nothing found")],
+    ),
+    "the digests of the champion's files are removed": (
+        lambda s: [s.client.delete_model_version_tag(MODEL, "2", tag) for tag in s.client.get_model_version(MODEL, "2").tags],
+        [(PREDICT, 3, "has no tags sha256.<file>"), (ROLLBACK, 0, "version 1"), (PREDICT, 0, "version 1")],
+    ),
+    "a final loses a tag": (
+        lambda s: s.client.delete_tag(s.finals[1], "recipe_digest"),
+        [(AUDIT, 1, "tags were removed or changed in MLflow: recipe_digest", "can be deleted"),
+         (FINALS, 0, "left out, tags were removed or changed in MLflow", "1 of them done", "winner: ")],
+    ),
+    "a trial loses its key": (
+        lambda s: s.client.delete_tag(s.trials[2], "run_key"),
+        [(COMPARE, 0, "best 3 of 3 trials"), (AUDIT, 1, "tags were removed or changed in MLflow: run_key"),
+         (FIX, 0, "tags written again: run_key", "nothing found")],
+    ),
+    "a version is registered by hand": (
+        lambda s: s.client.create_model_version(MODEL, f"runs:/{s.trials[1]}/model", s.trials[1]),
+        [(HISTORY, 0, "champion: version 2"), (PROMOTE, 0, "nothing to do"), (AUDIT, 0, "nothing found")],
+    ),
+}  # fmt: skip
+for _tag in ("role", "study", "trial", "state", "recipe_digest", "data_digest"):
+    TABLE[f"a trial loses its tag {_tag}"] = (
+        lambda s, tag=_tag: s.client.delete_tag(s.trials[2], tag),  # type: ignore[misc]
+        [(AUDIT, 1, f"tags were removed or changed in MLflow: {_tag}; make audit FIX=1 writes"),
+         (COMPARE, 0, "left out, tags were removed or changed in MLflow: trial 2", "best 2 of 2 trials"),
+         (FIX, 0, f"tags written again: {_tag}", "nothing found"), (STUDY, 0, "best 3 of 3 trials")],
+    )  # fmt: skip
+for _tag, _value in (("role", ""), ("study", ""), ("objective", ""), ("objective", "loss")):
+    TABLE[f"the study's {_tag} becomes {_value or 'nothing'}"] = (
+        lambda s, tag=_tag, value=_value: (  # type: ignore[misc]
+            s.client.set_tag(s.study, tag, value) if value else s.client.delete_tag(s.study, tag)
+        ),
+        [(COMPARE, 2, "no study attention in the tracking store", "whose tags were removed"),
+         (AUDIT, 1, f"tags were removed or changed in MLflow: {_tag}; make audit FIX=1 writes"),
+         (STUDY, 0, "best 3 of 3 trials"), (AUDIT, 0, "nothing found"), (COMPARE, 0, "best 3 of 3 trials")],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("act", TABLE)
+def test_after_each_act_every_command_works_or_says_the_way_out(act: str, store: Store) -> None:
+    do, steps = TABLE[act]
+    do(store)
+    for command, code, *words in steps:
+        expect(command, code, *words)
+
+
+def test_a_deleted_run_is_no_candidate_but_can_be_looked_at(store: Store) -> None:
+    store.delete(store.trials[2])
+    expect(("promote", "--run", store.trials[2], *LENIENT), 2, "was deleted in MLflow; restore it in MLflow", "or take")
+    expect((*PREDICT, "--model", store.trials[2]), 0, "which was deleted in MLflow")
+    expect(("reproduce", store.trials[2]), 0, "reproduced bit for bit")
+
+
+def delete_when_measured(store: Store, monkeypatch: pytest.MonkeyPatch, view: str, query: str) -> None:
+    """As soon as a training's first epoch is shown, its run is deleted in MLflow."""
+    from pipeline import console
+
+    shown = getattr(console, view)
+    whole = shown.epoch
+    deleted: list[str] = []
+
+    def epoch(self: Any, *what: Any) -> None:
+        whole(self, *what)
+        limit = time.monotonic() + 60
+        while not deleted and time.monotonic() < limit:
+            for run in store.client.search_runs([store.experiment], f"attributes.status = 'RUNNING' and {query}"):
+                store.delete(run.info.run_id)
+                deleted.append(run.info.run_id)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(shown, "epoch", epoch)
+
+
+def test_a_trial_that_is_deleted_while_it_runs_is_left_out_and_what_waits_can_be_dropped(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delete_when_measured(store, monkeypatch, "StudyView", "tags.role = 'trial'")
+    expect(
+        MORE, 0, "MLflow refuses this run (it was deleted in MLflow)", "make sync DROP=1 throws that away", "trial 3;"
+    )
+    (journal,) = journals(Path("mlruns"))
+    expect(AUDIT, 1, f"{journal}: its run was deleted in MLflow; restored there, make sync sends")
+    expect(SYNC, 4, "sent 0 runs", "it was deleted in MLflow", "make sync DROP=1")
+    expect(FIX, 1, "its run was deleted in MLflow")
+    expect(FINALS, 0, "2 of them done", "winner: ")
+    assert journal.exists(), "nothing is thrown away by itself"
+    expect((*SYNC, "--drop-deleted"), 0, "sent 0 runs", "thrown away, as they were deleted in MLflow: 1 run")
+    assert not list(Path("mlruns", FOLDER).glob("*"))
+    expect(AUDIT, 0, "left out, deleted in MLflow: trial 3", "nothing found")
+
+
+def test_a_final_that_is_deleted_while_it_runs_is_trained_anew_by_the_same_command(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.delete(store.finals[1])
+    with monkeypatch.context() as patches:
+        delete_when_measured(store, patches, "TrainingsView", "tags.role = 'final'")
+        expect(FINALS, 2, "it was deleted in MLflow before it was whole; the same command makes it anew")
+    expect(FINALS, 0, "1 of them done", "winner: ")
+    deleted = store.client.search_runs([store.experiment], "", run_view_type=2)
+    (live,) = [run.info.run_id for run in deleted if run.info.run_id not in store.finals]
+    store.client.restore_run(live)
+    expect(SYNC, 0, "sent 1 run")
+    assert store.client.get_run(live).data.tags["state"] == "finished", "what waited for it was not lost"
+
+
+def test_the_studys_run_that_is_deleted_while_it_runs_has_another_in_its_place(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patches:
+        delete_when_measured(store, patches, "StudyView", "tags.role = 'study'")
+        expect(MORE, 0, "it was deleted in MLflow", "best 4 of 4 trials")
+    expect(MORE, 0, "another takes its place", "has 6 runs of one that was deleted")
+    expect((*SYNC, "--drop-deleted"), 0)
+    expect(AUDIT, 0, "nothing found")
+
+
+def test_an_interrupted_trial_whose_run_is_deleted_begins_anew_with_another(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import console
+
+    def stop(self: Any, *what: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(console.StudyView, "epoch", stop)
+        expect(MORE, 130, "interrupted")
+    [run] = store.client.search_runs([store.experiment], "tags.state = 'interrupted' and tags.role = 'trial'")
+    store.delete(run.info.run_id)
+    expect(MORE, 0, "trial 4: its run was deleted in MLflow; it begins anew, with another", "best 4 of 4 trials")
+    expect(AUDIT, 0, "nothing found")
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("act", TABLE)
+def test_no_act_makes_any_command_a_traceback(act: str, store: Store, made: Trained, tmp_path: Path) -> None:
+    TABLE[act][0](store)
+    commands = [STUDY, COMPARE, FINALS, PROMOTE, HISTORY, ROLLBACK, PREDICT, EXPORT, SYNC, AUDIT, FIX]
+    for command in [*commands, ("reproduce", store.trials[1]), ("reproduce", store.finals[0])]:
+        _, said = call(*command)
+        assert "Traceback" not in said, (command, said)
