@@ -139,6 +139,12 @@ class _Traffic(TorchDispatchMode):
         return result
 
 
+def check_script(script: Path, name: str) -> None:
+    """UserError where there is no peer's script of this path."""
+    if not script.is_file():
+        raise UserError(f"AGAINST {script}: no such file; a script that trains {name} on CIFAR-10 and says how fast")
+
+
 def against(script: Path, name: str, recipe: Recipe, data_dir: Path, device: torch.device) -> dict[str, Any]:
     """Our images per second beside a peer's, alternately, ROUNDS times, each in a process of its own; JSON.
 
@@ -146,8 +152,7 @@ def against(script: Path, name: str, recipe: Recipe, data_dir: Path, device: tor
     as many loader processes as torch has threads here, none where that is one. `ratio` is ours by the peer's of the same
     round. UserError where the script fails.
     """
-    if not script.is_file():
-        raise UserError(f"AGAINST {script}: no such file; a script that trains {name} on CIFAR-10 and says how fast")
+    check_script(script, name)
     words = peer_words(name, recipe, data_dir, device)
     peer, ours = [], []
     for _ in range(ROUNDS):

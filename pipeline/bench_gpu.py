@@ -110,9 +110,12 @@ class Bench:
 
     def recipe(self, study: str, changes: Mapping[str, Any]) -> Recipe:
         """A study's base recipe with these fields changed, on this data set."""
+        return load_study(study).base.changed({}, self.settings(changes))
+
+    def settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """These fields, the data set's, and `self.changes`."""
         size = default_image_size(self.dataset)
-        base = load_study(study).base.changed({"data.dataset": self.dataset, "data.image_size": size, **changes})
-        return base.changed({name: value for name, value in self.changes.items() if name in base.flat()})
+        return {"data.dataset": self.dataset, "data.image_size": size, **changes, **self.changes}
 
     def data(self, recipe: Recipe) -> TrainingData:
         """Split as the recipe says, on the device."""
@@ -390,10 +393,10 @@ def study(bench: Bench) -> Iterator[Row]:
         home = Path(folder)
         tracker = MlflowTracker(home)
         for version, execution in enumerate(bench.executions[:2], start=1):
-            base = bench.recipe("attention", {**STUDY, "training.execution": execution})
+            settings = bench.settings({**STUDY, "training.execution": execution})
+            search = Search("attention", load_study("attention"), settings, version, bench.trials, None)
+            base = search.base
             data = bench.data(base)
-            fixed = frozenset({*STUDY, *bench.changes, "data.image_size"})
-            search = Search("attention", load_study("attention"), base, version, bench.trials, None, fixed=fixed)
             row = _attempt(f"forecast of {STUDY_TRIALS} trials, {execution}", _forecast, search, data, bench.where)
             yield row
             if "error" not in row:
@@ -447,6 +450,14 @@ PARTS: dict[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
 # ------------------------------------------------------------------------------------------------------------- running
 
 
+def parts(only: Iterable[str]) -> list[str]:
+    """The parts of these names, all where there are none; UserError for a name that isn't there."""
+    names = list(only) or list(PARTS)
+    if unknown := [name for name in names if name not in PARTS]:
+        raise UserError(f"ONLY {unknown[0]}: not one of {', '.join(PARTS)}")
+    return names
+
+
 def run(
     bench: Bench,
     only: Iterable[str],
@@ -458,9 +469,7 @@ def run(
     `{"machine": ..., "parts": {name: {"state": "done", "failed" or "out of time", "seconds", "reason", "rows"}}}`.
     UserError for a name that isn't there.
     """
-    names = list(only) or list(PARTS)
-    if unknown := [name for name in names if name not in PARTS]:
-        raise UserError(f"ONLY {unknown[0]}: not one of {', '.join(PARTS)}")
+    names = parts(only)
     report: dict[str, Any] = {"machine": machine(bench.where), "parts": {}}
     for name in names:
         report["parts"][name] = _run_part(name, bench, PARTS[name][1], on_row)

@@ -113,7 +113,17 @@ def _without_user(word: str) -> str:
 
 def first_line(error: BaseException, uri: str = "") -> str:
     """Of its message, without secrets, those of `uri` in whatever form; its kind where it says nothing."""
+    if "ProxyError(" in str(error):  # five nested exceptions say so
+        return f"the proxy does not answer: {proxies()}; no_proxy=HOST,... goes around it"
     return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0], uri)[:300]
+
+
+def proxies() -> str:
+    """`http_proxy=http://host:1 https_proxy=...` as the environment has them, without secrets; empty where it has none."""
+    from urllib.request import getproxies_environment
+
+    found = {scheme: uri for scheme, uri in getproxies_environment().items() if scheme != "no"}
+    return " ".join(f"{scheme}_proxy={public_uri(uri)}" for scheme, uri in sorted(found.items()))
 
 
 def public_uri(uri: str) -> str:

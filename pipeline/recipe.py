@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -330,11 +330,30 @@ AnySchedule = Annotated[Constant | Cosine | Linear | OneCycle | Step, Field(disc
 
 # The field of a section that says which kind it is; a change of kind starts from that kind's defaults.
 KIND = {"model": "network", "optimizer": "name", "schedule": "name"}
-_TAGS = frozenset(
-    {"attention", "baseline", "efficient", "expert", "fast", "improved", "plain"}
-    | {"sgd", "adam", "adamw", "muon", "constant", "cosine", "linear", "one_cycle", "step"}
-    | {"probability", "alternating"}
-)
+# Section -> kind -> the class that holds it.
+_KINDS: dict[str, dict[str, type[Section]]] = {
+    section: {kind.model_fields[KIND[section]].default: kind for kind in get_args(get_args(union)[0])}
+    for section, union in {"model": Model, "optimizer": Optimizer, "schedule": AnySchedule}.items()
+}
+_TAGS = frozenset(kind for kinds in _KINDS.values() for kind in kinds) | {"probability", "alternating"}
+
+
+def kind_field(name: str) -> str:
+    """Of a section that comes in kinds, or a field of it, the field that says which."""
+    section = name.partition(".")[0]
+    return f"{section}.{KIND[section]}"
+
+
+def kinds_with(name: str) -> list[str]:
+    """The kinds that have the field of this dotted name, which is of a section that comes in kinds; else none."""
+    section, _, field = name.partition(".")
+    return [kind for kind, fields in _KINDS.get(section, {}).items() if field in fields.model_fields]
+
+
+def has_default(name: str, kind: str) -> bool:
+    """Whether this kind, which has the field of this dotted name, knows a value where none is said."""
+    section, _, field = name.partition(".")
+    return not _KINDS[section][kind].model_fields[field].is_required()
 
 
 # Fields that came later, with the value that stands for what was before: with it they don't count in the digest.
@@ -379,22 +398,27 @@ class Recipe(Section):
             for field, value in fields.items()
         }
 
-    def changed(self, changes: Mapping[str, Any]) -> "Recipe":
+    def changed(self, changes: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> "Recipe":
         """A copy with some dotted fields changed, validated as a whole.
 
-        Changing a section's kind (`optimizer.name`) starts that section from the new kind's defaults.
-        Raises UserError with a line for each fault.
+        Changing a section's kind (`optimizer.name`) starts that section from the new kind's defaults; a field without
+        one keeps its value, where it has any. `settings` are changes that hold whatever `changes` say: they are put on
+        last, as far as the kind that the section then is of has such a field. Raises UserError with a line for each fault.
         """
+        settings = settings or {}
         sections = self.model_dump()
-        known = {name: value for name, value in changes.items() if name.partition(".")[0] in sections and "." in name}
-        lines = [f"{name}: no such field" for name in changes if name not in known]
-        for name, kind in KIND.items():
-            new = known.get(f"{name}.{kind}", sections[name][kind])
-            if new != sections[name][kind]:
-                sections[name] = {kind: new}
+        wanted = {**changes, **settings}
+        known = {name: value for name, value in wanted.items() if name.partition(".")[0] in sections and "." in name}
+        lines = [f"{name}: no such field" for name in wanted if name not in known]
+        for section, field in KIND.items():
+            kind = known.get(f"{section}.{field}", sections[section][field])
+            if kind != sections[section][field]:
+                sections[section] = _fresh(section, kind, sections[section])
         for dotted, value in known.items():
             section, _, field = dotted.partition(".")
-            sections[section][field] = value
+            kinds = kinds_with(dotted)
+            if dotted not in settings or not kinds or sections[section][KIND[section]] in kinds:
+                sections[section][field] = value
         try:
             recipe = parse_recipe(sections)
         except UserError as error:
@@ -434,6 +458,14 @@ class Recipe(Section):
             del sections[section][field]
         canonical = json.dumps(sections, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _fresh(section: str, kind: Any, before: Mapping[str, Any]) -> dict[str, Any]:
+    """A section of a new kind: its defaults, and from `before` what has none."""
+    fields = _KINDS[section][kind].model_fields if isinstance(kind, str) and kind in _KINDS[section] else {}
+    return {KIND[section]: kind} | {
+        name: before[name] for name, field in fields.items() if field.is_required() and name in before
+    }
 
 
 def parse_recipe(source: str | bytes | Mapping[str, Any]) -> Recipe:

@@ -42,7 +42,7 @@ def whole(small_recipe: Recipe, digits: TrainingData, tmp_path_factory: pytest.T
         trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)
 
     study = Study(question="?", base=small_recipe, space=rates, objective="val/accuracy", trials=2)
-    search, tracker = Search("tiny", study, small_recipe, 1, 2, None), MlflowTracker(home)
+    search, tracker = Search("tiny", study, {}, 1, 2, None), MlflowTracker(home)
     workers.run(search, digits, torch.device("cpu"), Anybody(), open_storage(home), tracker, home)
     assert tracker.flush(60)
     return Trained(home, "", "")

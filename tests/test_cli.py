@@ -177,7 +177,7 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
     assert done.returncode == 3
     assert "Traceback" not in done.stderr
     assert f"not in {tmp_path / 'data' / 'cifar-10-batches-py'}" in done.stderr
-    assert "download from" in done.stderr
+    assert f"failed (through http_proxy={closed} https_proxy={closed}): " in done.stderr
     assert "DATASET=digits" in done.stderr
     left = [file for file in tmp_path.rglob("*") if file.is_file() and file.parent.name != "mlruns"]
     assert not left
@@ -246,6 +246,20 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
             ["curves", "baseline", "--output", "c.csv", "--epochs", "0", "--set", "data.train_fraction=2"],
             ["EPOCHS = 0:", "data.train_fraction = 2: should be less than or equal to 1"],
         ),
+        (["curves", "plain", "--output", "c.csv"], ["curves need one length: --epochs N"]),
+        (["curves", "attention", "--output", "."], ["OUTPUT .: can't be written"]),
+        (
+            ["study", "attention", "--epochs", "2", "--set", "training.epochs=3 optimizer.lr=1 optimizer.lr=2"],
+            ["SET training.epochs=3: was set to 2 already; say one", "SET optimizer.lr=2: was set to 1 already"],
+        ),
+        (
+            ["plan", "attention", "--set", "optimizer.sgd_momentum=0.5"],
+            ["no such field where optimizer.name is sgd, adam or adamw; muon can have it"],
+        ),
+        (
+            ["bench", "--against", "peer.py", "--model", "plain"],
+            ["AGAINST peer.py: no such file; a script that trains"],
+        ),
         (["ui"], ["no runs yet in mlruns"]),
         (["promote"], ["which model? make promote NAME=attention takes a study's"]),
         (["promote", "a", "--run", "b"], ["which model?"]),
@@ -287,6 +301,14 @@ def test_bad_input_is_told_in_lines_and_leaves_nothing(words: list[str], lines: 
     for line in lines:
         assert line in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_can_not_be_opened_is_told_before_data_is_downloaded(tmp_path: Path) -> None:
+    for option, uri in (("--tracking-uri", "http://127.0.0.1:9"), ("--storage", "postgresql://127.0.0.1:9/x")):
+        done = pipeline("study", "attention", option, uri, cwd=tmp_path)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert f"{option[2:].upper().replace('-', '_')} " in done.stderr
+        assert "download" not in done.stderr
 
 
 def test_the_public_surface_is_frozen() -> None:
@@ -632,8 +654,13 @@ def test_export_with_8_bits_says_what_is_wrong_with_the_data_before_it_writes(tr
 
 def test_a_champion_is_made_told_of_and_refuses_to_be_rolled_back(trained: Trained, tmp_path: Path) -> None:
     trained.copy(tmp_path / "mlruns")
-    done = pipeline("promote", "tiny", "--rule", "alpha=0.4", cwd=tmp_path)
+    elsewhere = {"MLFLOW_REGISTRY_URI": "sqlite:///other.db", "MLFLOW_RUN_ID": "0" * 32}  # of this command alone
+    done = pipeline("promote", "tiny", "--rule", "alpha=0.4", cwd=tmp_path, **elsewhere)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "ignored in the environment: MLFLOW_REGISTRY_URI, MLFLOW_RUN_ID; options alone choose" in done.stderr
+    assert not (tmp_path / "other.db").exists()
+    with find_model(tmp_path / "mlruns", None, None) as model:  # what predict takes
+        assert model.what.startswith("the champion, image-classifier version 1")
     said = " ".join(done.stdout.split())
     assert f"its best trial, run {trained.finished}; one seed can't tell the best from the lucky" in said
     assert "against the constant answer, on the test split" in said and "at most 0.4" in said

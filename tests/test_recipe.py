@@ -62,8 +62,12 @@ def test_a_change_of_kind_starts_from_its_defaults() -> None:
     assert RECIPE.changed({"optimizer.name": "sgd", "optimizer.momentum": 0.8}).optimizer.lr == 0.1
 
 
-def test_a_change_of_kind_asks_for_what_has_no_default() -> None:
-    assert lines_of({"optimizer.name": "adam"}) == ["optimizer.lr: needs a value"]
+def test_a_change_of_kind_keeps_what_has_no_default_and_asks_for_what_is_not_there() -> None:
+    assert RECIPE.changed({"optimizer.name": "adam"}).optimizer.lr == 0.1
+    assert lines_of({"optimizer.name": "muon"}) == [
+        "optimizer.bias_lr: needs a value",
+        "optimizer.head_lr: needs a value",
+    ]
 
 
 def test_all_faults_are_told_at_once_with_field_value_and_rule() -> None:

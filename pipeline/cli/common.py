@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,22 +74,45 @@ def find_device(name: str) -> "torch.device":
 
 
 def load_data(search: "Search", data_dir: Path, device: "torch.device", execute: bool = True) -> "TrainingData":
-    """The search's data set, split and on the device."""
-    return load_data_of(search.base, data_dir, device, execute)
+    """The search's data set, split and on the device, which can execute the steps of all trials if it has to."""
+    return load_data_of(search.executed(), data_dir, device, execute)
 
 
-def load_data_of(recipe: "Recipe", data_dir: Path, device: "torch.device", execute: bool = True) -> "TrainingData":
-    """A recipe's data set, split and on the device, which can execute its steps if it has to."""
+def load_data_of(
+    recipes: "Sequence[Recipe]", data_dir: Path, device: "torch.device", execute: bool = True
+) -> "TrainingData":
+    """The data set that recipes share, split and on the device, which can execute their steps if it has to."""
     from pipeline.data.datasets import load
     from pipeline.data.prepare import prepare
     from pipeline.training.execution import check_execution
 
-    if execute:
+    for recipe in recipes if execute else ():
         check_execution(recipe, device)
-    images = load(recipe.data.dataset, recipe.data.image_size, expand(data_dir))
-    data = prepare(images, recipe.data, device)
+    about = recipes[0].data
+    data = prepare(load(about.dataset, about.image_size, expand(data_dir)), about, device)
     keep_imports()
     return data
+
+
+def say_remarks(console: Console, search: "Search") -> None:
+    """What was set and doesn't hold for all trials, or changes what is searched: once, before anything runs."""
+    for line in search.remarks():
+        say(console, line)
+
+
+def is_new(database: str | None, default: str) -> bool:
+    """Whether a database would be a file that isn't there yet; all others are opened before data is read or downloaded."""
+    path = str(HOME / default) if database is None else database.removeprefix("sqlite:///")
+    return "://" not in path and not Path(path).exists()
+
+
+def writable(file: Path) -> Path:
+    """The file of this path, `~` expanded; UserError where it can't be written, before anything is measured for it."""
+    file = expand(file)
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise UserError(f"OUTPUT {file}: can't be written; name a file in a folder of yours")
+    return file
 
 
 def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) -> bool:

@@ -39,7 +39,7 @@ def finals(
         say(console, said)
     say_what_waits(console, tracker)
     plan = the_finals.plan(tracker, study, top, seeds, epochs)
-    data = load_data_of(plan.candidates[0].recipe, data_dir, where)
+    data = load_data_of([candidate.recipe for candidate in plan.candidates], data_dir, where)
     the_finals.check_data(plan, tracker, data)
     others = len(plan.candidates) - 1
     say(
@@ -101,7 +101,7 @@ def reproduce(
     past = again.find_past(tracker, run)
     if device == "auto" and past.device == "cpu":
         where = find_device("cpu")
-    data = load_data_of(past.recipe, data_dir, where)
+    data = load_data_of([past.recipe], data_dir, where)
     console = make_console()
     say(console, f"{past.name}: {past.state}, {past.epochs} epochs")
     found = again.differences(tracker, past, where)

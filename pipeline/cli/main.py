@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a bug, 2 bad input, 3 no data, 4 some files were no use, 5
 6 not reproduced, 130 interrupted.
 """
 
+import io
 import logging
 import signal
 import sys
@@ -12,8 +13,10 @@ from types import FrameType
 
 import typer
 
-import pipeline.environment
-import pipeline.interpreter  # noqa: F401, both before all that is large
+import pipeline.interpreter  # noqa: F401, this and the next before all that is large
+from pipeline.environment import COMPUTING, ignore_variables
+
+# isort: split
 from pipeline.cli.common import INTERRUPTED, is_away
 from pipeline.cli.finals import finals, reproduce
 from pipeline.cli.look import compare, ui
@@ -24,6 +27,8 @@ from pipeline.cli.ship import export, serve
 from pipeline.cli.store import audit, relocate, sync
 from pipeline.cli.study import plan, study
 from pipeline.errors import UserError, first_line, without_secrets
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     add_completion=False,
@@ -45,6 +50,12 @@ def _set_up() -> None:
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("pipeline").setLevel(logging.INFO)
+    if ignored := ignore_variables():
+        log.warning(
+            "ignored in the environment: %s; options alone choose (--tracking-uri, --storage)", ", ".join(ignored)
+        )
+    if COMPUTING:
+        log.warning("the environment changes what is computed: %s", " ".join(f"{n}={v}" for n, v in COMPUTING.items()))
 
 
 class _Formatter(logging.Formatter):
@@ -61,6 +72,9 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # under nohup a hang-up is to be ignored
             signal.signal(number, _interrupt)  # or what we started, as the UI's server, would outlive us
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where a name has letters that the encoding lacks
     try:
         app(standalone_mode=True)
     except UserError as error:

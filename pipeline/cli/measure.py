@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, expand, find_device, load_data, make_console, say
+from pipeline.cli.common import HOME, expand, find_device, load_data, make_console, say, say_remarks, writable
 from pipeline.cli.options import ChangeOption, DataDirOption, DatasetOption, DeviceOption, resolve
 from pipeline.errors import UserError
 
@@ -40,9 +40,11 @@ def bench(
     if peer and searches[0].base.data.dataset != "cifar10":
         raise UserError(f"DATASET {dataset}: peers train on CIFAR-10; leave it out")
 
-    from pipeline.bench import against, benchmark, machine
+    from pipeline.bench import against, benchmark, check_script, machine
     from pipeline.console import print_bench
 
+    if peer:
+        check_script(expand(peer), model)
     where = find_device(device)
 
     def networks() -> "Iterator[tuple[str, Recipe, TrainingData]]":
@@ -81,21 +83,23 @@ def bench_gpu(
     if not torch.cuda.is_available():
         raise UserError("bench-gpu: torch sees no GPU here; make bench measures on a CPU")
 
-    from pipeline.bench_gpu import Bench, faults, run
+    from pipeline.bench_gpu import Bench, faults, parts, run
     from pipeline.data.datasets import load
 
     scripts = [expand(script) if script else None for script in (peer, airbench)]
     if missing := [script for script in scripts if script and not script.is_file()]:
         raise UserError([f"{script}: no such file" for script in missing])
+    names = parts(name.strip() for name in only.split(",") if name.strip())
+    output = writable(output) if output else None
     load("cifar10", 32, expand(data_dir))  # downloaded or refused before anything starts
 
     def write(report: "Mapping[str, object]") -> None:
         if output:
-            expand(output).write_text(json.dumps(report, indent=1) + "\n")
+            output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     console = make_console()
     bench = Bench(data_dir=expand(data_dir), home=HOME, peer=scripts[0], airbench=scripts[1])
-    report = run(bench, [name.strip() for name in only.split(",") if name.strip()], _row_printer(console), write)
+    report = run(bench, names, _row_printer(console), write)
     for line in faults(report):
         say(console, f"failed: {line}")
     raise typer.Exit(1 if faults(report) else 0)
@@ -129,13 +133,16 @@ def curves(
     search = resolve(name, {"epochs": epochs, "seed": seed, "device": device}, dataset, change or [], [])
 
     from pipeline.console import CurvesView
-    from pipeline.search.curves import averaging, collect
+    from pipeline.search.curves import averaging, check_length, collect
 
+    check_length(search)
+    output = writable(output)
+    say_remarks(console := make_console(), search)
     where = find_device(device)
     data = load_data(search, data_dir, where)
     search = averaging(search, data)
-    with CurvesView(make_console(), recipes, search.base.training.epochs) as view:
-        for curve in collect(search, data, where, expand(output), recipes, view.epoch):
+    with CurvesView(console, recipes, search.base.training.epochs) as view:
+        for curve in collect(search, data, where, output, recipes, view.epoch):
             view.recipe_ended(curve)
 
 

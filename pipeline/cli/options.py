@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +30,7 @@ ChangeOption = Annotated[
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
-        help="Change fields of the base recipe for all trials, e.g. data.image_size=64.",
+        help="Set fields of the recipe for all trials, whatever kinds they draw, e.g. data.image_size=64.",
     ),
 ]
 StorageOption = Annotated[
@@ -86,62 +87,54 @@ def resolve(name: str, typed: dict[str, Any], dataset: str | None, change: list[
     """A study with the options applied; UserError with every fault, those in `lines` too, before anything starts."""
     from pipeline.search.study import Search, load_study
 
-    definition = load_study(name)
-    options = StudyOptions()
+    definition, options, lines = load_study(name), StudyOptions(), list(lines)
     try:
         options = StudyOptions.model_validate({key: text for key, text in typed.items() if text is not None})
     except ValidationError as error:
-        lines = lines + [re.sub(r"^\w+", lambda option: option[0].upper(), line) for line in validation_lines(error)]
-    assigned, faults = _assignments(change)
-    lines = lines + faults
-
-    from pipeline.data.datasets import default_image_size
-
-    base, trials = definition.base, definition.trials
-    changes: dict[str, Any] = {}
-    chosen = dataset or str(assigned.get("data.dataset", base.data.dataset))
-    changes["data.dataset"] = chosen
-    if chosen != base.data.dataset and (size := default_image_size(chosen)):
-        changes["data.image_size"] = size
-    if variant := definition.variants.get(chosen):
-        changes |= variant.changes
-        trials = variant.trials
-    typed_fields = {"training.epochs": options.epochs, "training.seed": options.seed}
-    changes |= {field: value for field, value in typed_fields.items() if value is not None} | assigned
-    try:
-        base = base.changed(changes)
-    except UserError as error:
-        lines = lines + error.lines
-    if lines:
-        raise UserError(lines)
+        lines += [re.sub(r"^\w+", lambda option: option[0].upper(), line) for line in validation_lines(error)]
+    said: dict[str, Any] = {}
+    by_option = {
+        "DATASET": ("data.dataset", dataset),
+        "EPOCHS": ("training.epochs", options.epochs),
+        "SEED": ("training.seed", options.seed),
+    }
+    assigned = [(option, field, value) for option, (field, value) in by_option.items() if value is not None]
+    assigned += [("SET", *assignment) for assignment in _assignments(change, lines)]
+    for option, field, value in assigned:
+        if said.setdefault(field, value) != value:
+            lines.append(f"{option} {field}={value}: was set to {said[field]} already; say one of the two")
+    settings = definition.settings(said)
+    variant = definition.variants.get(str(settings["data.dataset"]))
     search = Search(
         name=name,
         study=definition,
-        base=base,
+        settings=settings,
         version=options.version or definition.version,
-        trials=options.trials or trials,
+        trials=options.trials or (variant or definition).trials,
         timeout_s=options.timeout,
         patience=options.patience or definition.patience,
-        fixed=frozenset(changes),
     )
-    search.check()
+    try:
+        search.check()
+    except UserError as error:
+        lines += error.lines
+    if lines:
+        raise UserError(lines)
     return search
 
 
-def _assignments(texts: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """`a.b=1 c.d=[4, 8]` as fields and values (JSON where it is, else the word itself), and a line for each fault."""
-    assigned, lines = {}, []
+def _assignments(texts: list[str], faults: list[str]) -> Iterator[tuple[str, Any]]:
+    """`a.b=1 c.d=[4, 8]` as fields and values: JSON where it is, else the word itself; `faults` gets a line for each."""
     for text in texts:
         for assignment in re.split(r"\s+(?=[\w.]+=)", text.strip()):
             field, equals, value = assignment.partition("=")
             if not equals:
-                lines.append(f"SET {assignment}: should be FIELD=VALUE, e.g. training.batch_size=256")
+                faults.append(f"SET {assignment}: should be FIELD=VALUE, e.g. training.batch_size=256")
                 continue
             try:
-                assigned[field] = json.loads(value)
+                yield field, json.loads(value)
             except (ValueError, RecursionError):
-                assigned[field] = value
-    return assigned, lines
+                yield field, value
 
 
 def database_faults(storage: str | None, tracking_uri: str | None) -> list[str]:

@@ -15,9 +15,11 @@ from pipeline.cli.common import (
     expand,
     find_device,
     is_away,
+    is_new,
     load_data,
     make_console,
     say,
+    say_remarks,
     settle,
 )
 from pipeline.cli.look import links_of
@@ -91,13 +93,16 @@ def study(
     from pipeline.search.workers import run
     from pipeline.tracking.runs import MlflowTracker
 
-    console = make_console()
+    say_remarks(console := make_console(), search)
     options = StudyOptions.model_validate({key: text for key, text in typed.items() if text is not None})
     with _crew(console, options, expand(data_dir)) as crew:
         # The GPUs of a cluster need not be here, and what they are told to do they check themselves.
         where = find_device("cpu" if cluster else device)
+        tracker = None if is_new(tracking_uri, "mlflow.db") else MlflowTracker(HOME, tracking_uri)
+        store = None if is_new(storage, "optuna.db") else open_storage(HOME, storage)
         data = load_data(search, data_dir, where, execute=cluster is None)
-        tracker = MlflowTracker(HOME, tracking_uri)
+        tracker = tracker or MlflowTracker(HOME, tracking_uri)
+        store = store or open_storage(HOME, storage)
         console.print(
             f"{search.key(data)} on {'a cluster' if cluster else where}: {len(data.train.labels):,} training and "
             f"{len(data.validation.labels):,} validation images of {len(data.classes)} classes; "
@@ -108,7 +113,6 @@ def study(
         )
         try:
             with StudyView(console, search) as view:
-                store = open_storage(HOME, storage)
                 # Measured here, a forecast would say little of other machines.
                 done = run(search, data, where, view, store, tracker, HOME, plans=cluster is None, crew=crew)
         except StudyInterrupted:
@@ -205,10 +209,10 @@ def plan(
     from pipeline.search.plan import forecast
     from pipeline.search.storage import find_study, open_storage
 
+    say_remarks(console := make_console(), search)
     where = find_device(device)
     data = load_data(search, data_dir, where)
     stored = find_study(search, data, open_storage(HOME)) if (HOME / "optuna.db").exists() else None
-    console = make_console()
     if found := forecast(search, data, where, stored, workers=int(workers or 1)):
         print_forecast(console, asdict(found))
     else:

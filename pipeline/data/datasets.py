@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipeline.data.images import SUFFIXES, BadImage, image_files, read_images, resized
 from pipeline.data.splits import sealed
-from pipeline.errors import DataError, UserError, did_you_mean
+from pipeline.errors import DataError, UserError, did_you_mean, proxies
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
@@ -160,11 +160,12 @@ def _download_cifar10(folder: Path) -> "CIFAR10":
                 if not folder.is_dir():
                     raise
     except (OSError, RuntimeError, http.client.HTTPException) as error:
+        through = f" (through {proxies()})" if proxies() else ""
         files = [name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list)]
         raise DataError(
             [
                 f"cifar10: not in {folder}",
-                f"cifar10: download from {CIFAR10.url} failed: {error or type(error).__name__}",
+                f"cifar10: download from {CIFAR10.url} failed{through}: {error or type(error).__name__}",
                 f"Either put the files there: {folder}/{{{','.join([*files, CIFAR10.meta['filename']])}}}",
                 "or take the data set that needs no download: DATASET=digits, on the command line --dataset digits",
             ]

@@ -8,7 +8,6 @@ setting in one transaction, and the alias follows. A change of champion is two e
 import contextlib
 import getpass
 import json
-import os
 import socket
 import sqlite3
 import uuid
@@ -176,12 +175,8 @@ def _append(
     reason: str,
     details: dict[str, Any],
 ) -> Event:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a user id without a name, as in containers
-        user = str(os.getuid())
     time = datetime.now(UTC).isoformat(timespec="seconds")
-    row = (time, user, socket.gethostname(), kind, model, run, version, split, reason)
+    row = (time, getpass.getuser(), socket.gethostname(), kind, model, run, version, split, reason)
     id = connection.execute(
         "INSERT INTO events (time, user, host, kind, model, run, version, split, reason, details) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",

@@ -82,12 +82,12 @@ def package(
         for file in (RECORD, WEIGHTS, PLAIN_WEIGHTS):
             if (checkpoint / file).exists():
                 shutil.copyfile(checkpoint / file, new / file)
-        (new / RECIPE).write_text(classifier.facts.recipe.to_json() + "\n")
+        (new / RECIPE).write_text(classifier.facts.recipe.to_json() + "\n", encoding="utf-8")
         if evidence:
-            (new / EVIDENCE).write_text(json.dumps(evidence, indent=2) + "\n")
+            (new / EVIDENCE).write_text(json.dumps(evidence, indent=2) + "\n", encoding="utf-8")
         size = (new / MODEL).stat().st_size
         card = _card(tracker, run_id, classifier.facts, latency_ms, size, evidence)
-        (new / CARD).write_text(card)
+        (new / CARD).write_text(card, encoding="utf-8")
         if folder.exists():
             os.replace(folder, Path(name) / "old")
         os.replace(new, folder)
@@ -97,7 +97,9 @@ def package(
 def registered(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
     """The ONNX file and the evidence of a registered version's files; None for what a checkpoint has not."""
     model, evidence = folder / MODEL, folder / EVIDENCE
-    return model if model.exists() else None, json.loads(evidence.read_text()) if evidence.exists() else None
+    return model if model.exists() else None, json.loads(
+        evidence.read_text(encoding="utf-8")
+    ) if evidence.exists() else None
 
 
 def _save_model(classifier: Classifier, path: Path, folder: Path) -> None:

@@ -268,7 +268,7 @@ def _register(registry: Registry, begun: Event, challenger: Judged, verdict: Eve
     else:
         client.log_artifacts(challenger.run, str(packed), ARTIFACTS)
         digests = {f"{DIGEST_TAG}{name}": digest for name, digest in digests_of(packed).items()}
-        card = description((packed / CARD).read_text())
+        card = description((packed / CARD).read_text(encoding="utf-8"))
     if not client.search_registered_models(f"name = '{registry.model}'"):
         client.create_registered_model(registry.model)
     tags = _tags(registry, challenger.facts, verdict) | digests | {_TOKEN: begun.details["token"]}

@@ -122,7 +122,7 @@ def differences(tracker: MlflowTracker, past: Past, device: torch.device) -> lis
     new = _facts(environment())
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
-            matters = name in COMPUTING or name in ("python", "platform", "processor")
+            matters = name in {*COMPUTING, "python", "platform", "processor"} or name.startswith("variable ")
             matters |= name.startswith("gpu") and device.type == "cuda"
             found.append(Difference(f"{name}: {old.get(name, 'none')} then, {new.get(name, 'none')} now", matters))
     if past.device != device.type:
@@ -258,6 +258,9 @@ def _facts(text: str) -> dict[str, str]:
             facts["processor"] = re.sub(r", \d+ threads$", "", line.removeprefix("# cpu: "))
         elif gpu := re.match(r"# (gpu \d+): (.*)", line):
             facts[gpu[1]] = gpu[2]
+        elif line.startswith("# variable "):
+            name, _, value = line.removeprefix("# ").partition("=")
+            facts[name] = value
         elif line.startswith("# "):
             facts["platform"] = line.removeprefix("# ")
         elif "==" in line:

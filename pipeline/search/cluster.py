@@ -20,6 +20,7 @@ from typing import Any
 
 import cloudpickle
 
+from pipeline.environment import ignore_variables
 from pipeline.errors import UserError, first_line
 from pipeline.search.supervisor import Worker
 from pipeline.search.worker import Assignment, Ended, Limits, work
@@ -62,6 +63,7 @@ class Actor:
     """One worker, somewhere on the cluster; its methods run in threads beside each other."""
 
     def __init__(self) -> None:
+        ignore_variables()  # those of the shell that started the node
         self._stop = threading.Event()
 
     def work(self, assignment: bytes) -> Ended:
@@ -261,7 +263,7 @@ def _joined(address: str) -> str | None:
     if stranger == _KEPT_OUT:
         fault = "has another token than this one" if ours else "asks for a token, and there is none here"
         raise UserError(
-            f"CLUSTER {address}: {fault}; copy ~/.ray/auth_token from its head, or say RAY_AUTH_TOKEN_PATH=file"
+            f"CLUSTER {address}: {fault}; copy ~/.ray/auth_token from its head, or name its file in RAY_AUTH_TOKEN_PATH"
         )
     if address == "auto" and not os.environ.get("RAY_ADDRESS"):
         return None
@@ -295,11 +297,18 @@ def _token_is_there() -> bool:
 
 
 def _make_token() -> None:
-    """Ray would make one itself, which everybody on this machine can read."""
-    if not _token_is_there():
+    """Ray would make one itself, which everybody on this machine can read. UserError where it can't be written."""
+    if _token_is_there():
+        return
+    try:
         _token_file().parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), open(_token_file(), "x", opener=_private) as file:
-            file.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError), open(_token_file(), "xb", opener=_private) as file:
+            file.write(secrets.token_hex(32).encode())
+    except OSError as error:
+        raise UserError(
+            f"{_token_file()}: the token of a Ray of this command's can't be written ({error.strerror}); "
+            "RAY_AUTH_TOKEN_PATH names another place"
+        ) from None
 
 
 def _private(path: str, flags: int) -> int:

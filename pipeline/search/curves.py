@@ -44,8 +44,7 @@ def averaging(search: Search, data: TrainingData) -> Search:
     """
     steps = max(4, len(data.train.labels) // search.base.training.batch_size)
     decay = search.base.training.ema_decay or 1 - 2 / steps
-    base = search.base.changed({"training.ema_decay": decay})
-    return replace(search, base=base, fixed=search.fixed | {"training.ema_decay"})
+    return replace(search, settings={**search.settings, "training.ema_decay": decay})
 
 
 def draw(search: Search, count: int) -> list[dict[str, Any]]:
@@ -58,6 +57,12 @@ def draw(search: Search, count: int) -> list[dict[str, Any]]:
         search.ask(trial)
         drawn.append(trial.params)
     return drawn
+
+
+def check_length(search: Search) -> None:
+    """UserError where the space asks for the number of epochs."""
+    if "training.epochs" in search.space():
+        raise UserError("the study asks for training.epochs, but curves need one length: --epochs N gives all the same")
 
 
 def collect(
@@ -73,12 +78,11 @@ def collect(
     A recipe is written whole, when it is done. Raises UserError where the space asks for the number of epochs, as
     curves need one length, and where the file holds other recipes.
     """
-    if "training.epochs" in search.space():
-        raise UserError("the study asks for training.epochs, but curves need one length: --epochs N gives all the same")
+    check_length(search)
     drawn = draw(search, count)
     recipes = [search.recipe(params) for params in drawn]
     done = _begun(file, recipes)
-    with file.open("a", newline="") as table:
+    with file.open("a", encoding="utf-8", newline="") as table:
         for number in range(done, count):
             curve = _train(number, recipes[number], drawn[number], search.study.objective, data, device, on_epoch)
             table.write(_rows(curve))
@@ -159,7 +163,7 @@ def _begun(file: Path, recipes: list[Recipe]) -> int:
     if not file.exists():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(",".join(COLUMNS) + "\n")
+            file.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"OUTPUT {file}: can't be written ({error.strerror})") from None
     curves, end = _read(file, recipes[0].training.epochs)
@@ -169,13 +173,13 @@ def _begun(file: Path, recipes: list[Recipe]) -> int:
                 f"OUTPUT {file}: its recipe {curve.recipe} is another than this command's; the former options go on "
                 "with it, another file begins anew"
             )
-    with file.open("r+") as table:
+    with file.open("r+", encoding="utf-8") as table:
         table.truncate(end)
     return len(curves)
 
 
 def _read(file: Path, epochs: int | None = None) -> tuple[list[Curve], int]:
     try:
-        return _parse(file.read_text(), epochs)
+        return _parse(file.read_text(encoding="utf-8"), epochs)
     except (OSError, ValueError, IndexError) as error:
         raise DataError(f"{file}: no table of learning curves ({error}); python -m pipeline curves makes one") from None

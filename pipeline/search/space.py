@@ -19,12 +19,12 @@ Space = Callable[[Any], None]
 
 
 class ScriptedTrial:
-    """Answers a space's questions from `answers`, or else with `choose(distribution)`, and remembers what was asked.
+    """Answers a space's questions from `answers`, or else with `choose(name, distribution)`; remembers what was asked.
 
     Raises nothing for a wrong range: `faults` holds one line each, so that all are told at once.
     """
 
-    def __init__(self, answers: dict[str, Any], choose: Callable[[BaseDistribution], Any]):
+    def __init__(self, answers: Mapping[str, Any], choose: Callable[[str, BaseDistribution], Any]):
         self.params: dict[str, Any] = {}
         self.distributions: dict[str, BaseDistribution] = {}
         self.faults: list[str] = []
@@ -53,25 +53,42 @@ class ScriptedTrial:
             self.params[name] = fallback
             return fallback
         self.distributions[name] = distribution
-        self.params[name] = self._answers[name] if name in self._answers else self._choose(distribution)
+        self.params[name] = self._answers[name] if name in self._answers else self._choose(name, distribution)
         return self.params[name]
 
 
 class FixedFields:
-    """A trial as a space sees it, some of whose answers are given: their questions never reach the trial."""
+    """A trial as a space sees it, some of whose answers are given: their questions never reach the trial.
 
-    def __init__(self, trial: Any, given: Mapping[str, Any]):
-        self._trial, self._given = trial, given
+    Nor do those for which `is_void(name)`, as no trial of the study can have such a field; they get the base recipe's
+    value, or the lowest, and their names are in `voided`.
+    """
+
+    def __init__(self, trial: Any, given: Mapping[str, Any], is_void: Callable[[str], bool], base: Recipe):
+        self._trial, self._given, self._is_void = trial, given, is_void
+        self._nobody = ScriptedTrial(base.flat(), lowest)
+
+    @property
+    def voided(self) -> list[str]:
+        """In the order in which the space asked."""
+        return list(self._nobody.params)
 
     def __getattr__(self, attribute: str) -> Any:
         found = getattr(self._trial, attribute)
         if not attribute.startswith("suggest_"):
             return found
-        return lambda name, *range_, **more: self._given[name] if name in self._given else found(name, *range_, **more)
+
+        def suggest(name: str, *range_: Any, **more: Any) -> Any:
+            if name in self._given:
+                return self._given[name]
+            asked = getattr(self._nobody, attribute) if self._is_void(name) else found
+            return asked(name, *range_, **more)
+
+        return suggest
 
 
-def explore(space: Space, base: Recipe) -> dict[str, BaseDistribution]:
-    """Every parameter that the space can ask for, with its range; every recipe tried on the way is validated.
+def explore(space: Space, recipe: Callable[[Mapping[str, Any]], Recipe]) -> dict[str, BaseDistribution]:
+    """Every parameter that the space can ask for, with its range; `recipe(params)` of all that is tried is made.
 
     Each value that may open a branch (all choices, both ends of a range) is forced once, along with the values that
     led to its question; so a parameter is found however deep it lies behind choices. Then random answers look for
@@ -82,7 +99,7 @@ def explore(space: Space, base: Recipe) -> dict[str, BaseDistribution]:
     waiting: list[dict[str, Any]] = [{}]
     while waiting:
         answers = waiting.pop(0)
-        trial = _ask(space, ScriptedTrial(answers, lambda d: extremes(d)[0]), base, faults)
+        trial = _ask(space, ScriptedTrial(answers, lowest), recipe, faults)
         for name, distribution in trial.distributions.items():
             if name not in found:
                 found[name] = distribution
@@ -91,23 +108,34 @@ def explore(space: Space, base: Recipe) -> dict[str, BaseDistribution]:
                 faults[f"{name}: asked with two ranges, {describe(found[name])} and {describe(distribution)}"] = None
     if not faults:
         chance = random.Random(0)
-        for choose in [lambda d: extremes(d)[-1]] + [lambda d: chance.choice(extremes(d))] * 64:
-            _ask(space, ScriptedTrial({}, choose), base, faults)
+        highest = ScriptedTrial({}, lambda name, d: extremes(d)[-1])
+        others = [ScriptedTrial({}, lambda name, d: chance.choice(extremes(d))) for _ in range(64)]
+        for trial in (highest, *others):
+            _ask(space, trial, recipe, faults)
     if faults:
         raise UserError(list(faults))
     return found
 
 
-def control(space: Space, base: Recipe) -> dict[str, Any]:
-    """The answers with which the space gives the base recipe itself; UserError where it can't."""
-    trial = ScriptedTrial(base.flat(), lambda d: extremes(d)[0])
+def control(space: Space, base: Recipe, *others: Recipe) -> dict[str, Any]:
+    """The answers with which the space gives the base recipe itself; UserError where it can't.
+
+    What is outside the space in `base` is taken from the first of the `others` that has a value inside.
+    """
+    flats = [recipe.flat() for recipe in (base, *others)]
+
+    def choose(name: str, distribution: BaseDistribution) -> Any:
+        values = [flat[name] for flat in flats if name in flat] or extremes(distribution)
+        return next((value for value in values if _contains(distribution, value)), values[0])
+
+    trial = ScriptedTrial({}, choose)
     space(trial)
-    flat, lines = base.flat(), []
+    lines = []
     for name, distribution in trial.distributions.items():
-        if name not in flat:
+        if name not in flats[0]:
             lines.append(f"{name}: asked for, but the base recipe has no such field")
-        elif not _contains(distribution, flat[name]):
-            lines.append(f"{name} = {flat[name]} in the base recipe: outside the space, {describe(distribution)}")
+        elif not _contains(distribution, trial.params[name]):
+            lines.append(f"{name} = {flats[0][name]} in the base recipe: outside the space, {describe(distribution)}")
     if lines:
         raise UserError(lines)
     return trial.params
@@ -123,7 +151,9 @@ def describe(distribution: BaseDistribution) -> str:
     return f"{distribution.low:g} to {distribution.high:g}{step}{scale}"
 
 
-def _ask(space: Space, trial: ScriptedTrial, base: Recipe, faults: dict[str, None]) -> ScriptedTrial:
+def _ask(
+    space: Space, trial: ScriptedTrial, recipe: Callable[[Mapping[str, Any]], Recipe], faults: dict[str, None]
+) -> ScriptedTrial:
     try:
         space(trial)
     except Exception as error:
@@ -135,7 +165,7 @@ def _ask(space: Space, trial: ScriptedTrial, base: Recipe, faults: dict[str, Non
         if name.startswith("data.")
     ]
     try:
-        base.changed(trial.params)
+        recipe(trial.params)
     except UserError as error:
         trial.faults += error.lines
     faults.update(dict.fromkeys(trial.faults))
@@ -148,6 +178,11 @@ def extremes(distribution: BaseDistribution) -> list[Any]:
         return list(distribution.choices)
     assert isinstance(distribution, (FloatDistribution, IntDistribution))
     return [distribution.low, distribution.high]
+
+
+def lowest(name: str, distribution: BaseDistribution) -> Any:
+    """Of a range its lower end, of choices the first."""
+    return extremes(distribution)[0]
 
 
 def _contains(distribution: BaseDistribution, value: Any) -> bool:

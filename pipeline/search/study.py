@@ -5,7 +5,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,9 @@ from optuna.distributions import BaseDistribution, distribution_to_json, json_to
 from optuna.samplers import TPESampler
 
 from pipeline.errors import UserError, did_you_mean
-from pipeline.recipe import Recipe
+from pipeline.recipe import KIND, Recipe, has_default, kind_field, kinds_with
 from pipeline.search.pruner import RecentPruner
-from pipeline.search.space import FixedFields, Space, control, describe, explore, extremes
+from pipeline.search.space import FixedFields, ScriptedTrial, Space, control, describe, explore, extremes, lowest
 
 if TYPE_CHECKING:  # it brings torch with it, and a wrong name is to be told at once
     from pipeline.data.prepare import TrainingData
@@ -75,32 +75,67 @@ class Study:
         if lines:
             raise UserError(lines)
 
+    def settings(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of all trials: what was said of them, and what suits the data set that was said."""
+        from pipeline.data.datasets import default_image_size
+
+        dataset = str(said.get("data.dataset", self.base.data.dataset))
+        size = None if dataset == self.base.data.dataset else default_image_size(dataset)
+        variant = self.variants.get(dataset)
+        return {
+            "data.dataset": dataset,
+            **({"data.image_size": size} if size else {}),
+            **(variant.changes if variant else {}),
+            **said,
+        }
+
 
 @dataclass(frozen=True)
 class Search:
-    """A study resolved for one data set: what is run."""
+    """A study resolved for one data set: what is run.
+
+    `settings` are fields that were set for all trials: a data set's, a variant's, EPOCHS, SEED, SET. They are not
+    searched, though the space may ask for them. `recipe` is where study, settings and a trial's parameters come together.
+    """
 
     name: str
     study: Study
-    base: Recipe
+    settings: Mapping[str, Any]
     version: int
     trials: int
     timeout_s: float | None
     patience: int | None = None
-    fixed: frozenset[str] = frozenset()  # fields that were set for all trials: not searched, though the space may ask
 
     def key(self, data: "TrainingData") -> str:
         """The name in Optuna and MLflow: study, version, data set."""
         return f"{self.name}-v{self.version}-{data.name}"
 
-    def ask(self, trial: Any) -> None:
-        """Put the space's questions to a trial, but those that are answered for all trials."""
-        flat = self.base.flat()
-        self.study.space(FixedFields(trial, {name: flat[name] for name in self.fixed if name in flat}))
-
     def recipe(self, params: Mapping[str, Any]) -> Recipe:
         """The recipe of a trial with these parameters."""
-        return self.base.changed(params)
+        return self.study.base.changed(params, self.settings)
+
+    @cached_property
+    def base(self) -> Recipe:
+        """The recipe of trial 0, the control: the study's with the settings."""
+        return self.recipe(self.control())
+
+    def ask(self, trial: Any) -> None:
+        """Put the space's questions to a trial, but those that are answered for all trials."""
+        self.study.space(self._seen(trial))
+
+    def _seen(self, trial: Any) -> FixedFields:
+        return FixedFields(trial, self._given, self._is_void, self.study.base)
+
+    @cached_property
+    def _given(self) -> dict[str, Any]:
+        """The settings, as the recipe has them where it has."""
+        flat = self.recipe({}).flat()
+        return {name: flat.get(name, value) for name, value in self.settings.items()}
+
+    def _is_void(self, name: str) -> bool:
+        """Whether the kind that was set for this field's section has no such field."""
+        kinds = kinds_with(name)
+        return bool(kinds) and self.settings.get(kind_field(name), kinds[0]) not in kinds
 
     def pruner(self) -> RecentPruner:
         """What judges the trials; the first WHOLE go on all the same."""
@@ -135,7 +170,7 @@ class Search:
 
     def fingerprint(self, data: "TrainingData") -> dict[str, Any]:
         """All that the scores of one search have in common; JSON."""
-        space, base = self.space(), self.base.flat()
+        space, base = self.space(), {**self.settings, **self.base.flat()}
         del base["data.dataset"]  # where the data lies; what it is, its digest says
         del base["data.train_fraction"]  # the split's digest says it, and studies older than the field go on
         del base["training.execution"]  # how, as the device is, not what; and older studies go on
@@ -148,17 +183,77 @@ class Search:
         }
 
     def check(self) -> None:
-        """UserError, a line for each fault, where the space asks for what can't be, or can't give the base recipe."""
-        self.space()
+        """UserError, a line for each fault, where a setting or the space says what can't be, or can't give the base recipe."""
+        self.recipe({})
+        space = self.space()
+        if lines := [
+            f"{name} = {self.settings[name]}: no such field where {kind_field(name)} is {_words(kinds, 'or')}; "
+            f"{_words(kinds_with(name), 'and')} can have it"
+            for name, kinds in self._kinds_without(space).items()
+            if len(kinds) == len(self._kinds(name, space))
+        ]:
+            raise UserError(lines)
         self.control()
 
     def space(self) -> dict[str, BaseDistribution]:
         """Every parameter that the study can ask for, with its range."""
-        return explore(self.ask, self.base)
+        return explore(self.ask, self.recipe)
 
     def control(self) -> dict[str, Any]:
-        """The parameters of trial 0, the base recipe."""
-        return control(self.ask, self.base)
+        """The parameters of trial 0; where a kind was set whose default the space doesn't hold, the study's own value."""
+        return control(self.ask, self.recipe({}), self.study.base)
+
+    def executed(self) -> list[Recipe]:
+        """The control, with each way of executing a step that a trial may have."""
+        name, space = "training.execution", self.space()
+        ways = extremes(space[name]) if name in space else [self.base.training.execution]
+        return [self.recipe({**self.control(), name: way}) for way in ways]
+
+    def remarks(self) -> list[str]:
+        """A line for each setting that doesn't hold for all trials, and each question or value that settings change."""
+        space, before, now = self.space(), self.study.base.flat(), self.base.flat()
+        seen = self._seen(ScriptedTrial(self.control(), lowest))
+        self.study.space(seen)
+        lines = [
+            f"{name} = {self.settings[name]}: not where {kind_field(name)} is {_words(kinds, 'or')}, "
+            "which can't have it; it holds for all other trials"
+            for name, kinds in self._kinds_without(space).items()
+        ]
+        for section in KIND:
+            chosen = kind_field(section)
+            kind = now[chosen]
+            if chosen not in self.settings or kind == before[chosen]:
+                continue
+            if void := [name for name in seen.voided if name.startswith(f"{section}.")]:
+                lines.append(f"{_words(void, 'and')}: not searched, as {kind} can't have that")
+            lines += [
+                f"{name} = {now[name]}: the study's value, as {kind} has no default"
+                + ("; other trials search it" if name in space else "")
+                for name in before
+                if name.startswith(f"{section}.") and name in now and name not in self.settings
+                if not has_default(name, kind)
+            ]
+        return lines
+
+    def _kinds(self, name: str, space: Mapping[str, BaseDistribution]) -> list[str]:
+        """The kinds that a field's section is of in any trial; none where it comes in no kinds."""
+        if not kinds_with(name):
+            return []
+        field = kind_field(name)
+        kinds = [self.recipe({}).flat()[field], *(extremes(space[field]) if field in space else [])]
+        return list(dict.fromkeys(kinds))
+
+    def _kinds_without(self, space: Mapping[str, BaseDistribution]) -> dict[str, list[str]]:
+        """Setting -> those kinds of any trial that have no such field, where there are any."""
+        without = {
+            name: [kind for kind in self._kinds(name, space) if kind not in kinds_with(name)] for name in self.settings
+        }
+        return {name: kinds for name, kinds in without.items() if kinds}
+
+
+def _words(names: Sequence[str], joint: str) -> str:
+    """`a, b or c`."""
+    return f" {joint} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def available() -> list[str]:

@@ -263,7 +263,8 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
         torch.cuda.set_device(device)
         if assignment.memory_fraction:
             torch.cuda.set_per_process_memory_fraction(assignment.memory_fraction, device)
-    check_execution(search.base, device)
+    for recipe in search.executed():
+        check_execution(recipe, device)
     images = load(search.base.data.dataset, search.base.data.image_size, assignment.data_dir)
     data = prepare(images, search.base.data, device)
     keep_imports()

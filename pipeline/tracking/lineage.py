@@ -9,6 +9,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from pipeline.environment import COMPUTING
+
 PROJECT = Path(__file__).resolve().parents[2]
 # A user's own settings (colours, prefixes, other programs) would make a patch that `git apply` refuses.
 _DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
@@ -43,7 +45,9 @@ def code() -> Code:
 def _git(*arguments: str) -> bytes:
     """git's output, or nothing where there is no git or no repository."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, timeout=30)
+        # Another user's folder is none for git, unless it is told so: but code from here runs already.
+        command = ["git", "-c", "safe.directory=*", *arguments]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return b""
     ok = (0, 1) if "--no-index" in arguments else (0,)  # that form answers 1 where the files differ
@@ -60,8 +64,9 @@ def same_code(commit: str, diff: bytes) -> bool:
 
 
 def environment() -> str:
-    """Python, machine, GPU and every installed package's version, as text."""
-    lines = (f"python {sys.version}", platform.platform(), *hardware())
+    """Python, machine, GPU, variables that change what is computed, and every installed package's version, as text."""
+    variables = [f"variable {name}={value}" for name, value in COMPUTING.items()]
+    lines = (f"python {sys.version}", platform.platform(), *hardware(), *variables)
     return "\n".join([*(f"# {line}" for line in lines), *_packages()]) + "\n"
 
 
@@ -81,7 +86,7 @@ def hardware() -> tuple[str, ...]:
 @cache
 def _processor() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:

@@ -14,8 +14,9 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import DataError, UserError
+from pipeline.recipe import parse_recipe
 from pipeline.tracking.runs import MlflowTracker, State
-from pipeline.training.checkpoints import PLAIN_WEIGHTS, RECORD, WEIGHTS, amend, read_checkpoint
+from pipeline.training.checkpoints import PLAIN_WEIGHTS, RECORD, WEIGHTS, amend, read_checkpoint, read_facts
 
 CHAMPION = "models:/image-classifier@champion"
 DIGEST_TAG = "sha256."  # of a registered version, with the name of a file behind it
@@ -73,8 +74,10 @@ def _checkpoint(tracker: MlflowTracker, run: Run, what: str, folder: Path) -> Pa
     """The folder of a run's checkpoint."""
     with _read(what):
         names = {file.path for file in tracker.client.list_artifacts(run.info.run_id)}
-        for name in names & {RECORD, WEIGHTS, PLAIN_WEIGHTS}:
+        for name in [name for name in (RECORD, WEIGHTS, PLAIN_WEIGHTS) if name in names]:
             tracker.client.download_artifacts(run.info.run_id, name, str(folder))
+            if name == RECORD:
+                _check_recipe(folder, what)
     if RECORD not in names:
         raise UserError(f"{what}: {_why_no_model(run)}")
     with contextlib.suppress(UserError):  # a damaged one is told by who uses it
@@ -94,6 +97,12 @@ def _package(tracker: MlflowTracker, version: ModelVersion, what: str, folder: P
         )
     with _read(what):
         source = tracker.client.get_model_version_download_uri(version.name, version.version)
+        with tempfile.TemporaryDirectory() as alone:
+            # Some stores give out nothing but the whole.
+            with contextlib.suppress(MlflowException, OSError):
+                mlflow.artifacts.download_artifacts(f"{source}/{RECORD}", dst_path=alone, tracking_uri=tracker.uri)
+            if digests(Path(alone)).get(RECORD) == expected.get(RECORD, ""):
+                _check_recipe(Path(alone), what)
         arrived = mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=tracker.uri)
     try:
         verify(Path(arrived), expected)
@@ -103,6 +112,19 @@ def _package(tracker: MlflowTracker, version: ModelVersion, what: str, folder: P
             [f"{what}: its files are not those that were registered; {way_out}", *_indented(error)]
         ) from None
     return Path(arrived)
+
+
+def _check_recipe(folder: Path, what: str) -> None:
+    """UserError where a record's recipe is none that this code knows; before the weights are downloaded."""
+    try:
+        facts = read_facts(folder)
+    except UserError:
+        return  # a damaged one is told by who uses it
+    try:
+        parse_recipe(facts.get("recipe", {}) if isinstance(facts, dict) else {})
+    except UserError as error:
+        way_out = "the commit that it was trained with can"
+        raise UserError([f"{what}: its recipe can't be read by this code; {way_out}", *_indented(error)]) from None
 
 
 @contextlib.contextmanager

@@ -53,8 +53,8 @@ class MlflowRun:
     def start(self, recipe: Recipe, uri: str) -> None:
         """The files that are known before the first step: recipe, environment, code; and the machine is watched."""
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "recipe.json").write_text(recipe.to_json() + "\n")
-            (Path(folder) / "environment.txt").write_text(environment())
+            (Path(folder) / "recipe.json").write_text(recipe.to_json() + "\n", encoding="utf-8")
+            (Path(folder) / "environment.txt").write_text(environment(), encoding="utf-8")
             if code().dirty:
                 (Path(folder) / "diff.patch").write_bytes(code().diff)
             self.log_files(Path(folder))

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import re
 import tempfile
 import uuid
@@ -15,7 +14,6 @@ from typing import Any, Protocol
 import pipeline.environment  # noqa: F401, before MLflow
 
 # isort: split
-import mlflow
 from filelock import FileLock
 from mlflow.entities import Run as StoredRun
 from mlflow.entities import RunTag
@@ -31,7 +29,7 @@ from pipeline.tracking.lineage import code, hardware
 from pipeline.tracking.open_run import MlflowRun, State, end_record, now_ms
 from pipeline.tracking.relocate import check_place
 from pipeline.tracking.shipping import Shipper
-from pipeline.tracking.stores import RUN_KEY, Stores, connect
+from pipeline.tracking.stores import RUN_KEY, Stores, client_of, connect
 from pipeline.tracking.ui import shared_view
 
 for _noisy in ("mlflow", "alembic", "urllib3"):
@@ -157,9 +155,7 @@ class MlflowTracker:
         try:
             home.mkdir(parents=True, exist_ok=True)
             with self._lock:  # several processes that create the tables at once break a database for good
-                self.client = (
-                    connect(self.uri, own if self.uri == default else None) if asks else mlflow.MlflowClient(self.uri)
-                )
+                self.client = connect(self.uri, own if self.uri == default else None) if asks else client_of(self.uri)
         except Exception as error:  # whatever a driver raises: the address is the user's
             raise UserError(
                 f"TRACKING_URI {public_uri(self.uri)}: can't be opened ({first_line(error, self.uri)}); mend it, or {way_out}"
@@ -432,12 +428,8 @@ def _provenance() -> dict[str, str]:
 
     import torch
 
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a user id without a name, as in containers
-        user = str(os.getuid())
     return {
-        "mlflow.user": user,
+        "mlflow.user": getpass.getuser(),
         "mlflow.source.name": "python -m pipeline",
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": code().commit,

@@ -38,13 +38,18 @@ def connect(uri: str, own: Path | None) -> mlflow.MlflowClient:
     """
     if uri.startswith("http"):
         ask(uri, "experiments/search", {"max_results": 1}, _PROBE_S)
-        return mlflow.MlflowClient(uri)
+        return client_of(uri)
     if own and not own.exists():
         _create(own)
     _connect_once(uri)
-    client = mlflow.MlflowClient(uri)
+    client = client_of(uri)
     client.search_experiments(max_results=1)
     return client
+
+
+def client_of(uri: str) -> mlflow.MlflowClient:
+    """A client whose registry is that of the store, whatever MLFLOW_REGISTRY_URI says; asks nothing yet."""
+    return mlflow.MlflowClient(uri, registry_uri=uri)
 
 
 def _create(database: Path) -> None:
@@ -52,7 +57,7 @@ def _create(database: Path) -> None:
     new = database.with_name(f".{database.name}.new")
     for left in database.parent.glob(f"{new.name}*"):  # by a process that was killed here
         left.unlink()
-    client = mlflow.MlflowClient(f"sqlite:///{new}")
+    client = client_of(f"sqlite:///{new}")
     client.search_experiments(max_results=1)
     client._tracking_client.store.engine.dispose()
     new.rename(database)

@@ -111,7 +111,7 @@ def launch(what: str, module: str, settings: Mapping[str, str], port: int, log_f
         stop_server(server)
         raise
     stop_server(server)
-    tail = " | ".join(log_file.read_text(errors="replace").splitlines()[-3:])
+    tail = " | ".join(log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-3:])
     raise UserError(f"{what} did not start on port {port}: {tail} (all of it in {log_file})")
 
 

@@ -113,11 +113,6 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     _undo_half_a_replacement(folder)
     record = folder / RECORD
     body = _read_record(record)
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise UserError(f"{record}: not of format {FORMAT}, the one that is read here")
-    digest = body.pop("digest", None)
-    if digest != _digest(body):
-        raise UserError(f"{record}: damaged, its digest differs")
     named = body.get("sha256")
     if not isinstance(named, dict) or not all(re.fullmatch(r"\w+\.safetensors", name) for name in named):
         raise UserError(f"{record}: should have the sha256 of its .safetensors files, and of nothing else")
@@ -130,15 +125,27 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _read_record(record: Path) -> Any:
+def read_facts(folder: Path) -> Any:
+    """What a checkpoint's record alone says, while its other files need not be there; UserError where it is damaged."""
+    return _read_record(folder / RECORD).get("facts")
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    """A record as it was written, without its digest."""
     if not record.is_file():
         raise UserError(f"{record.parent}: no checkpoint here ({RECORD} is missing)")
     if (size := record.stat().st_size) > MAX_RECORD:
         raise UserError(f"{record}: has {size:,} bytes, more than {MAX_RECORD:,}")
     try:
-        return json.loads(record.read_bytes())
+        body = json.loads(record.read_bytes())
     except (ValueError, RecursionError):  # the latter where lists lie in lists in lists
         raise UserError(f"{record}: damaged, it is no JSON") from None
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise UserError(f"{record}: not of format {FORMAT}, the one that is read here")
+    digest = body.pop("digest", None)
+    if digest != _digest(body):
+        raise UserError(f"{record}: damaged, its digest differs")
+    return body
 
 
 def amend(folder: Path, facts: dict[str, Any]) -> None:

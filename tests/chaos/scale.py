@@ -184,10 +184,9 @@ class Question:
     @classmethod
     def of(cls, trials: int) -> "Question":
         study = load_study("attention")
-        base = study.base.changed({"training.epochs": EPOCHS})
         data = Mock(digest="0" * 64, split_digest="0" * 64)
         data.name = "nothing"
-        return cls(Search("scale", study, base, 1, trials, None, fixed=frozenset({"training.epochs"})), data)
+        return cls(Search("scale", study, {"training.epochs": EPOCHS}, 1, trials, None), data)
 
 
 def working(question: Question, url: str, home: Path, notes: Path) -> Callable[[Assignment, Callable[[], bool]], None]:

@@ -58,7 +58,7 @@ def test_a_node_that_is_lost_costs_no_trial_and_another_takes_its_place(
         storage, tracker = open_storage(home), MlflowTracker(home)
         base = small_recipe.changed({"training.epochs": 6})
         study = Study(question="?", base=base, space=rates, objective="val/accuracy", trials=8)
-        search = Search("storm", study, base, version=1, trials=8, timeout_s=None)
+        search = Search("storm", study, {}, version=1, trials=8, timeout_s=None)
         with connect(nodes.address, "cpu", Path("data"), None, Limits(beat_s=0.5, grace_s=15)) as crew:
             assert crew.room() == 2
             watch: Any = Storm(nodes, node)

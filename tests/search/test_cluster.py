@@ -84,7 +84,7 @@ def test_actors_run_a_study_and_one_that_is_killed_costs_no_trial(
     storage, tracker = open_storage(home), MlflowTracker(home)
     base = small_recipe.changed({"training.epochs": 4})
     study = Study(question="?", base=base, space=rates, objective="val/accuracy", trials=4)
-    search = Search("lab", study, base, version=1, trials=4, timeout_s=None)
+    search = Search("lab", study, {}, version=1, trials=4, timeout_s=None)
     killer = Killer(lambda: optuna.load_study(study_name="lab-v1-digits", storage=storage))
     watch: Any = killer
     done = workers.run(search, digits, torch.device("cpu"), watch, storage, tracker, home, crew=ray_here)

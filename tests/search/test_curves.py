@@ -25,7 +25,7 @@ def space(trial: Any) -> None:
 
 def search_of(base: Recipe, space: Any = space) -> Search:
     study = Study(question="?", base=base, space=space, objective="val/f1_macro", trials=8)
-    return Search("tiny", study, base, version=1, trials=8, timeout_s=None)
+    return Search("tiny", study, {}, version=1, trials=8, timeout_s=None)
 
 
 @pytest.fixture
@@ -38,12 +38,12 @@ def test_more_recipes_begin_with_the_same_ones_and_all_with_the_control(search: 
     assert few == many[:3]
     assert search.recipe(few[0]) == search.base
     assert len({params["optimizer.lr"] for params in many}) == 6
-    other = replace(search, base=search.base.changed({"training.seed": 1}))
+    other = replace(search, settings={"training.seed": 1})
     assert draw(other, 3)[1] != few[1]
 
 
 def test_a_base_that_does_not_average_averages_over_half_an_epoch(search: Search, digits: TrainingData) -> None:
-    plain = replace(search, base=search.base.changed({"training.ema_decay": 0}))
+    plain = replace(search, settings={"training.ema_decay": 0})
     steps = len(digits.train.labels) // 64
     assert 1 / (1 - averaging(plain, digits).base.training.ema_decay) == pytest.approx(steps / 2)
     assert averaging(search, digits).base == search.base
@@ -122,8 +122,8 @@ def test_a_searched_length_is_refused(small_recipe: Recipe, digits: TrainingData
 
     with pytest.raises(UserError, match="curves need one length: --epochs N"):
         next(collect(search_of(small_recipe, lengths), digits, CPU, tmp_path / "curves.csv", 2))
-    fixed = replace(search_of(small_recipe, lengths), fixed=frozenset({"training.epochs"}))
-    assert next(collect(fixed, digits, CPU, tmp_path / "curves.csv", 2)).recipe == 0
+    same = replace(search_of(small_recipe, lengths), settings={"training.epochs": 2})
+    assert next(collect(same, digits, CPU, tmp_path / "curves.csv", 2)).recipe == 0
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ class Plant:
     ) -> optuna.Study:
         base = self.base.changed({"training.epochs": epochs})
         study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=trials)
-        search = Search("plant", study, base, 1, trials, None)
+        search = Search("plant", study, {}, 1, trials, None)
         where, watch = torch.device("cpu"), observer or Watch()
         return workers.run(
             search,
@@ -152,7 +152,7 @@ def test_a_bug_in_a_worker_stops_all_with_its_traceback(plant: Plant) -> None:
 
 def test_other_data_than_the_studys_stops_a_worker_with_the_reason(plant: Plant) -> None:
     study = Study(question="?", base=plant.base, space=rates, objective="val/accuracy", trials=1)
-    other = Search("plant", study, plant.base.changed({"data.split_seed": 5}), 1, 1, None)
+    other = Search("plant", study, {"data.split_seed": 5}, 1, 1, None)
     packed, workers.packed = workers.packed, lambda search: packed(other)
     try:
         with pytest.raises(UserError, match="has trials that answer another question"):

@@ -45,7 +45,7 @@ def search_of(base: Recipe, trials: int, asks_epochs: bool = False) -> Search:
             trial.suggest_int("training.epochs", 2, 6, step=2)
 
     study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=trials)
-    return Search("lab", study, base, version=1, trials=trials, timeout_s=None)
+    return Search("lab", study, {}, version=1, trials=trials, timeout_s=None)
 
 
 def stored(states: list[TrialState]) -> optuna.Study:

@@ -14,7 +14,7 @@ from pipeline.search.space import control, describe, explore
 
 def faults(space: Any, base: Recipe) -> list[str]:
     with pytest.raises(UserError) as caught:
-        explore(space, base)
+        explore(space, base.changed)
     return caught.value.lines
 
 
@@ -30,7 +30,7 @@ def nested(trial: Any) -> None:
 
 
 def test_parameters_behind_choices_are_found_however_deep(small_recipe: Recipe) -> None:
-    assert set(explore(nested, small_recipe)) == {
+    assert set(explore(nested, small_recipe.changed)) == {
         "optimizer.name",
         "optimizer.lr",
         "optimizer.weight_decay",
@@ -43,7 +43,7 @@ def test_parameters_behind_choices_are_found_however_deep(small_recipe: Recipe) 
 def test_the_answers_to_optuna_itself_are_the_same(small_recipe: Recipe) -> None:
     """The stand-in asks as Optuna does: one real trial gets the same ranges."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    found = explore(nested, small_recipe)
+    found = explore(nested, small_recipe.changed)
     for _ in range(20):
         trial = study.ask()
         nested(trial)

@@ -9,6 +9,7 @@ import optuna
 import pytest
 import torch
 
+from pipeline.cli.common import load_data
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import UserError
@@ -24,7 +25,7 @@ def space(trial: Any) -> None:
 @pytest.fixture
 def search(small_recipe: Recipe) -> Search:
     study = Study(question="?", base=small_recipe, space=space, objective="val/accuracy", trials=8)
-    return Search("tiny", study, small_recipe, version=1, trials=8, timeout_s=None)
+    return Search("tiny", study, {}, version=1, trials=8, timeout_s=None)
 
 
 def test_a_studys_own_fields_are_checked_at_once(small_recipe: Recipe) -> None:
@@ -52,7 +53,7 @@ def test_a_changed_space_is_refused_with_the_difference_and_the_way_out(
         trial.suggest_float("optimizer.momentum", 0, 0.95)
 
     changed = Study(question="?", base=small_recipe, space=wider, objective="val/accuracy", trials=8)
-    other = Search("tiny", changed, small_recipe, version=1, trials=8, timeout_s=None)
+    other = Search("tiny", changed, {}, version=1, trials=8, timeout_s=None)
     assert refusal(search, other, digits) == [
         "study tiny-v1-digits has trials that answer another question:",
         "  space optimizer.lr: 0.01 to 1 (log) then, 0.001 to 1 (log) now",
@@ -66,27 +67,27 @@ def test_a_changed_base_objective_data_set_or_split_is_refused(search: Search, d
     for what in ("objective", "data", "split"):
         with pytest.raises(UserError, match=rf"{what}: other then"):
             check_same("tiny", stored | {what: "other"}, stored, 1)
-    longer = Search("tiny", search.study, search.base.changed({"training.epochs": 5}), 1, 8, None)
+    longer = Search("tiny", search.study, {"training.epochs": 5}, 1, 8, None)
     assert "  base training.epochs: 2 then, 5 now" in refusal(search, longer, digits)
 
 
 def test_a_share_of_the_training_images_is_another_question_told_by_the_split(
-    search: Search, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
+    search: Search, digits: TrainingData, tmp_path: Path
 ) -> None:
     """The field itself is not in the fingerprint: studies stored before there was one go on."""
-    third = small_recipe.changed({"data.train_fraction": 0.3})
-    data = prepare(load("digits", 8, tmp_path), third.data, torch.device("cpu"))
-    then, now = search.fingerprint(digits), Search("tiny", search.study, third, 1, 8, None).fingerprint(data)
+    third = Search("tiny", search.study, {"data.train_fraction": 0.3}, 1, 8, None)
+    data = prepare(load("digits", 8, tmp_path), third.base.data, torch.device("cpu"))
+    then, now = search.fingerprint(digits), third.fingerprint(data)
     assert {key for key in then if then[key] != now[key]} == {"split"}
 
 
 def test_how_a_step_is_executed_is_no_other_question(search: Search, digits: TrainingData) -> None:
-    graphed = Search("tiny", search.study, search.base.changed({"training.execution": "graphed"}), 1, 8, None)
+    graphed = Search("tiny", search.study, {"training.execution": "graphed"}, 1, 8, None)
     assert graphed.fingerprint(digits) == search.fingerprint(digits)
 
 
 def test_the_number_of_trials_may_change(search: Search, digits: TrainingData) -> None:
-    more = Search("tiny", search.study, search.base, 1, trials=99, timeout_s=5)
+    more = Search("tiny", search.study, {}, 1, trials=99, timeout_s=5)
     check_same("tiny", search.fingerprint(digits), more.fingerprint(digits), 1)
 
 
@@ -95,9 +96,9 @@ def lengths(trial: Any) -> None:
     trial.suggest_int("training.epochs", 2, 8, step=2)
 
 
-def with_lengths(recipe: Recipe, **more: Any) -> Search:
+def with_lengths(recipe: Recipe, **settings: Any) -> Search:
     study = Study(question="?", base=recipe, space=lengths, objective="val/accuracy", trials=8)
-    return Search("tiny", study, recipe, version=1, trials=8, timeout_s=None, **more)
+    return Search("tiny", study, settings, version=1, trials=8, timeout_s=None)
 
 
 def test_short_and_long_trainings_are_compared_at_equal_shares(small_recipe: Recipe) -> None:
@@ -111,10 +112,9 @@ def test_short_and_long_trainings_are_compared_at_equal_shares(small_recipe: Rec
 
 def test_what_is_set_for_all_trials_is_not_searched(small_recipe: Recipe) -> None:
     """So EPOCHS= may lie outside what a space asks, and a data set's variant too."""
-    base = small_recipe.changed({"training.epochs": 3})
     with pytest.raises(UserError, match=r"training.epochs = 3 in the base recipe: outside the space"):
-        with_lengths(base).check()
-    search = with_lengths(base, fixed=frozenset({"training.epochs", "data.dataset"}))
+        with_lengths(small_recipe.changed({"training.epochs": 3})).check()
+    search = with_lengths(small_recipe, **{"training.epochs": 3, "data.dataset": "digits"})
     search.check()
     assert list(search.space()) == list(search.control()) == ["optimizer.lr"]
     assert search.most_epochs == 3
@@ -124,6 +124,25 @@ def test_what_is_set_for_all_trials_is_not_searched(small_recipe: Recipe) -> Non
     assert search.recipe(trial.params).training.epochs == 3
 
 
+def test_every_way_of_execution_that_a_trial_may_have_is_known_before(small_recipe: Recipe, tmp_path: Path) -> None:
+    def ways(trial: Any) -> None:
+        trial.suggest_categorical("training.execution", ["eager", "graphed"])
+
+    study = Study(question="?", base=small_recipe, space=ways, objective="val/accuracy", trials=8)
+    search = Search("tiny", study, {}, 1, 8, None)
+    assert [recipe.training.execution for recipe in search.executed()] == ["eager", "graphed"]
+    with pytest.raises(UserError, match=r"training.execution = graphed: a graph needs a GPU"):
+        load_data(search, tmp_path, torch.device("cpu"))
+    eager = replace(search, settings={"training.execution": "eager"})
+    assert [recipe.training.execution for recipe in eager.executed()] == ["eager"]
+
+
+def test_what_a_kind_has_only_in_some_trials_is_in_the_fingerprint(search: Search, digits: TrainingData) -> None:
+    """Else a study would go on with another value of it."""
+    fingerprints = [replace(search, settings={"optimizer.beta2": beta}).fingerprint(digits) for beta in (0.9, 0.95)]
+    assert fingerprints[0] != fingerprints[1]
+
+
 def test_a_space_sees_the_fixed_value_and_all_else_of_its_trial(small_recipe: Recipe) -> None:
     seen = []
 
@@ -131,7 +150,7 @@ def test_a_space_sees_the_fixed_value_and_all_else_of_its_trial(small_recipe: Re
         seen.append((trial.suggest_categorical(name="optimizer.name", choices=["sgd", "adam"]), trial.number))
 
     study = Study(question="?", base=small_recipe, space=branching, objective="val/accuracy", trials=8)
-    search = Search("tiny", study, small_recipe, 1, 8, None, fixed=frozenset({"optimizer.name"}))
+    search = Search("tiny", study, {"optimizer.name": "sgd"}, 1, 8, None)
     search.ask(optuna.create_study().ask())
     assert seen == [("sgd", 0)]
 

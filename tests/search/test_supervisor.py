@@ -95,7 +95,7 @@ class Firm:
 
     def __init__(self, home: Path, base: Recipe, data: TrainingData, trials: int, **limits: Any):
         study = Study(question="?", base=base, space=rates, objective="val/accuracy", trials=trials)
-        self.search = Search("firm", study, base, 1, trials, limits.get("timeout_s"), limits.get("patience"))
+        self.search = Search("firm", study, {}, 1, trials, limits.get("timeout_s"), limits.get("patience"))
         self.home, self.key = home, self.search.key(data)
         self.storage, self.tracker = open_storage(home), MlflowTracker(home)
         self.study = open_study(self.search, data, self.storage, home)

@@ -68,7 +68,7 @@ class Lab:
         base = self.base.changed(changes.pop("base", {}))
         study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=trials)
         limits = {name: changes.pop(name, None) for name in ("timeout_s", "patience")}
-        search = Search("lab", study, base, version=1, trials=trials, **limits)
+        search = Search("lab", study, {}, version=1, trials=trials, **limits)
         watch = observer or Silent()
         return workers.run(search, self.data, torch.device("cpu"), watch, self.storage, self.tracker, self.home)
 
@@ -139,7 +139,7 @@ def test_one_worker_draws_what_studys_own_ask_draws(lab: Lab) -> None:
     short = {"training.epochs": 1}
     done = lab.run(7, wide, base=short)
     search = Search(
-        "lab", Study(question="?", base=lab.base, space=wide, objective="val/accuracy", trials=7), lab.base, 1, 7, None
+        "lab", Study(question="?", base=lab.base, space=wide, objective="val/accuracy", trials=7), {}, 1, 7, None
     )
     plain = optuna.create_study(direction="maximize", sampler=search.sampler(1))
     plain.enqueue_trial(done.trials[0].params)

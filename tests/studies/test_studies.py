@@ -1,14 +1,22 @@
 """Every study in studies/ keeps what studies promise."""
 
 import ast
+import itertools
+import random
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 import pytest
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FixedTrial
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
-from pipeline.recipe import KIND
-from pipeline.search.space import control, explore, extremes
-from pipeline.search.study import FOLDER, Search, available, load_study
+from pipeline.errors import UserError
+from pipeline.recipe import KIND, Recipe, kind_field, kinds_with
+from pipeline.search.space import ScriptedTrial, control, explore, extremes
+from pipeline.search.study import FOLDER, Search, Study, available, load_study
 
 
 @pytest.mark.parametrize("name", available())
@@ -23,15 +31,145 @@ def test_trial_0_is_the_base_itself(name: str) -> None:
 def test_every_variant_is_a_valid_base_inside_the_space(name: str) -> None:
     study = load_study(name)
     for dataset, variant in study.variants.items():
-        base = study.base.changed({"data.dataset": dataset, **variant.changes})
-        Search(name, study, base, 1, variant.trials, None, fixed=frozenset(variant.changes)).check()
+        Search(name, study, study.settings({"data.dataset": dataset}), 1, variant.trials, None).check()
         assert variant.trials >= 8
+
+
+# What no optimizer but Muon has, and what its kind needs where it is set in a study that is not about it.
+NEEDED = {"optimizer.bias_lr": 50.0, "optimizer.head_lr": 700.0}
+VALUES = [0.07, 0.31, 3, 5, 16, (16, 16, 16), "constant", "reflect", "alternating", "bf16", "compiled"]
+DRAWS = 24
+
+
+def kinds_of(section: str) -> list[Any]:
+    """The section's class, or those of its kinds."""
+    annotation = Recipe.model_fields[section].annotation
+    return list(typing.get_args(annotation)) or [annotation]
+
+
+def other_value(field: FieldInfo, before: object) -> Any:
+    """A value that the field takes, and doesn't have."""
+    if field.annotation is bool:
+        return not before
+    valid = TypeAdapter(Annotated[field.annotation, "a field", *field.metadata])
+    for value in VALUES:
+        try:
+            if valid.validate_python(value) != before:
+                return value
+        except ValidationError:
+            continue
+    raise AssertionError(f"{field}: none of VALUES is a valid other value")
+
+
+def settable(base: Recipe) -> list[dict[str, Any]]:
+    """Every field of every kind but the kinds and the data set, with another value; one of each section at a time."""
+    flat, columns = base.flat(), []
+    for section in Recipe.model_fields:
+        fields = {f"{section}.{name}": info for kind in kinds_of(section) for name, info in kind.model_fields.items()}
+        for name in (f"{section}.{KIND.get(section)}", "data.dataset"):
+            fields.pop(name, None)
+        columns.append([(name, other_value(info, flat.get(name, info.default))) for name, info in fields.items()])
+    return [dict(filter(None, row)) for row in itertools.zip_longest(*columns)]
+
+
+def drawn(search: Search) -> Iterator[Recipe]:
+    """The recipes of the control and of random trials."""
+    chance = random.Random(0)
+    yield search.recipe(search.control())
+    for _ in range(DRAWS):
+        trial = ScriptedTrial({}, lambda name, distribution: chance.choice(extremes(distribution)))
+        search.ask(trial)
+        yield search.recipe(trial.params)
+
+
+def search_with(study: Study, said: Mapping[str, Any]) -> Search:
+    """With what suits digits, too."""
+    return Search("any", study, study.settings({"data.dataset": "digits", **said}), 1, 8, None)
+
+
+def check_that_settings_hold(search: Search) -> set[str]:
+    """In the recipe of every trial whose kind has such a field; the kinds that were drawn."""
+    seen = set()
+    for recipe in drawn(search):
+        flat = recipe.flat()
+        seen |= {str(flat[kind_field(section)]) for section in KIND}
+        for name, value in search.settings.items():
+            if name in flat:
+                assert flat[name] == value, (name, value, flat)
+            else:
+                assert kinds_with(name), name
+                assert flat[kind_field(name)] not in kinds_with(name), (name, value, flat)
+    return seen
+
+
+@pytest.mark.parametrize("name", available())
+def test_what_is_set_is_in_the_recipe_of_every_trial_that_can_have_it(name: str) -> None:
+    study, seen = load_study(name), set()
+    for said in settable(study.base):
+        seen |= check_that_settings_hold(search_with(study, said))
+    asked = explore(study.space, study.base.changed)
+    kinds = [extremes(asked[name]) for name in map(kind_field, KIND) if name in asked]
+    assert seen >= set(itertools.chain(*kinds)), "every kind was drawn"
+
+
+@pytest.mark.parametrize("name", available())
+def test_a_kind_that_is_set_is_every_trials_and_the_rest_is_asked_or_the_bases(name: str) -> None:
+    study = load_study(name)
+    for section, field in KIND.items():
+        for kind in kinds_of(section):
+            own = kind.model_fields[field].default
+            needed = {need: value for need, value in NEEDED.items() if own in kinds_with(need)}
+            needed = needed if section == "optimizer" and study.base.optimizer.name != own else {}
+            search = search_with(study, {f"{section}.{field}": own, **needed})
+            check_that_settings_hold(search)
+            if section == "optimizer":
+                search.check()
+                assert "optimizer.lr" in search.space()
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "remarks"),
+    [
+        ("attention", {"optimizer.weight_decay": 0.001}, []),
+        (
+            "attention",
+            {"schedule.warmup": 0.25},
+            ["schedule.warmup = 0.25: not where schedule.name is one_cycle, which can't have it"],
+        ),
+        ("plain", {"optimizer.lr": 0.02}, []),
+        (
+            "plain",
+            {"optimizer.name": "sgd"},
+            ["optimizer.lr = 0.001: the study's value, as sgd has no default; other trials search it"],
+        ),
+        (
+            "fast",
+            {"optimizer.name": "adamw", "optimizer.lr": 0.01},
+            ["optimizer.momentum, optimizer.bias_lr, optimizer.head_lr and optimizer.sgd_momentum: not searched"],
+        ),
+    ],
+)
+def test_what_settings_do_not_do_is_said(name: str, said: dict[str, Any], remarks: list[str]) -> None:
+    search = search_with(load_study(name), said)
+    search.check()
+    lines = search.remarks()
+    assert len(lines) == len(remarks)
+    assert all(line.startswith(start) for line, start in zip(lines, remarks, strict=True)), lines
+
+
+def test_what_no_trial_can_have_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        search_with(load_study("attention"), {"optimizer.sgd_momentum": 0.5, "model.dilation": 2}).check()
+    assert caught.value.lines == [
+        "optimizer.sgd_momentum = 0.5: no such field where optimizer.name is sgd, adam or adamw; muon can have it",
+        "model.dilation = 2: no such field where model.network is attention; efficient can have it",
+    ]
 
 
 @pytest.mark.parametrize("name", available())
 def test_the_search_is_over_augmentation_optimizer_and_schedule(name: str) -> None:
     study = load_study(name)
-    space = explore(study.space, study.base)
+    space = explore(study.space, study.base.changed)
     assert {"augmentation", "optimizer", "schedule"} <= {parameter.partition(".")[0] for parameter in space}
     rates = [space["optimizer.lr"], space["optimizer.weight_decay"]]
     assert all(rate.log for rate in rates if not isinstance(rate, CategoricalDistribution)), "rates: on a log scale"
@@ -71,7 +209,7 @@ def test_attention_asks_only_what_applies_to_the_chosen_kind() -> None:
 
 def test_plain_asks_whether_its_authors_lessons_are_true() -> None:
     study = load_study("plain")
-    space = explore(study.space, study.base)
+    space = explore(study.space, study.base.changed)
     rotation_more_dropout_longer = {
         "augmentation.rotation": 0,
         "augmentation.erasing": 0,

@@ -13,7 +13,7 @@ from pipeline.recipe import Recipe
 from pipeline.registry.package import Package
 from pipeline.tracking.models import digests, find_model
 from pipeline.tracking.runs import MlflowTracker, State
-from pipeline.training.checkpoints import read_checkpoint
+from pipeline.training.checkpoints import RECORD, amend, read_checkpoint
 
 
 def refusal(home: Path, wanted: str | None) -> str:
@@ -40,6 +40,27 @@ def test_what_has_no_model_is_told_with_its_state(trained: Trained) -> None:
     assert "no champion yet; make promote" in refusal(trained.home, "models:/image-classifier@champion")
     for name in ("models:/image-classifier@other", "models:/x/3", "models:/x", "models:/a/b@c", "models:/"):
         assert refusal(trained.home, name).startswith(f"{name}: no such registered model")
+
+
+def test_a_recipe_that_is_not_known_here_is_refused_before_the_weights_are_read(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained.copy(home := tmp_path / "mlruns")
+    client = MlflowTracker(home).client
+    folder = Path(client.get_run(trained.finished).info.artifact_uri.removeprefix("file://"))
+    recipe = read_checkpoint(folder)["recipe"]
+    amend(folder, {"recipe": recipe | {"model": {"network": "vit"}}})
+    downloaded, download = [], type(client).download_artifacts
+    monkeypatch.setattr(
+        type(client), "download_artifacts", lambda *words: downloaded.append(words[2]) or download(*words)
+    )
+    with pytest.raises(UserError) as caught, find_model(home, None, trained.finished):
+        pass
+    assert caught.value.lines[0].endswith(
+        "its recipe can't be read by this code; the commit that it was trained with can"
+    )
+    assert "model.network = vit: not one of attention," in caught.value.lines[1]
+    assert downloaded == [RECORD]
 
 
 def test_no_store_is_told_and_not_made(tmp_path: Path) -> None:
