@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import Refused, UserError, public_uri
-from pipeline.guard import alone, is_gone, is_running
+from pipeline.errors import PromotionRefused, UserError, redact_uri
+from pipeline.processes import process_has_exited, study_is_running, study_lock
 from pipeline.registry import ledger, promote
 from pipeline.registry.promote import CHAMPION, Registry
-from pipeline.search.retries import reconcile
-from pipeline.search.storage import PatientStorage, StudyLock, our_studies
-from pipeline.search.study import counts
+from pipeline.search.requeue import reconcile
+from pipeline.search.storage import RetryingStorage, StudyLock, our_studies
+from pipeline.search.study import counts_toward_budget
 from pipeline.tracking.inventory import (
     Points,
     all_points,
@@ -28,8 +28,8 @@ from pipeline.tracking.inventory import (
 )
 from pipeline.tracking.journal import FOLDER, is_busy, remains
 from pipeline.tracking.kept import broken_tags, called
-from pipeline.tracking.runs import MlflowTracker, State
-from pipeline.tracking.stores import RUN_KEY, is_active
+from pipeline.tracking.store import RUN_KEY, is_active
+from pipeline.tracking.tracker import MlflowTracker, State
 from pipeline.training.checkpoints import read_checkpoint
 from pipeline.training.resume import CHECKPOINTS
 
@@ -64,7 +64,7 @@ def check_databases(home: Path) -> list[str]:
     return [f"{file}: broken ({fault}); {way_out}" for file, fault in faults.items() if fault]
 
 
-def audit(home: Path, storage: PatientStorage | None, tracker: MlflowTracker) -> Audit:
+def audit(home: Path, storage: RetryingStorage | None, tracker: MlflowTracker) -> Audit:
     """Look at everything, and change nothing. Studies that are being run are judged by what has ended.
 
     `storage` is None where there is no study. The order counts: what ends while this looks was RUNNING when it looked.
@@ -73,7 +73,7 @@ def audit(home: Path, storage: PatientStorage | None, tracker: MlflowTracker) ->
 
 
 class _Auditor:
-    def __init__(self, home: Path, storage: PatientStorage | None, tracker: MlflowTracker):
+    def __init__(self, home: Path, storage: RetryingStorage | None, tracker: MlflowTracker):
         self._home, self._storage, self._tracker = home, storage, tracker
         self._seen = Audit()
         self._find, self._skip = self._seen.findings.append, self._seen.unchecked.append
@@ -114,12 +114,12 @@ class _Auditor:
         for path in leftovers(self._home):
             self._find(f"{path}: left by a command that was killed; {MENDS} removes it")
         seen.studies, seen.runs = len(studies), len(trained)
-        seen.trials = sum(counts(trial) for its in trials.values() for trial in its)
+        seen.trials = sum(counts_toward_budget(trial) for its in trials.values() for trial in its)
         if self._tracker.is_remote:
             self._skip("the server's files (checkpoints, models): run this where they lie")
         if storage and not storage.url.startswith("sqlite"):
             self._skip(
-                f"{public_uri(storage.url)}: whether its pages are whole, PostgreSQL knows; journals on other machines"
+                f"{redact_uri(storage.url)}: whether its pages are whole, PostgreSQL knows; journals on other machines"
             )
         return seen
 
@@ -174,7 +174,7 @@ class _Auditor:
         for run in runs:
             if run.data.tags.get("role") == "trial":
                 by_key[run.data.tags[RUN_KEY]].append(run)
-        counted = [trial for trial in trials if counts(trial)]
+        counted = [trial for trial in trials if counts_toward_budget(trial)]
         for key, times in Counter(_key(trial) for trial in counted).items():
             if key and times > 1:
                 self._find(f"{name}: {times} trials that count have run key {key}; it was trained more than once")
@@ -240,7 +240,7 @@ class _Auditor:
                 self._find(f"{called(run)}: no trial of {name} has its run key; delete it in the UI")
         replaced = Counter(trial.user_attrs.get("retry_of") for trial in trials)
         for trial in trials:
-            if trial.state.is_finished() and not counts(trial) and replaced[trial.number] != 1:
+            if trial.state.is_finished() and not counts_toward_budget(trial) and replaced[trial.number] != 1:
                 took = replaced[trial.number]
                 self._find(
                     f"trial {trial.number} of {name}: asked again, and {took} trials take its place; should be one"
@@ -251,7 +251,7 @@ class _Auditor:
             if trial.state.name != "RUNNING":
                 continue
             worker = trial.user_attrs.get("worker")
-            if worker is None or is_gone(worker):
+            if worker is None or process_has_exited(worker):
                 self._find(f"trial {trial.number} of {name}: RUNNING, and its process is gone; {MENDS} asks it again")
             else:
                 self._skip(
@@ -360,9 +360,9 @@ def _read(tracker: MlflowTracker, ids: Iterable[str | None]) -> Iterator["Stored
             yield found
 
 
-def is_run(study: "optuna.Study", storage: PatientStorage, home: Path) -> bool:
+def is_run(study: "optuna.Study", storage: RetryingStorage, home: Path) -> bool:
     """Whether a command runs this study just now; of SQLite: on this machine."""
-    if is_running(study.study_name, home):
+    if study_is_running(study.study_name, home):
         return True
     try:
         StudyLock(storage, study.study_name).close()
@@ -371,7 +371,7 @@ def is_run(study: "optuna.Study", storage: PatientStorage, home: Path) -> bool:
     return False
 
 
-def mend(home: Path, storage: PatientStorage | None, tracker: MlflowTracker) -> list[str]:
+def mend(home: Path, storage: RetryingStorage | None, tracker: MlflowTracker) -> list[str]:
     """What can be mended without guessing; a line for each thing that was done. No measurement is removed.
 
     What is being run is left alone.
@@ -383,13 +383,13 @@ def mend(home: Path, storage: PatientStorage | None, tracker: MlflowTracker) -> 
         assert storage
         parent = str(study.user_attrs.get("mlflow_run_id"))
         try:
-            with alone(study.study_name, home):
+            with study_lock(study.study_name, home):
                 StudyLock(storage, study.study_name).close()
                 again = reconcile(study, tracker, parent, home) if parent in there else []
         except UserError:
             continue
         done += [f"trial {number} of {study.study_name}: its process was gone; it is asked again" for number in again]
-    if taken := tracker.take_over():
+    if taken := tracker.adopt_journals():
         tracker.flush(60)
         if sent := taken - len(tracker.waiting):
             done.append(f"{sent} journals of processes that are gone: sent to MLflow")
@@ -437,7 +437,7 @@ def _write_tags(
         study.user_attrs.get("mlflow_run_id", ""): own | {RUN_KEY: study.user_attrs.get("run_key", "")}
     }
     for trial in study.get_trials(deepcopy=False):
-        if counts(trial) and _key(trial) and "recipe_digest" in trial.user_attrs:
+        if counts_toward_budget(trial) and _key(trial) and "recipe_digest" in trial.user_attrs:
             tags = {"role": "trial", "trial": str(trial.number), "state": str(_STATES[trial.state.name])}
             tags |= {RUN_KEY: _key(trial), "recipe_digest": trial.user_attrs["recipe_digest"]}
             known[by_key.get(_key(trial)) or trial.user_attrs.get("mlflow_run_id", "")] = of_all | tags
@@ -456,7 +456,7 @@ def _settle(home: Path, tracker: MlflowTracker) -> list[str]:
     """Promotions that were cut off, and champions that were deleted; not while somebody else promotes."""
     lines: list[str] = []
     if (home / ledger.FILE).is_file():
-        with contextlib.suppress(Refused), promote.alone(home):
+        with contextlib.suppress(PromotionRefused), promote.registry_lock(home):
             promote.settle(tracker, ledger.Ledger(home), lines.append)
     return lines
 
@@ -464,7 +464,7 @@ def _settle(home: Path, tracker: MlflowTracker) -> list[str]:
 def _ended(trials: list["FrozenTrial"], runs: list["StoredRun"]) -> set[str]:
     """The keys of runs that nobody will go on with."""
     going_on = {_key(trial) for trial in trials if not trial.state.is_finished()}
-    over = {_key(trial) for trial in trials if counts(trial)}
+    over = {_key(trial) for trial in trials if counts_toward_budget(trial)}
     over |= {run.data.tags[RUN_KEY] for run in runs if run.data.tags.get("state") in (State.FINISHED, State.PRUNED)}
     return over - going_on
 

@@ -17,7 +17,8 @@ class UserError(Exception):
 
     def __init__(self, lines: str | Sequence[str]):
         self.lines = [
-            one_line(without_secrets(line))[:_LONGEST_LINE] for line in ([lines] if isinstance(lines, str) else lines)
+            escape_control(redact_secrets(line))[:_LONGEST_LINE]
+            for line in ([lines] if isinstance(lines, str) else lines)
         ]
         super().__init__("\n".join(self.lines))
 
@@ -28,13 +29,13 @@ class DataError(UserError):
     exit_code = 3
 
 
-class PartlyDone(UserError):
+class PartialFailure(UserError):
     """Some of the inputs could not be used; all the others were."""
 
     exit_code = 4
 
 
-class Refused(UserError):
+class PromotionRefused(UserError):
     """A rule of promotion says no; each line says which, by its numbers."""
 
     exit_code = 5
@@ -78,12 +79,12 @@ def validation_lines(error: ValidationError, tags: Collection[str] = ()) -> list
     return lines
 
 
-def one_line(text: str) -> str:
+def escape_control(text: str) -> str:
     """Line breaks and control characters shown as escapes, so that a value can't pose as a message or move a cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def without_secrets(text: str, uri: str = "") -> str:
+def redact_secrets(text: str, uri: str = "") -> str:
     """A message with `***` for users, passwords and queries of addresses, and for whatever is called a password or token.
 
     Of what failed at `uri` also for any part of its password: a driver that misreads an address, as where the password
@@ -115,7 +116,7 @@ def first_line(error: BaseException, uri: str = "") -> str:
     """Of its message, without secrets, those of `uri` in whatever form; its kind where it says nothing."""
     if "ProxyError(" in str(error):  # five nested exceptions say so
         return f"the proxy does not answer: {proxies()}; no_proxy=HOST,... goes around it"
-    return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0], uri)[:300]
+    return redact_secrets((str(error).strip().splitlines() or [type(error).__name__])[0], uri)[:300]
 
 
 def proxies() -> str:
@@ -123,12 +124,12 @@ def proxies() -> str:
     from urllib.request import getproxies_environment
 
     found = {scheme: uri for scheme, uri in getproxies_environment().items() if scheme != "no"}
-    return " ".join(f"{scheme}_proxy={public_uri(uri)}" for scheme, uri in sorted(found.items()))
+    return " ".join(f"{scheme}_proxy={redact_uri(uri)}" for scheme, uri in sorted(found.items()))
 
 
-def public_uri(uri: str) -> str:
+def redact_uri(uri: str) -> str:
     """An address as it may be shown; it may be a mistyped one, without `://` or with blanks in its password."""
-    return without_secrets(re.sub(r"(?s)^(\w[\w+]*://)?.*@", r"\1***@", uri))
+    return redact_secrets(re.sub(r"(?s)^(\w[\w+]*://)?.*@", r"\1***@", uri))
 
 
 def _shortened(value: object) -> str:

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.classifier import Facts
 from pipeline.data.prepare import TrainingData
 from pipeline.evaluation import figures
-from pipeline.evaluation.methods import fit, measure, methods_table, out_of_fold, views, views_of
-from pipeline.evaluation.predict import latency_ms, predict_logits
+from pipeline.evaluation.logits import latency_ms, predict_logits
 from pipeline.evaluation.scores import most_confident, per_class_table, reliability, score
+from pipeline.inference.classifier import ModelMetadata
+from pipeline.inference.methods import fit, measure, methods_table, out_of_fold, views, views_of
 from pipeline.models.build import num_parameters
 from pipeline.recipe import Recipe
-from pipeline.tracking.runs import Run, State, Tracker
+from pipeline.tracking.tracker import Run, State, Tracker
 from pipeline.training.checkpoints import save_checkpoint
 from pipeline.training.loop import Diverged, EpochReport, Result, train
 from pipeline.training.resume import Resume
@@ -153,7 +153,7 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
     scores = score(probabilities, labels)
     judged = out_of_fold(logits, labels)
     measured = measure(judged, labels)
-    facts = Facts(
+    facts = ModelMetadata(
         recipe=recipe,
         recipe_digest=recipe.digest(),
         data_digest=data.digest,

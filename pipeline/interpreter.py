@@ -9,7 +9,7 @@ _usual = gc.get_threshold()
 gc.set_threshold(*_usual[:2], 200)
 
 
-def keep_imports() -> None:
+def freeze_imports() -> None:
     """What there is by now stays: garbage is looked for again as ever, but not among it. Before a process trains.
 
     Pictures leave their pixels in cycles, 16 MB a trial.

@@ -9,8 +9,8 @@ Cost and result: see README.md beside this file.
 from optuna import Trial
 
 from pipeline.recipe import parse_recipe
-from pipeline.search.spaces import ask_augmentation, ask_optimizer, ask_schedule
 from pipeline.search.study import Study
+from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule
 
 # The system's published recipe. Not published, and filled in with the usual values: the amount of label smoothing, the
 # clipping norm, the strengths of colour jitter and perspective, and the parameters of mixup's and CutMix's Beta.
@@ -44,9 +44,9 @@ BASE = parse_recipe(
 
 def space(trial: Trial) -> None:
     """Augmentation, optimizer and schedule."""
-    ask_augmentation(trial)
-    ask_optimizer(trial)
-    ask_schedule(trial)
+    suggest_augmentation(trial)
+    suggest_optimizer(trial)
+    suggest_schedule(trial)
 
 
 STUDY = Study(

@@ -9,8 +9,8 @@ Cost and result: see README.md beside this file.
 from optuna import Trial
 
 from pipeline.recipe import parse_recipe
-from pipeline.search.spaces import ask_augmentation, ask_optimizer, ask_schedule
 from pipeline.search.study import Study
+from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule
 
 # Published: a compact network, SGD. Filled in with the usual values: its sizes, the rate, momentum, batch size, length.
 BASE = parse_recipe(
@@ -26,9 +26,9 @@ BASE = parse_recipe(
 
 def space(trial: Trial) -> None:
     """Augmentation, optimizer and schedule; a constant rate is what the system has."""
-    ask_augmentation(trial)
-    ask_optimizer(trial, weight_decays=(0, 1e-5, 1e-4, 1e-3, 1e-2))
-    ask_schedule(trial, kinds=("constant", "cosine", "one_cycle", "step"))
+    suggest_augmentation(trial)
+    suggest_optimizer(trial, weight_decays=(0, 1e-5, 1e-4, 1e-3, 1e-2))
+    suggest_schedule(trial, kinds=("constant", "cosine", "one_cycle", "step"))
 
 
 STUDY = Study(

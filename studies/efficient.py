@@ -9,8 +9,8 @@ Cost and result: see README.md beside this file.
 from optuna import Trial
 
 from pipeline.recipe import parse_recipe
-from pipeline.search.spaces import ask_augmentation, ask_optimizer, ask_schedule
 from pipeline.search.study import Study
+from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule
 
 # Published: SGD with momentum at 0.01, a schedule of its own. Filled in: which, the augmentation and the length.
 BASE = parse_recipe(
@@ -26,9 +26,9 @@ BASE = parse_recipe(
 
 def space(trial: Trial) -> None:
     """Augmentation, optimizer and schedule."""
-    ask_augmentation(trial)
-    ask_optimizer(trial)
-    ask_schedule(trial)
+    suggest_augmentation(trial)
+    suggest_optimizer(trial)
+    suggest_schedule(trial)
 
 
 STUDY = Study(

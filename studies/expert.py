@@ -9,8 +9,8 @@ Cost and result: see README.md beside this file.
 from optuna import Trial
 
 from pipeline.recipe import parse_recipe
-from pipeline.search.spaces import ask_augmentation, ask_optimizer, ask_schedule
 from pipeline.search.study import Study
+from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule
 
 # Published: Adam, StepLR, weight decay, optional label smoothing, the operations. Filled in: all strengths and sizes.
 BASE = parse_recipe(
@@ -35,9 +35,9 @@ BASE = parse_recipe(
 
 def space(trial: Trial) -> None:
     """Augmentation, optimizer, schedule and label smoothing."""
-    ask_augmentation(trial)
-    ask_optimizer(trial)
-    ask_schedule(trial)
+    suggest_augmentation(trial)
+    suggest_optimizer(trial)
+    suggest_schedule(trial)
     trial.suggest_float("loss.label_smoothing", 0, 0.2, step=0.1)
 
 

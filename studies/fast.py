@@ -18,8 +18,8 @@ Cost and result: see README.md beside this file.
 from optuna import Trial
 
 from pipeline.recipe import parse_recipe
-from pipeline.search.spaces import ask_schedule
 from pipeline.search.study import Study
+from pipeline.search.suggest import suggest_schedule
 
 # airbench94_muon's, whose loss is a sum over 2,000 images: rates of 0.053 and 0.67 there are 2,000 times as much here.
 BASE = parse_recipe(
@@ -55,7 +55,7 @@ def space(trial: Trial) -> None:
     trial.suggest_float("optimizer.head_lr", 400, 4000, log=True)
     trial.suggest_float("optimizer.sgd_momentum", 0.7, 0.95)
     trial.suggest_float("optimizer.weight_decay", 1e-3, 2e-2, log=True)
-    ask_schedule(trial, kinds=("linear", "cosine", "one_cycle"))
+    suggest_schedule(trial, kinds=("linear", "cosine", "one_cycle"))
     trial.suggest_float("loss.label_smoothing", 0, 0.3, step=0.1)
 
 

@@ -26,7 +26,7 @@ from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.package import Package, package
 from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.relocate import relocate
-from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.tracking.tracker import MlflowTracker, State
 
 if TYPE_CHECKING:
     from harness import Row, Zygote

@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipeline.cli.main import main
 from pipeline.tracking.journal import FOLDER, journals
-from pipeline.tracking.runs import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker
 
 MODEL, NAME = "image-classifier", "attention-v1-digits"
 SET = (
@@ -262,9 +262,9 @@ def test_a_deleted_run_is_no_candidate_but_can_be_looked_at(store: Store) -> Non
 
 def delete_when_measured(store: Store, monkeypatch: pytest.MonkeyPatch, view: str, query: str) -> None:
     """As soon as a training's first epoch is shown, its run is deleted in MLflow."""
-    from pipeline import console
+    from pipeline.cli import views
 
-    shown = getattr(console, view)
+    shown = getattr(views, view)
     whole = shown.epoch
     deleted: list[str] = []
 
@@ -303,7 +303,7 @@ def test_a_final_that_is_deleted_while_it_runs_is_trained_anew_by_the_same_comma
 ) -> None:
     store.delete(store.finals[1])
     with monkeypatch.context() as patches:
-        delete_when_measured(store, patches, "TrainingsView", "tags.role = 'final'")
+        delete_when_measured(store, patches, "FinalsView", "tags.role = 'final'")
         expect(FINALS, 2, "it was deleted in MLflow before it was whole; the same command makes it anew")
     expect(FINALS, 0, "1 of them done", "winner: ")
     deleted = store.client.search_runs([store.experiment], "", run_view_type=2)
@@ -327,13 +327,13 @@ def test_the_studys_run_that_is_deleted_while_it_runs_has_another_in_its_place(
 def test_an_interrupted_trial_whose_run_is_deleted_begins_anew_with_another(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import console
+    from pipeline.cli import views
 
     def stop(self: Any, *what: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patches:
-        patches.setattr(console.StudyView, "epoch", stop)
+        patches.setattr(views.StudyView, "epoch", stop)
         expect(MORE, 130, "interrupted")
     [run] = store.client.search_runs([store.experiment], "tags.state = 'interrupted' and tags.role = 'trial'")
     store.delete(run.info.run_id)

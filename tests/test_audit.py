@@ -18,11 +18,11 @@ from pipeline.data.prepare import TrainingData
 from pipeline.recipe import Recipe
 from pipeline.registry import ledger
 from pipeline.registry.package import Package
-from pipeline.search import workers
+from pipeline.search import run_study
 from pipeline.search.storage import open_storage
 from pipeline.search.study import Search, Study
 from pipeline.tracking.journal import FOLDER, RECORDS, Journal
-from pipeline.tracking.runs import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import save_folder
 
 GONE = json.dumps({"host": socket.gethostname(), "pid": 2**22 - 1, "started": 1.0})
@@ -43,7 +43,7 @@ def whole(small_recipe: Recipe, digits: TrainingData, tmp_path_factory: pytest.T
 
     study = Study(question="?", base=small_recipe, space=rates, objective="val/accuracy", trials=2)
     search, tracker = Search("tiny", study, {}, 1, 2, None), MlflowTracker(home)
-    workers.run(search, digits, torch.device("cpu"), Anybody(), open_storage(home), tracker, home)
+    run_study.run_study(search, digits, torch.device("cpu"), Anybody(), open_storage(home), tracker, home)
     assert tracker.flush(60)
     return Trained(home, "", "")
 

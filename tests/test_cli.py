@@ -21,9 +21,9 @@ import pytest
 from conftest import Trained
 from PIL import Image
 
-from pipeline.prediction import read_predictions
+from pipeline.inference.predictions import read_predictions
 from pipeline.tracking.models import find_model
-from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.tracking.tracker import MlflowTracker, State
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 augmentation.crop_padding=2"
@@ -174,7 +174,7 @@ def test_a_slice_of_cifar10_as_a_users_own_folder(tmp_path: Path, cifar10_dir: P
 def test_a_study_of_a_folder_that_moved_is_finished_where_it_lies_now(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
-    from pipeline.tracking.runs import MlflowTracker
+    from pipeline.tracking.tracker import MlflowTracker
 
     digits = load_digits()
     for number in np.flatnonzero(digits.target < 2)[:24]:

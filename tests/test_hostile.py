@@ -31,12 +31,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.classifier import Classifier
 from pipeline.cli import main
 from pipeline.data.datasets import load
 from pipeline.data.images import read_image
-from pipeline.data.pickles import read_pickle
 from pipeline.errors import UserError
+from pipeline.inference.classifier import Classifier
+from pipeline.inference.pickles import read_pickle
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry import serve

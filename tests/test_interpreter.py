@@ -42,10 +42,10 @@ def test_a_training_leaves_no_garbage_and_no_complaint_at_its_end() -> None:
 import gc
 usual = gc.get_threshold()
 from pipeline.cli import main
-from pipeline.interpreter import keep_imports
+from pipeline.interpreter import freeze_imports
 import torch._dynamo, torchvision, weakref
 for _ in range(2):
-    keep_imports()
+    freeze_imports()
 assert gc.get_threshold() == usual != (0, 0, 0)
 assert gc.get_freeze_count() > 100_000
 

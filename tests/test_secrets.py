@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from pipeline.cli.main import _Formatter, main
-from pipeline.errors import UserError, public_uri, without_secrets
-from pipeline.tracking.ui import start_server, stop_server, web_address
+from pipeline.errors import UserError, redact_secrets, redact_uri
+from pipeline.tracking.server import start_server, stop_server, web_address
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "hunter2-Zq9"
@@ -60,14 +60,14 @@ def holders(folder: Path) -> list[str]:
     ],
 )
 def test_messages_lose_their_secrets_and_nothing_else(text: str, shown: str) -> None:
-    assert without_secrets(text) == shown
+    assert redact_secrets(text) == shown
     assert UserError(text).lines == [shown]
     assert _Formatter("%(message)s").format(logging.LogRecord("x", 30, "x", 1, "%s", (text,), None)) == shown
 
 
 def test_addresses_are_shown_without_secrets() -> None:
-    assert public_uri(f"ann:{SECRET}@host/db") == "***@host/db"
-    assert public_uri(f"postgresql://ann:a b{SECRET}@host/db") == "postgresql://***@host/db"
+    assert redact_uri(f"ann:{SECRET}@host/db") == "***@host/db"
+    assert redact_uri(f"postgresql://ann:a b{SECRET}@host/db") == "postgresql://***@host/db"
     assert web_address(f"http://ann:{SECRET}@host:5/x/?token={SECRET}") == "http://host:5/x"
 
 
@@ -164,6 +164,6 @@ def _dump(uri: str) -> str:
 
 @pytest.mark.parametrize("typed", ["postgresql://ann:hun@ter2@db/runs", "postgresql://ann:hun%40ter2@db/runs"])
 def test_no_part_of_the_password_of_what_failed_is_shown(typed: str) -> None:
-    assert without_secrets("no host 'ter2@db' for user ann of postgresql, hun@ter2", typed) == (
+    assert redact_secrets("no host 'ter2@db' for user ann of postgresql, hun@ter2", typed) == (
         "no host '***@db' for user ann of postgresql, ***@***"
     )

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from pipeline.errors import UserError, one_line
-from pipeline.interpreter import keep_imports
+from pipeline.errors import UserError, escape_control
+from pipeline.interpreter import freeze_imports
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.data.prepare import TrainingData
     from pipeline.recipe import Recipe
     from pipeline.search.study import Search
-    from pipeline.tracking.runs import MlflowTracker, StudyRuns
+    from pipeline.tracking.tracker import MlflowTracker, StudyRuns
 
 HOME = Path("mlruns")
 UI_PORT = 5000
@@ -40,7 +40,7 @@ def make_console(stderr: bool = False) -> Console:
 
 def say(console: Console, text: str) -> None:
     """A line that may hold names of files and classes, which can hold anything."""
-    console.print(one_line(text), markup=False, soft_wrap=True)
+    console.print(escape_control(text), markup=False, soft_wrap=True)
 
 
 def expand(path: Path) -> Path:
@@ -87,7 +87,7 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
         check_execution(recipe, device)
     about = search.base.data
     data = prepare(load(about.dataset, about.image_size, expand(data_dir)), about, device)
-    keep_imports()
+    freeze_imports()
     return data
 
 
@@ -114,7 +114,7 @@ def load_data_of_run(
     digest = tracker.client.get_run(run_id).data.tags["data_digest"]
     seen = Seen(what, about.dataset, about.image_size, digest, tracker.places_of(run_id))
     data = prepare(find_data(seen, expand(data_dir), dataset).images, about, device)
-    keep_imports()
+    freeze_imports()
     return data
 
 

@@ -17,7 +17,7 @@ from pipeline.cli.common import (
     settle,
 )
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
-from pipeline.errors import NotReproduced, UserError, public_uri
+from pipeline.errors import NotReproduced, UserError, redact_uri
 
 SeedsOption = Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Fresh seeds of each recipe.")]
 
@@ -35,12 +35,12 @@ def finals(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Train a study's best recipes and its control again with fresh seeds, and choose the winner. It can be gone on with."""
-    from pipeline.console import TrainingsView, duration, print_finals, print_links
+    from pipeline.cli.views import FinalsView, duration, print_finals, print_links
     from pipeline.experiment import Interrupted
     from pipeline.registry import finals as the_finals
+    from pipeline.tracking.queries import find_study
     from pipeline.tracking.run_data import newest_first
-    from pipeline.tracking.runs import MlflowTracker
-    from pipeline.tracking.studies import find_study
+    from pipeline.tracking.tracker import MlflowTracker
 
     where = find_device(device)
     _check_store(tracking_uri)
@@ -50,7 +50,7 @@ def finals(
     if said:
         say(console, said)
     say_what_is_missing(console, tracker, [study])
-    plan = the_finals.plan(tracker, study, top, seeds, epochs)
+    plan = the_finals.plan_finals(tracker, study, top, seeds, epochs)
     control, recipes = plan.candidates[0], [candidate.recipe for candidate in plan.candidates]
     data = load_data_of_run(tracker, control.trial_run, f"study {study.name}", recipes, data_dir, dataset, where)
     the_finals.check_data(plan, tracker, data)
@@ -64,8 +64,8 @@ def finals(
     say_small_split(console, len(data.validation.labels), control.recipe.data.validation_fraction)
     tracker.keep_places(study.parent, newest_first(study.places, data.place))
     try:
-        with TrainingsView(console, plan.trainings - plan.num_done) as view:
-            decision = the_finals.run(tracker, plan, data, where, view, HOME)
+        with FinalsView(console, plan.trainings - plan.num_done) as view:
+            decision = the_finals.run_finals(tracker, plan, data, where, view, HOME)
     except (Interrupted, KeyboardInterrupt):
         settle(console, tracker, timeout_s=5)
         say(console, f"interrupted; the same command goes on with the finals of {study.name}")
@@ -77,7 +77,7 @@ def finals(
     if decision["winner"] is None:
         say(console, "no winner: every recipe diverged with some seed")
         raise typer.Exit(1)
-    these = f"NAME={study.name}" + (f" TRACKING_URI={public_uri(tracking_uri)}" if tracking_uri else "")
+    these = f"NAME={study.name}" + (f" TRACKING_URI={redact_uri(tracking_uri)}" if tracking_uri else "")
     print_links(
         console,
         "Next:",
@@ -106,10 +106,10 @@ def reproduce(
 
     A run that was pruned, interrupted or failed is compared over the epochs that it had.
     """
-    from pipeline.console import TrainingsView
+    from pipeline.cli.views import FinalsView
     from pipeline.experiment import Interrupted
     from pipeline.registry import reproduce as again
-    from pipeline.tracking.runs import MlflowTracker, State
+    from pipeline.tracking.tracker import MlflowTracker, State
 
     where = find_device(device)
     _check_store(tracking_uri)
@@ -126,9 +126,9 @@ def reproduce(
     if not any(difference.matters for difference in found):
         say(console, "nothing that matters differs from then: every bit must be equal")
     try:
-        with TrainingsView(console, 1) as view:
+        with FinalsView(console, 1) as view:
             view.started("reproduction", past.recipe)
-            outcome = again.run(tracker, past, data, where, view.epoch)
+            outcome = again.reproduce(tracker, past, data, where, view.epoch)
             view.ended("reproduction", outcome)
     except (Interrupted, KeyboardInterrupt):
         settle(console, tracker, timeout_s=5)

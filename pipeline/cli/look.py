@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pipeline.tracking.runs import MlflowTracker, StudyRuns
+    from pipeline.tracking.tracker import MlflowTracker, StudyRuns
 
 
 def ui(
@@ -29,10 +29,10 @@ def ui(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Open the MLflow UI on this machine, with links to each study's trials, charts and comparison. Ctrl-C ends it."""
-    from pipeline.console import print_links
-    from pipeline.tracking import ui as mlflow_ui
-    from pipeline.tracking.runs import MlflowTracker
-    from pipeline.tracking.studies import find_studies
+    from pipeline.cli.views import print_links
+    from pipeline.tracking import server as mlflow_ui
+    from pipeline.tracking.queries import find_studies
+    from pipeline.tracking.tracker import MlflowTracker
 
     _check_store(tracking_uri)
     tracker = MlflowTracker(HOME, tracking_uri)
@@ -55,7 +55,7 @@ def ui(
 
 
 def links_of(tracker: "MlflowTracker", study: "StudyRuns", port: int) -> dict[str, str]:
-    from pipeline.tracking.ui import HOST, study_links, web_address
+    from pipeline.tracking.server import HOST, study_links, web_address
 
     base = web_address(tracker.uri) if tracker.is_remote else f"http://{HOST}:{port}"
     return study_links(base, study.experiment, study.objective, study.view, tracker.best_run_ids(study, 10))
@@ -77,12 +77,12 @@ def compare(
         raise UserError("NAME: which study? make compare NAME=attention")
     _check_store(tracking_uri)
 
-    from pipeline.console import print_links
+    from pipeline.cli.views import print_links
+    from pipeline.report.comparison_page import studies_page
     from pipeline.report.markup import write
-    from pipeline.report.page import champions, finals_verdict, study_page
-    from pipeline.report.several import studies_page
+    from pipeline.report.study_page import champions, finals_verdict, study_page
     from pipeline.report.trials import choose, table
-    from pipeline.tracking.runs import MlflowTracker
+    from pipeline.tracking.tracker import MlflowTracker
 
     tracker = MlflowTracker(HOME, tracking_uri)
     studies = choose(tracker, names)
@@ -129,7 +129,7 @@ def _print_trials(console: Console, frame: "pd.DataFrame", count: int = 8) -> No
     """The best trials of a study beside the control, then what the best three change in it."""
     import pandas as pd
 
-    from pipeline.errors import one_line
+    from pipeline.errors import escape_control
     from pipeline.report.trials import changes, control, finished, searched, weakest_class
 
     done, base, names = finished(frame), control(frame), searched(frame)
@@ -153,7 +153,7 @@ def _print_trials(console: Console, frame: "pd.DataFrame", count: int = 8) -> No
             f"{'control ' if row['control'] else ''}{row['trial']}",
             f"{row['score']:.4f}",
             f"{100 * (row['score'] - base['score']):+.2f}" if base is not None else "",
-            Text(f"{one_line(weakest)[:20]} ({f1:.3f})" if weakest else ""),
+            Text(f"{escape_control(weakest)[:20]} ({f1:.3f})" if weakest else ""),
             f"{row.get('time/training_s', float('nan')):,.1f} s",
             f"{row.get('model/parameters', float('nan')):,.0f}",
             f"{row.get('model/latency_ms', float('nan')):.2f} ms",

@@ -14,7 +14,7 @@ from types import FrameType
 import typer
 
 import pipeline.interpreter  # noqa: F401, this and the next before all that is large
-from pipeline.environment import COMPUTING, ignore_variables
+from pipeline.runtime import COMPUTING, ignore_variables
 
 # isort: split
 from pipeline.cli.common import INTERRUPTED, is_away
@@ -26,7 +26,7 @@ from pipeline.cli.promote import history, promote, rollback
 from pipeline.cli.ship import export, serve
 from pipeline.cli.store import audit, relocate, sync
 from pipeline.cli.study import plan, study
-from pipeline.errors import UserError, first_line, without_secrets
+from pipeline.errors import UserError, first_line, redact_secrets
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def _set_up() -> None:
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return without_secrets(super().format(record))
+        return redact_secrets(super().format(record))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -91,5 +91,5 @@ def main() -> None:
             )
             print(line, file=sys.stderr)  # noqa: T201
             sys.exit(UserError.exit_code)
-        print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
+        print(redact_secrets(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
         sys.exit(1)

@@ -40,8 +40,8 @@ def bench(
     if peer and searches[0].base.data.dataset != "cifar10":
         raise UserError(f"DATASET {dataset}: peers train on CIFAR-10; leave it out")
 
-    from pipeline.bench import against, benchmark, check_script, machine
-    from pipeline.console import print_bench
+    from pipeline.benchmarks.networks import against, benchmark, check_script, machine
+    from pipeline.cli.views import print_bench
 
     if peer:
         check_script(expand(peer), model)
@@ -74,7 +74,7 @@ def bench_gpu(
     ] = HOME / "bench-gpu.json",
     peer: Annotated[Path | None, typer.Option(metavar="SCRIPT", help="A peer's script, as bench --against.")] = None,
     airbench: Annotated[
-        Path | None, typer.Option(metavar="SCRIPT", help="airbench94_muon.py, to run beside `fast`.")
+        Path | None, typer.Option(metavar="SCRIPT", help="airbench94_muon.py, to run_parts beside `fast`.")
     ] = None,
     data_dir: DataDirOption = Path("data"),
     only: Annotated[str, typer.Option(metavar="PART,PART", help="Not all of the parts.")] = "",
@@ -89,7 +89,7 @@ def bench_gpu(
     if not torch.cuda.is_available():
         raise UserError("bench-gpu: torch sees no GPU here; make bench measures on a CPU")
 
-    from pipeline.bench_gpu import Bench, faults, parts, run
+    from pipeline.benchmarks.gpu import GpuBenchmark, faults, parts, run_parts
     from pipeline.data.datasets import load
 
     scripts = [expand(script) if script else None for script in (peer, airbench)]
@@ -105,8 +105,8 @@ def bench_gpu(
         whole.replace(file)
 
     console = make_console()
-    bench = Bench(data_dir=expand(data_dir), home=HOME, peer=scripts[0], airbench=scripts[1])
-    report = run(bench, names, _row_printer(console), write)
+    bench = GpuBenchmark(data_dir=expand(data_dir), home=HOME, peer=scripts[0], airbench=scripts[1])
+    report = run_parts(bench, names, _row_printer(console), write)
     for line in faults(report):
         say(console, f"failed: {line}")
     say(console, f"the report: {file}")
@@ -141,7 +141,7 @@ def curves(
     """Train random recipes of a study to the end and keep their learning curves, for `replay`. Ctrl-C loses one recipe."""
     search = resolve(name, {"epochs": epochs, "seed": seed, "device": device}, dataset, change or [], [])
 
-    from pipeline.console import CurvesView
+    from pipeline.cli.views import CurvesView
     from pipeline.search.curves import averaging, check_length, collect
 
     check_length(search)
@@ -170,7 +170,7 @@ def replay(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with a list `results`.")] = False,
 ) -> None:
     """Replay ways of pruning on learning curves: epochs used, regret, and how early scores rank the recipes."""
-    from pipeline.console import print_replay
+    from pipeline.cli.views import print_replay
     from pipeline.search.curves import load_curves, scores
     from pipeline.search.replay import JUDGES, replay_all
 

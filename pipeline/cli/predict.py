@@ -12,14 +12,14 @@ from rich.console import Console
 
 from pipeline.cli.common import HOME, expand, find_device, make_console, model_files, say
 from pipeline.cli.options import DeviceOption, TrackingOption
-from pipeline.errors import PartlyDone, UserError, did_you_mean
+from pipeline.errors import PartialFailure, UserError, did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from pipeline.classifier import Classifier
-    from pipeline.prediction import Predicted
+    from pipeline.inference.classifier import Classifier
+    from pipeline.inference.predictions import Predicted
 
 MOST_PRINTED = 10  # of the predictions that a file holds anyway
 MOST_SHOWN = 12  # images of one picture
@@ -46,7 +46,7 @@ def predict(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Classify images: class, confidence and the next two. Files that are no use are named at the end (exit code 4)."""
-    from pipeline.prediction import check_output, predict_files, predictions_table, write_predictions
+    from pipeline.inference.predictions import check_output, predict_files, predictions_table, write_predictions
 
     if output:
         output = expand(output)
@@ -75,7 +75,7 @@ def predict(
     if failed:
         raise UserError(useless + failed)
     if useless:
-        raise PartlyDone(useless)
+        raise PartialFailure(useless)
 
 
 @contextlib.contextmanager
@@ -91,8 +91,8 @@ def _classifier(
     wanted: str | None, method: str, device: "torch.device", tracking_uri: str | None, console: Console
 ) -> "Classifier":
     """The model that is meant, and said; with what the method gains on it."""
-    from pipeline.classifier import Classifier
-    from pipeline.evaluation.methods import METHODS, f1_changes, verdict
+    from pipeline.inference.classifier import Classifier
+    from pipeline.inference.methods import METHODS, f1_changes, verdict
 
     if method not in METHODS:
         raise UserError(f"METHOD {method}: not one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
@@ -141,7 +141,7 @@ def ensemble(
     output: Annotated[Path, typer.Option(metavar="FILE", help="Where the mean goes: .csv or .parquet.")],
 ) -> None:
     """Average the probabilities of several predictions of the same images."""
-    from pipeline.prediction import average, check_output, read_predictions, write_predictions
+    from pipeline.inference.predictions import average, check_output, read_predictions, write_predictions
 
     output, files = expand(output), [expand(file) for file in files]
     check_output(output)

@@ -13,13 +13,13 @@ from rich.text import Text
 
 from pipeline.cli.common import HOME, expand, make_console, say, say_what_is_missing
 from pipeline.cli.options import DataDirOption, SeenDatasetOption, TrackingOption
-from pipeline.errors import Refused, UserError, one_line
+from pipeline.errors import PromotionRefused, UserError, escape_control
 
 if TYPE_CHECKING:
     from pipeline.registry.gate import Verdict
     from pipeline.registry.ledger import Event
     from pipeline.registry.promote import Registry
-    from pipeline.tracking.runs import MlflowTracker
+    from pipeline.tracking.tracker import MlflowTracker
 
 MODEL = "image-classifier"
 ModelOption = Annotated[str, typer.Option(metavar="NAME", help="The registered model whose champion is meant.")]
@@ -42,7 +42,7 @@ class _View:
             table.add_column(heading, overflow="fold")
         for its in verdict.findings:
             words = (its.rule, its.number, its.threshold, "passed" if its.passed else "FAILED", its.why)
-            table.add_row(*(Text(one_line(word)) for word in words))
+            table.add_row(*(Text(escape_control(word)) for word in words))
         self._console.print(table)
 
 
@@ -68,14 +68,14 @@ def promote(
         raise UserError('FORCE=1 and REASON="..." go together: the ledger keeps why a run was judged again')
 
     from pipeline.registry.gate import Rules
-    from pipeline.registry.promote import alone, settle
     from pipeline.registry.promote import promote as take
+    from pipeline.registry.promote import registry_lock, settle
 
     rules = Rules().changed(rule or [])
     registry = _registry(model, tracking_uri)
     view = _View(console := make_console())
     say_what_is_missing(console, registry.tracker)
-    with alone(HOME):
+    with registry_lock(HOME):
         settle(registry.tracker, registry.ledger, view.said)
         chosen = ""
         if name is not None:
@@ -89,7 +89,7 @@ def promote(
 def _chosen(tracker: "MlflowTracker", name: str, said: Callable[[str], None]) -> tuple[str, str]:
     """The run that a study stands for, and why that one."""
     from pipeline.registry.finals import winner
-    from pipeline.tracking.studies import find_study
+    from pipeline.tracking.queries import find_study
 
     study, several = find_study(tracker, name)
     for line in tracker.left_out(study):
@@ -118,11 +118,11 @@ def rollback(
     if version is not None and not re.fullmatch(r"[1-9]\d{0,8}", version):
         raise UserError(f"VERSION {version}: should be a number; python -m pipeline history shows those that served")
 
-    from pipeline.registry.promote import alone, roll_back, settle
+    from pipeline.registry.promote import registry_lock, roll_back, settle
 
     registry = _registry(model, tracking_uri)
     console = make_console()
-    with alone(HOME):
+    with registry_lock(HOME):
         settle(registry.tracker, registry.ledger, lambda line: say(console, line))
         champion = roll_back(registry, version, reason)
     say(console, f"champion: {model} version {champion.version}, run {champion.run}")
@@ -135,14 +135,14 @@ def history(model: ModelOption = MODEL, tracking_uri: TrackingOption = None) -> 
     if not (HOME / FILE).exists():
         raise UserError(f"no promotions yet in {HOME}: make promote NAME=attention judges a study's best model")
 
-    from pipeline.registry.promote import alone, settle
+    from pipeline.registry.promote import registry_lock, settle
 
     registry = _registry(model, tracking_uri)
     console = make_console()
     try:
-        with alone(HOME):
+        with registry_lock(HOME):
             settle(registry.tracker, registry.ledger, lambda line: say(console, line))
-    except Refused as error:
+    except PromotionRefused as error:
         say(console, str(error))
     events = registry.ledger.events(model)
     for event in events:
@@ -180,7 +180,7 @@ def _registry(model: str, tracking_uri: str | None) -> "Registry":
     """UserError where there is no store, or `model` is no name."""
     from pipeline.registry.ledger import Ledger
     from pipeline.registry.promote import Registry
-    from pipeline.tracking.runs import MlflowTracker
+    from pipeline.tracking.tracker import MlflowTracker
 
     if tracking_uri is None and not (HOME / "mlflow.db").exists():
         raise UserError(f"no runs yet in {HOME}: make study NAME=attention DATASET=digits makes some")

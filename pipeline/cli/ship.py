@@ -14,8 +14,8 @@ from pipeline.cli.options import DataDirOption, SeenDatasetOption, TrackingOptio
 from pipeline.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    from pipeline.classifier import Facts
     from pipeline.data.prepare import TrainingData
+    from pipeline.inference.classifier import ModelMetadata
     from pipeline.registry.export import Benchmark
 
 SERVE_PORT = 5001
@@ -45,10 +45,10 @@ def export(
     """Write a model as ONNX with its weights, recipe and card: an MLflow model that runs no code of its own."""
     import torch
 
-    from pipeline.classifier import Classifier
+    from pipeline.inference.classifier import Classifier
     from pipeline.registry.export import difference_line
     from pipeline.registry.package import CARD, MODEL, RECIPE, package, registered
-    from pipeline.tracking.runs import MlflowTracker
+    from pipeline.tracking.tracker import MlflowTracker
     from pipeline.training.checkpoints import WEIGHTS
 
     console, quiet = make_console(), make_console(stderr=True)
@@ -80,14 +80,14 @@ def export(
 
 
 def _data_of(
-    facts: "Facts", data_dir: Path, dataset: str | None, tracking_uri: str | None, needed: bool
+    facts: "ModelMetadata", data_dir: Path, dataset: str | None, tracking_uri: str | None, needed: bool
 ) -> tuple["TrainingData | None", str]:
     """The data set that the model was trained on; else None and why, or DataError. Downloaded only where `needed`.
 
     DataError too where `dataset` names another.
     """
     from pipeline.registry.export import find_data_of, split_as_then
-    from pipeline.tracking.runs import MlflowTracker
+    from pipeline.tracking.tracker import MlflowTracker
 
     there = tracking_uri is not None or (HOME / "mlflow.db").exists()
     tracker = MlflowTracker(HOME, tracking_uri) if there else None
@@ -142,7 +142,7 @@ def serve(
     """Serve the champion on this machine through MLflow's scoring server, its files checked first. Ctrl-C ends it."""
     from pipeline.registry import serve as scoring
     from pipeline.tracking.models import CHAMPION
-    from pipeline.tracking.ui import HOST, stop_server
+    from pipeline.tracking.server import HOST, stop_server
 
     console = make_console()
     with model_files(model or CHAMPION, tracking_uri) as (folder, what):

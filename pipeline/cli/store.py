@@ -6,7 +6,7 @@ import typer
 
 from pipeline.cli.common import HOME, make_console, runs, say, way_out_of_refusal
 from pipeline.cli.options import StorageOption, TrackingOption, database_faults
-from pipeline.errors import PartlyDone, UserError
+from pipeline.errors import PartialFailure, UserError
 
 _GIVE_UP_S = 30.0  # MLflow has not answered for so long
 
@@ -28,11 +28,11 @@ def sync(
         say(console, f"nothing waits in {folder}")
         return
 
-    from pipeline.tracking.runs import MlflowTracker
+    from pipeline.tracking.tracker import MlflowTracker
 
     tracker = MlflowTracker(HOME, tracking_uri)
     left = tracker.left()
-    taken = tracker.take_over()
+    taken = tracker.adopt_journals()
     with make_console(stderr=True).status("") as status:
         while not tracker.flush(1) and set(tracker.waiting) - set(tracker.refused) and tracker.failing_s < _GIVE_UP_S:
             status.update(f"{len(tracker.waiting)} of {taken} runs to go")
@@ -53,7 +53,7 @@ def sync(
     if waiting:
         lines.append(f"{runs(len(waiting))} still in {folder}: MLflow stopped answering; make sync goes on")
     if lines:
-        raise PartlyDone(lines)
+        raise PartialFailure(lines)
 
 
 def audit(
@@ -73,7 +73,7 @@ def audit(
     from pipeline.audit import audit as look
     from pipeline.audit import check_databases, mend
     from pipeline.search.storage import open_storage
-    from pipeline.tracking.runs import MlflowTracker
+    from pipeline.tracking.tracker import MlflowTracker
 
     console = make_console()
     if broken := check_databases(HOME):

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     import optuna
 
     from pipeline.search.study import Search
-    from pipeline.search.supervisor import Crew
-    from pipeline.tracking.runs import MlflowTracker
+    from pipeline.search.supervisor import WorkerPool
+    from pipeline.tracking.tracker import MlflowTracker
 
 
 def study(
@@ -88,12 +88,12 @@ def study(
     faults += cluster_faults(storage, tracking_uri, device) if cluster is not None else []
     search = resolve(name, typed, dataset, change or [], faults)
 
-    from pipeline.console import StudyView
-    from pipeline.search.plan import decide
+    from pipeline.cli.views import StudyView
+    from pipeline.search.forecast import decide
+    from pipeline.search.run_study import run_study
     from pipeline.search.storage import find_study, num_finished, open_storage, resolved
     from pipeline.search.trial import StudyInterrupted
-    from pipeline.search.workers import run
-    from pipeline.tracking.runs import MlflowTracker
+    from pipeline.tracking.tracker import MlflowTracker
 
     say_remarks(console := make_console(), search)
     options = StudyOptions.model_validate({key: text for key, text in typed.items() if text is not None})
@@ -120,7 +120,9 @@ def study(
         say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
         try:
             with StudyView(console, search) as view:
-                done = run(search, data, where, view, store, tracker, HOME, plans=not cluster, crew=crew, choice=choice)
+                done = run_study(
+                    search, data, where, view, store, tracker, HOME, plans=not cluster, crew=crew, choice=choice
+                )
         except StudyInterrupted:
             settle(console, tracker, timeout_s=5)
             console.print(
@@ -140,14 +142,14 @@ def study(
 
 
 @contextlib.contextmanager
-def _crew(console: Console, options: StudyOptions, workers: int, data_dir: Path) -> "Iterator[Crew | None]":
+def _crew(console: Console, options: StudyOptions, workers: int, data_dir: Path) -> "Iterator[WorkerPool | None]":
     """Whose processes train: None for this one alone, in which nobody could end a trial that hangs."""
-    from pipeline.search.supervisor import Processes
+    from pipeline.search.supervisor import LocalPool
     from pipeline.search.worker import Limits
 
     limits = Limits(hang_s=options.hang) if options.hang else Limits()
     if options.cluster:
-        from pipeline.search.cluster import connect
+        from pipeline.search.ray_pool import connect
 
         with connect(options.cluster, options.device, data_dir, options.workers, limits) as joined:
             say(console, f"{joined.where}; room for {joined.room()} workers on {joined.device}")
@@ -155,12 +157,12 @@ def _crew(console: Console, options: StudyOptions, workers: int, data_dir: Path)
     elif workers == 1 and not options.hang:
         yield None
     else:
-        yield Processes(find_device(options.device), workers, data_dir, limits)
+        yield LocalPool(find_device(options.device), workers, data_dir, limits)
 
 
 def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "MlflowTracker") -> None:
     """The table of the best trials, and what to do next."""
-    from pipeline.console import print_best_trials, print_forecast, print_links
+    from pipeline.cli.views import print_best_trials, print_forecast, print_links
     from pipeline.search.study import best_trials
 
     if not best_trials(done):
@@ -230,8 +232,8 @@ def plan(
 
     from dataclasses import asdict
 
-    from pipeline.console import print_forecast
-    from pipeline.search.plan import decide, forecast
+    from pipeline.cli.views import print_forecast
+    from pipeline.search.forecast import decide, forecast
     from pipeline.search.storage import find_study, open_storage, resolved
 
     say_remarks(console := make_console(), search)

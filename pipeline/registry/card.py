@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from mlflow.entities import Run
 
-from pipeline.classifier import Facts
 from pipeline.evaluation.scores import confusion_matrix
+from pipeline.inference.classifier import ModelMetadata
 from pipeline.recipe import KIND, Recipe
 
 DESCRIPTION_LIMIT = 5000  # characters; the registry's column, which PostgreSQL holds it to
@@ -38,7 +38,7 @@ def wilson(hits: int, total: int) -> tuple[float, float]:
 
 
 def model_card(
-    facts: Facts, run: Run, predictions: Path, latency_ms: float, size: int, evidence: Mapping[str, Any] | None
+    facts: ModelMetadata, run: Run, predictions: Path, latency_ms: float, size: int, evidence: Mapping[str, Any] | None
 ) -> str:
     """Markdown. `predictions` is the run's predictions.parquet; latency and size (bytes) are those of model.onnx."""
     from pyarrow.parquet import read_table
@@ -69,7 +69,7 @@ def description(card: str) -> str:
     return card[: card.rindex("\n", 0, DESCRIPTION_LIMIT - len(rest)) + 1] + rest
 
 
-def _head(facts: Facts, run: Run, confusion: np.ndarray) -> str:
+def _head(facts: ModelMetadata, run: Run, confusion: np.ndarray) -> str:
     name = f"{run.info.run_name} of {run.data.tags['study']}" if "study" in run.data.tags else run.info.run_name
     size, hits, total = facts.recipe.data.image_size, int(np.trace(confusion)), int(confusion.sum())
     return (
@@ -98,7 +98,7 @@ def _classes(classes: Sequence[str], confusion: np.ndarray) -> str:
     )
 
 
-def _calibration(facts: Facts, run: Run) -> str:
+def _calibration(facts: ModelMetadata, run: Run) -> str:
     before, after = run.data.metrics.get("val/ece"), facts.measured["plain"].ece
     return (
         f"Expected calibration error on the validation split {_number(before, '.4f')} as trained, {after:.4f} with the "
@@ -134,7 +134,7 @@ def _weaknesses(
     )
 
 
-def _data(facts: Facts) -> str:
+def _data(facts: ModelMetadata) -> str:
     data = facts.recipe.data
     return (
         f"{_plain(data.dataset)} at {data.image_size} x {data.image_size} pixels, digest `{facts.data_digest}`; "
@@ -158,7 +158,7 @@ def _setting(value: object) -> str:
     return format(value, ".6g") if isinstance(value, float) else json.dumps(value).strip('"')
 
 
-def _cost(facts: Facts, run: Run, latency_ms: float, size: int) -> str:
+def _cost(facts: ModelMetadata, run: Run, latency_ms: float, size: int) -> str:
     metrics, tags = run.data.metrics, run.data.tags
     return (
         f"Trained {facts.recipe.training.epochs} epochs in {_number(metrics.get('time/training_s'), ',.0f')} s on "

@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.classifier import Classifier, Facts
 from pipeline.data.augment import normalise
 from pipeline.data.datasets import Dataset
 from pipeline.data.prepare import TrainingData, prepare
-from pipeline.errors import DataError, Refused
-from pipeline.evaluation.methods import combine
-from pipeline.evaluation.predict import predict_logits
+from pipeline.errors import DataError, PromotionRefused
+from pipeline.evaluation.logits import predict_logits
 from pipeline.evaluation.scores import score
+from pipeline.inference.classifier import Classifier, ModelMetadata
+from pipeline.inference.methods import combine
 from pipeline.tracking.run_data import Found, Seen, find_data
-from pipeline.tracking.runs import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -104,10 +104,10 @@ def check(classifier: Classifier, path: Path, images: Tensor) -> float:
     """
     expected, pixels, model = float32_probabilities(classifier, images), as_pixels(images), session(path)
     with ThreadPoolExecutor(min(len(BATCHES), os.cpu_count() or 1)) as pool:  # onnxruntime computes without the GIL
-        found = list(pool.map(lambda size: np.abs(run(model, pixels, size) - expected).max(), BATCHES))
+        found = list(pool.map(lambda size: np.abs(run_session(model, pixels, size) - expected).max(), BATCHES))
     worst = float(np.max(found))
     if not worst <= TOLERANCE:  # NaN too
-        raise Refused(
+        raise PromotionRefused(
             f"{path.name}: differs from torch by {worst:.2g} in probability; at most {TOLERANCE:g} is allowed"
         )
     return worst
@@ -123,7 +123,7 @@ def difference_line(worst: float, images: str) -> str:
 
 
 def find_data_of(
-    facts: Facts, tracker: MlflowTracker | None, data_dir: Path, dataset: str | None, download: bool
+    facts: ModelMetadata, tracker: MlflowTracker | None, data_dir: Path, dataset: str | None, download: bool
 ) -> Found:
     """The data set that a model was trained on, wherever it lies now; see `run_data.find_data`."""
     what = f"the model of run {facts.run_id}" if facts.run_id else "the model"
@@ -132,7 +132,7 @@ def find_data_of(
     return find_data(seen, data_dir, dataset, download)
 
 
-def split_as_then(facts: Facts, images: Dataset) -> TrainingData:
+def split_as_then(facts: ModelMetadata, images: Dataset) -> TrainingData:
     """A model's data set, split as when it was trained, on the CPU; DataError where that can't be done any more."""
     data = prepare(images, facts.recipe.data, torch.device("cpu"))
     if data.split_digest != facts.split_digest:
@@ -173,7 +173,7 @@ def session(path: Path, threads: int = 1) -> "onnxruntime.InferenceSession":
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def run(session: "onnxruntime.InferenceSession", images: np.ndarray, batch_size: int = 500) -> np.ndarray:
+def run_session(session: "onnxruntime.InferenceSession", images: np.ndarray, batch_size: int = 500) -> np.ndarray:
     """uint8 (N, S, S, 3) -> float32 (N, C)."""
     return np.concatenate([session.run(None, {"images": batch})[0] for batch in _batches(images, batch_size)])
 
@@ -223,7 +223,7 @@ class Benchmark:
 
 def benchmark(path: Path, images: np.ndarray, labels: np.ndarray) -> Benchmark:
     """On uint8 images (N, S, S, 3) and their labels (N,)."""
-    scores, size = score(run(session(path), images), labels), images.shape[1]
+    scores, size = score(run_session(session(path), images), labels), images.shape[1]
     return Benchmark(
         scores.accuracy,
         scores.f1_macro,

@@ -22,13 +22,13 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError
 from pipeline.evaluation.significance import sample
 from pipeline.experiment import Interrupted, Outcome
-from pipeline.guard import StopOnSignal, alone, this_worker
 from pipeline.models.build import prediction_flop
+from pipeline.processes import StopOnSignal, study_lock, this_process
 from pipeline.recipe import Recipe, parse_recipe
-from pipeline.registry.race import RULES, Candidate, Final, Race, choose
+from pipeline.registry.racing import RULES, Candidate, Final, Racing, choose
 from pipeline.tracking.kept import controls, whole
-from pipeline.tracking.runs import MlflowTracker, State, StudyRuns
-from pipeline.tracking.stores import is_active
+from pipeline.tracking.store import is_active
+from pipeline.tracking.tracker import MlflowTracker, State, StudyRuns
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import CHECKPOINTS
 
@@ -44,7 +44,7 @@ class Winner:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FinalsPlan:
     """What is to be trained: every candidate, the control first, with every seed."""
 
     study: StudyRuns
@@ -73,7 +73,7 @@ class Plan:
         return sum(c.with_seed(seed).digest() in self.done for c in self.candidates for seed in self.seeds)
 
 
-class Observer(Protocol):
+class FinalsObserver(Protocol):
     """Sees finals happen; for a person at a terminal."""
 
     def started(self, name: str, recipe: Recipe) -> None:
@@ -89,7 +89,9 @@ class Observer(Protocol):
         """Something else is to be known."""
 
 
-def plan(tracker: MlflowTracker, study: StudyRuns, top: int, num_seeds: int, epochs: int | None = None) -> Plan:
+def plan_finals(
+    tracker: MlflowTracker, study: StudyRuns, top: int, num_seeds: int, epochs: int | None = None
+) -> FinalsPlan:
     """The `top` best recipes of a study's finished trials and its control; `epochs` instead of their own, where given.
 
     Seeds count up from 1, leaving out those of the study's trials, so a later command with more seeds goes on with the
@@ -119,10 +121,10 @@ def plan(tracker: MlflowTracker, study: StudyRuns, top: int, num_seeds: int, epo
             chosen.setdefault(candidate.digest, candidate)
     used = {int(run.data.params["training.seed"]) for run in trials if "training.seed" in run.data.params}
     seeds = list(islice((seed for seed in count_from(1) if seed not in used), num_seeds))
-    return Plan(study, list(chosen.values()), seeds, _done(tracker, study, *seen.pop()))
+    return FinalsPlan(study, list(chosen.values()), seeds, _done(tracker, study, *seen.pop()))
 
 
-def check_data(plan: Plan, tracker: MlflowTracker, data: TrainingData) -> None:
+def check_data(plan: FinalsPlan, tracker: MlflowTracker, data: TrainingData) -> None:
     """DataError where the data set or its split is not what the study's trials saw."""
     tags = tracker.client.get_run(plan.candidates[0].trial_run).data.tags
     check_same_data(f"study {plan.study.name}", tags, data)
@@ -140,8 +142,13 @@ def check_same_data(what: str, tags: Mapping[str, str], data: TrainingData) -> N
         raise DataError([f"{what}: trained on other data than is here", *(f"  {line}" for line in lines), way_out])
 
 
-def run(
-    tracker: MlflowTracker, plan: Plan, data: TrainingData, device: torch.device, observer: Observer, home: Path
+def run_finals(
+    tracker: MlflowTracker,
+    plan: FinalsPlan,
+    data: TrainingData,
+    device: torch.device,
+    observer: FinalsObserver,
+    home: Path,
 ) -> dict[str, Any]:
     """Train what is not trained yet and decide; the decision as it is stored.
 
@@ -149,9 +156,9 @@ def run(
     the same call goes on. UserError where another command runs the study.
     """
     check_data(plan, tracker, data)
-    with StopOnSignal() as stop, alone(plan.study.name, home):
+    with StopOnSignal() as stop, study_lock(plan.study.name, home):
         tracker.close_gone(plan.study.experiment)
-        race = Race(plan.candidates, len(plan.seeds), least_sd=1 / len(data.validation.labels))
+        race = Racing(plan.candidates, len(plan.seeds), least_sd=1 / len(data.validation.labels))
         done = _done(tracker, plan.study, data.digest, data.split_digest)
         deleted = tracker.deleted_keys(plan.study.parent)
         for seed in plan.seeds:
@@ -303,7 +310,7 @@ def _train(
     key: str,
     data: TrainingData,
     device: torch.device,
-    observer: Observer,
+    observer: FinalsObserver,
     stop: StopOnSignal,
 ) -> Final:
     recipe, name = candidate.with_seed(seed), f"{candidate.name}, seed {seed}"
@@ -332,7 +339,7 @@ def _train(
             "trial_run": candidate.trial_run,
             "candidate": candidate.digest,
             "seed": str(seed),
-            "worker": json.dumps(this_worker()),
+            "worker": json.dumps(this_process()),
         },
         on_epoch=on_epoch,
         on_step=check,
@@ -348,7 +355,7 @@ def _train(
     return Final(outcome.run_id, score, outcome.metrics.get("time/training_s", 0.0), outcome.run_key)
 
 
-def _decide(tracker: MlflowTracker, plan: Plan, race: Race, data: TrainingData) -> dict[str, Any]:
+def _decide(tracker: MlflowTracker, plan: FinalsPlan, race: Racing, data: TrainingData) -> dict[str, Any]:
     """The decision as it is stored: JSON, scores in [0, 1], times in seconds."""
     control = plan.candidates[0]
     table = {c.digest: _row(race, c, control, plan.seeds, data) for c in plan.candidates}
@@ -370,7 +377,7 @@ def _decide(tracker: MlflowTracker, plan: Plan, race: Race, data: TrainingData) 
 
 
 def _row(
-    race: Race, candidate: Candidate, control: Candidate, seeds: Sequence[int], data: TrainingData
+    race: Racing, candidate: Candidate, control: Candidate, seeds: Sequence[int], data: TrainingData
 ) -> dict[str, Any]:
     finals = {seed: race.finals[candidate.digest][seed] for seed in seeds if seed in race.finals[candidate.digest]}
     scores, differences = list(race.scores(candidate).values()), race.differences(candidate, control)
@@ -397,7 +404,12 @@ def _row(
 
 
 def _said(
-    plan: Plan, race: Race, table: Mapping[str, Mapping[str, Any]], best: Candidate, tied: Sequence[Candidate], why: str
+    plan: FinalsPlan,
+    race: Racing,
+    table: Mapping[str, Mapping[str, Any]],
+    best: Candidate,
+    tied: Sequence[Candidate],
+    why: str,
 ) -> dict[str, Any]:
     scores = race.scores(best)
     seed = max(scores, key=lambda seed: (scores[seed], -seed))

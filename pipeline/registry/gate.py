@@ -109,7 +109,7 @@ class Verdict:
         return cls(tuple(Finding(**finding) for finding in body["findings"]))
 
 
-def judge(
+def decide(
     challenger: Side,
     champion: Side | None,
     labels: np.ndarray,

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import Refused, UserError
+from pipeline.errors import PromotionRefused, UserError
 
 FILE = "ledger.db"
 LOOK, PASSED, REFUSED = "look", "passed", "refused"
@@ -136,11 +136,11 @@ class Ledger:
         with self._transaction() as connection:
             events = _read(connection, model)
             if other := _open(events):
-                raise Refused(f"{model}: {_said(other)} is under way since; wait for it, and try again")
+                raise PromotionRefused(f"{model}: {_said(other)} is under way since; wait for it, and try again")
             now = _reigns(events)[-1:]
             if now != ([over] if over else []):
                 found = f"version {now[0].version}, run {now[0].run}" if now else "none"
-                raise Refused(
+                raise PromotionRefused(
                     f"{model}: its champion changed meanwhile ({found}); the same command compares with that one"
                 )
             return _append(connection, BEGUN, model, run, version, None, reason, details)
@@ -151,7 +151,7 @@ class Ledger:
         with self._transaction() as connection:
             still = _open(_read(connection, begun.model))
             if still is None or still.id != begun.id:
-                raise Refused(
+                raise PromotionRefused(
                     f"{begun.model}: {_said(begun)} was ended by another command; python -m pipeline history shows it"
                 )
             details = {"begun": begun.id, "over": begun.details["over"]}

@@ -23,12 +23,12 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from torch import Tensor
 
-from pipeline.classifier import Classifier, Facts
 from pipeline.errors import UserError
+from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.registry import export
 from pipeline.registry.card import description, model_card
 from pipeline.tracking.models import digests
-from pipeline.tracking.runs import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import PLAIN_WEIGHTS, RECORD, WEIGHTS
 
 MODEL, QUANTISED_MODEL = "model.onnx", "model.int8.onnx"
@@ -124,7 +124,7 @@ def _save_model(classifier: Classifier, path: Path, folder: Path) -> None:
 def _card(
     tracker: MlflowTracker,
     run_id: str,
-    facts: Facts,
+    facts: ModelMetadata,
     latency_ms: float,
     size: int,
     evidence: Mapping[str, Any] | None,

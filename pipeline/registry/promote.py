@@ -17,17 +17,23 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
-from pipeline.classifier import Facts
-from pipeline.errors import Refused, UserError
+from pipeline.errors import PromotionRefused, UserError
+from pipeline.inference.classifier import ModelMetadata
+from pipeline.registry.candidate_evaluation import (
+    CONTROL,
+    CandidateEvaluation,
+    EvaluatedModel,
+    EvaluationObserver,
+    evidence,
+)
 from pipeline.registry.card import description
 from pipeline.registry.gate import Rules, Verdict
-from pipeline.registry.judging import CONTROL, Bench, Judged, Observer, evidence
 from pipeline.registry.ledger import PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Event, Ledger
 from pipeline.registry.package import CARD, package
 from pipeline.tracking.models import DIGEST_TAG
 from pipeline.tracking.models import digests as digests_of
-from pipeline.tracking.runs import MlflowTracker
-from pipeline.tracking.stores import is_active
+from pipeline.tracking.store import is_active
+from pipeline.tracking.tracker import MlflowTracker
 
 CHAMPION, PREVIOUS = "champion", "previous"  # aliases
 ARTIFACTS = "model"  # where a package lies among its run's artifacts
@@ -143,14 +149,16 @@ class Registry:
 
 
 @contextlib.contextmanager
-def alone(home: Path) -> Iterator[None]:
+def registry_lock(home: Path) -> Iterator[None]:
     """The only promotion or rollback of a folder mlruns; Refused at once where another is under way."""
     lock = FileLock(home / "promotion.lock")
     try:
         with lock.acquire(timeout=0):
             yield
     except Timeout:
-        raise Refused(f"{home}: another promotion or rollback is under way; wait for it, and try again") from None
+        raise PromotionRefused(
+            f"{home}: another promotion or rollback is under way; wait for it, and try again"
+        ) from None
 
 
 def settle(tracker: MlflowTracker, ledger: Ledger, said: Callable[[str], None]) -> None:
@@ -231,7 +239,7 @@ def promote(
     run_id: str,
     rules: Rules,
     data_dir: Path,
-    observer: Observer,
+    observer: EvaluationObserver,
     forced: str = "",
     chosen: str = "",
     dataset: str | None = None,
@@ -249,12 +257,14 @@ def promote(
     _check_that_it_is_a_candidate(registry.tracker, run_id)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bench = Bench(registry.tracker, registry.ledger, registry.model, rules, data_dir, folder, observer, dataset)
+        bench = CandidateEvaluation(
+            registry.tracker, registry.ledger, registry.model, rules, data_dir, folder, observer, dataset
+        )
         there = registry.packed(run_id)
         challenger = bench.of_version(there, "challenger") if there else bench.of_run(run_id, "challenger")
         verdict = bench.verdict(challenger, champion, forced, chosen)
         if verdict.kind == REFUSED:
-            raise Refused(Verdict.from_json(verdict.details["verdict"]).failed + _way_out(verdict))
+            raise PromotionRefused(Verdict.from_json(verdict.details["verdict"]).failed + _way_out(verdict))
         version = registry.version_of(run_id)
         if there is None:
             _pack(bench, challenger, verdict, folder / "package")
@@ -271,7 +281,7 @@ def promote(
     return registry.ledger.reigns(registry.model)[-1]
 
 
-def _pack(bench: Bench, challenger: Judged, verdict: Event, folder: Path) -> None:
+def _pack(bench: CandidateEvaluation, challenger: EvaluatedModel, verdict: Event, folder: Path) -> None:
     """The package of a model that passed, with the ONNX file that was judged."""
     onnx_file = bench.as_judged(challenger, verdict)
     package(bench.tracker, challenger.run, challenger.folder, folder, evidence(verdict), onnx_file)
@@ -303,7 +313,7 @@ def _way_out(verdict: Event) -> list[str]:
     ]
 
 
-def _register(registry: Registry, begun: Event, challenger: Judged, verdict: Event, packed: Path) -> str:
+def _register(registry: Registry, begun: Event, challenger: EvaluatedModel, verdict: Event, packed: Path) -> str:
     """Put the package into its run, and make a version of it; the version's number."""
     client = registry.tracker.client
     there = registry.packed(challenger.run)
@@ -321,7 +331,7 @@ def _register(registry: Registry, begun: Event, challenger: Judged, verdict: Eve
     return str(client.create_model_version(registry.model, source, challenger.run, tags, description=card).version)
 
 
-def _tags(registry: Registry, facts: Facts, verdict: Event) -> dict[str, str]:
+def _tags(registry: Registry, facts: ModelMetadata, verdict: Event) -> dict[str, str]:
     """What a version says of itself, for searches in the registry."""
     tags = registry.tracker.client.get_run(verdict.run).data.tags
     findings = verdict.details["verdict"]["findings"]

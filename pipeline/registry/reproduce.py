@@ -21,11 +21,11 @@ from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import NotReproduced, UserError
 from pipeline.experiment import Interrupted, Outcome, Prune
-from pipeline.guard import StopOnSignal, this_worker
+from pipeline.processes import StopOnSignal, this_process
 from pipeline.recipe import Recipe
 from pipeline.registry.finals import check_same_data, recipe_of
 from pipeline.tracking.lineage import code, environment, same_code
-from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.tracking.tracker import MlflowTracker, State
 from pipeline.training.checkpoints import PLAIN_WEIGHTS, WEIGHTS
 from pipeline.training.loop import EpochReport
 
@@ -132,7 +132,7 @@ def differences(tracker: MlflowTracker, past: Past, device: torch.device) -> lis
     return found
 
 
-def run(
+def reproduce(
     tracker: MlflowTracker,
     past: Past,
     data: TrainingData,
@@ -169,7 +169,7 @@ def run(
             tags={
                 "role": "reproduction",
                 "reproduces": past.run.info.run_id,
-                "worker": json.dumps(this_worker()),
+                "worker": json.dumps(this_process()),
                 **({"study": tags["study"]} if "study" in tags else {}),
             },
             on_epoch=after_epoch,

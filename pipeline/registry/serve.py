@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.errors import DataError, UserError
 from pipeline.registry.export import session
 from pipeline.registry.package import MODEL
-from pipeline.tracking.ui import HOST, launch
+from pipeline.tracking.server import HOST, launch
 
 MLMODEL = "MLmodel"
 _FLAVORS: Mapping[str, Mapping[str, Any]] = {  # as export writes them, but for the versions

@@ -5,7 +5,7 @@ import os
 from mlflow.pyfunc import load_model
 from mlflow.pyfunc.scoring_server import init
 
-from pipeline.tracking.door import Door
+from pipeline.tracking.access import Door
 
 
 def app() -> Door:

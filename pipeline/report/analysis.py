@@ -9,7 +9,7 @@ import pandas as pd
 
 from pipeline.evaluation.significance import f1_macro_error, mcnemar
 from pipeline.report.trials import Predictions, control, finished, param_names, ranked, searched, show
-from pipeline.search.importances import judge
+from pipeline.search.importances import importance_function
 
 Z95 = 1.96
 MOST_LEVELS = 4  # distinct numbers of a parameter that stay levels of their own; more are cut into thirds
@@ -197,7 +197,7 @@ def importances(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         {str(name): value for name, value in row.items() if pd.notna(value)} for row in done[names].to_dict("records")
     ]
     scores = [-float(rank) for rank in done["rank"]]
-    importances_by = judge(rows)
+    importances_by = importance_function(rows)
     found = importances_by(scores)
     shuffled, dice = [], random.Random(seed)
     for _ in range(min(SHUFFLES, max(8, 20_000 // max(len(scores), 1))) if found else 0):

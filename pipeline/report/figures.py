@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.errors import one_line
+from pipeline.errors import escape_control
 from pipeline.evaluation.scores import reliability
 from pipeline.report.analysis import Effects, pareto
 from pipeline.report.trials import F1, Predictions, challenger, control, finished, ranked, short, show, weakest_class
@@ -35,7 +35,7 @@ COSTS = {
 
 def text(name: object, most: int = 26) -> str:
     """A user's name as a figure takes it: on one line, its middle cut out if need be, no HTML."""
-    line = one_line(str(name))
+    line = escape_control(str(name))
     if len(line) > most:
         line = f"{line[: most // 2]}…{line[len(line) - most // 2 + 1 :]}"
     return html.escape(line, quote=False).replace("$", "&#36;")  # no formula

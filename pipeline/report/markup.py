@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError, escape_control
 from pipeline.report import figures
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -128,7 +128,7 @@ def write(page: str, file: Path) -> None:
 
 def text(value: object) -> str:
     """A value as HTML shows it: nothing in it is markup, and it is one line."""
-    return escape(one_line(str(value)))
+    return escape(escape_control(str(value)))
 
 
 def paragraph(line: str) -> str:

@@ -14,8 +14,8 @@ import pandas as pd
 from pipeline.errors import UserError
 from pipeline.recipe import KIND
 from pipeline.tracking.kept import controls
-from pipeline.tracking.runs import MlflowTracker, State, StudyRuns
-from pipeline.tracking.studies import find_study
+from pipeline.tracking.queries import find_study
+from pipeline.tracking.tracker import MlflowTracker, State, StudyRuns
 
 log = logging.getLogger(__name__)
 

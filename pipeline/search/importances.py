@@ -23,10 +23,10 @@ def importances(params: Sequence[Mapping[str, Any]], scores: Sequence[float]) ->
     trials from the others. The study is rebuilt in memory from what was seen, so it needs no Optuna database: a range
     is that of the values tried. Empty where there is nothing to tell: too few trials, or equal scores.
     """
-    return judge(params)(scores)
+    return importance_function(params)(scores)
 
 
-def judge(params: Sequence[Mapping[str, Any]]) -> Callable[[Sequence[float]], dict[str, float]]:
+def importance_function(params: Sequence[Mapping[str, Any]]) -> Callable[[Sequence[float]], dict[str, float]]:
     """`importances` of these trials by any scores: to rebuild the study takes longer than to ask it."""
     names = list(dict.fromkeys(name for trial in params for name in trial))
     if len(params) < FEWEST or not names:

@@ -8,12 +8,14 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial
 
-RECENT = 12  # trials that are compared, the one that is judged included
-SHARE = 1 / 4  # of them that goes on
-WHOLE = 3  # trials, the control the first, that a study never prunes: even a short one has something to compare
+WINDOW = 12  # trials that are compared, the one that is judged included
+KEEP_FRACTION = 1 / 4  # of them that goes on
+MIN_UNPRUNED_TRIALS = (
+    3  # trials, the control the first, that a study never prunes: even a short one has something to compare
+)
 
 
-class RecentPruner(BasePruner):
+class RecentTrialsPruner(BasePruner):
     """Asynchronous successive halving (ASHA, arXiv 1810.05934), against recent trials only.
 
     After a sixth, a third and two thirds of the epochs a trial goes on whose score is among the best quarter, rounded up,
@@ -34,7 +36,7 @@ class RecentPruner(BasePruner):
             return False
         trials = reversed(study.get_trials(deepcopy=False))
         others = (self._score_at(other, rung) for other in trials if other.number != trial.number and _counts(other))
-        return not goes_on(score, list(islice((other for other in others if other is not None), RECENT - 1)))
+        return not goes_on(score, list(islice((other for other in others if other is not None), WINDOW - 1)))
 
     def rung(self, step: int) -> int:
         """The last one that is reached by this step; 0 before the first."""
@@ -48,7 +50,7 @@ class RecentPruner(BasePruner):
 
 def goes_on(score: float, others: Sequence[float]) -> bool:
     """Whether a score is among the best SHARE, rounded up, of the others' and itself."""
-    return sum(other > score for other in others) < math.ceil(SHARE * (len(others) + 1))
+    return sum(other > score for other in others) < math.ceil(KEEP_FRACTION * (len(others) + 1))
 
 
 def _counts(trial: FrozenTrial) -> bool:

@@ -21,7 +21,7 @@ from optuna.pruners import (
     SuccessiveHalvingPruner,
 )
 
-from pipeline.search.pruner import RECENT, WHOLE, RecentPruner, goes_on
+from pipeline.search.pruner import MIN_UNPRUNED_TRIALS, WINDOW, RecentTrialsPruner, goes_on
 
 # Name -> the pruner for so many trials of so many epochs; the fraction is when it first decides.
 STRATEGIES: Mapping[str, Callable[[int, int], BasePruner]] = {
@@ -35,7 +35,7 @@ STRATEGIES: Mapping[str, Callable[[int, int], BasePruner]] = {
     "halving by 3 from 1/6": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 6), 3),
     "halving by 4 from 1/6": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 6), 4),
     "halving by 3 from 1/9": lambda trials, epochs: SuccessiveHalvingPruner(max(1, epochs // 9), 3),
-    "best quarter of the last 12 from 1/6": lambda trials, epochs: RecentPruner(epochs),
+    "best quarter of the last 12 from 1/6": lambda trials, epochs: RecentTrialsPruner(epochs),
     "Hyperband by 3 from 1/9": lambda trials, epochs: HyperbandPruner(max(1, epochs // 9), epochs, 3),
 }
 WORKERS = (1, 2, 4)
@@ -115,9 +115,9 @@ class Halving:
 
 
 class Recent:
-    """RecentPruner: at each rung only the best of the last few who came goes on."""
+    """RecentTrialsPruner: at each rung only the best of the last few who came goes on."""
 
-    def __init__(self, pruner: RecentPruner):
+    def __init__(self, pruner: RecentTrialsPruner):
         self.first_decision = pruner.rungs[0]
         self._scores: dict[int, list[tuple[int, float]]] = {rung: [] for rung in pruner.rungs}  # by trial
 
@@ -125,7 +125,7 @@ class Recent:
         """See Rule."""
         if epoch not in self._scores:
             return False
-        others = [other for _, other in self._scores[epoch][1 - RECENT :]]
+        others = [other for _, other in self._scores[epoch][1 - WINDOW :]]
         insort(self._scores[epoch], (trial, score))
         return not goes_on(score, others)
 
@@ -170,7 +170,7 @@ def rule(pruner: BasePruner, name: str) -> AnyRule:
         return Percentile(pruner)
     if isinstance(pruner, SuccessiveHalvingPruner):
         return Halving(pruner)
-    if isinstance(pruner, RecentPruner):
+    if isinstance(pruner, RecentTrialsPruner):
         return Recent(pruner)
     if isinstance(pruner, HyperbandPruner):
         return Hyperband(pruner, name)
@@ -298,7 +298,9 @@ def _mean_outcome(
     shares, regrets = [], []
     for number, order in enumerate(orders):
         ordered = [rows[i] for i in order]
-        used, completed = simulate(ordered, rule(make(len(order), curves.shape[1]), f"order {number}"), workers, WHOLE)
+        used, completed = simulate(
+            ordered, rule(make(len(order), curves.shape[1]), f"order {number}"), workers, MIN_UNPRUNED_TRIALS
+        )
         shares.append(used / np.minimum(1 + (~np.isnan(curves[order])).sum(1), curves.shape[1]).sum())
         regrets.append(finals[order].max() - finals[order[completed]].max(initial=0.0))
     return float(np.mean(shares)), float(np.mean(regrets))

@@ -26,8 +26,8 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, Pending
 
 from pipeline.data.datasets import NATURAL_SIZE
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import UserError, first_line, public_uri
-from pipeline.search.study import Search, check_same, counts
+from pipeline.errors import UserError, first_line, redact_uri
+from pipeline.search.study import Search, check_same, counts_toward_budget
 from pipeline.tracking.run_data import newest_first
 from pipeline.tracking.sqlite import use_write_ahead_log
 from pipeline.tracking.study_key import StudyKey
@@ -39,17 +39,17 @@ PATIENCE_S = 600.0  # for a database that is away
 LONGEST_PAUSE_S = 5.0
 
 
-class StorageAway(UserError):
+class StorageUnavailable(UserError):
     """The study's database did not answer for PATIENCE_S."""
 
 
-class PatientStorage(RDBStorage):
+class RetryingStorage(RDBStorage):
     """Repeats a call that the database did not answer: PostgreSQL restarts, an SQLite file is locked.
 
     The first try may have been done and only its reply lost, so each call can be repeated without harm: what writes an
     attribute or a value writes it again, a new trial is looked for before it is made again, and `claim` and
     `set_trial_state_values` know their own work. `while_waiting` is called before each repetition and may raise.
-    Raises StorageAway after PATIENCE_S.
+    Raises StorageUnavailable after PATIENCE_S.
     """
 
     while_waiting: Callable[[], None] = staticmethod(lambda: None)
@@ -95,7 +95,7 @@ class PatientStorage(RDBStorage):
             self._repeats.inside = False
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def batch_writes(self) -> Iterator[None]:
         """What this thread sets of a trial in the block, parameters and user attributes, is written at its end, at once.
 
         Optuna's own way is a transaction for each, with two or three statements. Nothing that was set can be read before
@@ -202,10 +202,10 @@ class PatientStorage(RDBStorage):
 
 
 def _patient(name: str) -> Callable[..., Any]:
-    """A method of PatientStorage that is repeated until the database answers."""
-    once = getattr(PatientStorage, name)
+    """A method of RetryingStorage that is repeated until the database answers."""
+    once = getattr(RetryingStorage, name)
 
-    def patiently(self: PatientStorage, *arguments: Any, **named: Any) -> Any:
+    def patiently(self: RetryingStorage, *arguments: Any, **named: Any) -> Any:
         if getattr(self._repeats, "inside", False):  # one call calls others: the outermost repeats
             return once(self, *arguments, **named)
         self._repeats.inside, self._repeats.count = True, 0
@@ -235,7 +235,7 @@ for _name in (
     *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "_get_best_trial_id"),
     *("get_trial_id_from_study_id_trial_number", "claim", "granted", "state_of", "set_at_once"),
 ):
-    setattr(PatientStorage, _name, _patient(_name))
+    setattr(RetryingStorage, _name, _patient(_name))
 
 
 def _is_away(error: BaseException) -> bool:
@@ -252,8 +252,8 @@ def _is_away(error: BaseException) -> bool:
 def _wait(url: str, error: BaseException, count: int, deadline: float) -> None:
     reason = first_line(error.__cause__ or error, url)
     if time.monotonic() > deadline:
-        raise StorageAway(
-            f"STORAGE {public_uri(url)}: no answer for {PATIENCE_S / 60:.0f} minutes ({reason}); "
+        raise StorageUnavailable(
+            f"STORAGE {redact_uri(url)}: no answer for {PATIENCE_S / 60:.0f} minutes ({reason}); "
             "the same command goes on when it answers"
         ) from None
     if count == 6:  # some seconds: more than a locked file's
@@ -261,7 +261,7 @@ def _wait(url: str, error: BaseException, count: int, deadline: float) -> None:
     time.sleep(min(LONGEST_PAUSE_S, 0.05 * 2**count))
 
 
-def open_storage(home: Path, url: str | None = None, wait: bool = False) -> PatientStorage:
+def open_storage(home: Path, url: str | None = None, wait: bool = False) -> RetryingStorage:
     """`optuna.db` in the home folder, or another database by its SQLAlchemy address; UserError where it can't be opened.
 
     With `wait` it is tried for PATIENCE_S: whoever starts in mid-study may come while the database is away.
@@ -279,18 +279,18 @@ def open_storage(home: Path, url: str | None = None, wait: bool = False) -> Pati
         try:
             home.mkdir(parents=True, exist_ok=True)
             with FileLock(home / "optuna.lock"):  # first starts at the same time would each create the tables
-                storage = PatientStorage(url, options)
+                storage = RetryingStorage(url, options)
                 use_write_ahead_log(storage.engine)
                 return storage
         except ImportError:
             raise UserError(
-                f"STORAGE {public_uri(url)}: needs a driver; .venv/bin/pip install -e '.[postgres]'"
+                f"STORAGE {redact_uri(url)}: needs a driver; .venv/bin/pip install -e '.[postgres]'"
             ) from None
         except Exception as error:  # whatever a driver raises: the address is the user's
             if not (wait and _is_away(error)):
                 reason = first_line(error, url)
                 raise UserError(
-                    f"STORAGE {public_uri(url)}: can't be opened ({reason}); mend it, or {way_out}"
+                    f"STORAGE {redact_uri(url)}: can't be opened ({reason}); mend it, or {way_out}"
                 ) from None
             count += 1
             _wait(url, error, count, deadline)
@@ -426,4 +426,4 @@ class StudyLock:
 
 def num_finished(study: optuna.Study) -> int:
     """How many trials count against the budget."""
-    return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
+    return sum(counts_toward_budget(trial) for trial in study.get_trials(deepcopy=False))

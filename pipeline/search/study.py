@@ -17,8 +17,8 @@ from optuna.samplers import TPESampler
 
 from pipeline.errors import UserError, did_you_mean
 from pipeline.recipe import KIND, Recipe, has_default, kind_field, kinds_with
-from pipeline.search.pruner import RecentPruner
-from pipeline.search.space import FixedFields, ScriptedTrial, Space, control, describe, explore, extremes, lowest
+from pipeline.search.pruner import RecentTrialsPruner
+from pipeline.search.space_check import FixedFields, ScriptedTrial, Space, control, describe, explore, extremes, lowest
 from pipeline.tracking.study_key import StudyKey
 
 if TYPE_CHECKING:  # it brings torch with it, and a wrong name is to be told at once
@@ -140,13 +140,13 @@ class Search:
         kinds = kinds_with(name)
         return bool(kinds) and self.settings.get(kind_field(name), kinds[0]) not in kinds
 
-    def pruner(self) -> RecentPruner:
+    def pruner(self) -> RecentTrialsPruner:
         """What judges the trials; the first WHOLE go on all the same."""
-        return RecentPruner(self.most_epochs)
+        return RecentTrialsPruner(self.most_epochs)
 
     def is_exhausted(self, study: optuna.Study) -> bool:
         """Whether the last `patience` trials that ended, in whatever state, gave no score above the best before them."""
-        ended = [trial for trial in study.get_trials(deepcopy=False) if counts(trial)]
+        ended = [trial for trial in study.get_trials(deepcopy=False) if counts_toward_budget(trial)]
         if self.patience is None or len(ended) <= self.patience:
             return False
         scores = [trial.value if trial.value is not None else -math.inf for trial in ended]
@@ -330,7 +330,7 @@ def _line_of(error: BaseException, file: Path) -> str:
     return place
 
 
-def counts(trial: optuna.trial.FrozenTrial) -> bool:
+def counts_toward_budget(trial: optuna.trial.FrozenTrial) -> bool:
     """Whether a trial counts against the budget: all that ended do, but those asked again."""
     return trial.state.is_finished() and not trial.user_attrs.get("asked_again")
 

@@ -22,13 +22,13 @@ from sqlalchemy.exc import DBAPIError
 
 from pipeline.errors import UserError
 from pipeline.experiment import Outcome
-from pipeline.guard import StopOnSignal, end_process, is_gone
-from pipeline.search.retries import bury
-from pipeline.search.storage import PatientStorage, StudyLock
-from pipeline.search.study import Search, counts
-from pipeline.search.trial import Observer, Progress, StudyInterrupted
-from pipeline.search.worker import Assignment, Ended, Limits, grant
-from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.processes import StopOnSignal, kill_process, process_has_exited
+from pipeline.search.requeue import mark_failed
+from pipeline.search.storage import RetryingStorage, StudyLock
+from pipeline.search.study import Search, counts_toward_budget
+from pipeline.search.trial import Progress, StudyInterrupted, StudyObserver
+from pipeline.search.worker import Assignment, Ended, Limits, release_trials
+from pipeline.tracking.tracker import MlflowTracker, State
 from pipeline.training.loop import EpochReport
 
 TICK_S = 0.25
@@ -36,8 +36,8 @@ LONGEST_GAP_S = 5.0  # between two answers of the database; what is longer was a
 LOCK_CHECK_S = 5.0
 END_S = 15.0  # for idle workers to end by themselves
 # A worker process.
-WORKER = "import pipeline.environment, pipeline.interpreter; from pipeline.search.worker import main; main()"
-BARREN = 3  # deaths of a worker in a row, while no trial of the study ended: it will not get better
+WORKER = "import pipeline.runtime, pipeline.interpreter; from pipeline.search.worker import main; main()"
+MAX_WORKER_DEATHS = 3  # deaths of a worker in a row, while no trial of the study ended: it will not get better
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def placements(device: torch.device, workers: int) -> list[tuple[str, float | No
     return [(f"cuda:{gpu}", 1 / on.count(gpu) if on.count(gpu) > 1 else None) for gpu in on]
 
 
-class Crew(Protocol):
+class WorkerPool(Protocol):
     """Where a study's workers work: on this machine, or on a cluster."""
 
     @property
@@ -142,7 +142,7 @@ class Crew(Protocol):
 
 
 @dataclass(frozen=True)
-class Processes:
+class LocalPool:
     """Workers on this machine."""
 
     device: torch.device
@@ -162,7 +162,7 @@ class Processes:
 
 
 @dataclass
-class _Place:
+class _Slot:
     """Where a worker works, and another after it if it dies."""
 
     number: int
@@ -181,15 +181,15 @@ class Supervisor:
 
     search: Search
     study: optuna.Study
-    storage: PatientStorage
+    storage: RetryingStorage
     tracker: MlflowTracker
     parent: str
-    observer: Observer
-    crew: Crew
+    observer: StudyObserver
+    crew: WorkerPool
     assign: Callable[[int], Assignment]  # of a launch, from 1
     stop: StopOnSignal
     lock: StudyLock
-    _places: list[_Place] = field(default_factory=list)
+    _places: list[_Slot] = field(default_factory=list)
     _launches: int = 0
 
     def run(self) -> None:
@@ -198,7 +198,10 @@ class Supervisor:
         Raises StudyInterrupted where somebody asked to stop; WorkerBug, or the user's fault, of a worker: all the others
         are stopped first, and what they did is asked again.
         """
-        self._judge, self._show = _Judge(self.crew.limits.grace_s), _Show(self.observer, self.search, self.study)
+        self._judge, self._show = (
+            _HeartbeatMonitor(self.crew.limits.grace_s),
+            _Show(self.observer, self.search, self.study),
+        )
         self.storage.while_waiting = self._interrupt_if_asked
         began = self._lock_checked = time.monotonic()
         try:
@@ -228,11 +231,11 @@ class Supervisor:
         ended = self._ended_workers()
         trials = self.study.get_trials(deepcopy=False)
         running = [trial for trial in trials if trial.state is TrialState.RUNNING]
-        if buried := self._bury_dead(running, ended):
+        if buried := self._mark_dead_failed(running, ended):
             trials = self.study.get_trials(deepcopy=False)
             running = [trial for trial in trials if trial.state is TrialState.RUNNING and trial.number not in buried]
         self._show.look(trials)
-        finished = sum(counts(trial) for trial in trials)
+        finished = sum(counts_toward_budget(trial) for trial in trials)
         left = self.search.trials - finished - len(running)
         if self.search.timeout_s is not None and seconds >= self.search.timeout_s:
             left = 0
@@ -240,20 +243,20 @@ class Supervisor:
             left = 0
         left = max(left, 0)
         if not left and not running:
-            grant(self.study, trials, 0)
+            release_trials(self.study, trials, 0)
             return False
         for place in ended:
             self._note_death(place, finished)
         room = self.crew.room()
         self._start_workers(left + len(running), finished, room)
-        grant(self.study, trials, min(left, room))
+        release_trials(self.study, trials, min(left, room))
         return True
 
     def _interrupt_if_asked(self) -> None:
         if self.stop.requested:
             raise StudyInterrupted
 
-    def _ended_workers(self) -> list[_Place]:
+    def _ended_workers(self) -> list[_Slot]:
         """Places whose worker died; what stops a study is raised."""
         died = []
         for place in self._places:
@@ -269,22 +272,22 @@ class Supervisor:
             died.append(place)
         return died
 
-    def _note_death(self, place: _Place, finished: int) -> None:
+    def _note_death(self, place: _Slot, finished: int) -> None:
         why = self._why(place)
         place.deaths = 1 if finished > place.finished else place.deaths + 1
         place.worker = None
         log.info("worker %d: %s", place.number + 1, why)
-        if place.deaths >= BARREN:
+        if place.deaths >= MAX_WORKER_DEATHS:
             raise UserError(
-                f"worker {place.number + 1} died {BARREN} times in a row and no trial ended ({why}); mend what ends it, "
+                f"worker {place.number + 1} died {MAX_WORKER_DEATHS} times in a row and no trial ended ({why}); mend what ends it, "
                 "and the same command goes on"
             )
 
-    def _why(self, place: _Place) -> str:
+    def _why(self, place: _Slot) -> str:
         ended = place.worker.ended() if place.worker else None
         return (ended.died if ended else "") or "it stopped, though nobody asked it to"
 
-    def _bury_dead(self, running: list[FrozenTrial], ended: list[_Place]) -> set[int]:
+    def _mark_dead_failed(self, running: list[FrozenTrial], ended: list[_Slot]) -> set[int]:
         """Declare dead whose process is gone or whose beat stands still; the trials' numbers."""
         died = {place.worker.id: self._why(place) for place in ended if place.worker}
         ours = {place.worker.id: place.worker for place in self._places if place.worker}
@@ -295,22 +298,22 @@ class Supervisor:
             worker = ours.get(owner.get("id"))
             if owner.get("id") in died:
                 dead.setdefault(died[owner["id"]], []).append(trial)
-            elif worker is None and owner and is_gone(owner):
+            elif worker is None and owner and process_has_exited(owner):
                 dead.setdefault("its process is gone", []).append(trial)
             elif trial.number in still:
                 why = f"its worker gave no sign of life for {self.crew.limits.grace_s:.0f} s"
                 if worker:  # paused or hung, it may wake up: nobody else may have its trial before it is gone
                     worker.kill()
                 elif owner:
-                    end_process(owner)
+                    kill_process(owner)
                 dead.setdefault(why, []).append(trial)
         for why, trials in dead.items():
-            bury(self.study, trials, why, self.tracker, self.parent)
+            mark_failed(self.study, trials, why, self.tracker, self.parent)
         return {trial.number for trials in dead.values() for trial in trials}
 
     def _start_workers(self, trials: int, finished: int, room: int) -> None:
         """So many that all these trials can be under way, as far as there is room."""
-        self._places += [_Place(number) for number in range(len(self._places), room)]
+        self._places += [_Slot(number) for number in range(len(self._places), room)]
         empty = [place for place in self._places if place.worker is None]
         for place in empty[: max(0, min(trials, room) - (len(self._places) - len(empty)))]:
             self._launches += 1
@@ -332,9 +335,9 @@ class Supervisor:
             for worker in workers:
                 worker.kill()
             with self.storage.once(), contextlib.suppress(StorageInternalError, DBAPIError):
-                self._bury_stopped({worker.id for worker in workers})
+                self._mark_stopped_failed({worker.id for worker in workers})
 
-    def _bury_stopped(self, ids: set[str]) -> None:
+    def _mark_stopped_failed(self, ids: set[str]) -> None:
         """What killed workers left RUNNING is asked again; nobody but us ended it.
 
         Where the database is away this is left to the next start.
@@ -342,10 +345,10 @@ class Supervisor:
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         left = [trial for trial in running if trial.user_attrs.get("worker", {}).get("id") in ids]
         if left:
-            bury(self.study, left, "stopped", self.tracker, self.parent, died=False)
+            mark_failed(self.study, left, "stopped", self.tracker, self.parent, died=False)
 
 
-class _Judge:
+class _HeartbeatMonitor:
     """Whose beat stands still, by our own clock, and only for as long as the database answered."""
 
     def __init__(self, grace_s: float):
@@ -371,7 +374,7 @@ class _Judge:
 class _Show:
     """Tells an Observer of all trials, as the database has them."""
 
-    def __init__(self, observer: Observer, search: Search, study: optuna.Study):
+    def __init__(self, observer: StudyObserver, search: Search, study: optuna.Study):
         self._observer, self._search, self._study = observer, search, study
         trials = study.get_trials(deepcopy=False)
         self._ended = {trial.number for trial in trials if trial.state.is_finished()}
@@ -391,7 +394,7 @@ class _Show:
                 self._observer.trial_ended(trial.number, _outcome(trial))
             elif trial.number in self._measured:
                 self._look_at(trial)
-        finished = sum(counts(trial) for trial in trials)
+        finished = sum(counts_toward_budget(trial) for trial in trials)
         if finished != self._finished:
             self._finished = finished
             self._observer.study_progress(self._study, finished)

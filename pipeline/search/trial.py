@@ -17,11 +17,11 @@ from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.experiment import Interrupted, Outcome, Prune
 from pipeline.recipe import Recipe
-from pipeline.search.pruner import WHOLE
-from pipeline.search.retries import ask_again, run_name, run_tags
-from pipeline.search.storage import PatientStorage, StorageAway
+from pipeline.search.pruner import MIN_UNPRUNED_TRIALS
+from pipeline.search.requeue import requeue, run_name, run_tags
+from pipeline.search.storage import RetryingStorage, StorageUnavailable
 from pipeline.search.study import Search
-from pipeline.tracking.runs import Lost, MlflowTracker, State
+from pipeline.tracking.tracker import MlflowTracker, OwnershipLost, State
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import CHECKPOINTS
 
@@ -36,7 +36,7 @@ class Progress:
     images_per_s: float = 0.0  # in this epoch so far
 
 
-class Observer(Protocol):
+class StudyObserver(Protocol):
     """Sees a study happen; for a person at a terminal."""
 
     def planned(self, forecast: Mapping[str, Any]) -> None:
@@ -75,9 +75,9 @@ class Objective:
     device: torch.device
     tracker: MlflowTracker
     parent: str
-    observer: Observer
+    observer: StudyObserver
     stop_requested: Callable[[], bool]
-    storage: PatientStorage
+    storage: RetryingStorage
     home: Path
 
     def __call__(self, trial: optuna.Trial) -> float:
@@ -89,17 +89,17 @@ class Objective:
         try:
             with _ours():
                 return self._run(trial)
-        except (optuna.TrialPruned, TrialFailed, Lost, StorageAway):
+        except (optuna.TrialPruned, TrialFailed, OwnershipLost, StorageUnavailable):
             raise
         except BaseException as error:
             with _ours():
-                ask_again(trial.study, trial)
+                requeue(trial.study, trial)
             if isinstance(error, SystemExit):  # rich ends so where nobody reads any more
                 raise StudyInterrupted from error
             raise
 
     def _run(self, trial: optuna.Trial) -> float:
-        with self.storage.together():
+        with self.storage.batch_writes():
             self.search.ask(trial)
             recipe = self.search.recipe(trial.params)
             trial.set_user_attr("recipe_digest", recipe.digest())
@@ -109,7 +109,7 @@ class Objective:
                 trial.set_user_attr("run_key", key)
         self.observer.trial_started(trial.number, recipe, trial.params)
 
-        is_whole = trial.number < WHOLE or trial.user_attrs.get("whole")
+        is_whole = trial.number < MIN_UNPRUNED_TRIALS or trial.user_attrs.get("whole")
         reported = set(
             trial.study._storage.get_trial(trial._trial_id).intermediate_values
         )  # of a retry, before it died
@@ -133,7 +133,7 @@ class Objective:
 
         def fence() -> None:
             if self.storage.state_of(trial._trial_id) is not TrialState.RUNNING:
-                raise Lost
+                raise OwnershipLost
 
         outcome = experiment.run(
             recipe,
@@ -149,7 +149,7 @@ class Objective:
             resume=self.home / CHECKPOINTS / key,
             key=key,
         )
-        with self.storage.together():
+        with self.storage.batch_writes():
             for name, value in (
                 ("state", outcome.state),
                 ("reason", outcome.reason),
@@ -196,4 +196,4 @@ def _ours() -> Iterator[None]:
     try:
         yield
     except UpdateFinishedTrialError:
-        raise Lost from None
+        raise OwnershipLost from None

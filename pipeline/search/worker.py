@@ -24,13 +24,13 @@ from pipeline.data.datasets import load
 from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
 from pipeline.experiment import Interrupted, Outcome
-from pipeline.guard import this_worker
-from pipeline.interpreter import keep_imports
+from pipeline.interpreter import freeze_imports
+from pipeline.processes import this_process
 from pipeline.recipe import Recipe
-from pipeline.search.storage import PatientStorage, find_study, open_storage
+from pipeline.search.storage import RetryingStorage, find_study, open_storage
 from pipeline.search.study import Search
 from pipeline.search.trial import Objective, Progress, StudyInterrupted, TrialFailed
-from pipeline.tracking.runs import Lost, MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker, OwnershipLost
 from pipeline.training.execution import check_execution
 from pipeline.training.loop import EpochReport
 
@@ -94,7 +94,7 @@ def packed(search: Search) -> bytes:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def grant(study: optuna.Study, trials: list[FrozenTrial], wanted: int) -> None:
+def release_trials(study: optuna.Study, trials: list[FrozenTrial], wanted: int) -> None:
     """Let workers take so many of the trials that wait, the oldest first, and make new ones where they don't suffice.
 
     Workers take what is granted and make none themselves; so the budget is kept exactly, however many they are, if
@@ -109,7 +109,7 @@ def grant(study: optuna.Study, trials: list[FrozenTrial], wanted: int) -> None:
         study.enqueue_trial({}, user_attrs={"granted": True})
 
 
-def take(study: optuna.Study, storage: PatientStorage, worker: Mapping[str, Any]) -> optuna.Trial | None:
+def claim_trial(study: optuna.Study, storage: RetryingStorage, worker: Mapping[str, Any]) -> optuna.Trial | None:
     """A granted trial, now this worker's; None where there is none. `study.ask` would make one."""
     for trial_id in storage.granted(study._study_id):
         if storage.claim(trial_id, worker):
@@ -131,7 +131,7 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, objective: Objective) ->
         state = TrialState.PRUNED
     except TrialFailed:
         state = TrialState.FAIL
-    except Lost:
+    except OwnershipLost:
         return
     except BaseException as error:
         state, stops = TrialState.FAIL, error
@@ -145,14 +145,14 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, objective: Objective) ->
         raise stops
 
 
-class Pulse:
+class Heartbeat:
     """Tells the database every few seconds that a worker lives and how far its trial is; an Observer of its trials.
 
     The supervisor judges by the beats alone. A database that is away stops no pulse. It ends the process where a training
     hangs, or does not stop in time when it was asked to: a hung thread can't be stopped otherwise.
     """
 
-    def __init__(self, storage: PatientStorage, limits: Limits, stop_requested: Callable[[], bool]):
+    def __init__(self, storage: RetryingStorage, limits: Limits, stop_requested: Callable[[], bool]):
         self._storage, self._limits, self._stop_requested = storage, limits, stop_requested
         self._trial: optuna.Trial | None = None
         self._is_lost = False
@@ -195,7 +195,7 @@ class Pulse:
     def step(self, number: int, progress: Progress) -> None:
         """See Observer. Raises Lost where the trial is known to have been declared dead."""
         if self._is_lost:
-            raise Lost
+            raise OwnershipLost
         self._progress = progress
         self.moved()
 
@@ -267,16 +267,16 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
         check_execution(recipe, device)
     images = load(search.lies_at or search.base.data.dataset, search.base.data.image_size, assignment.data_dir)
     data = prepare(images, search.base.data, device)
-    keep_imports()
+    freeze_imports()
     tracker = MlflowTracker(assignment.home, assignment.tracking_uri, asks=False)
     storage = open_storage(assignment.home, assignment.storage, wait=True)
     study = find_study(search, data, storage)  # refuses data that is not the study's
     assert study is not None, "the supervisor made it"
     study.pruner = search.pruner()
     study.sampler = search.sampler(len(study.get_trials(deepcopy=False)), assignment.ordinal)
-    worker = this_worker() | {"id": assignment.id, "ordinal": assignment.ordinal}
+    worker = this_process() | {"id": assignment.id, "ordinal": assignment.ordinal}
     pause_s = SHORTEST_PAUSE_S
-    with Pulse(storage, assignment.limits, stop_requested) as pulse:
+    with Heartbeat(storage, assignment.limits, stop_requested) as pulse:
 
         def while_waiting() -> None:
             pulse.moved()
@@ -289,7 +289,7 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
         )
         try:
             while not stop_requested():
-                if trial := take(study, storage, worker):
+                if trial := claim_trial(study, storage, worker):
                     with pulse.of(trial):
                         run_trial(study, trial, objective)
                     pause_s = SHORTEST_PAUSE_S

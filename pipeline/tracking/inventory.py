@@ -20,8 +20,8 @@ from sqlalchemy import create_engine, text
 
 from pipeline.errors import DataError
 from pipeline.tracking.models import DIGEST_TAG, verify
-from pipeline.tracking.runs import MlflowTracker
-from pipeline.tracking.shipping import RUN_KEY, SYSTEM
+from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.uploader import RUN_KEY, SYSTEM
 
 _PAGE = 5_000  # runs
 _ANSWER, _ASKED = 25_000, 100  # points and runs, of one question to a server

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from mlflow.entities import Run as StoredRun
 
-from pipeline.tracking.stores import RUN_KEY
+from pipeline.tracking.store import RUN_KEY
 
 _KEY, _DIGEST = r"[0-9a-f]{32}", r".+"
 _TRAINED = {"recipe_digest": _DIGEST, "data_digest": _DIGEST, "split_digest": _DIGEST}

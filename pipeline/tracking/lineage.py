@@ -9,7 +9,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from pipeline.environment import COMPUTING
+from pipeline.runtime import COMPUTING
 
 PROJECT = Path(__file__).resolve().parents[2]
 # A user's own settings (colours, prefixes, other programs) would make a patch that `git apply` refuses.

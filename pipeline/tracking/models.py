@@ -15,8 +15,8 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import parse_recipe
-from pipeline.tracking.runs import MlflowTracker, State
-from pipeline.tracking.stores import is_active
+from pipeline.tracking.store import is_active
+from pipeline.tracking.tracker import MlflowTracker, State
 from pipeline.training.checkpoints import PLAIN_WEIGHTS, RECORD, WEIGHTS, amend, read_checkpoint, read_facts
 
 CHAMPION = "models:/image-classifier@champion"

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from pipeline.data.augment import Augmenter, normalise
 from pipeline.data.datasets import Split
 from pipeline.data.prepare import TrainingData
-from pipeline.evaluation.predict import autocast, predict_logits
+from pipeline.evaluation.logits import autocast, predict_logits
 from pipeline.evaluation.scores import accuracy_from, f1_macro_from
 from pipeline.models.build import build_network
 from pipeline.models.layers import FitsFirstLayer

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.recipe import Recipe, parse_recipe
-from pipeline.search.study import counts
+from pipeline.search.study import counts_toward_budget
 from pipeline.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,7 +210,7 @@ class Field:
     def judge(self, fault: str, injected: int) -> Row:
         """Count what was lost, doubled and orphaned, without the audit, and what the audit finds."""
         trials = self.stored
-        counted = [trial for trial in trials if counts(trial)]
+        counted = [trial for trial in trials if counts_toward_budget(trial)]
         replaced = Counter(trial.user_attrs.get("retry_of") for trial in trials)
         again = [trial for trial in trials if trial.user_attrs.get("asked_again")]
         runs = self.rows(_TRIAL_RUNS)

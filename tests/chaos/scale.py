@@ -33,15 +33,15 @@ from sqlalchemy.exc import OperationalError
 
 from pipeline import experiment
 from pipeline.experiment import Outcome
-from pipeline.guard import StopOnSignal, this_worker
+from pipeline.processes import StopOnSignal, this_process
 from pipeline.recipe import Recipe
 from pipeline.search import worker
-from pipeline.search.storage import PatientStorage, StudyLock, num_finished, open_storage, open_study
+from pipeline.search.storage import RetryingStorage, StudyLock, num_finished, open_storage, open_study
 from pipeline.search.study import Search, load_study
 from pipeline.search.supervisor import Supervisor
 from pipeline.search.trial import Objective
-from pipeline.search.worker import Assignment, Ended, Limits, Pulse, run_trial, take
-from pipeline.tracking.runs import State
+from pipeline.search.worker import Assignment, Ended, Heartbeat, Limits, claim_trial, run_trial
+from pipeline.tracking.tracker import State
 from pipeline.training.loop import EpochReport
 
 EPOCHS = 10
@@ -110,7 +110,7 @@ def sleeping(seconds: float) -> Callable[..., Outcome]:
     return run
 
 
-def fill(study: optuna.Study, search: Search, storage: PatientStorage, trials: int) -> None:
+def fill(study: optuna.Study, search: Search, storage: RetryingStorage, trials: int) -> None:
     """As many finished trials as if the study had been at it for long, written in bulk."""
     space, sampler = search.space(), optuna.samplers.RandomSampler()
     as_json = {name: optuna.distributions.distribution_to_json(one) for name, one in space.items()}
@@ -212,8 +212,11 @@ def working(question: Question, url: str, home: Path, notes: Path) -> Callable[[
         event.listen(
             storage.engine, "before_cursor_execute", lambda *arguments: statements.__setitem__(0, statements[0] + 1)
         )
-        me = this_worker() | {"id": assignment.id}
-        with Pulse(storage, assignment.limits, stop_requested) as pulse, (notes / f"{os.getpid()}").open("w") as file:
+        me = this_process() | {"id": assignment.id}
+        with (
+            Heartbeat(storage, assignment.limits, stop_requested) as pulse,
+            (notes / f"{os.getpid()}").open("w") as file,
+        ):
             objective = Objective(
                 question.search, question.data, torch.device("cpu"), Mock(), "", pulse, stop_requested, storage, home
             )
@@ -228,7 +231,7 @@ def working(question: Question, url: str, home: Path, notes: Path) -> Callable[[
             pause_s = worker.SHORTEST_PAUSE_S
             while not stop_requested():
                 began, polls = time.perf_counter(), statements[0]
-                if trial := take(study, storage, me):
+                if trial := claim_trial(study, storage, me):
                     note["take_s"] = time.perf_counter() - began
                     cpu = time.process_time()
                     with pulse.of(trial):

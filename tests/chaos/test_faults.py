@@ -15,8 +15,8 @@ import pytest
 from harness import TINY, Command, Field, Row, Zygote
 from proxy import HOST, Proxy
 
-from pipeline.tracking.runs import MlflowTracker
-from pipeline.tracking.ui import start_server, stop_server
+from pipeline.tracking.server import start_server, stop_server
+from pipeline.tracking.tracker import MlflowTracker
 
 pytestmark = pytest.mark.chaos
 

@@ -29,10 +29,10 @@ AIMS = {
     ],
     "inside a tell, a claim or a report": [
         ("optuna.study.study:Study.tell", "worker", 2),
-        ("pipeline.search.storage:PatientStorage.set_trial_state_values", "worker", 2),
-        ("pipeline.search.storage:PatientStorage.claim", "worker", 2),
-        ("pipeline.search.storage:PatientStorage.set_trial_user_attr", "worker", 20),
-        ("pipeline.search.storage:PatientStorage.set_trial_intermediate_value", "worker", 6),
+        ("pipeline.search.storage:RetryingStorage.set_trial_state_values", "worker", 2),
+        ("pipeline.search.storage:RetryingStorage.claim", "worker", 2),
+        ("pipeline.search.storage:RetryingStorage.set_trial_user_attr", "worker", 20),
+        ("pipeline.search.storage:RetryingStorage.set_trial_intermediate_value", "worker", 6),
     ],
     "inside a journal write": [
         ("pipeline.tracking.journal:Journal.append", "worker", 12),
@@ -41,12 +41,12 @@ AIMS = {
     ],
     "inside the supervisor's own acts": [
         ("pipeline.search.supervisor:grant", "command", 20),
-        ("pipeline.search.supervisor:bury", "command", 1),
-        ("pipeline.search.retries:ask_again", "command", 1),
-        ("pipeline.search.workers:reconcile", "command", 1),
-        ("pipeline.tracking.runs:MlflowTracker.open_study", "command", 1),
-        ("pipeline.tracking.stores:Stores.make", "command", 1),
-        ("pipeline.tracking.runs:MlflowTracker.take_over", "command", 1),
+        ("pipeline.search.supervisor:mark_failed", "command", 1),
+        ("pipeline.search.requeue:requeue", "command", 1),
+        ("pipeline.search.run_study:reconcile", "command", 1),
+        ("pipeline.tracking.tracker:MlflowTracker.open_study", "command", 1),
+        ("pipeline.tracking.store:RunStore.make", "command", 1),
+        ("pipeline.tracking.tracker:MlflowTracker.adopt_journals", "command", 1),
     ],
 }
 RANDOM = ("a worker, at a random moment", "the supervisor, at a random moment")

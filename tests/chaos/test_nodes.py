@@ -11,12 +11,12 @@ import torch
 
 from pipeline.data.prepare import TrainingData
 from pipeline.recipe import Recipe
-from pipeline.search import workers
-from pipeline.search.cluster import connect
+from pipeline.search import run_study
+from pipeline.search.ray_pool import connect
 from pipeline.search.storage import num_finished, open_storage
 from pipeline.search.study import Search, Study
 from pipeline.search.worker import Limits
-from pipeline.tracking.runs import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker
 
 pytestmark = [
     pytest.mark.chaos,
@@ -49,9 +49,9 @@ def test_a_node_that_is_lost_costs_no_trial_and_another_takes_its_place(
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
-    from ray.cluster_utils import Cluster
+    from ray.cluster_utils import RayPool
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes = RayPool(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         node = nodes.add_node(num_cpus=1)
         home = tmp_path / "mlruns"
@@ -62,7 +62,7 @@ def test_a_node_that_is_lost_costs_no_trial_and_another_takes_its_place(
         with connect(nodes.address, "cpu", Path("data"), None, Limits(beat_s=0.5, grace_s=15)) as crew:
             assert crew.room() == 2
             watch: Any = Storm(nodes, node)
-            done = workers.run(search, digits, torch.device("cpu"), watch, storage, tracker, home, crew=crew)
+            done = run_study.run_study(search, digits, torch.device("cpu"), watch, storage, tracker, home, crew=crew)
         assert num_finished(done) == 8
         assert {trial.state for trial in done.trials} <= {
             optuna.trial.TrialState.COMPLETE,

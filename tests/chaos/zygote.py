@@ -20,7 +20,13 @@ from typing import Any
 
 PRELOADED = (
     *("torch", "mlflow", "optuna", "sklearn.datasets", "pandas", "matplotlib.pyplot", "pyarrow.parquet", "psycopg"),
-    *("pipeline.cli.main", "pipeline.audit", "pipeline.console", "pipeline.search.workers", "pipeline.search.curves"),
+    *(
+        "pipeline.cli.main",
+        "pipeline.audit",
+        "pipeline.cli.views",
+        "pipeline.search.run_study",
+        "pipeline.search.curves",
+    ),
 )
 
 
@@ -96,14 +102,14 @@ def arm(hook: dict[str, Any]) -> None:
 def tune(limits: dict[str, float]) -> None:
     """The same as ever, in less time: a beat, a state at each epoch's end, MLflow asked sooner."""
     from pipeline.search import worker
-    from pipeline.tracking import shipping
+    from pipeline.tracking import uploader
     from pipeline.training.resume import Resume
 
     initial: Any = worker.Limits.__init__
     initial.__defaults__ = tuple(limits[name] for name in ("beat_s", "grace_s", "hang_s", "term_s"))
     saving: Any = Resume.__init__
     saving.__defaults__ = (limits["every_s"],)
-    shipping._INTERVAL_S, shipping._LONGEST_PAUSE_S = 0.5, 1.0
+    uploader._INTERVAL_S, uploader._LONGEST_PAUSE_S = 0.5, 1.0
 
 
 def jump(draw: random.Random) -> None:

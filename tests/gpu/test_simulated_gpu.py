@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from pipeline.cli.common import find_device
 from pipeline.data import augment
 from pipeline.errors import UserError
-from pipeline.evaluation.methods import views
-from pipeline.evaluation.predict import latency_ms, predict_logits
+from pipeline.evaluation.logits import latency_ms, predict_logits
+from pipeline.inference.methods import views
 from pipeline.recipe import Recipe
+from pipeline.search.speed import Stopwatch
 from pipeline.search.study import load_study
-from pipeline.speed import Stopwatch
 from pipeline.tracking.lineage import hardware
 from pipeline.training import execution, loop
 from pipeline.training.execution import own_stream

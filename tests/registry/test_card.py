@@ -9,7 +9,7 @@ from conftest import Trained
 
 from pipeline.registry import card
 from pipeline.registry.package import Package
-from pipeline.tracking.runs import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker
 
 
 @pytest.mark.parametrize(
@@ -79,10 +79,10 @@ def test_odd_names_stay_in_their_cell() -> None:
 
 @pytest.mark.parametrize(("dataset", "licence"), [("cifar10", "Krizhevsky"), ("pets", "not known here")])
 def test_the_licence_is_that_of_the_data(dataset: str, licence: str, packed: Package) -> None:
-    from pipeline.classifier import Facts
+    from pipeline.inference.classifier import ModelMetadata
     from pipeline.training.checkpoints import read_checkpoint
 
-    facts = Facts.model_validate(read_checkpoint(packed.folder))
+    facts = ModelMetadata.model_validate(read_checkpoint(packed.folder))
     data = facts.recipe.data.model_copy(update={"dataset": dataset})
     changed = facts.model_copy(update={"recipe": facts.recipe.model_copy(update={"data": data})})
     assert licence in card._data(changed)

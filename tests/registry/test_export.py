@@ -12,11 +12,11 @@ from conftest import Trained
 from torch import nn
 
 from pipeline import recipe
-from pipeline.classifier import Classifier, Facts
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
-from pipeline.errors import Refused
-from pipeline.evaluation.methods import METHODS, Fitted, Measured
+from pipeline.errors import PromotionRefused
+from pipeline.inference.classifier import Classifier, ModelMetadata
+from pipeline.inference.methods import METHODS, Fitted, Measured
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.registry import export
@@ -46,7 +46,7 @@ def classifier(model: recipe.Model, size: int = 11, classes: int = 3) -> Classif
     whole = Recipe.model_validate({**base, "data": {"image_size": size}, "model": model.model_dump()})
     f1 = (0.5,) * classes
     worth = Measured(n=1, accuracy=0.5, f1_macro=0.5, ece=0.1, loss=1, f1=f1, right=0, wrong=0, p=1, f1_macro_error=0)
-    facts = Facts(
+    facts = ModelMetadata(
         recipe=whole,
         recipe_digest=whole.digest(),
         data_digest="d",
@@ -99,7 +99,9 @@ def test_what_was_fitted_is_in_the_metadata(right: tuple[Classifier, Path]) -> N
 def test_a_wrong_export_is_refused_with_the_number(right: tuple[Classifier, Path]) -> None:
     torchs, path = right
     facts = torchs.facts.model_copy(update={"mean": (0.4, 0.5, 0.603)})
-    with pytest.raises(Refused, match=r"model.onnx: differs from torch by 0\.0\d+ in probability; at most 0.0001"):
+    with pytest.raises(
+        PromotionRefused, match=r"model.onnx: differs from torch by 0\.0\d+ in probability; at most 0.0001"
+    ):
         export.check(dataclasses.replace(torchs, facts=facts), path, noise(10, 11))
     assert export.check(torchs, path, noise(10, 11)) < export.TOLERANCE
 
@@ -113,7 +115,7 @@ def test_one_image_wrong_in_one_batch_size_is_refused(
     images[380] += 128  # in a full batch of each size
     assert export.check(torchs, path, images) < export.TOLERANCE
     onnx.save(wrong_in(size, path), tmp_path / "wrong.onnx")
-    with pytest.raises(Refused, match=r"wrong.onnx: differs from torch by 0\.01 in probability"):
+    with pytest.raises(PromotionRefused, match=r"wrong.onnx: differs from torch by 0\.01 in probability"):
         export.check(torchs, tmp_path / "wrong.onnx", images)
 
 
@@ -152,7 +154,7 @@ def test_a_network_that_has_no_numbers_is_refused(tmp_path: Path) -> None:
     torchs = classifier(SMALL[1])
     with torch.no_grad():
         next(torchs.network.parameters()).fill_(float("nan"))
-    with pytest.raises(Refused, match="differs from torch by nan"):
+    with pytest.raises(PromotionRefused, match="differs from torch by nan"):
         export.export_onnx(torchs, tmp_path / "model.onnx")
 
 
@@ -173,11 +175,11 @@ def test_eight_bits_are_smaller_and_near_on_images_like_those_that_calibrated(tm
     torchs, path = classifier(recipe.Plain(widths=(32, 64))), tmp_path / "model.onnx"
     export.export_onnx(torchs, path)
     pixels = export.as_pixels(noise(200, 11))
-    expected = export.run(export.session(path), pixels)
+    expected = export.run_session(export.session(path), pixels)
     error = {}
     for name, seen in {"like": export.as_pixels(noise(64, 11, seed=9)), "black": np.zeros_like(pixels[:64])}.items():
         export.quantise(path, tmp_path / f"{name}.onnx", seen)
-        error[name] = np.abs(export.run(export.session(tmp_path / f"{name}.onnx"), pixels) - expected).mean()
+        error[name] = np.abs(export.run_session(export.session(tmp_path / f"{name}.onnx"), pixels) - expected).mean()
     assert 0 < error["like"] < 0.02
     assert error["black"] > 3 * error["like"]
     labels = expected.argmax(1)

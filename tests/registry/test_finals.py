@@ -21,9 +21,9 @@ from pipeline.errors import DataError, UserError
 from pipeline.experiment import Interrupted, Outcome
 from pipeline.recipe import Recipe
 from pipeline.registry import finals
-from pipeline.registry.finals import load_decision, plan, winner
-from pipeline.tracking.runs import MlflowTracker, State, StudyRuns
-from pipeline.tracking.studies import find_studies
+from pipeline.registry.finals import load_decision, plan_finals, winner
+from pipeline.tracking.queries import find_studies
+from pipeline.tracking.tracker import MlflowTracker, State, StudyRuns
 from pipeline.training.loop import EpochReport
 
 CPU = torch.device("cpu")
@@ -75,8 +75,8 @@ class Lab:
         return self.tracker.id_of(run.key)
 
     def finals(self, top: int = 1, seeds: int = 2, watch: Watch | None = None) -> dict[str, Any]:
-        planned = plan(self.tracker, self.study, top, seeds)
-        return finals.run(self.tracker, planned, self.data, CPU, watch or Watch(), self.home)
+        planned = plan_finals(self.tracker, self.study, top, seeds)
+        return finals.run_finals(self.tracker, planned, self.data, CPU, watch or Watch(), self.home)
 
     def runs(self, role: str = "final") -> list[Any]:
         return self.tracker.children(self.study, role)
@@ -120,33 +120,37 @@ def test_candidates_are_the_control_and_the_best_distinct_recipes_whatever_their
     best = lab.trial(3, 0.8, optimizer__lr=0.05, training__seed=7)  # trial 1's recipe
     lab.trial(4, 0.6, optimizer__lr=0.02)
     lab.trial(5, 0.55, optimizer__lr=0.03)
-    assert [c.trial for c in plan(lab.tracker, lab.study, 2, 1).candidates] == [0, 3, 4]
-    assert plan(lab.tracker, lab.study, 1, 1).candidates[1].trial_run == best
-    assert [c.trial for c in plan(lab.tracker, lab.study, 9, 1).candidates] == [0, 3, 4, 5], "the control counts once"
+    assert [c.trial for c in plan_finals(lab.tracker, lab.study, 2, 1).candidates] == [0, 3, 4]
+    assert plan_finals(lab.tracker, lab.study, 1, 1).candidates[1].trial_run == best
+    assert [c.trial for c in plan_finals(lab.tracker, lab.study, 9, 1).candidates] == [0, 3, 4, 5], (
+        "the control counts once"
+    )
 
 
 def test_seeds_are_none_of_the_studys_and_more_of_them_go_on_with_the_first(lab: Lab) -> None:
     lab.trial(2, 0.1, State.FAILED, training__seed=2)
-    assert plan(lab.tracker, lab.study, 1, 2).seeds == [1, 3]
-    assert plan(lab.tracker, lab.study, 1, 4).seeds == [1, 3, 4, 5]
+    assert plan_finals(lab.tracker, lab.study, 1, 2).seeds == [1, 3]
+    assert plan_finals(lab.tracker, lab.study, 1, 4).seeds == [1, 3, 4, 5]
 
 
 def test_epochs_change_every_candidate(lab: Lab) -> None:
-    planned = plan(lab.tracker, lab.study, 1, 1, epochs=7)
+    planned = plan_finals(lab.tracker, lab.study, 1, 1, epochs=7)
     assert [c.with_seed(1).training.epochs for c in planned.candidates] == [7, 7]
-    one = plan(lab.tracker, lab.study, 1, 1)
+    one = plan_finals(lab.tracker, lab.study, 1, 1)
     assert planned.seconds_left == pytest.approx(7 * one.seconds_left), "and the forecast with it"
 
 
 def test_a_study_without_a_finished_trial_or_a_control_is_told(empty_lab: Callable[[], Lab]) -> None:
     lab = empty_lab()
     with pytest.raises(UserError, match="no finished trial yet"):
-        plan(lab.tracker, lab.study, 1, 1)
+        plan_finals(lab.tracker, lab.study, 1, 1)
     lab.trial(1, 0.5)
     with pytest.raises(UserError, match="no run of its control"):
-        plan(lab.tracker, lab.study, 1, 1)
+        plan_finals(lab.tracker, lab.study, 1, 1)
     lab.trial(0, 0.1, State.FAILED, optimizer__lr=0.02)
-    assert plan(lab.tracker, lab.study, 1, 1).candidates[0].score is None, "a control that failed is still the control"
+    assert plan_finals(lab.tracker, lab.study, 1, 1).candidates[0].score is None, (
+        "a control that failed is still the control"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ what is trained
@@ -184,8 +188,8 @@ def test_what_was_trained_is_not_trained_again(done: Lab) -> None:
     again = done.finals(seeds=2, watch=watch)
     assert before and again["candidates"] == before["candidates"]
     assert not watch.outcomes
-    assert plan(done.tracker, done.study, 1, 3).seconds_left == pytest.approx(
-        sum(candidate.seconds for candidate in plan(done.tracker, done.study, 1, 3).candidates)
+    assert plan_finals(done.tracker, done.study, 1, 3).seconds_left == pytest.approx(
+        sum(candidate.seconds for candidate in plan_finals(done.tracker, done.study, 1, 3).candidates)
     )
 
 
@@ -264,10 +268,10 @@ def test_finals_that_were_killed_are_closed_and_gone_on_with_by_the_real_command
 
 
 def test_other_data_than_the_trials_saw_is_refused_before_anything_is_trained(lab: Lab) -> None:
-    planned = plan(lab.tracker, lab.study, 1, 1)
+    planned = plan_finals(lab.tracker, lab.study, 1, 1)
     for other, line in (({"digest": "f" * 64}, "data: "), ({"split_digest": "f" * 64}, "split: ")):
         with pytest.raises(DataError, match="trained on other data than is here") as caught:
-            finals.run(lab.tracker, planned, dataclasses.replace(lab.data, **other), CPU, Watch(), lab.home)
+            finals.run_finals(lab.tracker, planned, dataclasses.replace(lab.data, **other), CPU, Watch(), lab.home)
         assert caught.value.lines[1].strip().startswith(line)
     assert not lab.runs()
 
@@ -288,7 +292,7 @@ def test_the_table_fits_a_terminal_of_80_columns_and_shows_what_decided(done: La
 
     from rich.console import Console
 
-    from pipeline.console import print_finals
+    from pipeline.cli.views import print_finals
 
     decision = load_decision(done.tracker, done.study)
     assert decision

@@ -16,7 +16,7 @@ from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
 from pipeline.recipe import parse_recipe
 from pipeline.registry import gate
-from pipeline.registry.gate import Rules, Side, Verdict, judge, mcnemar_one_sided
+from pipeline.registry.gate import Rules, Side, Verdict, decide, mcnemar_one_sided
 from pipeline.training.loop import train
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -68,7 +68,7 @@ def comparisons(seeds: tuple[np.ndarray, np.ndarray], rules: Rules, known: np.nd
     labels, probabilities = seeds
     parts = [np.arange(len(labels)) % 3 == part for part in range(3)]
     return [
-        judge(side(probabilities[i][part]), side(probabilities[j][part]), labels[part], DIGITS, rules, known)
+        decide(side(probabilities[i][part]), side(probabilities[j][part]), labels[part], DIGITS, rules, known)
         for i, j in itertools.permutations(range(SEEDS), 2)
         for part in parts
     ]
@@ -111,7 +111,7 @@ def test_a_model_with_a_tenth_of_the_errors_is_promoted_most_of_the_time(
             top = better[i].argmax()
             better[i, [top, labels[i]]] = better[i, [labels[i], top]]
         sides = side(better), side(probabilities[seed])
-        promoted.append(judge(*sides, labels, DIGITS, Rules(ece_margin=20), accuracies).passed)
+        promoted.append(decide(*sides, labels, DIGITS, Rules(ece_margin=20), accuracies).passed)
     assert np.mean(promoted) >= 0.8
 
 
@@ -127,7 +127,7 @@ def test_a_point_of_accuracy_shows_on_10_000_images(monkeypatch: pytest.MonkeyPa
             both, new = draw < 0.92, (draw >= 0.92) & (draw < 0.94 + gain)  # only the challenger is right on these
             old = (draw >= 0.94 + gain) & (draw < 0.96 + gain)
             first, second = (side(made(labels, both | only, confidence=0.945)) for only in (new, old))
-            passed[gain] += judge(first, second, labels, DIGITS, Rules(), known).passed
+            passed[gain] += decide(first, second, labels, DIGITS, Rules(), known).passed
     assert passed[0.01] >= 12 and passed[0.0] <= 2
 
 
@@ -147,7 +147,7 @@ def base(size: int = 2000, classes: int = 10) -> tuple[np.ndarray, np.ndarray]:
 
 
 def verdict_of(right: np.ndarray, was_right: np.ndarray, labels: np.ndarray, **rules: float) -> Verdict:
-    return judge(
+    return decide(
         side(made(labels, right)), side(made(labels, was_right)), labels, DIGITS, Rules(**rules), [0.8, 0.801, 0.802]
     )
 
@@ -199,10 +199,10 @@ def test_by_chance_alone_a_class_rule_refuses_in_at_most_alpha_of_the_cases(monk
 def test_worse_calibration_is_refused_and_noise_of_it_is_not() -> None:
     labels, was_right = base()
     calibrated, vain = made(labels, was_right, confidence=0.8), made(labels, was_right, confidence=0.97)
-    worse = finding(judge(side(vain), side(calibrated), labels, DIGITS, Rules()), "calibration")
+    worse = finding(decide(side(vain), side(calibrated), labels, DIGITS, Rules()), "calibration")
     assert not worse.passed and worse.number == "+17.00 points"
-    assert finding(judge(side(calibrated), side(vain), labels, DIGITS, Rules()), "calibration").passed
-    assert finding(judge(side(vain), side(calibrated), labels, DIGITS, Rules(ece_margin=18)), "calibration").passed
+    assert finding(decide(side(calibrated), side(vain), labels, DIGITS, Rules()), "calibration").passed
+    assert finding(decide(side(vain), side(calibrated), labels, DIGITS, Rules(ece_margin=18)), "calibration").passed
 
 
 def test_latency_and_size_are_held_to_factors() -> None:
@@ -210,14 +210,14 @@ def test_latency_and_size_are_held_to_factors() -> None:
     other = side(made(labels, right), 1.0, 1000)
     cases = [("latency", 1.9, 1, True), ("latency", 2.1, 1, False), ("size", 1, 4000, True), ("size", 1, 4001, False)]
     for rule, latency, size, passed in cases:
-        verdict = judge(side(made(labels, right), latency, size), other, labels, DIGITS, Rules())
+        verdict = decide(side(made(labels, right), latency, size), other, labels, DIGITS, Rules())
         assert finding(verdict, rule).passed is passed
 
 
 def test_without_another_model_a_constant_answer_is_to_be_beaten() -> None:
     labels = np.repeat([0, 0, 0, 1], 50)
-    assert not judge(side(made(labels, labels == 0)), None, labels, DIGITS, Rules()).passed
-    assert judge(side(made(labels, labels < 2)), None, labels, DIGITS, Rules()).passed
+    assert not decide(side(made(labels, labels == 0)), None, labels, DIGITS, Rules()).passed
+    assert decide(side(made(labels, labels < 2)), None, labels, DIGITS, Rules()).passed
 
 
 def test_a_class_that_the_split_lacks_is_no_fault() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import Refused, UserError
+from pipeline.errors import PromotionRefused, UserError
 from pipeline.registry.ledger import FILE, LOOK, PROMOTED, ROLLED_BACK, UNDONE, Champion, Event, Ledger
 
 
@@ -54,13 +54,13 @@ def test_a_rollback_takes_away_what_came_after(ledger: Ledger) -> None:
 def test_one_change_at_a_time_and_only_over_the_champion_that_was_seen(ledger: Ledger) -> None:
     begun = ledger.begin(PROMOTED, "m", "run", None, previous=None)
     assert ledger.cut_off() == [begun]
-    with pytest.raises(Refused, match=r"m: a promotion by .* is under way"):
+    with pytest.raises(PromotionRefused, match=r"m: a promotion by .* is under way"):
         ledger.begin(PROMOTED, "m", "other", None, previous=None)
     ledger.begin(PROMOTED, "another model", "other", None, previous=None)
     ledger.end(begun, PROMOTED, "1")
-    with pytest.raises(Refused, match=r"its champion changed meanwhile \(version 1, run run\)"):
+    with pytest.raises(PromotionRefused, match=r"its champion changed meanwhile \(version 1, run run\)"):
         ledger.begin(PROMOTED, "m", "other", None, previous=None)
-    with pytest.raises(Refused, match="was ended by another command"):
+    with pytest.raises(PromotionRefused, match="was ended by another command"):
         ledger.end(begun, UNDONE, None)
 
 
@@ -68,7 +68,7 @@ def test_of_many_at_once_one_wins(ledger: Ledger) -> None:
     def attempt(number: int) -> bool:
         try:
             Ledger(ledger.home).begin(PROMOTED, "m", str(number), None, previous=None)
-        except Refused:
+        except PromotionRefused:
             return False
         return True
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import Trained
 
-from pipeline.classifier import Classifier
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import Refused, UserError
+from pipeline.errors import PromotionRefused, UserError
+from pipeline.inference.classifier import Classifier
 from pipeline.recipe import parse_recipe
 from pipeline.registry.export import TOLERANCE, as_pixels, float32_probabilities
 from pipeline.registry.package import Package, package
 from pipeline.tracking.models import digests, find_model
-from pipeline.tracking.runs import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker
 
 FILES = {
     *("MLmodel", "model.onnx", "requirements.txt", "conda.yaml", "python_env.yaml"),
@@ -79,7 +79,7 @@ def test_an_earlier_package_is_replaced_whole_and_anything_else_is_refused(
         largest = max(changed.graph.initializer, key=lambda tensor: len(tensor.raw_data))
         largest.raw_data = bytes(len(largest.raw_data))
         judged.write_bytes(changed.SerializeToString())
-        with pytest.raises(Refused, match="differs from torch"):
+        with pytest.raises(PromotionRefused, match="differs from torch"):
             package(tracker, trained.finished, model.folder, mine, onnx_file=judged, images=images)
         assert made.sha256 == digests(mine), "the earlier one stays"
         judged.unlink()

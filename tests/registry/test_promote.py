@@ -17,20 +17,20 @@ import torch
 from mlflow import MlflowClient
 
 from pipeline import experiment
-from pipeline.classifier import Classifier
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import Refused, UserError
+from pipeline.errors import PromotionRefused, UserError
+from pipeline.inference.classifier import Classifier
 from pipeline.recipe import Recipe
-from pipeline.registry import export, judging
+from pipeline.registry import candidate_evaluation, export
 from pipeline.registry import promote as module
 from pipeline.registry import test_split as opener
+from pipeline.registry.candidate_evaluation import TEST_EVALUATIONS, control_of
 from pipeline.registry.gate import Rules, Verdict
-from pipeline.registry.judging import LOOKS, control_of
 from pipeline.registry.ledger import LOOK, PASSED, PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Ledger
 from pipeline.registry.package import package
-from pipeline.registry.promote import Registry, alone, promote, roll_back, settle
+from pipeline.registry.promote import Registry, promote, registry_lock, roll_back, settle
 from pipeline.tracking.models import digests, find_model
-from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.tracking.tracker import MlflowTracker, State
 
 DATA = Path("data")
 RULES = Rules(class_margin=100, ece_margin=100, latency_factor=1000)  # a clock decides nothing in a test
@@ -157,7 +157,7 @@ def test_from_the_first_champion_to_the_second_and_back(
     assert registry.ledger.events()[-1].reason == "too slow"
     with pytest.raises(UserError, match=r"its champion is the first; there is nothing to go back to"):
         roll_back(registry, None, "again")
-    with pytest.raises(Refused, match=r"passed, and served as way version 2, .*\n.*make rollback VERSION=2"):
+    with pytest.raises(PromotionRefused, match=r"passed, and served as way version 2, .*\n.*make rollback VERSION=2"):
         promote(registry, store.best, RULES, DATA, view)
     forced = promote(registry, store.best, RULES, DATA, view, forced="the other was slow too")
     assert forced == second, "the version that is there, not another one"
@@ -170,17 +170,17 @@ def test_what_is_not_better_is_refused_with_its_numbers_and_not_judged_twice(sto
     registry, view = store.registry(tmp_path, "worse"), View()
     promote(registry, store.best, RULES, DATA, view)
     before = len(registry.ledger.events())
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(PromotionRefused) as caught:
         promote(registry, store.good, RULES, DATA, view)
     assert caught.value.exit_code == 5
     assert [line.split(":")[0] for line in caught.value.lines[:3]] == ["better", "gain", "beyond seeds"]
     assert kinds(registry)[before:] == [LOOK, LOOK, REFUSED]
     assert registry.alias("champion") == "1"
     assert registry.tracker.client.list_artifacts(store.good, "gate")
-    with pytest.raises(Refused, match=r"was judged on this test split by .*, and refused; FORCE=1") as caught:
+    with pytest.raises(PromotionRefused, match=r"was judged on this test split by .*, and refused; FORCE=1") as caught:
         promote(registry, store.good, RULES, DATA, view)
     assert caught.value.lines[1].startswith("  better: p = ")
-    with pytest.raises(Refused, match=r"^better"):
+    with pytest.raises(PromotionRefused, match=r"^better"):
         promote(registry, store.good, RULES, DATA, view, forced="to be sure")
     last = registry.ledger.events()[-1]
     assert (last.kind, last.reason) == (REFUSED, "to be sure")
@@ -188,14 +188,14 @@ def test_what_is_not_better_is_refused_with_its_numbers_and_not_judged_twice(sto
 
 def test_the_control_may_be_the_first_champion_and_has_to_beat_a_constant_answer(store: Store, tmp_path: Path) -> None:
     registry, view = store.registry(tmp_path, "control"), View()
-    with pytest.raises(Refused, match=r"^better: .* only the constant answer"):
+    with pytest.raises(PromotionRefused, match=r"^better: .* only the constant answer"):
         promote(registry, store.control, RULES, DATA, view)
     assert "must beat a constant answer" in view.lines[0]
 
 
 def test_a_model_refused_against_the_control_is_told_of_it(store: Store, tmp_path: Path) -> None:
     registry = store.registry(tmp_path, "unsure")
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(PromotionRefused) as caught:
         promote(registry, store.good, RULES.changed(["least_gain=99"]), DATA, View())
     assert caught.value.lines[-1].endswith(f"make promote RUN={store.control} takes that one")
     assert registry.alias("champion") is None
@@ -203,11 +203,13 @@ def test_a_model_refused_against_the_control_is_told_of_it(store: Store, tmp_pat
 
 def test_a_model_that_exports_otherwise_than_when_it_was_judged_is_not_registered(store: Store, tmp_path: Path) -> None:
     registry, view = store.registry(tmp_path, "other-bytes"), View()
-    bench = judging.Bench(registry.tracker, registry.ledger, registry.model, RULES, DATA, tmp_path / "files", view)
+    bench = candidate_evaluation.CandidateEvaluation(
+        registry.tracker, registry.ledger, registry.model, RULES, DATA, tmp_path / "files", view
+    )
     challenger = bench.of_run(store.best, "challenger")
     split, details = opener.digest_of("digits", DATA), {"onnx": "0" * 64}
     verdict = registry.ledger.record(PASSED, registry.model, store.best, split=split, details=details)
-    with pytest.raises(Refused, match="exported now, its ONNX model isn't the one that was judged"):
+    with pytest.raises(PromotionRefused, match="exported now, its ONNX model isn't the one that was judged"):
         bench.as_judged(challenger, verdict)
 
 
@@ -253,7 +255,7 @@ def test_a_reproduction_is_no_candidate(
 def test_predictions_that_were_tampered_with_are_not_used(store: Store, tmp_path: Path) -> None:
     registry = store.registry(tmp_path, "tampered")
     promote(registry, store.good, RULES, DATA, View())
-    (kept,) = (tmp_path / LOOKS).glob(f"{store.good}-*")
+    (kept,) = (tmp_path / TEST_EVALUATIONS).glob(f"{store.good}-*")
     pq.write_table(pq.read_table(kept).slice(0, 100), kept)
     promote(registry, store.best, RULES, DATA, View())
     assert [e.details["from"] for e in registry.ledger.events() if e.kind == LOOK][-2:] == ["images", "images"]
@@ -331,7 +333,7 @@ def killing(effect: Callable[..., Any], when: str) -> Callable[..., Any]:
 def promote_rival(store: Store, home: Path, model: str) -> None:
     """From a verdict that is in the ledger, with a package that is packed already."""
     module._pack = lambda bench, challenger, verdict, folder: shutil.copytree(store.packed, folder)  # type: ignore[assignment]
-    with alone(home):
+    with registry_lock(home):
         promote(store.registry(home, model), store.rival, RULES, DATA, View())
 
 
@@ -354,7 +356,7 @@ def in_a_fork(work: Callable[[], None]) -> int:
         return pid
     try:
         work()
-    except Refused:
+    except PromotionRefused:
         os._exit(5)
     except BaseException:
         os._exit(99)
@@ -416,7 +418,7 @@ def test_a_kill_at_any_point_leaves_the_old_champion_and_the_next_command_repair
     registry, view, kill = store.registry(aftermath / str(number), f"killed-{number}"), View(), KILLS[number]
     moved = kill in (("champion", "after"), ("end", "after"))
     assert registry.alias("champion") == ("2" if moved else "1")
-    with alone(registry.ledger.home):
+    with registry_lock(registry.ledger.home):
         settle(registry.tracker, registry.ledger, view.said)
     assert not registry.ledger.cut_off()
     if number < UNDONE_UNTIL:
@@ -440,9 +442,9 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(store: Store, 
     registry = store.registry(aftermath / "race", "race")
     assert kinds(registry).count(PROMOTED) == 2 and registry.champion() == Champion("2", store.rival)
     with (
-        alone(aftermath),
-        pytest.raises(Refused, match=r"another promotion or rollback is under way"),
-        alone(aftermath),
+        registry_lock(aftermath),
+        pytest.raises(PromotionRefused, match=r"another promotion or rollback is under way"),
+        registry_lock(aftermath),
     ):
         pass
 

@@ -17,7 +17,7 @@ from pipeline.experiment import Outcome
 from pipeline.recipe import Recipe
 from pipeline.registry import finals, reproduce
 from pipeline.registry.reproduce import Difference, compare, differences, find_past, verdict
-from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.tracking.tracker import MlflowTracker, State
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +56,7 @@ def test_a_fresh_process_with_other_threads_gives_every_bit_again_and_the_reprod
     [run] = tracker.children(study, "reproduction")
     assert (run.data.tags["reproduces"], run.data.tags["reproduced"]) == (trained.finished, "reproduced bit for bit")
     assert tracker.best_run_ids(study, 10) == [trained.finished]
-    assert [c.trial_run for c in finals.plan(tracker, study, 5, 1).candidates] == [trained.finished]
+    assert [c.trial_run for c in finals.plan_finals(tracker, study, 5, 1).candidates] == [trained.finished]
 
 
 def test_what_was_stored_and_is_not_what_comes_out_ends_with_exit_code_6(
@@ -96,7 +96,7 @@ def test_a_pruned_run_is_compared_over_the_epochs_that_it_had(
 ) -> None:
     past = find_past(tracker, trained.pruned)
     assert (past.state, past.epochs) == ("pruned", 1)
-    outcome = reproduce.run(tracker, past, digits, CPU)
+    outcome = reproduce.reproduce(tracker, past, digits, CPU)
     assert (outcome.state, outcome.epochs) == (State.PRUNED, 1)
     comparison = compare(tracker, past, tracker.id_of(outcome.run_key), 144, None)
     assert comparison.equal and comparison.points == 0
@@ -112,7 +112,7 @@ def test_a_run_of_two_threads_is_trained_with_two(
         first = experiment.run(short, digits, CPU, tracker, "two threads")
     past = find_past(tracker, tracker.id_of(first.run_key))
     assert past.threads == 2
-    again = reproduce.run(tracker, past, digits, CPU, lambda report: seen.append(torch.get_num_threads()))
+    again = reproduce.reproduce(tracker, past, digits, CPU, lambda report: seen.append(torch.get_num_threads()))
     assert seen == [2] and torch.get_num_threads() == before
     assert compare(tracker, past, tracker.id_of(again.run_key), 144, None).equal
 
@@ -221,4 +221,4 @@ def test_other_data_is_refused(trained: Trained, tracker: MlflowTracker, digits:
 
     past = find_past(tracker, trained.finished)
     with pytest.raises(DataError, match="trained on other data than is here"):
-        reproduce.run(tracker, past, dataclasses.replace(digits, digest="f" * 64), CPU)
+        reproduce.reproduce(tracker, past, dataclasses.replace(digits, digest="f" * 64), CPU)

@@ -10,7 +10,7 @@ from conftest import Trained
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.report import trials as report
-from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.tracking.tracker import MlflowTracker, State
 
 
 def test_each_run_is_a_row_with_its_recipe_and_its_last_metrics(trained: Trained, small_recipe: Recipe) -> None:

@@ -6,14 +6,14 @@ import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from pipeline.search.pruner import RecentPruner, goes_on
+from pipeline.search.pruner import RecentTrialsPruner, goes_on
 
 
 @pytest.mark.parametrize(
     ("epochs", "rungs"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4]), (8, [2, 3, 6]), (18, [3, 6, 12]), (60, [10, 20, 40])]
 )
 def test_it_judges_after_a_sixth_a_third_and_two_thirds(epochs: int, rungs: list[int]) -> None:
-    assert RecentPruner(epochs).rungs == rungs
+    assert RecentTrialsPruner(epochs).rungs == rungs
 
 
 @pytest.mark.parametrize(("others", "kept"), [(0, 1), (3, 1), (4, 2), (7, 2), (8, 3), (11, 3)])
@@ -28,7 +28,7 @@ def test_equal_scores_all_go_on() -> None:
 
 
 def study_of(epochs: int, *others: Sequence[tuple[int, float]], **attributes: bool) -> optuna.Study:
-    study = optuna.create_study(direction="maximize", pruner=RecentPruner(epochs))
+    study = optuna.create_study(direction="maximize", pruner=RecentTrialsPruner(epochs))
     for values in others:
         study.add_trial(
             create_trial(state=TrialState.FAIL, intermediate_values=dict(values), user_attrs=dict(attributes))

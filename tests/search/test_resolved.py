@@ -11,7 +11,7 @@ from sqlalchemy import text
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.search.storage import PatientStorage, find_study, open_storage, open_study, resolved
+from pipeline.search.storage import RetryingStorage, find_study, open_storage, open_study, resolved
 from pipeline.search.study import Search, Study
 
 
@@ -24,7 +24,7 @@ class Shop:
 
     def __init__(self, home: Path, recipe: Recipe, digits: TrainingData):
         self.home, self.recipe, self.digits = home, recipe, digits
-        self.storage: PatientStorage = open_storage(home)
+        self.storage: RetryingStorage = open_storage(home)
 
     def search(self, folder: str, version: int = 1) -> Search:
         base = self.recipe.changed({"data.dataset": folder})

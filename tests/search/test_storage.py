@@ -19,18 +19,18 @@ from sqlalchemy.exc import PendingRollbackError
 
 from pipeline.errors import UserError
 from pipeline.search import storage
-from pipeline.search.storage import PatientStorage, StorageAway, StudyLock, open_storage
+from pipeline.search.storage import RetryingStorage, StorageUnavailable, StudyLock, open_storage
 
 ME, OTHER = {"id": "me"}, {"id": "other"}
 
 
-def impatient_storage(home: Path) -> PatientStorage:
+def impatient_storage(home: Path) -> RetryingStorage:
     """SQLite itself waits for a lock no longer than 50 ms."""
     open_storage(home)
-    return PatientStorage(f"sqlite:///{home / 'optuna.db'}", {"connect_args": {"timeout": 0.05}})
+    return RetryingStorage(f"sqlite:///{home / 'optuna.db'}", {"connect_args": {"timeout": 0.05}})
 
 
-def waiting_trial(store: PatientStorage) -> tuple[optuna.Study, int]:
+def waiting_trial(store: RetryingStorage) -> tuple[optuna.Study, int]:
     study = optuna.create_study(storage=store, study_name="s", direction="maximize")
     study.enqueue_trial({"x": 1.0}, user_attrs={"granted": True})
     return study, study.trials[0]._trial_id
@@ -65,7 +65,10 @@ def test_a_database_that_stays_away_is_one_line(tmp_path: Path, monkeypatch: pyt
     store = impatient_storage(tmp_path)
     _, trial_id = waiting_trial(store)
     monkeypatch.setattr(storage, "PATIENCE_S", 0.3)
-    with held_lock(tmp_path, 1.5), pytest.raises(StorageAway, match=r"no answer for .* the same command goes on"):
+    with (
+        held_lock(tmp_path, 1.5),
+        pytest.raises(StorageUnavailable, match=r"no answer for .* the same command goes on"),
+    ):
         store.claim(trial_id, ME)
 
 
@@ -85,7 +88,7 @@ def test_waiting_for_the_database_can_be_ended_and_a_beat_does_not_wait(tmp_path
 
 
 @pytest.fixture
-def lost_reply(tmp_path: Path) -> Iterator[tuple[PatientStorage, Callable[[], None]]]:
+def lost_reply(tmp_path: Path) -> Iterator[tuple[RetryingStorage, Callable[[], None]]]:
     """A storage, and a call after which the next write is done but its reply is lost."""
     store = open_storage(tmp_path)
     armed: list[bool] = []
@@ -119,7 +122,7 @@ def test_a_connection_that_broke_in_the_middle_of_a_read_is_made_again(tmp_path:
 
 
 def test_a_new_trial_whose_reply_was_lost_is_not_doubled(
-    lost_reply: tuple[PatientStorage, Callable[[], None]],
+    lost_reply: tuple[RetryingStorage, Callable[[], None]],
 ) -> None:
     store, lose = lost_reply
     study, _ = waiting_trial(store)
@@ -128,7 +131,7 @@ def test_a_new_trial_whose_reply_was_lost_is_not_doubled(
     assert [trial.system_attrs["fixed_params"]["x"] for trial in study.trials] == [1, 2]
 
 
-def test_a_claim_whose_reply_was_lost_is_known_again(lost_reply: tuple[PatientStorage, Callable[[], None]]) -> None:
+def test_a_claim_whose_reply_was_lost_is_known_again(lost_reply: tuple[RetryingStorage, Callable[[], None]]) -> None:
     store, lose = lost_reply
     _, trial_id = waiting_trial(store)
     lose()
@@ -138,7 +141,7 @@ def test_a_claim_whose_reply_was_lost_is_known_again(lost_reply: tuple[PatientSt
     assert store.get_trial(trial_id).user_attrs["worker"] == ME
 
 
-def test_a_result_whose_reply_was_lost_is_told_once(lost_reply: tuple[PatientStorage, Callable[[], None]]) -> None:
+def test_a_result_whose_reply_was_lost_is_told_once(lost_reply: tuple[RetryingStorage, Callable[[], None]]) -> None:
     store, lose = lost_reply
     study, trial_id = waiting_trial(store)
     assert store.claim(trial_id, ME)
@@ -249,7 +252,7 @@ def test_a_second_machine_is_refused_and_a_restart_gives_the_lock_to_one(server:
 def test_eight_first_starts_on_an_empty_folder_make_one_store(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from pipeline.search.storage import open_storage;"
-        "from pipeline.tracking.runs import MlflowTracker; home = Path(sys.argv[1]) / 'mlruns';"
+        "from pipeline.tracking.tracker import MlflowTracker; home = Path(sys.argv[1]) / 'mlruns';"
         "s = open_storage(home); print(len(s.get_all_studies())); MlflowTracker(home).experiment('x')"
     )
     starts = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(8)]
@@ -260,7 +263,7 @@ def test_what_a_trial_sets_together_is_written_once_at_the_end(tmp_path: Path) -
     storage = open_storage(tmp_path)
     study = optuna.create_study(storage=storage)
     trial = study.ask()
-    with storage.together():
+    with storage.batch_writes():
         rate = trial.suggest_float("lr", 0, 1)
         trial.set_user_attr("epochs", 2)
         trial.set_user_attr("epochs", 3)
@@ -271,5 +274,5 @@ def test_what_a_trial_sets_together_is_written_once_at_the_end(tmp_path: Path) -
     storage.set_at_once(trial._trial_id, again, {"epochs": 4})  # as after a reply that was lost
     assert storage.get_trial(trial._trial_id).user_attrs == {"epochs": 4}
     study.tell(trial, 1.0)
-    with pytest.raises(UpdateFinishedTrialError), storage.together():
+    with pytest.raises(UpdateFinishedTrialError), storage.batch_writes():
         trial.set_user_attr("epochs", 5)

@@ -16,16 +16,16 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError
 from pipeline.experiment import Outcome
-from pipeline.guard import StopOnSignal, this_worker
+from pipeline.processes import StopOnSignal, this_process
 from pipeline.recipe import Recipe
 from pipeline.search import supervisor
-from pipeline.search.retries import bury
+from pipeline.search.requeue import mark_failed
 from pipeline.search.storage import StudyLock, num_finished, open_storage, open_study
 from pipeline.search.study import Search, Study
-from pipeline.search.supervisor import Supervisor, WorkerBug, _Judge, placements
+from pipeline.search.supervisor import Supervisor, WorkerBug, _HeartbeatMonitor, placements
 from pipeline.search.trial import Progress, StudyInterrupted
-from pipeline.search.worker import Assignment, Ended, Limits, take
-from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.search.worker import Assignment, Ended, Limits, claim_trial
+from pipeline.tracking.tracker import MlflowTracker, State
 
 
 class Died(Exception):
@@ -58,7 +58,7 @@ class ThreadWorker:
         how = Ended()
         try:
             while not self.stopped.is_set():
-                if trial := take(self._study, self._storage, this_worker() | {"id": self.id}):
+                if trial := claim_trial(self._study, self._storage, this_process() | {"id": self.id}):
                     self._study.tell(trial, self._does(trial, self))
                 else:
                     time.sleep(0.02)
@@ -229,7 +229,7 @@ def test_a_trial_that_died_while_it_was_asked_again_for_a_stop_has_a_successor_w
     trial = one.study.ask()
     trial.set_user_attr("deaths", 2)
     trial.set_user_attr("asked_again", True)
-    bury(one.study, one.trials(TrialState.RUNNING), "gone", one.tracker, one.parent)
+    mark_failed(one.study, one.trials(TrialState.RUNNING), "gone", one.tracker, one.parent)
     (queued,) = [each for each in one.trials(TrialState.WAITING) if each.user_attrs.get("retry_of") == trial.number]
     assert queued.user_attrs["deaths"] == 2
 
@@ -315,7 +315,7 @@ def test_a_beat_is_missed_only_while_the_database_answers(monkeypatch: pytest.Mo
     def running(beat: int) -> list[FrozenTrial]:
         return [create_trial(state=TrialState.WAITING, user_attrs={"pulse": {"beat": beat}})]
 
-    judge = _Judge(grace_s=10)
+    judge = _HeartbeatMonitor(grace_s=10)
     number = running(1)[0].number
     assert not judge.still(running(1))
     for clock[0] in (3.0, 6.0, 9.0):

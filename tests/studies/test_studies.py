@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.errors import UserError
 from pipeline.recipe import KIND, Recipe, kind_field, kinds_with
-from pipeline.search.space import ScriptedTrial, control, explore, extremes
+from pipeline.search.space_check import ScriptedTrial, control, explore, extremes
 from pipeline.search.study import FOLDER, Search, Study, available, load_study
 
 

@@ -20,15 +20,15 @@ from mlflow.entities import Run as StoredRun
 from mlflow.entities import ViewType
 from proxy import Proxy
 
-import pipeline.tracking.shipping as shipping
+import pipeline.tracking.uploader as shipping
 from pipeline.cli.store import sync
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import PartlyDone, UserError
+from pipeline.errors import PartialFailure, UserError
 from pipeline.recipe import Recipe
 from pipeline.tracking.inventory import Points, all_points, all_runs
 from pipeline.tracking.journal import FOLDER, RECORDS, Busy, Journal, is_busy, journals
-from pipeline.tracking.runs import MlflowTracker, State
-from pipeline.tracking.ui import HOST, start_server, stop_server
+from pipeline.tracking.server import HOST, start_server, stop_server
+from pipeline.tracking.tracker import MlflowTracker, State
 
 START = {"kind": "start", "address": "mlflow.db"}
 KEY = "0123456789abcdef" * 2
@@ -364,7 +364,7 @@ def die(home: Path, recipe: Recipe, data: TrainingData, key: str, epochs: int, s
 
 def killed(*arguments: Any) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.tracking.runs"])
+    context.set_forkserver_preload(["pipeline.tracking.tracker"])
     process = context.Process(target=die, args=arguments)
     process.start()
     process.join(60)
@@ -434,7 +434,7 @@ def test_what_dead_processes_left_is_taken_over_and_ends_as_their_journals_say(
         other = MlflowTracker(local.home)
         left = other.left()
         assert (sorted(left.free), left.busy, left.elsewhere) == ([finished, open_one], [living.key], {})
-        assert other.take_over() == 2
+        assert other.adopt_journals() == 2
         assert other.flush(30)
         living.end(State.FINISHED)
     for key, status, state, count in (
@@ -445,7 +445,7 @@ def test_what_dead_processes_left_is_taken_over_and_ends_as_their_journals_say(
         assert (stored.info.status, stored.data.tags["state"]) == (status, state)
         assert points(other, stored.info.run_id, "val/accuracy") == [(e, e / 10) for e in range(1, count + 1)]
     (local.home / FOLDER / ("c" * 32)).mkdir()  # of one that died while it made or removed its journal
-    assert other.take_over() == 0
+    assert other.adopt_journals() == 0
     assert local.flush(30) and not list((local.home / FOLDER).iterdir())
 
 
@@ -467,7 +467,7 @@ def test_a_journal_is_sent_to_the_tracker_it_was_made_for_and_names_it_without_s
     killed(local.home, small_recipe, digits, KEY, 1, State.FINISHED, False)
     stranger = MlflowTracker(local.home, f"sqlite:///{tmp_path / 'other.db'}")
     assert stranger.left().elsewhere == {KEY: "mlflow.db"}
-    assert stranger.take_over() == 0 and len(journals(local.home)) == 1
+    assert stranger.adopt_journals() == 0 and len(journals(local.home)) == 1
     text = (local.home / "journal" / KEY / RECORDS).read_text()
     (local.home / "journal" / KEY / RECORDS).write_text(text.replace('"mlflow.db"', '"http://***@host/x"'))
     assert local.left().elsewhere == {KEY: "http://***@host/x"}
@@ -487,7 +487,7 @@ def test_sync_sends_what_is_left_says_what_is_refused_and_can_be_repeated(
     local.client.delete_run(deleted.info.run_id)
     with (
         local.run("living", small_recipe, digits),
-        pytest.raises(PartlyDone, match=rf"{'b' * 32}: MLflow refuses it \(it was deleted in MLflow\)") as caught,
+        pytest.raises(PartialFailure, match=rf"{'b' * 32}: MLflow refuses it \(it was deleted in MLflow\)") as caught,
     ):
         sync()
     assert len(caught.value.lines) == 1 and caught.value.exit_code == 4

@@ -12,7 +12,7 @@ from pipeline.errors import DataError, UserError
 from pipeline.recipe import Recipe
 from pipeline.registry.package import Package
 from pipeline.tracking.models import digests, find_model
-from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.tracking.tracker import MlflowTracker, State
 from pipeline.training.checkpoints import RECORD, amend, read_checkpoint
 
 

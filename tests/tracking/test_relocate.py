@@ -17,7 +17,7 @@ from pipeline.recipe import Recipe
 from pipeline.registry.package import Package
 from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.relocate import _COLUMNS, relocate
-from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.tracking.tracker import MlflowTracker, State
 
 
 def cells_with(database: Path, text: str) -> set[tuple[str, str]]:

@@ -11,7 +11,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError
 from pipeline.recipe import Recipe
 from pipeline.tracking.run_data import MOST_PLACES, Seen, find_data, newest_first
-from pipeline.tracking.runs import MlflowTracker, State
+from pipeline.tracking.tracker import MlflowTracker, State
 
 
 def pets(root: Path, shade: int) -> str:

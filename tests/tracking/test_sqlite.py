@@ -13,8 +13,8 @@ import optuna
 from sqlalchemy import create_engine, text
 
 from pipeline.search.storage import open_storage
-from pipeline.tracking.runs import MlflowTracker
 from pipeline.tracking.sqlite import checkpoint
+from pipeline.tracking.tracker import MlflowTracker
 
 NORMAL = 1
 

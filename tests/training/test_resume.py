@@ -20,7 +20,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
-from pipeline.speed import few_images
+from pipeline.search.speed import few_images
 from pipeline.training.checkpoints import read_checkpoint, save_folder
 from pipeline.training.loop import EpochReport, Result, train
 from pipeline.training.optimizers import build_optimizer
@@ -144,7 +144,7 @@ import torch
 from pipeline.data.datasets import load
 from pipeline.data.prepare import prepare
 from pipeline.recipe import parse_recipe
-from pipeline.speed import few_images
+from pipeline.search.speed import few_images
 from pipeline.training.loop import train
 from pipeline.training.resume import Resume
 

@@ -1,0 +1,96 @@
+"""A trained model as it is used: the network with all that its training fixed, from pixels to probabilities."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+from pipeline.errors import UserError, validation_lines
+from pipeline.evaluation.logits import predict_logits
+from pipeline.inference.methods import METHODS, Fitted, Measured, combine, views, views_of
+from pipeline.models.build import build_network
+from pipeline.recipe import Recipe
+from pipeline.training.checkpoints import WEIGHTS, check_weights, load_weights, read_checkpoint
+
+_Channels = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
+
+
+class ModelMetadata(BaseModel):
+    """What a finished training writes beside its weights, in checkpoint.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    recipe: Recipe
+    recipe_digest: str
+    data_digest: str
+    split_digest: str
+    classes: tuple[str, ...]
+    mean: _Channels = Field(description="of the training images' pixels, in [0, 1], by channel")
+    std: _Channels
+    run_id: str = Field(
+        description="MLflow's; empty where it was not known yet, and filled in by who reads it from the run"
+    )
+    fitted: Fitted = Field(description="on the whole validation split")
+    measured: Mapping[str, Measured] = Field(description="each method on the validation split, out of fold")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelMetadata":
+        if self.recipe.digest() != self.recipe_digest:
+            raise ValueError("recipe_digest is not that of the recipe")
+        if len(self.fitted.thresholds) != len(self.classes):
+            raise ValueError(f"{len(self.fitted.thresholds)} thresholds for {len(self.classes)} classes")
+        if min(self.fitted.temperature, *self.fitted.thresholds, *self.std) <= 0:
+            raise ValueError("temperature, thresholds and std should be above 0")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("a class stands there twice")
+        of_each_class = all(its.n > 0 and len(its.f1) == len(self.classes) for its in self.measured.values())
+        if set(self.measured) != set(METHODS) or not of_each_class:
+            raise ValueError(f"measured should have {', '.join(METHODS)}, each with the F1 of every class")
+        return self
+
+    def as_json(self) -> dict[str, Any]:
+        """What `save_checkpoint` takes."""
+        return self.model_dump(mode="json")
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A network on a device, in evaluation mode."""
+
+    network: nn.Module
+    facts: ModelMetadata
+    device: torch.device
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> "Classifier":
+        """From a checkpoint's folder; no code of it is run. UserError where it is damaged or lacks something."""
+        try:
+            facts = ModelMetadata.model_validate(read_checkpoint(folder))
+        except ValidationError as error:
+            lines = [f"  {line}" for line in validation_lines(error)]
+            raise UserError([f"{folder}: its facts can't be used; train it again", *lines]) from None
+        shape = (facts.recipe.model, len(facts.classes), facts.recipe.data.image_size)
+        with torch.device("meta"):
+            check_weights(folder / WEIGHTS, build_network(*shape, seed=0))
+        network = build_network(*shape, seed=0)
+        load_weights(folder / WEIGHTS, network)
+        return cls(network.to(device).to(memory_format=torch.channels_last).eval(), facts, device)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels that it takes."""
+        return self.facts.recipe.data.image_size
+
+    def probabilities(self, images: Tensor, method: str = "plain") -> np.ndarray:
+        """uint8 images (N, 3, S, S) -> float64 (N, C), by one of `methods.METHODS`; the highest is the prediction."""
+        flip, shift = views_of(self.facts.recipe)
+        chosen = [images] if method in ("plain", "specialised") else views(images, flip, shift)
+        mean, std = (torch.tensor(values, device=self.device) for values in (self.facts.mean, self.facts.std))
+        precision = self.facts.recipe.training.precision
+        logits = [predict_logits(self.network, view.to(self.device), mean, std, precision) for view in chosen]
+        return combine(method, torch.stack(logits).double().cpu().numpy(), self.facts.fitted)

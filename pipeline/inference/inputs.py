@@ -1,0 +1,124 @@
+"""What predictions are asked for: image files, folders of them and pickles -> ids and pixels, batch by batch."""
+
+import contextlib
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.images import SUFFIXES, BadImage, image_files, read_images, resized
+from pipeline.errors import escape_control
+from pipeline.inference.pickles import read_pickle
+
+OnFault = Callable[[BadImage], None]
+Batch = tuple[list[str], Tensor]
+
+
+def read_inputs(paths: Sequence[Path], size: int, on_fault: OnFault, batch_size: int = 500) -> Iterator[Batch]:
+    """ids and uint8 images (n, 3, size, size), in the order of the paths; what can't be used goes to on_fault and is left out.
+
+    A path is an image file, a folder (all images below it, in the order of their names) or a pickle as `read_pickle`
+    takes it: a file that begins as one, or is called .pkl or .pickle. n is 1 to `batch_size`; one batch and one pickle
+    are in memory at a time. Images are squashed by antialiased bilinear resampling.
+
+    The id of a file is its path, below a folder beginning with the folder's as given; bytes that aren't UTF-8 become
+    escapes. In a pickle it is the pickle's own id or 0 to N - 1, behind `<path>:` where several paths are given.
+    Ids are unique: a path given twice, or given beside its folder, is read once, where it comes first.
+    """
+    assert batch_size > 0, batch_size
+    paths = list(dict.fromkeys(paths))
+    taken: set[str] = set()
+    for pickled, files in groupby(_files(paths, on_fault), key=itemgetter(0)):
+        named = (path for _, path in files)
+        if pickled:
+            for path in named:
+                prefix = f"{_text(path)}:" if len(paths) > 1 else ""
+                yield from _of_pickle(path, prefix, size, on_fault, batch_size, taken)
+        else:
+            yield from _of_images(named, size, on_fault, batch_size, taken)
+
+
+def _files(paths: Iterable[Path], on_fault: OnFault) -> Iterator[tuple[bool, Path]]:
+    """(whether it is a pickle, file), each file once."""
+    seen: set[Path] = set()
+    for given in paths:
+        folder = os.path.isdir(given)
+        pickled = not folder and _is_pickle(given)
+        for path in _images_below(given, on_fault) if folder else [given]:
+            if path not in seen:
+                yield pickled, path
+            seen.add(path)
+
+
+def _is_pickle(path: Path) -> bool:
+    """By its first byte, with which no image format begins; protocols 0 and 1 have none, so by the name too."""
+    if path.suffix.lower() in (".pkl", ".pickle"):
+        return True
+    with contextlib.suppress(OSError):  # an image that can't be read, then
+        if path.is_file():  # opening a pipe would wait for ever
+            with path.open("rb") as stream:
+                return stream.read(1) == pickle.PROTO
+    return False
+
+
+def _images_below(folder: Path, on_fault: OnFault) -> list[Path]:
+    try:
+        files = image_files(folder)
+    except OSError as error:
+        on_fault(BadImage(Path(error.filename), f"{error.strerror}: nothing of {folder} is read"))
+        return []
+    if not files:
+        on_fault(BadImage(folder, f"holds no images ({' '.join(SUFFIXES)}); a pickle is named itself"))
+    return files
+
+
+def _of_images(
+    paths: Iterator[Path], size: int, on_fault: OnFault, batch_size: int, taken: set[str]
+) -> Iterator[Batch]:
+    while chunk := list(islice(paths, batch_size)):
+        ids, images = [], []
+        for path, result in zip(chunk, read_images(chunk, size), strict=True):
+            name = _text(path)
+            if isinstance(result, BadImage):
+                on_fault(result)
+            elif name in taken:
+                on_fault(_same_id(path))
+            else:
+                taken.add(name)
+                ids.append(name)
+                images.append(result)
+        if ids:
+            yield ids, torch.from_numpy(np.stack(images))
+
+
+def _of_pickle(
+    path: Path, prefix: str, size: int, on_fault: OnFault, batch_size: int, taken: set[str]
+) -> Iterator[Batch]:
+    try:
+        images, own = read_pickle(path)
+    except BadImage as error:
+        on_fault(BadImage(error.path, error.reason))  # the caught one's traceback holds the file's content
+        return
+    ids = [prefix + name for name in own or map(str, range(len(images)))]
+    if not taken.isdisjoint(ids):
+        on_fault(_same_id(path))
+        return
+    taken.update(ids)
+    for start in range(0, len(ids), batch_size):
+        part = slice(start, start + batch_size)
+        yield ids[part], resized(torch.tensor(images[part]), size)
+
+
+def _same_id(path: Path) -> BadImage:
+    return BadImage(path, "would have the id of another input: rename it")
+
+
+def _text(path: Path) -> str:
+    """The path on one line of valid UTF-8, which tables and terminals need and file names need not be."""
+    return escape_control(os.fsencode(path).decode("utf-8", "backslashreplace"))

@@ -1,0 +1,98 @@
+"""What a long command stands under: it is alone with its study, ends at its next step when asked to, and is known by name."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import psutil
+from filelock import FileLock, Timeout
+
+from pipeline.errors import UserError
+
+
+class StopOnSignal:
+    """While it is open, Ctrl-C, SIGTERM and a closed terminal ask the training to end at its next step.
+
+    So none comes in the middle of a write. A second one raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.number: int | None = None  # of the first signal
+
+    def __enter__(self) -> Self:
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with a hang-up
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested, self.number = True, number
+
+
+@contextlib.contextmanager
+def study_lock(key: str, home: Path) -> Iterator[None]:
+    """One command at a time trains for a study; UserError where there is one already.
+
+    Two would draw the same trials, and each end the other's run. `home` is the folder `mlruns`.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(home / f"{key}.lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"study {key}: another command is running it; wait for it, or stop it") from None
+
+
+def study_is_running(key: str, home: Path) -> bool:
+    """Whether a command on this machine runs a study just now."""
+    lock = home / f"{key}.lock"
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def this_process() -> dict[str, Any]:
+    """Names this process so that another can tell whether it still lives; JSON."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def process_has_exited(worker: Mapping[str, Any]) -> bool:
+    """Whether a worker was on this machine and has ended; of another machine's nothing is known."""
+    if worker["host"] != socket.gethostname():
+        return False
+    try:
+        return abs(_started(worker["pid"]) - worker["started"]) > 1
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _started(pid: int) -> float:
+    """Seconds from the machine's start to the process's: as times of day both jump when the clock is set."""
+    booted = psutil.boot_time()
+    return psutil.Process(pid).create_time() - booted
+
+
+def kill_process(worker: Mapping[str, Any]) -> None:
+    """Kill a worker that is on this machine; nothing where it is gone, or on another."""
+    if worker["host"] == socket.gethostname() and not process_has_exited(worker):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(worker["pid"], signal.SIGKILL)

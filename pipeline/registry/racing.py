@@ -1,0 +1,161 @@
+"""Which recipe wins, by its scores over several seeds, and which can no longer: on numbers alone.
+
+Racing by paired tests: Maron and Moore, Hoeffding races (NIPS 1993); Birattari et al., F-Race (GECCO 2002).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from pipeline.evaluation.significance import paired_t
+from pipeline.recipe import Recipe
+
+LEAST_SEEDS = 3  # with fewer nothing is more than chance
+ALPHA = 0.05
+
+RULES = (
+    f"stopped early: worse than the best mean so far by a paired t test over at least {LEAST_SEEDS} seeds, one-sided, its "
+    f"level {ALPHA} shared out over all pairs and looks; the control never",
+    f"winner: the highest mean; what a two-sided paired t test ({ALPHA}; none under {LEAST_SEEDS} seeds) can't tell from "
+    "it ties with it; a tie goes to the cheapest: FLOP of a prediction, then epochs, then the control, then the mean",
+)
+
+
+def seedless(recipe: Recipe) -> str:
+    """A digest that does not change with the seed."""
+    return recipe.changed({"training.seed": 0}).digest()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe to be trained again. Its own seed counts for nothing."""
+
+    recipe: Recipe
+    trial: int
+    trial_run: str
+    is_control: bool
+    score: float | None  # of its trial; None where the control's did not finish
+    seconds: float  # that one training should take, by its trial
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the recipe whatever its seed."""
+        return seedless(self.recipe)
+
+    @property
+    def name(self) -> str:
+        """`trial 3`, or `trial 0 (control)`."""
+        return f"trial {self.trial}" + (" (control)" if self.is_control else "")
+
+    def with_seed(self, seed: int) -> Recipe:
+        """What is trained."""
+        return self.recipe.changed({"training.seed": seed})
+
+
+@dataclass(frozen=True)
+class Final:
+    """One training of a candidate that came to an end, in a way that another one would too."""
+
+    run_id: str | None  # None where MLflow had not answered yet
+    score: float | None  # None where it diverged
+    seconds: float
+    run_key: str = ""  # of a training of this process
+
+
+class Racing:
+    """The scores so far, and who is out. `least_sd` is a score's smallest step: one image of the validation split."""
+
+    def __init__(self, candidates: Sequence[Candidate], num_seeds: int, least_sd: float):
+        self.candidates, self.num_seeds, self.least_sd = candidates, num_seeds, least_sd
+        self.finals: dict[str, dict[int, Final]] = {candidate.digest: {} for candidate in candidates}
+        self.out: dict[str, str] = {}  # digest -> why
+
+    def running(self) -> list[Candidate]:
+        """Those still trained; the control always is."""
+        return [c for c in self.candidates if c.is_control or c.digest not in self.out]
+
+    def add(self, candidate: Candidate, seed: int, final: Final) -> None:
+        """A training ended. A recipe that diverges with some seed is out: nobody could rely on it."""
+        self.finals[candidate.digest][seed] = final
+        if final.score is None:
+            self.out.setdefault(candidate.digest, f"diverged with seed {seed}")
+
+    def learn_ids(self, id_of: Callable[[str], str]) -> None:
+        """MLflow's ids of what this process trained, by their run keys."""
+        for finals in self.finals.values():
+            for seed, final in finals.items():
+                if final.run_key:
+                    finals[seed] = replace(final, run_id=id_of(final.run_key))
+
+    def scores(self, candidate: Candidate) -> dict[int, float]:
+        """By seed, of those that did not diverge."""
+        return {seed: f.score for seed, f in self.finals[candidate.digest].items() if f.score is not None}
+
+    def mean(self, candidate: Candidate) -> float:
+        """Over the seeds so far."""
+        scores = self.scores(candidate)
+        return sum(scores.values()) / len(scores)
+
+    def differences(self, first: Candidate, second: Candidate) -> list[float]:
+        """First less second, by common seed."""
+        mine, theirs = self.scores(first), self.scores(second)
+        return [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+
+    def p_value(self, first: Candidate, second: Candidate) -> float:
+        """Two-sided, of the paired t test."""
+        return paired_t(self.differences(first, second), self.least_sd)
+
+    def eligible(self) -> list[Candidate]:
+        """Those that may win."""
+        return [candidate for candidate in self.candidates if candidate.digest not in self.out]
+
+    def stop_the_beaten(self) -> list[str]:
+        """After a seed: who can no longer win is out; a line for each. See RULES.
+
+        One-sided level of each test: ALPHA over the other candidates and the looks (Bonferroni), so that the truly best
+        recipe is taken for beaten, by any other at any look, in at most ALPHA of all finals.
+        """
+        eligible = self.eligible()
+        looks = self.num_seeds - LEAST_SEEDS  # after the last seed there is nothing to save
+        n = max((len(self.scores(candidate)) for candidate in eligible), default=0)
+        if not LEAST_SEEDS <= n < self.num_seeds:
+            return []
+        leader = max(eligible, key=self.mean)
+        level = 2 * ALPHA / (max(len(self.candidates) - 1, 1) * looks)  # of a two-sided p-value whose sign is known
+        lines = []
+        for candidate in eligible:
+            p = self.p_value(leader, candidate)
+            if candidate is not leader and not candidate.is_control and p < level:
+                gap = 100 * (self.mean(leader) - self.mean(candidate))
+                why = f"{gap:.2f} points behind {leader.name} after {n} seeds, p = {p / 2:.1g} under {level / 2:.1g}"
+                self.out[candidate.digest] = f"stopped early: {why}"
+                lines.append(f"{candidate.name}: can no longer win, {why}")
+        return lines
+
+
+def choose(race: Racing, flop: Mapping[str, int]) -> tuple[Candidate, list[Candidate], str] | None:
+    """(the winner, those that tie with the highest mean, why); None where nobody is left. See RULES.
+
+    `flop` is what a prediction costs, by digest: it is paid for as long as the model is used, a training once. Both are
+    counted and not timed, since other work on the machine changes times by more than recipes do.
+    """
+    eligible = race.eligible()
+    if not eligible:
+        return None
+    leader = max(eligible, key=race.mean)
+    tied = [c for c in eligible if c is leader or race.num_seeds < LEAST_SEEDS or race.p_value(leader, c) >= ALPHA]
+    if len(tied) == 1:
+        return leader, tied, "beyond the noise" if len(eligible) > 1 else "nobody else is left"
+
+    def cost(c: Candidate) -> tuple[float, ...]:
+        return flop[c.digest], c.recipe.training.epochs, not c.is_control, -race.mean(c)
+
+    first, second = sorted(tied, key=cost)[:2]
+    reasons = (
+        "cheaper to predict with",
+        "trained in fewer epochs",
+        "the control, which changes nothing",
+        "the higher mean",
+    )
+    differ = [a != b for a, b in zip(cost(first), cost(second), strict=True)]
+    return first, tied, reasons[differ.index(True)] if any(differ) else "as good in every respect"

@@ -1,0 +1,63 @@
+"""The protocol of the CIFAR-10 speed runs: all 50,000 images train, the 10,000 test images judge, by six views.
+
+After cifar10-airbench (Jordan 2024, arXiv 2404.00498). It measures recipes that are published or written down beforehand,
+so nothing is chosen by it: no study, finals or gate reads its scores. Each look at the test split is in the ledger first.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.augment import pad
+from pipeline.data.datasets import Split, load
+from pipeline.data.prepare import TrainingData, pixel_statistics
+from pipeline.evaluation.logits import predict_logits
+from pipeline.registry.ledger import LOOK, Ledger
+from pipeline.registry.test_split import digest_of, open_test_split
+
+NOBODY = "speed runs"  # of no registered model, and no run
+STAND_IN = 500  # training images that fill the place of the validation split, and judge nothing
+
+
+def speed_run_data(data_dir: Path, device: torch.device, home: Path, reason: str) -> tuple[TrainingData, Split]:
+    """CIFAR-10 in which every training image trains, and the test split, both on the device; the look is in `home`'s ledger.
+
+    The scores of the loop's own evaluation are those of a few training images. DataError as from `datasets.load`.
+    """
+    whole = load("cifar10", 32, data_dir)
+    Ledger(home).record(LOOK, NOBODY, "", split=digest_of("cifar10", data_dir), reason=reason)
+    test = open_test_split("cifar10", 32, data_dir, whole.classes)
+    train = Split(whole.train.images.to(device), whole.train.labels.to(device))
+    mean, std = pixel_statistics(whole.train.images)
+    data = TrainingData(
+        name=whole.name,
+        classes=whole.classes,
+        source=whole.source,
+        digest=whole.digest,
+        split_digest="every image trains",
+        train=train,
+        validation=Split(train.images[:STAND_IN], train.labels[:STAND_IN]),
+        validation_ids=torch.arange(STAND_IN),
+        mean=mean.to(device),
+        std=std.to(device),
+    )
+    return data, Split(test.images.to(device), test.labels.to(device))
+
+
+def six_views(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor, precision: str) -> Tensor:
+    """(N, classes) mean logits of uint8 images (N, 3, S, S), the lineage's way.
+
+    The image, and it moved by a pixel up and to the left, and down and to the right, each with its mirror image; the
+    moved ones have together the weight of the unmoved. Borders are mirrored.
+    """
+    size, padded = images.shape[-1], pad(images, 1, "reflect")
+    moved = [padded[..., :size, :size], padded[..., 2:, 2:]]
+
+    def both(view: Tensor) -> Tensor:
+        sides = [
+            predict_logits(network, side.contiguous(), mean, std, precision, 2000) for side in (view, view.flip(-1))
+        ]
+        return (sides[0] + sides[1]) / 2
+
+    return both(images) / 2 + (both(moved[0]) + both(moved[1])) / 4

@@ -1,0 +1,201 @@
+"""How fast a recipe trains here, measured on the real loop; what one trial of it takes, part by part."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from pipeline.data.datasets import Split
+from pipeline.data.prepare import TrainingData
+from pipeline.experiment import publish
+from pipeline.inference.methods import views_of
+from pipeline.recipe import Recipe
+from pipeline.tracking.tracker import State, Tracker
+from pipeline.training.loop import PARTS, EpochReport, train
+
+# Measured epochs are short, so that slow networks are measured too; a GPU must not run out of steps that are queued.
+_STEPS = {"cpu": 4, "cuda": 64}
+_VALIDATION = {"cpu": 250, "cuda": 5000}
+_MANY_EPOCHS = 10_000
+
+
+class Stopwatch:
+    """Seconds that each part took: the device's on a GPU, by CUDA events, so that nothing waits; else the host's.
+
+    Call it with a part's name where the part begins, as `training.loop.train` does.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+
+    def __call__(self, part: str) -> None:
+        """From here on the time belongs to `part`."""
+        self._marks.append((part, self._now()))
+
+    def restart(self) -> None:
+        """Forget the time so far."""
+        self._marks = [(self._marks[-1][0], self._now())]
+
+    def seconds(self) -> tuple[dict[str, float], int]:
+        """Part -> seconds in all, and the number of training steps; waits for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        total = dict.fromkeys(PARTS, 0.0)
+        for (part, begun), (_, ended) in zip(self._marks, self._marks[1:], strict=False):
+            total[part] += _between(begun, ended)
+        return total, sum(part == "forward" for part, _ in self._marks)
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+def _between(begun: "float | torch.cuda.Event", ended: "float | torch.cuda.Event") -> float:
+    if isinstance(begun, float) or isinstance(ended, float):
+        assert isinstance(begun, float) and isinstance(ended, float)
+        return ended - begun
+    return begun.elapsed_time(ended) / 1000  # of milliseconds
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One recipe's speed on one data set."""
+
+    batch_size: int
+    steps: int  # of an epoch of the whole training split
+    step_s: dict[str, float]  # seconds of a step, by part
+    evaluation_s: float  # of the whole validation split, once
+    memory_gib: float  # most in use: on a GPU of the training, on a CPU of the process
+
+    @property
+    def images_per_second(self) -> float:
+        """Training images, augmentation included, evaluation not."""
+        return self.batch_size / sum(self.step_s.values())
+
+    @property
+    def epoch_s(self) -> float:
+        """Seconds of an epoch, evaluation included."""
+        return self.steps * sum(self.step_s.values()) + self.evaluation_s
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What a trial takes beside its training and the evaluations, in seconds."""
+
+    trial_s: float  # the run's start and end, scores, pictures, files
+    epoch_s: float  # an epoch's numbers
+
+
+class _Enough(Exception):
+    pass
+
+
+def measure(
+    recipe: Recipe,
+    data: TrainingData,
+    device: torch.device,
+    seconds: float,
+    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
+) -> Speed:
+    """Train for `seconds`, and at least two short epochs, of which the first warms up and isn't counted.
+
+    The epochs are of a few batches and validation images; both are scaled to the whole splits. `on_step` may raise to
+    end it. The learning rate is next to nothing, which changes no time and lets nothing diverge.
+    """
+    batch_size = min(recipe.training.batch_size, len(data.train.images))
+    steps = len(data.train.images) // batch_size
+    part = few_images(data, min(steps, _STEPS[device.type]) * batch_size, _VALIDATION[device.type])
+    watch, began, last = Stopwatch(device), time.perf_counter(), {}
+
+    def on_epoch(report: EpochReport) -> None:
+        last.update(report.metrics)
+        if report.epoch == 1:
+            watch.restart()
+        elif time.perf_counter() - began >= seconds:
+            raise _Enough
+
+    try:
+        train(
+            recipe.changed({"training.epochs": _MANY_EPOCHS, "optimizer.lr": 1e-9}),
+            part,
+            device,
+            on_epoch,
+            on_step,
+            watch,
+        )
+    except _Enough:
+        watch("tracking")
+    total, num_steps = watch.seconds()
+    epochs = num_steps // min(steps, _STEPS[device.type])
+    share = len(data.validation.images) / len(part.validation.images)
+    return Speed(
+        batch_size=batch_size,
+        steps=steps,
+        step_s={name: total[name] / num_steps for name in PARTS if name not in ("evaluation", "tracking")},
+        evaluation_s=total["evaluation"] / epochs * share,
+        memory_gib=last["memory/peak_gib"],
+    )
+
+
+def measure_overhead(
+    recipe: Recipe, data: TrainingData, device: torch.device, speed: Speed, tracker: Tracker
+) -> Overhead:
+    """Track a training of one step as `experiment.run` does, with a few validation images.
+
+    The process should be warm: the first pictures and the first run of a process take seconds more.
+    """
+    part = few_images(data, speed.batch_size, _VALIDATION[device.type])
+    epoch_s = 0.0
+    began = time.perf_counter()
+    with tracker.run("bench", recipe, part) as tracked:
+        started_s = time.perf_counter() - began
+
+        def on_epoch(report: EpochReport) -> None:
+            nonlocal epoch_s
+            at = time.perf_counter()
+            tracked.log_metrics(report.metrics, report.epoch)
+            epoch_s = time.perf_counter() - at
+
+        result = train(recipe.changed({"training.epochs": 1, "optimizer.lr": 1e-9}), part, device, on_epoch)
+        began = time.perf_counter()
+        publish(tracked, recipe, part, result)
+        tracked.end(State.FINISHED)
+    predicted_s = _other_views(recipe) * speed.evaluation_s * len(part.validation.images) / len(data.validation.images)
+    return Overhead(started_s + max(0.0, time.perf_counter() - began - predicted_s), epoch_s)
+
+
+def trial_seconds(recipe: Recipe, speed: Speed, overhead: Overhead) -> dict[str, float]:
+    """Part of PARTS -> seconds of a whole trial on the whole data set.
+
+    The steps of all epochs; an evaluation after each, and one more for each view that the methods of prediction look
+    at; as tracking, the numbers of each epoch, the run's start, and its end with scores, pictures and files.
+    """
+    epochs = recipe.training.epochs
+    return {
+        **{part: seconds * speed.steps * epochs for part, seconds in speed.step_s.items()},
+        "evaluation": speed.evaluation_s * (epochs + _other_views(recipe)),
+        "tracking": overhead.trial_s + overhead.epoch_s * epochs,
+    }
+
+
+def _other_views(recipe: Recipe) -> int:
+    """How many more than the images themselves `publish` predicts."""
+    flip, shift = views_of(recipe)
+    return flip + 2 * (shift > 0)
+
+
+def few_images(data: TrainingData, num_train: int, num_validation: int) -> TrainingData:
+    """So many images of both splits, from all over them: a folder's lie class by class."""
+
+    def few(split: Split, count: int) -> Split:
+        stride = max(1, len(split.images) // count)
+        return Split(split.images[::stride][:count].contiguous(), split.labels[::stride][:count].contiguous())
+
+    validation = few(data.validation, num_validation)
+    ids = data.validation_ids[: len(validation.images)]
+    return replace(data, train=few(data.train, num_train), validation=validation, validation_ids=ids)

@@ -1,0 +1,53 @@
+"""From a network and images to logits."""
+
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.evaluation.logits import autocast, latency_ms, predict_logits
+from pipeline.models.build import build_network
+from pipeline.recipe import Attention
+
+CPU = torch.device("cpu")
+MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+
+
+def test_logits_are_those_of_the_normalised_images_in_evaluation_mode() -> None:
+    network = build_network(Attention(widths=(4, 8), reduction=4), 5, 8, seed=0).train()
+    images = torch.randint(0, 256, (23, 3, 8, 8), dtype=torch.uint8)
+    logits = predict_logits(network, images, MEAN, STD, "fp32", batch_size=10)
+    assert network.training, "the mode is put back"
+    assert logits.shape == (23, 5)
+    assert logits.dtype == torch.float32
+    with torch.no_grad():
+        expected = network.eval()((images / 255 - MEAN[:, None, None]) / STD[:, None, None])
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    for batch_size in (1, 7, 500):
+        again = predict_logits(network, images, MEAN, STD, "fp32", batch_size)
+        torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_recipes_precision_is_what_the_network_computes_in(precision: str, expected: torch.dtype) -> None:
+    layer = nn.Linear(4, 4)
+    with autocast(CPU, precision):
+        assert layer(torch.zeros(2, 4)).dtype == expected
+
+
+def test_latency_is_the_median_time_of_one_image() -> None:
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+            self.batches: list[int] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.batches.append(len(x))
+            time.sleep(0.3 if len(self.batches) in (1, 10) else 0.005)
+            return x.flatten(1)
+
+    network = Slow()
+    assert 4.9 < latency_ms(network, 8, "fp32", repeats=9) < 100, "neither warm-up nor an outlier counts"
+    assert set(network.batches) == {1}

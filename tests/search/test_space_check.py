@@ -1,0 +1,133 @@
+"""What a space asks for is known before anything runs."""
+
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import FixedTrial
+
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+from pipeline.search.space_check import control, describe, explore
+
+
+def faults(space: Any, base: Recipe) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        explore(space, base.changed)
+    return caught.value.lines
+
+
+def nested(trial: Any) -> None:
+    if trial.suggest_categorical("optimizer.name", ["sgd", "adam"]) == "adam":
+        trial.suggest_float("optimizer.lr", 1e-4, 0.5, log=True)
+        if trial.suggest_float("optimizer.weight_decay", 0, 0.1, step=0.1) > 0:
+            trial.suggest_categorical("optimizer.beta2", [0.99, 0.999])
+    else:
+        trial.suggest_float("optimizer.lr", 1e-4, 0.5, log=True)
+        trial.suggest_float("optimizer.momentum", 0.5, 0.9)
+    trial.suggest_int("training.batch_size", 32, 128, step=32)
+
+
+def test_parameters_behind_choices_are_found_however_deep(small_recipe: Recipe) -> None:
+    assert set(explore(nested, small_recipe.changed)) == {
+        "optimizer.name",
+        "optimizer.lr",
+        "optimizer.weight_decay",
+        "optimizer.beta2",
+        "optimizer.momentum",
+        "training.batch_size",
+    }
+
+
+def test_the_answers_to_optuna_itself_are_the_same(small_recipe: Recipe) -> None:
+    """The stand-in asks as Optuna does: one real trial gets the same ranges."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    found = explore(nested, small_recipe.changed)
+    for _ in range(20):
+        trial = study.ask()
+        nested(trial)
+        assert all(found[name] == distribution for name, distribution in trial.distributions.items())
+
+
+def test_the_control_answers_give_the_base_recipe_back(small_recipe: Recipe) -> None:
+    params = control(nested, small_recipe)
+    assert params["optimizer.lr"] == 0.1
+    assert small_recipe.changed(params) == small_recipe
+    nested(FixedTrial(params))
+
+
+def test_a_base_outside_the_space_is_refused(small_recipe: Recipe) -> None:
+    def narrow(trial: Any) -> None:
+        trial.suggest_float("optimizer.lr", 1e-4, 1e-2, log=True)
+        trial.suggest_categorical("optimizer.name", ["adam"])
+        trial.suggest_int("training.batch_size", 100, 200, step=50)
+
+    with pytest.raises(UserError) as caught:
+        control(narrow, small_recipe)
+    assert caught.value.lines == [
+        "optimizer.lr = 0.1 in the base recipe: outside the space, 0.0001 to 0.01 (log)",
+        "optimizer.name = sgd in the base recipe: outside the space, one of adam",
+        "training.batch_size = 64 in the base recipe: outside the space, 100 to 200 in steps of 50",
+    ]
+
+
+def test_every_fault_of_a_space_is_told_at_once(small_recipe: Recipe) -> None:
+    def wrong(trial: Any) -> None:
+        trial.suggest_float("optimizer.lr", 0.5, 0.1)
+        trial.suggest_float("optimizer.momentun", 0, 0.9)
+        trial.suggest_float("optimizer.weight_decay", -1, 0)
+        trial.suggest_categorical("schedule.name", ["cosine", "polynomial"])
+        trial.suggest_categorical("training.precision", [])
+
+    lines = faults(wrong, small_recipe)
+    for start in (
+        "optimizer.lr: ",
+        "training.precision: ",
+        "optimizer.weight_decay = -1",
+        "schedule.name = polynomial: not one of",
+        "optimizer.momentun: no such field",
+    ):
+        assert any(line.startswith(start) for line in lines), (start, lines)
+
+
+def test_ranges_that_are_wrong_only_together_are_found(small_recipe: Recipe) -> None:
+    def crowded(trial: Any) -> None:
+        trial.suggest_float("augmentation.mixup", 0, 0.8)
+        trial.suggest_float("augmentation.cutmix", 0, 0.8)
+
+    assert faults(crowded, small_recipe) == [
+        "augmentation: mixup 0.8 and cutmix 0.8 exclude each other: their sum is at most 1",
+    ]
+
+
+def test_one_name_with_two_ranges_is_refused(small_recipe: Recipe) -> None:
+    """Optuna would mix both silently."""
+
+    def two(trial: Any) -> None:
+        high = 0.5 if trial.suggest_categorical("optimizer.nesterov", [False, True]) else 0.2
+        trial.suggest_float("optimizer.lr", 0.01, high)
+
+    assert faults(two, small_recipe) == ["optimizer.lr: asked with two ranges, 0.01 to 0.2 and 0.01 to 0.5"]
+
+
+def test_what_all_trials_share_cannot_be_searched(small_recipe: Recipe) -> None:
+    def sizes(trial: Any) -> None:
+        trial.suggest_categorical("data.image_size", [8, 16])
+
+    assert faults(sizes, small_recipe)[0].startswith("data.image_size: the trials of a study share their data")
+
+
+def test_a_space_that_raises_is_told_with_its_line(small_recipe: Recipe) -> None:
+    def broken(trial: Any) -> None:
+        trial.number  # noqa: B018
+
+    (line,) = faults(broken, small_recipe)
+    assert "test_space.py, line " in line
+    assert "AttributeError" in line
+
+
+def test_ranges_are_described_as_a_person_would() -> None:
+    assert describe(FloatDistribution(0.001, 0.3, log=True)) == "0.001 to 0.3 (log)"
+    assert describe(FloatDistribution(0, 30, step=5)) == "0 to 30 in steps of 5"
+    assert describe(CategoricalDistribution(["a", True])) == "one of a, True"
