@@ -1,8 +1,14 @@
-"""What can go wrong by a user's hand: one line per fault, and the exit code that a command ends with."""
+"""What can go wrong by a user's hand: what is wrong, which rule it breaks, and the way out.
+
+The library names commands and options neutrally, in backticks: `promote attention`, `--data-dir`. The command line words
+them as its user types them (`make promote NAME=attention`, `DATA_DIR=`), and knows the exit code of each error.
+"""
 
 import difflib
 import re
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
 from urllib.parse import unquote
 
 from pydantic import ValidationError
@@ -10,41 +16,82 @@ from pydantic import ValidationError
 _LONGEST_LINE = 5_000  # characters
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it should be: in a user's input, or found by an audit."""
+
+    subject: str  # the field and its value, the file, the run: `optimizer.lr = -1`
+    rule: str = ""  # what it should be, or what is wrong with it
+    remedy: str = ""  # the way out, where there is one
+    details: tuple[str, ...] = ()  # further lines, shown indented below
+
+    @property
+    def lines(self) -> list[str]:
+        """As text, without secrets and control characters."""
+        text = "; ".join(filter(None, (": ".join(filter(None, (self.subject, self.rule))), self.remedy)))
+        lines = (text, *(f"  {detail}" for detail in self.details))
+        return [escape_control(redact_secrets(line))[:_LONGEST_LINE] for line in lines]
+
+
 class UserError(Exception):
-    """Bad input. Each line names the value, the rule and the way out; the command prints them and exits with `exit_code`."""
+    """Bad input: one problem, or several at once by `many`. The command line prints them and ends with an exit code."""
 
-    exit_code = 2
+    def __init__(self, subject: str | Sequence[str], rule: str = "", remedy: str = "", details: Sequence[str] = ()):
+        super().__init__(subject, rule, remedy, details)
+        self.problems: tuple[Problem, ...] = (
+            (Problem(subject, rule, remedy, tuple(details)),)
+            if isinstance(subject, str)
+            else tuple(_from_lines(subject))  # TRANSITION: lines as text
+        )
 
-    def __init__(self, lines: str | Sequence[str]):
-        self.lines = [
-            escape_control(redact_secrets(line))[:_LONGEST_LINE]
-            for line in ([lines] if isinstance(lines, str) else lines)
-        ]
-        super().__init__("\n".join(self.lines))
+    @classmethod
+    def many(cls, problems: Sequence[Problem]) -> Self:
+        """An error of several problems, at least one."""
+        error = cls("")
+        error.problems = tuple(problems)
+        return error
+
+    @property
+    def lines(self) -> list[str]:
+        """All problems as text."""
+        return [line for problem in self.problems for line in problem.lines]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def _from_lines(lines: Sequence[str]) -> list[Problem]:
+    found: list[Problem] = []
+    for line in lines:
+        if line.startswith("  ") and found:
+            found[-1] = Problem(found[-1].subject, details=(*found[-1].details, line[2:]))
+        else:
+            found.append(Problem(line))
+    return found
 
 
 class DataError(UserError):
     """The data set is missing, damaged or not what it was."""
 
-    exit_code = 3
-
 
 class PartialFailure(UserError):
     """Some of the inputs could not be used; all the others were."""
 
-    exit_code = 4
-
 
 class PromotionRefused(UserError):
-    """A rule of promotion says no; each line says which, by its numbers."""
-
-    exit_code = 5
+    """A rule of promotion says no; each problem says which, by its numbers."""
 
 
 class NotReproduced(UserError):
     """A run made again differs from its first time by more than may be."""
 
-    exit_code = 6
+
+def error_of(name: str, problems: Sequence[Problem]) -> UserError:
+    """The error of this class's name, as another process raised it; a UserError where the name is unknown."""
+    kinds: list[type[UserError]] = [UserError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return next((kind for kind in kinds if kind.__name__ == name), UserError).many(problems)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -22,7 +22,9 @@ from pipeline import runtime
 from pipeline.cli.main import main
 from pipeline.errors import UserError, first_line
 from pipeline.registry import reproduce
+from pipeline.runtime import keep_freed_memory
 from pipeline.search import ray_pool
+from pipeline.search.supervisor import WORKER
 from pipeline.tracking import lineage
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -194,3 +196,82 @@ def test_names_that_the_output_cannot_spell_are_escaped(
     out.flush()
     assert ended.value.code == 0
     assert b"\\u732b.csv: 1 images" in out.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+COMMAND = "from pipeline.cli import main; import pipeline.search.worker"
+COUNT = "import gc, os; print(gc.get_stats()[2]['collections'], os.environ['GOMP_SPINCOUNT'])"
+
+
+@pytest.mark.parametrize("start", ["pipeline.cli.main, pipeline.registry.package", "pipeline.search.worker"])
+def test_mlflow_is_imported_with_its_telemetry_off(start: str) -> None:
+    look = f"""
+import os, sys
+class Finder:
+    def find_spec(self, name, *others):
+        if name == "mlflow":
+            print(os.environ.get("MLFLOW_DISABLE_TELEMETRY"))
+sys.meta_path.insert(0, Finder())
+import {start}
+"""
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, env=settings)
+    assert done.stdout == "true\n"
+
+
+@pytest.mark.parametrize("start", [COMMAND, WORKER.removesuffix("; main()")])
+def test_nothing_looks_for_garbage_among_what_imports_leave(start: str) -> None:
+    def collections_after(words: str) -> list[str]:
+        command = [sys.executable, "-c", f"{words}; {COUNT}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    assert collections_after(start) == ["0", "100000"]
+
+
+def test_a_training_leaves_no_garbage_and_no_complaint_at_its_end() -> None:
+    training = """
+import gc
+usual = gc.get_threshold()
+from pipeline.cli import main
+from pipeline.runtime import freeze_imports
+import torch._dynamo, torchvision, weakref
+for _ in range(2):
+    freeze_imports()
+assert gc.get_threshold() == usual != (0, 0, 0)
+assert gc.get_freeze_count() > 100_000
+
+class Figure: ...
+figure = Figure()
+figure.canvas = figure
+seen = weakref.ref(figure)
+del figure
+kept = [[] for _ in range(200_000)]
+assert seen() is None, "collected"
+"""
+    done = subprocess.run([sys.executable, "-c", training], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# 64 MiB are 16,384 pages: those of the second tensor are the first's, or the system's again. It is a little smaller,
+# as glibc before 2.38 doesn't put an aligned block where one of the same size was.
+FAULTS = """
+import resource
+import torch
+from pipeline.runtime import keep_freed_memory
+if {keep}:
+    keep_freed_memory()
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24 - 2**10)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_a_large_tensor_takes_the_memory_of_the_one_before_it() -> None:
+    def faults(keep: bool) -> int:
+        code = FAULTS.format(keep=keep)
+        return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+    if not keep_freed_memory():
+        pytest.skip("no glibc")
+    assert faults(keep=True) < 1000 < 16_000 < faults(keep=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from pipeline.errors import UserError, escape_control
-from pipeline.interpreter import freeze_imports
+from pipeline.runtime import freeze_imports
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 HOME = Path("mlruns")
 UI_PORT = 5000
-INTERRUPTED = 130  # the exit code
 DEVICE_NAMES = r"auto|cpu|cuda(:\d{1,3})?"
 
 

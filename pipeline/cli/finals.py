@@ -7,7 +7,6 @@ import typer
 
 from pipeline.cli.common import (
     HOME,
-    INTERRUPTED,
     find_device,
     load_data_of_run,
     make_console,
@@ -16,6 +15,7 @@ from pipeline.cli.common import (
     say_what_is_missing,
     settle,
 )
+from pipeline.cli.exit_codes import INTERRUPTED
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
 from pipeline.errors import NotReproduced, UserError, redact_uri
 

@@ -13,11 +13,11 @@ from types import FrameType
 
 import typer
 
-import pipeline.interpreter  # noqa: F401, this and the next before all that is large
 from pipeline.runtime import COMPUTING, ignore_variables
 
 # isort: split
-from pipeline.cli.common import INTERRUPTED, is_away
+from pipeline.cli.common import is_away
+from pipeline.cli.exit_codes import INTERRUPTED, exit_code
 from pipeline.cli.finals import finals, reproduce
 from pipeline.cli.look import compare, ui
 from pipeline.cli.measure import bench, bench_gpu, curves, replay
@@ -80,7 +80,7 @@ def main() -> None:
     except UserError as error:
         for line in error.lines:
             print(f"error: {line}" if not line.startswith(" ") else line, file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
+        sys.exit(exit_code(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         sys.exit(INTERRUPTED)
@@ -90,6 +90,6 @@ def main() -> None:
                 f"error: MLflow doesn't answer any more ({first_line(error)}); once it does, the same command goes on"
             )
             print(line, file=sys.stderr)  # noqa: T201
-            sys.exit(UserError.exit_code)
+            sys.exit(exit_code(UserError("")))
         print(redact_secrets(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
         sys.exit(1)

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from pipeline.cli.common import (
     HOME,
-    INTERRUPTED,
     UI_PORT,
     expand,
     find_device,
@@ -23,6 +22,7 @@ from pipeline.cli.common import (
     say_small_split,
     settle,
 )
+from pipeline.cli.exit_codes import INTERRUPTED
 from pipeline.cli.look import links_of
 from pipeline.cli.options import (
     ChangeOption,

@@ -36,7 +36,7 @@ LONGEST_GAP_S = 5.0  # between two answers of the database; what is longer was a
 LOCK_CHECK_S = 5.0
 END_S = 15.0  # for idle workers to end by themselves
 # A worker process.
-WORKER = "import pipeline.runtime, pipeline.interpreter; from pipeline.search.worker import main; main()"
+WORKER = "import pipeline.runtime; from pipeline.search.worker import main; main()"
 MAX_WORKER_DEATHS = 3  # deaths of a worker in a row, while no trial of the study ended: it will not get better
 
 log = logging.getLogger(__name__)
@@ -265,10 +265,8 @@ class Supervisor:
                 continue
             if ended.bug:
                 raise WorkerBug(f"in worker {place.number + 1}:\n{ended.bug}")
-            if ended.lines:
-                every: list[type[UserError]] = [*UserError.__subclasses__(), UserError]
-                kinds = {kind.exit_code: kind for kind in every}
-                raise kinds.get(ended.exit_code, UserError)(ended.lines)
+            if ended.error:
+                raise ended.as_error()
             died.append(place)
         return died
 
@@ -279,8 +277,9 @@ class Supervisor:
         log.info("worker %d: %s", place.number + 1, why)
         if place.deaths >= MAX_WORKER_DEATHS:
             raise UserError(
-                f"worker {place.number + 1} died {MAX_WORKER_DEATHS} times in a row and no trial ended ({why}); mend what ends it, "
-                "and the same command goes on"
+                f"worker {place.number + 1}",
+                f"died {MAX_WORKER_DEATHS} times in a row and no trial ended ({why})",
+                "mend what ends it; the same command resumes the study",
             )
 
     def _why(self, place: _Slot) -> str:

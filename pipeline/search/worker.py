@@ -22,11 +22,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.data.datasets import load
 from pipeline.data.prepare import prepare
-from pipeline.errors import UserError
+from pipeline.errors import Problem, UserError, error_of
 from pipeline.experiment import Interrupted, Outcome
-from pipeline.interpreter import freeze_imports
 from pipeline.processes import this_process
 from pipeline.recipe import Recipe
+from pipeline.runtime import freeze_imports
 from pipeline.search.storage import RetryingStorage, find_study, open_storage
 from pipeline.search.study import Search
 from pipeline.search.trial import Objective, Progress, StudyInterrupted, TrialFailed
@@ -69,12 +69,17 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a worker ended: because it was asked to, by the user's fault (`lines`), by a bug, or it `died`; JSON."""
+    """How a worker ended: because it was asked to, by a UserError, by a bug, or it `died`; JSON."""
 
-    lines: list[str] = field(default_factory=list)
-    exit_code: int = 0  # of the user's fault
+    error: str = ""  # the name of the UserError's class
+    problems: list[dict[str, Any]] = field(default_factory=list)  # of the UserError; see `as_error`
     bug: str = ""  # a traceback
     died: str = ""  # of what
+
+    def as_error(self) -> UserError:
+        """The UserError that ended it."""
+        problems = [Problem(**problem | {"details": tuple(problem["details"])}) for problem in self.problems]
+        return error_of(self.error, problems)
 
 
 def packed(search: Search) -> bytes:
@@ -249,7 +254,7 @@ def work(assignment: Assignment, stop_requested: Callable[[], bool]) -> Ended:
     except (StudyInterrupted, Interrupted, KeyboardInterrupt):
         return Ended()
     except UserError as error:
-        return Ended(lines=error.lines, exit_code=error.exit_code)
+        return Ended(error=type(error).__name__, problems=[asdict(problem) for problem in error.problems])
     except BaseException:
         return Ended(bug=traceback.format_exc())
     return Ended()

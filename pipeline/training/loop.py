@@ -20,10 +20,10 @@ from pipeline.evaluation.scores import accuracy_from, f1_macro_from
 from pipeline.models.build import build_network
 from pipeline.models.layers import FitsFirstLayer
 from pipeline.recipe import Recipe
+from pipeline.runtime import keep_freed_memory
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
 from pipeline.training.losses import soft_cross_entropy
-from pipeline.training.memory import keep_freed_memory
 from pipeline.training.optimizers import build_optimizer, set_lr
 from pipeline.training.resume import Parts, Resume
 

@@ -17,6 +17,7 @@ import torch
 from mlflow import MlflowClient
 
 from pipeline import experiment
+from pipeline.cli.exit_codes import exit_code
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PromotionRefused, UserError
 from pipeline.inference.classifier import Classifier
@@ -172,7 +173,7 @@ def test_what_is_not_better_is_refused_with_its_numbers_and_not_judged_twice(sto
     before = len(registry.ledger.events())
     with pytest.raises(PromotionRefused) as caught:
         promote(registry, store.good, RULES, DATA, view)
-    assert caught.value.exit_code == 5
+    assert exit_code(caught.value) == 5
     assert [line.split(":")[0] for line in caught.value.lines[:3]] == ["better", "gain", "beyond seeds"]
     assert kinds(registry)[before:] == [LOOK, LOOK, REFUSED]
     assert registry.alias("champion") == "1"

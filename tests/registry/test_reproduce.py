@@ -11,6 +11,7 @@ import torch
 from conftest import Trained
 
 from pipeline import experiment
+from pipeline.cli.exit_codes import exit_code
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, NotReproduced, UserError
 from pipeline.experiment import Outcome
@@ -148,7 +149,7 @@ def test_unequal_bits_are_forgiven_within_the_tolerance_and_only_for_a_cause(
     for comparison, found in ((wide, cause[1:]), (none, cause)):
         with pytest.raises(NotReproduced, match=r"^not reproduced") as caught:
             verdict(comparison, found)
-        assert caught.value.exit_code == 6
+        assert exit_code(caught.value) == 6
         assert len(caught.value.lines) == 1 + len(comparison.lines)
 
 

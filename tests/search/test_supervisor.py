@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class ThreadWorker:
         except Died as error:
             how = Ended(died=str(error) or "of nothing")
         except UserError as error:
-            how = Ended(lines=error.lines, exit_code=error.exit_code)
+            how = Ended(error=type(error).__name__, problems=[asdict(problem) for problem in error.problems])
         except ZeroDivisionError as error:
             how = Ended(bug=f"Traceback: {error!r}")
         except ValueError:

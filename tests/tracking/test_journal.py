@@ -21,6 +21,7 @@ from mlflow.entities import ViewType
 from proxy import Proxy
 
 import pipeline.tracking.uploader as shipping
+from pipeline.cli.exit_codes import exit_code
 from pipeline.cli.store import sync
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PartialFailure, UserError
@@ -490,7 +491,7 @@ def test_sync_sends_what_is_left_says_what_is_refused_and_can_be_repeated(
         pytest.raises(PartialFailure, match=rf"{'b' * 32}: MLflow refuses it \(it was deleted in MLflow\)") as caught,
     ):
         sync()
-    assert len(caught.value.lines) == 1 and caught.value.exit_code == 4
+    assert len(caught.value.lines) == 1 and exit_code(caught.value) == 4
     said = capsys.readouterr().out
     assert said == "sent 1 run\n1 run: a running command writes and sends them itself\n"
     [stored] = runs_of(local, "a" * 32)
