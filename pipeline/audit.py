@@ -433,13 +433,13 @@ def _write_tags(
     of_all = {"study": study.study_name, "data_digest": asked["data"], "split_digest": asked["split"]}
     own = {"role": "study", "study": study.study_name, "objective": asked["objective"]}
     by_key = {run.data.tags[RUN_KEY]: run_id for run_id, run in runs.items()}
-    known = {study.user_attrs.get("mlflow_run_id"): own | {RUN_KEY: study.user_attrs.get("run_key", "")}}
+    known = {study.user_attrs.get("mlflow_run_id", ""): own | {RUN_KEY: study.user_attrs.get("run_key", "")}}
     for trial in study.get_trials(deepcopy=False):
         if counts(trial) and _key(trial) and "recipe_digest" in trial.user_attrs:
             tags = {"role": "trial", "trial": str(trial.number), "state": str(_STATES[trial.state.name])}
             tags |= {RUN_KEY: _key(trial), "recipe_digest": trial.user_attrs["recipe_digest"]}
-            known[by_key.get(_key(trial)) or trial.user_attrs.get("mlflow_run_id")] = of_all | tags
-    others = _read(tracker, known.keys() - runs.keys() - deleted)
+            known[by_key.get(_key(trial)) or trial.user_attrs.get("mlflow_run_id") or ""] = of_all | tags
+    others = _read(tracker, known.keys() - runs.keys() - set(deleted))
     for run in [*(runs[run_id] for run_id in known.keys() & runs.keys()), *others]:
         its = known[run.info.run_id]
         broken = [name for name in broken_tags(run, has_key=its["role"] == "trial") if its.get(name)]
