@@ -5,7 +5,7 @@ A new way is a line in VARIANTS: mostly an OptunaSearch with another sampler, pr
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import optuna
@@ -284,7 +284,8 @@ class NearestTrial:
 
 def nearest(search: Search, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters that give the recipe with these changes, or the one nearest to it that the space has."""
-    trial = NearestTrial(search.base.changed(changes).flat())
+    flat = search.base.changed(changes).flat()
+    trial = NearestTrial(search.params_of(flat) if isinstance(search, OneScaleSearch) else flat)
     search.ask(trial)
     return trial.params
 
@@ -307,6 +308,39 @@ def fewer_strengths(search: Search) -> Search:
 def no_strengths(search: Search) -> Search:
     """Crop and flip are all."""
     return replace(search, base=search.base.changed(NO_STRENGTH), fixed=search.fixed | NO_STRENGTH.keys())
+
+
+ADAPTIVE_SCALE = 20  # Adam's usual 1e-3 to 5e-3 for SGD's 0.02 to 0.1
+
+
+class OneScaleSearch(Search):
+    """The rate that is asked is SGD's; Adam and AdamW get a twentieth of it, so that one range is at home for all."""
+
+    def recipe(self, params: Mapping[str, Any]) -> Recipe:
+        """See Search."""
+        return super().recipe(self._scaled(params, 1 / ADAPTIVE_SCALE))
+
+    def control(self) -> dict[str, Any]:
+        """See Search."""
+        return self.params_of(super().control())
+
+    def params_of(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """A recipe's fields as they would be asked."""
+        return self._scaled(flat, ADAPTIVE_SCALE)
+
+    def _scaled(self, values: Mapping[str, Any], factor: float) -> dict[str, Any]:
+        is_adaptive = values.get("optimizer.name", self.base.optimizer.name) in ("adam", "adamw")
+        return {**values, "optimizer.lr": values["optimizer.lr"] * factor} if is_adaptive else dict(values)
+
+
+def one_scale(search: Search) -> Search:
+    """One range of rates that means the same for every optimizer."""
+    return OneScaleSearch(**{each.name: getattr(search, each.name) for each in fields(search)})
+
+
+def lean(search: Search) -> Search:
+    """Fewer strengths, rates on one scale, label smoothing."""
+    return one_scale(with_smoothing(fewer_strengths(search)))
 
 
 def with_smoothing(search: Search) -> Search:
@@ -350,16 +384,18 @@ VARIANTS: Mapping[str, Strategy] = {
     "default": DEFAULT,
     "optuna": OptunaSearch(sampler=seeded(TPESampler), pruner=lambda search: MedianPruner(), starts_with_control=False),
     "random": OptunaSearch(sampler=seeded(RandomSampler), starts_with_control=False),
-    "portfolio": replace(DEFAULT, portfolio=PORTFOLIO, never_pruned=1 + len(PORTFOLIO)),
+    "portfolio": replace(DEFAULT, portfolio=PORTFOLIO),
     "no-pruning": replace(DEFAULT, pruner=lambda search: NopPruner()),
     "later-rungs": replace(DEFAULT, pruner=recent(1 / 2, 3 / 4)),
     "fewer-strengths": replace(DEFAULT, space=fewer_strengths),
     "no-strengths": replace(DEFAULT, space=no_strengths),
     "annealed-halving": AnnealedHalving(sampler=ours),
     "portfolio-annealed-halving": AnnealedHalving(sampler=ours, portfolio=PORTFOLIO),
-    "portfolio-no-pruning": replace(
-        DEFAULT, portfolio=PORTFOLIO, never_pruned=1 + len(PORTFOLIO), pruner=lambda search: NopPruner()
-    ),
-    "portfolio-smoothing": replace(DEFAULT, portfolio=PORTFOLIO, never_pruned=1 + len(PORTFOLIO), space=with_smoothing),
+    "portfolio-no-pruning": replace(DEFAULT, portfolio=PORTFOLIO, pruner=lambda search: NopPruner()),
+    "portfolio-smoothing": replace(DEFAULT, portfolio=PORTFOLIO, space=with_smoothing),
+    "one-scale": replace(DEFAULT, space=one_scale),
+    "lean": replace(DEFAULT, space=lean),
+    "portfolio-lean": replace(DEFAULT, portfolio=PORTFOLIO, space=lean),
+    "portfolio-lean-annealed-halving": AnnealedHalving(sampler=ours, portfolio=PORTFOLIO, space=lean),
     "gp": replace(DEFAULT, sampler=seeded(GPSampler)),
 }
