@@ -17,7 +17,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # equal sums need equal threads, and an epoch more would not be faster
 
-import pipeline.environment  # noqa: F401, I001  before torch is imported
+import pipeline.runtime  # noqa: F401, I001  before torch is imported
 import optuna
 import torch
 from filelock import FileLock, Timeout

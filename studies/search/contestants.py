@@ -14,7 +14,7 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
 from pipeline.recipe import Recipe
-from pipeline.search.pruner import WHOLE, RecentPruner
+from pipeline.search.pruner import MIN_UNPRUNED_TRIALS, RecentTrialsPruner
 from pipeline.search.study import Search, load_study
 from pipeline.training.loop import Diverged
 
@@ -47,9 +47,8 @@ class System:
     def search(self, seed: int) -> Search:
         """The search of this seed, which seeds the trainings of its trials too, as in the command."""
         study = load_study(self.study)
-        changes = {**self.changes, "training.epochs": self.epochs, "training.seed": seed}
-        base = study.base.changed(changes)
-        return Search(self.study, study, base, study.version, study.trials, None, fixed=frozenset(changes))
+        settings = {**self.changes, "training.epochs": self.epochs, "training.seed": seed}
+        return Search(self.study, study, study.settings(settings), study.version, study.trials, None)
 
 
 THIRD = {"data.train_fraction": 1 / 3}
@@ -302,12 +301,12 @@ def fewer_strengths(search: Search) -> Search:
     """Without what bends or colours the image: crop, flip, erasing and CutMix are left."""
     gone = ("rotation", "perspective", "brightness", "contrast", "saturation", "hue", "mixup")
     changes = {f"augmentation.{name}": 0 for name in gone}
-    return replace(search, base=search.base.changed(changes), fixed=search.fixed | changes.keys())
+    return replace(search, settings={**search.settings, **changes})
 
 
 def no_strengths(search: Search) -> Search:
     """Crop and flip are all."""
-    return replace(search, base=search.base.changed(NO_STRENGTH), fixed=search.fixed | NO_STRENGTH.keys())
+    return replace(search, settings={**search.settings, **NO_STRENGTH})
 
 
 ADAPTIVE_SCALE = 20  # Adam's usual 1e-3 to 5e-3 for SGD's 0.02 to 0.1
@@ -329,7 +328,7 @@ class OneScaleSearch(Search):
         return self._scaled(flat, ADAPTIVE_SCALE)
 
     def _scaled(self, values: Mapping[str, Any], factor: float) -> dict[str, Any]:
-        is_adaptive = values.get("optimizer.name", self.base.optimizer.name) in ("adam", "adamw")
+        is_adaptive = values.get("optimizer.name", self.study.base.optimizer.name) in ("adam", "adamw")
         return {**values, "optimizer.lr": values["optimizer.lr"] * factor} if is_adaptive else dict(values)
 
 
@@ -369,7 +368,7 @@ def seeded(make: Callable[..., BaseSampler], **options: Any) -> Callable[[Search
 def recent(*shares: float) -> Callable[[Search], BasePruner]:
     """The project's pruner with its decisions after these shares of the epochs."""
 
-    def make(search: Search) -> RecentPruner:
+    def make(search: Search) -> RecentTrialsPruner:
         pruner = search.pruner()
         pruner.rungs = sorted({math.ceil(search.most_epochs * share) for share in shares})
         return pruner
@@ -377,7 +376,7 @@ def recent(*shares: float) -> Callable[[Search], BasePruner]:
     return make
 
 
-DEFAULT = OptunaSearch(sampler=ours, pruner=lambda search: search.pruner(), never_pruned=WHOLE)
+DEFAULT = OptunaSearch(sampler=ours, pruner=lambda search: search.pruner(), never_pruned=MIN_UNPRUNED_TRIALS)
 VARIANTS: Mapping[str, Strategy] = {
     "control": Line(lambda search: search.base),
     # `hand` depends on the system: see `hand_of`.
