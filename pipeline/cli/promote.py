@@ -88,14 +88,14 @@ def promote(
 
 def _chosen(tracker: "MlflowTracker", name: str, said: Callable[[str], None]) -> tuple[str, str]:
     """The run that a study stands for, and why that one."""
-    from pipeline.registry.finals import winner
+    from pipeline.registry.decision import find_winner
     from pipeline.tracking.queries import find_study
 
     study, several = find_study(tracker, name)
     for line in tracker.left_out(study):
         said(line)
-    if found := winner(tracker, study):
-        run, why = found.run_id, f"{study.name}: {found.said}"
+    if found := find_winner(tracker, study):
+        run, why = found.run_id, f"{study.name}: {found.summary}"
     elif best := tracker.best_run_ids(study, 1):
         run = best[0]
         why = f"{study.name}: its best trial, run {run}; one seed can't tell the best from the lucky, make finals can"
