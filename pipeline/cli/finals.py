@@ -111,7 +111,8 @@ def reproduce(
     from pipeline.cli.views import FinalsView
     from pipeline.experiment import Interrupted
     from pipeline.registry import reproduce as again
-    from pipeline.tracking.tracker import MlflowTracker, State
+    from pipeline.tracking.tags import State
+    from pipeline.tracking.tracker import MlflowTracker
 
     where = find_device(device)
     _check_store(tracking_uri)
