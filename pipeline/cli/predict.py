@@ -53,7 +53,7 @@ def predict(
         check_output(output)
     console = make_console()
     classifier = _classifier(model, method, find_device(device), tracking_uri, console)
-    classes = classifier.facts.classes
+    classes = classifier.metadata.classes
     with console.status("") as status:
         found = predict_files(
             classifier,
@@ -101,7 +101,7 @@ def _classifier(
     say(console, f"model: {what}")
     if method != "plain":
         for tell in (verdict, f1_changes):
-            say(console, tell(classifier.facts.measured, method, classifier.facts.classes))
+            say(console, tell(classifier.metadata.measured, method, classifier.metadata.classes))
     return classifier
 
 

@@ -63,34 +63,34 @@ class Classifier:
     """A network on a device, in evaluation mode."""
 
     network: nn.Module
-    facts: ModelMetadata
+    metadata: ModelMetadata
     device: torch.device
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "Classifier":
         """From a checkpoint's folder; no code of it is run. UserError where it is damaged or lacks something."""
         try:
-            facts = ModelMetadata.model_validate(read_checkpoint(folder))
+            metadata = ModelMetadata.model_validate(read_checkpoint(folder))
         except ValidationError as error:
             lines = [f"  {line}" for line in validation_lines(error)]
-            raise UserError([f"{folder}: its facts can't be used; train it again", *lines]) from None
-        shape = (facts.recipe.model, len(facts.classes), facts.recipe.data.image_size)
+            raise UserError([f"{folder}: its metadata can't be used; train it again", *lines]) from None
+        shape = (metadata.recipe.model, len(metadata.classes), metadata.recipe.data.image_size)
         with torch.device("meta"):
             check_weights(folder / WEIGHTS, build_network(*shape, seed=0))
         network = build_network(*shape, seed=0)
         load_weights(folder / WEIGHTS, network)
-        return cls(network.to(device).to(memory_format=torch.channels_last).eval(), facts, device)
+        return cls(network.to(device).to(memory_format=torch.channels_last).eval(), metadata, device)
 
     @property
     def image_size(self) -> int:
         """Height and width in pixels that it takes."""
-        return self.facts.recipe.data.image_size
+        return self.metadata.recipe.data.image_size
 
     def probabilities(self, images: Tensor, method: str = "plain") -> np.ndarray:
         """uint8 images (N, 3, S, S) -> float64 (N, C), by one of `methods.METHODS`; the highest is the prediction."""
-        flip, shift = views_of(self.facts.recipe)
+        flip, shift = views_of(self.metadata.recipe)
         chosen = [images] if method in ("plain", "specialised") else views(images, flip, shift)
-        mean, std = (torch.tensor(values, device=self.device) for values in (self.facts.mean, self.facts.std))
-        precision = self.facts.recipe.training.precision
+        mean, std = (torch.tensor(values, device=self.device) for values in (self.metadata.mean, self.metadata.std))
+        precision = self.metadata.recipe.training.precision
         logits = [predict_logits(self.network, view.to(self.device), mean, std, precision) for view in chosen]
-        return combine(method, torch.stack(logits).double().cpu().numpy(), self.facts.fitted)
+        return combine(method, torch.stack(logits).double().cpu().numpy(), self.metadata.fitted)

@@ -35,7 +35,7 @@ def test_the_stored_model_predicts_what_was_scored(folder: Path, trained: Traine
     classifier = Classifier.load(folder, CPU)
     tracker = MlflowTracker(trained.home)
     stored = pq.read_table(tracker.client.download_artifacts(trained.finished, "predictions.parquet")).to_pandas()
-    logits = np.log(np.stack(stored.probabilities).astype(np.float64)) / classifier.facts.fitted.temperature
+    logits = np.log(np.stack(stored.probabilities).astype(np.float64)) / classifier.metadata.fitted.temperature
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     got = classifier.probabilities(digits.validation.images)
     np.testing.assert_allclose(got, expected, atol=0.02)  # bf16 in channels_last or not
@@ -50,20 +50,20 @@ def test_every_method_gives_probabilities_and_only_two_look_at_views(folder: Pat
     for probabilities in by_method.values():
         assert probabilities.shape == (20, 10)
         np.testing.assert_allclose(probabilities.sum(1), 1)
-    mean, std = torch.tensor(classifier.facts.mean), torch.tensor(classifier.facts.std)
+    mean, std = torch.tensor(classifier.metadata.mean), torch.tensor(classifier.metadata.std)
     logits = [
         predict_logits(classifier.network, view, mean, std, "auto")
-        for view in views(images, *views_of(classifier.facts.recipe))
+        for view in views(images, *views_of(classifier.metadata.recipe))
     ]
-    expected = combine("tta", torch.stack(logits).double().numpy(), classifier.facts.fitted)
+    expected = combine("tta", torch.stack(logits).double().numpy(), classifier.metadata.fitted)
     np.testing.assert_allclose(by_method["tta"], expected)
-    assert views_of(classifier.facts.recipe) == (False, 1)  # digits are not mirrored in training, but cropped
+    assert views_of(classifier.metadata.recipe) == (False, 1)  # digits are not mirrored in training, but cropped
     assert len(views(images, False, 1)) == 3
     assert np.abs(by_method["tta"] - by_method["plain"]).max() > 1e-3
 
 
 def test_what_was_measured_out_of_fold_is_stored_with_it(folder: Path, digits: TrainingData) -> None:
-    facts = Classifier.load(folder, CPU).facts
+    facts = Classifier.load(folder, CPU).metadata
     assert set(facts.measured) == set(METHODS)
     labels = digits.validation.labels.numpy()
     plain = score(Classifier.load(folder, CPU).probabilities(digits.validation.images), labels)

@@ -89,16 +89,16 @@ def test_what_was_fitted_is_in_the_metadata(right: tuple[Classifier, Path]) -> N
     session = export.session(path)
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == ["class 0", "class 1", "class 2"]
-    assert float(metadata["temperature"]) == torchs.facts.fitted.temperature
+    assert float(metadata["temperature"]) == torchs.metadata.fitted.temperature
     assert json.loads(metadata["thresholds"]) == [1.0, 2.0, 3.0]
     digests = {name: metadata[name] for name in ("recipe_digest", "data_digest", "split_digest", "run_id")}
-    assert digests == {name: getattr(torchs.facts, name) for name in digests}
+    assert digests == {name: getattr(torchs.metadata, name) for name in digests}
     assert str(Path(__file__).parents[2]) not in path.read_bytes().decode(errors="replace"), "no paths of this machine"
 
 
 def test_a_wrong_export_is_refused_with_the_number(right: tuple[Classifier, Path]) -> None:
     torchs, path = right
-    facts = torchs.facts.model_copy(update={"mean": (0.4, 0.5, 0.603)})
+    facts = torchs.metadata.model_copy(update={"mean": (0.4, 0.5, 0.603)})
     with pytest.raises(
         PromotionRefused, match=r"model.onnx: differs from torch by 0\.0\d+ in probability; at most 0.0001"
     ):
@@ -166,7 +166,7 @@ def test_the_whole_validation_split_of_a_trained_model(trained: Trained, packed:
 
 def test_the_whole_validation_split_of_cifar10(cifar10_dir: Path, tmp_path: Path) -> None:
     torchs, path = classifier(recipe.Plain(widths=(8, 16)), size=32, classes=10), tmp_path / "model.onnx"
-    data = prepare(load("cifar10", 32, cifar10_dir), torchs.facts.recipe.data, CPU)
+    data = prepare(load("cifar10", 32, cifar10_dir), torchs.metadata.recipe.data, CPU)
     export.export_onnx(torchs, path)
     assert export.check(torchs, path, data.validation.images) <= export.TOLERANCE
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.registry.ledger import LOOK, Ledger
+from pipeline.registry.ledger import TEST_EVALUATION, Ledger
 from pipeline.registry.speed_runs import NOBODY, six_views, speed_run_data
 
 CPU = torch.device("cpu")
@@ -20,10 +20,10 @@ def test_every_training_image_trains_and_each_look_is_noted(cifar10_dir: Path, t
     assert test.images.shape == (10_000, 3, 32, 32)
     assert test.labels.bincount().tolist() == [1000] * 10
     assert data.mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-4), "the lineage's constants"
-    looks = Ledger(home).events()
-    assert [(look.kind, look.model, look.reason) for look in looks] == [
-        (LOOK, NOBODY, "first"),
-        (LOOK, NOBODY, "second"),
+    events = Ledger(home).events()
+    assert [(event.kind, event.model, event.reason) for event in events] == [
+        (TEST_EVALUATION, NOBODY, "first"),
+        (TEST_EVALUATION, NOBODY, "second"),
     ]
 
 
