@@ -116,7 +116,8 @@ def _calibration(metadata: ModelMetadata, run: Run) -> str:
     before, after = run.data.metrics.get("val/ece"), metadata.measured["plain"].ece
     return (
         f"Expected calibration error on the validation split {_number(before, '.4f')} as trained, {after:.4f} with the "
-        f"temperature {metadata.fitted.temperature:.3f} (fitted and measured on different fifths), which the model has inside."
+        f"temperature {metadata.calibration.temperature:.3f} (fitted and measured on different fifths), which the model "
+        "has inside."
     )
 
 

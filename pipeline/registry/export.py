@@ -51,7 +51,7 @@ class _Deployed(nn.Module):
     def __init__(self, classifier: Classifier):
         super().__init__()
         self.network = classifier.network
-        self.temperature = classifier.metadata.fitted.temperature
+        self.temperature = classifier.metadata.calibration.temperature
         self.register_buffer("mean", torch.tensor(classifier.metadata.mean))
         self.register_buffer("std", torch.tensor(classifier.metadata.std))
 
@@ -84,8 +84,8 @@ def export_onnx(classifier: Classifier, path: Path) -> None:
     metadata = classifier.metadata
     properties = {
         "classes": json.dumps(metadata.classes),
-        "temperature": repr(metadata.fitted.temperature),
-        "thresholds": json.dumps(metadata.fitted.thresholds),
+        "temperature": repr(metadata.calibration.temperature),
+        "thresholds": json.dumps(metadata.calibration.thresholds),
         "recipe_digest": metadata.recipe_digest,
         "data_digest": metadata.data_digest,
         "split_digest": metadata.split_digest,
@@ -148,7 +148,7 @@ def float32_probabilities(classifier: Classifier, images: Tensor) -> np.ndarray:
     """`Classifier.probabilities(images, "plain")` with the network in float32, whatever its recipe's precision."""
     mean, std = (torch.tensor(values) for values in (classifier.metadata.mean, classifier.metadata.std))
     logits = predict_logits(classifier.network, images, mean, std, "fp32")
-    return combine("plain", logits.double().numpy()[None], classifier.metadata.fitted)
+    return combine("plain", logits.double().numpy()[None], classifier.metadata.calibration)
 
 
 def probes(classifier: Classifier, count: int = 130) -> Tensor:

@@ -97,7 +97,7 @@ def test_other_ids_or_classes_are_refused_each_with_its_name() -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("id,label,p_a,p_b\n1,a,0.6,0.4\n1,a,0.6,0.4\n", "id 1 stands there twice"),
+        ("id,label,p_a,p_b\n1,a,0.6,0.4\n1,a,0.6,0.4\n", "id 1 is there twice"),
         ("id,label,p_a,p_b\n1,a,0.6,0.3\n", "the probabilities of id 1 are not"),
         ("id,label,p_a,p_b\n1,a,0.6,0.401\n", "the probabilities of id 1 are not"),
         ("id,label,p_a,p_b\n1,a,1.6,-0.6\n", "the probabilities of id 1 are not"),

@@ -15,8 +15,9 @@ from pipeline import recipe
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import PromotionRefused
+from pipeline.evaluation.calibration import Calibration
 from pipeline.inference.classifier import Classifier, ModelMetadata
-from pipeline.inference.methods import METHODS, Fitted, Measured
+from pipeline.inference.methods import METHODS, MethodScores
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.registry import export
@@ -45,8 +46,10 @@ def classifier(model: recipe.Model, size: int = 11, classes: int = 3) -> Classif
     base = {"optimizer": {"name": "sgd", "lr": 0.1}, "training": {"epochs": 1, "precision": "fp32"}}
     whole = Recipe.model_validate({**base, "data": {"image_size": size}, "model": model.model_dump()})
     f1 = (0.5,) * classes
-    worth = Measured(n=1, accuracy=0.5, f1_macro=0.5, ece=0.1, loss=1, f1=f1, right=0, wrong=0, p=1, f1_macro_error=0)
-    facts = ModelMetadata(
+    worth = MethodScores(
+        n=1, accuracy=0.5, f1_macro=0.5, ece=0.1, loss=1, f1=f1, gained=0, lost=0, p=1, f1_macro_error=0
+    )
+    metadata = ModelMetadata(
         recipe=whole,
         recipe_digest=whole.digest(),
         data_digest="d",
@@ -55,13 +58,14 @@ def classifier(model: recipe.Model, size: int = 11, classes: int = 3) -> Classif
         mean=(0.4, 0.5, 0.6),
         std=(0.2, 0.25, 0.3),
         run_id="r",
-        fitted=Fitted(temperature=1.0, thresholds=(1.0,) * classes),
+        calibration=Calibration(temperature=1.0, thresholds=(1.0,) * classes),
         measured=dict.fromkeys(METHODS, worth),
     )
-    made = Classifier(network.to(memory_format=torch.channels_last).eval(), facts, CPU)
+    made = Classifier(network.to(memory_format=torch.channels_last).eval(), metadata, CPU)
     sharpness = float(np.log(made.probabilities(export.probes(made))).std())
     return dataclasses.replace(
-        made, facts=facts.model_copy(update={"fitted": Fitted(sharpness / 2, tuple(range(1, classes + 1)))})
+        made,
+        metadata=metadata.model_copy(update={"calibration": Calibration(sharpness / 2, tuple(range(1, classes + 1)))}),
     )
 
 
@@ -89,7 +93,7 @@ def test_what_was_fitted_is_in_the_metadata(right: tuple[Classifier, Path]) -> N
     session = export.session(path)
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == ["class 0", "class 1", "class 2"]
-    assert float(metadata["temperature"]) == torchs.metadata.fitted.temperature
+    assert float(metadata["temperature"]) == torchs.metadata.calibration.temperature
     assert json.loads(metadata["thresholds"]) == [1.0, 2.0, 3.0]
     digests = {name: metadata[name] for name in ("recipe_digest", "data_digest", "split_digest", "run_id")}
     assert digests == {name: getattr(torchs.metadata, name) for name in digests}
@@ -98,11 +102,11 @@ def test_what_was_fitted_is_in_the_metadata(right: tuple[Classifier, Path]) -> N
 
 def test_a_wrong_export_is_refused_with_the_number(right: tuple[Classifier, Path]) -> None:
     torchs, path = right
-    facts = torchs.metadata.model_copy(update={"mean": (0.4, 0.5, 0.603)})
+    metadata = torchs.metadata.model_copy(update={"mean": (0.4, 0.5, 0.603)})
     with pytest.raises(
         PromotionRefused, match=r"model.onnx: differs from torch by 0\.0\d+ in probability; at most 0.0001"
     ):
-        export.check(dataclasses.replace(torchs, facts=facts), path, noise(10, 11))
+        export.check(dataclasses.replace(torchs, metadata=metadata), path, noise(10, 11))
     assert export.check(torchs, path, noise(10, 11)) < export.TOLERANCE
 
 

@@ -307,7 +307,8 @@ def test_moved_alias_is_reported_with_both_ways_out(store: Store, tmp_path: Path
         with pytest.raises(UserError) as caught:
             command()
         assert (
-            "names version 1, but by the ledger" in caught.value.lines[0] and "it is version 2" in caught.value.lines[0]
+            "names version 1, but by the ledger" in caught.value.lines[0]
+            and "the champion is version 2" in caught.value.lines[0]
         )
         assert [line.split(" with")[0] for line in caught.value.lines[1:]] == [
             "  `rollback --version 1`",

@@ -166,5 +166,5 @@ def of_floats() -> onnx.ModelProto:
 def test_what_is_no_package_is_told(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "MLmodel").write_text(content)
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path}: no packed model (MLmodel); make export")):
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}: no packed model (MLmodel); `export`")):
         serve.check(tmp_path)
