@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.inference.classifier import Classifier
+    from pipeline.inference.predictions import FilePredictions
 
 MOST_PRINTED = 10  # of the predictions that a file holds anyway
 MOST_SHOWN = 12  # images of one picture

@@ -73,7 +73,7 @@ class Classifier:
         try:
             metadata = ModelMetadata.model_validate(read_checkpoint(folder))
         except ValidationError as error:
-            rule = f"{RECORD} can't be used"
+            rule = f"the metadata in {RECORD} can't be used"
             raise UserError(str(folder), rule, "train it again", validation_lines(error)) from None
         shape = (metadata.recipe.model, len(metadata.classes), metadata.recipe.data.image_size)
         with torch.device("meta"):

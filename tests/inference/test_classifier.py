@@ -31,7 +31,7 @@ def folder(trained: Trained) -> Iterator[Path]:
         yield model.folder
 
 
-def test_the_stored_model_predicts_what_was_scored(folder: Path, trained: Trained, digits: TrainingData) -> None:
+def test_stored_model_predicts_what_was_scored(folder: Path, trained: Trained, digits: TrainingData) -> None:
     classifier = Classifier.load(folder, CPU)
     tracker = MlflowTracker(trained.home)
     stored = pq.read_table(tracker.client.download_artifacts(trained.finished, "predictions.parquet")).to_pandas()
@@ -43,7 +43,7 @@ def test_the_stored_model_predicts_what_was_scored(folder: Path, trained: Traine
     assert not classifier.network.training
 
 
-def test_every_method_gives_probabilities_and_only_two_look_at_views(folder: Path, digits: TrainingData) -> None:
+def test_only_tta_and_adaptive_use_views(folder: Path, digits: TrainingData) -> None:
     classifier = Classifier.load(folder, CPU)
     images = digits.validation.images[:20]
     by_method = {method: classifier.probabilities(images, method) for method in METHODS}

@@ -76,7 +76,7 @@ def noise(count: int, size: int, seed: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model", SMALL, ids=lambda model: model.network)
-def test_every_network_gives_torchs_probabilities_in_every_batch_size(model: recipe.Model, tmp_path: Path) -> None:
+def test_every_network_gives_torch_probabilities(model: recipe.Model, tmp_path: Path) -> None:
     torchs, path = classifier(model), tmp_path / "model.onnx"
     export.export_onnx(torchs, path)
     session = export.session(path)
@@ -88,7 +88,7 @@ def test_every_network_gives_torchs_probabilities_in_every_batch_size(model: rec
     assert got.std() > 0.05, "equal because nothing differs"
 
 
-def test_what_was_fitted_is_in_the_metadata(right: tuple[Classifier, Path]) -> None:
+def test_calibration_and_digests_are_in_the_onnx_metadata(right: tuple[Classifier, Path]) -> None:
     torchs, path = right
     session = export.session(path)
     metadata = session.get_modelmeta().custom_metadata_map
@@ -100,7 +100,7 @@ def test_what_was_fitted_is_in_the_metadata(right: tuple[Classifier, Path]) -> N
     assert str(Path(__file__).parents[2]) not in path.read_bytes().decode(errors="replace"), "no paths of this machine"
 
 
-def test_a_wrong_export_is_refused_with_the_number(right: tuple[Classifier, Path]) -> None:
+def test_wrong_export_is_refused_with_the_difference(right: tuple[Classifier, Path]) -> None:
     torchs, path = right
     metadata = torchs.metadata.model_copy(update={"mean": (0.4, 0.5, 0.603)})
     with pytest.raises(
@@ -111,7 +111,7 @@ def test_a_wrong_export_is_refused_with_the_number(right: tuple[Classifier, Path
 
 
 @pytest.mark.parametrize("size", export.BATCHES)
-def test_one_image_wrong_in_one_batch_size_is_refused(
+def test_one_wrong_image_in_one_batch_size_is_refused(
     size: int, right: tuple[Classifier, Path], tmp_path: Path
 ) -> None:
     torchs, path = right
@@ -154,7 +154,7 @@ def wrong_in(size: int, path: Path) -> onnx.ModelProto:
     return model
 
 
-def test_a_network_that_has_no_numbers_is_refused(tmp_path: Path) -> None:
+def test_network_that_gives_nan_is_refused(tmp_path: Path) -> None:
     torchs = classifier(SMALL[1])
     with torch.no_grad():
         next(torchs.network.parameters()).fill_(float("nan"))
@@ -162,20 +162,20 @@ def test_a_network_that_has_no_numbers_is_refused(tmp_path: Path) -> None:
         export.export_onnx(torchs, tmp_path / "model.onnx")
 
 
-def test_the_whole_validation_split_of_a_trained_model(trained: Trained, packed: object, digits: TrainingData) -> None:
+def test_validation_split_of_a_trained_model(trained: Trained, packed: object, digits: TrainingData) -> None:
     with find_model(trained.home, None, trained.finished) as model:
         torchs = Classifier.load(model.folder, CPU)
     assert export.check(torchs, packed.folder / "model.onnx", digits.validation.images) <= export.TOLERANCE  # type: ignore[attr-defined]
 
 
-def test_the_whole_validation_split_of_cifar10(cifar10_dir: Path, tmp_path: Path) -> None:
+def test_validation_split_of_cifar10(cifar10_dir: Path, tmp_path: Path) -> None:
     torchs, path = classifier(recipe.Plain(widths=(8, 16)), size=32, classes=10), tmp_path / "model.onnx"
     data = prepare(load("cifar10", 32, cifar10_dir), torchs.metadata.recipe.data, CPU)
     export.export_onnx(torchs, path)
     assert export.check(torchs, path, data.validation.images) <= export.TOLERANCE
 
 
-def test_eight_bits_are_smaller_and_near_on_images_like_those_that_calibrated(tmp_path: Path) -> None:
+def test_8_bit_model_is_smaller_and_close(tmp_path: Path) -> None:
     torchs, path = classifier(recipe.Plain(widths=(32, 64))), tmp_path / "model.onnx"
     export.export_onnx(torchs, path)
     pixels = export.as_pixels(noise(200, 11))

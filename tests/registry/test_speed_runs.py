@@ -12,7 +12,7 @@ from pipeline.registry.speed_runs import NOBODY, six_views, speed_run_data
 CPU = torch.device("cpu")
 
 
-def test_every_training_image_trains_and_each_look_is_noted(cifar10_dir: Path, tmp_path: Path) -> None:
+def test_all_images_train_and_test_evaluations_are_recorded(cifar10_dir: Path, tmp_path: Path) -> None:
     home = tmp_path / "mlruns"
     for reason in ("first", "second"):
         data, test = speed_run_data(cifar10_dir, CPU, home, reason)
@@ -34,7 +34,7 @@ class Pixel(nn.Module):
         return x[:, :, 0, 1]
 
 
-def test_six_views_are_weighted_as_in_the_lineage() -> None:
+def test_six_views_are_weighted_as_in_airbench() -> None:
     images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     logits = six_views(Pixel(), images, torch.zeros(3), torch.ones(3) / 255, "fp32")
     unmoved = images[..., 0, 1].float() + images[..., 0, 6]
