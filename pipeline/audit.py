@@ -309,16 +309,16 @@ class _Auditor:
         if not (self._home / ledger.FILE).is_file():
             return
         kept = ledger.Ledger(self._home)
-        for event in kept.cut_off():
+        for event in kept.unfinished():
             self._find(
                 f"{event.model}: a change of champion, begun {event.time}, was cut off; make history finishes or undoes it"
             )
-        cut_off = {event.model for event in kept.cut_off()}
+        cut_off = {event.model for event in kept.unfinished()}
         for model in {event.model for event in kept.events() if event.kind in (ledger.PROMOTED, ledger.ROLLED_BACK)}:
-            registry, reigns = Registry(self._tracker, kept, model), kept.reigns(model)
-            if gone := registry.gone():
+            registry, reigns = Registry(self._tracker, kept, model), kept.champions(model)
+            if gone := registry.deleted():
                 versions = ", ".join(reign.version for reign in gone)
-                self._find(f"{model}: version {versions} was deleted in MLflow; {MENDS} takes it out of the reigns")
+                self._find(f"{model}: version {versions} was deleted in MLflow; {MENDS} records it in the ledger")
                 continue
             champion, alias = reigns[-1].version if reigns else None, registry.alias(CHAMPION)
             if alias != champion and model not in cut_off:

@@ -702,7 +702,7 @@ def test_a_champion_is_made_told_of_and_refuses_to_be_rolled_back(trained: Train
     shown = pipeline("history", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     kinds = [line.split("  ")[1].strip() for line in shown.stdout.splitlines()[:-1]]
-    assert kinds == ["look", "passed", "begun", "promoted"]
+    assert kinds == ["test evaluation", "passed", "begun", "promoted"]
     assert shown.stdout.splitlines()[-1].endswith("models that were tried on a test split: 1")
     back = pipeline("rollback", "--reason", "why not", cwd=tmp_path)
     assert back.returncode == 2

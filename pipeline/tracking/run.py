@@ -1,6 +1,5 @@
 """A run as long as it is open: what it measures goes to its journal, what the machine does too."""
 
-import enum
 import math
 import tempfile
 import time
@@ -14,17 +13,8 @@ from pipeline.errors import UserError, redact_secrets
 from pipeline.recipe import Recipe
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.lineage import code, environment
+from pipeline.tracking.tags import State
 from pipeline.tracking.uploader import SYSTEM, Uploader
-
-
-class State(enum.StrEnum):
-    """How a run ended, kept in its tag `state`; MLflow has no word for a pruned one."""
-
-    FINISHED = "finished"
-    PRUNED = "pruned"
-    FAILED = "failed"
-    INTERRUPTED = "interrupted"
-
 
 _STATUS = {
     State.FINISHED: "FINISHED",

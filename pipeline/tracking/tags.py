@@ -40,6 +40,7 @@ class RunTags:
     candidate: str | None = None  # of a final: the recipe's digest without its seed
     seed: int | None = None  # of a final
     reproduces: str | None = None  # of a reproduction: the first run
+    reproduced: str | None = None  # of a reproduction: how far it equals the first run
     worker: Mapping[str, Any] | None = None  # the process that trains it; see processes.this_process
     recipe_digest: str | None = None
     data_digest: str | None = None
