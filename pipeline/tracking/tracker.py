@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -95,10 +95,12 @@ class Tracker(Protocol):
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
         key: str | None = None,
+        check_ownership: Callable[[], None] = lambda: None,
     ) -> contextlib.AbstractContextManager[Run]:
         """A run that is never left open: one that its user didn't end is FAILED when the block is left.
 
-        Where a `key` is given that is known, the same run is gone on with.
+        Where a `key` is given that is known, the same run is resumed. `check_ownership` is called before anything is logged
+        and raises OwnershipLost where the run belongs to another process by now: it is left as it is.
         """
 
 
@@ -114,6 +116,7 @@ class NullTracker:
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
         key: str | None = None,
+        check_ownership: Callable[[], None] = lambda: None,
     ) -> Iterator[Run]:
         """See Tracker."""
         yield _NullRun(key or uuid.uuid4().hex)
@@ -296,6 +299,7 @@ class MlflowTracker:
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
         key: str | None = None,
+        check_ownership: Callable[[], None] = lambda: None,
     ) -> Iterator["MlflowRun"]:
         """See Tracker; with `parent`, a child of that run in its experiment.
 
@@ -316,20 +320,25 @@ class MlflowTracker:
             "params": {n: json.dumps(v) if isinstance(v, tuple) else str(v) for n, v in recipe.flat().items()},
             "data": _dataset(data),
         }
-        run = MlflowRun(self._shipper, self._journal(key or uuid.uuid4().hex, start, key is not None))
+        run = MlflowRun(
+            self._shipper, self._journal(key or uuid.uuid4().hex, start, key is not None), None, check_ownership
+        )
         try:
-            run.start(recipe, self.uri)
-            yield run
+            try:
+                run.start(recipe, self.uri)
+                yield run
+                run.end(State.FAILED, "ended without a state")
+            except OwnershipLost:
+                raise
+            except BaseException as error:
+                with contextlib.suppress(UserError):  # of a full disk, which is told by the first one
+                    run.end(State.FAILED, repr(error))
+                raise
         except OwnershipLost:
             run.leave()
             raise
-        except BaseException as error:
-            with contextlib.suppress(UserError):  # of a full disk, which is told by the first one
-                run.end(State.FAILED, repr(error))
-            raise
         finally:
             run.stop_monitor()
-        run.end(State.FAILED, "ended without a state")
 
     def _journal(self, key: str, start: Mapping[str, Any], is_known: bool) -> Journal:
         assert re.fullmatch("[0-9a-f]{32}", key), key  # it names a folder
