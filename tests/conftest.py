@@ -26,7 +26,8 @@ from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.package import Package, package
 from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.relocate import relocate
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 if TYPE_CHECKING:
     from harness import Row, Zygote

@@ -62,7 +62,7 @@ def finals(
         f"about {duration(plan.seconds_left)} by what their trials took, if none stops early",
     )
     say_small_split(console, len(data.validation.labels), control.recipe.data.validation_fraction)
-    tracker.keep_places(study.parent, newest_first(study.places, data.place))
+    tracker.set_data_places(study.parent, newest_first(study.places, data.place))
     try:
         with FinalsView(console, plan.trainings - plan.num_done) as view:
             decision = the_finals.run_finals(tracker, plan, data, where, view, HOME)
@@ -109,7 +109,8 @@ def reproduce(
     from pipeline.cli.views import FinalsView
     from pipeline.experiment import Interrupted
     from pipeline.registry import reproduce as again
-    from pipeline.tracking.tracker import MlflowTracker, State
+    from pipeline.tracking.tags import State
+    from pipeline.tracking.tracker import MlflowTracker
 
     where = find_device(device)
     _check_store(tracking_uri)

@@ -89,14 +89,14 @@ def promote(
 def _chosen(tracker: "MlflowTracker", name: str, said: Callable[[str], None]) -> tuple[str, str]:
     """The run that a study stands for, and why that one."""
     from pipeline.registry.finals import winner
-    from pipeline.tracking.queries import find_study
+    from pipeline.tracking import queries
 
-    study, several = find_study(tracker, name)
-    for line in tracker.left_out(study):
+    study, several = queries.find_study(tracker, name)
+    for line in queries.omitted_lines(tracker, study):
         said(line)
     if found := winner(tracker, study):
         run, why = found.run_id, f"{study.name}: {found.said}"
-    elif best := tracker.best_run_ids(study, 1):
+    elif best := queries.best_run_ids(tracker, study, 1):
         run = best[0]
         why = f"{study.name}: its best trial, run {run}; one seed can't tell the best from the lucky, make finals can"
     else:

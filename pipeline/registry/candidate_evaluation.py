@@ -20,10 +20,13 @@ from pipeline.registry import export, test_split
 from pipeline.registry.gate import Rules, Side, Verdict, decide
 from pipeline.registry.ledger import GONE, LOOK, PASSED, PROMOTED, REFUSED, Champion, Event, Ledger
 from pipeline.registry.package import MODEL
-from pipeline.tracking.kept import controls
+from pipeline.tracking import queries
+from pipeline.tracking.intact import control_runs
 from pipeline.tracking.models import find_model
-from pipeline.tracking.run_data import Found
-from pipeline.tracking.tracker import MlflowTracker, State, StudyRuns
+from pipeline.tracking.queries import StudyRuns
+from pipeline.tracking.run_data import LocatedData
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 TEST_EVALUATIONS = "looks"  # the folder of what was predicted, beside the ledger
 CONTROL, CONSTANT = "control", "constant answer"  # what a challenger has to beat where there is no champion
@@ -138,7 +141,7 @@ class CandidateEvaluation:
         self,
         challenger: EvaluatedModel,
         other: EvaluatedModel | None,
-        data: Found,
+        data: LocatedData,
         split: str,
         forced: str,
         reason: str,
@@ -186,7 +189,7 @@ class CandidateEvaluation:
         self.tracker.client.log_dict(challenger.run, evidence(event), f"gate/verdict-{event.id}.json")
         return event
 
-    def _export(self, judged: EvaluatedModel, data: Found | None = None) -> None:
+    def _export(self, judged: EvaluatedModel, data: LocatedData | None = None) -> None:
         """Write the model as it would be served, if it isn't there, and compare it with torch, on its data where given."""
         path = judged.folder / MODEL
         if path.exists():
@@ -215,7 +218,9 @@ class CandidateEvaluation:
             )
         return path
 
-    def _look(self, judged: EvaluatedModel, data: Found, split: str, reason: str) -> tuple[np.ndarray, np.ndarray]:
+    def _look(
+        self, judged: EvaluatedModel, data: LocatedData, split: str, reason: str
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Labels (N,) and probabilities (N, C) on the test split: stored ones, else new ones. Written down first."""
         path = self._path(judged.run, split)
         stored = self._is_stored(judged.run, split)
@@ -263,11 +268,11 @@ def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
     trials = [other for other in runs if other.data.tags.get("role") == "trial"]
     deleted = [
         other
-        for other in tracker.deleted_children(study)
+        for other in queries.deleted_children(tracker, study.parent)
         if other.data.tags.get("role") == "trial" and other.data.tags.get("state") == State.FINISHED
     ]
-    found = controls(trials)
-    ids = {control.info.run_id for control in found or controls(deleted)}
+    found = control_runs(trials)
+    ids = {control.info.run_id for control in found or control_runs(deleted)}
     if ids & {run_id, run.data.tags.get("trial_run")}:
         return None
     if run.data.tags.get("role") != "final" and found:
@@ -300,7 +305,7 @@ def _seed_accuracies(tracker: MlflowTracker, run_id: str) -> list[float]:
 
 def _study_of(tracker: MlflowTracker, run: Run) -> StudyRuns | None:
     name, experiment = run.data.tags.get("study"), run.info.experiment_id
-    return next((s for s in tracker.studies() if (s.name, s.experiment) == (name, experiment)), None)
+    return next((s for s in queries.studies(tracker) if (s.name, s.experiment) == (name, experiment)), None)
 
 
 def _but_seed(params: Mapping[str, str]) -> dict[str, str]:
@@ -313,7 +318,7 @@ def _epochs(run: Run) -> str | None:
 
 def _finished(tracker: MlflowTracker, study: StudyRuns) -> list[Run]:
     """The oldest first."""
-    return [run for run in tracker.children(study) if run.data.tags["state"] == State.FINISHED]
+    return [run for run in queries.children(tracker, study) if run.data.tags["state"] == State.FINISHED]
 
 
 # ------------------------------------------------------------------------------------------- predictions that are kept

@@ -29,7 +29,8 @@ from pipeline.evaluation.logits import predict_logits
 from pipeline.evaluation.scores import score
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.inference.methods import combine
-from pipeline.tracking.run_data import Found, Seen, find_data
+from pipeline.tracking import queries
+from pipeline.tracking.run_data import LocatedData, RunData, find_data
 from pipeline.tracking.tracker import MlflowTracker
 
 if TYPE_CHECKING:
@@ -124,11 +125,11 @@ def difference_line(worst: float, images: str) -> str:
 
 def find_data_of(
     facts: ModelMetadata, tracker: MlflowTracker | None, data_dir: Path, dataset: str | None, download: bool
-) -> Found:
+) -> LocatedData:
     """The data set that a model was trained on, wherever it lies now; see `run_data.find_data`."""
     what = f"the model of run {facts.run_id}" if facts.run_id else "the model"
-    places = tracker.places_of(facts.run_id) if tracker and facts.run_id else []
-    seen = Seen(what, facts.recipe.data.dataset, facts.recipe.data.image_size, facts.data_digest, places)
+    places = queries.data_places(tracker, facts.run_id) if tracker and facts.run_id else []
+    seen = RunData(what, facts.recipe.data.dataset, facts.recipe.data.image_size, facts.data_digest, places)
     return find_data(seen, data_dir, dataset, download)
 
 

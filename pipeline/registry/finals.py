@@ -26,9 +26,12 @@ from pipeline.models.build import prediction_flop
 from pipeline.processes import StopOnSignal, study_lock, this_process
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.racing import RULES, Candidate, Final, Racing, choose
-from pipeline.tracking.kept import controls, whole
+from pipeline.tracking import queries, recovery
+from pipeline.tracking.intact import control_runs, intact
+from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.store import is_active
-from pipeline.tracking.tracker import MlflowTracker, State, StudyRuns
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import CHECKPOINTS
 
@@ -97,7 +100,7 @@ def plan_finals(
     Seeds count up from 1, leaving out those of the study's trials, so a later command with more seeds goes on with the
     same ones. UserError where no trial finished, the control is missing, or the trials saw different data.
     """
-    trials = tracker.children(study, "trial")
+    trials = queries.children(tracker, study, "trial")
     finished = [run for run in trials if run.data.tags.get("state") == State.FINISHED]
     finished.sort(key=lambda run: (-run.data.metrics[study.objective], int(run.data.tags["trial"])))
     if not finished:
@@ -157,10 +160,10 @@ def run_finals(
     """
     check_data(plan, tracker, data)
     with StopOnSignal() as stop, study_lock(plan.study.name, home):
-        tracker.close_gone(plan.study.experiment)
+        recovery.close_abandoned_runs(tracker, plan.study.experiment)
         race = Racing(plan.candidates, len(plan.seeds), least_sd=1 / len(data.validation.labels))
         done = _done(tracker, plan.study, data.digest, data.split_digest)
-        deleted = tracker.deleted_keys(plan.study.parent)
+        deleted = queries.deleted_keys(tracker, plan.study.parent)
         for seed in plan.seeds:
             for candidate in race.running():
                 final = done.get(candidate.with_seed(seed).digest())
@@ -190,7 +193,7 @@ def winner(tracker: MlflowTracker, study: StudyRuns) -> Winner | None:
         return None
     said = decision["winner"]["said"]
     candidates = {candidate["trial_run"] for candidate in decision["candidates"]}
-    for run_id in set(tracker.best_run_ids(study, 1)) - candidates:
+    for run_id in set(queries.best_run_ids(tracker, study, 1)) - candidates:
         trial = tracker.client.get_run(run_id).data.tags["trial"]
         said += f"; trial {trial} was not in these finals and has the study's best score now: make finals takes it in"
     return Winner(decision["winner"]["run_id"], said)
@@ -198,7 +201,7 @@ def winner(tracker: MlflowTracker, study: StudyRuns) -> Winner | None:
 
 def load_decision(tracker: MlflowTracker, study: StudyRuns) -> dict[str, Any] | None:
     """`finals.json` of a study; None where there is none. UserError where it is no longer what its runs say."""
-    content = tracker.read_file(study.parent, DECISION)
+    content = queries.read_file(tracker, study.parent, DECISION)
     if content is None:
         return None
     again = f"make finals NAME={study.name} decides anew"
@@ -226,11 +229,11 @@ def _control(tracker: MlflowTracker, study: StudyRuns, trials: Sequence[StoredRu
 
     One that was deleted in MLflow has its recipe still, which is all that is needed: its score is left out.
     """
-    found = controls(trials)
+    found = control_runs(trials)
     if found:
         return max(found, key=lambda run: run.data.tags.get("state") == State.FINISHED)
-    deleted = [run for run in tracker.deleted_children(study) if run.data.tags.get("role") == "trial"]
-    if found := controls(list(whole(deleted))):
+    deleted = [run for run in queries.deleted_children(tracker, study.parent) if run.data.tags.get("role") == "trial"]
+    if found := control_runs(list(intact(deleted))):
         return found[0]
     raise UserError(
         f"study {study.name}: no run of its control, trial 0; make study goes on with it, or VERSION= starts another "
@@ -260,7 +263,7 @@ def _candidate(
 def recipe_of(tracker: MlflowTracker, run: StoredRun) -> Recipe:
     """A run's recipe.json; UserError where there is none, or this code can't read it or reads something else in it."""
     name, commit = f"run {run.info.run_id}", run.data.tags.get("mlflow.source.git.commit")
-    content = tracker.read_file(run.info.run_id, "recipe.json")
+    content = queries.read_file(tracker, run.info.run_id, "recipe.json")
     if content is None:
         raise UserError(f"{name}: its recipe.json is not at {run.info.artifact_uri}")
     try:
@@ -276,7 +279,7 @@ def recipe_of(tracker: MlflowTracker, run: StoredRun) -> Recipe:
 def _done(tracker: MlflowTracker, study: StudyRuns, data_digest: str, split_digest: str) -> dict[str, Final]:
     """The finals on this data that need no other training, by their recipe's digest; that holds seed and epochs too."""
     done: dict[str, Final] = {}
-    for run in tracker.children(study, "final"):
+    for run in queries.children(tracker, study, "final"):
         tags = run.data.tags
         diverged = tags.get("state") == State.FAILED and tags.get("reason", "").startswith("diverged")
         if (tags["data_digest"], tags["split_digest"]) != (data_digest, split_digest):
@@ -291,7 +294,7 @@ def _done(tracker: MlflowTracker, study: StudyRuns, data_digest: str, split_dige
 def _evidence(tracker: MlflowTracker, study: StudyRuns) -> set[str]:
     """The runs that a decision can rest on."""
     ended = (State.FINISHED, State.FAILED)
-    return {run.info.run_id for run in tracker.children(study, "final") if run.data.tags.get("state") in ended}
+    return {run.info.run_id for run in queries.children(tracker, study, "final") if run.data.tags.get("state") in ended}
 
 
 def _run_key(study: StudyRuns, recipe: Recipe, data: TrainingData, deleted: Collection[str]) -> str:

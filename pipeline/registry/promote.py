@@ -30,6 +30,7 @@ from pipeline.registry.card import description
 from pipeline.registry.gate import Rules, Verdict
 from pipeline.registry.ledger import PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Event, Ledger
 from pipeline.registry.package import CARD, package
+from pipeline.tracking import queries
 from pipeline.tracking.models import DIGEST_TAG
 from pipeline.tracking.models import digests as digests_of
 from pipeline.tracking.store import is_active
@@ -297,9 +298,7 @@ def _check_that_it_is_a_candidate(tracker: MlflowTracker, run_id: str) -> None:
     except MlflowException:
         return  # find_model says so
     if not is_active(run):
-        raise UserError(
-            f"RUN {run_id}: was deleted in MLflow; {tracker.way_back(run.info.experiment_id)}, or take another"
-        )
+        raise UserError(f"RUN {run_id}: was deleted in MLflow; {queries.how_to_restore(tracker, run)}, or take another")
     if first := run.data.tags.get("reproduces"):
         raise UserError(f"RUN {run_id}: a reproduction, which is no candidate; make promote RUN={first} judges the run")
 

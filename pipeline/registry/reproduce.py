@@ -24,8 +24,10 @@ from pipeline.experiment import Interrupted, Outcome, Prune
 from pipeline.processes import StopOnSignal, this_process
 from pipeline.recipe import Recipe
 from pipeline.registry.finals import check_same_data, recipe_of
+from pipeline.tracking import queries, recovery
 from pipeline.tracking.lineage import code, environment, same_code
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import PLAIN_WEIGHTS, WEIGHTS
 from pipeline.training.loop import EpochReport
 
@@ -108,7 +110,10 @@ def find_past(tracker: MlflowTracker, run_id: str) -> Past:
 def differences(tracker: MlflowTracker, past: Past, device: torch.device) -> list[Difference]:
     """What differs from then, but for the number of threads: code, Python, packages, machine, device."""
     run_id, tags = past.run.info.run_id, past.run.data.tags
-    commit, patch = tags.get("mlflow.source.git.commit", "none"), tracker.read_file(run_id, "diff.patch") or b""
+    commit, patch = (
+        tags.get("mlflow.source.git.commit", "none"),
+        queries.read_file(tracker, run_id, "diff.patch") or b"",
+    )
     found = []
     same = bool(re.fullmatch(r"[0-9a-f]+", commit)) and same_code(commit, patch)
     unchanged = ", the folder pipeline is the same" if same else ""
@@ -118,7 +123,7 @@ def differences(tracker: MlflowTracker, past: Past, device: torch.device) -> lis
         then, now = (f"{len(text.splitlines())} lines" if text else "none" for text in (patch, code().diff))
         where = f" (diff.patch of run {run_id} has it)" if patch else ""
         found.append(Difference(f"uncommitted difference: {then} then{where}, {now} now", True))
-    old = _facts((tracker.read_file(run_id, "environment.txt") or b"").decode())
+    old = _facts((queries.read_file(tracker, run_id, "environment.txt") or b"").decode())
     new = _facts(environment())
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
@@ -146,7 +151,7 @@ def reproduce(
     """
     tags = past.run.data.tags
     check_same_data(past.name, tags, data)
-    tracker.close_gone(past.run.info.experiment_id)
+    recovery.close_abandoned_runs(tracker, past.run.info.experiment_id)
 
     def check(*progress: object) -> None:
         if stop.requested:
@@ -279,7 +284,7 @@ def _metrics(tracker: MlflowTracker, run_id: str) -> dict[tuple[int, str], float
 def _weights(tracker: MlflowTracker, old: str, new: str) -> tuple[str, bool]:
     lines, equal = [], True
     for name in (WEIGHTS, PLAIN_WEIGHTS):
-        then, now = (tracker.read_file(run_id, name) for run_id in (old, new))
+        then, now = (queries.read_file(tracker, run_id, name) for run_id in (old, new))
         if name == WEIGHTS and then is None:
             raise UserError(f"run {old}: its {WEIGHTS} is gone; there is nothing to compare")
         if then is None and now is None:
@@ -303,7 +308,7 @@ def _largest_gap(then: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tenso
 def _predictions(tracker: MlflowTracker, old: str, new: str) -> tuple[str, bool]:
     tables = []
     for run_id in (old, new):
-        content = tracker.read_file(run_id, "predictions.parquet")
+        content = queries.read_file(tracker, run_id, "predictions.parquet")
         if content is None:
             raise UserError(f"run {run_id}: its predictions.parquet is gone; there is nothing to compare")
         with tempfile.TemporaryDirectory() as folder:

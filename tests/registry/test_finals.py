@@ -22,8 +22,10 @@ from pipeline.experiment import Interrupted, Outcome
 from pipeline.recipe import Recipe
 from pipeline.registry import finals
 from pipeline.registry.finals import load_decision, plan_finals, winner
-from pipeline.tracking.queries import find_studies
-from pipeline.tracking.tracker import MlflowTracker, State, StudyRuns
+from pipeline.tracking import queries, recovery
+from pipeline.tracking.queries import StudyRuns, find_studies
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.loop import EpochReport
 
 CPU = torch.device("cpu")
@@ -79,7 +81,7 @@ class Lab:
         return finals.run_finals(self.tracker, planned, self.data, CPU, watch or Watch(), self.home)
 
     def runs(self, role: str = "final") -> list[Any]:
-        return self.tracker.children(self.study, role)
+        return queries.children(self.tracker, self.study, role)
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +167,8 @@ def test_finals_are_children_of_the_study_and_leave_its_trials_as_they_were(done
         assert run.info.experiment_id == done.study.experiment
     assert runs["1", "1"].data.params["optimizer.lr"] == "0.05"
     trials = {run.info.run_id for run in done.runs("trial")}
-    assert set(done.tracker.best_run_ids(done.study, 10)) == trials
-    done.tracker.close_lost(done.study.parent, alive=(), ended={})
+    assert set(queries.best_run_ids(done.tracker, done.study, 10)) == trials
+    recovery.close_abandoned_trials(done.tracker, done.study.parent, alive=(), ended={})
     assert {run.data.tags["state"] for run in done.runs()} == {"finished"}, "their trials' fate is not theirs"
 
 

@@ -31,7 +31,8 @@ from pipeline.registry.ledger import LOOK, PASSED, PROMOTED, REFUSED, ROLLED_BAC
 from pipeline.registry.package import package
 from pipeline.registry.promote import Registry, promote, registry_lock, roll_back, settle
 from pipeline.tracking.models import digests, find_model
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 DATA = Path("data")
 RULES = Rules(class_margin=100, ece_margin=100, latency_factor=1000)  # a clock decides nothing in a test

@@ -18,7 +18,9 @@ from pipeline.experiment import Outcome
 from pipeline.recipe import Recipe
 from pipeline.registry import finals, reproduce
 from pipeline.registry.reproduce import Difference, compare, differences, find_past, verdict
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking import queries
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +46,7 @@ def command(run_id: str, home: Path, *options: str) -> subprocess.CompletedProce
 def test_a_fresh_process_with_other_threads_gives_every_bit_again_and_the_reproduction_is_no_candidate(
     trained: Trained, tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [study] = [study for study in tracker.studies() if study.name == "tiny-v1-digits"]
+    [study] = [study for study in queries.studies(tracker) if study.name == "tiny-v1-digits"]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     done = command(trained.finished, trained.home)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -54,9 +56,9 @@ def test_a_fresh_process_with_other_threads_gives_every_bit_again_and_the_reprod
     for line in ("weights.safetensors: equal, SHA-256", "predictions: those of all 144 images equal"):
         assert line in done.stdout
     assert done.stdout.rstrip().endswith("reproduced bit for bit")
-    [run] = tracker.children(study, "reproduction")
+    [run] = queries.children(tracker, study, "reproduction")
     assert (run.data.tags["reproduces"], run.data.tags["reproduced"]) == (trained.finished, "reproduced bit for bit")
-    assert tracker.best_run_ids(study, 10) == [trained.finished]
+    assert queries.best_run_ids(tracker, study, 10) == [trained.finished]
     assert [c.trial_run for c in finals.plan_finals(tracker, study, 5, 1).candidates] == [trained.finished]
 
 
@@ -174,7 +176,7 @@ def test_what_differs_from_then_is_told_line_by_line(
         run.end(State.FINISHED)
     assert differences(tracker, find_past(tracker, tracker.id_of(run.key)), CPU) == []
 
-    environment = (tracker.read_file(tracker.id_of(run.key), "environment.txt") or b"").decode()
+    environment = (queries.read_file(tracker, tracker.id_of(run.key), "environment.txt") or b"").decode()
     changed = environment.replace("# cpu: ", "# cpu: Old ").replace("\ntorch==", "\ntorch==0.").replace(
         "\npytest==", "\ntransistor==1.0\npytest=="
     )  # fmt: skip
@@ -203,7 +205,7 @@ def test_what_can_not_be_reproduced_is_told(
 ) -> None:
     with tracker.run("stillborn", small_recipe, digits) as stillborn:
         stillborn.end(State.FAILED, "diverged")
-    parent = tracker.studies()[0].parent
+    parent = queries.studies(tracker)[0].parent
     for run_id, line in {
         "last": "RUN last: must be a run's id, 32 of 0-9a-f",
         "0" * 32: "no such run in the tracking store",

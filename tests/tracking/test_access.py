@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking.access import Door
+from pipeline.tracking.access import AccessControl
 from pipeline.tracking.server import HOST, start_server, stop_server
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -174,7 +174,7 @@ def test_a_websocket_goes_through_the_same_door() -> None:
         sent.append(message["type"])
 
     async def ask(kind: str, host: bytes) -> None:
-        await Door(app)({"type": kind, "path": "/", "headers": [(b"host", host)]}, None, send)  # type: ignore[arg-type]
+        await AccessControl(app)({"type": kind, "path": "/", "headers": [(b"host", host)]}, None, send)  # type: ignore[arg-type]
 
     for kind, host in (("websocket", b"evil.example"), ("websocket", b"localhost:1"), ("lifespan", b"")):
         asyncio.run(ask(kind, host))

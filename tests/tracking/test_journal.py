@@ -26,10 +26,12 @@ from pipeline.cli.store import sync
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PartialFailure, UserError
 from pipeline.recipe import Recipe
-from pipeline.tracking.inventory import Points, all_points, all_runs
+from pipeline.tracking import queries, recovery
 from pipeline.tracking.journal import FOLDER, RECORDS, Busy, Journal, is_busy, journals
+from pipeline.tracking.queries import Points, all_points, all_runs
 from pipeline.tracking.server import HOST, start_server, stop_server
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 START = {"kind": "start", "address": "mlflow.db"}
 KEY = "0123456789abcdef" * 2
@@ -229,7 +231,7 @@ def assert_whole(tracker: MlflowTracker, key: str, recipe: Recipe) -> None:
     assert points(tracker, stored.info.run_id, "val/loss") == [(epoch, 1 / epoch) for epoch in range(1, 13)]
     assert stored.data.params.keys() == recipe.flat().keys()
     assert [shown.dataset.name for shown in stored.inputs.dataset_inputs] == ["digits"]
-    assert tracker.read_file(stored.info.run_id, "notes.txt") == b"seen"
+    assert queries.read_file(tracker, stored.info.run_id, "notes.txt") == b"seen"
     assert not journals(tracker.home)
 
 
@@ -254,7 +256,7 @@ def test_a_server_that_is_down_from_the_first_step_to_the_last_gets_everything_w
     proxy.set("down")
     key, _ = train(tracker, small_recipe, digits, tmp_path, lambda epoch: None)
     assert not tracker.flush(1.5)
-    assert tracker.waiting == [key] and tracker.failing_s > 1
+    assert tracker.pending == [key] and tracker.outage_s > 1
     with pytest.raises(UserError, match="waits in"):
         tracker.id_of(key, timeout_s=0)
     proxy.set("pass")
@@ -328,12 +330,12 @@ def test_what_mlflow_refuses_for_good_is_kept_told_and_not_tried_for_ever(
     time.sleep(0.5)
     assert len(proxy.requests) == asked
     assert not tracker.flush(30)
-    assert "must be in the 'active' state" in tracker.refused[run.key]
+    assert "must be in the 'active' state" in tracker.rejected[run.key]
     assert sum("MLflow refuses it" in message for message in caplog.messages) == 1
     assert len(records(tracker.home / "journal" / run.key)) == 6
     train(tracker, small_recipe, digits, tmp_path, lambda epoch: None)
     tracker.flush(30)
-    assert tracker.waiting == [run.key], "others go on"
+    assert tracker.pending == [run.key], "others go on"
     with pytest.raises(UserError, match="MLflow refuses it"):
         tracker.id_of(run.key)
 
@@ -433,9 +435,9 @@ def test_what_dead_processes_left_is_taken_over_and_ends_as_their_journals_say(
     assert runs_of(local, open_one)[0].info.status == "RUNNING"
     with local.run("mine", small_recipe, digits) as living:
         other = MlflowTracker(local.home)
-        left = other.left()
+        left = recovery.other_journals(other)
         assert (sorted(left.free), left.busy, left.elsewhere) == ([finished, open_one], [living.key], {})
-        assert other.adopt_journals() == 2
+        assert recovery.adopt_journals(other) == 2
         assert other.flush(30)
         living.end(State.FINISHED)
     for key, status, state, count in (
@@ -446,7 +448,7 @@ def test_what_dead_processes_left_is_taken_over_and_ends_as_their_journals_say(
         assert (stored.info.status, stored.data.tags["state"]) == (status, state)
         assert points(other, stored.info.run_id, "val/accuracy") == [(e, e / 10) for e in range(1, count + 1)]
     (local.home / FOLDER / ("c" * 32)).mkdir()  # of one that died while it made or removed its journal
-    assert other.adopt_journals() == 0
+    assert recovery.adopt_journals(other) == 0
     assert local.flush(30) and not list((local.home / FOLDER).iterdir())
 
 
@@ -456,7 +458,7 @@ def test_finals_are_settled_with_what_dead_processes_left_in_their_journals(
     parent = local.open_study("left-v1-digits", "?", "val/accuracy", [])
     assert parent.id
     killed(local.home, small_recipe, digits, KEY, 2, State.FINISHED, False)
-    local.close_gone(local.experiment("left-v1-digits"))
+    recovery.close_abandoned_runs(local, local.experiment("left-v1-digits"))
     [stored] = runs_of(local, KEY)
     assert (stored.info.status, stored.data.tags["state"]) == ("FINISHED", "finished"), "not interrupted"
     parent.end(State.FINISHED)
@@ -467,11 +469,11 @@ def test_a_journal_is_sent_to_the_tracker_it_was_made_for_and_names_it_without_s
 ) -> None:
     killed(local.home, small_recipe, digits, KEY, 1, State.FINISHED, False)
     stranger = MlflowTracker(local.home, f"sqlite:///{tmp_path / 'other.db'}")
-    assert stranger.left().elsewhere == {KEY: "mlflow.db"}
-    assert stranger.adopt_journals() == 0 and len(journals(local.home)) == 1
+    assert recovery.other_journals(stranger).elsewhere == {KEY: "mlflow.db"}
+    assert recovery.adopt_journals(stranger) == 0 and len(journals(local.home)) == 1
     text = (local.home / "journal" / KEY / RECORDS).read_text()
     (local.home / "journal" / KEY / RECORDS).write_text(text.replace('"mlflow.db"', '"http://***@host/x"'))
-    assert local.left().elsewhere == {KEY: "http://***@host/x"}
+    assert recovery.other_journals(local).elsewhere == {KEY: "http://***@host/x"}
 
 
 def test_sync_sends_what_is_left_says_what_is_refused_and_can_be_repeated(

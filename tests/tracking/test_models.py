@@ -11,8 +11,10 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import Recipe
 from pipeline.registry.package import Package
+from pipeline.tracking import queries
 from pipeline.tracking.models import digests, find_model
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import RECORD, amend, read_checkpoint
 
 
@@ -33,7 +35,7 @@ def test_what_has_no_model_is_told_with_its_state(trained: Trained) -> None:
     assert refusal(trained.home, trained.pruned) == (
         f"trial 1 of tiny-v1-digits, run {trained.pruned}: pruned, without a model; only a finished run has one"
     )
-    parent = MlflowTracker(trained.home).studies()[0].parent
+    parent = queries.studies(MlflowTracker(trained.home))[0].parent
     assert "a whole study, not one of its trials" in refusal(trained.home, parent)
     assert refusal(trained.home, "0" * 32).startswith(f"{'0' * 32}: no such run")
     assert refusal(trained.home, "best").startswith("best: neither a folder, nor a run's id")

@@ -4,7 +4,8 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.tracking.queries import find_studies, find_study
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 
 @pytest.fixture

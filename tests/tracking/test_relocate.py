@@ -15,9 +15,11 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.registry.package import Package
+from pipeline.tracking import queries
 from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.relocate import _COLUMNS, relocate
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 
 def cells_with(database: Path, text: str) -> set[tuple[str, str]]:
@@ -85,7 +87,7 @@ def test_after_one_command_a_moved_folder_works_as_before(
     there = cells_with(new / "mlflow.db", old.parent.as_uri()) | cells_with(new / "mlflow.db", str(old.parent))
     assert not there, "no other column names a place of files"
     tracker = MlflowTracker(new)
-    assert tracker.read_file(trained.finished, "recipe.json")
+    assert queries.read_file(tracker, trained.finished, "recipe.json")
     assert tracker.client.get_run(trained.finished).info.artifact_uri.startswith(f"{new.as_uri()}/")
     with find_model(new, None, None) as model:
         assert model.what.startswith("the champion")

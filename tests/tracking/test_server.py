@@ -24,8 +24,10 @@ from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
+from pipeline.tracking import queries
 from pipeline.tracking.server import HOST, shared_view, start_server, stop_server, study_links
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = ["no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "disable-component-update"]
@@ -70,9 +72,9 @@ def site(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits:
 
     port = free_port()
     server = start_server(tracker.uri, home, port)
-    [study] = tracker.studies()
+    [study] = queries.studies(tracker)
     links = study_links(
-        f"http://{HOST}:{port}", study.experiment, study.objective, study.view, tracker.best_run_ids(study, 10)
+        f"http://{HOST}:{port}", study.experiment, study.objective, study.view, queries.best_run_ids(tracker, study, 10)
     )
     yield Site(tracker.uri, server, port, study.experiment, links, accuracies)
     stop_server(server)

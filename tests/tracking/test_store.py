@@ -18,10 +18,12 @@ from mlflow.protos import databricks_pb2 as codes
 from requests import ConnectionError
 
 from pipeline.errors import UserError
+from pipeline.tracking import queries
 from pipeline.tracking.journal import DiskFault
 from pipeline.tracking.server import HOST
 from pipeline.tracking.store import is_for_good
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 
 def open_at_once(home: Path, batch_writes: Barrier, number: int, parents: Any) -> None:
@@ -45,7 +47,7 @@ def test_processes_that_open_a_fresh_store_at_once_all_succeed_and_share_an_expe
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0, 0, 0]
     assert len({parents.get(timeout=5) for _ in workers}) == 1
-    names = {study.name for study in MlflowTracker(tmp_path).studies()}
+    names = {study.name for study in queries.studies(MlflowTracker(tmp_path))}
     assert names == {"shared-v1-digits", *(f"own{i}-v1-digits" for i in range(4))}
 
 

@@ -17,9 +17,12 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.processes import this_process
 from pipeline.recipe import Recipe, parse_recipe
+from pipeline.tracking import queries, recovery
 from pipeline.tracking.lineage import code
+from pipeline.tracking.run import MlflowRun
 from pipeline.tracking.server import HOST, start_server, stop_server
-from pipeline.tracking.tracker import MlflowRun, MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 WAYS = [
     (State.FINISHED, "FINISHED"),
@@ -186,7 +189,7 @@ def test_a_run_whose_journal_the_disk_does_not_take_is_told_in_a_line_and_leaves
     with pytest.raises(UserError, match=r"can't be written.*free space") as caught:
         blocked.run("run", small_recipe, digits).__enter__()
     assert len(caught.value.lines) == 1
-    assert not blocked.waiting
+    assert not blocked.pending
 
 
 def all_runs(tracker: MlflowTracker, study: str) -> list[StoredRun]:
@@ -277,7 +280,7 @@ def test_a_study_whose_first_command_died_before_it_knew_its_run_has_one_run(tra
 
 def test_the_studies_of_a_store_are_listed_the_last_one_run_first(tmp_path: Path) -> None:
     tracker = MlflowTracker(tmp_path)
-    assert tracker.studies() == []
+    assert queries.studies(tracker) == []
     parents = {}
     for name in ("a-v1-digits", "b-v1-digits", "c-v1-digits"):
         parents[name] = tracker.open_study(name, "Why?", "val/accuracy", [])
@@ -285,13 +288,13 @@ def test_the_studies_of_a_store_are_listed_the_last_one_run_first(tmp_path: Path
         assert tracker.flush(30)
         time.sleep(0.01)  # MLflow counts milliseconds
     tracker.experiment("no-study")
-    assert [study.name for study in tracker.studies()] == ["c-v1-digits", "b-v1-digits", "a-v1-digits"]
+    assert [study.name for study in queries.studies(tracker)] == ["c-v1-digits", "b-v1-digits", "a-v1-digits"]
     reopened = tracker.open_study("a-v1-digits", "Why?", "val/accuracy", [], parents["a-v1-digits"].id)
-    assert [study.name for study in tracker.studies()] == ["a-v1-digits", "c-v1-digits", "b-v1-digits"]
+    assert [study.name for study in queries.studies(tracker)] == ["a-v1-digits", "c-v1-digits", "b-v1-digits"]
     reopened.end(State.FINISHED)
     assert tracker.flush(30)
-    assert [study.name for study in tracker.studies()] == ["a-v1-digits", "c-v1-digits", "b-v1-digits"]
-    study = tracker.studies()[0]
+    assert [study.name for study in queries.studies(tracker)] == ["a-v1-digits", "c-v1-digits", "b-v1-digits"]
+    study = queries.studies(tracker)[0]
     assert (study.experiment, study.objective) == (tracker.experiment("a-v1-digits"), "val/accuracy")
 
 
@@ -309,9 +312,9 @@ def test_the_best_runs_are_the_finished_trials_best_first(
     parent.log_metrics({"val/accuracy": 1.0}, 1)
     parent.end(State.FINISHED)
     assert tracker.flush(30)
-    [study] = [study for study in tracker.studies() if study.name == "best-v1-digits"]
-    assert [ids[run_id] for run_id in tracker.best_run_ids(study, 10)] == [0.9, 0.5, 0.2]
-    assert [ids[run_id] for run_id in tracker.best_run_ids(study, 2)] == [0.9, 0.5]
+    [study] = [study for study in queries.studies(tracker) if study.name == "best-v1-digits"]
+    assert [ids[run_id] for run_id in queries.best_run_ids(tracker, study, 10)] == [0.9, 0.5, 0.2]
+    assert [ids[run_id] for run_id in queries.best_run_ids(tracker, study, 2)] == [0.9, 0.5]
 
 
 def test_runs_of_a_study_that_nobody_is_at_are_closed_and_only_those(
@@ -336,7 +339,9 @@ def test_runs_of_a_study_that_nobody_is_at_are_closed_and_only_those(
             run(other, "other-v1-digits", 1),
             parent,
         ]
-        tracker.close_lost(parent.id, alive={others[0].key}, ended={told.key: (State.PRUNED, "too bad")})
+        recovery.close_abandoned_trials(
+            tracker, parent.id, alive={others[0].key}, ended={told.key: (State.PRUNED, "too bad")}
+        )
         closed = {name: stored(tracker, run) for name, run in (("dead", dead), ("told", told))}
         assert {name: (run.info.status, run.data.tags["state"]) for name, run in closed.items()} == {
             "dead": ("KILLED", "interrupted"),
@@ -351,7 +356,7 @@ def test_finals_and_reproductions_are_not_the_best_trials(
     tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     parent = tracker.open_study("roles-v1-digits", "Why?", "val/accuracy", [])
-    study = next(study for study in tracker.studies() if study.parent == parent.id)
+    study = next(study for study in queries.studies(tracker) if study.parent == parent.id)
     tags = trial_tags("roles-v1-digits", 0)
     ids = {}
     for role, score in (("trial", 0.5), ("final", 0.9), ("reproduction", 0.8)):
@@ -359,8 +364,8 @@ def test_finals_and_reproductions_are_not_the_best_trials(
             run.log_metrics({"val/accuracy": score}, 1)
             run.end(State.FINISHED)
         ids[role] = tracker.id_of(run.key)
-        assert [child.info.run_id for child in tracker.children(study, role)] == [ids[role]]
-    assert tracker.best_run_ids(study, 10) == [ids["trial"]]
+        assert [child.info.run_id for child in queries.children(tracker, study, role)] == [ids[role]]
+    assert queries.best_run_ids(tracker, study, 10) == [ids["trial"]]
 
 
 def test_the_run_of_a_process_that_is_gone_is_ended_wherever_its_journal_is(
@@ -373,11 +378,11 @@ def test_the_run_of_a_process_that_is_gone_is_ended_wherever_its_journal_is(
         run.log_metrics({"val/accuracy": 0.5}, 1)
         elsewhere.id_of(run.key)
         run.leave()  # as one does whose trial was declared dead
-    tracker.end_run(run.key, parent.id, "trial 7", tags, State.FAILED, "it died too often")
+    recovery.end_run(tracker, run.key, parent.id, "trial 7", tags, State.FAILED, "it died too often")
     ended = tracker.client.get_run(tracker.id_of(run.key))
     assert (ended.info.status, ended.data.tags["reason"]) == ("FAILED", "it died too often")
     assert ended.data.metrics["val/accuracy"] == 0.5
-    assert elsewhere.adopt_journals() == 0, "what was left there is another's"
+    assert recovery.adopt_journals(elsewhere) == 0, "what was left there is another's"
     assert stored(tracker, run).data.tags["state"] == "failed"
 
 
@@ -395,7 +400,7 @@ def test_runs_are_closed_whose_process_is_gone(
             for name, worker in workers.items()
         }
         assert tracker.flush(30)
-        tracker.close_gone(stored(tracker, parent).info.experiment_id)
+        recovery.close_abandoned_runs(tracker, stored(tracker, parent).info.experiment_id)
         statuses = {name: stored(tracker, run).info.status for name, run in runs.items()}
         assert statuses == {"alive": "RUNNING", "gone": "KILLED", "elsewhere": "RUNNING"}
         assert stored(tracker, parent).info.status == "RUNNING", "what names no process is left alone"
@@ -406,5 +411,5 @@ def test_an_artifact_is_read_or_not_there(tracker: MlflowTracker, small_recipe: 
     with tracker.run("run", small_recipe, digits) as run:
         run.end(State.FINISHED)
     run_id = tracker.id_of(run.key)
-    assert parse_recipe(tracker.read_file(run_id, "recipe.json") or "") == small_recipe
-    assert tracker.read_file(run_id, "weights.safetensors") is None
+    assert parse_recipe(queries.read_file(tracker, run_id, "recipe.json") or "") == small_recipe
+    assert queries.read_file(tracker, run_id, "weights.safetensors") is None
