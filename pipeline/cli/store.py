@@ -72,27 +72,25 @@ def audit(
         raise UserError(f"no runs yet in {HOME}; make study NAME=attention DATASET=digits makes some")
 
     from pipeline.audit import audit as look
-    from pipeline.audit import check_databases, mend
+    from pipeline.audit import check_databases, repair
     from pipeline.search.storage import open_storage
     from pipeline.tracking.tracker import MlflowTracker
 
     console = make_console()
     if broken := check_databases(HOME):
-        for line in broken:
+        for line in (line for problem in broken for line in problem.lines):
             say(console, line)
         raise typer.Exit(1)
     tracker = MlflowTracker(HOME, tracking_uri)
     store = open_storage(HOME, storage) if storage or (HOME / "optuna.db").exists() else None
     with make_console(stderr=True).status("looking at every trial, run and file"):
-        for line in mend(HOME, store, tracker) if fix else ():
-            say(console, f"mended: {line}")
+        for line in repair(HOME, store, tracker) if fix else ():
+            say(console, f"repaired: {line}")
         seen = look(HOME, store, tracker)
-    for line in seen.findings:
+    for line in (line for problem in [*seen.findings, *seen.omitted] for line in problem.lines):
         say(console, line)
-    for line in seen.left_out:
-        say(console, line)
-    for line in dict.fromkeys(seen.unchecked):
-        say(console, f"not looked at: {line}")
+    for line in (line for problem in dict.fromkeys(seen.unchecked) for line in problem.lines):
+        say(console, f"not checked: {line}")
     found = f"{len(seen.findings)} found" if seen.findings else "nothing found"
     say(console, f"{seen.studies} studies, {seen.trials} trials, {seen.runs} runs: {found}")
     if seen.findings:

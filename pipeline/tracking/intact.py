@@ -2,9 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from mlflow.entities import Run as StoredRun
-
-from pipeline.tracking.tags import RunTags
+from pipeline.tracking.tags import RunTags, StoredRun
 
 _TRAINED = ("recipe_digest", "data_digest", "split_digest")
 _TRIAL = (*_TRAINED, "study", "trial")
@@ -17,16 +15,17 @@ _REQUIRED = {
 }
 
 
-def missing_tags(run: StoredRun, has_key: bool = False) -> list[str]:
+def missing_tags(run: StoredRun, with_key: bool = False) -> list[str]:
     """The tags that the code needs of a run and that were removed, or hold what the code never writes.
 
-    Only `role` where that is one of them: it says which others are needed. `run_key` is needed where the run `has_key`.
+    Only `role` where that is one of them: it says which others are needed. `with_key` includes `run_key`, which commands
+    can do without.
     """
     tags = RunTags.of(run)
     if tags.role is None:
         return ["role"]
     has_ended = tags.role != "study" and run.info.status != "RUNNING"
-    required = [*_REQUIRED[tags.role], *(["state"] if has_ended else []), *(["run_key"] if has_key else [])]
+    required = [*_REQUIRED[tags.role], *(["state"] if has_ended else []), *(["run_key"] if with_key else [])]
     return [name for name in required if getattr(tags, name) is None]
 
 

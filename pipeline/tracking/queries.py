@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlflow.entities import Run as StoredRun
 from mlflow.entities import ViewType
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
@@ -25,7 +24,7 @@ from pipeline.errors import Problem, UserError, did_you_mean
 from pipeline.tracking.intact import describe_omitted, intact
 from pipeline.tracking.store import child_of, is_active
 from pipeline.tracking.study_key import StudyKey
-from pipeline.tracking.tags import Role, RunTags
+from pipeline.tracking.tags import Role, RunTags, StoredRun
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.tracking.uploader import SYSTEM
 

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlflow.entities import Run as StoredRun
 from mlflow.entities import RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
@@ -19,7 +18,7 @@ from pipeline.processes import process_has_exited
 from pipeline.tracking.journal import FOLDER, Busy, Journal, address_of, empty_folders, is_busy, journals
 from pipeline.tracking.run import end_record
 from pipeline.tracking.store import child_of
-from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tags import RunTags, State, StoredRun
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.resume import CHECKPOINTS
 

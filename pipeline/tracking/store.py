@@ -9,7 +9,6 @@ from typing import Any
 import mlflow
 import requests
 from filelock import FileLock
-from mlflow.entities import Run as StoredRun
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
@@ -20,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipeline.errors import UserError, redact_uri
 from pipeline.tracking.journal import DiskFault
 from pipeline.tracking.sqlite import use_write_ahead_log
-from pipeline.tracking.tags import Role, RunTags
+from pipeline.tracking.tags import Role, RunTags, StoredRun
 
 _PROBE_S = 12.0  # that a server may take for its first answer
 _PAGE_SIZE = 5_000  # runs

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
-from mlflow.entities import Run
+from mlflow.entities import Run as StoredRun
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
 Role = Literal["study", "trial", "final", "reproduction"]
@@ -63,7 +63,7 @@ class RunTags:
     finals_summary: str | None = None
 
     @classmethod
-    def of(cls, run: Run) -> Self:
+    def of(cls, run: StoredRun) -> Self:
         """The tags of a stored run."""
         return cls.parse(run.data.tags)
 

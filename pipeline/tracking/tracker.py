@@ -16,7 +16,6 @@ import pipeline.runtime  # noqa: F401, before MLflow
 
 # isort: split
 from filelock import FileLock
-from mlflow.entities import Run as StoredRun
 from mlflow.exceptions import MlflowException
 
 from pipeline.data.prepare import TrainingData
@@ -28,7 +27,7 @@ from pipeline.tracking.relocate import check_place
 from pipeline.tracking.run import MlflowRun, now_ms
 from pipeline.tracking.server import shared_view
 from pipeline.tracking.store import Deleted, RunStore, client_of, connect, is_active
-from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tags import RunTags, State, StoredRun
 from pipeline.tracking.uploader import DELETED, Uploader
 
 for _noisy in ("mlflow", "alembic", "urllib3"):

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.entities import Run as StoredRun
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.errors import UserError, first_line
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.store import Deleted, RequestRejected, RunStore, ignore_repeated, is_permanent
-from pipeline.tracking.tags import RunTags
+from pipeline.tracking.tags import RunTags, StoredRun
 
 log = logging.getLogger(__name__)
 
