@@ -23,6 +23,7 @@ from pipeline.tracking.queries import Points, all_points, all_runs, artifact_fol
 from pipeline.tracking.recovery import adopt_journals, close_run, other_journals
 from pipeline.tracking.sqlite import database_fault
 from pipeline.tracking.store import is_active
+from pipeline.tracking.study_key import StudyKey
 from pipeline.tracking.tags import TRAINED_ROLES, RunTags, State, StoredRun
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import read_checkpoint
@@ -193,7 +194,8 @@ class _Auditor:
         parent = queries.find_run(self._tracker, study.run_id) if study.run_id else None
         gone = [str(trial.number) for trial in study.counted if trial.run_key in self._deleted_keys]
         if parent and not is_active(parent):
-            remedy = f"{queries.how_to_restore(self._tracker, parent)}, or `study` resumes what remains of it"
+            restore = queries.how_to_restore(self._tracker, parent)
+            remedy = f"{restore}, or `study {_module_of(study.name)}` resumes what remains of it"
             self._result.omitted.append(Problem(study.name, "was deleted in MLflow", remedy))
         elif parent and gone:
             label = f"trial{'s' * (len(gone) > 1)} {', '.join(gone)} of {study.name}"
@@ -343,6 +345,11 @@ def leftovers(home: Path) -> list[Path]:
     ]
     old = [path for path in others if time.time() - path.stat().st_mtime > _IN_USE_S]
     return sorted([*empty_folders(home), *unsaved, *old])
+
+
+def _module_of(study: str) -> str:
+    key = StudyKey.parse(study)
+    return key.study if key else study
 
 
 def _run_ids(studies: Sequence[StudySnapshot]) -> set[str]:

@@ -67,10 +67,10 @@ def describe_omitted(runs: Sequence[StoredRun], deleted: Sequence[StoredRun], re
 
 
 def run_label(run: StoredRun) -> str:
-    """`trial 3 of attention-v1-digits (run 0123...)`."""
+    """`trial 3 of attention-v1-digits, run 0123...`."""
     tags = RunTags.of(run)
     of_study = f" of {tags.study}" if tags.study and tags.role != "study" else ""
-    return f"{run.info.run_name}{of_study} (run {run.info.run_id})"
+    return f"{run.info.run_name}{of_study}, run {run.info.run_id}"
 
 
 def _shortened(names: Sequence[str], separator: str, limit: int = 10) -> str:

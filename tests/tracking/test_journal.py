@@ -20,13 +20,12 @@ from mlflow.entities import Run as StoredRun
 from mlflow.entities import ViewType
 from proxy import Proxy
 
-import pipeline.tracking.uploader as shipping
 from pipeline.cli.exit_codes import exit_code
 from pipeline.cli.store import sync
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PartialFailure, UserError
 from pipeline.recipe import Recipe
-from pipeline.tracking import queries, recovery
+from pipeline.tracking import queries, recovery, uploader
 from pipeline.tracking.journal import FOLDER, RECORDS, Busy, Journal, is_busy, journals
 from pipeline.tracking.queries import Points, all_points, all_runs
 from pipeline.tracking.server import HOST, start_server, stop_server
@@ -94,7 +93,7 @@ def test_one_process_at_a_time_has_a_journal(tmp_path: Path) -> None:
     with pytest.raises(Busy):
         Journal(tmp_path / KEY)
     threading.Timer(0.3, journal.remove).start()
-    successor = Journal(tmp_path / KEY, patience_s=10)
+    successor = Journal(tmp_path / KEY, timeout_s=10)
     assert successor.is_new and is_busy(tmp_path / KEY), "not the folder that went, but a new one"
     successor.release()
     assert not is_busy(tmp_path / KEY)
@@ -157,7 +156,7 @@ def test_files_are_kept_though_their_folder_goes(tmp_path: Path) -> None:
     assert names == ["1", "2"]
     staged = journal.staged("1")
     assert staged and (staged / "deep" / "a.txt").read_text() == "one"
-    journal.shipped(staged)
+    journal.remove_staged(staged)
     assert journal.staged("1") is None and journal.staged("2")
 
 
@@ -182,8 +181,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    monkeypatch.setattr(shipping, "_INTERVAL_S", 0.2)
-    monkeypatch.setattr(shipping, "_LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr(uploader, "_INTERVAL_S", 0.2)
+    monkeypatch.setattr(uploader, "_MAX_PAUSE_S", 0.5)
 
 
 @pytest.fixture
@@ -302,7 +301,7 @@ def test_the_points_of_a_whole_server_are_counted(
 def test_epochs_travel_many_to_a_request(
     tracker: MlflowTracker, proxy: Proxy, small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shipping, "_INTERVAL_S", 60.0)
+    monkeypatch.setattr(uploader, "_INTERVAL_S", 60.0)
     with tracker.run("train", small_recipe, digits) as run:
         for epoch in range(1, 101):
             run.log_metrics({"val/accuracy": epoch / 100}, epoch)
@@ -351,10 +350,10 @@ def local(tmp_path: Path, quick: None, trained: Trained) -> MlflowTracker:
 
 def die(home: Path, recipe: Recipe, data: TrainingData, key: str, epochs: int, state: State | None, ship: bool) -> None:
     """A process that measures so many epochs and is killed; what it measured is in MLflow before if `ship`."""
-    shipping._INTERVAL_S = 0.1
+    uploader._INTERVAL_S = 0.1
     tracker = MlflowTracker(home)
     if not ship:
-        tracker._shipper._work = lambda: None  # type: ignore[method-assign]
+        tracker.uploader._work = lambda: None  # type: ignore[method-assign]
     with tracker.run("train", recipe, data, key=key) as run:
         for epoch in range(1, epochs + 1):
             run.log_metrics({"val/accuracy": epoch / 10}, epoch)
@@ -514,7 +513,7 @@ def test_points_that_are_sent_twice_are_stored_once(local: MlflowTracker) -> Non
     journal.append_metrics({f"m{i}": i / 7 for i in range(40)}, 1, durable=False)
     [(record, _)] = journal.read(0)
     for _ in range(2):
-        local.client.log_batch(run_id, metrics=shipping._points(record, {}))
+        local.client.log_batch(run_id, metrics=uploader._points(record, {}))
     with sqlite3.connect(local.home / "mlflow.db") as connection:
         stored = connection.execute("SELECT count(*) FROM metrics WHERE run_uuid = ?", (run_id,))
         assert stored.fetchone() == (40,)

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.tracking import queries
 from pipeline.tracking.journal import DiskFault
 from pipeline.tracking.server import HOST
-from pipeline.tracking.store import is_for_good
+from pipeline.tracking.store import is_permanent
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -127,12 +127,12 @@ def test_a_deleted_experiment_is_refused_in_a_line_that_tells_the_way_out(tmp_pa
 
 
 def test_a_disk_fault_is_tried_again_and_a_run_that_mlflow_does_not_know_is_not() -> None:
-    assert not is_for_good(DiskFault("full"))
-    assert not is_for_good(ConnectionError("no"))
-    assert not is_for_good(MlflowException("503", codes.TEMPORARILY_UNAVAILABLE))
-    assert not is_for_good(MlflowException("slow down", codes.REQUEST_LIMIT_EXCEEDED))
-    assert not is_for_good(MlflowException("(Background on: https://sqlalche.me/e/20/rvf5)", codes.BAD_REQUEST))
-    assert is_for_good(MlflowException("no such run", codes.RESOURCE_DOES_NOT_EXIST))
-    assert is_for_good(UserError("deleted"))
-    assert is_for_good(PermissionError("artifacts"))
-    assert is_for_good(TypeError("a bug"))
+    assert not is_permanent(DiskFault("full"))
+    assert not is_permanent(ConnectionError("no"))
+    assert not is_permanent(MlflowException("503", codes.TEMPORARILY_UNAVAILABLE))
+    assert not is_permanent(MlflowException("slow down", codes.REQUEST_LIMIT_EXCEEDED))
+    assert not is_permanent(MlflowException("(Background on: https://sqlalche.me/e/20/rvf5)", codes.BAD_REQUEST))
+    assert is_permanent(MlflowException("no such run", codes.RESOURCE_DOES_NOT_EXIST))
+    assert is_permanent(UserError("deleted"))
+    assert is_permanent(PermissionError("artifacts"))
+    assert is_permanent(TypeError("a bug"))

@@ -377,7 +377,7 @@ def test_the_run_of_a_process_that_is_gone_is_ended_wherever_its_journal_is(
     with elsewhere.run("trial 7", small_recipe, digits, parent.id, tags) as run:
         run.log_metrics({"val/accuracy": 0.5}, 1)
         elsewhere.id_of(run.key)
-        run.leave()  # as one does whose trial was declared dead
+        run.disown()  # as one does whose trial was declared dead
     recovery.end_run(tracker, run.key, parent.id, "trial 7", tags, State.FAILED, "it died too often")
     ended = tracker.client.get_run(tracker.id_of(run.key))
     assert (ended.info.status, ended.data.tags["reason"]) == ("FAILED", "it died too often")
