@@ -18,6 +18,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks gain nothing from more; read when torch is imported
 
 import torch
+from tracking_stores import (  # noqa: F401, fixtures
+    fast_uploads,
+    local_tracker,
+    proxied_tracker,
+    proxy,
+    server_port,
+    sqlite_tracker,
+)
 
 from pipeline import experiment
 from pipeline.data.datasets import load

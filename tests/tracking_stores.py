@@ -1,5 +1,6 @@
 """Stores that the tests of tracking share, whole and failing ones, and what MLflow has of a run."""
 
+import json
 import multiprocessing
 import os
 import socket
@@ -14,6 +15,7 @@ from proxy import Proxy
 from pipeline.data.prepare import TrainingData
 from pipeline.recipe import Recipe
 from pipeline.tracking import uploader
+from pipeline.tracking.journal import RECORDS
 from pipeline.tracking.run import MlflowRun
 from pipeline.tracking.server import HOST, start_server, stop_server
 from pipeline.tracking.tags import State, StoredRun
@@ -85,6 +87,11 @@ def trial_tags(study: str, trial: int) -> dict[str, str]:
     return {"role": "trial", "study": study, "trial": str(trial)}
 
 
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The records of a journal."""
+    return [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
+
+
 def runs_of(tracker: MlflowTracker, key: str, kind: int = ViewType.ACTIVE_ONLY) -> list[StoredRun]:
     """All runs with this key."""
     experiments = [experiment.experiment_id for experiment in tracker.client.search_experiments()]
@@ -108,7 +115,9 @@ def run_and_die(
     assert process.exitcode == -9
 
 
-def _die(home: Path, recipe: Recipe, data: TrainingData, key: str, epochs: int, state: State | None, send: bool) -> None:
+def _die(
+    home: Path, recipe: Recipe, data: TrainingData, key: str, epochs: int, state: State | None, send: bool
+) -> None:
     uploader._INTERVAL_S = 0.1
     tracker = MlflowTracker(home)
     if not send:

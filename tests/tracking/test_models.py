@@ -26,7 +26,7 @@ def refusal(home: Path, wanted: str | None) -> str:
 
 def test_a_run_is_found_by_its_id_and_its_files_go_with_the_block(trained: Trained) -> None:
     with find_model(trained.home, None, trained.finished) as model:
-        assert model.what == f"trial 0 of tiny-v1-digits, run {trained.finished}"
+        assert model.label == f"trial 0 of tiny-v1-digits, run {trained.finished}"
         assert read_checkpoint(model.folder)["run_id"] == trained.finished
     assert not model.folder.exists()
 
@@ -36,10 +36,10 @@ def test_what_has_no_model_is_told_with_its_state(trained: Trained) -> None:
         f"trial 1 of tiny-v1-digits, run {trained.pruned}: pruned, without a model; only a finished run has one"
     )
     parent = queries.studies(MlflowTracker(trained.home))[0].parent
-    assert "a whole study, not one of its trials" in refusal(trained.home, parent)
+    assert "a study, not one of its trials" in refusal(trained.home, parent)
     assert refusal(trained.home, "0" * 32).startswith(f"{'0' * 32}: no such run")
     assert refusal(trained.home, "best").startswith("best: neither a folder, nor a run's id")
-    assert "no champion; make promote" in refusal(trained.home, "models:/image-classifier@champion")
+    assert "no champion; `promote" in refusal(trained.home, "models:/image-classifier@champion")
     for name in ("models:/image-classifier@other", "models:/x/3", "models:/x", "models:/a/b@c", "models:/"):
         assert refusal(trained.home, name).startswith(f"{name}: no such registered model")
 
@@ -66,7 +66,7 @@ def test_a_recipe_that_is_not_known_here_is_refused_before_the_weights_are_read(
 
 
 def test_no_store_is_told_and_not_made(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "mlruns", None).startswith("no finished run yet: make study")
+    assert refusal(tmp_path / "mlruns", None).startswith("no finished run yet; `study")
     assert not (tmp_path / "mlruns").exists()
 
 
@@ -111,7 +111,7 @@ def test_the_default_is_the_best_run_of_all_studies_on_the_last_ones_data(
 
 def test_the_champion_comes_before_the_best_run(trained: Trained, packed: Package) -> None:
     with find_model(trained.home, None, None) as model:
-        assert model.what.startswith("the best finished run (no champion), trial 0 of tiny-v1-digits")
+        assert model.label.startswith("the best finished run (no champion), trial 0 of tiny-v1-digits")
     with registered(trained, packed) as version:
         name = f"image-classifier version {version}, trial 0 of tiny-v1-digits, run {trained.finished}"
         for wanted, what in {
@@ -120,7 +120,7 @@ def test_the_champion_comes_before_the_best_run(trained: Trained, packed: Packag
             f"models:/image-classifier/{version}": name,
         }.items():
             with find_model(trained.home, None, wanted) as model:
-                assert model.what == what
+                assert model.label == what
                 assert read_checkpoint(model.folder)["run_id"] == trained.finished
                 assert set(packed.sha256) <= set(digests(model.folder)), "its own files, not the run's"
                 assert model.folder != packed.folder
@@ -160,7 +160,7 @@ def test_a_version_whose_files_are_not_those_registered_is_refused(
 def test_a_version_without_digests_is_refused_and_not_replaced(trained: Trained, packed: Package) -> None:
     with registered(trained, dataclasses.replace(packed, sha256={})):
         for wanted in (None, "models:/image-classifier@champion"):
-            with pytest.raises(DataError, match=r"has no tags sha256\.<file> to check its files by"):
+            with pytest.raises(DataError, match=r"has no tags sha256\.<file> to verify its files by"):
                 find_model(trained.home, None, wanted).__enter__()
 
 
@@ -170,7 +170,7 @@ def test_a_version_outlives_its_run_but_not_its_files(trained: Trained, packed: 
         assert "its files can't be read" in refusal(trained.home, None)
     nobody = dataclasses.replace(trained, finished="0" * 32)
     with registered(nobody, packed), find_model(trained.home, None, None) as model:
-        assert model.what == "the champion, image-classifier version 1, of a run that is gone"
+        assert model.label == "the champion, image-classifier version 1, of a run that is gone"
 
 
 def test_a_run_whose_files_are_gone_is_told(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:

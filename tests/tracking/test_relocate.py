@@ -90,7 +90,7 @@ def test_after_one_command_a_moved_folder_works_as_before(
     assert queries.read_file(tracker, trained.finished, "recipe.json")
     assert tracker.client.get_run(trained.finished).info.artifact_uri.startswith(f"{new.as_uri()}/")
     with find_model(new, None, None) as model:
-        assert model.what.startswith("the champion")
+        assert model.label.startswith("the champion")
         assert (model.folder / "model.onnx").exists()
     with tracker.run("new", small_recipe, digits) as run:
         run.end(State.FINISHED)
@@ -126,7 +126,7 @@ def test_a_folder_on_which_a_command_runs_is_not_relocated(
     relocate(new)
     with (
         MlflowTracker(new).run("running", small_recipe, digits) as run,
-        pytest.raises(UserError, match="a command still writes runs here"),
+        pytest.raises(UserError, match="another command is writing runs here"),
     ):
         relocate(new)
     assert run.key

@@ -74,7 +74,7 @@ def test_a_data_set_of_its_own_is_found_by_name_or_by_data_dir(tmp_path: Path) -
     digits = load("digits", 8, tmp_path)
     assert find_data(RunData("run 1", "digits", 8, digits.digest, []), tmp_path).images.name == "digits"
     elsewhere = str(tmp_path / "b" / "cifar-10-batches-py")
-    with pytest.raises(DataError, match=rf"is not in {tmp_path}/a or {tmp_path}/b; DATA_DIR= says where"):
+    with pytest.raises(DataError, match=rf"is not in {tmp_path}/a or {tmp_path}/b; name its folder by `--data-dir`"):
         find_data(RunData("run 1", "cifar10", 8, "0" * 64, [elsewhere]), tmp_path / "a", download=False)
 
 

@@ -215,7 +215,7 @@ def test_a_port_in_use_is_refused_by_name_at_once(talks: bool, request: pytest.F
             other.listen()
             port = other.getsockname()[1]
         started = time.monotonic()
-        with pytest.raises(UserError, match=rf"^PORT {port}: .*PORT="):
+        with pytest.raises(UserError, match=rf"^`--port {port}`: .*choose another port"):
             start_server(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, port)
         assert time.monotonic() - started < 1
     assert list(tmp_path.iterdir()) == []
