@@ -82,6 +82,11 @@ class MlflowRun:
         """See Run."""
         if self._open:
             self._check_ownership()
+            self.close(state, reason)
+
+    def close(self, state: State, reason: str) -> None:
+        """As `end`, without the ownership check: after an exception, which may say that the database is away."""
+        if self._open:
             self._open = False
             self.stop_monitor()
             self._journal.append(end_record(state, reason), durable=True)

@@ -38,11 +38,12 @@ class RunTags:
     state: State | None = None  # None: it has not ended
     reason: str | None = None  # why it ended so
     trial: int | None = None  # the trial's number, also of a final
-    control: bool | None = None  # a trial of the base recipe
+    control: bool | None = None  # of the trial of the base recipe
     trial_run: str | None = None  # of a final: the run of the trial that is trained again
     candidate: str | None = None  # of a final: the recipe's digest without its seed
     seed: int | None = None  # of a final
     reproduces: str | None = None  # of a reproduction: the first run
+    reproduced: str | None = None  # of a reproduction: how far it equals the first run
     worker: Mapping[str, Any] | None = None  # the process that trains it; see processes.this_process
     recipe_digest: str | None = None
     data_digest: str | None = None

@@ -251,18 +251,15 @@ class MlflowTracker:
         journal = self.open_journal(key or uuid.uuid4().hex, start, key is not None)
         run = MlflowRun(self.uploader, journal, None, check_ownership)
         try:
-            try:
-                run.start(recipe, self.uri)
-                yield run
-                run.end(State.FAILED, "ended without a state")
-            except OwnershipLost:
-                raise
-            except BaseException as error:
-                with contextlib.suppress(UserError):  # of a full disk, which the first error reports
-                    run.end(State.FAILED, repr(error))
-                raise
-        except OwnershipLost:  # also where the run's end found out
+            run.start(recipe, self.uri)
+            yield run
+            run.end(State.FAILED, "ended without a state")
+        except OwnershipLost:
             run.disown()
+            raise
+        except BaseException as error:
+            with contextlib.suppress(UserError):  # of a full disk, which the first error reports
+                run.close(State.FAILED, repr(error))
             raise
         finally:
             run.stop_monitor()

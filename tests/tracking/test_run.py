@@ -10,6 +10,7 @@ from tracking_stores import stored
 
 from pipeline.data.prepare import TrainingData
 from pipeline.recipe import Recipe
+from pipeline.tracking.run import MlflowRun
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost
 
@@ -93,36 +94,40 @@ def test_nothing_is_logged_once_the_ownership_is_lost(
         if not next(checks, False):
             raise OwnershipLost
 
-    with (
-        pytest.raises(OwnershipLost),
-        sqlite_tracker.run("run", small_recipe, digits, check_ownership=check_ownership) as run,
-    ):
-        run.log_metrics({"val/loss": 1.0}, 1)  # the second check: the first one was of the recipe's files
-        run.log_metrics({"val/loss": 0.5}, 2)
-        sqlite_tracker.flush(30)
-        run.log_metrics({"val/loss": 0.1}, 3)
+    def train() -> None:
+        nonlocal run
+        with sqlite_tracker.run("run", small_recipe, digits, check_ownership=check_ownership) as run:
+            run.log_metrics({"val/loss": 1.0}, 1)  # the second check: the first one was of the recipe's files
+            run.log_metrics({"val/loss": 0.5}, 2)
+            sqlite_tracker.flush(30)
+            run.log_metrics({"val/loss": 0.1}, 3)
+
+    run: MlflowRun | None = None
+    with pytest.raises(OwnershipLost):
+        train()
+    assert run
     lost = sqlite_tracker.client.get_run(str(run.id))
     assert (lost.info.status, lost.data.metrics["val/loss"]) == ("RUNNING", 0.5)
     assert "state" not in lost.data.tags and not sqlite_tracker.pending
 
 
-@pytest.mark.parametrize("end", [True, False])
-def test_lost_run_is_not_ended(
-    end: bool, sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
-) -> None:
-    is_lost = False
+def test_lost_run_is_not_ended(sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData) -> None:
+    errors: list[Exception] = []
 
     def check_ownership() -> None:
-        if is_lost:
-            raise OwnershipLost
+        if errors:
+            raise errors[0]
 
-    with (
-        pytest.raises(OwnershipLost),
-        sqlite_tracker.run("run", small_recipe, digits, check_ownership=check_ownership) as run,
-    ):
-        sqlite_tracker.flush(30)
-        is_lost = True
-        if end:
+    def train(error: Exception) -> None:
+        with sqlite_tracker.run("run", small_recipe, digits, check_ownership=check_ownership) as run:
+            sqlite_tracker.flush(30)
+            run_ids.append(str(run.id))
+            errors.append(error)
             run.end(State.FINISHED)
-        raise ValueError("a bug that only the new owner may record")
-    assert sqlite_tracker.client.get_run(str(run.id)).info.status == "RUNNING"
+
+    run_ids: list[str] = []
+    for error, status in ((OwnershipLost(), "RUNNING"), (ConnectionError("the study's database is away"), "FAILED")):
+        with pytest.raises(type(error)):
+            train(error)
+        errors.clear()
+        assert stored(sqlite_tracker, run_ids[-1]).info.status == status
