@@ -116,7 +116,7 @@ def test_forged_host_is_refused(host: str, target: Target) -> None:
         ("GET / HTTP/1.1\r\nHost: 127.0.0.1:5000\r\nOrigin: http://127.0.0.1:5000", b"200"),
     ],
 )
-def test_requests_as_only_a_socket_sends_them(request_lines: str, answer: bytes, target: Target) -> None:
+def test_raw_requests_are_controlled_too(request_lines: str, answer: bytes, target: Target) -> None:
     status = target.raw(f"{request_lines}\r\nConnection: close\r\n\r\n".encode()).split()[1]
     assert status in {b"400", b"403"} if answer == b"40[03]" else status == answer
 
@@ -159,7 +159,7 @@ def test_page_of_another_server_neither_reads_nor_writes(origin: str, target: Ta
         "/ajax-api/3.0/mlflow/jobs/1",
     ],
 )
-def test_what_runs_programs_or_calls_other_servers_is_closed(path: str, target: Target) -> None:
+def test_endpoints_that_run_programs_are_closed(path: str, target: Target) -> None:
     for method in ("GET", "POST", "PUT"):
         assert target.ask(method, path, {})[0] == 403
 
@@ -274,7 +274,7 @@ LOCATIONS = [
 
 
 @pytest.mark.parametrize("location", LOCATIONS)
-def test_no_location_that_a_client_chooses_leads_out(location: str, target: Target) -> None:
+def test_no_location_of_a_client_leads_out(location: str, target: Target) -> None:
     before = target.outside()
     location = location.replace("{root}", str(target.root))
     status, made = target.ask("POST", f"{API}/experiments/create", {"name": location, "artifact_location": location})

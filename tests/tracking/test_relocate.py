@@ -64,7 +64,7 @@ def moved(old: Path, new: Path) -> Path:
     return new
 
 
-def test_a_moved_folder_is_refused_in_a_line_and_nothing_is_written_to_the_old_place(old: Path, tmp_path: Path) -> None:
+def test_moved_folder_is_refused_and_nothing_is_written(old: Path, tmp_path: Path) -> None:
     new = moved(old, tmp_path / "mlruns")
     with pytest.raises(UserError) as caught:
         MlflowTracker(new)
@@ -73,7 +73,7 @@ def test_a_moved_folder_is_refused_in_a_line_and_nothing_is_written_to_the_old_p
     assert not old.exists()
 
 
-def test_after_one_command_a_moved_folder_works_as_before(
+def test_relocated_folder_works_as_before(
     old: Path,
     tmp_path: Path,
     trained: Trained,
@@ -101,7 +101,7 @@ def test_after_one_command_a_moved_folder_works_as_before(
     assert relocate(new) == {}, "once is enough"
 
 
-def test_every_column_that_can_name_a_place_is_known(old: Path) -> None:
+def test_every_column_with_locations_is_known(old: Path) -> None:
     """Of MLflow's tables; a later version may have more."""
     with sqlite3.connect(old / "mlflow.db") as connection:
         tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
@@ -119,7 +119,7 @@ def test_every_column_that_can_name_a_place_is_known(old: Path) -> None:
     assert columns == {*_COLUMNS, *of_other_things}
 
 
-def test_a_folder_on_which_a_command_runs_is_not_relocated(
+def test_folder_in_use_is_not_relocated(
     old: Path, tmp_path: Path, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     new = moved(old, tmp_path / "mlruns")
@@ -132,7 +132,7 @@ def test_a_folder_on_which_a_command_runs_is_not_relocated(
     assert run.key
 
 
-def test_commands_say_so(old: Path, tmp_path: Path, trained: Trained) -> None:
+def test_commands_name_relocate(old: Path, tmp_path: Path, trained: Trained) -> None:
     new = moved(old, tmp_path / "mlruns")
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "pipeline", "compare", "tiny"]

@@ -32,7 +32,7 @@ def seen(tmp_path: Path) -> RunData:
     return RunData("run 1", "pets", 8, digest, [str(tmp_path / "second"), str(tmp_path / "first")])
 
 
-def test_the_newest_place_with_the_same_images_is_taken(seen: RunData, tmp_path: Path) -> None:
+def test_newest_place_with_the_same_images_is_used(seen: RunData, tmp_path: Path) -> None:
     pets(tmp_path / "second", 10)
     (tmp_path / "third").rename(tmp_path / "first")
     found = find_data(seen, tmp_path)
@@ -41,7 +41,7 @@ def test_the_newest_place_with_the_same_images_is_taken(seen: RunData, tmp_path:
     assert find_data(newest, tmp_path).dataset == str(tmp_path / "fourth")
 
 
-def test_the_place_that_the_recipe_names_is_looked_at_too(
+def test_place_in_the_recipe_is_tried_too(
     seen: RunData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "third").rename(tmp_path / "pets")
@@ -49,7 +49,7 @@ def test_the_place_that_the_recipe_names_is_looked_at_too(
     assert find_data(replace(seen, places=[]), tmp_path).dataset == str(tmp_path / "pets")
 
 
-def test_where_none_fits_every_place_and_the_option_are_named(seen: RunData, tmp_path: Path) -> None:
+def test_failure_names_every_place_and_the_option(seen: RunData, tmp_path: Path) -> None:
     pets(tmp_path / "second", 10)
     with pytest.raises(DataError) as caught:
         find_data(seen, tmp_path)
@@ -63,14 +63,14 @@ def test_where_none_fits_every_place_and_the_option_are_named(seen: RunData, tmp
     assert lines[1:] == [f"  {tmp_path}/first: no such folder", f"  {here}: no such folder"]
 
 
-def test_the_option_is_the_only_place_and_must_fit(seen: RunData, tmp_path: Path) -> None:
+def test_option_is_the_only_place_and_must_match(seen: RunData, tmp_path: Path) -> None:
     assert find_data(seen, tmp_path, str(tmp_path / "third")).images.digest == seen.digest
     (tmp_path / "third").rename(tmp_path / "first")
     with pytest.raises(DataError, match=f"is not in {tmp_path}/other;(.|\n)*holds other images"):
         find_data(seen, tmp_path, pets(tmp_path / "other", 10))
 
 
-def test_a_data_set_of_its_own_is_found_by_name_or_by_data_dir(tmp_path: Path) -> None:
+def test_named_data_set_is_found_by_name_or_data_dir(tmp_path: Path) -> None:
     digits = load("digits", 8, tmp_path)
     assert find_data(RunData("run 1", "digits", 8, digits.digest, []), tmp_path).images.name == "digits"
     elsewhere = str(tmp_path / "b" / "cifar-10-batches-py")
@@ -84,7 +84,7 @@ def test_cifar10_is_found_where_the_study_had_it(cifar10_dir: Path, tmp_path: Pa
     assert find_data(seen, tmp_path, download=False).data_dir == cifar10_dir
 
 
-def test_a_run_knows_its_studys_places_and_its_own(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
+def test_run_knows_its_studys_places_and_its_own(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
     tracker = MlflowTracker(tmp_path / "mlruns")
     parent = tracker.open_study("tiny-v1-pets-3fa9c1", "?", "val/accuracy", [], places=["/second"])
     with tracker.run("trial 0", small_recipe, replace(digits, source="/first"), parent.id) as run:
