@@ -224,11 +224,11 @@ def test_changed_file_of_a_registered_model_is_found(trained: Trained, packed: P
 def test_cut_off_promotion_and_deleted_version_are_found(trained: Trained, tmp_path: Path) -> None:
     trained.copy(tmp_path / "mlruns")
     home = tmp_path / "mlruns"
-    kept = ledger.Ledger(home)
-    begun = kept.begin(ledger.PROMOTED, "image-classifier", trained.finished, None, previous=None, version="1")
+    book = ledger.Ledger(home)
+    begun = book.begin(ledger.PROMOTED, "image-classifier", trained.finished, None, previous=None, version="1")
     (seen,) = all_lines(audit(home, None, MlflowTracker(home)).findings)
     assert "was cut off; `history` finishes or undoes it" in seen
-    kept.end(begun, ledger.PROMOTED, "1")
+    book.end(begun, ledger.PROMOTED, "1")
     (seen,) = all_lines(audit(home, None, MlflowTracker(home)).findings)
     assert "version 1 was deleted in MLflow; `audit --fix` removes it from the champions" in seen
 

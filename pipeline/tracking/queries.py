@@ -123,8 +123,8 @@ def deleted_studies(tracker: MlflowTracker) -> dict[str, str]:
     """The names of studies that were deleted in MLflow -> how a person restores each."""
     restore = {}
     for experiment in tracker.client.search_experiments(ViewType.ALL, max_results=_MOST_EXPERIMENTS):
-        found = tracker.store.search([experiment.experiment_id], "tags.role = 'study'", view=ViewType.DELETED_ONLY)
-        for run in intact(found):
+        ids, query = [experiment.experiment_id], "tags.role = 'study'"
+        for run in intact(tracker.store.search(ids, query, view=ViewType.DELETED_ONLY)):
             restore[str(RunTags.of(run).study)] = tracker.store.how_to_restore(experiment.experiment_id)
     return restore
 
@@ -199,8 +199,8 @@ def data_places(tracker: MlflowTracker, run_id: str) -> list[str]:
     study = tracker.store.run(RunTags.of(run).parent_run or run_id)
     inputs = run.inputs.dataset_inputs if run.inputs else []
     logged = [json.loads(shown.dataset.source).get("uri", "") for shown in inputs]
-    kept = RunTags.of(study).data_places if study else None
-    return list(dict.fromkeys([*(kept or ()), *filter(os.path.isabs, logged)]))
+    study_places = RunTags.of(study).data_places if study else None
+    return list(dict.fromkeys([*(study_places or ()), *filter(os.path.isabs, logged)]))
 
 
 def artifact_folder(run: StoredRun) -> Path | None:

@@ -20,11 +20,11 @@ def test_torn_last_line_is_cut_off_and_the_rest_resumed(tmp_path: Path) -> None:
     journal.append(START)
     journal.append_metrics({"val/loss": 0.1 + 0.2}, 1, durable=True)
     journal.release()
-    whole = (tmp_path / KEY / RECORDS).read_bytes()
-    for cut in (1, 20, len(whole.splitlines()[1])):
-        (tmp_path / KEY / RECORDS).write_bytes(whole + whole.splitlines()[1][:cut])
+    complete = (tmp_path / KEY / RECORDS).read_bytes()
+    for cut in (1, 20, len(complete.splitlines()[1])):
+        (tmp_path / KEY / RECORDS).write_bytes(complete + complete.splitlines()[1][:cut])
         again = Journal(tmp_path / KEY)
-        assert (tmp_path / KEY / RECORDS).read_bytes() == whole
+        assert (tmp_path / KEY / RECORDS).read_bytes() == complete
         assert not again.is_new
         again.append_metrics({"val/loss": 0.2}, 2, durable=True)
         again.release()
@@ -99,10 +99,10 @@ from pipeline.tracking.journal import DiskFault, Journal, RECORDS
 journal = Journal(Path("/mnt/journal/key"))
 journal.append({{"kind": "start"}})
 large = {{"kind": "metrics", "step": 1, "values": {{"x" * 200_000: 1.0}}}}
-for way in (lambda: journal.append(large, durable=True), lambda: journal.append_files(Path({str(source)!r}))):
+for write in (lambda: journal.append(large, durable=True), lambda: journal.append_files(Path({str(source)!r}))):
     before = Path("/mnt/journal/key", RECORDS).read_bytes()
     try:
-        way()
+        write()
     except DiskFault as error:
         assert len(error.lines) == 1 and "No space left" in error.lines[0] and "command resumes" in error.lines[0], error
         print("told")
@@ -110,11 +110,11 @@ for way in (lambda: journal.append(large, durable=True), lambda: journal.append_
 assert not list(Path("/mnt/journal/key").glob("files/*"))
 journal.append({{"kind": "end"}}, durable=True)
 """
-    done = subprocess.run(
+    process = subprocess.run(
         [*small_disk("64k"), sys.executable, "-c", script], capture_output=True, text=True, timeout=60
     )
-    assert done.stdout.split() == ["told", "told"], done.stderr
-    assert done.returncode == 0, done.stderr
+    assert process.stdout.split() == ["told", "told"], process.stderr
+    assert process.returncode == 0, process.stderr
 
 
 def test_files_are_kept_when_their_folder_is_removed(tmp_path: Path) -> None:

@@ -125,9 +125,7 @@ def test_the_code_is_read_once_a_process(project: Path) -> None:
     assert lineage.code() == before
 
 
-def test_commit_is_none_without_repository_commit_or_git(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commit_is_none_without_repository_commit_or_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "unpacked"
     (folder / "pipeline").mkdir(parents=True)
     (folder / "pipeline" / "loop.py").write_text("pass\n")

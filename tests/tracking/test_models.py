@@ -144,9 +144,7 @@ def damaged(packed: Package, folder: Path, name: str) -> Package:
 @pytest.mark.parametrize(
     "name", ["model.onnx", "MLmodel", "weights.safetensors", "card.md", "-checkpoint.json", "+more.py"]
 )
-def test_version_with_changed_files_is_refused(
-    name: str, trained: Trained, packed: Package, tmp_path: Path
-) -> None:
+def test_version_with_changed_files_is_refused(name: str, trained: Trained, packed: Package, tmp_path: Path) -> None:
     with registered(trained, damaged(packed, tmp_path / "model", name)):
         for wanted in (None, "models:/image-classifier@champion"):
             with pytest.raises(DataError) as caught, find_model(trained.home, None, wanted):

@@ -29,13 +29,13 @@ def test_module_name_means_all_its_studies_last_run_first(three_studies: MlflowT
         "attention-v2-digits",
         "attention-v1-digits",
     ]
-    study, said = find_study(three_studies, "attention")
-    assert study.name == "attention-v2-digits" and "attention-v1-digits" in said and "two" not in said
+    study, line = find_study(three_studies, "attention")
+    assert study.name == "attention-v2-digits" and "attention-v1-digits" in line and "two" not in line
 
 
 def test_complete_name_means_one_study(three_studies: MlflowTracker) -> None:
-    study, said = find_study(three_studies, "attention-v1-digits")
-    assert study.name == "attention-v1-digits" and not said
+    study, line = find_study(three_studies, "attention-v1-digits")
+    assert study.name == "attention-v1-digits" and not line
 
 
 def test_unknown_study_names_the_known_ones(three_studies: MlflowTracker) -> None:

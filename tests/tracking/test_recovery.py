@@ -29,8 +29,12 @@ def test_journals_of_dead_processes_are_adopted(
     assert runs_of(local_tracker, open_one)[0].info.status == "RUNNING"
     with local_tracker.run("mine", small_recipe, digits) as living:
         other = MlflowTracker(local_tracker.home)
-        left = recovery.other_journals(other)
-        assert (sorted(left.orphaned), left.busy, left.other_tracker) == ([finished, open_one], [living.key], {})
+        journals_of_others = recovery.other_journals(other)
+        assert (sorted(journals_of_others.orphaned), journals_of_others.busy, journals_of_others.other_tracker) == (
+            [finished, open_one],
+            [living.key],
+            {},
+        )
         assert recovery.adopt_journals(other) == 2
         assert other.flush(30)
         living.end(State.FINISHED)
@@ -88,8 +92,8 @@ def test_sync_sends_reports_rejections_and_can_be_repeated(
     ):
         sync()
     assert len(caught.value.lines) == 1 and exit_code(caught.value) == 4
-    said = capsys.readouterr().out
-    assert said == "sent 1 run\n1 run: a running command writes and sends them itself\n"
+    output = capsys.readouterr().out
+    assert output == "sent 1 run\n1 run: a running command writes and sends them itself\n"
     [stored] = runs_of(local_tracker, "a" * 32)
     assert stored.info.status == "FINISHED"
     local_tracker.client.restore_run(deleted.info.run_id)
@@ -115,7 +119,7 @@ def test_only_abandoned_trials_are_closed(
             at.id_of(opened.key)
             return opened
 
-        dead, told = run(parent, "left-v1-digits", 1), run(parent, "left-v1-digits", 2)
+        dead, pruned = run(parent, "left-v1-digits", 1), run(parent, "left-v1-digits", 2)
         others = [
             run(parent, "left-v1-digits", 3),
             run(parent, "left-v1-digits", 4, at=sqlite_tracker),
@@ -124,12 +128,12 @@ def test_only_abandoned_trials_are_closed(
             parent,
         ]
         recovery.close_abandoned_trials(
-            sqlite_tracker, parent.id, alive={others[0].key}, ended={told.key: (State.PRUNED, "too bad")}
+            sqlite_tracker, parent.id, alive={others[0].key}, ended={pruned.key: (State.PRUNED, "too bad")}
         )
-        closed = {name: stored(sqlite_tracker, run) for name, run in (("dead", dead), ("told", told))}
+        closed = {name: stored(sqlite_tracker, run) for name, run in (("dead", dead), ("pruned", pruned))}
         assert {name: (run.info.status, run.data.tags["state"]) for name, run in closed.items()} == {
             "dead": ("KILLED", "interrupted"),
-            "told": ("KILLED", "pruned"),
+            "pruned": ("KILLED", "pruned"),
         }
         assert [run.data.tags["reason"] for run in closed.values()] == ["its process is gone", "too bad"]
         for each in others:

@@ -119,9 +119,7 @@ def test_every_column_with_locations_is_known(old: Path) -> None:
     assert columns == {*_COLUMNS, *of_other_things}
 
 
-def test_folder_in_use_is_not_relocated(
-    old: Path, tmp_path: Path, small_recipe: Recipe, digits: TrainingData
-) -> None:
+def test_folder_in_use_is_not_relocated(old: Path, tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
     new = moved(old, tmp_path / "mlruns")
     relocate(new)
     with (

@@ -28,18 +28,18 @@ def test_each_state_has_its_mlflow_status_and_tag(
 ) -> None:
     with sqlite_tracker.run("run", small_recipe, digits) as run:
         run.end(state, "because")
-    found = stored(sqlite_tracker, run)
-    assert found.info.status == status
-    assert found.info.end_time
-    assert (found.data.tags["state"], found.data.tags["reason"]) == (str(state), "because")
+    stored_run = stored(sqlite_tracker, run)
+    assert stored_run.info.status == status
+    assert stored_run.info.end_time
+    assert (stored_run.data.tags["state"], stored_run.data.tags["reason"]) == (str(state), "because")
 
 
 def test_first_end_counts(sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData) -> None:
     with sqlite_tracker.run("run", small_recipe, digits) as run:
         run.end(State.PRUNED, "below the median")
         run.end(State.FINISHED)
-    found = stored(sqlite_tracker, run)
-    assert (found.info.status, found.data.tags["reason"]) == ("KILLED", "below the median")
+    stored_run = stored(sqlite_tracker, run)
+    assert (stored_run.info.status, stored_run.data.tags["reason"]) == ("KILLED", "below the median")
 
 
 def test_reason_too_long_for_a_tag_is_cut(
@@ -47,9 +47,9 @@ def test_reason_too_long_for_a_tag_is_cut(
 ) -> None:
     with sqlite_tracker.run("run", small_recipe, digits) as run:
         run.end(State.FAILED, "é" * 100_000)
-    found = stored(sqlite_tracker, run)
-    assert found.info.status == "FAILED"
-    assert re.fullmatch("é{1000,}", found.data.tags["reason"])
+    stored_run = stored(sqlite_tracker, run)
+    assert stored_run.info.status == "FAILED"
+    assert re.fullmatch("é{1000,}", stored_run.data.tags["reason"])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -41,9 +41,7 @@ def test_newest_place_with_the_same_images_is_used(seen: RunData, tmp_path: Path
     assert find_data(newest, tmp_path).dataset == str(tmp_path / "fourth")
 
 
-def test_place_in_the_recipe_is_tried_too(
-    seen: RunData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_place_in_the_recipe_is_tried_too(seen: RunData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "third").rename(tmp_path / "pets")
     monkeypatch.chdir(tmp_path)
     assert find_data(replace(seen, places=[]), tmp_path).dataset == str(tmp_path / "pets")

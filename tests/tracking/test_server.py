@@ -254,9 +254,7 @@ def test_ctrl_c_during_start_leaves_no_process(tmp_path: Path) -> None:
     assert family(leader.pid) == []
 
 
-def test_killed_server_leaves_nothing(
-    site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_killed_server_leaves_nothing(site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     port = free_port()
     server = start_server(site.uri, tmp_path, port)
     assert capfd.readouterr() == ("", "")

@@ -59,20 +59,20 @@ def test_run_holds_recipe_data_code_and_machine_in_every_store(
         (tmp_path / "logged" / "notes.txt").write_text("seen")
         run.log_files(tmp_path / "logged")
         run.end(State.FINISHED)
-    found = stored(tracker, run)
+    stored_run = stored(tracker, run)
 
-    assert found.info.run_name == "trial 3"
-    assert found.info.status == "FINISHED"
-    assert found.info.end_time >= found.info.start_time
+    assert stored_run.info.run_name == "trial 3"
+    assert stored_run.info.status == "FINISHED"
+    assert stored_run.info.end_time >= stored_run.info.start_time
 
-    assert found.data.params.keys() == small_recipe.flat().keys()
+    assert stored_run.data.params.keys() == small_recipe.flat().keys()
     sections: dict[str, dict[str, Any]] = {}
-    for name, value in found.data.params.items():
+    for name, value in stored_run.data.params.items():
         section, _, field = name.partition(".")
         sections.setdefault(section, {})[field] = parsed(value)
     assert parse_recipe(sections) == small_recipe, "the parameters alone give the recipe back"
 
-    tags = found.data.tags
+    tags = stored_run.data.tags
     assert tags.items() >= trial_tags("whole-v1-digits", 3).items()
     assert tags["recipe_digest"] == small_recipe.digest()
     assert (tags["data_digest"], tags["split_digest"]) == (digits.digest, digits.split_digest)
@@ -80,9 +80,9 @@ def test_run_holds_recipe_data_code_and_machine_in_every_store(
     assert tags["git_dirty"] in ("true", "false")
     assert tags["hardware"].startswith("cpu: ") and re.match(r"\d+\.\d+", tags["torch"])
     assert tags["mlflow.parentRunId"] == parent.id
-    assert found.info.experiment_id == stored(tracker, parent).info.experiment_id
+    assert stored_run.info.experiment_id == stored(tracker, parent).info.experiment_id
 
-    [shown] = found.inputs.dataset_inputs
+    [shown] = stored_run.inputs.dataset_inputs
     assert shown.dataset.name == "digits"
     assert len(shown.dataset.digest) == 36 and digits.digest.startswith(shown.dataset.digest)
     assert json.loads(shown.dataset.profile) == {
@@ -93,7 +93,7 @@ def test_run_holds_recipe_data_code_and_machine_in_every_store(
 
     history = tracker.client.get_metric_history(run.id, "val/accuracy")
     assert [(point.step, point.value) for point in history] == [(1, 0.5), (2, 0.75)]
-    assert found.data.metrics["val/loss"] == 1.5
+    assert stored_run.data.metrics["val/loss"] == 1.5
 
     artifacts = {file.path for file in tracker.client.list_artifacts(run.id)}
     assert artifacts - {"diff.patch"} == {"recipe.json", "environment.txt", "notes.txt"}
@@ -106,9 +106,9 @@ def test_run_without_parent_is_in_the_data_sets_experiment(
 ) -> None:
     with sqlite_tracker.run("run", small_recipe, digits) as run:
         run.end(State.FINISHED)
-    found = stored(sqlite_tracker, run)
-    assert sqlite_tracker.client.get_experiment(found.info.experiment_id).name == "digits"
-    assert "reason" not in found.data.tags and "mlflow.parentRunId" not in found.data.tags
+    stored_run = stored(sqlite_tracker, run)
+    assert sqlite_tracker.client.get_experiment(stored_run.info.experiment_id).name == "digits"
+    assert "reason" not in stored_run.data.tags and "mlflow.parentRunId" not in stored_run.data.tags
 
 
 @pytest.mark.parametrize("error", [ValueError("boom"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: repr(e))
@@ -121,9 +121,9 @@ def test_exception_ends_the_run_as_failed_and_is_raised(
     ):
         raise error
     assert caught.value is error
-    found = stored(sqlite_tracker, run)
-    assert found.info.status == "FAILED"
-    assert (found.data.tags["state"], found.data.tags["reason"]) == ("failed", repr(error))
+    stored_run = stored(sqlite_tracker, run)
+    assert stored_run.info.status == "FAILED"
+    assert (stored_run.data.tags["state"], stored_run.data.tags["reason"]) == ("failed", repr(error))
 
 
 def test_run_that_was_not_ended_is_failed(
@@ -131,8 +131,8 @@ def test_run_that_was_not_ended_is_failed(
 ) -> None:
     with sqlite_tracker.run("run", small_recipe, digits) as run:
         pass
-    found = stored(sqlite_tracker, run)
-    assert (found.info.status, found.data.tags["reason"]) == ("FAILED", "ended without a state")
+    stored_run = stored(sqlite_tracker, run)
+    assert (stored_run.info.status, stored_run.data.tags["reason"]) == ("FAILED", "ended without a state")
 
 
 def test_unwritable_journal_is_one_line_and_leaves_nothing(
@@ -153,13 +153,13 @@ def test_reopened_study_resumes_its_parent_run(sqlite_tracker: MlflowTracker) ->
     second = sqlite_tracker.open_study(
         "again-v1-digits", "Which rate is best?", "val/f1_macro", ["optimizer.lr"], first.id
     )
-    found = stored(sqlite_tracker, second)
+    stored_run = stored(sqlite_tracker, second)
     assert second.id == first.id
-    assert found.info.status == "RUNNING"
-    assert found.data.tags["role"] == "study"
-    assert found.data.tags["mlflow.note.content"] == "Which rate is best?"
-    experiment = sqlite_tracker.client.get_experiment(found.info.experiment_id)
-    assert f"mlflow.sharedViewState.{found.data.tags['view']}" in experiment.tags
+    assert stored_run.info.status == "RUNNING"
+    assert stored_run.data.tags["role"] == "study"
+    assert stored_run.data.tags["mlflow.note.content"] == "Which rate is best?"
+    experiment = sqlite_tracker.client.get_experiment(stored_run.info.experiment_id)
+    assert f"mlflow.sharedViewState.{stored_run.data.tags['view']}" in experiment.tags
     second.end(State.FINISHED)
     assert stored(sqlite_tracker, second).info.status == "FINISHED"
     stranger = sqlite_tracker.open_study("again-v1-digits", "Which rate is best?", "val/f1_macro", ["optimizer.lr"])

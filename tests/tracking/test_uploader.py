@@ -150,9 +150,9 @@ def test_permanent_rejection_is_kept_and_not_retried(
             run.log_metrics({"val/accuracy": epoch / 12}, epoch)
             assert not proxied_tracker.flush(5)
         run.end(State.FINISHED)
-    asked = len(proxy.requests)
+    num_requests = len(proxy.requests)
     time.sleep(0.5)
-    assert len(proxy.requests) == asked
+    assert len(proxy.requests) == num_requests
     assert not proxied_tracker.flush(30)
     assert "must be in the 'active' state" in proxied_tracker.rejected[run.key]
     assert sum("MLflow rejects it" in message for message in caplog.messages) == 1
