@@ -69,7 +69,7 @@ def test_moved_folder_is_refused_and_nothing_is_written(old: Path, tmp_path: Pat
     with pytest.raises(UserError) as caught:
         MlflowTracker(new)
     [line] = caught.value.lines
-    assert str(new) in line and str(old) in line and "make relocate" in line
+    assert str(new) in line and str(old) in line and "`relocate` writes" in line
     assert not old.exists()
 
 
@@ -143,4 +143,4 @@ def test_commands_name_relocate(old: Path, tmp_path: Path, trained: Trained) -> 
         env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "was moved here from" in done.stderr and "make relocate" in done.stderr
+    assert "was moved here from" in done.stderr and "relocate` writes" in done.stderr

@@ -154,17 +154,17 @@ def test_permanent_rejection_is_kept_and_not_retried(
     time.sleep(0.5)
     assert len(proxy.requests) == num_requests
     assert not proxied_tracker.flush(30)
-    assert "must be in the 'active' state" in proxied_tracker.rejected[run.key]
+    assert proxied_tracker.rejected == {run.key: "it was deleted in MLflow"} and proxied_tracker.deleted == {run.key}
     assert sum("MLflow rejects it" in message for message in caplog.messages) == 1
     assert len(records(proxied_tracker.home / "journal" / run.key)) == 6
     train(proxied_tracker, small_recipe, digits, tmp_path, lambda epoch: None)
     proxied_tracker.flush(30)
     assert proxied_tracker.pending == [run.key], "others go on"
-    with pytest.raises(UserError, match="MLflow rejects it"):
+    with pytest.raises(UserError, match="was deleted in MLflow before it was complete"):
         proxied_tracker.id_of(run.key)
 
 
-@pytest.mark.parametrize("send", [True, False], ids=["it was sendped", "it was not"])
+@pytest.mark.parametrize("send", [True, False], ids=["it was sent", "it was not"])
 def test_killed_run_resumes_with_each_point_once(
     send: bool, local_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
