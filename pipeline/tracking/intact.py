@@ -10,8 +10,8 @@ _TRIAL = (*_TRAINED, "study", "trial")
 _REQUIRED = {
     "study": ("study", "objective"),
     "trial": _TRIAL,
-    "final": (*_TRIAL, "trial_run"),
-    "reproduction": (*_TRAINED, "reproduces"),
+    "final": _TRIAL,
+    "reproduction": _TRAINED,
 }
 
 

@@ -33,7 +33,9 @@ def test_what_a_run_needs_depends_on_role_and_status() -> None:
     tags = TRIAL.to_mlflow()
     assert missing_tags(make_run(tags)) == []
     assert missing_tags(make_run(tags), with_key=True) == ["run_key"]
-    assert missing_tags(make_run(tags | {"role": "final"})) == ["trial_run"]
+    assert missing_tags(make_run(tags | {"role": "final"})) == []
+    assert missing_tags(make_run({"role": "reproduction"})) == ["recipe_digest", "data_digest", "split_digest", "state"]
+    assert missing_tags(make_run({"role": "study", "objective": "loss"})) == ["study", "objective"]
     assert missing_tags(make_run(tags | {"role": "boss"})) == ["role"]
     del tags["state"]
     assert missing_tags(make_run(tags, status="RUNNING")) == []
