@@ -20,7 +20,8 @@ from pipeline.inference.classifier import ModelMetadata
 from pipeline.inference.methods import measure, methods_table, out_of_fold, views, views_of
 from pipeline.models.build import num_parameters
 from pipeline.recipe import Recipe
-from pipeline.tracking.tracker import Run, State, Tracker
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import Run, Tracker
 from pipeline.training.checkpoints import save_checkpoint
 from pipeline.training.loop import Diverged, EpochReport, Result, train
 from pipeline.training.resume import Resume

@@ -19,6 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks gain nothing from
 
 import torch
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
+from tracking_stores import (  # noqa: F401, fixtures
+    fast_uploads,
+    local_tracker,
+    proxied_tracker,
+    proxy,
+    server_port,
+    sqlite_tracker,
+)
 
 from pipeline import experiment
 from pipeline.data.datasets import load
@@ -29,7 +37,8 @@ from pipeline.registry.ledger import VerdictEvidence
 from pipeline.registry.package import Package, package
 from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.relocate import relocate
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 if TYPE_CHECKING:
     from harness import Row, Zygote

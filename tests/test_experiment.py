@@ -26,7 +26,8 @@ from pipeline.inference.classifier import ModelMetadata
 from pipeline.inference.methods import METHODS, out_of_fold
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe, parse_recipe
-from pipeline.tracking.tracker import NullTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import NullTracker
 from pipeline.training.checkpoints import load_weights, read_checkpoint
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import Resume

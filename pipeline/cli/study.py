@@ -190,12 +190,14 @@ def _deleted(console: Console, tracker: "MlflowTracker", done: "optuna.Study") -
 
     The sampler goes on with what they measured, and they count: that was true, and to search there again would be a waste.
     """
+    from pipeline.tracking import queries
+
     try:
-        for study in tracker.studies():
+        for study in queries.studies(tracker):
             if study.parent == done.user_attrs["mlflow_run_id"]:
-                for line in tracker.left_out(study):
+                for line in queries.omitted_lines(tracker, study):
                     say(console, line)
-        return tracker.deleted_keys(done.user_attrs["mlflow_run_id"])
+        return queries.deleted_keys(tracker, done.user_attrs["mlflow_run_id"])
     except Exception as error:
         if not is_away(error):
             raise
@@ -204,8 +206,10 @@ def _deleted(console: Console, tracker: "MlflowTracker", done: "optuna.Study") -
 
 def _links(console: Console, tracker: "MlflowTracker", name: str) -> dict[str, str]:
     """To a study in the UI; no links where MLflow's server went away at the last moment, as the study is done."""
+    from pipeline.tracking import queries
+
     try:
-        found = (links_of(tracker, study, UI_PORT) for study in tracker.studies() if study.name == name)
+        found = (links_of(tracker, study, UI_PORT) for study in queries.studies(tracker) if study.name == name)
         return next(found, {})  # the study's own run may have been deleted meanwhile
     except Exception as error:
         if not is_away(error):

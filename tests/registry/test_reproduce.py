@@ -18,6 +18,7 @@ from pipeline.experiment import Outcome
 from pipeline.recipe import Recipe
 from pipeline.registry import finals, reproduce
 from pipeline.registry.reproduce import Difference, compare, differences, find_original, summarise
+from pipeline.tracking import queries
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -45,7 +46,7 @@ def command(run_id: str, home: Path, *options: str) -> subprocess.CompletedProce
 def test_fresh_process_reproduces_every_bit_and_is_no_candidate(
     trained: Trained, tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [study] = [study for study in tracker.studies() if study.name == "tiny-v1-digits"]
+    [study] = [study for study in queries.studies(tracker) if study.name == "tiny-v1-digits"]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     done = command(trained.finished, trained.home)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -55,10 +56,10 @@ def test_fresh_process_reproduces_every_bit_and_is_no_candidate(
     for line in ("weights.safetensors: equal, SHA-256", "predictions: those of all 144 images equal"):
         assert line in done.stdout
     assert done.stdout.rstrip().endswith("reproduced bit for bit")
-    [run] = tracker.children(study, "reproduction")
+    [run] = queries.children(tracker, study, "reproduction")
     tags = RunTags.of(run)
     assert (tags.reproduces, tags.reproduced) == (trained.finished, "reproduced bit for bit")
-    assert tracker.best_run_ids(study, 10) == [trained.finished]
+    assert queries.best_run_ids(tracker, study, 10) == [trained.finished]
     assert [c.trial_run for c in finals.plan_finals(tracker, study, CPU, 5, 1).candidates] == [trained.finished]
 
 
@@ -172,7 +173,7 @@ def test_each_difference_has_a_line(
         run.end(State.FINISHED)
     assert differences(tracker, find_original(tracker, tracker.id_of(run.key)), CPU) == []
 
-    environment = (tracker.read_file(tracker.id_of(run.key), "environment.txt") or b"").decode()
+    environment = (queries.read_file(tracker, tracker.id_of(run.key), "environment.txt") or b"").decode()
     changed = environment.replace("# cpu: ", "# cpu: Old ").replace("\ntorch==", "\ntorch==0.").replace(
         "\npytest==", "\ntransistor==1.0\npytest=="
     )  # fmt: skip
@@ -219,7 +220,7 @@ def test_run_that_cannot_be_reproduced_is_refused(
 ) -> None:
     with tracker.run("stillborn", small_recipe, digits) as stillborn:
         stillborn.end(State.FAILED, "diverged")
-    parent = tracker.studies()[0].parent
+    parent = queries.studies(tracker)[0].parent
     for run_id, line in {
         "last": "run last: must be a run's id, 32 of 0-9a-f",
         "0" * 32: "no such run in the tracking store",

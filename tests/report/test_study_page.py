@@ -30,7 +30,8 @@ from pipeline.report.comparison_page import studies_page
 from pipeline.report.markup import write
 from pipeline.report.study_page import study_page
 from pipeline.report.trials import choose, finished, table
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ATTACK = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
