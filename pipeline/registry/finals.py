@@ -21,13 +21,14 @@ from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError
 from pipeline.evaluation.significance import sample
-from pipeline.experiment import Interrupted, Outcome
+from pipeline.experiment import ExperimentRequest, Interrupted, Outcome
 from pipeline.models.build import prediction_flop
 from pipeline.processes import StopOnSignal, study_lock, this_process
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.racing import RULES, Candidate, Final, Racing, choose
 from pipeline.tracking.kept import controls, whole
 from pipeline.tracking.store import is_active
+from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker, State, StudyRuns
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import CHECKPOINTS
@@ -325,27 +326,27 @@ def _train(
 
     check()
     observer.started(name, recipe)
-    outcome = experiment.run(
-        recipe,
-        data,
-        device,
-        tracker,
+    request = ExperimentRequest(
+        recipe=recipe,
+        data=data,
+        device=device,
         name=f"final of {name}",
-        parent=study.parent,
-        tags={
-            "role": "final",
-            "study": study.name,
-            "trial": str(candidate.trial),
-            "trial_run": candidate.trial_run,
-            "candidate": candidate.digest,
-            "seed": str(seed),
-            "worker": json.dumps(this_process()),
-        },
+        parent_run=study.parent,
+        tags=RunTags(
+            role="final",
+            study=study.name,
+            trial=candidate.trial,
+            trial_run=candidate.trial_run,
+            candidate=candidate.digest,
+            seed=seed,
+            worker=this_process(),
+        ),
         on_epoch=on_epoch,
         on_step=check,
-        resume=tracker.home / CHECKPOINTS / key,
-        key=key,
+        resume_dir=tracker.home / CHECKPOINTS / key,
+        run_key=key,
     )
+    outcome = experiment.run(request, tracker)
     observer.ended(name, outcome)
     if outcome.state is State.INTERRUPTED:
         raise Interrupted

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import math
 import re
 import tempfile
@@ -20,11 +19,12 @@ from safetensors.torch import load
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import NotReproduced, UserError
-from pipeline.experiment import Interrupted, Outcome, Prune
+from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
 from pipeline.processes import StopOnSignal, this_process
 from pipeline.recipe import Recipe
 from pipeline.registry.finals import check_same_data, recipe_of
 from pipeline.tracking.lineage import code, environment, same_code
+from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker, State
 from pipeline.training.checkpoints import PLAIN_WEIGHTS, WEIGHTS
 from pipeline.training.loop import EpochReport
@@ -159,22 +159,22 @@ def reproduce(
             raise Prune(f"the run that is reproduced ended {past.state} after epoch {past.epochs}")
 
     with StopOnSignal() as stop, threads(past.threads if device.type == "cpu" else None):
-        outcome = experiment.run(
-            past.recipe,
-            data,
-            device,
-            tracker,
+        request = ExperimentRequest(
+            recipe=past.recipe,
+            data=data,
+            device=device,
             name=f"reproduction of {past.run.info.run_name}",
-            parent=tags.get("mlflow.parentRunId"),
-            tags={
-                "role": "reproduction",
-                "reproduces": past.run.info.run_id,
-                "worker": json.dumps(this_process()),
-                **({"study": tags["study"]} if "study" in tags else {}),
-            },
+            parent_run=tags.get("mlflow.parentRunId"),
+            tags=RunTags(
+                role="reproduction",
+                reproduces=past.run.info.run_id,
+                worker=this_process(),
+                study=tags.get("study"),
+            ),
             on_epoch=after_epoch,
             on_step=check,
         )
+        outcome = experiment.run(request, tracker)
     if outcome.state is State.INTERRUPTED:
         raise Interrupted
     return outcome

@@ -4,7 +4,7 @@ import enum
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,16 @@ _TAG_LIMIT = 5000  # characters; MLflow cuts longer ones silently
 class MlflowRun:
     """An open run, in its journal; see Run."""
 
-    def __init__(self, shipper: Uploader, journal: Journal, run_id: str | None = None):
+    def __init__(
+        self,
+        shipper: Uploader,
+        journal: Journal,
+        run_id: str | None = None,
+        check_ownership: Callable[[], None] = lambda: None,
+    ):
+        """`check_ownership` is called before anything is logged; it raises where the run belongs to another process."""
         self.key = journal.key
+        self._check_ownership = check_ownership
         self._shipper, self._journal, self._id = shipper, journal, run_id
         self._open = True
         self._monitor: _Monitor | None = None
@@ -66,10 +74,12 @@ class MlflowRun:
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
             raise ValueError(f"not a finite number: {', '.join(bad)}")
+        self._check_ownership()
         self._journal.append_metrics(metrics, step, durable=True)
 
     def log_files(self, folder: Path) -> None:
         """See Run."""
+        self._check_ownership()
         self._journal.append_files(folder)
 
     def leave(self) -> None:
@@ -81,6 +91,12 @@ class MlflowRun:
 
     def end(self, state: State, reason: str = "") -> None:
         """See Run."""
+        if self._open:
+            self._check_ownership()
+            self.close(state, reason)
+
+    def close(self, state: State, reason: str) -> None:
+        """As `end`, without the ownership check: after an exception, which may say that the database is away."""
         if self._open:
             self._open = False
             self.stop_monitor()

@@ -36,6 +36,7 @@ class RunTags:
     state: State | None = None  # None: it has not ended
     reason: str | None = None  # why it ended so
     trial: int | None = None  # the trial's number, also of a final
+    control: bool | None = None  # of the trial of the base recipe
     trial_run: str | None = None  # of a final: the run of the trial that is trained again
     candidate: str | None = None  # of a final: the recipe's digest without its seed
     seed: int | None = None  # of a final
@@ -111,4 +112,5 @@ _PARSERS: Mapping[str, Any] = {
     "seed": _number,
     "worker": _mapping,
     "git_dirty": lambda text: text == "true",
+    "control": lambda text: text == "true",
 }

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -95,10 +95,12 @@ class Tracker(Protocol):
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
         key: str | None = None,
+        check_ownership: Callable[[], None] = lambda: None,
     ) -> contextlib.AbstractContextManager[Run]:
         """A run that is never left open: one that its user didn't end is FAILED when the block is left.
 
-        Where a `key` is given that is known, the same run is gone on with.
+        Where a `key` is given that is known, the same run is gone on with. `check_ownership` is called before anything
+        is logged, and raises OwnershipLost where the run belongs to another process by now.
         """
 
 
@@ -114,6 +116,7 @@ class NullTracker:
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
         key: str | None = None,
+        check_ownership: Callable[[], None] = lambda: None,
     ) -> Iterator[Run]:
         """See Tracker."""
         yield _NullRun(key or uuid.uuid4().hex)
@@ -296,6 +299,7 @@ class MlflowTracker:
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
         key: str | None = None,
+        check_ownership: Callable[[], None] = lambda: None,
     ) -> Iterator["MlflowRun"]:
         """See Tracker; with `parent`, a child of that run in its experiment.
 
@@ -316,7 +320,8 @@ class MlflowTracker:
             "params": {n: json.dumps(v) if isinstance(v, tuple) else str(v) for n, v in recipe.flat().items()},
             "data": _dataset(data),
         }
-        run = MlflowRun(self._shipper, self._journal(key or uuid.uuid4().hex, start, key is not None))
+        journal = self._journal(key or uuid.uuid4().hex, start, key is not None)
+        run = MlflowRun(self._shipper, journal, check_ownership=check_ownership)
         try:
             run.start(recipe, self.uri)
             yield run
@@ -325,7 +330,7 @@ class MlflowTracker:
             raise
         except BaseException as error:
             with contextlib.suppress(UserError):  # of a full disk, which is told by the first one
-                run.end(State.FAILED, repr(error))
+                run.close(State.FAILED, repr(error))
             raise
         finally:
             run.stop_monitor()
