@@ -46,7 +46,7 @@ class ExperimentRequest:
     device: torch.device
     name: str  # of the run in MLflow
     parent_run: str | None = None  # whose child the run is
-    tags: RunTags = RunTags()
+    tags: RunTags = field(default_factory=RunTags)
     run_key: str | None = None  # of the run that is to be resumed, or made with this key
     resume_dir: Path | None = None  # where the training's state is kept, and resumed from where there is one
     on_epoch: Callable[[EpochReport], None] = lambda report: None

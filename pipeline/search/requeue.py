@@ -1,6 +1,7 @@
-"""The queue of a study: which waiting trials may be claimed, and what becomes of a trial that ended through no fault of its own.
+"""The queue of a study: which waiting trials may be claimed, and which are queued again.
 
-Such a trial is requeued: another trial takes its place, with the same parameters and the same run in MLflow.
+A trial that ended through no fault of its own is requeued: another trial takes its place, with the same parameters and the
+same run in MLflow.
 """
 
 import contextlib
@@ -18,7 +19,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pipeline.processes import process_has_exited
 from pipeline.search.optuna_internals import fail_trial, stored_trial
 from pipeline.search.pruner import MIN_UNPRUNED_TRIALS
-from pipeline.search.study import counts_toward_budget
 from pipeline.search.trial_attributes import TrialAttributes, update_attributes
 from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker, State

@@ -170,7 +170,9 @@ class RetryingStorage(SqlStorage):
         Optuna has a transaction for each, of two or three statements. Nothing that was set can be read before the end.
         """
         local = self._local
-        params, attributes = local.params, local.attributes = [], {}
+        params: list[TrialParam] = []
+        attributes: dict[int, dict[str, Any]] = {}
+        local.params, local.attributes = params, attributes
         try:
             yield
         finally:

@@ -164,7 +164,7 @@ class Supervisor:
         dead: dict[str, list[FrozenTrial]] = {}  # by cause
         for trial in running:
             owner = TrialAttributes.of(trial).worker
-            worker_id = owner.get("id") if owner else None
+            worker_id = str(owner.get("id")) if owner else ""
             worker = workers.get(worker_id)
             if worker_id in causes:
                 dead.setdefault(causes[worker_id], []).append(trial)
