@@ -21,6 +21,7 @@ from pipeline.registry.package import Package
 from pipeline.search import run_study
 from pipeline.search.storage import open_storage
 from pipeline.search.study import Search, Study
+from pipeline.search.trial import StudyContext
 from pipeline.tracking.journal import FOLDER, RECORDS, Journal
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import save_folder
@@ -43,7 +44,15 @@ def whole(small_recipe: Recipe, digits: TrainingData, tmp_path_factory: pytest.T
 
     study = Study(question="?", base=small_recipe, space=rates, objective="val/accuracy", trials=2)
     search, tracker = Search("tiny", study, {}, 1, 2, None), MlflowTracker(home)
-    run_study.run_study(search, digits, torch.device("cpu"), Anybody(), open_storage(home), tracker, home)
+    context = StudyContext(
+        search=search,
+        data=digits,
+        device=torch.device("cpu"),
+        storage=open_storage(home),
+        tracker=tracker,
+        observer=Anybody(),
+    )
+    run_study.run_study(context)
     assert tracker.flush(60)
     return Trained(home, "", "")
 
@@ -139,7 +148,7 @@ FAULTS = {
         ["trial 1 of tiny-v1-digits: finished in Optuna, its run"],
     ),
     "asked again by nobody": (
-        ("optuna.db", f"INSERT INTO {ATTRIBUTE} VALUES (2, 'asked_again', 'true')"),
+        ("optuna.db", f"INSERT INTO {ATTRIBUTE} VALUES (2, 'requeued', 'true')"),
         ["trial 1 of tiny-v1-digits: asked again, and 0 trials take its place"],
     ),
     "a second parent": (

@@ -14,7 +14,7 @@ from pipeline import experiment
 from pipeline.cli.exit_codes import exit_code
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, NotReproduced, UserError
-from pipeline.experiment import Outcome
+from pipeline.experiment import ExperimentRequest, Outcome
 from pipeline.recipe import Recipe
 from pipeline.registry import finals, reproduce
 from pipeline.registry.reproduce import Difference, compare, differences, find_past, verdict
@@ -32,7 +32,9 @@ def tracker(trained: Trained) -> MlflowTracker:
 @pytest.fixture(scope="module")
 def other_seed(tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData) -> Outcome:
     """The fixture's finished run with another seed, outside any study."""
-    return experiment.run(small_recipe.changed({"training.seed": 5}), digits, CPU, tracker, "other seed")
+    recipe = small_recipe.changed({"training.seed": 5})
+    request = ExperimentRequest(recipe=recipe, data=digits, device=CPU, name="other seed")
+    return experiment.run(request, tracker)
 
 
 def command(run_id: str, home: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -72,7 +74,8 @@ def test_what_was_stored_and_is_not_what_comes_out_ends_with_exit_code_6(
     from pipeline.cli.main import main
 
     one_epoch = small_recipe.changed({"training.epochs": 1})
-    run_id = tracker.id_of(experiment.run(one_epoch, digits, CPU, tracker, "tampered").run_key)
+    request = ExperimentRequest(recipe=one_epoch, data=digits, device=CPU, name="tampered")
+    run_id = tracker.id_of(experiment.run(request, tracker).run_key)
     weights = tracker.client.download_artifacts(trained.finished, "weights.safetensors", str(tmp_path))
     tracker.client.log_artifact(run_id, weights)
     monkeypatch.chdir(trained.home.parent)
@@ -110,7 +113,8 @@ def test_a_run_of_two_threads_is_trained_with_two(
     seen, before = [], torch.get_num_threads()
     short = small_recipe.changed({"training.epochs": 1})
     with reproduce.threads(2):
-        first = experiment.run(short, digits, CPU, tracker, "two threads")
+        request = ExperimentRequest(recipe=short, data=digits, device=CPU, name="two threads")
+        first = experiment.run(request, tracker)
     past = find_past(tracker, tracker.id_of(first.run_key))
     assert past.threads == 2
     again = reproduce.reproduce(tracker, past, digits, CPU, lambda report: seen.append(torch.get_num_threads()))
