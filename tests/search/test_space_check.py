@@ -111,19 +111,19 @@ def test_parameter_with_two_ranges_is_refused(small_recipe: Recipe) -> None:
     assert problems(two, small_recipe) == ["optimizer.lr: asked with two ranges, 0.01 to 0.2 and 0.01 to 0.5"]
 
 
-def test_what_all_trials_share_cannot_be_searched(small_recipe: Recipe) -> None:
+def test_fields_that_all_trials_share_cannot_be_searched(small_recipe: Recipe) -> None:
     def sizes(trial: Any) -> None:
         trial.suggest_categorical("data.image_size", [8, 16])
 
     assert problems(sizes, small_recipe)[0].startswith("data.image_size: the trials of a study share their data")
 
 
-def test_a_space_that_raises_is_told_with_its_line(small_recipe: Recipe) -> None:
+def test_space_that_raises_is_reported_with_its_line(small_recipe: Recipe) -> None:
     def broken(trial: Any) -> None:
         trial.number  # noqa: B018
 
     (line,) = problems(broken, small_recipe)
-    assert "test_space.py, line " in line
+    assert "test_space_check.py, line " in line
     assert "AttributeError" in line
 
 

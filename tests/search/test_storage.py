@@ -374,7 +374,7 @@ def test_moved_folder_keeps_key_and_recipe(studies: StoredStudies) -> None:
 
 def test_other_images_in_the_same_folder_are_refused(studies: StoredStudies) -> None:
     studies.open("a/data", ONE)
-    with pytest.raises(UserError, match=r"lab-v1-data-111111 has trials that answer another question; `--version 2`"):
+    with pytest.raises(UserError, match=r"lab-v1-data-111111: has trials that answer another question; `--version 2`"):
         studies.open("a/data", TWO)
     with pytest.raises(UserError, match="`--version 2`"):
         find_study(studies.search("a/data"), studies.data("a/data", TWO), studies.storage)

@@ -103,7 +103,7 @@ def check_that_settings_hold(search: Search) -> set[str]:
 
 
 @pytest.mark.parametrize("name", available())
-def test_settings_are_in_the_recipes_of_all_trials_that_can_have_them(name: str) -> None:
+def test_settings_are_in_all_recipes_that_can_have_them(name: str) -> None:
     study, seen = load_study(name), set()
     for said in settable(study.base):
         seen |= check_that_settings_hold(search_with(study, said))
@@ -113,7 +113,7 @@ def test_settings_are_in_the_recipes_of_all_trials_that_can_have_them(name: str)
 
 
 @pytest.mark.parametrize("name", available())
-def test_a_kind_that_is_set_is_every_trials_and_the_rest_is_asked_or_the_bases(name: str) -> None:
+def test_set_kind_is_in_all_trials(name: str) -> None:
     study = load_study(name)
     for section, field in KIND.items():
         for kind in kinds_of(section):
@@ -169,7 +169,7 @@ def test_setting_that_no_trial_can_have_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", available())
-def test_the_search_is_over_augmentation_optimizer_and_schedule(name: str) -> None:
+def test_augmentation_optimizer_and_schedule_are_searched(name: str) -> None:
     study = load_study(name)
     space = explore(study.space, study.base.changed)
     assert {"augmentation", "optimizer", "schedule"} <= {parameter.partition(".")[0] for parameter in space}
@@ -180,7 +180,7 @@ def test_the_search_is_over_augmentation_optimizer_and_schedule(name: str) -> No
 
 
 @pytest.mark.parametrize("name", available())
-def test_the_docstring_states_question_command_cost_and_result(name: str) -> None:
+def test_docstring_states_question_command_cost_and_result(name: str) -> None:
     text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) or ""
     assert text.splitlines()[0].endswith("?")
     assert f"make study NAME={name}" in text
@@ -188,7 +188,7 @@ def test_the_docstring_states_question_command_cost_and_result(name: str) -> Non
     assert "result" in text.lower()
 
 
-def test_attention_asks_only_what_applies_to_the_chosen_kind() -> None:
+def test_only_parameters_of_the_chosen_kind_are_searched() -> None:
     study = load_study("attention")
 
     def asked(**choices: str) -> set[str]:
@@ -209,7 +209,7 @@ def test_attention_asks_only_what_applies_to_the_chosen_kind() -> None:
     assert {"schedule.interval", "schedule.gamma"} <= asked(schedule_name="step") - asked(schedule_name="cosine")
 
 
-def test_plain_asks_whether_its_authors_lessons_are_true() -> None:
+def test_plain_searches_around_its_authors_lessons() -> None:
     study = load_study("plain")
     space = explore(study.space, study.base.changed)
     rotation_more_dropout_longer = {
@@ -224,7 +224,7 @@ def test_plain_asks_whether_its_authors_lessons_are_true() -> None:
         assert low == lowest and high > low, name
 
 
-def test_attention_begins_with_the_published_recipe() -> None:
+def test_control_of_attention_is_the_published_recipe() -> None:
     flat = load_study("attention").base.flat()
     published = {
         "model.widths": (31, 62, 124, 248),
