@@ -248,7 +248,7 @@ def connect(address: str, device: str, data_dir: Path, workers: int | None, limi
 
 
 def _probe(address: str) -> str | None:
-    """The address of a cluster that admits us and nobody without the token; None where `auto` finds none."""
+    """The address of a cluster that admits us and refuses clients without the token; None where `auto` finds none."""
     has_token = _has_token()
     modes = ["disabled", "token"] if has_token else ["disabled"]
     subject = f"`--cluster` {address}"

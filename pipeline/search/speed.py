@@ -67,9 +67,9 @@ class Speed:
     """One recipe's speed on one data set."""
 
     batch_size: int
-    steps: int  # of an epoch of the whole training split
+    steps: int  # of an epoch of the complete training split
     step_s: dict[str, float]  # seconds of a step, by part
-    evaluation_s: float  # of the whole validation split, once
+    evaluation_s: float  # of the complete validation split, once
     memory_gib: float  # most in use: on a GPU of the training, on a CPU of the process
 
     @property

@@ -65,12 +65,12 @@ class Study:
             "base": (isinstance(self.base, Recipe), "a Recipe, as parse_recipe makes"),
             "space": (callable(self.space), "a function of a trial"),
             "objective": (self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}"),
-            "trials": (isinstance(self.trials, int) and self.trials >= 1, "a whole number of at least 1"),
+            "trials": (isinstance(self.trials, int) and self.trials >= 1, "an integer of at least 1"),
             "patience": (
                 self.patience is None or (isinstance(self.patience, int) and self.patience >= 1),
-                "None or a whole number of at least 1",
+                "None or an integer of at least 1",
             ),
-            "version": (isinstance(self.version, int) and self.version >= 1, "a whole number of at least 1"),
+            "version": (isinstance(self.version, int) and self.version >= 1, "an integer of at least 1"),
         }
         problems = [
             Problem(f"{name} = {getattr(self, name)!r}", f"must be {rule}")

@@ -129,7 +129,7 @@ def _score(trial: optuna.Trial, context: StudyContext) -> float:
     except BaseException as error:
         with _ownership_required():
             requeue(trial.study, trial)
-        if isinstance(error, SystemExit):  # rich ends a process so where nobody reads its output any more
+        if isinstance(error, SystemExit):  # as rich does where the output was closed
             raise StudyInterrupted from error
         raise
 
