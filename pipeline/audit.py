@@ -440,7 +440,7 @@ def _write_tags(
         if counts_toward_budget(trial) and _key(trial) and "recipe_digest" in trial.user_attrs:
             tags = {"role": "trial", "trial": str(trial.number), "state": str(_STATES[trial.state.name])}
             tags |= {RUN_KEY: _key(trial), "recipe_digest": trial.user_attrs["recipe_digest"]}
-            known[by_key.get(_key(trial)) or trial.user_attrs.get("mlflow_run_id", "")] = of_all | tags
+            known[by_key.get(_key(trial)) or trial.user_attrs.get("mlflow_run_id") or ""] = of_all | tags
     others = _read(tracker, known.keys() - runs.keys() - set(deleted))
     for run in [*(runs[run_id] for run_id in known.keys() & runs.keys()), *others]:
         its = known[run.info.run_id]

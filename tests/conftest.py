@@ -18,6 +18,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks gain nothing from more; read when torch is imported
 
 import torch
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from pipeline import experiment
 from pipeline.data.datasets import load
@@ -93,8 +94,10 @@ class Trained:
         """Into a folder that isn't there yet; the databases by SQLite.
 
         A process that opens and closes the file of a database which it has open loses its locks, and the next process to
-        write there breaks it (https://sqlite.org/howtocorrupt.html, 2.2).
+        write there breaks it (https://sqlite.org/howtocorrupt.html, 2.2). MLflow keeps, by a run's id, where the files of
+        the first store lie that had it: what is written to a copy would go there.
         """
+        _artifact_repos_cache.clear()
         shutil.copytree(self.home, home, ignore=shutil.ignore_patterns("*.db*"))
         for file in self.home.glob("*.db"):
             with (

@@ -14,8 +14,8 @@ _OF_STUDY = {"study": r".+", "trial": r"\d+"}
 _FORMS = {
     "study": {"study": r".+", "objective": r"val/(accuracy|f1_macro)"},
     "trial": _TRAINED | _OF_STUDY,
-    "final": _TRAINED | _OF_STUDY | {"trial_run": _KEY},
-    "reproduction": _TRAINED | {"reproduces": _KEY},
+    "final": _TRAINED | _OF_STUDY,
+    "reproduction": _TRAINED,
 }
 _STATE = {"state": "finished|pruned|failed|interrupted"}
 
