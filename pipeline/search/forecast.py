@@ -296,10 +296,11 @@ def size_mib(folder: Path) -> float:
     for database in folder.glob("*.db"):
         checkpoint(database)
     size = 0
-    for place, _, names in os.walk(folder):  # which goes on where a folder has just gone
+    # Files and folders may disappear meanwhile: a journal is removed as soon as MLflow has it.
+    for parent, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # a journal goes as soon as MLflow has it
-                size += os.stat(Path(place, name)).st_size
+            with contextlib.suppress(FileNotFoundError):
+                size += os.stat(Path(parent, name)).st_size
     return size / 2**20
 
 
