@@ -25,7 +25,8 @@ from pipeline.inference.classifier import ModelMetadata
 from pipeline.inference.methods import METHODS, fit_temperature, out_of_fold
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe, parse_recipe
-from pipeline.tracking.tracker import NullTracker, State
+from pipeline.tracking.journal import FOLDER, RECORDS
+from pipeline.tracking.tracker import MlflowTracker, NullTracker, OwnershipLost, State
 from pipeline.training.checkpoints import load_weights, read_checkpoint
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import Resume
@@ -281,3 +282,24 @@ def test_kept_state_is_removed_unless_it_may_be_resumed(
     with pytest.raises(RuntimeError) if isinstance(error, RuntimeError) else nullcontext():
         run_small(NullTracker(), on_epoch=fail, resume_dir=folder)
     assert folder.exists() == stays
+
+
+def test_lost_run_is_left_as_it_is(tmp_path: Path, run_small: Train) -> None:
+    """Another process has the trial since the first epoch: nothing more is logged, and the run is not ended."""
+    reports: list[int] = []
+
+    def check_ownership() -> None:
+        if reports:
+            raise OwnershipLost
+
+    tracker, key = MlflowTracker(tmp_path / "mlruns"), "a" * 32
+    with pytest.raises(OwnershipLost):
+        run_small(
+            tracker,
+            run_key=key,
+            on_epoch=lambda report: reports.append(report.epoch),
+            check_ownership=check_ownership,
+        )
+    records = (tmp_path / "mlruns" / FOLDER / key / RECORDS).read_text()
+    assert '"val/accuracy"' in records and '"end"' not in records
+    assert reports == [1]
