@@ -16,7 +16,7 @@ from mlflow.entities import Run as StoredRun
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError
-from pipeline.experiment import Interrupted, Outcome
+from pipeline.experiment import ExperimentRequest, Interrupted, Outcome
 from pipeline.processes import StopOnSignal, study_lock, this_process
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.decision import FinalsDecision, decide
@@ -291,19 +291,19 @@ class _Trainer:
             seed=seed,
             worker=this_process(),
         )
-        outcome = experiment.run(
-            recipe,
-            self.data,
-            self.device,
-            self.tracker,
+        request = ExperimentRequest(
+            recipe=recipe,
+            data=self.data,
+            device=self.device,
             name=f"final of {name}",
-            parent=self.study.parent,
-            tags=tags.to_mlflow(),
+            parent_run=self.study.parent,
+            tags=tags,
+            run_key=key,
+            resume_dir=self.tracker.home / CHECKPOINTS / key,
             on_epoch=self._on_epoch,
             on_step=self._check_stop,
-            resume=self.tracker.home / CHECKPOINTS / key,
-            key=key,
         )
+        outcome = experiment.run(request, self.tracker)
         self.observer.ended(name, outcome)
         if outcome.state is State.INTERRUPTED:
             raise Interrupted

@@ -19,7 +19,7 @@ from safetensors.torch import load
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import NotReproduced, UserError
-from pipeline.experiment import Interrupted, Outcome, Prune
+from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
 from pipeline.processes import StopOnSignal, this_process
 from pipeline.recipe import Recipe
 from pipeline.registry.finals import check_same_data, execution_line, recipe_of
@@ -185,17 +185,17 @@ def reproduce(
         worker=this_process(),
     )
     with StopOnSignal() as stop, use_threads(original.threads if device.type == "cpu" else None):
-        outcome = experiment.run(
-            original.recipe_on(device),
-            data,
-            device,
-            tracker,
+        request = ExperimentRequest(
+            recipe=original.recipe_on(device),
+            data=data,
+            device=device,
             name=f"reproduction of {original.run.info.run_name}",
-            parent=original.tags.parent_run,
-            tags=tags.to_mlflow(),
+            parent_run=original.tags.parent_run,
+            tags=tags,
             on_epoch=after_epoch,
             on_step=check_stop,
         )
+        outcome = experiment.run(request, tracker)
     if outcome.state is State.INTERRUPTED:
         raise Interrupted
     return outcome

@@ -14,7 +14,7 @@ from pipeline import experiment
 from pipeline.cli.exit_codes import exit_code
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, NotReproduced, UserError
-from pipeline.experiment import Outcome
+from pipeline.experiment import ExperimentRequest, Outcome
 from pipeline.recipe import Recipe
 from pipeline.registry import finals, reproduce
 from pipeline.registry.reproduce import Difference, compare, differences, find_original, summarise
@@ -34,7 +34,9 @@ def tracker(trained: Trained) -> MlflowTracker:
 @pytest.fixture(scope="module")
 def other_seed(tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData) -> Outcome:
     """The fixture's finished run with another seed, outside any study."""
-    return experiment.run(small_recipe.changed({"training.seed": 5}), digits, CPU, tracker, "other seed")
+    recipe = small_recipe.changed({"training.seed": 5})
+    request = ExperimentRequest(recipe=recipe, data=digits, device=CPU, name="other seed")
+    return experiment.run(request, tracker)
 
 
 def command(run_id: str, home: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -75,7 +77,8 @@ def test_tampered_weights_end_with_exit_code_6(
     from pipeline.cli.main import main
 
     one_epoch = small_recipe.changed({"training.epochs": 1})
-    run_id = tracker.id_of(experiment.run(one_epoch, digits, CPU, tracker, "tampered").run_key)
+    request = ExperimentRequest(recipe=one_epoch, data=digits, device=CPU, name="tampered")
+    run_id = tracker.id_of(experiment.run(request, tracker).run_key)
     weights = tracker.client.download_artifacts(trained.finished, "weights.safetensors", str(tmp_path))
     tracker.client.log_artifact(run_id, weights)
     monkeypatch.chdir(trained.home.parent)
