@@ -59,7 +59,7 @@ def test_unknown_recipe_is_refused_before_weights_are_read(
     with pytest.raises(UserError) as caught, find_model(home, None, trained.finished):
         pass
     assert caught.value.lines[0].endswith(
-        "its recipe can't be read by this code; the commit that it was trained with can"
+        "its recipe can't be read by this code; use the commit that it was trained with"
     )
     assert "model.network = vit: not one of attention," in caught.value.lines[1]
     assert downloaded == [RECORD]
@@ -168,7 +168,7 @@ def test_version_outlives_its_run_but_not_its_files(trained: Trained, packed: Pa
         assert "its files can't be read" in refusal(trained.home, None)
     nobody = dataclasses.replace(trained, finished="0" * 32)
     with registered(nobody, packed), find_model(trained.home, None, None) as model:
-        assert model.label == "the champion, image-classifier version 1, of a run that is gone"
+        assert model.label == "the champion, image-classifier version 1, of a run that was removed"
 
 
 def test_run_whose_files_are_missing_is_refused(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:

@@ -55,7 +55,7 @@ def test_failure_names_every_place_and_the_option(seen: RunData, tmp_path: Path)
     here = Path("pets").absolute()
     assert first == (
         f"run 1: its data set, digest {seen.digest[:12]}, is not in {tmp_path}/second or {tmp_path}/first or {here}; "
-        "DATASET= names the folder where it lies now"
+        "name the folder where it lies now by `--dataset`"
     )
     assert lines[0].startswith(f"  {tmp_path}/second: holds other images, digest ")
     assert lines[1:] == [f"  {tmp_path}/first: no such folder", f"  {here}: no such folder"]
@@ -92,7 +92,7 @@ def test_run_knows_its_studys_places_and_its_own(tmp_path: Path, small_recipe: R
     parent.end(State.FINISHED)
     tracker.flush(30)
     tracker.set_data_places(str(parent.id), ["/third", "x" * 8_000])
-    assert [study.places for study in queries.studies(tracker)] == [["/third"]], "as many as a tag holds"
+    assert [study.places for study in queries.studies(tracker)] == [("/third",)], "as many as a tag holds"
 
 
 def test_places_are_kept_newest_first_and_each_once() -> None:
