@@ -56,7 +56,7 @@ def views(images: Tensor, flip: bool, shift: int) -> list[Tensor]:
 
 
 def combine(method: str, logits: np.ndarray, calibration: Calibration) -> np.ndarray:
-    """The method's probabilities, (N, C) float64, from logits (V, N, C); only tta and adaptive look at V > 1 views."""
+    """The method's probabilities, (N, C) float64, from logits (V, N, C); only tta and adaptive use V > 1 views."""
     assert method in METHODS, method
     used = logits if method in ("tta", "adaptive") else logits[:1]
     by_view = softmax(used, calibration.temperature)

@@ -141,8 +141,8 @@ def plan_finals(
 
 def execution_line(trained: Recipe, recipe: Recipe, device: torch.device) -> str:
     """How a recipe is executed now, where `executable_on` changed that."""
-    before, now = trained.training.execution, recipe.training.execution
-    return f"training.execution = {before}: a graph needs a GPU, and this is {device}; executed as {now}"
+    recorded, possible = trained.training.execution, recipe.training.execution
+    return f"training.execution = {recorded}: a graph needs a GPU, and this is {device}; executed as {possible}"
 
 
 def _trial_of(run: StoredRun) -> int:
@@ -221,7 +221,7 @@ def check_same_data(subject: str, tags: RunTags, data: TrainingData) -> None:
     """DataError where data set or split differ from those in a run's tags."""
     parts = (("data", tags.data_digest, data.digest), ("split", tags.split_digest, data.split_digest))
     differing = [
-        f"{name}: {str(then)[:16]} then, {now[:16]} now ({data.source})" for name, then, now in parts if then != now
+        f"{name}: {str(old)[:16]} then, {new[:16]} now ({data.source})" for name, old, new in parts if old != new
     ]
     if differing:
         remedy = "`--dataset` names the folder where the same data lies, `--data-dir` where CIFAR-10 does"
@@ -241,7 +241,7 @@ def run_finals(
 ) -> FinalsDecision:
     """Train what is not trained yet, decide, and store the decision.
 
-    Seed by seed, every candidate once, so that poor ones stop early. Raises Interrupted where somebody asks to stop:
+    Seed by seed, every candidate once, so that poor ones stop early. Raises Interrupted where the user asks to stop:
     the same call resumes. UserError where another command runs the study.
     """
     check_data(plan, tracker, data)

@@ -175,7 +175,7 @@ class Ledger:
             return _append(connection, BEGUN, model, run, version, None, reason, details)
 
     def end(self, begun: Event, kind: str, version: str | None, reason: str = "") -> Event:
-        """Close what `begin` opened. Refused where somebody else has closed it."""
+        """Close what `begin` opened. Refused where another command has closed it."""
         assert kind in (PROMOTED, ROLLED_BACK, UNDONE), kind
         with self._transaction() as connection:
             unfinished = _unfinished(_read(connection, begun.model))

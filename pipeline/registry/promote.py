@@ -150,9 +150,9 @@ class Registry:
         return version.run_id == champion.run  # a model that was deleted and made again counts its versions from 1
 
     def _versions(self, run: str) -> list[ModelVersion]:
-        """Those that a promotion made; one registered by hand has no digests and is never served."""
-        found = self.tracker.client.search_model_versions(f"run_id = '{run}'")
-        return [version for version in found if _TOKEN in version.tags]
+        """Those that a promotion made; one that a person registered has no digests and is never served."""
+        versions = self.tracker.client.search_model_versions(f"run_id = '{run}'")
+        return [version for version in versions if _TOKEN in version.tags]
 
 
 @contextlib.contextmanager

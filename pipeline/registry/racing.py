@@ -78,7 +78,7 @@ class Racing:
         return [c for c in self.candidates if c.is_control or c.digest not in self.stopped]
 
     def add(self, candidate: Candidate, seed: int, final: Final) -> None:
-        """A training ended. A recipe that diverges with some seed is stopped: nobody could rely on it."""
+        """A training ended. A recipe that diverges with some seed is stopped, as it isn't reliable."""
         self.finals[candidate.digest][seed] = final
         if final.score is None:
             self.stopped.setdefault(candidate.digest, f"diverged with seed {seed}")

@@ -126,9 +126,9 @@ def _code_differences(tracker: MlflowTracker, original: OriginalRun) -> Iterator
         unchanged = ", the folder pipeline is the same" if same else ""
         yield Difference(f"commit: {commit} then, {current.commit} now{unchanged}", not same)
     if patch != current.diff:
-        then, now = (f"{len(text.splitlines())} lines" if text else "none" for text in (patch, current.diff))
+        old, new = (f"{len(text.splitlines())} lines" if text else "none" for text in (patch, current.diff))
         source = f" (diff.patch of run {run_id} has it)" if patch else ""
-        yield Difference(f"uncommitted difference: {then} then{source}, {now} now", True)
+        yield Difference(f"uncommitted difference: {old} then{source}, {new} now", True)
 
 
 def _environment_differences(
@@ -163,7 +163,7 @@ def reproduce(
     """Train the run again, as many epochs as it had, with its number of threads, under a run of its own.
 
     The reproduction has the role `reproduction` and the tag `reproduces`: it is no trial, and no candidate for anything.
-    Raises Interrupted where somebody asks to stop, DataError where the data is not what it was.
+    Raises Interrupted where the user asks to stop, DataError where the data is not what it was.
     """
     check_same_data(original.name, original.tags, data)
     recovery.close_abandoned_runs(tracker, original.run.info.experiment_id)
