@@ -77,8 +77,8 @@ def compare(
     _check_store(tracking_uri)
 
     from pipeline.console import print_links
-    from pipeline.report.markup import write
     from pipeline.report.page import champions, finals_verdict, study_page
+    from pipeline.report.render import write
     from pipeline.report.several import studies_page
     from pipeline.report.trials import choose, table
     from pipeline.tracking.runs import MlflowTracker

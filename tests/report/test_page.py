@@ -25,8 +25,8 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.report import figures
-from pipeline.report.markup import write
 from pipeline.report.page import study_page
+from pipeline.report.render import write
 from pipeline.report.several import studies_page
 from pipeline.report.trials import choose, finished, table
 from pipeline.tracking.runs import MlflowTracker, State
