@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from pipeline.search.supervisor import Crew
     from pipeline.tracking.runs import MlflowTracker
 
+_MOST_BEST = 10  # trials that are shown at the end
+
 
 def study(
     name: Annotated[str, typer.Argument(help="A module of studies/, e.g. attention.")],
@@ -151,15 +153,22 @@ def _crew(console: Console, options: StudyOptions, data_dir: Path) -> "Iterator[
 def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "MlflowTracker") -> None:
     """The table of the best trials, and what to do next."""
     from pipeline.console import print_best_trials, print_forecast, print_links
-    from pipeline.search.study import best_trials
+    from pipeline.report.trials import best_trials, table_of
+    from pipeline.search.storage import num_finished
+    from pipeline.search.study import records
 
-    if not best_trials(done):
+    completed = table_of(records(done, search))
+    if completed.empty:
         settle(console, tracker)
         console.print("no trial was completed: the lines above say why; make ui shows what there is", highlight=False)
         raise typer.Exit(1)
     if done.user_attrs.get("actual"):
         print_forecast(console, done.user_attrs["forecast"], done.user_attrs["actual"])
-    print_best_trials(console, done, search)
+    title = (
+        f"{done.study_name}: best {min(len(completed), _MOST_BEST)} of {num_finished(done)} trials, validation split"
+    )
+    headings = ("trial", "score", "macro-F1", "weakest class (F1)", "epochs", "time")
+    print_best_trials(console, title, search.study.objective, best_trials(completed, _MOST_BEST), headings)
     links = _links(console, tracker, done.study_name) if settle(console, tracker) else {}
     elsewhere = "" if tracker.uri.endswith(str(HOME.resolve() / "mlflow.db")) else " TRACKING_URI=..."
     these = f"NAME={done.study_name}{elsewhere}"

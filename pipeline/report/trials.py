@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,13 @@ def choose(tracker: MlflowTracker, names: Sequence[str]) -> list[StudyRuns]:
 
 def table(tracker: MlflowTracker, studies: Sequence[StudyRuns]) -> pd.DataFrame:
     """See `trials`."""
-    rows = [_row(run, study) for study in studies for run in tracker.children(study)]
+    return table_of([_row(run, study) for study in studies for run in tracker.children(study)])
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """See `trials`; a row may lack what was not measured."""
     frame = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
+    frame = frame.reindex(columns=[*COLUMNS, *(name for name in frame.columns if name not in COLUMNS)])
     params = sorted(name for name in frame.columns if "." in name and "/" not in name)
     metrics = sorted(name for name in frame.columns if "/" in name)
     frame = frame[[*COLUMNS, *params, *metrics]]

@@ -25,7 +25,7 @@ from pipeline.experiment import Outcome
 from pipeline.guard import StopOnSignal, end_process, is_gone
 from pipeline.search.retries import bury
 from pipeline.search.storage import PatientStorage, StudyLock
-from pipeline.search.study import Search, counts
+from pipeline.search.study import Search, counts, study_progress
 from pipeline.search.trial import Observer, Progress, StudyInterrupted
 from pipeline.search.worker import Assignment, Ended, Limits, grant
 from pipeline.tracking.runs import MlflowTracker, State
@@ -394,7 +394,7 @@ class _Show:
         finished = sum(counts(trial) for trial in trials)
         if finished != self._finished:
             self._finished = finished
-            self._observer.study_progress(self._study, finished)
+            self._observer.study_progress(study_progress(self._study, finished))
 
     def _look_at(self, trial: FrozenTrial) -> None:
         beat: Mapping[str, Any] = trial.user_attrs.get("pulse", {})

@@ -28,7 +28,7 @@ from pipeline.guard import this_worker
 from pipeline.interpreter import keep_imports
 from pipeline.recipe import Recipe
 from pipeline.search.storage import PatientStorage, find_study, open_storage
-from pipeline.search.study import Search
+from pipeline.search.study import Search, StudyProgress
 from pipeline.search.trial import Objective, Progress, StudyInterrupted, TrialFailed
 from pipeline.tracking.runs import Lost, MlflowTracker
 from pipeline.training.execution import check_execution
@@ -186,7 +186,7 @@ class Pulse:
     def planned(self, forecast: Mapping[str, Any]) -> None:
         """See Observer."""
 
-    def study_progress(self, study: optuna.Study, finished: int) -> None:
+    def study_progress(self, progress: StudyProgress) -> None:
         """See Observer."""
 
     def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:

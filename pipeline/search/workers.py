@@ -15,7 +15,7 @@ from pipeline.guard import StopOnSignal, alone, this_worker
 from pipeline.search.plan import actual, forecast, size_mib
 from pipeline.search.retries import reconcile
 from pipeline.search.storage import PatientStorage, StudyLock, num_finished, open_study
-from pipeline.search.study import Search
+from pipeline.search.study import Search, study_progress
 from pipeline.search.supervisor import Crew, Supervisor
 from pipeline.search.trial import Objective, Observer, StudyInterrupted
 from pipeline.search.worker import Assignment, grant, packed, run_trial, take
@@ -145,7 +145,7 @@ def _work(study: optuna.Study, objective: Objective, lock: StudyLock) -> None:
             raise StudyInterrupted
 
     storage.while_waiting = stop_if_asked
-    objective.observer.study_progress(study, num_finished(study))
+    objective.observer.study_progress(study_progress(study, num_finished(study)))
     while (finished := num_finished(study)) < search.trials:
         stop_if_asked()
         lock.check()
@@ -156,7 +156,7 @@ def _work(study: optuna.Study, objective: Objective, lock: StudyLock) -> None:
         grant(study, study.get_trials(deepcopy=False), 1)
         if trial := take(study, storage, worker):
             run_trial(study, trial, objective)
-            objective.observer.study_progress(study, finished + 1)
+            objective.observer.study_progress(study_progress(study, finished + 1))
 
 
 def _summary(study: optuna.Study) -> Mapping[str, float]:

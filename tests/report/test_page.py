@@ -289,7 +289,7 @@ def test_data_that_is_not_there_is_said_and_not_fetched(store: Store, tmp_path: 
     frame = table(tracker, [study])
     frame["data.dataset"] = "cifar10"
     said = body(study_page(tracker, study, frame, tmp_path, {}))
-    assert "The images can&#x27;t be shown" in said and "DATA_DIR= says where it lies" in said
+    assert "The images can&#39;t be shown" in said and "DATA_DIR= says where it lies" in said
     assert not list(tmp_path.iterdir())
 
 
