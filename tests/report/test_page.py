@@ -152,8 +152,8 @@ def halved(trained: Trained, tmp_path_factory: pytest.TempPathFactory, small_rec
 
 
 def body(page: str) -> str:
-    """What a reader sees, without plotly's code and the figures' data."""
-    return page.partition("</main>")[0].partition("<main>")[2]
+    """What a reader sees, without plotly's code and the figures' data; white space counts once, as in HTML."""
+    return " ".join(page.partition("</main>")[0].partition("<main>")[2].split())
 
 
 @pytest.fixture(scope="module")
