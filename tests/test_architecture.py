@@ -28,7 +28,7 @@ FLOORS = [
 # Library -> where it may be imported.
 KEEPERS = {
     "mlflow": ("pipeline/tracking/", "pipeline/registry/"),
-    "optuna": ("pipeline/search/", "pipeline/console.py", "studies/"),
+    "optuna": ("pipeline/search/", "studies/"),
     "ray": ("pipeline/search/cluster.py",),
     "plotly": ("pipeline/report/",),
     "matplotlib": ("pipeline/evaluation/figures.py",),

@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from pipeline.cli.common import HOME, UI_PORT, expand, make_console, say, say_what_is_missing
 from pipeline.cli.options import DataDirOption, SeenDatasetOption, TrackingOption
@@ -79,7 +76,7 @@ def compare(
 
     from pipeline.cli.views import print_links
     from pipeline.report.comparison_page import studies_page
-    from pipeline.report.markup import write
+    from pipeline.report.render import write
     from pipeline.report.study_page import champions, finals_verdict, study_page
     from pipeline.report.trials import choose, table
     from pipeline.tracking.tracker import MlflowTracker
@@ -125,42 +122,18 @@ def _check_store(tracking_uri: str | None) -> None:
         raise UserError(f"no runs yet in {HOME}: make study NAME=attention DATASET=digits makes some")
 
 
-def _print_trials(console: Console, frame: "pd.DataFrame", count: int = 8) -> None:
-    """The best trials of a study beside the control, then what the best three change in it."""
-    import pandas as pd
+def _print_trials(console: Console, frame: "pd.DataFrame", most: int = 8) -> None:
+    """The best trials of a study and its control."""
+    from pipeline.cli.views import print_best_trials
+    from pipeline.report.trials import best_trials, finished
 
-    from pipeline.errors import escape_control
-    from pipeline.report.trials import changes, control, finished, searched, weakest_class
-
-    done, base, names = finished(frame), control(frame), searched(frame)
-    rows = done.head(count)
-    if base is not None and base["run_id"] not in set(rows["run_id"]):
-        rows = pd.concat([rows, base.to_frame().T])
-    objective, trials = frame["objective"].iloc[0], int((frame["role"] == "trial").sum())
-    say(
-        console,
-        f"{frame['study'].iloc[0]}: best {min(len(done), count)} of {trials} trials, {len(done)} finished; "
-        f"{objective} and F1 on the validation split, lead over the control in points",
+    objective, num_finished, states = frame["objective"].iloc[0], len(finished(frame)), frame["state"].value_counts()
+    title = (
+        f"{frame['study'].iloc[0]}: best {min(num_finished, most)} of {(frame['role'] == 'trial').sum()} trials, "
+        f"{num_finished} finished; {objective} and F1 on the validation split, lead over the control in points"
     )
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for heading in ("trial", objective, "lead", "weakest class (F1)", "training", "parameters", "latency"):
-        grid.add_column(
-            Text(heading), justify="left" if heading.startswith("weak") else "right", no_wrap=heading == objective
-        )
-    for _, row in rows.iterrows():
-        weakest, f1 = weakest_class(row)
-        grid.add_row(
-            f"{'control ' if row['control'] else ''}{row['trial']}",
-            f"{row['score']:.4f}",
-            f"{100 * (row['score'] - base['score']):+.2f}" if base is not None else "",
-            Text(f"{escape_control(weakest)[:20]} ({f1:.3f})" if weakest else ""),
-            f"{row.get('time/training_s', float('nan')):,.1f} s",
-            f"{row.get('model/parameters', float('nan')):,.0f}",
-            f"{row.get('model/latency_ms', float('nan')):.2f} ms",
-        )
-    console.print(grid)
-    if done.empty:
-        states = ", ".join(f"{number} {state}" for state, number in frame["state"].value_counts().items())
-        say(console, f"no trial finished ({states}); the page says why")
-    for _, row in done.head(3).iterrows():
-        say(console, f"trial {row['trial']}: {changes(row, base, names)}")
+    headings = ("trial", "score", "lead", "weakest class (F1)", "training", "parameters", "latency")
+    print_best_trials(console, title, objective, best_trials(frame, most), headings)
+    if not num_finished:
+        listed = ", ".join(f"{number} {state}" for state, number in states.items())
+        say(console, f"no trial finished ({listed}); the page says why")

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from pipeline.search.supervisor import WorkerPool
     from pipeline.tracking.tracker import MlflowTracker
 
+_MOST_BEST = 10  # trials that are shown at the end
+
 
 def study(
     name: Annotated[str, typer.Argument(help="A module of studies/, e.g. attention.")],
@@ -163,16 +165,23 @@ def _crew(console: Console, options: StudyOptions, workers: int, data_dir: Path)
 def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "MlflowTracker") -> None:
     """The table of the best trials, and what to do next."""
     from pipeline.cli.views import print_best_trials, print_forecast, print_links
-    from pipeline.search.study import best_trials
+    from pipeline.report.trials import best_trials, table_of
+    from pipeline.search.storage import num_finished
+    from pipeline.search.study import records
 
-    if not best_trials(done):
+    if not records(done, search):
         settle(console, tracker)
         console.print("no trial was completed: the lines above say why; make ui shows what there is", highlight=False)
         raise typer.Exit(1)
     if done.user_attrs.get("actual"):
         print_forecast(console, done.user_attrs["forecast"], done.user_attrs["actual"])
     is_settled = settle(console, tracker)
-    print_best_trials(console, done, search, _deleted(console, tracker, done))
+    completed = table_of(records(done, search, _deleted(console, tracker, done)))
+    title = (
+        f"{done.study_name}: best {min(len(completed), _MOST_BEST)} of {num_finished(done)} trials, validation split"
+    )
+    headings = ("trial", "score", "macro-F1", "weakest class (F1)", "epochs", "time")
+    print_best_trials(console, title, search.study.objective, best_trials(completed, _MOST_BEST), headings)
     links = _links(console, tracker, done.study_name) if is_settled else {}
     elsewhere = "" if tracker.uri.endswith(str(HOME.resolve() / "mlflow.db")) else " TRACKING_URI=..."
     these = f"NAME={done.study_name}{elsewhere}"

@@ -2,12 +2,10 @@
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import optuna
-from optuna.trial import TrialState
 from rich import box
 from rich.console import Console
 from rich.live import Live
@@ -15,14 +13,17 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.errors import escape_control
 from pipeline.experiment import Outcome
 from pipeline.recipe import KIND, Recipe
 from pipeline.search.curves import Curve
 from pipeline.search.replay import Estimate, Replayed
-from pipeline.search.storage import num_finished
-from pipeline.search.study import Search, best_trials
+from pipeline.search.study import Search, StudyProgress
 from pipeline.search.trial import Progress
 from pipeline.training.loop import EpochReport
+
+if TYPE_CHECKING:
+    from pipeline.report.trials import BestTrial
 
 _PLAIN_EVERY_S = 30.0  # a line, where nothing can be redrawn
 _BAR_WIDTH = 20
@@ -67,19 +68,20 @@ class StudyView:
         """See Observer."""
         print_forecast(self._console, forecast)
 
-    def study_progress(self, study: optuna.Study, finished: int) -> None:
+    def study_progress(self, progress: StudyProgress) -> None:
         """See Observer."""
         if self._finished_before is None:
-            self._finished_before = finished
-        states = [trial.state for trial in study.get_trials(deepcopy=False)]
-        pruned, failed = states.count(TrialState.PRUNED), finished - states.count(TrialState.COMPLETE)
-        parts = [f"{finished} of {self._search.trials} trials, {pruned} pruned, {failed - pruned} failed"]
-        if best := best_trials(study, 1):
-            parts.append(f"best {self._search.study.objective} {best[0].value:.4f} (trial {best[0].number})")
-        if left := self._time_left(finished):
+            self._finished_before = progress.finished
+        parts = [
+            f"{progress.finished} of {self._search.trials} trials, {progress.pruned} pruned, {progress.failed} failed"
+        ]
+        if progress.best:
+            number, score = progress.best
+            parts.append(f"best {self._search.study.objective} {score:.4f} (trial {number})")
+        if left := self._time_left(progress.finished):
             parts.append(f"about {duration(left)} left")
-        self._study = f"{study.study_name}: {', '.join(parts)}"
-        self._study_bar.update(finished)
+        self._study = f"{progress.name}: {', '.join(parts)}"
+        self._study_bar.update(progress.finished)
         self._show(self._study)
 
     def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:
@@ -148,32 +150,41 @@ class StudyView:
         self._live.update(grid)
 
 
-def print_best_trials(
-    console: Console, study: optuna.Study, search: Search, without: Collection[str] = (), count: int = 10
-) -> None:
-    """The best trials: score, macro-F1, weakest class and cost, then what the best three change in the control.
+# Heading -> what a best trial has there.
+_BEST: Mapping[str, "Callable[[BestTrial], str]"] = {
+    "trial": lambda trial: f"{trial.number}{' (control)' if trial.is_control else ''}",
+    "score": lambda trial: f"{trial.score:.4f}",
+    "lead": lambda trial: _number(trial.lead, "{:+.2f}"),
+    "macro-F1": lambda trial: _number(trial.f1_macro, "{:.4f}"),
+    "weakest class (F1)": lambda trial: (
+        f"{escape_control(trial.weakest_class)[:20]} ({trial.weakest_f1:.3f})" if trial.weakest_class else ""
+    ),
+    "epochs": lambda trial: str(trial.epochs),
+    "time": lambda trial: duration(trial.seconds),
+    "training": lambda trial: _number(trial.training_s, "{:,.1f} s"),
+    "parameters": lambda trial: _number(trial.parameters, "{:,.0f}"),
+    "latency": lambda trial: _number(trial.latency_ms, "{:.2f} ms"),
+}
 
-    `without` those of these run keys.
-    """
-    best = best_trials(study, count, without)
-    table = Table(title=f"{study.study_name}: best {len(best)} of {num_finished(study)} trials, validation split")
-    for heading in ("trial", search.study.objective, "macro-F1", "weakest class (F1)", "epochs", "time"):
-        table.add_column(heading, justify="left" if heading.startswith("weak") else "right")
-    for trial in best:
-        metrics = trial.user_attrs["metrics"]
-        f1 = {name.removeprefix("val/f1/"): value for name, value in metrics.items() if name.startswith("val/f1/")}
-        weakest = min(f1, key=lambda name: f1[name])
-        table.add_row(
-            f"{trial.number}{' (control)' if trial.user_attrs.get('control') else ''}",
-            f"{trial.value:.4f}",
-            f"{metrics['val/f1_macro']:.4f}",
-            Text(f"{weakest} ({f1[weakest]:.3f})"),
-            str(trial.user_attrs["epochs"]),
-            duration(trial.user_attrs["seconds"]),
-        )
+
+def print_best_trials(
+    console: Console, title: str, objective: str, trials: "Sequence[BestTrial]", headings: Sequence[str]
+) -> None:
+    """These columns of the best trials under a title, then what the best three change in the control."""
+    console.print(escape_control(title), markup=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in headings:
+        name, justify = objective if heading == "score" else heading, "left" if heading.startswith("weak") else "right"
+        table.add_column(Text(name), justify=justify, no_wrap=heading == "score")  # type: ignore[arg-type]
+    for trial in trials:
+        table.add_row(*(Text(_BEST[heading](trial)) for heading in headings))
     console.print(table)
-    for trial in best[:3]:
-        console.print(f"trial {trial.number}: {changes_text(trial.params, search)}", markup=False, highlight=False)
+    for trial in trials[:3]:
+        console.print(escape_control(f"trial {trial.number}: {trial.changes}"), markup=False, soft_wrap=True)
+
+
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else form.format(value)
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from pipeline.processes import StopOnSignal, study_lock, this_process
 from pipeline.search.forecast import Choice, actual, forecast, size_mib
 from pipeline.search.requeue import reconcile
 from pipeline.search.storage import RetryingStorage, StudyLock, num_finished, open_study, resolved
-from pipeline.search.study import Search
+from pipeline.search.study import Search, study_progress
 from pipeline.search.supervisor import Supervisor, WorkerPool
 from pipeline.search.trial import Objective, StudyInterrupted, StudyObserver
 from pipeline.search.worker import Assignment, claim_trial, packed, release_trials, run_trial
@@ -155,7 +155,7 @@ def _work(study: optuna.Study, objective: Objective, lock: StudyLock) -> None:
             raise StudyInterrupted
 
     storage.while_waiting = stop_if_asked
-    objective.observer.study_progress(study, num_finished(study))
+    objective.observer.study_progress(study_progress(study, num_finished(study)))
     while (finished := num_finished(study)) < search.trials:
         stop_if_asked()
         lock.check()
@@ -166,7 +166,7 @@ def _work(study: optuna.Study, objective: Objective, lock: StudyLock) -> None:
         release_trials(study, study.get_trials(deepcopy=False), 1)
         if trial := claim_trial(study, storage, worker):
             run_trial(study, trial, objective)
-            objective.observer.study_progress(study, finished + 1)
+            objective.observer.study_progress(study_progress(study, finished + 1))
 
 
 def _summary(study: optuna.Study) -> Mapping[str, float]:

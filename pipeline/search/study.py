@@ -335,10 +335,62 @@ def counts_toward_budget(trial: optuna.trial.FrozenTrial) -> bool:
     return trial.state.is_finished() and not trial.user_attrs.get("asked_again")
 
 
-def best_trials(
-    study: optuna.Study, count: int | None = None, without: Collection[str] = ()
-) -> list[optuna.trial.FrozenTrial]:
-    """The completed trials, best first; `without` those of these run keys."""
-    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    done = [trial for trial in done if trial.user_attrs.get("run_key") not in without]
-    return sorted(done, key=lambda trial: (-(trial.value or 0.0), trial.number))[:count]
+@dataclass(frozen=True)
+class StudyProgress:
+    """How far a study is, as a person is told."""
+
+    name: str
+    finished: int  # trials that count against the budget
+    pruned: int
+    failed: int  # or interrupted
+    best: tuple[int, float] | None  # number and score
+
+
+def study_progress(study: optuna.Study, finished: int) -> StudyProgress:
+    """Of a study of which so many trials have ended."""
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    pruned = states.count(optuna.trial.TrialState.PRUNED)
+    completed = _completed(study)
+    best = min(completed, key=lambda trial: (-(trial.value or 0.0), trial.number), default=None)
+    return StudyProgress(
+        name=study.study_name,
+        finished=finished,
+        pruned=pruned,
+        failed=finished - len(completed) - pruned,
+        best=(best.number, best.value or 0.0) if best else None,
+    )
+
+
+def records(study: optuna.Study, search: Search, without: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The completed trials as rows of `report.trials.table`, of what a table of the best needs; `run_id` is the run's key.
+
+    From Optuna, which has them all when a study ends; MLflow may be away, or get the last of them later. `without` those
+    of these run keys.
+    """
+    return [
+        {
+            **{name: _as_text(value) for name, value in search.recipe(trial.params).flat().items()},
+            **trial.user_attrs["metrics"],
+            "study": study.study_name,
+            "trial": trial.number,
+            "run_id": trial.user_attrs["run_key"],
+            "role": "trial",
+            "state": "finished",
+            "control": bool(trial.user_attrs.get("control")),
+            "objective": search.study.objective,
+            "score": trial.value,
+            "seconds": trial.user_attrs["seconds"],
+            "epochs": trial.user_attrs["epochs"],
+        }
+        for trial in _completed(study)
+        if trial.user_attrs["run_key"] not in without
+    ]
+
+
+def _as_text(value: Any) -> Any:
+    """A list as MLflow keeps it; what else a recipe holds as it is."""
+    return str(list(value)) if isinstance(value, tuple) else value
+
+
+def _completed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))

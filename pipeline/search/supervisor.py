@@ -25,7 +25,7 @@ from pipeline.experiment import Outcome
 from pipeline.processes import StopOnSignal, kill_process, process_has_exited
 from pipeline.search.requeue import mark_failed
 from pipeline.search.storage import RetryingStorage, StudyLock
-from pipeline.search.study import Search, counts_toward_budget
+from pipeline.search.study import Search, counts_toward_budget, study_progress
 from pipeline.search.trial import Progress, StudyInterrupted, StudyObserver
 from pipeline.search.worker import Assignment, Ended, Limits, release_trials
 from pipeline.tracking.tracker import MlflowTracker, State
@@ -396,7 +396,7 @@ class _Show:
         finished = sum(counts_toward_budget(trial) for trial in trials)
         if finished != self._finished:
             self._finished = finished
-            self._observer.study_progress(self._study, finished)
+            self._observer.study_progress(study_progress(self._study, finished))
 
     def _look_at(self, trial: FrozenTrial) -> None:
         beat: Mapping[str, Any] = trial.user_attrs.get("pulse", {})

@@ -20,7 +20,7 @@ from pipeline.recipe import Recipe
 from pipeline.search.pruner import MIN_UNPRUNED_TRIALS
 from pipeline.search.requeue import requeue, run_name, run_tags
 from pipeline.search.storage import RetryingStorage, StorageUnavailable
-from pipeline.search.study import Search
+from pipeline.search.study import Search, StudyProgress
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost, State
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import CHECKPOINTS
@@ -42,7 +42,7 @@ class StudyObserver(Protocol):
     def planned(self, forecast: Mapping[str, Any]) -> None:
         """What the study will cost is known: `search.plan.Forecast` as a mapping."""
 
-    def study_progress(self, study: optuna.Study, finished: int) -> None:
+    def study_progress(self, progress: StudyProgress) -> None:
         """The study opened, or a trial ended."""
 
     def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ from pipeline.processes import this_process
 from pipeline.recipe import Recipe
 from pipeline.runtime import freeze_imports
 from pipeline.search.storage import RetryingStorage, find_study, open_storage
-from pipeline.search.study import Search
+from pipeline.search.study import Search, StudyProgress
 from pipeline.search.trial import Objective, Progress, StudyInterrupted, TrialFailed
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost
 from pipeline.training.execution import check_execution
@@ -191,7 +191,7 @@ class Heartbeat:
     def planned(self, forecast: Mapping[str, Any]) -> None:
         """See Observer."""
 
-    def study_progress(self, study: optuna.Study, finished: int) -> None:
+    def study_progress(self, progress: StudyProgress) -> None:
         """See Observer."""
 
     def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:

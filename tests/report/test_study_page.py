@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.report import figures
 from pipeline.report.comparison_page import studies_page
-from pipeline.report.markup import write
+from pipeline.report.render import write
 from pipeline.report.study_page import study_page
 from pipeline.report.trials import choose, finished, table
 from pipeline.tracking.tracker import MlflowTracker, State
@@ -152,8 +152,8 @@ def halved(trained: Trained, tmp_path_factory: pytest.TempPathFactory, small_rec
 
 
 def body(page: str) -> str:
-    """What a reader sees, without plotly's code and the figures' data."""
-    return page.partition("</main>")[0].partition("<main>")[2]
+    """What a reader sees, without plotly's code and the figures' data; white space counts once, as in HTML."""
+    return " ".join(page.partition("</main>")[0].partition("<main>")[2].split())
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def test_data_that_is_not_there_is_said_and_not_fetched(store: Store, tmp_path: 
     frame = table(tracker, [study])
     frame["data.dataset"] = "cifar10"
     said = body(study_page(tracker, study, frame, tmp_path, {}))
-    assert "The images can&#x27;t be shown" in said and "DATA_DIR= says where it lies" in said
+    assert "The images can&#39;t be shown" in said and "DATA_DIR= says where it lies" in said
     assert not list(tmp_path.iterdir())
 
 

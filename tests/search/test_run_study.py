@@ -21,7 +21,7 @@ from pipeline.recipe import Recipe
 from pipeline.search import run_study
 from pipeline.search.requeue import reconcile, requeue
 from pipeline.search.storage import num_finished, open_storage
-from pipeline.search.study import Search, Study
+from pipeline.search.study import Search, Study, StudyProgress
 from pipeline.search.trial import StudyInterrupted
 from pipeline.tracking.tracker import MlflowTracker, State
 from pipeline.training.loop import EpochReport
@@ -37,8 +37,8 @@ class Silent:
 
     def planned(self, forecast: Any) -> None: ...
 
-    def study_progress(self, study: optuna.Study, finished: int) -> None:
-        self.progress.append(finished)
+    def study_progress(self, progress: StudyProgress) -> None:
+        self.progress.append(progress.finished)
 
     def trial_started(self, number: int, recipe: Recipe, params: Any) -> None: ...
 
