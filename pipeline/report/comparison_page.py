@@ -1,6 +1,6 @@
 """Several studies on one page, compared; templates/comparison.html has its order and its words."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -15,9 +15,13 @@ from pipeline.tracking.tracker import MlflowTracker, StudyRuns
 
 
 def studies_page(
-    tracker: MlflowTracker, studies: Sequence[StudyRuns], frame: pd.DataFrame, links: Mapping[str, str]
+    tracker: MlflowTracker,
+    studies: Sequence[StudyRuns],
+    frame: pd.DataFrame,
+    links: Mapping[str, str],
+    word: Callable[[str], str] = str,
 ) -> str:
-    """The HTML of several studies, compared."""
+    """The HTML of several studies, compared; `word` as `render` takes it."""
     groups = {study.name: frame[frame["study"] == study.name] for study in studies}
     comparisons = {name: compare_with_control(tracker, runs, runner_up=False) for name, runs in groups.items()}
     known = {name: comparison for name, comparison in comparisons.items() if comparison}
@@ -27,6 +31,7 @@ def studies_page(
     return render(
         "comparison.html",
         drawn,
+        word,
         title=" and ".join(groups),
         leader=leader,
         top=known[leader].best if leader else None,

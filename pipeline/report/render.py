@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from pipeline.errors import UserError, escape_control
 from pipeline.report.figures import template as figure_template
 
 
-def render(template: str, figures: Mapping[str, go.Figure], **data: Any) -> str:
-    """A page; its template finds the figures by their names, and each value of `data` by its own."""
+def render(template: str, figures: Mapping[str, go.Figure], word: Callable[[str], str] = str, **data: Any) -> str:
+    """A page; its template finds the figures by their names, and each value of `data` by its own.
+
+    `word` puts the commands that values name in backticks as the reader types them.
+    """
     environment = Environment(
         loader=PackageLoader("pipeline.report"),
         autoescape=True,
-        finalize=_escape_control,
+        finalize=partial(_finalize, word=word),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -38,9 +42,9 @@ def render(template: str, figures: Mapping[str, go.Figure], **data: Any) -> str:
     )
 
 
-def _escape_control(value: object) -> object:
+def _finalize(value: object, word: Callable[[str], str]) -> object:
     """What is printed: HTML that a macro made, or a value on one line and without control characters."""
-    return value if isinstance(value, Markup) else escape_control(str(value))
+    return value if isinstance(value, Markup) else word(escape_control(str(value)))
 
 
 def _plain(figure: go.Figure) -> dict[str, Any]:
@@ -74,4 +78,4 @@ def write(page: str, file: Path) -> None:
         os.chmod(name, 0o644)
         os.replace(name, file)
     except OSError as error:
-        raise UserError(f"OUTPUT {file}: {error.strerror}; name another file") from None
+        raise UserError(f"`--output {file}`", str(error.strerror), "name another file") from None

@@ -72,9 +72,10 @@ def study_page(
     data_dir: Path,
     links: Mapping[str, str],
     dataset: str | None = None,
+    word: Callable[[str], str] = str,
 ) -> str:
     """The HTML of one study, from `trials.table`; images come from where its data set lies, see `run_data.find_data`,
-    and are never downloaded.
+    and are never downloaded. `word` as `render` takes it.
     """
     comparison = compare_with_control(tracker, frame)
     decision, verdict = finals_verdict(tracker, study)
@@ -100,7 +101,7 @@ def study_page(
         data |= _results(tracker, frame, comparison, drawn)
         find = partial(find_data, data_dir=data_dir, dataset=dataset, download=False)
         data |= _disagreement(tracker, comparison, find, drawn)
-    return render("study.html", drawn, **data)
+    return render("study.html", drawn, word, **data)
 
 
 def _results(

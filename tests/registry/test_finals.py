@@ -292,7 +292,7 @@ def test_the_table_fits_a_terminal_of_80_columns_and_shows_what_decided(done: La
 
     from rich.console import Console
 
-    from pipeline.cli.views import print_finals
+    from pipeline.cli.views_finals import print_finals
 
     decision = load_decision(done.tracker, done.study)
     assert decision

@@ -22,7 +22,7 @@ from proxy import Proxy
 
 import pipeline.tracking.uploader as shipping
 from pipeline.cli.exit_codes import exit_code
-from pipeline.cli.store import sync
+from pipeline.cli.sync import sync
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PartialFailure, UserError
 from pipeline.recipe import Recipe

@@ -1,6 +1,5 @@
-"""`ui`: what there is, in MLflow's pages; `compare`: what came of studies, on the terminal and on a page."""
+"""`compare`: the results of studies, on the terminal and on a page."""
 
-import contextlib
 import hashlib
 import re
 from collections.abc import Sequence
@@ -10,52 +9,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from pipeline.cli.common import HOME, UI_PORT, expand, make_console, say, say_what_is_missing
+from pipeline.cli.common import (
+    HOME,
+    UI_PORT,
+    expand,
+    make_console,
+    print_links,
+    require_store,
+    say,
+    say_what_is_missing,
+)
+from pipeline.cli.make import COMMAND_LINE
 from pipeline.cli.options import DataDirOption, SeenDatasetOption, TrackingOption
+from pipeline.cli.ui import links_of
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from pipeline.tracking.tracker import MlflowTracker, StudyRuns
-
-
-def ui(
-    name: Annotated[str | None, typer.Argument(help="Only this study's links, e.g. attention.")] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535)] = UI_PORT,
-    tracking_uri: TrackingOption = None,
-) -> None:
-    """Open the MLflow UI on this machine, with links to each study's trials, charts and comparison. Ctrl-C ends it."""
-    from pipeline.cli.views import print_links
-    from pipeline.tracking import server as mlflow_ui
-    from pipeline.tracking.queries import find_studies
-    from pipeline.tracking.tracker import MlflowTracker
-
-    _check_store(tracking_uri)
-    tracker = MlflowTracker(HOME, tracking_uri)
-    studies = find_studies(tracker, name) if name else tracker.studies()
-    console = make_console()
-    server = None if tracker.is_remote else mlflow_ui.start_server(tracker.uri, HOME, port)
-    try:
-        for study in studies:
-            print_links(console, study.name, list(links_of(tracker, study, port).items()))
-        if server:
-            console.print(
-                f"MLflow UI on http://{mlflow_ui.HOST}:{port}, this machine only; Ctrl-C ends it", highlight=False
-            )
-            with contextlib.suppress(KeyboardInterrupt):
-                server.wait()
-                raise UserError(f"the MLflow server ended by itself: {HOME / 'server.log'} may say why")
-    finally:
-        if server:
-            mlflow_ui.stop_server(server)
-
-
-def links_of(tracker: "MlflowTracker", study: "StudyRuns", port: int) -> dict[str, str]:
-    from pipeline.tracking.server import HOST, study_links, web_address
-
-    base = web_address(tracker.uri) if tracker.is_remote else f"http://{HOST}:{port}"
-    return study_links(base, study.experiment, study.objective, study.view, tracker.best_run_ids(study, 10))
 
 
 def compare(
@@ -71,10 +41,9 @@ def compare(
 ) -> None:
     """Compare the trials of a study, or studies with each other: a table here, and one HTML page that opens offline."""
     if not any(names := [name for word in names for name in word.split()]):  # make passes several as one word
-        raise UserError("NAME: which study? make compare NAME=attention")
-    _check_store(tracking_uri)
+        raise UserError("NAME", "needs a study", "type `compare NAME`")
+    require_store(tracking_uri)
 
-    from pipeline.cli.views import print_links
     from pipeline.report.comparison_page import studies_page
     from pipeline.report.render import write
     from pipeline.report.study_page import champions, finals_verdict, study_page
@@ -85,12 +54,12 @@ def compare(
     studies = choose(tracker, names)
     file = expand(output) if output else HOME / "reports" / page_name([study.name for study in studies])
     if file.is_dir():
-        raise UserError(f"OUTPUT {file}: is a folder; name a file, e.g. {file / 'report.html'}")
+        raise UserError(f"`--output {file}`", "is a folder", f"name a file, e.g. {file / 'report.html'}")
     console = make_console()
     say_what_is_missing(console, tracker, studies)
     frame = table(tracker, studies)
     if empty := [study.name for study in studies if study.name not in set(frame["study"])]:
-        raise UserError(f"{', '.join(empty)}: has no trials yet; make study runs some")
+        raise UserError(", ".join(empty), "has no trials yet", "`study NAME` runs some")
     links = {study.name: links_of(tracker, study, UI_PORT) for study in studies}
     for study in studies:
         own = frame[frame["study"] == study.name]
@@ -98,15 +67,16 @@ def compare(
         for line in filter(None, [finals_verdict(tracker, study)[1], *champions(tracker, own)]):
             say(console, line)
     with make_console(stderr=True).status("writing the page"):
+        word = COMMAND_LINE.word
         if len(studies) == 1:
-            page = study_page(tracker, studies[0], frame, expand(data_dir), links[studies[0].name], dataset)
+            page = study_page(tracker, studies[0], frame, expand(data_dir), links[studies[0].name], dataset, word)
         else:
-            flat = {f"{name}: {what}": link for name, some in links.items() for what, link in some.items()}
-            page = studies_page(tracker, studies, frame, flat)
+            flat = {f"{name}: {what}": link for name, of_study in links.items() for what, link in of_study.items()}
+            page = studies_page(tracker, studies, frame, flat, word)
         write(page, file)
     say(console, f"page: {file} ({len(page.encode()) / 1e6:.1f} MB, opens offline)")
-    for name, some in links.items():
-        print_links(console, f"{name} in MLflow (make ui):", list(some.items()))
+    for name, of_study in links.items():
+        print_links(console, f"{name} in MLflow (`ui`):", list(of_study.items()))
 
 
 def page_name(studies: Sequence[str]) -> str:
@@ -115,11 +85,6 @@ def page_name(studies: Sequence[str]) -> str:
     if len(joined.encode()) > 120:
         joined = f"{joined.encode()[:100].decode(errors='ignore')}-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
     return f"{joined}.html"
-
-
-def _check_store(tracking_uri: str | None) -> None:
-    if tracking_uri is None and not (HOME / "mlflow.db").exists():
-        raise UserError(f"no runs yet in {HOME}: make study NAME=attention DATASET=digits makes some")
 
 
 def _print_trials(console: Console, frame: "pd.DataFrame", most: int = 8) -> None:
