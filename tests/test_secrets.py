@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import psutil
 import pytest
+from conftest import TINY_NETWORK, run_pipeline
 
 from pipeline.cli.main import _Formatter, main
 from pipeline.errors import UserError, redact_secrets, redact_uri
@@ -20,15 +21,12 @@ from pipeline.tracking.server import start_server, stop_server, web_address
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "hunter2-Zq9"
-TINY = "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 augmentation.crop_padding=2"
-STUDY = ("study", "attention", "--dataset", "digits", "--epochs", "1", "--trials", "1", "--set", TINY)
+STUDY = ("study", "attention", "--dataset", "digits", "--epochs", "1", "--trials", "1", "--set", TINY_NETWORK)
 
 
 def pipeline(*words: str, cwd: Path, **environment: str) -> str:
     """All that the command says."""
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", **environment}
-    command = [sys.executable, "-m", "pipeline", *words]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=settings)
+    done = run_pipeline(*words, cwd=cwd, **{"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"} | environment)
     return done.stdout + done.stderr
 
 

@@ -72,7 +72,7 @@ def positional(command: Any) -> list[str]:
 
 def variables(command: Any) -> dict[str, Any]:
     """Variable -> parameter of a command."""
-    known = {}
+    known: dict[str, Any] = {}
     for each in command.params:
         names = positional(command) if each.param_type_name == "argument" else [variable(each.opts[-1])]
         known |= dict.fromkeys(names, each)
