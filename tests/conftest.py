@@ -41,7 +41,9 @@ hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parents[1]
 # Settings of `attention` that train in a second.
-TINY_NETWORK = "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 augmentation.crop_padding=2"
+TINY_NETWORK = (
+    "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 augmentation.crop_padding=2"
+)
 NO_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 
 

@@ -1,10 +1,8 @@
 """A password in an address or in the environment is nowhere afterwards: on no screen, in no file and no process list."""
 
 import logging
-import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
