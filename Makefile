@@ -13,7 +13,7 @@ define newline
 endef
 TYPED := $(foreach v,$(filter-out -% MAKE% PYTHON LOCKED,$(.VARIABLES)),$(if $(filter command line,$(origin $(v))),$(v)))
 unexport $(TYPED)
-words = $(foreach v,$(1),'$(v)=$(subst ','\'',$(subst $(newline), ,$(value $(v))))')
+assignments = $(foreach v,$(1),'$(v)=$(subst ','\'',$(subst $(newline), ,$(value $(v))))')
 ifeq ($(filter $(COMMANDS),$(MAKECMDGOALS)),)
 $(if $(filter-out DATA_DIR OUTPUT,$(TYPED)),$(error no such variable: $(filter-out DATA_DIR OUTPUT,$(TYPED)) (there are DATA_DIR OUTPUT PYTHON LOCKED)))
 endif
@@ -44,13 +44,13 @@ ui: ## open the MLflow UI on 127.0.0.1 with links to the studies: [NAME= PORT=50
 bench: ## how fast each network trains here, and where the time goes: [MODEL=all DATASET= DATA_DIR= DEVICE= JSON=1 AGAINST=peer.py]
 bench-gpu: ## what a GPU is worth here, in under eight minutes: [PEER=peer.py AIRBENCH=airbench94_muon.py DATA_DIR= OUTPUT=mlruns/bench-gpu.json ONLY=fast,study]
 $(COMMANDS): $(READY)
-	@$(BIN)/python -m pipeline --make $@ $(call words,$(TYPED))
+	@$(BIN)/python -m pipeline --make $@ $(call assignments,$(TYPED))
 
 test: $(READY) ## run the tests (DATA_DIR= with CIFAR-10 in it runs those on real data too)
-	@env $(call words,$(TYPED)) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	@env $(call assignments,$(TYPED)) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 chaos: $(READY) ## faults for half an hour: processes killed, paused and stopped, disks, databases, clocks; a table of what was lost: [OUTPUT=mlruns/chaos DATA_DIR=]
-	@env $(call words,$(TYPED)) $(BIN)/python -m pytest -m chaos -o faulthandler_timeout=3600
+	@env $(call assignments,$(TYPED)) $(BIN)/python -m pytest -m chaos -o faulthandler_timeout=3600
 
 check: $(READY) ## ruff, formatting, types
 	@$(BIN)/ruff check

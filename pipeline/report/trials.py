@@ -38,7 +38,7 @@ def trials(*names: str, home: Path | str = "mlruns", uri: str | None = None) -> 
     """
     home = Path(home)
     if uri is None and not (home / "mlflow.db").exists():
-        raise UserError(f"no runs yet in {home}: make study NAME=attention DATASET=digits makes some")
+        raise UserError(f"no runs yet in {home}", remedy="`study NAME --dataset digits` makes some")
     tracker = MlflowTracker(home, uri)
     return table(tracker, choose(tracker, names) if names else tracker.studies())
 
