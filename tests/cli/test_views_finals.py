@@ -12,7 +12,7 @@ def test_each_training_is_a_line(small_recipe: Recipe, capsys: pytest.CaptureFix
     with FinalsView(make_console(), 2) as view:
         view.started("trial 1, seed 7", small_recipe)
         metrics = {"val/accuracy": 0.5, "val/f1_macro": 0.25}
-        view.ended("trial 1, seed 7", Outcome(State.FINISHED, "", "k" * 32, 2, 3.0, metrics=metrics))
+        view.ended("trial 1, seed 7", Outcome(State.FINISHED, "k", None, "", metrics, 2, 3.0))
     line = capsys.readouterr().out
     assert line.startswith(
         "trial 1, seed 7 finished, accuracy 0.5000, f1_macro 0.2500, 2 epochs in 3.0 s; 1 of 2, about "
