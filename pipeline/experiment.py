@@ -13,13 +13,15 @@ import torch
 
 from pipeline.data.prepare import TrainingData
 from pipeline.evaluation import figures
+from pipeline.evaluation.calibration import fit_calibration
 from pipeline.evaluation.logits import latency_ms, predict_logits
 from pipeline.evaluation.scores import most_confident, per_class_table, reliability, score
 from pipeline.inference.classifier import ModelMetadata
-from pipeline.inference.methods import fit, measure, methods_table, out_of_fold, views, views_of
+from pipeline.inference.methods import measure, methods_table, out_of_fold, views, views_of
 from pipeline.models.build import num_parameters
 from pipeline.recipe import Recipe
-from pipeline.tracking.tracker import Run, State, Tracker
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import Run, Tracker
 from pipeline.training.checkpoints import save_checkpoint
 from pipeline.training.loop import Diverged, EpochReport, Result, train
 from pipeline.training.resume import Resume
@@ -162,11 +164,11 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
         mean=tuple(data.mean.tolist()),
         std=tuple(data.std.tolist()),
         run_id=tracked.id or "",
-        fitted=fit(logits[0], labels),
+        calibration=fit_calibration(logits[0], labels),
         measured=measured,
     )
     metrics = scores.metrics(data.classes) | {
-        "calibration/temperature": facts.fitted.temperature,
+        "calibration/temperature": facts.calibration.temperature,
         "calibration/ece": measured["plain"].ece,
         "calibration/loss": measured["plain"].loss,
         **{f"methods/{score}_{method}": getattr(m, score) for method, m in measured.items() for score in COMPARED},
@@ -189,7 +191,7 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
             "confusion_matrix": figures.confusion_matrix_figure(scores, data.classes),
             "learning_curves": figures.learning_curves_figure(history),
             "reliability": figures.reliability_figure(
-                reliability(probabilities, labels), reliability(judged["plain"], labels), facts.fitted.temperature
+                reliability(probabilities, labels), reliability(judged["plain"], labels), facts.calibration.temperature
             ),
             "most_confident_correct": _gallery(data, labels, probabilities, correct=True),
             "most_confident_wrong": _gallery(data, labels, probabilities, correct=False),

@@ -18,14 +18,16 @@ from sklearn.metrics import f1_score
 
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
+from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.logits import predict_logits
 from pipeline.evaluation.scores import score
 from pipeline.experiment import Interrupted, Outcome, Prune
 from pipeline.inference.classifier import ModelMetadata
-from pipeline.inference.methods import METHODS, fit_temperature, out_of_fold
+from pipeline.inference.methods import METHODS, out_of_fold
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe, parse_recipe
-from pipeline.tracking.tracker import NullTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import NullTracker
 from pipeline.training.checkpoints import load_weights, read_checkpoint
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import Resume
@@ -104,8 +106,8 @@ def test_methods_and_calibration_are_measured_on_the_stored_predictions(finished
     frame = pq.read_table(tracker.folder / "predictions.parquet").to_pandas()
     probabilities, labels = np.stack(frame.probabilities).astype(np.float64), frame.label.to_numpy()
     facts = ModelMetadata.model_validate(read_checkpoint(tracker.folder))
-    assert facts.fitted.temperature == outcome.metrics["calibration/temperature"]
-    assert facts.fitted.temperature == pytest.approx(fit_temperature(np.log(probabilities), labels), rel=1e-3)
+    assert facts.calibration.temperature == outcome.metrics["calibration/temperature"]
+    assert facts.calibration.temperature == pytest.approx(fit_temperature(np.log(probabilities), labels), rel=1e-3)
     judged = score(out_of_fold(np.log(probabilities)[None], labels)["plain"], labels)
     assert outcome.metrics["calibration/ece"] == pytest.approx(judged.ece, rel=0.01)
     assert outcome.metrics["calibration/loss"] == pytest.approx(judged.loss, rel=0.01)

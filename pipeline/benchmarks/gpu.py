@@ -56,7 +56,8 @@ from pipeline.search.forecast import Choice, decide, forecast
 from pipeline.search.speed import Stopwatch, measure, measure_overhead, trial_seconds
 from pipeline.search.storage import open_storage
 from pipeline.search.study import Search, available, load_study
-from pipeline.tracking.tracker import MlflowTracker, State, Tracker
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker, Tracker
 from pipeline.training.loop import train
 
 Row = dict[str, Any]

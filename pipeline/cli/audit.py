@@ -23,26 +23,24 @@ def audit(
     require_store(tracking_uri)
 
     from pipeline.audit import audit as check_all
-    from pipeline.audit import check_databases, mend
+    from pipeline.audit import check_databases, repair
     from pipeline.search.storage import open_storage
     from pipeline.tracking.tracker import MlflowTracker
 
     console = make_console()
     if broken := check_databases(HOME):
-        for line in broken:
+        for line in (line for problem in broken for line in problem.lines):
             say(console, line)
         raise typer.Exit(1)
     tracker = MlflowTracker(HOME, tracking_uri)
     store = open_storage(HOME, storage) if storage or (HOME / "optuna.db").exists() else None
     with make_console(stderr=True).status("checking every trial, run and file"):
-        for line in mend(HOME, store, tracker) if fix else ():
+        for line in repair(HOME, store, tracker) if fix else ():
             say(console, f"repaired: {line}")
         report = check_all(HOME, store, tracker)
-    for line in report.findings:
+    for line in (line for problem in [*report.findings, *report.omitted] for line in problem.lines):
         say(console, line)
-    for line in report.left_out:
-        say(console, line)
-    for line in dict.fromkeys(report.unchecked):
+    for line in (line for problem in dict.fromkeys(report.unchecked) for line in problem.lines):
         say(console, f"not checked: {line}")
     summary = f"{len(report.findings)} found" if report.findings else "nothing found"
     say(console, f"{report.studies} studies, {report.trials} trials, {report.runs} runs: {summary}")

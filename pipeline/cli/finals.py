@@ -53,7 +53,7 @@ def finals(
     if note:
         say(console, note)
     say_what_is_missing(console, tracker, [study])
-    plan = plan_finals(tracker, study, top, seeds, epochs)
+    plan = plan_finals(tracker, study, torch_device, top, seeds, epochs)
     control, recipes = plan.candidates[0], [candidate.recipe for candidate in plan.candidates]
     data = load_data_of_run(tracker, control.trial_run, f"study {study.name}", recipes, data_dir, dataset, torch_device)
     check_data(plan, tracker, data)
@@ -61,13 +61,15 @@ def finals(
     say(
         console,
         f"{study.name} on {torch_device}: {others} candidate{'s' * (others != 1)} and the control, seeds "
-        f"{', '.join(map(str, plan.seeds))}: {plan.trainings} trainings, {plan.num_done} of them done; "
-        f"about {duration(plan.seconds_left)} by what their trials took, if none stops early",
+        f"{', '.join(map(str, plan.seeds))}: {plan.num_trainings} trainings, {plan.num_done} of them done; "
+        f"about {duration(plan.remaining_s)} by what their trials took, if none stops early",
     )
+    for line in plan.notes:
+        say(console, f"  {line}")
     say_small_split(console, len(data.validation.labels), control.recipe.data.validation_fraction)
-    tracker.keep_places(study.parent, newest_first(study.places, data.place))
+    tracker.set_data_places(study.parent, newest_first(study.places, data.place))
     try:
-        with FinalsView(console, plan.trainings - plan.num_done) as view:
+        with FinalsView(console, plan.num_trainings - plan.num_done) as view:
             decision = run_finals(tracker, plan, data, torch_device, view, HOME)
     except (Interrupted, KeyboardInterrupt):
         settle(console, tracker, timeout_s=5)
@@ -77,7 +79,7 @@ def finals(
         tracker.flush(5)
         raise
     print_finals(console, decision)
-    if decision["winner"] is None:
+    if decision.winner is None:
         say(console, "no winner: every recipe diverged with some seed")
         raise typer.Exit(1)
     steps = {"evaluate the winner on the test split": "promote", "see all runs": "compare"}

@@ -27,18 +27,18 @@ class _View:
     def __init__(self, console: Console):
         self._console = console
 
-    def said(self, line: str) -> None:
+    def note(self, line: str) -> None:
         say(self._console, line)
 
-    def judged(self, verdict: "Verdict", challenger: str, other: str) -> None:
+    def decided(self, verdict: "Verdict", challenger: str, opponent: str) -> None:
         """A table: each rule with its number and threshold."""
-        say(self._console, f"{challenger} against {other}, on the test split:")
+        say(self._console, f"{challenger} against {opponent}, on the test split:")
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for heading in ("rule", "result", "threshold", "", "why"):
             table.add_column(heading, overflow="fold")
-        for finding in verdict.findings:
-            passed = "passed" if finding.passed else "FAILED"
-            cells = (finding.rule, finding.number, finding.threshold, passed, finding.why)
+        for result in verdict.results:
+            passed = "passed" if result.passed else "FAILED"
+            cells = (result.rule, result.number, result.threshold, passed, result.reason)
             table.add_row(*(Text(escape_control(cell)) for cell in cells))
         self._console.print(table)
 
@@ -79,29 +79,29 @@ def promote(
     view = _View(console := make_console())
     say_what_is_missing(console, registry.tracker)
     with registry_lock(HOME):
-        settle(registry.tracker, registry.ledger, view.said)
+        settle(registry.tracker, registry.ledger, view.note)
         reason_chosen = ""
         if name is not None:
-            run, reason_chosen = _chosen(registry.tracker, name, view.said)
-            view.said(reason_chosen)
+            run, reason_chosen = _chosen(registry.tracker, name, view.note)
+            view.note(reason_chosen)
         assert run is not None
         champion = evaluate_and_promote(
             registry, run, changed_rules, expand(data_dir), view, reason, reason_chosen, dataset
         )
-    view.said(f"champion: {model} version {champion.version}, run {champion.run}")
+    view.note(f"champion: {model} version {champion.version}, run {champion.run}")
 
 
 def _chosen(tracker: "MlflowTracker", name: str, say_line: Callable[[str], None]) -> tuple[str, str]:
     """The run that a study stands for, and why that one."""
-    from pipeline.registry.finals import winner
-    from pipeline.tracking.queries import find_study
+    from pipeline.registry.decision import find_winner
+    from pipeline.tracking import queries
 
-    study, note = find_study(tracker, name)
-    for line in tracker.left_out(study):
+    study, note = queries.find_study(tracker, name)
+    for line in queries.omitted_lines(tracker, study):
         say_line(line)
-    if chosen := winner(tracker, study):
-        run, why = chosen.run_id, f"{study.name}: {chosen.said}"
-    elif best := tracker.best_run_ids(study, 1):
+    if chosen := find_winner(tracker, study):
+        run, why = chosen.run_id, f"{study.name}: {chosen.summary}"
+    elif best := queries.best_run_ids(tracker, study, 1):
         run = best[0]
         rule = f"one seed can't tell the best from the lucky, `finals {study.name}` can"
         why = f"{study.name}: its best trial, run {run}; {rule}"

@@ -35,26 +35,31 @@ def reproduce(
     from pipeline.cli.views_finals import FinalsView
     from pipeline.experiment import Interrupted
     from pipeline.registry import reproduce as again
-    from pipeline.tracking.tracker import MlflowTracker, State
+    from pipeline.tracking.tags import State
+    from pipeline.tracking.tracker import MlflowTracker
 
     torch_device = find_device(device)
     require_store(tracking_uri)
     tracker = MlflowTracker(HOME, tracking_uri)
-    past = again.find_past(tracker, run)
-    if device == "auto" and past.device == "cpu":
+    original = again.find_original(tracker, run)
+    if device == "auto" and original.device == "cpu":
         torch_device = find_device("cpu")
-    data = load_data_of_run(tracker, run, f"run {run}", [past.recipe], data_dir, dataset, torch_device)
+    data = load_data_of_run(
+        tracker, run, f"run {run}", [original.recipe_on(torch_device)], data_dir, dataset, torch_device
+    )
     console = make_console()
-    say(console, f"{past.name}: {past.state}, {past.epochs} epochs")
-    differences = again.differences(tracker, past, torch_device)
-    for line in filter(None, [again.thread_line(past, torch_device), *(difference.line for difference in differences)]):
+    say(console, f"{original.name}: {original.state}, {original.epochs} epochs")
+    differences = again.differences(tracker, original, torch_device)
+    for line in filter(
+        None, [again.thread_line(original, torch_device), *(difference.line for difference in differences)]
+    ):
         say(console, f"  {line}")
     if not any(difference.matters for difference in differences):
         say(console, "nothing that matters differs from then: every bit must be equal")
     try:
         with FinalsView(console, 1) as view:
-            view.started("reproduction", past.recipe)
-            outcome = again.reproduce(tracker, past, data, torch_device, view.epoch)
+            view.started("reproduction", original.recipe)
+            outcome = again.reproduce(tracker, original, data, torch_device, view.epoch)
             view.ended("reproduction", outcome)
     except (Interrupted, KeyboardInterrupt):
         settle(console, tracker, timeout_s=5)
@@ -66,14 +71,14 @@ def reproduce(
     run_id = tracker.id_of(outcome.run_key)
     try:
         if outcome.state is State.FAILED:
-            rule = f"the run {past.state}, its reproduction failed ({outcome.reason})"
+            rule = f"the run {original.state}, its reproduction failed ({outcome.reason})"
             raise NotReproduced("not reproduced", rule)
-        comparison = again.compare(tracker, past, run_id, len(data.validation.labels), tolerance)
-        verdict = again.verdict(comparison, differences)
+        comparison = again.compare(tracker, original, run_id, len(data.validation.labels), tolerance)
+        verdict = again.summarise(comparison, differences)
     except NotReproduced as error:
-        again.remember(tracker, run_id, error.lines[0])
+        again.record_result(tracker, run_id, error.lines[0])
         raise
-    again.remember(tracker, run_id, verdict)
+    again.record_result(tracker, run_id, verdict)
     for line in comparison.lines:
         say(console, line)
     say(console, verdict)

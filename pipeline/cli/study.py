@@ -219,12 +219,14 @@ def _deleted(console: Console, tracker: "MlflowTracker", done: Any) -> set[str]:
 
     The sampler still uses what they measured, and they count: that was true, and to search there again would be a waste.
     """
+    from pipeline.tracking import queries
+
     try:
-        for study in tracker.studies():
+        for study in queries.studies(tracker):
             if study.parent == done.user_attrs["mlflow_run_id"]:
-                for line in tracker.left_out(study):
+                for line in queries.omitted_lines(tracker, study):
                     say(console, line)
-        return tracker.deleted_keys(done.user_attrs["mlflow_run_id"])
+        return queries.deleted_keys(tracker, done.user_attrs["mlflow_run_id"])
     except Exception as error:
         if not is_away(error):
             raise
@@ -233,8 +235,10 @@ def _deleted(console: Console, tracker: "MlflowTracker", done: Any) -> set[str]:
 
 def _links(console: Console, tracker: "MlflowTracker", name: str) -> dict[str, str]:
     """To a study in the UI; no links where MLflow's server went away at the last moment, as the study is done."""
+    from pipeline.tracking import queries
+
     try:
-        links = (links_of(tracker, study, UI_PORT) for study in tracker.studies() if study.name == name)
+        links = (links_of(tracker, study, UI_PORT) for study in queries.studies(tracker) if study.name == name)
         return next(links, {})  # the study's own run may have been deleted meanwhile
     except Exception as error:
         if not is_away(error):

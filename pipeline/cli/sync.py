@@ -31,21 +31,23 @@ def sync(
     from pipeline.tracking.tracker import MlflowTracker
 
     tracker = MlflowTracker(HOME, tracking_uri)
-    left = tracker.left()
-    taken = tracker.adopt_journals()
+    from pipeline.tracking import recovery
+
+    left = recovery.other_journals(tracker)
+    taken = recovery.adopt_journals(tracker)
     with make_console(stderr=True).status("") as status:
-        while not tracker.flush(1) and set(tracker.waiting) - set(tracker.refused) and tracker.failing_s < _GIVE_UP_S:
-            status.update(f"{len(tracker.waiting)} of {taken} runs to go")
-    dropped = tracker.drop_deleted() if drop_deleted else []
-    refused, waiting = tracker.refused, set(tracker.waiting) - set(tracker.refused)
-    say(console, f"sent {runs(taken - len(set(tracker.waiting)) - len(dropped))}")
+        while not tracker.flush(1) and set(tracker.pending) - set(tracker.rejected) and tracker.outage_s < _GIVE_UP_S:
+            status.update(f"{len(tracker.pending)} of {taken} runs to go")
+    dropped = recovery.drop_deleted(tracker) if drop_deleted else []
+    refused, waiting = tracker.rejected, set(tracker.pending) - set(tracker.rejected)
+    say(console, f"sent {runs(taken - len(set(tracker.pending)) - len(dropped))}")
     if dropped:
         say(console, f"discarded, as they were deleted in MLflow: {runs(len(dropped))}")
     if left.busy:
         say(console, f"{runs(len(left.busy))}: a running command writes and sends them itself")
-    for address in sorted(set(left.elsewhere.values())):
+    for address in sorted(set(left.other_tracker.values())):
         command = "sync" if address == "mlflow.db" else f"sync --tracking-uri {address}"
-        count = list(left.elsewhere.values()).count(address)
+        count = list(left.other_tracker.values()).count(address)
         say(console, f"{runs(count)} for another tracker: `{command}` sends them")
     problems = [refusal(tracker, folder / key, reason) for key, reason in refused.items()]
     if waiting:

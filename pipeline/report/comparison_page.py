@@ -11,7 +11,8 @@ from pipeline.report.analysis import Lead, lead
 from pipeline.report.render import render
 from pipeline.report.study_page import Comparison, compare_with_control, finals_verdict
 from pipeline.report.trials import finished, param_names, searched, show, weakest_class
-from pipeline.tracking.tracker import MlflowTracker, StudyRuns
+from pipeline.tracking.queries import StudyRuns
+from pipeline.tracking.tracker import MlflowTracker
 
 
 def studies_page(

@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from PIL import Image
 
 from pipeline.errors import UserError, escape_control
-from pipeline.registry.finals import load_decision, winner
+from pipeline.registry.decision import FinalsDecision, find_winner
 from pipeline.report import figures
 from pipeline.report.analysis import Lead, effects, finals, importances, lead
 from pipeline.report.render import render
@@ -34,10 +34,12 @@ from pipeline.report.trials import (
     searched,
 )
 from pipeline.search.importances import num_top
-from pipeline.tracking.run_data import Found, Seen, find_data
-from pipeline.tracking.tracker import MlflowTracker, StudyRuns
+from pipeline.tracking import queries
+from pipeline.tracking.queries import StudyRuns
+from pipeline.tracking.run_data import LocatedData, RunData, find_data
+from pipeline.tracking.tracker import MlflowTracker
 
-_Find = Callable[[Seen], Found]  # `run_data.find_data`, with where to look
+_Find = Callable[[RunData], LocatedData]  # `run_data.find_data`, with where to look
 
 MOST_BEST = 10  # trials that are listed
 MOST_UNFINISHED = 40
@@ -149,14 +151,14 @@ def compare_with_control(tracker: MlflowTracker, frame: pd.DataFrame, runner_up:
     return Comparison(best, label, base, one, two, gap)
 
 
-def finals_verdict(tracker: MlflowTracker, study: StudyRuns) -> tuple[dict[str, Any] | None, str]:
+def finals_verdict(tracker: MlflowTracker, study: StudyRuns) -> tuple[FinalsDecision | None, str]:
     """What a study's finals decided, and that in a line: a winner or a tie; no decision where it no longer holds."""
     try:
-        decision, chosen = load_decision(tracker, study), winner(tracker, study)
+        decision, chosen = FinalsDecision.load(tracker, study), find_winner(tracker, study)
     except UserError as error:
         return None, f"{escape_control(error.lines[0])}."
     if chosen:
-        return decision, f"Finals: the winner is {chosen.said}."
+        return decision, f"Finals: the winner is {chosen.summary}."
     return decision, "Finals: no winner, every recipe diverged with some seed." if decision else ""
 
 
@@ -184,17 +186,16 @@ def _repeats(frame: pd.DataFrame) -> list[dict[Hashable, Any]]:
     ]
 
 
-def _decision(frame: pd.DataFrame, decision: Mapping[str, Any]) -> dict[str, Any]:
+def _decision(frame: pd.DataFrame, decision: FinalsDecision) -> dict[str, Any]:
     """What finals measured and decided: the rules, and the candidates, best mean first."""
-    base, names, chosen = control(frame), searched(frame), decision["winner"] or {"candidate": None, "tied": []}
-    rows = []
-    for row in sorted(decision["candidates"], key=lambda row: -(row["score"] or {"mean": 0})["mean"]):
-        tied = "ties with the winner" if row["trial"] in chosen["tied"] else "behind"
-        verdict = "winner" if row["candidate"] == chosen["candidate"] else row["out"] or tied
-        trial = frame[frame["run_id"] == row["trial_run"]]
-        recipe = row["name"] + "".join(f": {changes(run, base, names)}" for _, run in trial.iterrows())
-        rows.append({**row, "verdict": verdict, "recipe": recipe})
-    return {"candidates": rows, "rules": decision["rules"]}
+    base, names, chosen, rows = control(frame), searched(frame), decision.winner, []
+    for row in decision.ranked:
+        tied = "ties with the winner" if chosen and row.trial in chosen.tied else "behind"
+        verdict = "winner" if chosen and row.digest == chosen.digest else row.stopped or tied
+        trial = frame[frame["run_id"] == row.trial_run]
+        recipe = row.name + "".join(f": {changes(run, base, names)}" for _, run in trial.iterrows())
+        rows.append({"result": row, "verdict": verdict, "recipe": recipe})
+    return {"candidates": rows, "rules": decision.rules}
 
 
 def _effects(tracker: MlflowTracker, frame: pd.DataFrame, drawn: dict[str, go.Figure]) -> dict[str, Any]:
@@ -250,7 +251,7 @@ def _images(tracker: MlflowTracker, run: pd.Series, stored: Predictions, find: _
     try:
         digest = tracker.client.get_run(run_id).data.tags["data_digest"]
         names = (str(run["data.dataset"]), int(run["data.image_size"]))
-        data = find(Seen(f"run {run_id}", *names, digest, tracker.places_of(run_id))).images
+        data = find(RunData(f"run {run_id}", *names, digest, queries.data_places(tracker, run_id))).images
     except (UserError, KeyError, ValueError) as error:
         reason = error.lines[0] if isinstance(error, UserError) else "the run does not say which"
         return f"The images can't be shown, only their numbers in the training part: {reason}."

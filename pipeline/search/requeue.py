@@ -14,7 +14,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pipeline.processes import process_has_exited
 from pipeline.search.pruner import MIN_UNPRUNED_TRIALS
 from pipeline.search.study import counts_toward_budget
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking import queries, recovery
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.resume import CHECKPOINTS
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ def reconcile(study: optuna.Study, tracker: MlflowTracker, parent: str, home: Pa
             log.info("trial %d, whose process is gone, %s", number, what)
         ended = {trial.user_attrs["run_key"]: _end_of(trial) for trial in trials if _has_ended(trial)}
         alive = {trial.user_attrs.get("run_key", "") for trial in trials if not trial.state.is_finished()}
-        tracker.close_lost(parent, alive, ended)
+        recovery.close_abandoned_trials(tracker, parent, alive, ended)
         _leave_deleted(study, tracker, parent)
     return sorted(trial.number for trial in dead)
 
@@ -53,7 +55,7 @@ def _leave_deleted(study: optuna.Study, tracker: MlflowTracker, parent: str) -> 
     """What waits to be asked again, and whose run was deleted in MLflow, begins anew with a run of its own."""
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     known = {trial.user_attrs["run_key"]: trial for trial in waiting if "run_key" in trial.user_attrs}
-    for key in known.keys() & (tracker.deleted_keys(parent) if known else set()):
+    for key in known.keys() & (queries.deleted_keys(tracker, parent) if known else set()):
         trial = known[key]
         study._storage.set_trial_user_attr(trial._trial_id, "run_key", uuid.uuid4().hex)
         shutil.rmtree(tracker.home / CHECKPOINTS / key, ignore_errors=True)  # its first epochs are in the deleted run
@@ -85,7 +87,7 @@ def mark_failed(
                 if key is None:  # it died each time before it had one
                     key = uuid.uuid4().hex
                     study._storage.set_trial_user_attr(trial._trial_id, "run_key", key)
-                tracker.end_run(key, parent, run_name(trial), run_tags(study, trial), State.FAILED, reason)
+                recovery.end_run(tracker, key, parent, run_name(trial), run_tags(study, trial), State.FAILED, reason)
                 shutil.rmtree(tracker.home / CHECKPOINTS / key, ignore_errors=True)  # nobody goes on from there
             study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 

@@ -19,7 +19,9 @@ from pipeline.search.study import Search, study_progress
 from pipeline.search.supervisor import Supervisor, WorkerPool
 from pipeline.search.trial import Objective, StudyInterrupted, StudyObserver
 from pipeline.search.worker import Assignment, claim_trial, packed, release_trials, run_trial
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking import recovery
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 
 def run_study(
@@ -82,7 +84,7 @@ def run_study(
             raise StudyInterrupted from None
         finally:
             parent.end(state)
-            tracker.adopt_journals()  # what died, and was not gone on with
+            recovery.adopt_journals(tracker)  # what died, and was not gone on with
     return study
 
 

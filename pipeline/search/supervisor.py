@@ -28,7 +28,8 @@ from pipeline.search.storage import RetryingStorage, StudyLock
 from pipeline.search.study import Search, counts_toward_budget, study_progress
 from pipeline.search.trial import Progress, StudyInterrupted, StudyObserver
 from pipeline.search.worker import Assignment, Ended, Limits, release_trials
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.loop import EpochReport
 
 TICK_S = 0.25

@@ -21,7 +21,8 @@ from pipeline.search.pruner import MIN_UNPRUNED_TRIALS
 from pipeline.search.requeue import requeue, run_name, run_tags
 from pipeline.search.storage import RetryingStorage, StorageUnavailable
 from pipeline.search.study import Search, StudyProgress
-from pipeline.tracking.tracker import MlflowTracker, OwnershipLost, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker, OwnershipLost
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import CHECKPOINTS
 

@@ -273,7 +273,7 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
     images = load(search.lies_at or search.base.data.dataset, search.base.data.image_size, assignment.data_dir)
     data = prepare(images, search.base.data, device)
     freeze_imports()
-    tracker = MlflowTracker(assignment.home, assignment.tracking_uri, asks=False)
+    tracker = MlflowTracker(assignment.home, assignment.tracking_uri, connect_now=False)
     storage = open_storage(assignment.home, assignment.storage, wait=True)
     study = find_study(search, data, storage)  # refuses data that is not the study's
     assert study is not None, "the supervisor made it"

@@ -41,7 +41,7 @@ from pipeline.search.study import Search, load_study
 from pipeline.search.supervisor import Supervisor
 from pipeline.search.trial import Objective
 from pipeline.search.worker import Assignment, Ended, Heartbeat, Limits, claim_trial, run_trial
-from pipeline.tracking.tracker import State
+from pipeline.tracking.tags import State
 from pipeline.training.loop import EpochReport
 
 EPOCHS = 10

@@ -109,7 +109,7 @@ def tune(limits: dict[str, float]) -> None:
     initial.__defaults__ = tuple(limits[name] for name in ("beat_s", "grace_s", "hang_s", "term_s"))
     saving: Any = Resume.__init__
     saving.__defaults__ = (limits["every_s"],)
-    uploader._INTERVAL_S, uploader._LONGEST_PAUSE_S = 0.5, 1.0
+    uploader._INTERVAL_S, uploader._MAX_PAUSE_S = 0.5, 1.0
 
 
 def jump(draw: random.Random) -> None:

@@ -7,7 +7,8 @@ import pytest
 from conftest import NO_RETRIES, Trained, run_pipeline
 
 from cli.helpers import assert_refused
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 
 def test_server_that_goes_away_is_one_line(fading_server: str, tmp_path: Path) -> None:

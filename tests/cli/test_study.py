@@ -15,6 +15,7 @@ from conftest import NO_RETRIES, ROOT, TINY_NETWORK, run_pipeline
 from PIL import Image
 
 from cli.helpers import assert_refused, rows
+from pipeline.tracking import queries
 from pipeline.tracking.tracker import MlflowTracker
 
 ARTIFACTS = {
@@ -176,7 +177,7 @@ def test_finals_find_a_folder_that_moved(tmp_path: Path) -> None:
     done = run_pipeline(*finals, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "caution: 2 validation images say little" in done.stdout
-    [study] = MlflowTracker(tmp_path / "mlruns").studies()
+    [study] = queries.studies(MlflowTracker(tmp_path / "mlruns"))
     assert study.places == [str(moved), str(tmp_path / "digits")], "where it is found without the option"
 
 

@@ -4,8 +4,9 @@ import pytest
 
 from pipeline.cli.common import make_console
 from pipeline.cli.views_finals import FinalsView
-from pipeline.experiment import Outcome, State
+from pipeline.experiment import Outcome
 from pipeline.recipe import Recipe
+from pipeline.tracking.tags import State
 
 
 def test_each_training_is_a_line(small_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,9 @@ from rich.console import Console
 from pipeline.cli.common import make_console
 from pipeline.cli.options import StudyOptions, resolve
 from pipeline.cli.views_study import StudyView, changes_text, print_forecast
-from pipeline.experiment import Outcome, State
+from pipeline.experiment import Outcome
 from pipeline.search.study import Search, StudyProgress
+from pipeline.tracking.tags import State
 
 FORECAST = {"trials": 3, "seconds": 90, "epoch_s": 2, "epochs": 12, "pruned": 1, "disk_mib": 5, "memory_gib": None}
 

@@ -18,6 +18,7 @@ from pipeline.search.forecast import Choice, Way, actual, choose, decide, foreca
 from pipeline.search.storage import find_study, open_storage
 from pipeline.search.study import Search, Study
 from pipeline.search.trial import StudyInterrupted
+from pipeline.tracking import queries
 from pipeline.tracking.tracker import MlflowTracker
 
 CPU = torch.device("cpu")
@@ -136,7 +137,7 @@ def test_a_study_stores_its_forecast_first_and_the_truth_at_its_end(
     assert (truth["trials"], truth["epochs"], truth["pruned"]) == (2, 4, 0)
     assert truth["seconds"] > 4 * truth["epoch_s"] > 0
     assert truth["disk_mib"] > 0.2
-    assert len(study.trials) == 2 and len(tracker.studies()) == 1, "measuring leaves no trial"
+    assert len(study.trials) == 2 and len(queries.studies(tracker)) == 1, "measuring leaves no trial"
     assert find_study(search, digits, storage)
     assert find_study(dataclasses.replace(search, version=2), digits, storage) is None
 

@@ -23,7 +23,9 @@ from pipeline.search.requeue import reconcile, requeue
 from pipeline.search.storage import num_finished, open_storage
 from pipeline.search.study import Search, Study, StudyProgress
 from pipeline.search.trial import StudyInterrupted
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking import queries
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.loop import EpochReport
 
 
@@ -336,7 +338,7 @@ def test_a_finished_run_whose_trial_was_never_told_is_gone_on_with_and_stands_th
     runs = lab.mlflow_runs()
     assert set(runs) == {0, 2}
     assert runs[2].data.tags["run_key"] == "a" * 32 and runs[2].info.status == "FINISHED"
-    assert len(lab.tracker.best_run_ids(lab.tracker.studies()[0], 10)) == 2
+    assert len(queries.best_run_ids(lab.tracker, queries.studies(lab.tracker)[0], 10)) == 2
     lab.assert_nothing_runs()
 
 
@@ -356,8 +358,8 @@ def test_two_stores_of_one_study_share_an_mlflow_without_touching_each_other(
     runs = lab.tracker.client.search_runs([experiment], "tags.role = 'trial'")
     assert [run.info.status for run in runs] == ["FINISHED"] * 2
     assert all("reason" not in run.data.tags for run in runs)
-    assert len(lab.tracker.studies()) == 2
-    assert [len(lab.tracker.best_run_ids(study, 10)) for study in lab.tracker.studies()] == [1, 1]
+    assert len(queries.studies(lab.tracker)) == 2
+    assert [len(queries.best_run_ids(lab.tracker, study, 10)) for study in queries.studies(lab.tracker)] == [1, 1]
 
 
 def test_a_study_that_is_running_is_not_run_twice(lab: Lab) -> None:

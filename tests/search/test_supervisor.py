@@ -25,7 +25,8 @@ from pipeline.search.study import Search, Study
 from pipeline.search.supervisor import Supervisor, WorkerBug, _HeartbeatMonitor, placements
 from pipeline.search.trial import Progress, StudyInterrupted
 from pipeline.search.worker import Assignment, Ended, Limits, claim_trial
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 
 class Died(Exception):
