@@ -53,6 +53,21 @@ hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("anew", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile("same")
 
+ROOT = Path(__file__).resolve().parents[1]
+# Settings of `attention` that train in a second.
+TINY_NETWORK = (
+    "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 augmentation.crop_padding=2"
+)
+NO_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+
+
+def run_pipeline(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command as a user types it, in a process of its own."""
+    command = [sys.executable, "-m", "pipeline", *words]
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", **environment}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=settings)
+
+
 UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack_cifar10.py"
 
 

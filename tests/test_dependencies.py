@@ -11,7 +11,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DIRECT = [
     Requirement(text) for text in [*PROJECT["dependencies"], *(text for extra in EXTRAS.values() for text in extra)]
@@ -59,3 +60,15 @@ def test_the_lock_leaves_the_gpu_libraries_to_torch() -> None:
 def test_the_lock_has_every_direct_dependency_in_its_range(requirement: Requirement) -> None:
     locked = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LOCK)}
     assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)])
+
+
+def test_what_is_installed_holds_every_file_of_the_package() -> None:
+    """setuptools leaves out what is no Python and not named as data."""
+    files = {
+        path for path in ROOT.glob("pipeline/**/*") if path.is_file() and path.suffix not in (".py", ".pyc", ".md")
+    }
+    data = PYPROJECT["tool"]["setuptools"]["package-data"]
+    named = {
+        path for package, globs in data.items() for g in globs for path in ROOT.glob(f"{package.replace('.', '/')}/{g}")
+    }
+    assert files == named and files

@@ -473,7 +473,7 @@ WORDS = [
         ["promote", "--run", "0" * 32, "--model", "{}"],
         ["study", "attention", "--version", "{}", "--device", "cuda:99"],
     ),
-    *(["study", "attention", "--dataset", "{}", "--device", "cuda:99"], ["promote", "x", "--rule", "{}"]),
+    *(["study", "attention", "--dataset", "{}", "--device", "cuda:99"], ["promote", "x", "--rules", "{}"]),
 ]
 NAMES = [
     *("../../../etc/passwd", "/etc/passwd", "~root", "..", ".", "", " ", "\x1b[2J", "[red]x[/red]", "[/]", "{x}", "%s"),

@@ -27,7 +27,7 @@ SET = (
     "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 training.batch_size=16 "
     "augmentation.crop_padding=0 augmentation.mixup=0 augmentation.cutmix=0"
 )
-LENIENT = ("--rule", "class_margin=100 ece_margin=100 latency_factor=1000 alpha=0.49 seed_spread=0")
+LENIENT = ("--rules", "class_margin=100 ece_margin=100 latency_factor=1000 alpha=0.49 seed_spread=0")
 STUDY = ("study", "attention", "--dataset", "digits", "--epochs", "1", "--set", SET, "--trials", "3")
 MORE = (*STUDY[:-1], "4")
 FINALS = ("finals", "attention", "--top", "2", "--seeds", "1", "--epochs", "2")
@@ -262,9 +262,9 @@ def test_deleted_run_is_no_candidate_but_can_be_used(store: Store) -> None:
 
 def delete_when_measured(store: Store, monkeypatch: pytest.MonkeyPatch, view: str, query: str) -> None:
     """As soon as a training's first epoch is shown, its run is deleted in MLflow."""
-    from pipeline.cli import views
+    from pipeline.cli import views_finals, views_study
 
-    shown = getattr(views, view)
+    shown = getattr(views_study if view == "StudyView" else views_finals, view)
     original = shown.epoch
     deleted: list[str] = []
 
@@ -317,13 +317,13 @@ def test_study_run_deleted_while_it_runs_is_replaced(store: Store, monkeypatch: 
 
 
 def test_interrupted_trial_with_deleted_run_starts_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.cli import views
+    from pipeline.cli.views_study import StudyView
 
     def stop(self: Any, *what: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patches:
-        patches.setattr(views.StudyView, "epoch", stop)
+        patches.setattr(StudyView, "epoch", stop)
         expect(MORE, 130, "interrupted")
     [run] = store.client.search_runs([store.experiment], "tags.state = 'interrupted' and tags.role = 'trial'")
     store.delete(run.info.run_id)

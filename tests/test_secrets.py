@@ -1,10 +1,8 @@
 """A password in an address or in the environment is nowhere afterwards: on no screen, in no file and no process list."""
 
 import logging
-import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from urllib.parse import quote
 
 import psutil
 import pytest
+from conftest import TINY_NETWORK, run_pipeline
 
 from pipeline.cli.main import _Formatter, main
 from pipeline.errors import UserError, redact_secrets, redact_uri
@@ -20,16 +19,13 @@ from pipeline.tracking.server import start_server, stop_server, web_address
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "hunter2-Zq9"
-TINY = "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 augmentation.crop_padding=2"
-STUDY = ("study", "attention", "--dataset", "digits", "--epochs", "1", "--trials", "1", "--set", TINY)
+STUDY = ("study", "attention", "--dataset", "digits", "--epochs", "1", "--trials", "1", "--set", TINY_NETWORK)
 
 
 def pipeline(*words: str, cwd: Path, **environment: str) -> str:
     """All that the command says."""
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", **environment}
-    command = [sys.executable, "-m", "pipeline", *words]
-    process = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=settings)
-    return process.stdout + process.stderr
+    done = run_pipeline(*words, cwd=cwd, **{"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"} | environment)
+    return done.stdout + done.stderr
 
 
 def holders(folder: Path) -> list[str]:
@@ -106,9 +102,9 @@ def test_a_wrong_address_is_told_without_its_password(
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    output = "".join(capfd.readouterr())
-    assert "can't be opened" in output and SECRET not in output
-    assert "Traceback" not in output
+    said = "".join(capfd.readouterr())
+    assert "can't be opened" in said and SECRET not in said
+    assert "Traceback" not in said
     assert holders(tmp_path) == []
 
 
@@ -130,12 +126,12 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_a_study_in_postgresql_leaves_its_password_nowhere(postgres: str, tmp_path: Path) -> None:
     storage = postgres.replace("{db}", "trials")
     tracking = postgres.replace("{db}", "runs").replace("postgresql://", "postgresql+psycopg://")
-    output = pipeline(*STUDY, "--storage", storage, "--tracking-uri", tracking, cwd=tmp_path)
-    assert "attention-v1-digits: best 1 of 1 trials" in output, output
-    output += pipeline("finals", "attention", "--seeds", "1", "--tracking-uri", tracking, cwd=tmp_path)
-    output += pipeline("compare", "attention", "--tracking-uri", tracking, cwd=tmp_path)
-    assert "page: " in output
-    assert SECRET not in output
+    said = pipeline(*STUDY, "--storage", storage, "--tracking-uri", tracking, cwd=tmp_path)
+    assert "attention-v1-digits: best 1 of 1 trials" in said, said
+    said += pipeline("finals", "attention", "--seeds", "1", "--tracking-uri", tracking, cwd=tmp_path)
+    said += pipeline("compare", "attention", "--tracking-uri", tracking, cwd=tmp_path)
+    assert "page: " in said
+    assert SECRET not in said
     assert holders(tmp_path) == []
     for name in ("runs", "trials"):
         assert SECRET not in _dump(postgres.replace("{db}", name))

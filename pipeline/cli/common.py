@@ -1,4 +1,4 @@
-"""What every command needs: the home folder, a console, a device, data."""
+"""What several commands need: the home folder, a console, a device, data, a store."""
 
 import contextlib
 import os
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from pipeline.errors import UserError, escape_control
+from pipeline.cli.make import COMMAND_LINE
+from pipeline.errors import Problem, UserError, escape_control, redact_uri
 from pipeline.runtime import freeze_imports
 
 if TYPE_CHECKING:
@@ -39,8 +40,22 @@ def make_console(stderr: bool = False) -> Console:
 
 
 def say(console: Console, text: str) -> None:
-    """A line that may hold names of files and classes, which can hold anything."""
-    console.print(escape_control(text), markup=False, soft_wrap=True)
+    """A line that may hold names of files and classes, which can hold anything, and commands in backticks."""
+    console.print(COMMAND_LINE.word(escape_control(text)), markup=False, soft_wrap=True)
+
+
+def print_links(console: Console, title: str, links: Sequence[tuple[str, str]]) -> None:
+    """Links or commands in two columns; never wrapped, so that a terminal can open or copy them."""
+    say(console, title)
+    width = max(len(name) for name, _ in links)
+    for name, link in links:
+        console.print(f"  {name:<{width}}  {link}", markup=False, soft_wrap=True)
+
+
+def next_command(text: str, tracking_uri: str | None) -> str:
+    """A command as its user types it, on the same tracking store."""
+    option = f" --tracking-uri {redact_uri(tracking_uri)}" if tracking_uri else ""
+    return COMMAND_LINE.command(text + option)
 
 
 def expand(path: Path) -> Path:
@@ -51,9 +66,9 @@ def expand(path: Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:  # too long, or in a folder that may not be read; Path.is_dir would raise it
-        raise UserError(f"{str(path)[:200]}: {error.strerror}") from None
+        raise UserError(str(path)[:200], str(error.strerror)) from None
     except ValueError:  # a null byte, or half of a character
-        raise UserError(f"{str(path)[:200]!a}: can be no path") from None
+        raise UserError(f"{str(path)[:200]!a}", "can be no path") from None
     return path
 
 
@@ -65,13 +80,13 @@ def find_device(name: str) -> "torch.device":
     import torch
 
     if not re.fullmatch(DEVICE_NAMES, name):
-        raise UserError(f"DEVICE {name}: should be auto, cpu, cuda or cuda:N")
+        raise UserError(f"`--device {name}`", "should be auto, cpu, cuda or cuda:N")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # counted also where the driver is of no use
     if name == "auto":
         name = "cuda" if gpus else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise UserError(f"DEVICE {name}: torch sees {gpus} GPUs here; DEVICE=cpu trains without")
+        raise UserError(f"`--device {name}`", f"torch sees {gpus} GPUs here", "`--device cpu` trains without")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # or streams and events are those of the first GPU
     return device
@@ -119,6 +134,12 @@ def load_data_of_run(
     return data
 
 
+def require_store(tracking_uri: str | None) -> None:
+    """UserError where there are no runs, so that nothing is made where nothing is."""
+    if tracking_uri is None and not (HOME / "mlflow.db").exists():
+        raise UserError(f"no runs yet in {HOME}", remedy="`study NAME --dataset digits` makes some")
+
+
 def say_remarks(console: Console, search: "Search") -> None:
     """What was set and doesn't hold for all trials, or changes what is searched: once, before anything runs."""
     for line in search.remarks():
@@ -136,27 +157,29 @@ def writable(file: Path) -> Path:
     file = expand(file)
     folder = next(parent for parent in file.absolute().parents if parent.exists())
     if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
-        raise UserError(f"OUTPUT {file}: can't be written; name a file in a folder of yours")
+        raise UserError(f"`--output {file}`", "can't be written", "name a file in a folder of yours")
     return file
 
 
 def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) -> bool:
-    """Wait until MLflow has what this command measured; else say what it has not, and False."""
+    """Wait until MLflow has what this command measured; else print what it has not, and False."""
     if tracker.flush(timeout_s):
         return True
     refused, folder = tracker.rejected, HOME / "journal"
     if waiting := set(tracker.pending) - set(refused):
-        say(console, f"MLflow doesn't answer: {runs(len(waiting))} wait in {folder}; make sync sends them")
+        say(console, f"MLflow doesn't answer: {runs(len(waiting))} wait in {folder}; `sync` sends them")
     for key, why in refused.items():
-        say(console, f"{folder / key}: MLflow refuses this run ({why}); {way_out_of_refusal(tracker, key)}")
+        for line in refusal(tracker, folder / key, why).lines:
+            say(console, line)
     return False
 
 
-def way_out_of_refusal(tracker: "MlflowTracker", key: str) -> str:
-    """What a person can do for what MLflow will not take as it is."""
-    if key in tracker.deleted:
-        return "restored there, make sync sends what waits for it; make sync DROP=1 throws that away"
-    return "mend that and make sync tries again, or remove the folder"
+def refusal(tracker: "MlflowTracker", journal: Path, reason: str) -> Problem:
+    """A run that MLflow does not take as it is, by its journal's folder."""
+    remedy = "repair that and `sync` tries again, or remove the folder"
+    if journal.name in tracker.deleted:
+        remedy = "restore it there and `sync` sends what is pending; `sync --drop-deleted` discards that"
+    return Problem(str(journal), f"MLflow refuses this run ({reason})", remedy)
 
 
 def is_away(error: BaseException) -> bool:
@@ -171,11 +194,9 @@ def say_what_is_missing(console: Console, tracker: "MlflowTracker", studies: "Se
 
     left = recovery.other_journals(tracker)
     if left.orphaned:
-        say(
-            console, f"something may be missing: {runs(len(left.orphaned))} not all in MLflow yet; make sync sends them"
-        )
+        say(console, f"something may be missing: {runs(len(left.orphaned))} not all in MLflow yet; `sync` sends them")
     if left.busy:
-        say(console, f"another command writes {runs(len(left.busy))} just now: what is shown is not the end of it")
+        say(console, f"another command writes {runs(len(left.busy))} at the moment: what is shown is not the end of it")
     for line in [line for study in studies for line in queries.omitted_lines(tracker, study)]:
         say(console, line)
 

@@ -1,39 +1,47 @@
-"""The list of commands, and how they end.
-
-Exit codes: 0 done, 1 a bug, 2 bad input, 3 no data, 4 some files were no use, 5 promotion refused,
-6 not reproduced, 130 interrupted.
-"""
+"""The list of commands, and how they end."""
 
 import io
 import logging
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import typer
 
 from pipeline.runtime import COMPUTING, ignore_variables
 
 # isort: split
+from pipeline.cli.audit import audit
+from pipeline.cli.bench import bench
+from pipeline.cli.bench_gpu import bench_gpu
 from pipeline.cli.common import is_away
-from pipeline.cli.exit_codes import INTERRUPTED, exit_code
-from pipeline.cli.finals import finals, reproduce
-from pipeline.cli.look import compare, ui
-from pipeline.cli.measure import bench, bench_gpu
-from pipeline.cli.predict import ensemble, predict
-from pipeline.cli.promote import history, promote, rollback
-from pipeline.cli.ship import export, serve
-from pipeline.cli.store import audit, relocate, sync
-from pipeline.cli.study import plan, study
-from pipeline.errors import UserError, first_line, redact_secrets
+from pipeline.cli.compare import compare
+from pipeline.cli.ensemble import ensemble
+from pipeline.cli.exit_codes import HELP, INTERRUPTED, exit_code
+from pipeline.cli.export import export
+from pipeline.cli.finals import finals
+from pipeline.cli.history import history
+from pipeline.cli.make import COMMAND_LINE, positional, to_options
+from pipeline.cli.plan import plan
+from pipeline.cli.predict import predict
+from pipeline.cli.promote import promote
+from pipeline.cli.relocate import relocate
+from pipeline.cli.reproduce import reproduce
+from pipeline.cli.rollback import rollback
+from pipeline.cli.serve import serve
+from pipeline.cli.study import study
+from pipeline.cli.sync import sync
+from pipeline.cli.ui import ui
+from pipeline.errors import UserError, did_you_mean, first_line, redact_secrets
 
 log = logging.getLogger(__name__)
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
-    help=f"Hyper-parameter studies for image classifiers. {(__doc__ or '').partition('.')[2].strip()}",
+    help=f"Hyper-parameter studies for image classifiers. {HELP}",
     pretty_exceptions_enable=False,
 )
 
@@ -42,6 +50,8 @@ for _command in (
     *(predict, ensemble, export, serve, bench, bench_gpu),
 ):
     app.command()(_command)
+
+_UsageError: Any = typer.BadParameter.__base__  # typer has click's exceptions, or a copy of them, by its version
 
 
 @app.callback()
@@ -52,7 +62,7 @@ def _set_up() -> None:
     logging.getLogger("pipeline").setLevel(logging.INFO)
     if ignored := ignore_variables():
         log.warning(
-            "ignored in the environment: %s; options alone choose (--tracking-uri, --storage)", ", ".join(ignored)
+            "ignored in the environment: %s; only options choose (`--tracking-uri`, `--storage`)", ", ".join(ignored)
         )
     if COMPUTING:
         log.warning("the environment changes what is computed: %s", " ".join(f"{n}={v}" for n, v in COMPUTING.items()))
@@ -60,7 +70,7 @@ def _set_up() -> None:
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return redact_secrets(super().format(record))
+        return COMMAND_LINE.word(redact_secrets(super().format(record)))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -76,20 +86,61 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where a name has letters that the encoding lacks
     try:
-        app(standalone_mode=True)
+        sys.exit(_run(sys.argv[1:]))
     except UserError as error:
-        for line in error.lines:
-            print(f"error: {line}" if not line.startswith(" ") else line, file=sys.stderr)  # noqa: T201
+        _print_error(error)
         sys.exit(exit_code(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)  # noqa: T201
         sys.exit(INTERRUPTED)
     except Exception as error:  # a bug, or a store that broke: its message may hold the address
         if is_away(error):
-            line = (
-                f"error: MLflow doesn't answer any more ({first_line(error)}); once it does, the same command goes on"
-            )
-            print(line, file=sys.stderr)  # noqa: T201
+            rule, remedy = f"does not answer any more ({first_line(error)})", "once it does, the same command resumes"
+            _print_error(UserError("MLflow", rule, remedy))
             sys.exit(exit_code(UserError("")))
         print(redact_secrets(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
         sys.exit(1)
+
+
+def _run(words: Sequence[str]) -> int:
+    """The exit code of a command, by its words or as make has them: --make study NAME=attention TRIALS=3."""
+    group: Any = typer.main.get_command(app)
+    COMMAND_LINE.commands, COMMAND_LINE.by_make = group.commands, list(words[:1]) == ["--make"]
+    if COMMAND_LINE.by_make:
+        words = [words[1], *to_options(group.commands[words[1]], words[2:])]
+    try:
+        return int(
+            group.main(args=list(words) or ["--help"], prog_name="python -m pipeline", standalone_mode=False) or 0
+        )
+    except _UsageError as error:
+        raise _missing(error) if error.__class__.__name__ == "MissingParameter" else _usage(error) from None
+
+
+def _missing(error: Any) -> UserError:
+    """Which argument or option a command lacks, and how it is typed."""
+    from pipeline.search.study import available
+
+    command, parameter = error.ctx.command, error.param
+    if parameter.param_type_name != "argument":
+        return UserError(f"`{parameter.opts[-1]}`", f"needs a value: {parameter.help.rstrip('.')}")
+    name, meaning = positional(command)[0], parameter.help[0].lower() + parameter.help[1:].rstrip(".")
+    studies = f"; studies: {', '.join(available())}" if name == "NAME" else ""
+    return UserError(name, f"needs a value: {meaning}", f"type `{command.name} {name}`{studies}")
+
+
+def _usage(error: Any) -> UserError:
+    """What click makes of it, in a line: an option that isn't there, a value out of its range."""
+    parameter = getattr(error, "param", None)
+    if parameter is not None:
+        return UserError(f"`{parameter.opts[-1]}`", error.message.removeprefix("Input ").rstrip("."))
+    option = getattr(error, "option_name", None)
+    if option and error.ctx:
+        known = [name for each in error.ctx.command.params for name in each.opts]
+        return UserError(f"`{option}`", f"no such option of `{error.ctx.command.name}`{did_you_mean(option, known)}")
+    return UserError(error.format_message().rstrip("."))
+
+
+def _print_error(error: UserError) -> None:
+    for line in error.lines:
+        text = COMMAND_LINE.word(line)
+        print(text if text.startswith(" ") else f"error: {text}", file=sys.stderr)  # noqa: T201

@@ -2,15 +2,15 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.cli.common import DEVICE_NAMES, HOME
-from pipeline.errors import UserError, validation_lines
+from pipeline.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from pipeline.search.study import Search
@@ -30,9 +30,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 TrialsOption = Annotated[str | None, typer.Option(metavar="N", help="Trials in all, those already done included.")]
 EpochsOption = Annotated[str | None, typer.Option(metavar="N", help="Epochs of a trial that isn't pruned.")]
 SeedOption = Annotated[str | None, typer.Option(metavar="N", help="Seeds the search and every training.")]
-VersionOption = Annotated[
-    str | None, typer.Option(metavar="N", help="Start or go on with another version of the study.")
-]
+VersionOption = Annotated[str | None, typer.Option(metavar="N", help="Start or resume another version of the study.")]
 ChangeOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -41,6 +39,19 @@ ChangeOption = Annotated[
         help="Set fields of the recipe for all trials, whatever kinds they draw, e.g. data.image_size=64.",
     ),
 ]
+MODEL = "image-classifier"
+ModelNameOption = Annotated[
+    str, typer.Option("--model", metavar="NAME", help="The registered model whose champion is meant.")
+]
+ModelFilesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="A run's id, a folder with weights, or models:/NAME@ALIAS. Default: the champion, else the best run.",
+    ),
+]
+StudyArgument = Annotated[str, typer.Argument(metavar="NAME", help="A module of studies/, e.g. attention.")]
 StorageOption = Annotated[
     str | None, typer.Option(metavar="URL", help="Optuna's database instead of mlruns/optuna.db.")
 ]
@@ -58,7 +69,7 @@ WorkersOption = Annotated[
 
 
 class StudyOptions(BaseModel):
-    """The options of `study`, as typed; checked together, so that all faults are told at once."""
+    """The options of `study`, as typed; checked together, so that all problems are reported at once."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -70,10 +81,22 @@ class StudyOptions(BaseModel):
     version: int | None = Field(None, ge=1, le=1_000_000)
     workers: int | None = Field(None, ge=1, le=1_000)
     cluster: str | None = None
-    hang: float | None = Field(None, gt=0)
+    stall_timeout: float | None = Field(None, gt=0)
     device: str = "auto"
 
-    @field_validator("timeout", "hang", mode="before")
+    @classmethod
+    def parse(cls, typed: Mapping[str, str | None], problems: list[Problem]) -> Self:
+        """Those that were typed; the defaults where any is wrong, with a line in `problems` for each that is."""
+        try:
+            return cls.model_validate({name: text for name, text in typed.items() if text is not None})
+        except ValidationError as error:
+            for fault in error.errors():
+                option = str(fault["loc"][0]).replace("_", "-")
+                rule = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
+                problems.append(Problem(f"`--{option} {fault['input']}`", rule))
+        return cls()
+
+    @field_validator("timeout", "stall_timeout", mode="before")
     @classmethod
     def _duration(cls, value: str | None) -> object:
         """Seconds, or a number with s, m, h or d behind it."""
@@ -96,27 +119,14 @@ class StudyOptions(BaseModel):
         return value
 
 
-def resolve(name: str, typed: dict[str, Any], dataset: str | None, change: list[str], lines: list[str]) -> "Search":
-    """A study with the options applied; UserError with every fault, those in `lines` too, before anything starts."""
+def resolve(
+    name: str, options: StudyOptions, dataset: str | None, changes: Sequence[str], problems: Sequence[Problem] = ()
+) -> "Search":
+    """A study with the options applied; UserError with every problem, those given too, before anything starts."""
     from pipeline.search.study import Search, load_study
 
-    definition, options, lines = load_study(name), StudyOptions(), list(lines)
-    try:
-        options = StudyOptions.model_validate({key: text for key, text in typed.items() if text is not None})
-    except ValidationError as error:
-        lines += [re.sub(r"^\w+", lambda option: option[0].upper(), line) for line in validation_lines(error)]
-    said: dict[str, Any] = {}
-    by_option = {
-        "DATASET": ("data.dataset", dataset),
-        "EPOCHS": ("training.epochs", options.epochs),
-        "SEED": ("training.seed", options.seed),
-    }
-    assigned = [(option, field, value) for option, (field, value) in by_option.items() if value is not None]
-    assigned += [("SET", *assignment) for assignment in _assignments(change, lines)]
-    for option, field, value in assigned:
-        if said.setdefault(field, value) != value:
-            lines.append(f"{option} {field}={value}: was set to {said[field]} already; say one of the two")
-    settings = definition.settings(said)
+    definition, problems = load_study(name), list(problems)
+    settings = definition.settings(_fields(options, dataset, changes, problems))
     variant = definition.variants.get(str(settings["data.dataset"]))
     search = Search(
         name=name,
@@ -130,19 +140,37 @@ def resolve(name: str, typed: dict[str, Any], dataset: str | None, change: list[
     try:
         search.check()
     except UserError as error:
-        lines += error.lines
-    if lines:
-        raise UserError(lines)
+        problems += error.problems
+    if problems:
+        raise UserError.many(problems)
     return search
 
 
-def _assignments(texts: list[str], faults: list[str]) -> Iterator[tuple[str, Any]]:
-    """`a.b=1 c.d=[4, 8]` as fields and values: JSON where it is, else the word itself; `faults` gets a line for each."""
+def _fields(
+    options: StudyOptions, dataset: str | None, changes: Sequence[str], problems: list[Problem]
+) -> dict[str, Any]:
+    """The recipe fields that the options set, each by one of them."""
+    assigned: list[tuple[str, str, Any]] = [
+        ("--dataset", "data.dataset", dataset),
+        ("--epochs", "training.epochs", options.epochs),
+        ("--seed", "training.seed", options.seed),
+    ]
+    assigned = [assignment for assignment in assigned if assignment[2] is not None]
+    assigned += [("--set", *assignment) for assignment in _assignments(changes, problems)]
+    fields: dict[str, Any] = {}
+    for option, field, value in assigned:
+        if fields.setdefault(field, value) != value:
+            problems.append(Problem(f"`{option} {field}={value}`", f"was set to {fields[field]} already", "choose one"))
+    return fields
+
+
+def _assignments(texts: Sequence[str], problems: list[Problem]) -> Iterator[tuple[str, Any]]:
+    """`a.b=1 c.d=[4, 8]` as fields and values: JSON where it is, else the text itself."""
     for text in texts:
         for assignment in re.split(r"\s+(?=[\w.]+=)", text.strip()):
             field, equals, value = assignment.partition("=")
             if not equals:
-                faults.append(f"SET {assignment}: should be FIELD=VALUE, e.g. training.batch_size=256")
+                problems.append(Problem(f"`--set {assignment}`", "should be FIELD=VALUE, e.g. training.batch_size=256"))
                 continue
             try:
                 yield field, json.loads(value)
@@ -150,35 +178,37 @@ def _assignments(texts: list[str], faults: list[str]) -> Iterator[tuple[str, Any
                 yield field, value
 
 
-def database_faults(storage: str | None, tracking_uri: str | None) -> list[str]:
-    """One line for each database that can't be meant, before anything is made."""
-    lines = []
+def database_problems(storage: str | None, tracking_uri: str | None) -> list[Problem]:
+    """Each database that can't be meant, before anything is made."""
+    problems, home = [], str(HOME.resolve())
     if HOME.exists() and not HOME.is_dir():
-        lines.append(f"{HOME.resolve()}: is a file: must be a folder, where runs are kept; move it away")
-    if odd := sorted(set(str(HOME.resolve())) & set("%?#")):
-        lines.append(
-            f"{HOME.resolve()}: has {' '.join(odd)} in it, which database addresses can't hold; use another folder"
-        )
+        problems.append(Problem(home, "is a file; must be a folder, where runs are kept", "move it away"))
+    if odd := sorted(set(home) & set("%?#")):
+        rule = f"has {' '.join(odd)} in it, which database addresses can't hold"
+        problems.append(Problem(home, rule, "use another folder"))
     paths = []
-    for variable, uri, default in (("STORAGE", storage, "optuna.db"), ("TRACKING_URI", tracking_uri, "mlflow.db")):
+    for option, uri, default in (("--storage", storage, "optuna.db"), ("--tracking-uri", tracking_uri, "mlflow.db")):
         if uri in ("sqlite://", "sqlite:///:memory:"):
-            lines.append(f"{variable} {uri}: keeps nothing when the command ends; name a file, or leave it out")
+            problems.append(
+                Problem(f"`{option} {uri}`", "keeps nothing when the command ends", "name a file, or leave it out")
+            )
         path = f"sqlite:///{HOME / default}" if uri is None else uri
         paths.append(str(Path(path[10:]).resolve()) if path.startswith("sqlite:///") else path)
     if paths[0] == paths[1]:
-        lines.append("STORAGE and TRACKING_URI: are the same database; Optuna and MLflow need one each")
-    return lines
+        rule = "are the same database; Optuna and MLflow need one each"
+        problems.append(Problem("`--storage` and `--tracking-uri`", rule))
+    return problems
 
 
-def cluster_faults(storage: str | None, tracking_uri: str | None, device: str) -> list[str]:
-    """One line for each thing that a study on several machines lacks."""
-    lines = []
+def cluster_problems(storage: str | None, tracking_uri: str | None, device: str) -> list[Problem]:
+    """Each thing that a study on several machines lacks."""
+    problems = []
     if not re.match(r"postgresql(\+psycopg)?://", storage or ""):
-        lines.append(
-            "STORAGE: a cluster needs postgresql://...; an SQLite file is for one machine, on a shared disk its locks fail"
-        )
+        rule = "a cluster needs postgresql://...; an SQLite file is for one machine, on a shared disk its locks fail"
+        problems.append(Problem("`--storage`", rule))
     if not re.match(r"https?://", tracking_uri or ""):
-        lines.append("TRACKING_URI: a cluster needs an MLflow server, http://..., that all its nodes reach")
+        rule = "a cluster needs an MLflow server, http://..., that all its nodes reach"
+        problems.append(Problem("`--tracking-uri`", rule))
     if re.match(r"cuda:", device):
-        lines.append(f"DEVICE {device}: on a cluster Ray chooses the GPU; auto, cpu or cuda")
-    return lines
+        problems.append(Problem(f"`--device {device}`", "on a cluster Ray chooses the GPU", "give auto, cpu or cuda"))
+    return problems

@@ -2,7 +2,9 @@
 
 Every trial draws five, however short it is. Most of what matplotlib costs is layout engines, axes and images that it
 resamples, so there are none: positions are counted out in pixels from the top left, what is made of rectangles is an
-array of pixels, and matplotlib draws the text and the curves over it.
+array of pixels, and matplotlib draws the text and the curves over it. Ordinary axes were tried (imshow, fixed label
+places, no tick marks, one collection for bars, one image for a gallery): 1.7 times the CPU time of the five pictures
+(median of n = 12 ratios in turn, one thread, CIFAR-10's validation split; 1.4 by the fastest of each; matplotlib 3.11).
 
 Names hold anything: they are cut to the room there is, and "$" is no mathematics. A script that its font lacks shows
 as boxes unless `font.family` in a matplotlibrc names a font that has it.

@@ -51,11 +51,11 @@ class Rules(BaseModel):
             else:
                 known = ", ".join(values)
                 rule = f"should be NAME=VALUE, of {known}{did_you_mean(name, values)}"
-                problems.append(Problem(f"`--rule` {assignment}", rule))
+                problems.append(Problem(f"`--rules` {assignment}", rule))
         try:
             rules = Rules.model_validate(values)
         except ValidationError as error:
-            problems += [Problem(f"`--rule` {line}") for line in validation_lines(error)]
+            problems += [Problem(f"`--rules` {line}") for line in validation_lines(error)]
         if problems:
             raise UserError.many(problems)
         return rules

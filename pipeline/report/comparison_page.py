@@ -1,121 +1,98 @@
-"""Several studies beside each other on one page."""
+"""Several studies on one page, compared; templates/comparison.html has its order and its words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from pipeline.report import figures, markup
+from pipeline.report import figures
 from pipeline.report.analysis import Lead, lead
-from pipeline.report.study_page import Pair, best_pair, finals_verdict, lead_text
+from pipeline.report.render import render
+from pipeline.report.study_page import Comparison, compare_with_control, finals_verdict
 from pipeline.report.trials import finished, param_names, searched, show, weakest_class
 from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tracker import MlflowTracker
 
 
 def studies_page(
-    tracker: MlflowTracker, studies: Sequence[StudyRuns], frame: pd.DataFrame, links: Mapping[str, str]
+    tracker: MlflowTracker,
+    studies: Sequence[StudyRuns],
+    frame: pd.DataFrame,
+    links: Mapping[str, str],
+    word: Callable[[str], str] = str,
 ) -> str:
-    """The HTML of several studies beside each other."""
-    pairs = {study.name: best_pair(tracker, frame[frame["study"] == study.name], runner_up=False) for study in studies}
-    known = {name: pair for name, pair in pairs.items() if pair}
-    title = " and ".join(study.name for study in studies)
-    page = markup.Page()
-    verdicts = [f"{study.name}: {said}" for study in studies if (said := finals_verdict(tracker, study)[1])]
-    page.head(title, "", [*_answer_of_several(known), *verdicts], links)
-    page.part("Studies", _studies_table(frame, pairs))
-    page.part("Scores", page.figure(figures.spread(frame)))
-    page.part("Search histories", page.figure(figures.history(frame)))
-    page.part("The best of each, two at a time", _leads_table(known))
-    page.part("The best recipes", _recipes_table(frame, known))
-    page.part("Cost against score, all studies", page.figure(figures.cost(frame)))
-    return page.html(title)
-
-
-def _answer_of_several(pairs: Mapping[str, Pair]) -> list[str]:
-    if not pairs:
-        return ["No trial of any of them finished."]
-    best = max(pairs, key=lambda name: pairs[name].best["score"])
-    top = pairs[best]
-    equal = [name for name, pair in pairs.items() if name != best and pair.best["score"] == top.best["score"]]
-    tie = f", as high as that of {' and '.join(equal)}" if equal else ""
-    score = f"trial {top.best['trial']}, {top.best['objective']} {top.best['score']:.4f}"
-    lines = [f"{best} has the highest score{tie}: {score}."]
-    if len(pairs) > 1 and not any(_between(top, pair) for name, pair in pairs.items() if name != best):
-        return ["The studies were judged by other images or another metric: their scores can't be compared."]
-    for name, pair in pairs.items():
-        if name == best:
-            continue
-        gap = _between(top, pair)
-        if gap is None:
-            lines.append(f"{name}'s best was judged by other images or another metric: the two can't be compared.")
-        else:
-            lines.append(f"Beside {name}'s best, trial {pair.best['trial']}: {lead_text(gap)}; {gap.verdict}.")
-    lines.append("Each is the best of its trials, chosen on these images, with one seed: a small lead may be luck.")
-    return lines
-
-
-def _between(first: Pair, second: Pair) -> Lead | None:
-    if first.best["objective"] != second.best["objective"] or not (first.best_answers and second.best_answers):
-        return None
-    return lead(first.best_answers, second.best_answers, first.best["objective"])
-
-
-def _studies_table(frame: pd.DataFrame, pairs: Mapping[str, Pair | None]) -> str:
-    cells = []
-    for name, pair in pairs.items():
-        runs = frame[(frame["study"] == name) & (frame["role"] == "trial")]
-        states = runs["state"].value_counts()
-        base = pair.base if pair else None
-        weakest, f1 = weakest_class(pair.best) if pair else ("", np.nan)
-        cells.append(
-            [
-                name,
-                f"{len(runs)}",
-                ", ".join(f"{count} {state}" for state, count in states.items()),
-                f"{pair.best['score']:.4f} (trial {pair.best['trial']})" if pair else "none",
-                f"{base['score']:.4f}" if base is not None else "none",
-                f"{weakest} ({f1:.3f})" if weakest else "",
-                markup.number(pair.best.get("time/training_s"), "{:,.1f} s") if pair else "",
-                markup.number(pair.best.get("model/parameters"), "{:,.0f}") if pair else "",
-                markup.hours(runs["seconds"].sum()),
-            ]
-        )
-    heads = ["study", "trials", "how they ended", "best", "control", "best's weakest class", "its training"]
-    return markup.table([*heads, "its parameters", "all trials"], cells, numbers={1, 3, 4, 6, 7, 8})
-
-
-def _leads_table(pairs: Mapping[str, Pair]) -> str:
-    rows = []
-    for one, two in combinations(pairs, 2):
-        gap = _between(pairs[one], pairs[two])
-        rows.append([one, two, lead_text(gap) if gap else "not comparable", gap.verdict if gap else ""])
-    return (
-        markup.table(["the best of", "beside the best of", "lead", "that is"], rows, wide={2})
-        if rows
-        else markup.dim("Fewer than two.")
+    """The HTML of several studies, compared; `word` as `render` takes it."""
+    groups = {study.name: frame[frame["study"] == study.name] for study in studies}
+    comparisons = {name: compare_with_control(tracker, runs, runner_up=False) for name, runs in groups.items()}
+    known = {name: comparison for name, comparison in comparisons.items() if comparison}
+    leader = max(known, key=lambda name: known[name].best["score"], default=None)
+    verdicts = [f"{study.name}: {verdict}" for study in studies if (verdict := finals_verdict(tracker, study)[1])]
+    drawn = {"scores": figures.spread(frame), "history": figures.history(frame), "cost": figures.cost(frame)}
+    return render(
+        "comparison.html",
+        drawn,
+        word,
+        title=" and ".join(groups),
+        leader=leader,
+        top=known[leader].best if leader else None,
+        rivals=_rivals(known, leader) if leader else [],
+        verdicts=verdicts,
+        links=links,
+        studies=[_study(name, groups[name], comparison) for name, comparison in comparisons.items()],
+        leads=list(_leads(known)),
+        compared=list(known),
+        fields=dict(_fields(groups, known)),
+        num_fields=len(param_names(frame)),
     )
 
 
-def _recipes_table(frame: pd.DataFrame, pairs: Mapping[str, Pair]) -> str:
-    """The fields that two studies searched, or in which their best recipes differ."""
-    groups = {name: frame[frame["study"] == name] for name in pairs}
-    asked = [set(searched(runs)) for runs in groups.values()]
-    names, rows = param_names(frame), []
-    for name in names:
-        values = {study: "" if pd.isna(value := pair.best[name]) else show(value) for study, pair in pairs.items()}
-        if len(set(values.values())) > 1 or sum(name in some for some in asked) > 1:
-            rows.append([name, *(value + _tried(groups[study], name) for study, value in values.items())])
-    if not rows:
-        return markup.dim("They do not differ.")
-    said = "In brackets, where a study searched the field: what the best quarter of its finished trials have."
-    return markup.paragraph(
-        f"{len(rows)} of {len(names)} fields differ or were searched by several. {said}"
-    ) + markup.table(["field", *pairs], rows)
+def _rivals(known: Mapping[str, Comparison], leader: str) -> list[dict[str, Any]]:
+    """The other studies' best trials, with the leader's lead over each, None where they can't be compared."""
+    return [
+        {"name": name, "best": other.best, "lead": _lead(known[leader], other)}
+        for name, other in known.items()
+        if name != leader
+    ]
 
 
-def _tried(runs: pd.DataFrame, name: str) -> str:
+def _lead(first: Comparison, second: Comparison) -> Lead | None:
+    one, two = first.best_predictions, second.best_predictions
+    if first.best["objective"] != second.best["objective"] or not (one and two):
+        return None
+    return lead(one, two, first.best["objective"])
+
+
+def _study(name: str, runs: pd.DataFrame, comparison: Comparison | None) -> dict[str, Any]:
+    trials = runs[runs["role"] == "trial"]
+    weakest, f1 = weakest_class(comparison.best) if comparison else ("", float("nan"))
+    return {
+        "name": name,
+        "states": trials["state"].value_counts().to_dict(),
+        "seconds": trials["seconds"].sum(),
+        "best": comparison and comparison.best.to_dict(),
+        "control": comparison and comparison.control,
+        "weakest_class": weakest,
+        "weakest_f1": f1,
+    }
+
+
+def _leads(known: Mapping[str, Comparison]) -> Iterator[dict[str, Any]]:
+    """How far each study's best trial is before each later one's."""
+    for one, two in combinations(known, 2):
+        yield {"first": one, "second": two, "lead": _lead(known[one], known[two])}
+
+
+def _fields(groups: Mapping[str, pd.DataFrame], known: Mapping[str, Comparison]) -> Iterator[tuple[str, list[str]]]:
+    """Each field that two studies searched, or in which their best recipes differ, with its value in each study."""
+    search_spaces = [set(searched(groups[name])) for name in known]
+    for name in param_names(pd.concat(groups.values())):
+        values = {study: "" if pd.isna(value := other.best[name]) else show(value) for study, other in known.items()}
+        if len(set(values.values())) > 1 or sum(name in space for space in search_spaces) > 1:
+            yield name, [value + _values_of_best_quarter(groups[study], name) for study, value in values.items()]
+
+
+def _values_of_best_quarter(runs: pd.DataFrame, name: str) -> str:
     done = finished(runs)
     values = done[name].head(max(len(done) // 4, 1)).dropna()
     if name not in searched(runs) or values.empty:

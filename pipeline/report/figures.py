@@ -17,7 +17,18 @@ import plotly.graph_objects as go
 from pipeline.errors import escape_control
 from pipeline.evaluation.scores import reliability
 from pipeline.report.analysis import Effects, pareto
-from pipeline.report.trials import F1, Predictions, challenger, control, finished, ranked, short, show, weakest_class
+from pipeline.report.trials import (
+    F1,
+    Predictions,
+    challenger,
+    control,
+    finished,
+    ranked,
+    short,
+    show,
+    weakest_class,
+    with_control,
+)
 
 BEST, CONTROL, GOOD, BAD, OTHER, FAINT = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8c8c8c"
 CYCLE = (BEST, CONTROL, GOOD, BAD, "#E69F00", OTHER)
@@ -316,9 +327,8 @@ def effect(found: Effects, of: str = "the score", most: int = 16) -> go.Figure:
 
 def per_class(frame: pd.DataFrame) -> go.Figure:
     """F1 of each class for the best trials and the control, the weakest class on top."""
-    rows, base = finished(frame).head(HEATED), control(frame)
-    if base is not None and base["run_id"] not in set(rows["run_id"]):
-        rows = pd.concat([rows, base.to_frame().T])
+    base = control(frame)
+    rows = with_control(finished(frame).head(HEATED), base)
     names = [name for name in frame.columns if name.startswith(F1) and rows[name].notna().any()]
     values = rows[names].astype(float)
     names = list(values.mean().sort_values().index)[:CLASSES]

@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def trials(*names: str, home: Path | str = "mlruns", uri: str | None = None) -> 
     """
     home = Path(home)
     if uri is None and not (home / "mlflow.db").exists():
-        raise UserError(f"no runs yet in {home}: make study NAME=attention DATASET=digits makes some")
+        raise UserError(f"no runs yet in {home}", remedy="`study NAME --dataset digits` makes some")
     tracker = MlflowTracker(home, uri)
     return table(tracker, choose(tracker, names) if names else queries.studies(tracker))
 
@@ -58,8 +58,13 @@ def choose(tracker: MlflowTracker, names: Sequence[str]) -> list[StudyRuns]:
 
 def table(tracker: MlflowTracker, studies: Sequence[StudyRuns]) -> pd.DataFrame:
     """See `trials`."""
-    rows = [row for study in studies for row in _rows(queries.children(tracker, study), study)]
+    return table_of([row for study in studies for row in _rows(queries.children(tracker, study), study)])
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """See `trials`; a row may lack what was not measured."""
     frame = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
+    frame = frame.reindex(columns=[*COLUMNS, *(name for name in frame.columns if name not in COLUMNS)])
     params = sorted(name for name in frame.columns if "." in name and "/" not in name)
     metrics = sorted(name for name in frame.columns if "/" in name)
     frame = frame[[*COLUMNS, *params, *metrics]]
@@ -182,6 +187,57 @@ def weakest_class(row: pd.Series) -> tuple[str, float]:
     """The class with the lowest F1, and it; ("", NaN) where the run has none."""
     f1 = row[[name for name in row.index if str(name).startswith(F1)]].astype(float).dropna()
     return (str(f1.idxmin()).removeprefix(F1), float(f1.min())) if len(f1) else ("", float("nan"))
+
+
+@dataclass(frozen=True)
+class BestTrial:
+    """A finished trial as the tables of the best show it; NaN where something was not measured."""
+
+    number: int
+    is_control: bool
+    score: float
+    lead: float  # over the control's score, in points; NaN where no control finished
+    f1_macro: float
+    weakest_class: str
+    weakest_f1: float
+    epochs: int
+    seconds: float  # of the whole trial
+    training_s: float
+    parameters: float
+    latency_ms: float
+    changes: str  # against the control
+
+
+def best_trials(frame: pd.DataFrame, most: int) -> list[BestTrial]:
+    """At most so many finished trials of one study, best first; below them the control, if it isn't among them."""
+    base, names = control(frame), searched(frame)
+    return [_best_trial(row, base, names) for _, row in with_control(finished(frame).head(most), base).iterrows()]
+
+
+def with_control(rows: pd.DataFrame, base: pd.Series | None) -> pd.DataFrame:
+    """These rows, and the control's below them where it isn't among them."""
+    if base is None or base["run_id"] in set(rows["run_id"]):
+        return rows
+    return pd.concat([rows, base.to_frame().T])
+
+
+def _best_trial(row: pd.Series, base: pd.Series | None, names: Sequence[str]) -> BestTrial:
+    weakest, f1 = weakest_class(row)
+    return BestTrial(
+        number=row["trial"],
+        is_control=row["control"],
+        score=row["score"],
+        lead=np.nan if base is None else 100 * (row["score"] - base["score"]),
+        f1_macro=row.get("val/f1_macro", np.nan),
+        weakest_class=weakest,
+        weakest_f1=f1,
+        epochs=row["epochs"],
+        seconds=row["seconds"],
+        training_s=row.get("time/training_s", np.nan),
+        parameters=row.get("model/parameters", np.nan),
+        latency_ms=row.get("model/latency_ms", np.nan),
+        changes=changes(row, base, names),
+    )
 
 
 def changes(row: pd.Series, base: pd.Series | None, names: Sequence[str]) -> str:

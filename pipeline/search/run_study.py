@@ -14,6 +14,7 @@ from pipeline.processes import StopOnSignal, study_lock, this_process
 from pipeline.search.forecast import actual, forecast, size_mib
 from pipeline.search.requeue import reconcile, release_trials
 from pipeline.search.storage import StudyLock, num_finished, open_study, resolved
+from pipeline.search.study import study_progress
 from pipeline.search.study_attributes import Choice, StudyAttributes
 from pipeline.search.supervisor import Supervisor
 from pipeline.search.trial import StudyContext, StudyInterrupted, claim_trial, run_trial
@@ -131,7 +132,7 @@ def _run_trials(study: optuna.Study, context: StudyContext, lock: StudyLock) -> 
     search, start = context.search, time.monotonic()
     worker = this_process() | {"id": uuid.uuid4().hex}
     context.storage.while_waiting = context.check_stop
-    context.observer.study_progress(study, num_finished(study))
+    context.observer.study_progress(study_progress(study, num_finished(study)))
     while (finished := num_finished(study)) < search.trials:
         context.check_stop()
         lock.check()
@@ -142,7 +143,7 @@ def _run_trials(study: optuna.Study, context: StudyContext, lock: StudyLock) -> 
         release_trials(study, study.get_trials(deepcopy=False), 1)
         if trial := claim_trial(study, context.storage, worker):
             run_trial(trial, context)
-            context.observer.study_progress(study, finished + 1)
+            context.observer.study_progress(study_progress(study, finished + 1))
 
 
 def _study_metrics(study: optuna.Study) -> dict[str, float]:

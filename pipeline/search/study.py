@@ -341,10 +341,62 @@ def counts_toward_budget(trial: optuna.trial.FrozenTrial) -> bool:
     return trial.state.is_finished() and not TrialAttributes.is_requeued(trial)
 
 
-def best_trials(
-    study: optuna.Study, count: int | None = None, exclude: Collection[str] = ()
-) -> list[optuna.trial.FrozenTrial]:
-    """The completed trials, best first, except those of the run keys to `exclude`."""
-    completed = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    kept = [trial for trial in completed if TrialAttributes.of(trial).run_key not in exclude]
-    return sorted(kept, key=lambda trial: (-(trial.value or 0.0), trial.number))[:count]
+@dataclass(frozen=True)
+class StudyProgress:
+    """How far a study is, as a person is told."""
+
+    name: str
+    finished: int  # trials that count against the budget
+    pruned: int
+    failed: int  # or interrupted
+    best: tuple[int, float] | None  # number and score
+
+
+def study_progress(study: optuna.Study, finished: int) -> StudyProgress:
+    """Of a study of which so many trials have ended."""
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    pruned = states.count(optuna.trial.TrialState.PRUNED)
+    completed = _completed(study)
+    best = min(completed, key=lambda trial: (-(trial.value or 0.0), trial.number), default=None)
+    return StudyProgress(
+        name=study.study_name,
+        finished=finished,
+        pruned=pruned,
+        failed=finished - len(completed) - pruned,
+        best=(best.number, best.value or 0.0) if best else None,
+    )
+
+
+def records(study: optuna.Study, search: Search, exclude: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The completed trials as rows of `report.trials.table`, of what a table of the best needs; `run_id` is the run's key.
+
+    From Optuna, which has them all when a study ends; MLflow may be unreachable, or get the last of them later. The run
+    keys to `exclude` are left out.
+    """
+    return [
+        {
+            **{name: _as_text(value) for name, value in search.recipe(trial.params).flat().items()},
+            **attributes.metrics,
+            "study": study.study_name,
+            "trial": trial.number,
+            "run_id": attributes.run_key,
+            "role": "trial",
+            "state": "finished",
+            "control": attributes.control,
+            "objective": search.study.objective,
+            "score": trial.value,
+            "seconds": attributes.seconds,
+            "epochs": attributes.epochs,
+        }
+        for trial, attributes in ((trial, TrialAttributes.of(trial)) for trial in _completed(study))
+        if attributes.run_key not in exclude
+    ]
+
+
+def _as_text(value: Any) -> Any:
+    """A list as MLflow keeps it; what else a recipe holds as it is."""
+    return str(list(value)) if isinstance(value, tuple) else value
+
+
+def _completed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))

@@ -17,7 +17,7 @@ from pipeline.experiment import Outcome
 from pipeline.processes import StopOnSignal, kill_process, process_has_exited
 from pipeline.search.requeue import mark_failed, release_trials
 from pipeline.search.storage import StudyLock
-from pipeline.search.study import counts_toward_budget
+from pipeline.search.study import counts_toward_budget, study_progress
 from pipeline.search.trial import StudyContext, StudyInterrupted
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.search.worker import Assignment
@@ -274,7 +274,7 @@ class _StudyReporter:
         finished = sum(counts_toward_budget(trial) for trial in trials)
         if finished != self._finished:
             self._finished = finished
-            self._observer.study_progress(self._study, finished)
+            self._observer.study_progress(study_progress(self._study, finished))
 
     def _report_progress(self, number: int, attributes: TrialAttributes) -> None:
         beat = attributes.heartbeat

@@ -21,7 +21,7 @@ from pipeline.search.optuna_internals import claimed_trial, stored_trial, study_
 from pipeline.search.pruner import MIN_UNPRUNED_TRIALS
 from pipeline.search.requeue import requeue, run_name, run_tags
 from pipeline.search.storage import RetryingStorage, StorageUnavailable
-from pipeline.search.study import Search
+from pipeline.search.study import Search, StudyProgress
 from pipeline.search.trial_attributes import Progress, TrialAttributes, update_attributes
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost, State
 from pipeline.training.loop import EpochReport
@@ -34,7 +34,7 @@ class StudyObserver(Protocol):
     def planned(self, forecast: Mapping[str, Any]) -> None:
         """The study's cost is known: `search.forecast.Forecast` as a mapping."""
 
-    def study_progress(self, study: optuna.Study, finished: int) -> None:
+    def study_progress(self, progress: StudyProgress) -> None:
         """The study opened, or a trial ended."""
 
     def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from pipeline.processes import this_process
 from pipeline.recipe import Recipe
 from pipeline.runtime import freeze_imports
 from pipeline.search.storage import RetryingStorage, find_study, open_storage
-from pipeline.search.study import Search
+from pipeline.search.study import Search, StudyProgress
 from pipeline.search.trial import StudyContext, StudyInterrupted, claim_trial, run_trial
 from pipeline.search.trial_attributes import Beat, Progress, update_attributes
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost
@@ -141,7 +141,7 @@ class Heartbeat:
     def planned(self, forecast: Mapping[str, Any]) -> None:
         """See StudyObserver."""
 
-    def study_progress(self, study: optuna.Study, finished: int) -> None:
+    def study_progress(self, progress: StudyProgress) -> None:
         """See StudyObserver."""
 
     def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:

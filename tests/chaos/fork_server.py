@@ -23,7 +23,7 @@ PRELOADED = (
     *(
         "pipeline.cli.main",
         "pipeline.audit",
-        "pipeline.cli.views",
+        "pipeline.cli.views_study",
         "pipeline.search.run_study",
     ),
 )

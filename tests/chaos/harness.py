@@ -14,6 +14,7 @@ from typing import Any
 
 import optuna
 import torch
+from conftest import TINY_NETWORK as TINY
 from optuna.trial import FrozenTrial
 from safetensors.torch import load_file
 
@@ -25,7 +26,6 @@ from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 augmentation.crop_padding=2"
 EPOCHS = 4
 
 

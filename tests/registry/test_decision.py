@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.cli.views import print_finals
+from pipeline.cli.views_finals import print_finals
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe

@@ -246,8 +246,8 @@ def test_all_bad_rules_are_reported_together() -> None:
     with pytest.raises(UserError) as caught:
         Rules().changed(["alfa=1 ece_margin=much", "alpha"])
     assert [line.split(":")[0] for line in caught.value.lines] == [
-        "`--rule` alfa=1",
-        "`--rule` alpha",
-        "`--rule` ece_margin = much",
+        "`--rules` alfa=1",
+        "`--rules` alpha",
+        "`--rules` ece_margin = much",
     ]
     assert "did you mean alpha?" in caught.value.lines[0]

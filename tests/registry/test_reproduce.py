@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Trained
+from conftest import Trained, run_pipeline
 
 from pipeline import experiment
 from pipeline.cli.exit_codes import exit_code
@@ -40,9 +40,7 @@ def other_seed(tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingDat
 
 
 def command(run_id: str, home: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "pipeline", "reproduce", run_id, "--device", "cpu", *options]
-    settings = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(words, cwd=home.parent, capture_output=True, text=True, timeout=300, env=settings)
+    return run_pipeline("reproduce", run_id, "--device", "cpu", *options, cwd=home.parent)
 
 
 def test_fresh_process_reproduces_every_bit_and_is_no_candidate(

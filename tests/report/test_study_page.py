@@ -19,7 +19,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from pipeline import experiment
-from pipeline.cli.look import page_name
+from pipeline.cli.compare import page_name
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.evaluation.significance import Sample
@@ -28,7 +28,7 @@ from pipeline.recipe import Recipe
 from pipeline.registry.decision import CandidateResult, FinalsDecision, Winner
 from pipeline.report import figures
 from pipeline.report.comparison_page import studies_page
-from pipeline.report.markup import write
+from pipeline.report.render import write
 from pipeline.report.study_page import study_page
 from pipeline.report.trials import choose, finished, table
 from pipeline.tracking.tags import RunTags, State
@@ -298,7 +298,7 @@ def test_data_that_is_not_there_is_said_and_not_fetched(store: Store, tmp_path: 
     frame = table(tracker, [study])
     frame["data.dataset"] = "cifar10"
     said = body(study_page(tracker, study, frame, tmp_path, {}))
-    assert "The images can&#x27;t be shown" in said and "DATA_DIR= says where" in said
+    assert "The images can&#39;t be shown" in said and "says where" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -436,7 +436,7 @@ def test_figures_take_the_table_and_say_what_is_seen(name: str, store: Store) ->
 
 def test_a_page_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"OUTPUT .*(Not a directory|File exists); name another file"):
+    with pytest.raises(UserError, match=r"`--output .*(Not a directory|File exists); name another file"):
         write("x", tmp_path / "file" / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -130,3 +130,28 @@ def test_changes_are_told_as_a_person_would() -> None:
     text = report.changes(runs.iloc[1], runs.iloc[0], names)
     assert text == "optimizer adam, lr 0.00312, batch norm yes"
     assert report.changes(runs.iloc[0], runs.iloc[0], names) == "the control, the base recipe"
+
+
+def made(number: int, score: float, control: bool = False, **more: object) -> dict[str, object]:
+    row = {"study": "s", "trial": number, "run_id": f"run{number}", "role": "trial", "state": "finished"}
+    row |= {"control": control, "objective": "val/accuracy", "score": score, "epochs": 2, "seconds": 3.0}
+    return row | {"optimizer.name": "adam" if number % 2 else "sgd", "optimizer.lr": number / 8} | more
+
+
+def test_the_best_trials_come_first_and_the_control_below_them_where_it_is_not_among_them() -> None:
+    rows = [made(0, 0.5, control=True), made(1, 0.7), made(2, 0.6), made(3, np.nan, state="failed")]
+    frame = report.table_of([row | {"val/f1/cat": 0.9, "val/f1/dog": 0.25} for row in rows])
+    found = report.best_trials(frame, 1)
+    assert [(trial.number, trial.is_control, trial.score) for trial in found] == [(1, False, 0.7), (0, True, 0.5)]
+    assert found[0].lead == pytest.approx(20) and found[1].lead == 0
+    assert (found[0].weakest_class, found[0].weakest_f1) == ("dog", 0.25)
+    assert [trial.changes for trial in found] == ["lr 0.125, optimizer adam", "the control, the base recipe"]
+    assert np.isnan(found[0].latency_ms), "not measured"
+    assert [trial.number for trial in report.best_trials(frame, 9)] == [1, 2, 0], "once, and no failed one"
+
+
+def test_without_a_finished_control_there_is_no_lead() -> None:
+    frame = report.table_of([made(1, 0.7), made(2, 0.6)])
+    [best, other] = report.best_trials(frame, 5)
+    assert np.isnan(best.lead) and other.changes == "lr 0.25, optimizer sgd"
+    assert report.best_trials(report.table_of([]), 5) == []

@@ -8,7 +8,7 @@ import pytest
 from tracking_stores import KEY, points, run_and_die, runs_of, stored, trial_tags
 
 from pipeline.cli.exit_codes import exit_code
-from pipeline.cli.store import sync
+from pipeline.cli.sync import sync
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PartialFailure
 from pipeline.processes import this_process

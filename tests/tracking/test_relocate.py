@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import Trained
 
-from pipeline.cli.store import relocate as relocate_command
+from pipeline.cli.relocate import relocate as relocate_command
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe

@@ -1,6 +1,5 @@
-"""`export` and `serve`: a model as files, and behind an address."""
+"""`export`: a model as files."""
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,13 +17,12 @@ if TYPE_CHECKING:
     from pipeline.inference.classifier import ModelMetadata
     from pipeline.registry.export import Benchmark
 
-SERVE_PORT = 5001
 CALIBRATION_IMAGES = 512
 
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="[RUN|MODEL]",
         help="A run's id, a folder with weights, or models:/NAME@ALIAS. Default: the champion, else the best run.",
     ),
 ]
@@ -36,7 +34,7 @@ def export(
         Path | None, typer.Option(metavar="FOLDER", help="Where it goes; default mlruns/exports/<run>.")
     ] = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="A quantised model too, measured beside the original; needs the data set.")
+        bool, typer.Option("--int8", help="A quantised model too, compared with the original; needs the data set.")
     ] = False,
     dataset: SeenDatasetOption = None,
     data_dir: DataDirOption = Path("data"),
@@ -65,7 +63,7 @@ def export(
             images = data.validation.images if data else None
             tracker = MlflowTracker(HOME, tracking_uri)
             made = package(tracker, metadata.run_id, checkpoint, folder, evidence, onnx_file, images)
-        say(console, f"{folder}: {', '.join([MODEL, WEIGHTS, RECIPE, CARD])}; an MLflow model, for make serve too")
+        say(console, f"{folder}: {', '.join([MODEL, WEIGHTS, RECIPE, CARD])}; an MLflow model, for `serve` too")
         if data is None or made.difference is None:
             say(console, f"compared with torch on made-up images only, not on the validation split: {missing}")
         else:
@@ -75,8 +73,8 @@ def export(
             say(console, f"{MODEL}: {made.bytes / 1e6:.2f} MB, {made.latency_ms:.2f} ms an image on one thread")
             return
         with quiet.status("quantising and measuring"):
-            found = _quantised_beside(folder, data)
-        _print_benchmarks(console, found)
+            benchmarks = _quantised(folder, data)
+        _print_benchmarks(console, benchmarks)
 
 
 def _data_of(
@@ -89,8 +87,8 @@ def _data_of(
     from pipeline.registry.export import find_data_of, split_as_then
     from pipeline.tracking.tracker import MlflowTracker
 
-    there = tracking_uri is not None or (HOME / "mlflow.db").exists()
-    tracker = MlflowTracker(HOME, tracking_uri) if there else None
+    has_store = tracking_uri is not None or (HOME / "mlflow.db").exists()
+    tracker = MlflowTracker(HOME, tracking_uri) if has_store else None
     try:
         return split_as_then(
             metadata, find_data_of(metadata, tracker, expand(data_dir), dataset, download=needed).images
@@ -100,11 +98,11 @@ def _data_of(
             raise
         if not needed:
             return None, error.lines[0]
-        why = "INT8=1 needs the data set that the model was trained on: training images calibrate, validation judges"
-        raise DataError([why, *(f"  {line}" for line in error.lines)]) from None
+        rule = "needs the data set that the model was trained on: training images calibrate, validation images measure"
+        raise DataError("`--int8`", rule, details=error.lines) from None
 
 
-def _quantised_beside(folder: Path, data: "TrainingData") -> dict[str, "Benchmark"]:
+def _quantised(folder: Path, data: "TrainingData") -> dict[str, "Benchmark"]:
     """Write model.int8.onnx; both models, measured on the validation split."""
     from pipeline.registry.export import as_pixels, benchmark, quantise
     from pipeline.registry.package import MODEL, QUANTISED_MODEL
@@ -115,49 +113,19 @@ def _quantised_beside(folder: Path, data: "TrainingData") -> dict[str, "Benchmar
     return {name: benchmark(folder / name, images, labels) for name in (MODEL, QUANTISED_MODEL)}
 
 
-def _print_benchmarks(console: Console, found: dict[str, "Benchmark"]) -> None:
-    table = Table("", *found, box=box.SIMPLE_HEAD)
+def _print_benchmarks(console: Console, benchmarks: dict[str, "Benchmark"]) -> None:
+    table = Table("", *benchmarks, box=box.SIMPLE_HEAD)
     rows = {
-        "accuracy, validation split": [f"{its.accuracy:.2%}" for its in found.values()],
-        "macro-F1": [f"{its.f1_macro:.2%}" for its in found.values()],
-        "size, MB": [f"{its.bytes / 1e6:.2f}" for its in found.values()],
+        "accuracy, validation split": [f"{each.accuracy:.2%}" for each in benchmarks.values()],
+        "macro-F1": [f"{each.f1_macro:.2%}" for each in benchmarks.values()],
+        "size, MB": [f"{each.bytes / 1e6:.2f}" for each in benchmarks.values()],
     }
-    for threads in next(iter(found.values())).latency_ms:
+    for threads in next(iter(benchmarks.values())).latency_ms:
         on = f"{threads} thread{'s' * (threads > 1)}"
-        rows[f"one image, {on}, ms"] = [f"{its.latency_ms[threads]:.2f}" for its in found.values()]
-        rows[f"images/s in batches of 64, {on}"] = [f"{its.images_per_second[threads]:,.0f}" for its in found.values()]
+        rows[f"one image, {on}, ms"] = [f"{each.latency_ms[threads]:.2f}" for each in benchmarks.values()]
+        rows[f"images/s in batches of 64, {on}"] = [
+            f"{each.images_per_second[threads]:,.0f}" for each in benchmarks.values()
+        ]
     for name, cells in rows.items():
         table.add_row(name, *cells)
     console.print(table)
-
-
-def serve(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]", help="models:/NAME@ALIAS, or a folder that export wrote. Default: the champion."
-        ),
-    ] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535)] = SERVE_PORT,
-    tracking_uri: TrackingOption = None,
-) -> None:
-    """Serve the champion on this machine through MLflow's scoring server, its files checked first. Ctrl-C ends it."""
-    from pipeline.registry import serve as scoring
-    from pipeline.tracking.models import CHAMPION
-    from pipeline.tracking.server import HOST, stop_server
-
-    console = make_console()
-    with model_files(model or CHAMPION, tracking_uri) as (folder, what):
-        say(console, f"{'model' if model else 'champion'}: {what}")
-        served = scoring.check(folder)
-        HOME.mkdir(exist_ok=True)
-        server = scoring.start(folder, port, HOME / "serving.log")
-        try:
-            say(console, f"probabilities of {', '.join(served.classes)}, in this order, for uint8 images:")
-            say(console, scoring.curl_line(port, served.image_size))
-            say(console, f"ready on http://{HOST}:{port}/invocations, this machine only; Ctrl-C ends it")
-            with contextlib.suppress(KeyboardInterrupt):
-                server.wait()
-                raise UserError(f"the scoring server ended by itself: {HOME / 'serving.log'} may say why")
-        finally:
-            stop_server(server)

@@ -1,0 +1,48 @@
+"""`audit`: whether everything that was measured is there, once and complete."""
+
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.common import HOME, make_console, require_store, say
+from pipeline.cli.options import StorageOption, TrackingOption, database_problems
+from pipeline.errors import UserError
+
+
+def audit(
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired without guessing.")] = False,
+    storage: StorageOption = None,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Check that trials, runs, points, models and files are complete and consistent. A line for each problem.
+
+    Ends with 1 where there is one.
+    """
+    if problems := database_problems(storage, tracking_uri):
+        raise UserError.many(problems)
+    require_store(tracking_uri)
+
+    from pipeline.audit import audit as check_all
+    from pipeline.audit import check_databases, repair
+    from pipeline.search.storage import open_storage
+    from pipeline.tracking.tracker import MlflowTracker
+
+    console = make_console()
+    if broken := check_databases(HOME):
+        for line in (line for problem in broken for line in problem.lines):
+            say(console, line)
+        raise typer.Exit(1)
+    tracker = MlflowTracker(HOME, tracking_uri)
+    store = open_storage(HOME, storage) if storage or (HOME / "optuna.db").exists() else None
+    with make_console(stderr=True).status("checking every trial, run and file"):
+        for line in repair(HOME, store, tracker) if fix else ():
+            say(console, f"repaired: {line}")
+        report = check_all(HOME, store, tracker)
+    for line in (line for problem in [*report.findings, *report.omitted] for line in problem.lines):
+        say(console, line)
+    for line in (line for problem in dict.fromkeys(report.unchecked) for line in problem.lines):
+        say(console, f"not checked: {line}")
+    summary = f"{len(report.findings)} found" if report.findings else "nothing found"
+    say(console, f"{report.studies} studies, {report.trials} trials, {report.runs} runs: {summary}")
+    if report.findings:
+        raise typer.Exit(1)

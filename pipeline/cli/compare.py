@@ -1,0 +1,104 @@
+"""`compare`: the results of studies, on the terminal and on a page."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline.cli.common import (
+    HOME,
+    UI_PORT,
+    expand,
+    make_console,
+    print_links,
+    require_store,
+    say,
+    say_what_is_missing,
+)
+from pipeline.cli.make import COMMAND_LINE
+from pipeline.cli.options import DataDirOption, SeenDatasetOption, TrackingOption
+from pipeline.cli.ui import links_of
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def compare(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="Studies, e.g. attention or attention-v1-digits.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page; default mlruns/reports/<study>.html.")
+    ] = None,
+    dataset: SeenDatasetOption = None,
+    data_dir: DataDirOption = Path("data"),
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Compare the trials of a study, or studies with each other: a table here, and one HTML page that opens offline."""
+    if not any(names := [name for word in names for name in word.split()]):  # make passes several as one word
+        raise UserError("NAME", "needs a study", "type `compare NAME`")
+    require_store(tracking_uri)
+
+    from pipeline.report.comparison_page import studies_page
+    from pipeline.report.render import write
+    from pipeline.report.study_page import champions, finals_verdict, study_page
+    from pipeline.report.trials import choose, table
+    from pipeline.tracking.tracker import MlflowTracker
+
+    tracker = MlflowTracker(HOME, tracking_uri)
+    studies = choose(tracker, names)
+    file = expand(output) if output else HOME / "reports" / page_name([study.name for study in studies])
+    if file.is_dir():
+        raise UserError(f"`--output {file}`", "is a folder", f"name a file, e.g. {file / 'report.html'}")
+    console = make_console()
+    say_what_is_missing(console, tracker, studies)
+    frame = table(tracker, studies)
+    if empty := [study.name for study in studies if study.name not in set(frame["study"])]:
+        raise UserError(", ".join(empty), "has no trials yet", "`study NAME` runs some")
+    links = {study.name: links_of(tracker, study, UI_PORT) for study in studies}
+    for study in studies:
+        own = frame[frame["study"] == study.name]
+        _print_trials(console, own)
+        for line in filter(None, [finals_verdict(tracker, study)[1], *champions(tracker, own)]):
+            say(console, line)
+    with make_console(stderr=True).status("writing the page"):
+        word = COMMAND_LINE.word
+        if len(studies) == 1:
+            page = study_page(tracker, studies[0], frame, expand(data_dir), links[studies[0].name], dataset, word)
+        else:
+            flat = {f"{name}: {what}": link for name, of_study in links.items() for what, link in of_study.items()}
+            page = studies_page(tracker, studies, frame, flat, word)
+        write(page, file)
+    say(console, f"page: {file} ({len(page.encode()) / 1e6:.1f} MB, opens offline)")
+    for name, of_study in links.items():
+        print_links(console, f"{name} in MLflow (`ui`):", list(of_study.items()))
+
+
+def page_name(studies: Sequence[str]) -> str:
+    """A file name for a page of these studies: `a+b.html`; a long one is cut and ends with a digest."""
+    joined = "+".join(re.sub(r"[^\w.-]+", "-", name).strip(".-") or "study" for name in studies)
+    if len(joined.encode()) > 120:
+        joined = f"{joined.encode()[:100].decode(errors='ignore')}-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
+    return f"{joined}.html"
+
+
+def _print_trials(console: Console, frame: "pd.DataFrame", most: int = 8) -> None:
+    """The best trials of a study and its control."""
+    from pipeline.cli.views import print_best_trials
+    from pipeline.report.trials import best_trials, finished
+
+    objective, num_finished, states = frame["objective"].iloc[0], len(finished(frame)), frame["state"].value_counts()
+    title = (
+        f"{frame['study'].iloc[0]}: best {min(num_finished, most)} of {(frame['role'] == 'trial').sum()} trials, "
+        f"{num_finished} finished; {objective} and F1 on the validation split, lead over the control in points"
+    )
+    headings = ("trial", "score", "lead", "weakest class (F1)", "training", "parameters", "latency")
+    print_best_trials(console, title, objective, best_trials(frame, most), headings)
+    if not num_finished:
+        listed = ", ".join(f"{number} {state}" for state, number in states.items())
+        say(console, f"no trial finished ({listed}); the page says why")

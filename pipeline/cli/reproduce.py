@@ -1,0 +1,84 @@
+"""`reproduce`: a run trained again and compared."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.common import HOME, find_device, load_data_of_run, make_console, require_store, say, settle
+from pipeline.cli.exit_codes import INTERRUPTED
+from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
+from pipeline.errors import NotReproduced
+
+
+def reproduce(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's id.")],
+    dataset: SeenDatasetOption = None,
+    data_dir: DataDirOption = Path("data"),
+    device: DeviceOption = "auto",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS",
+            min=0,
+            max=100,
+            help="By which validation accuracy may differ where equal bits can't be expected. Default: 3 standard "
+            "deviations between two seeds, sqrt((1 - accuracy) / images); 1.0 at 94 % of 5,000.",
+        ),
+    ] = None,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Train a run again from what MLflow holds and compare: bit for bit where code, versions and processor are the same.
+
+    A run that was pruned, interrupted or failed is compared over the epochs that it had.
+    """
+    from pipeline.cli.views_finals import FinalsView
+    from pipeline.experiment import Interrupted
+    from pipeline.registry import reproduce as again
+    from pipeline.tracking.tags import State
+    from pipeline.tracking.tracker import MlflowTracker
+
+    torch_device = find_device(device)
+    require_store(tracking_uri)
+    tracker = MlflowTracker(HOME, tracking_uri)
+    original = again.find_original(tracker, run)
+    if device == "auto" and original.device == "cpu":
+        torch_device = find_device("cpu")
+    data = load_data_of_run(
+        tracker, run, f"run {run}", [original.recipe_on(torch_device)], data_dir, dataset, torch_device
+    )
+    console = make_console()
+    say(console, f"{original.name}: {original.state}, {original.epochs} epochs")
+    differences = again.differences(tracker, original, torch_device)
+    for line in filter(
+        None, [again.thread_line(original, torch_device), *(difference.line for difference in differences)]
+    ):
+        say(console, f"  {line}")
+    if not any(difference.matters for difference in differences):
+        say(console, "nothing that matters differs from then: every bit must be equal")
+    try:
+        with FinalsView(console, 1) as view:
+            view.started("reproduction", original.recipe)
+            outcome = again.reproduce(tracker, original, data, torch_device, view.epoch)
+            view.ended("reproduction", outcome)
+    except (Interrupted, KeyboardInterrupt):
+        settle(console, tracker, timeout_s=5)
+        say(console, "interrupted; nothing was compared")
+        raise typer.Exit(INTERRUPTED) from None
+    except BaseException:
+        tracker.flush(5)
+        raise
+    run_id = tracker.id_of(outcome.run_key)
+    try:
+        if outcome.state is State.FAILED:
+            rule = f"the run {original.state}, its reproduction failed ({outcome.reason})"
+            raise NotReproduced("not reproduced", rule)
+        comparison = again.compare(tracker, original, run_id, len(data.validation.labels), tolerance)
+        verdict = again.summarise(comparison, differences)
+    except NotReproduced as error:
+        again.record_result(tracker, run_id, error.lines[0])
+        raise
+    again.record_result(tracker, run_id, verdict)
+    for line in comparison.lines:
+        say(console, line)
+    say(console, verdict)

@@ -1,0 +1,35 @@
+"""`rollback`: the champion before becomes champion again."""
+
+import re
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.common import HOME, make_console, say
+from pipeline.cli.options import MODEL, ModelNameOption, TrackingOption
+from pipeline.cli.promote import open_registry
+from pipeline.errors import UserError
+
+
+def rollback(
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; the ledger keeps it.")] = "",
+    version: Annotated[
+        str | None, typer.Option(metavar="N", help="Back to this version, not to the one before.")
+    ] = None,
+    model: ModelNameOption = MODEL,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Make the champion before champion again."""
+    if not reason.strip():
+        raise UserError("`--reason TEXT`", "needs to say why", "`rollback --reason 'slower in production than here'`")
+    if version is not None and not re.fullmatch(r"[1-9]\d{0,8}", version):
+        raise UserError(f"`--version {version}`", "should be a number", "`history` shows those that served")
+
+    from pipeline.registry.promote import registry_lock, roll_back, settle
+
+    registry = open_registry(model, tracking_uri)
+    console = make_console()
+    with registry_lock(HOME):
+        settle(registry.tracker, registry.ledger, lambda line: say(console, line))
+        champion = roll_back(registry, version, reason)
+    say(console, f"champion: {model} version {champion.version}, run {champion.run}")

@@ -1,0 +1,107 @@
+"""What a person sees of finals and reproductions."""
+
+import time
+from typing import TYPE_CHECKING, Self
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.cli.common import say
+from pipeline.cli.views import PLAIN_INTERVAL_S, duration, format_value
+from pipeline.experiment import Outcome
+from pipeline.recipe import Recipe
+from pipeline.training.loop import EpochReport
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.significance import Sample
+    from pipeline.registry.decision import FinalsDecision
+
+
+class FinalsView:
+    """Shows repeated trainings: a line for each, and the epoch under way; an Observer of finals."""
+
+    def __init__(self, console: Console, trainings: int):
+        self._console, self._trainings = console, trainings
+        self._status = console.status("preparing")
+        self._started = self._shown_at = time.monotonic()
+        self._ended = 0
+
+    def __enter__(self) -> Self:
+        self._status.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._status.stop()
+
+    def started(self, name: str, recipe: Recipe) -> None:
+        """A training begins."""
+        self._name, self._epochs = name, recipe.training.epochs
+        self._status.update(Text(f"{name}: preparing"))
+
+    def epoch(self, report: EpochReport) -> None:
+        """Its epoch was measured."""
+        now = time.monotonic()
+        line = f"{self._name}: epoch {report.epoch}/{self._epochs}, {report.metrics['throughput/images_per_s']:.0f} images/s"
+        self._status.update(Text(line))
+        if not self._console.is_terminal and now - self._shown_at > PLAIN_INTERVAL_S:
+            self.note(line)
+
+    def ended(self, name: str, outcome: Outcome) -> None:
+        """It ended, in whatever state."""
+        self._ended += 1
+        scores = [
+            f"{score} {outcome.metrics[f'val/{score}']:.4f}" for score in ("accuracy", "f1_macro") if outcome.epochs
+        ]
+        reason = f" ({outcome.reason})" if outcome.reason else ""
+        seconds_left = (time.monotonic() - self._started) / self._ended * (self._trainings - self._ended)
+        more = f"; {self._ended} of {self._trainings}, about {duration(seconds_left)} left" if seconds_left > 0 else ""
+        text = ", ".join(
+            [f"{outcome.state}{reason}", *scores, f"{outcome.epochs} epochs in {duration(outcome.seconds)}"]
+        )
+        self.note(f"{name} {text}{more}")
+
+    def note(self, line: str) -> None:
+        """See Observer of finals."""
+        self._shown_at = time.monotonic()
+        say(self._console, line)
+
+
+def print_finals(console: Console, decision: "FinalsDecision") -> None:
+    """A row per recipe with 95 % intervals, what each changes in the control, and the winner."""
+    objective, n = decision.objective, len(decision.seeds)
+    console.print(
+        f"{decision.study}: finals, {n} seeds, {objective} on the validation split; 95 % intervals of the means; "
+        "differences to the control in points, time of a training, FLOP of a prediction",
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in ("trial", "n", "mean", "sd", "95 %", "to control", "training", "MFLOP"):
+        table.add_column(heading, justify="right")
+    for row in decision.ranked:
+        score, gap = row.score, row.difference
+        table.add_row(
+            row.name.removeprefix("trial "),
+            str(score.n) if score else "0",
+            f"{score.mean:.4f}" if score else "",
+            f"{score.sd:.4f}" if score and score.sd is not None else "",
+            f"±{score.high - score.mean:.4f}" if score and score.high is not None else "",
+            _gap(gap) if gap else "",
+            duration(row.training_s),
+            f"{row.prediction_flop / 1e6:.3g}",
+        )
+    console.print(table)
+    for row in decision.candidates:
+        changes = ", ".join(f"{name} {format_value(value)}" for name, value in row.changes.items())
+        stopped = f"; {row.stopped}" if row.stopped else ""
+        say(console, f"{row.name}: {changes or 'the base recipe'}{stopped}")
+    for rule in decision.rules:
+        say(console, f"  {rule}")
+    if decision.winner:
+        say(console, f"winner: {decision.winner.summary}")
+
+
+def _gap(gap: "Sample") -> str:
+    half = f" ±{100 * (gap.high - gap.mean):.2f}" if gap.high is not None else ""
+    return f"{100 * gap.mean:+.2f}{half}"

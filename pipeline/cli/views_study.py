@@ -1,0 +1,191 @@
+"""What a person sees of a study: live progress on a terminal, plain lines elsewhere, and its forecast."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.cli.common import say
+from pipeline.cli.views import PLAIN_INTERVAL_S, duration, format_value
+from pipeline.experiment import Outcome
+from pipeline.recipe import KIND, Recipe
+from pipeline.search.study import Search, StudyProgress
+from pipeline.search.trial import Progress
+from pipeline.training.loop import EpochReport
+
+_BAR_WIDTH = 20
+
+
+@dataclass
+class _RunningTrial:
+    """What is shown of a trial under way."""
+
+    changes: str  # in the control
+    epochs: int
+    bar: ProgressBar
+    step: str = "preparing"
+    scores: str = ""
+    newest_score: str = ""
+    shown_at: float = field(default_factory=time.monotonic)
+
+
+class StudyView:
+    """A StudyObserver that shows the study and the trials under way."""
+
+    def __init__(self, console: Console, search: Search):
+        self._console = console
+        self._search = search
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._study_bar = ProgressBar(total=search.trials, width=_BAR_WIDTH)
+        self._study = ""
+        self._trials: dict[int, _RunningTrial] = {}
+        self._started = time.monotonic()
+        self._finished_before: int | None = None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def planned(self, forecast: Mapping[str, Any]) -> None:
+        """See StudyObserver."""
+        print_forecast(self._console, forecast)
+
+    def study_progress(self, progress: StudyProgress) -> None:
+        """See StudyObserver."""
+        if self._finished_before is None:
+            self._finished_before = progress.finished
+        parts = [
+            f"{progress.finished} of {self._search.trials} trials, {progress.pruned} pruned, {progress.failed} failed"
+        ]
+        if progress.best:
+            number, score = progress.best
+            parts.append(f"best {self._search.study.objective} {score:.4f} (trial {number})")
+        if seconds_left := self._seconds_left(progress.finished):
+            parts.append(f"about {duration(seconds_left)} left")
+        self._study = f"{progress.name}: {', '.join(parts)}"
+        self._study_bar.update(progress.finished)
+        self._show(self._study)
+
+    def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:
+        """See StudyObserver."""
+        epochs = recipe.training.epochs
+        changes = changes_text(params, self._search)
+        self._trials[number] = _RunningTrial(changes, epochs, ProgressBar(total=epochs, width=_BAR_WIDTH))
+        self._show(f"trial {number}: {changes}")
+
+    def step(self, number: int, progress: Progress) -> None:
+        """See StudyObserver."""
+        trial, now = self._trials[number], time.monotonic()
+        if not self._live and now - trial.shown_at < PLAIN_INTERVAL_S:
+            return
+        trial.shown_at = now
+        step = f"step {progress.step}/{progress.steps}, {progress.images_per_s:.0f} images/s"
+        trial.step = f"epoch {progress.epoch}/{trial.epochs}, {step}"
+        trial.bar.update(progress.epoch - 1 + progress.step / progress.steps)
+        self._show(f"  trial {number}, {trial.step}")
+
+    def epoch(self, number: int, report: EpochReport) -> None:
+        """See StudyObserver."""
+        trial, metrics = self._trials[number], report.metrics
+        trial.scores = (
+            f"epoch {report.epoch}/{trial.epochs}: {metrics['throughput/images_per_s']:.0f} images/s, "
+            f"loss {metrics['train/loss']:.3f} train {metrics['val/loss']:.3f} val, "
+            f"accuracy {metrics['val/accuracy']:.4f}, macro-F1 {metrics['val/f1_macro']:.4f}"
+        )
+        trial.newest_score = f"accuracy {metrics['val/accuracy']:.4f}"
+        trial.shown_at = time.monotonic()
+        self._show(f"  trial {number}, {trial.scores}")
+
+    def trial_ended(self, number: int, outcome: Outcome) -> None:
+        """See StudyObserver."""
+        score = outcome.metrics.get(self._search.study.objective)
+        reason = f" ({outcome.reason})" if outcome.reason else ""
+        scored = f", {self._search.study.objective} {score:.4f}" if score is not None else ""
+        line = f"trial {number} {outcome.state}{reason}{scored}, {outcome.epochs} epochs in {duration(outcome.seconds)}"
+        self._trials.pop(number, None)
+        for text in (line, *(f"  {note}" for note in outcome.notes)):
+            say(self._console, text)
+
+    def _seconds_left(self, finished: int) -> float | None:
+        num_new = finished - (self._finished_before or 0)
+        if not num_new:
+            return None
+        return (time.monotonic() - self._started) / num_new * (self._search.trials - finished)
+
+    def _show(self, line: str) -> None:
+        """Refresh the live lines, or print one."""
+        if not self._live:
+            say(self._console, line)
+            return
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(self._study_bar, Text(self._study))
+        for number, trial in sorted(self._trials.items()):
+            changes = f"trial {number}: {trial.changes}"
+            if len(self._trials) == 1:
+                grid.add_row(trial.bar, Text("\n".join(filter(None, (trial.step, trial.scores, changes)))))
+            else:
+                line = ", ".join(filter(None, (trial.step, trial.newest_score)))
+                grid.add_row(
+                    trial.bar, Text(f"trial {number}: {line}; {trial.changes}", no_wrap=True, overflow="ellipsis")
+                )
+        self._live.update(grid)
+
+
+def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mapping[str, Any] | None = None) -> None:
+    """What a study will cost; where it is over, also what it cost."""
+    memory = forecast["memory_gib"]
+    rows = {
+        "trials": ("trials", "{:.0f}".format),
+        "time": ("seconds", duration),
+        "time of an epoch": ("epoch_s", duration),
+        "epochs": ("epochs", "{:.0f}".format),
+        "pruned": ("pruned", "{:.0f}".format),
+        "disk": ("disk_mib", "{:.1f} MiB".format),
+    }
+    table = Table(box=box.SIMPLE_HEAD)
+    headings = ["", "forecast", *(["truth", "truth / forecast"] if actual else ["without pruning"])]
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, (key, show) in rows.items():
+        cells = [show(forecast[key])]
+        if actual:
+            cells += [show(actual[key]), f"{actual[key] / forecast[key]:.2f}" if forecast[key] else ""]
+        elif (unpruned := forecast.get(f"unpruned_{key}")) is not None:
+            cells.append(show(unpruned))
+        table.add_row(name, *cells)
+    if memory is not None and not actual:
+        table.add_row("GPU memory", f"{memory:.1f} GiB")
+    console.print(table)
+    if not actual:
+        others = forecast["measured"] - 1
+        recipes = f" and of {others} other recipe{'s' * (others != 1)}" if others else ""
+        console.print(f"from a few steps of the control{recipes}; other work on the machine changes it")
+        choice = forecast.get("choice")
+        if choice and choice["why"]:
+            workers = f"{choice['workers']} worker{'s' * (choice['workers'] != 1)}"
+            say(
+                console,
+                f"training.execution {choice['execution']}, {workers}: {choice['why']} (`--set training.execution=` and "
+                "`--workers` change it)",
+            )
+
+
+def changes_text(params: Mapping[str, Any], search: Search) -> str:
+    """A trial's parameters that differ from the control's: `rotation 10, optimizer adam, lr 0.003`."""
+    base = search.base.flat()
+    kinds = {f"{section}.{field}": section for section, field in KIND.items()}
+    changed = {name: value for name, value in params.items() if base.get(name) != value}
+    shown = [f"{kinds.get(name, name.partition('.')[2])} {format_value(value)}" for name, value in changed.items()]
+    return ", ".join(shown) or "the control, the base recipe"

@@ -1,0 +1,81 @@
+"""Plain data and figures in, one HTML file out; how it looks is in templates/."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from pipeline.errors import UserError, escape_control
+from pipeline.report.figures import template as figure_template
+
+
+def render(template: str, figures: Mapping[str, go.Figure], word: Callable[[str], str] = str, **data: Any) -> str:
+    """A page; its template finds the figures by their names, and each value of `data` by its own.
+
+    `word` puts the commands that values name in backticks as the reader types them.
+    """
+    environment = Environment(
+        loader=PackageLoader("pipeline.report"),
+        autoescape=True,
+        finalize=partial(_finalize, word=word),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.do"],
+    )
+    environment.filters |= {"number": number, "count": count, "hours": hours}
+    return environment.get_template(template).render(
+        data,
+        titles=[],
+        figures={name: _plain(figure) for name, figure in figures.items()},
+        figure_templates=[figure_template(dark=False), figure_template(dark=True)],
+        plotly_js=get_plotlyjs(),
+    )
+
+
+def _finalize(value: object, word: Callable[[str], str]) -> object:
+    """What is printed: HTML that a macro made, or a value on one line and without control characters."""
+    return value if isinstance(value, Markup) else word(escape_control(str(value)))
+
+
+def _plain(figure: go.Figure) -> dict[str, Any]:
+    """A figure as JSON holds it; what is to be seen, and its height, stand beside it."""
+    drawn = json.loads(str(go.Figure(figure).update_layout(template=None, meta=None).to_json()))
+    return {"caption": figure.layout.meta, "height": figure.layout.height, **drawn}
+
+
+def number(value: object, form: str) -> str:
+    """A number as `form` writes it; nothing where there is none, or it isn't finite."""
+    return form.format(value) if isinstance(value, (int, float, np.number)) and np.isfinite(value) else ""
+
+
+def count(number: int, what: str) -> str:
+    """`1 trial`, `1,200 trials`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def hours(seconds: float) -> str:
+    """`2.5 h`, or `12.0 min` below an hour."""
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def write(page: str, file: Path) -> None:
+    """Whole or not at all; UserError where it can't be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent, suffix=".html")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as out:
+            out.write(page)
+        os.chmod(name, 0o644)
+        os.replace(name, file)
+    except OSError as error:
+        raise UserError(f"`--output {file}`", str(error.strerror), "name another file") from None

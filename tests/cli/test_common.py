@@ -1,0 +1,54 @@
+"""What several commands need."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import common
+from pipeline.cli.common import expand, find_device, is_new, make_console, next_command, print_links, say, writable
+from pipeline.errors import UserError
+
+
+def test_say_prints_odd_names_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    say(make_console(), ":smile: [red]\x1b[31m\n" + "x" * 300)
+    assert capsys.readouterr().out == ":smile: [red]\\x1b[31m\\n" + "x" * 300 + "\n"
+
+
+def test_links_stand_in_two_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    print_links(make_console(), "Next:", [("a", "link"), ("long", "other")])
+    assert capsys.readouterr().out == "Next:\n  a     link\n  long  other\n"
+
+
+def test_next_commands_hide_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common.COMMAND_LINE, "commands", {"finals": None})
+    monkeypatch.setattr(common.COMMAND_LINE, "by_make", False)
+    shown = next_command("finals a-v1-digits", "http://ann:secret@host")
+    assert shown == "python -m pipeline finals a-v1-digits --tracking-uri http://***@host"
+
+
+def test_paths_that_can_not_be_are_refused(tmp_path: Path) -> None:
+    assert expand(tmp_path / "none") == tmp_path / "none"
+    for path in ("a\0b", "x" * 300):
+        with pytest.raises(UserError):
+            expand(tmp_path / path)
+
+
+def test_outputs_are_checked_before_anything_is_measured(tmp_path: Path) -> None:
+    assert writable(tmp_path / "new" / "a.json") == tmp_path / "new" / "a.json"
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "a.json"):
+        with pytest.raises(UserError, match="can't be written"):
+            writable(path)
+
+
+def test_unknown_devices_are_refused() -> None:
+    assert find_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="`--device gpu`: should be auto"):
+        find_device("gpu")
+
+
+def test_new_databases_are_files_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_new(None, "optuna.db") and is_new("sqlite:///x.db", "optuna.db")
+    (tmp_path / "x.db").touch()
+    assert not is_new("sqlite:///x.db", "optuna.db") and not is_new("postgresql://host/x", "optuna.db")

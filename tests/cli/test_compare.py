@@ -1,0 +1,63 @@
+"""The command `compare`."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import NO_RETRIES, Trained, run_pipeline
+
+from cli.helpers import assert_refused
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
+
+
+def test_server_that_goes_away_is_one_line(fading_server: str, tmp_path: Path) -> None:
+    done = run_pipeline("compare", "attention", "--tracking-uri", fading_server, cwd=tmp_path, **NO_RETRIES)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: MLflow: does not answer any more (API request to {fading_server}/")
+    assert line.endswith("; once it does, the same command resumes")
+
+
+def test_compare_prints_the_best_trials_and_writes_a_page(trained: Trained, tmp_path: Path) -> None:
+    done = run_pipeline("compare", "tiny", "--output", str(tmp_path / "t.html"), cwd=trained.home.parent, COLUMNS="100")
+    assert done.returncode == 0, done.stderr
+    table, _, links = done.stdout.partition("page: ")
+    assert "tiny-v1-digits: best 1 of 2 trials, 1 finished" in table
+    assert re.search(r"^ +0 +0\.\d{4} .+ \(0\.\d{3}\) +\d+\.\d s +[\d,]+ +\d+\.\d\d ms", table, re.MULTILINE)
+    assert max(map(len, table.splitlines()[1:])) <= 100
+    assert links.startswith(f"{tmp_path / 't.html'} (") and "#/experiments/1/runs?workflowType=" in links
+    assert (tmp_path / "t.html").read_text().startswith("<!DOCTYPE html>")
+
+    wrong = run_pipeline("compare", "tiny", "tinny", cwd=trained.home.parent)
+    assert wrong.returncode == 2 and "tinny" in wrong.stderr
+    folder = run_pipeline("compare", "tiny", "--output", str(tmp_path), cwd=trained.home.parent)
+    assert folder.returncode == 2 and "is a folder; name a file" in folder.stderr
+    assert not (trained.home / "reports").exists()
+
+
+def test_compare_needs_trials(trained: Trained, tmp_path: Path) -> None:
+    trained.copy(tmp_path / "mlruns")
+    tracker = MlflowTracker(tmp_path / "mlruns")
+    tracker.open_study("bare-v1-digits", "?", "val/accuracy", []).end(State.FINISHED)
+    assert tracker.flush(30)
+    bare = run_pipeline("compare", "tiny bare", cwd=tmp_path)
+    assert (
+        bare.returncode == 2
+        and "error: bare-v1-digits: has no trials yet; `python -m pipeline study NAME` runs some" in bare.stderr
+    )
+    assert not bare.stdout and not (tmp_path / "mlruns" / "reports").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (
+            ["compare", "attention"],
+            ["no runs yet in mlruns; `python -m pipeline study NAME --dataset digits` makes some"],
+        ),
+        (["compare", " "], ["NAME: needs a study; type `python -m pipeline compare NAME`"]),
+    ],
+)
+def test_bad_input_is_refused(words: list[str], lines: list[str], tmp_path: Path) -> None:
+    assert_refused(words, lines, tmp_path)

@@ -1,0 +1,19 @@
+"""The command `finals`."""
+
+from pathlib import Path
+
+import pytest
+
+from cli.helpers import assert_refused
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["finals"], ["type `python -m pipeline finals NAME`"]),
+        (["finals", "attention"], ["no runs yet in mlruns"]),
+        (["finals", "attention", "--device", "gpu"], ["`--device gpu`: should be auto, cpu, cuda or cuda:N"]),
+    ],
+)
+def test_bad_input_is_refused(words: list[str], lines: list[str], tmp_path: Path) -> None:
+    assert_refused(words, lines, tmp_path)

@@ -1,0 +1,17 @@
+"""The command `history`."""
+
+from pathlib import Path
+
+import pytest
+
+from cli.helpers import assert_refused
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["history"], ["no promotions yet in mlruns; `python -m pipeline promote NAME` evaluates"]),
+    ],
+)
+def test_bad_input_is_refused(words: list[str], lines: list[str], tmp_path: Path) -> None:
+    assert_refused(words, lines, tmp_path)

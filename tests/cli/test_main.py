@@ -1,0 +1,58 @@
+"""The list of commands, and how they end."""
+
+from pathlib import Path
+
+from conftest import run_pipeline
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from pipeline.cli.main import app
+
+
+def test_commands_and_options_are_frozen() -> None:
+    """Commands and options are what scripts are written against."""
+    surface = {
+        name: " ".join(sorted(option for parameter in command.params for option in parameter.opts))
+        for name, command in get_command(app).commands.items()  # type: ignore[attr-defined]
+    }
+    assert surface == {
+        "audit": "--fix --storage --tracking-uri",
+        "bench": "--against --data-dir --dataset --device --json --model",
+        "bench-gpu": "--airbench --data-dir --only --output --peer",
+        "compare": "--data-dir --dataset --output --tracking-uri names",
+        "ensemble": "--output files",
+        "export": "--data-dir --dataset --int8 --output --tracking-uri model",
+        "finals": "--data-dir --dataset --device --epochs --seeds --top --tracking-uri name",
+        "history": "--model --tracking-uri",
+        "plan": "--data-dir --dataset --device --epochs --seed --set --trials --version --workers name",
+        "predict": "--device --method --model --output --show --tracking-uri files",
+        "promote": "--data-dir --dataset --force --model --reason --rules --run --tracking-uri name",
+        "relocate": "",
+        "reproduce": "--data-dir --dataset --device --tolerance --tracking-uri run",
+        "rollback": "--model --reason --tracking-uri --version",
+        "serve": "--port --tracking-uri model",
+        "study": (
+            "--cluster --data-dir --dataset --device --epochs --patience --seed --set --stall-timeout --storage "
+            "--timeout --tracking-uri --trials --version --workers name"
+        ),
+        "sync": "--drop-deleted --tracking-uri",
+        "ui": "--port --tracking-uri name",
+    }
+
+
+def test_help_lists_the_exit_codes() -> None:
+    text = " ".join(CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300"}).output.split())
+    assert "Hyper-parameter studies for image classifiers. Exit codes: 0 done, 1 a bug, 2 bad input" in text
+
+
+def test_unknown_commands_and_options_are_one_line(tmp_path: Path) -> None:
+    for words, line in ((["stduy"], "stduy"), (["study", "--trails", "3"], "`--trails`: no such option of")):
+        done = run_pipeline(*words, cwd=tmp_path)
+        lines = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+        assert done.returncode == 2 and len(lines) == 1 and line in lines[0]
+        assert "Usage" not in done.stderr
+
+
+def test_no_command_prints_the_help(tmp_path: Path) -> None:
+    done = run_pipeline(cwd=tmp_path)
+    assert done.returncode == 0 and "Usage: python -m pipeline" in done.stdout

@@ -1,0 +1,44 @@
+"""Options are validated once, all problems together."""
+
+import pytest
+
+from pipeline.cli.options import StudyOptions, cluster_problems, database_problems, resolve
+from pipeline.errors import Problem, UserError
+
+
+def test_durations_are_seconds_or_have_a_unit() -> None:
+    options = StudyOptions.parse({"timeout": "90", "stall_timeout": "1.5h"}, [])
+    assert (options.timeout, options.stall_timeout) == (90, 5400)
+
+
+def test_all_problems_are_reported_together() -> None:
+    problems: list[Problem] = []
+    typed = {"trials": "0", "stall_timeout": "soon", "cluster": "a b", "epochs": "3"}
+    assert StudyOptions.parse(typed, problems) == StudyOptions(), "nothing of what was typed is used"
+    subjects = {"`--trials 0`", "`--cluster a b`", "`--stall-timeout soon`"}
+    assert {problem.subject for problem in problems} == subjects
+    with pytest.raises(UserError) as refused:
+        resolve("attention", StudyOptions(), None, ["lr", "optimizer.lr=-1"], problems)
+    assert len(refused.value.problems) == 5
+    assert subjects | {"`--set lr`"} < {problem.subject for problem in refused.value.problems}
+
+
+def test_settings_reach_the_search() -> None:
+    options = StudyOptions.parse({"trials": "7", "epochs": "3", "seed": "5", "version": "2", "timeout": "1m"}, [])
+    search = resolve("attention", options, "digits", ["training.batch_size=32 optimizer.lr=0.5"])
+    assert (search.trials, search.version, search.timeout_s) == (7, 2, 60)
+    assert search.settings["data.dataset"] == "digits" and search.settings["training.epochs"] == 3
+    base = search.base
+    assert (base.training.seed, base.training.batch_size, base.optimizer.lr) == (5, 32, 0.5)
+
+
+def test_a_cluster_needs_reachable_databases() -> None:
+    subjects = [problem.subject for problem in cluster_problems(None, "sqlite:///x.db", "cuda:1")]
+    assert subjects == ["`--storage`", "`--tracking-uri`", "`--device cuda:1`"]
+    assert not cluster_problems("postgresql://host/optuna", "http://host:5000", "cuda")
+
+
+def test_optuna_and_mlflow_need_a_database_each() -> None:
+    assert not database_problems(None, None)
+    [problem] = database_problems("sqlite:///a.db", "sqlite:///./a.db")
+    assert problem.subject == "`--storage` and `--tracking-uri`"

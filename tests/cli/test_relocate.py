@@ -1,0 +1,17 @@
+"""The command `relocate`."""
+
+from pathlib import Path
+
+import pytest
+
+from cli.helpers import assert_refused
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["relocate"], ["there is no mlflow.db here"]),
+    ],
+)
+def test_bad_input_is_refused(words: list[str], lines: list[str], tmp_path: Path) -> None:
+    assert_refused(words, lines, tmp_path)

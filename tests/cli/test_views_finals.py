@@ -1,0 +1,20 @@
+"""What a person sees of repeated trainings; the table of finals is tested in tests/registry/test_finals.py."""
+
+import pytest
+
+from pipeline.cli.common import make_console
+from pipeline.cli.views_finals import FinalsView
+from pipeline.experiment import Outcome
+from pipeline.recipe import Recipe
+from pipeline.tracking.tags import State
+
+
+def test_each_training_is_a_line(small_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    with FinalsView(make_console(), 2) as view:
+        view.started("trial 1, seed 7", small_recipe)
+        metrics = {"val/accuracy": 0.5, "val/f1_macro": 0.25}
+        view.ended("trial 1, seed 7", Outcome(State.FINISHED, "k", None, "", metrics, 2, 3.0))
+    line = capsys.readouterr().out
+    assert line.startswith(
+        "trial 1, seed 7 finished, accuracy 0.5000, f1_macro 0.2500, 2 epochs in 3.0 s; 1 of 2, about "
+    )
