@@ -7,12 +7,13 @@ A section that comes in kinds (`model.network`, `optimizer.name`, `schedule.name
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from pipeline.errors import UserError, did_you_mean, validation_lines
+from pipeline.errors import NO_SUCH_FIELD, Problem, UserError, did_you_mean, validation_problems
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -407,13 +408,13 @@ class Recipe(Section):
         """
         settings = settings or {}
         sections = self.model_dump()
-        wanted = {**changes, **settings}
-        known = {name: value for name, value in wanted.items() if name.partition(".")[0] in sections and "." in name}
-        lines = [f"{name}: no such field" for name in wanted if name not in known]
+        assigned = {**changes, **settings}
+        known = {name: value for name, value in assigned.items() if name.partition(".")[0] in sections and "." in name}
+        problems = [Problem(name, NO_SUCH_FIELD) for name in assigned if name not in known]
         for section, field in KIND.items():
             kind = known.get(f"{section}.{field}", sections[section][field])
             if kind != sections[section][field]:
-                sections[section] = _fresh(section, kind, sections[section])
+                sections[section] = _section_of_kind(section, kind, sections[section])
         for dotted, value in known.items():
             section, _, field = dotted.partition(".")
             kinds = kinds_with(dotted)
@@ -422,21 +423,22 @@ class Recipe(Section):
         try:
             recipe = parse_recipe(sections)
         except UserError as error:
-            lines += error.lines
-        if lines:
-            raise UserError([line + self._hint(line) for line in lines])
+            problems += error.problems
+        if problems:
+            raise UserError.many([self._with_hint(problem) for problem in problems])
         return recipe
 
-    def _hint(self, line: str) -> str:
-        """For a field that isn't there, the one that may be meant: of its section, or of all where there is none."""
-        name, unknown, _ = line.partition(": no such field")
-        if not unknown:
-            return ""
-        section, _, field = name.partition(".")
-        siblings = [other.partition(".")[2] for other in self.flat() if other.startswith(f"{section}.")]
-        if not siblings:
-            return did_you_mean(name, self.flat())
-        return did_you_mean(field, siblings).replace("mean ", f"mean {section}.")
+    def _with_hint(self, problem: Problem) -> Problem:
+        """For an unknown field, the known one that may be meant: of its section, or of all where there is no section."""
+        if problem.rule != NO_SUCH_FIELD:
+            return problem
+        section, _, field = problem.subject.partition(".")
+        siblings = [name.partition(".")[2] for name in self.flat() if name.startswith(f"{section}.")]
+        if siblings:
+            hint = did_you_mean(field, siblings).replace("mean ", f"mean {section}.")
+        else:
+            hint = did_you_mean(problem.subject, self.flat())
+        return replace(problem, rule=problem.rule + hint)
 
     def difference(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
         """Dotted field -> (value here, value there), where they differ; None where a kind has no such field."""
@@ -460,7 +462,7 @@ class Recipe(Section):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _fresh(section: str, kind: Any, before: Mapping[str, Any]) -> dict[str, Any]:
+def _section_of_kind(section: str, kind: Any, before: Mapping[str, Any]) -> dict[str, Any]:
     """A section of a new kind: its defaults, and from `before` what has none."""
     fields = _KINDS[section][kind].model_fields if isinstance(kind, str) and kind in _KINDS[section] else {}
     return {KIND[section]: kind} | {
@@ -475,4 +477,4 @@ def parse_recipe(source: str | bytes | Mapping[str, Any]) -> Recipe:
             return Recipe.model_validate_json(source)
         return Recipe.model_validate(source)
     except ValidationError as error:
-        raise UserError(validation_lines(error, _TAGS)) from None
+        raise UserError.many(validation_problems(error, _TAGS)) from None

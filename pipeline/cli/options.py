@@ -10,7 +10,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.cli.common import DEVICE_NAMES, HOME
-from pipeline.errors import UserError, validation_lines
+from pipeline.errors import UserError, validation_problems
 
 if TYPE_CHECKING:
     from pipeline.search.study import Search
@@ -104,7 +104,10 @@ def resolve(name: str, typed: dict[str, Any], dataset: str | None, change: list[
     try:
         options = StudyOptions.model_validate({key: text for key, text in typed.items() if text is not None})
     except ValidationError as error:
-        lines += [re.sub(r"^\w+", lambda option: option[0].upper(), line) for line in validation_lines(error)]
+        lines += [
+            re.sub(r"^\w+", lambda option: option[0].upper(), problem.lines[0])
+            for problem in validation_problems(error)
+        ]
     said: dict[str, Any] = {}
     by_option = {
         "DATASET": ("data.dataset", dataset),

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from pipeline.errors import UserError, validation_lines
+from pipeline.errors import UserError, validation_problems
 from pipeline.evaluation.logits import predict_logits
 from pipeline.inference.methods import METHODS, Fitted, Measured, combine, views, views_of
 from pipeline.models.build import build_network
@@ -72,7 +72,7 @@ class Classifier:
         try:
             facts = ModelMetadata.model_validate(read_checkpoint(folder))
         except ValidationError as error:
-            lines = [f"  {line}" for line in validation_lines(error)]
+            lines = [f"  {problem.lines[0]}" for problem in validation_problems(error)]
             raise UserError([f"{folder}: its facts can't be used; train it again", *lines]) from None
         shape = (facts.recipe.model, len(facts.classes), facts.recipe.data.image_size)
         with torch.device("meta"):

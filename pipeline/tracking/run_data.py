@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.datasets import NATURAL_SIZE, Dataset, load
+from pipeline.data.datasets import SOURCES, Dataset, load
 from pipeline.errors import DataError, UserError
 
 MOST_PLACES = 10  # of a study are kept
@@ -40,8 +40,8 @@ def find_data(seen: Seen, data_dir: Path, dataset: str | None = None, download: 
     """
     tried: dict[str, list[str]] = {}
     for name, directory, may_download in _candidates(seen, data_dir, dataset, download):
-        place = str(directory.absolute()) if name in NATURAL_SIZE else _resolved(name)
-        if not dataset and name not in NATURAL_SIZE and not os.path.lexists(name):
+        place = str(directory.absolute()) if name in SOURCES else _resolved(name)
+        if not dataset and name not in SOURCES and not os.path.lexists(name):
             tried[place] = [f"{name}: no such folder"]
             continue
         try:
@@ -52,7 +52,7 @@ def find_data(seen: Seen, data_dir: Path, dataset: str | None = None, download: 
         if images.digest == seen.digest:
             return Found(images, name, directory)
         tried[place] = [f"{images.source}: holds other images, digest {images.digest[:12]}"]
-    way_out = "DATA_DIR= says where" if seen.dataset in NATURAL_SIZE else "DATASET= names the folder where it lies now"
+    way_out = "DATA_DIR= says where" if seen.dataset in SOURCES else "DATASET= names the folder where it lies now"
     line = f"{seen.what}: its data set, digest {seen.digest[:12]}, is not in {' or '.join(tried)}; {way_out}"
     raise DataError([line, *(f"  {line}" for lines in tried.values() for line in lines)])
 
@@ -61,7 +61,7 @@ def _candidates(seen: Seen, data_dir: Path, dataset: str | None, download: bool)
     """What `load` takes, of each place once."""
     if dataset:
         yield dataset, data_dir, download
-    elif seen.dataset in NATURAL_SIZE:
+    elif seen.dataset in SOURCES:
         for directory in dict.fromkeys([data_dir.absolute(), *(Path(place).parent for place in seen.places)]):
             yield seen.dataset, directory, False
         if download:
