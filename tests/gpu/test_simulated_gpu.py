@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from pipeline.cli.common import find_device
 from pipeline.data import augment
 from pipeline.errors import UserError
-from pipeline.evaluation.logits import latency_ms, predict_logits
+from pipeline.evaluation.latency import latency_ms
+from pipeline.evaluation.logits import predict_logits
 from pipeline.inference.methods import views
 from pipeline.recipe import Recipe
 from pipeline.search.speed import Stopwatch
