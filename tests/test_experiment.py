@@ -244,7 +244,7 @@ def test_an_interrupted_run_goes_on_from_its_state_and_counts_what_came_before(
     assert again.seconds > first.metrics["time/epoch_s"]
     last = experiment.run(small_recipe, digits, CPU, tracker, "one", resume=folder)
     assert (last.state, last.epochs) == (State.FINISHED, 2)
-    assert last.notes == ("goes on after epoch 1 of 2",)
+    assert last.notes == ("resumes after epoch 1 of 2",)
     assert last.seconds > first.metrics["time/epoch_s"] + last.metrics["time/epoch_s"]
     assert not folder.exists()
     whole, outcome = finished

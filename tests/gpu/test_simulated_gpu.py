@@ -325,6 +325,6 @@ def test_both_streams_wait_for_each_other_also_after_a_pruned_training(tiny: Rec
 def test_the_loss_is_watched_on_the_stream_of_the_steps() -> None:
     with simulated_gpu(), own_stream(DEVICE):
         watch = loop._LossWatch(DEVICE)
-        watch.look(torch.zeros((), device=GPU), 1, 0)
+        watch.check_newest(torch.zeros((), device=GPU), 1, 0)
         assert watch._copied is not None
         assert watch._copied.stream is torch.cuda.current_stream()  # type: ignore[attr-defined]
