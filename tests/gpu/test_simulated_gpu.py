@@ -227,7 +227,7 @@ def test_a_step_of_each_optimizer_is_the_devices_alone(optimizer: str, how: str,
         assert not gpu.graphs
         return
     (graph,) = gpu.graphs
-    assert graph.captured and graph.replays == 6 - execution.WARM_UP
+    assert graph.captured and graph.replays == 6 - execution.WARM_UP_STEPS
     assert graph.error_mode == "thread_local", "another thread may use CUDA meanwhile"
     assert len(graph.generators) == 1, "or each replay draws the same numbers"
     assert not gpu.kernels.steps[-2].launches("forward"), "a replay launches nothing but the graph"

@@ -298,7 +298,7 @@ def test_a_study_goes_on_as_it_was_begun(small_recipe: Recipe, digits: TrainingD
 def test_a_study_that_was_begun_on_a_gpu_is_told_apart_on_a_cpu(small_recipe: Recipe, digits: TrainingData) -> None:
     study = stored([TrialState.COMPLETE])
     study.set_user_attr("choice", dataclasses.asdict(Choice("graphed", 3, 0.9, "measured")))
-    with pytest.raises(UserError, match=r"a graph needs a GPU, and this is cpu; SET=training.execution=eager"):
+    with pytest.raises(UserError, match=r"a graph needs a GPU, and this is cpu; `--set training.execution=eager`"):
         decide(search_of(small_recipe, 2), digits, CPU, study)
 
 
