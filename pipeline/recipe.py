@@ -25,12 +25,14 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """What is learnt from."""
+    """The data set, and how it is split."""
 
     dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, or a folder with train/<class>/*")
     image_size: int = Field(32, ge=8, le=512, description="height and width in pixels that the network sees")
-    validation_fraction: float = Field(0.1, gt=0, lt=0.5, description="share of the training images that judges")
-    train_fraction: float = Field(1.0, gt=0, le=1, description="share of the images left for training that is used")
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=0.5, description="share of the training images held out for validation"
+    )
+    train_fraction: float = Field(1.0, gt=0, le=1, description="share of the other training images that is used")
     split_seed: int = Field(0, ge=0, le=2**32 - 1, description="draws the stratified split, and which images are used")
 
 
@@ -167,14 +169,14 @@ Flip = Annotated[
 
 
 class Augmentation(Section):
-    """What is done to a training image, drawn anew per image and epoch, in this order; 0 switches a step off."""
+    """Augmentation of a training image, drawn for each image and epoch, in this order; 0 switches a step off."""
 
     crop_padding: int = Field(4, ge=0, le=64, description="pixels; pad by so many, then crop at random")
     crop_mode: Literal["reflect", "constant"] = Field(
         "reflect", description="what the padding shows: a mirror, or black"
     )
     horizontal_flip: Flip = Field(
-        0.5, description="probability; or alternating: a coin for the first epoch, then the other way round each time"
+        0.5, description="probability; or alternating: at random in the first epoch, then the other way round each time"
     )
     rotation: float = Field(0.0, ge=0, le=180, description="degrees; the angle is uniform in [-rotation, rotation]")
     perspective: Fraction = Field(0.0, description="distortion scale, as in torchvision's RandomPerspective")
@@ -308,7 +310,7 @@ class Loss(Section):
 
 
 class Training(Section):
-    """How long, how precisely, from which seed."""
+    """Length, batch, precision, seed and execution of a training."""
 
     epochs: int = Field(ge=1, le=10_000)
     batch_size: int = Field(128, ge=2, le=65_536)
@@ -340,24 +342,24 @@ _TAGS = frozenset(kind for kinds in _KINDS.values() for kind in kinds) | {"proba
 
 
 def kind_field(name: str) -> str:
-    """Of a section that comes in kinds, or a field of it, the field that says which."""
+    """The dotted name of the field that says a section's kind, from the name of the section or of one of its fields."""
     section = name.partition(".")[0]
     return f"{section}.{KIND[section]}"
 
 
 def kinds_with(name: str) -> list[str]:
-    """The kinds that have the field of this dotted name, which is of a section that comes in kinds; else none."""
+    """The kinds of a section that have the field of this dotted name; none for a section without kinds."""
     section, _, field = name.partition(".")
     return [kind for kind, fields in _KINDS.get(section, {}).items() if field in fields.model_fields]
 
 
 def has_default(name: str, kind: str) -> bool:
-    """Whether this kind, which has the field of this dotted name, knows a value where none is said."""
+    """Whether the field of this dotted name has a default in this kind, which has the field."""
     section, _, field = name.partition(".")
     return not _KINDS[section][kind].model_fields[field].is_required()
 
 
-# Fields that came later, with the value that stands for what was before: with it they don't count in the digest.
+# Fields added later, with the value that equals the behaviour before: with it they are left out of the digest.
 _LATER = {"data.train_fraction": 1.0, "training.execution": "eager"}
 
 
@@ -403,8 +405,8 @@ class Recipe(Section):
         """A copy with some dotted fields changed, validated as a whole.
 
         Changing a section's kind (`optimizer.name`) starts that section from the new kind's defaults; a field without
-        one keeps its value, where it has any. `settings` are changes that hold whatever `changes` say: they are put on
-        last, as far as the kind that the section then is of has such a field. Raises UserError with a line for each fault.
+        one keeps its value, where it has any. `settings` override `changes`: they are applied last, as far as the
+        section's kind then has such a field. Raises UserError with a problem for each fault.
         """
         settings = settings or {}
         sections = self.model_dump()
@@ -463,7 +465,7 @@ class Recipe(Section):
 
 
 def _section_of_kind(section: str, kind: Any, before: Mapping[str, Any]) -> dict[str, Any]:
-    """A section of a new kind: its defaults, and from `before` what has none."""
+    """A section of a new kind: its defaults, and from `before` the fields that have none."""
     fields = _KINDS[section][kind].model_fields if isinstance(kind, str) and kind in _KINDS[section] else {}
     return {KIND[section]: kind} | {
         name: before[name] for name, field in fields.items() if field.is_required() and name in before
@@ -471,7 +473,7 @@ def _section_of_kind(section: str, kind: Any, before: Mapping[str, Any]) -> dict
 
 
 def parse_recipe(source: str | bytes | Mapping[str, Any]) -> Recipe:
-    """A recipe from JSON text or nested dictionaries; UserError with a line for each fault."""
+    """A recipe from JSON text or nested dictionaries; UserError with a problem for each fault."""
     try:
         if isinstance(source, (str, bytes)):
             return Recipe.model_validate_json(source)

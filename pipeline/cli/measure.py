@@ -40,7 +40,7 @@ def bench(
     if peer and searches[0].base.data.dataset != "cifar10":
         raise UserError(f"DATASET {dataset}: peers train on CIFAR-10; leave it out")
 
-    from pipeline.benchmarks.networks import against, benchmark, check_script, machine
+    from pipeline.benchmarks.networks import against, check_script, machine, measure_networks
     from pipeline.cli.views import print_bench
 
     if peer:
@@ -57,7 +57,7 @@ def bench(
 
     report = machine(where) | {"dataset": searches[0].base.data.dataset}
     with make_console(stderr=True).status("preparing") as status:
-        report["results"] = list(benchmark(networks(), where))
+        report["results"] = list(measure_networks(networks(), where))
         if peer:
             status.update(f"{model} and {peer.name}, in turn")
             directory = expand(data_dir)
@@ -82,14 +82,14 @@ def bench_gpu(
     """Measure on a GPU, in under eight minutes: executions of a step, attention, speed runs, trainings at once, a study.
 
     A part that fails or takes too long is told, with its traceback in the report, and the others go on; the exit code is
-    then 1. With --airbench it takes a minute more. How to run it where there is no network: pipeline/bench_gpu.py.
+    then 1. With --airbench it takes a minute more. How to run it where there is no network: pipeline/benchmarks/gpu.py.
     """
     import torch
 
     if not torch.cuda.is_available():
         raise UserError("bench-gpu: torch sees no GPU here; make bench measures on a CPU")
 
-    from pipeline.benchmarks.gpu import GpuBenchmark, faults, parts, run_parts
+    from pipeline.benchmarks.gpu import GpuBenchmark, failures, parts, run_parts
     from pipeline.data.datasets import load
 
     scripts = [expand(script) if script else None for script in (peer, airbench)]
@@ -107,10 +107,10 @@ def bench_gpu(
     console = make_console()
     bench = GpuBenchmark(data_dir=expand(data_dir), home=HOME, peer=scripts[0], airbench=scripts[1])
     report = run_parts(bench, names, _row_printer(console), write)
-    for line in faults(report):
+    for line in failures(report):
         say(console, f"failed: {line}")
     say(console, f"the report: {file}")
-    raise typer.Exit(1 if faults(report) else 0)
+    raise typer.Exit(1 if failures(report) else 0)
 
 
 def _row_printer(console: "Console") -> "Callable[[str, Mapping[str, object]], None]":
