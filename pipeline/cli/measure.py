@@ -100,6 +100,7 @@ def bench_gpu(
     load("cifar10", 32, expand(data_dir))  # downloaded or refused before anything starts
 
     def write(report: "Mapping[str, object]") -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         whole = file.with_name(f"{file.name}.new")  # or a command that is ended while it writes loses all
         whole.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         whole.replace(file)

@@ -161,7 +161,7 @@ def test_a_fault_is_told_and_the_report_is_kept(
     assert [part["state"] for part in report["parts"].values()] == ["failed", "done"]
     assert "KeyError" in report["parts"]["breaks"]["traceback"]
     refused = CliRunner().invoke(app, ["bench-gpu", "--output", str(tmp_path)])
-    assert "is a folder; name a file" in str(refused.exception)
+    assert "can't be written" in str(refused.exception)
 
 
 def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
