@@ -1,4 +1,4 @@
-"""What can go wrong by a user's hand: what is wrong, which rule it breaks, and the way out.
+"""Errors of the user's input: what is wrong, which rule it breaks, and the way out.
 
 The library names commands and options neutrally, in backticks: `promote attention`, `--data-dir`. The command line words
 them as its user types them (`make promote NAME=attention`, `DATA_DIR=`), and knows the exit code of each error.
@@ -8,12 +8,16 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from urllib.parse import unquote
 
 from pydantic import ValidationError
 
-_LONGEST_LINE = 5_000  # characters
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+NO_SUCH_FIELD = "no such field"  # the rule of `validation_problems` for an unknown field
+_MAX_LINE = 5_000  # characters
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Problem:
         """As text, without secrets and control characters."""
         text = "; ".join(filter(None, (": ".join(filter(None, (self.subject, self.rule))), self.remedy)))
         lines = (text, *(f"  {detail}" for detail in self.details))
-        return [escape_control(redact_secrets(line))[:_LONGEST_LINE] for line in lines]
+        return [escape_control(redact_secrets(line))[:_MAX_LINE] for line in lines]
 
 
 class UserError(Exception):
@@ -79,19 +83,19 @@ class PartialFailure(UserError):
 
 
 class PromotionRefused(UserError):
-    """A rule of promotion says no; each problem says which, by its numbers."""
+    """The candidate breaks rules of promotion; each problem is one of them, with its numbers."""
 
 
 class NotReproduced(UserError):
-    """A run made again differs from its first time by more than may be."""
+    """A repeated run differs from the first one by more than the tolerance."""
 
 
 def error_of(name: str, problems: Sequence[Problem]) -> UserError:
-    """The error of this class's name, as another process raised it; a UserError where the name is unknown."""
-    kinds: list[type[UserError]] = [UserError]
-    for kind in kinds:
-        kinds += kind.__subclasses__()
-    return next((kind for kind in kinds if kind.__name__ == name), UserError).many(problems)
+    """The error of the class `name`, as another process raised it; a UserError where that class is unknown."""
+    classes: list[type[UserError]] = [UserError]
+    for known in classes:
+        classes += known.__subclasses__()
+    return next((known for known in classes if known.__name__ == name), UserError).many(problems)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -100,42 +104,45 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def validation_lines(error: ValidationError, tags: Collection[str] = ()) -> list[str]:
-    """One line per fault of a pydantic model: `optimizer.lr = -0.1: should be greater than 0`.
+def validation_problems(error: ValidationError, tags: Collection[str] = ()) -> list[Problem]:
+    """One problem per fault of a pydantic model: subject `optimizer.lr = -0.1`, rule `should be greater than 0`.
 
     pydantic puts the chosen kind of a union into the path (`optimizer.sgd.lr`); the user knows no such level, so
     `tags`, the names of kinds, are left out.
     """
-    lines = []
-    for fault in error.errors():
-        field = ".".join(str(part) for part in fault["loc"] if part not in tags)
-        rule = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
-        if fault["type"] == "extra_forbidden":
-            lines.append(f"{field}: no such field")
-        elif fault["type"] == "missing":
-            lines.append(f"{field}: needs a value")
-        elif fault["type"] == "union_tag_invalid":
-            kind, context = fault["ctx"]["discriminator"].strip("'"), fault["ctx"]
-            known = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
-            hint = did_you_mean(context["tag"], known)
-            lines.append(f"{field}.{kind} = {_shortened(context['tag'])}: not one of {', '.join(known)}{hint}")
-        elif isinstance(fault["input"], dict):  # a rule over several fields names them itself
-            lines.append(f"{field}: {rule}" if field else rule)
-        else:
-            lines.append(f"{field} = {_shortened(fault['input'])}: {rule}")
-    return lines
+    return [_validation_problem(fault, tags) for fault in error.errors()]
+
+
+def _validation_problem(fault: "ErrorDetails", tags: Collection[str]) -> Problem:
+    field = ".".join(str(part) for part in fault["loc"] if part not in tags)
+    rule = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    match fault["type"]:
+        case "extra_forbidden":
+            return Problem(field, NO_SUCH_FIELD)
+        case "missing":
+            return Problem(field, "needs a value")
+        case "union_tag_invalid":
+            context = fault["ctx"]
+            kind, tag = context["discriminator"].strip("'"), context["tag"]
+            known = [name.strip("' ") for name in context["expected_tags"].split(",")]
+            return Problem(
+                f"{field}.{kind} = {_shortened(tag)}", f"not one of {', '.join(known)}{did_you_mean(tag, known)}"
+            )
+    if isinstance(fault["input"], dict):  # a rule over several fields names them itself
+        return Problem(field, rule)
+    return Problem(f"{field} = {_shortened(fault['input'])}", rule)
 
 
 def escape_control(text: str) -> str:
-    """Line breaks and control characters shown as escapes, so that a value can't pose as a message or move a cursor."""
+    """Line breaks and control characters as escapes, so that a value can't look like a message or move the cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def redact_secrets(text: str, uri: str = "") -> str:
-    """A message with `***` for users, passwords and queries of addresses, and for whatever is called a password or token.
+    """A message with `***` for users, passwords and queries of addresses, and for values named as a password or token.
 
-    Of what failed at `uri` also for any part of its password: a driver that misreads an address, as where the password
-    has an @ in it, shows the rest as a host. In linear time, as anybody's text comes here.
+    Any part of the password of `uri`, where the error arose, is replaced too: a driver that misreads an address, as
+    where the password has an @ in it, shows the rest as a host. Takes linear time, because the text may be anybody's.
     """
     password = (uri.partition("://")[2] or uri).rpartition("@")[0].partition(":")[2]
     for part in {*re.split("[:@]", password), *re.split("[:@]", unquote(password))}:
@@ -154,14 +161,17 @@ def _without_user(word: str) -> str:
     scheme, is_address, rest = word.partition("://")
     if not is_address:
         return word
-    user, at, place = rest.rpartition("@")
-    place, asks, _ = place.partition("?")
-    return f"{scheme}://{'***' if user else ''}{at}{place}{'?***' if asks else ''}"
+    user, at, host = rest.rpartition("@")
+    host, question_mark, _ = host.partition("?")
+    return f"{scheme}://{'***' if user else ''}{at}{host}{'?***' if question_mark else ''}"
 
 
 def first_line(error: BaseException, uri: str = "") -> str:
-    """Of its message, without secrets, those of `uri` in whatever form; its kind where it says nothing."""
-    if "ProxyError(" in str(error):  # five nested exceptions say so
+    """The first line of an error's message without secrets, or its class where there is no message.
+
+    The parts of the password of `uri` are replaced as by `redact_secrets`.
+    """
+    if "ProxyError(" in str(error):  # the message of five nested exceptions
         return f"the proxy does not answer: {proxies()}; no_proxy=HOST,... goes around it"
     return redact_secrets((str(error).strip().splitlines() or [type(error).__name__])[0], uri)[:300]
 
@@ -170,12 +180,12 @@ def proxies() -> str:
     """`http_proxy=http://host:1 https_proxy=...` as the environment has them, without secrets; empty where it has none."""
     from urllib.request import getproxies_environment
 
-    found = {scheme: uri for scheme, uri in getproxies_environment().items() if scheme != "no"}
-    return " ".join(f"{scheme}_proxy={redact_uri(uri)}" for scheme, uri in sorted(found.items()))
+    uris = {scheme: uri for scheme, uri in getproxies_environment().items() if scheme != "no"}
+    return " ".join(f"{scheme}_proxy={redact_uri(uri)}" for scheme, uri in sorted(uris.items()))
 
 
 def redact_uri(uri: str) -> str:
-    """An address as it may be shown; it may be a mistyped one, without `://` or with blanks in its password."""
+    """An address without its secrets; it may be mistyped, without `://` or with blanks in its password."""
     return redact_secrets(re.sub(r"(?s)^(\w[\w+]*://)?.*@", r"\1***@", uri))
 
 

@@ -14,7 +14,8 @@ import torch
 from pipeline.data.prepare import TrainingData
 from pipeline.evaluation import figures
 from pipeline.evaluation.calibration import fit_calibration
-from pipeline.evaluation.logits import latency_ms, predict_logits
+from pipeline.evaluation.latency import latency_ms
+from pipeline.evaluation.logits import predict_logits
 from pipeline.evaluation.scores import most_confident, per_class_table, reliability, score
 from pipeline.inference.classifier import ModelMetadata
 from pipeline.inference.methods import measure, methods_table, out_of_fold, views, views_of

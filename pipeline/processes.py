@@ -1,4 +1,4 @@
-"""What a long command stands under: it is alone with its study, ends at its next step when asked to, and is known by name."""
+"""Signals, locks and processes: a long command stops at its next step, runs a study alone, and can be found by others."""
 
 import contextlib
 import os
@@ -17,9 +17,9 @@ from pipeline.errors import UserError
 
 
 class StopOnSignal:
-    """While it is open, Ctrl-C, SIGTERM and a closed terminal ask the training to end at its next step.
+    """While it is open, Ctrl-C, SIGTERM and a closed terminal set `requested`, and the training ends at its next step.
 
-    So none comes in the middle of a write. A second one raises KeyboardInterrupt at once.
+    So none interrupts a write. A second signal raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
@@ -46,20 +46,20 @@ class StopOnSignal:
 
 @contextlib.contextmanager
 def study_lock(key: str, home: Path) -> Iterator[None]:
-    """One command at a time trains for a study; UserError where there is one already.
+    """Let one command at a time train for a study; UserError where another one does.
 
-    Two would draw the same trials, and each end the other's run. `home` is the folder `mlruns`.
+    Two would draw the same trials, and each would end the other's run. `home` is the folder `mlruns`.
     """
     home.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(home / f"{key}.lock", timeout=0):
             yield
     except Timeout:
-        raise UserError(f"study {key}: another command is running it; wait for it, or stop it") from None
+        raise UserError(f"study {key}", "another command is running it", "wait for it, or stop it") from None
 
 
 def study_is_running(key: str, home: Path) -> bool:
-    """Whether a command on this machine runs a study just now."""
+    """Whether a command on this machine runs a study at the moment."""
     lock = home / f"{key}.lock"
     if not lock.exists():
         return False
@@ -71,28 +71,28 @@ def study_is_running(key: str, home: Path) -> bool:
 
 
 def this_process() -> dict[str, Any]:
-    """Names this process so that another can tell whether it still lives; JSON."""
+    """Host, process id and start of this process, by which another can tell whether it still lives; JSON."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
 
 
 def process_has_exited(worker: Mapping[str, Any]) -> bool:
-    """Whether a worker was on this machine and has ended; of another machine's nothing is known."""
+    """Whether a process (`this_process`) was on this machine and has exited; False for other machines' processes."""
     if worker["host"] != socket.gethostname():
         return False
     try:
-        return abs(_started(worker["pid"]) - worker["started"]) > 1
+        return abs(_started(worker["pid"]) - worker["started"]) > 1  # else the number belongs to another process now
     except psutil.NoSuchProcess:
         return True
 
 
 def _started(pid: int) -> float:
-    """Seconds from the machine's start to the process's: as times of day both jump when the clock is set."""
+    """Seconds from the machine's start to the process's; the times of day of both jump when the clock is set."""
     booted = psutil.boot_time()
     return psutil.Process(pid).create_time() - booted
 
 
 def kill_process(worker: Mapping[str, Any]) -> None:
-    """Kill a worker that is on this machine; nothing where it is gone, or on another."""
+    """Kill a process (`this_process`) on this machine; nothing where it has exited, or is on another machine."""
     if worker["host"] == socket.gethostname() and not process_has_exited(worker):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(worker["pid"], signal.SIGKILL)

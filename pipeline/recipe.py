@@ -7,12 +7,13 @@ A section that comes in kinds (`model.network`, `optimizer.name`, `schedule.name
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from pipeline.errors import UserError, did_you_mean, validation_lines
+from pipeline.errors import NO_SUCH_FIELD, Problem, UserError, did_you_mean, validation_problems
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -24,12 +25,14 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """What is learnt from."""
+    """The data set, and how it is split."""
 
     dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, or a folder with train/<class>/*")
     image_size: int = Field(32, ge=8, le=512, description="height and width in pixels that the network sees")
-    validation_fraction: float = Field(0.1, gt=0, lt=0.5, description="share of the training images that judges")
-    train_fraction: float = Field(1.0, gt=0, le=1, description="share of the images left for training that is used")
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=0.5, description="share of the training images held out for validation"
+    )
+    train_fraction: float = Field(1.0, gt=0, le=1, description="share of the other training images that is used")
     split_seed: int = Field(0, ge=0, le=2**32 - 1, description="draws the stratified split, and which images are used")
 
 
@@ -166,14 +169,14 @@ Flip = Annotated[
 
 
 class Augmentation(Section):
-    """What is done to a training image, drawn anew per image and epoch, in this order; 0 switches a step off."""
+    """Augmentation of a training image, drawn for each image and epoch, in this order; 0 switches a step off."""
 
     crop_padding: int = Field(4, ge=0, le=64, description="pixels; pad by so many, then crop at random")
     crop_mode: Literal["reflect", "constant"] = Field(
         "reflect", description="what the padding shows: a mirror, or black"
     )
     horizontal_flip: Flip = Field(
-        0.5, description="probability; or alternating: a coin for the first epoch, then the other way round each time"
+        0.5, description="probability; or alternating: at random in the first epoch, then the other way round each time"
     )
     rotation: float = Field(0.0, ge=0, le=180, description="degrees; the angle is uniform in [-rotation, rotation]")
     perspective: Fraction = Field(0.0, description="distortion scale, as in torchvision's RandomPerspective")
@@ -307,7 +310,7 @@ class Loss(Section):
 
 
 class Training(Section):
-    """How long, how precisely, from which seed."""
+    """Length, batch, precision, seed and execution of a training."""
 
     epochs: int = Field(ge=1, le=10_000)
     batch_size: int = Field(128, ge=2, le=65_536)
@@ -339,24 +342,24 @@ _TAGS = frozenset(kind for kinds in _KINDS.values() for kind in kinds) | {"proba
 
 
 def kind_field(name: str) -> str:
-    """Of a section that comes in kinds, or a field of it, the field that says which."""
+    """The dotted name of the field that says a section's kind, from the name of the section or of one of its fields."""
     section = name.partition(".")[0]
     return f"{section}.{KIND[section]}"
 
 
 def kinds_with(name: str) -> list[str]:
-    """The kinds that have the field of this dotted name, which is of a section that comes in kinds; else none."""
+    """The kinds of a section that have the field of this dotted name; none for a section without kinds."""
     section, _, field = name.partition(".")
     return [kind for kind, fields in _KINDS.get(section, {}).items() if field in fields.model_fields]
 
 
 def has_default(name: str, kind: str) -> bool:
-    """Whether this kind, which has the field of this dotted name, knows a value where none is said."""
+    """Whether the field of this dotted name has a default in this kind, which has the field."""
     section, _, field = name.partition(".")
     return not _KINDS[section][kind].model_fields[field].is_required()
 
 
-# Fields that came later, with the value that stands for what was before: with it they don't count in the digest.
+# Fields added later, with the value that equals the behaviour before: with it they are left out of the digest.
 _LATER = {"data.train_fraction": 1.0, "training.execution": "eager"}
 
 
@@ -402,18 +405,18 @@ class Recipe(Section):
         """A copy with some dotted fields changed, validated as a whole.
 
         Changing a section's kind (`optimizer.name`) starts that section from the new kind's defaults; a field without
-        one keeps its value, where it has any. `settings` are changes that hold whatever `changes` say: they are put on
-        last, as far as the kind that the section then is of has such a field. Raises UserError with a line for each fault.
+        one keeps its value, where it has any. `settings` override `changes`: they are applied last, as far as the
+        section's kind then has such a field. Raises UserError with a problem for each fault.
         """
         settings = settings or {}
         sections = self.model_dump()
-        wanted = {**changes, **settings}
-        known = {name: value for name, value in wanted.items() if name.partition(".")[0] in sections and "." in name}
-        lines = [f"{name}: no such field" for name in wanted if name not in known]
+        assigned = {**changes, **settings}
+        known = {name: value for name, value in assigned.items() if name.partition(".")[0] in sections and "." in name}
+        problems = [Problem(name, NO_SUCH_FIELD) for name in assigned if name not in known]
         for section, field in KIND.items():
             kind = known.get(f"{section}.{field}", sections[section][field])
             if kind != sections[section][field]:
-                sections[section] = _fresh(section, kind, sections[section])
+                sections[section] = _section_of_kind(section, kind, sections[section])
         for dotted, value in known.items():
             section, _, field = dotted.partition(".")
             kinds = kinds_with(dotted)
@@ -422,21 +425,22 @@ class Recipe(Section):
         try:
             recipe = parse_recipe(sections)
         except UserError as error:
-            lines += error.lines
-        if lines:
-            raise UserError([line + self._hint(line) for line in lines])
+            problems += error.problems
+        if problems:
+            raise UserError.many([self._with_hint(problem) for problem in problems])
         return recipe
 
-    def _hint(self, line: str) -> str:
-        """For a field that isn't there, the one that may be meant: of its section, or of all where there is none."""
-        name, unknown, _ = line.partition(": no such field")
-        if not unknown:
-            return ""
-        section, _, field = name.partition(".")
-        siblings = [other.partition(".")[2] for other in self.flat() if other.startswith(f"{section}.")]
-        if not siblings:
-            return did_you_mean(name, self.flat())
-        return did_you_mean(field, siblings).replace("mean ", f"mean {section}.")
+    def _with_hint(self, problem: Problem) -> Problem:
+        """For an unknown field, the known one that may be meant: of its section, or of all where there is no section."""
+        if problem.rule != NO_SUCH_FIELD:
+            return problem
+        section, _, field = problem.subject.partition(".")
+        siblings = [name.partition(".")[2] for name in self.flat() if name.startswith(f"{section}.")]
+        if siblings:
+            hint = did_you_mean(field, siblings).replace("mean ", f"mean {section}.")
+        else:
+            hint = did_you_mean(problem.subject, self.flat())
+        return replace(problem, rule=problem.rule + hint)
 
     def difference(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
         """Dotted field -> (value here, value there), where they differ; None where a kind has no such field."""
@@ -460,8 +464,8 @@ class Recipe(Section):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _fresh(section: str, kind: Any, before: Mapping[str, Any]) -> dict[str, Any]:
-    """A section of a new kind: its defaults, and from `before` what has none."""
+def _section_of_kind(section: str, kind: Any, before: Mapping[str, Any]) -> dict[str, Any]:
+    """A section of a new kind: its defaults, and from `before` the fields that have none."""
     fields = _KINDS[section][kind].model_fields if isinstance(kind, str) and kind in _KINDS[section] else {}
     return {KIND[section]: kind} | {
         name: before[name] for name, field in fields.items() if field.is_required() and name in before
@@ -469,10 +473,10 @@ def _fresh(section: str, kind: Any, before: Mapping[str, Any]) -> dict[str, Any]
 
 
 def parse_recipe(source: str | bytes | Mapping[str, Any]) -> Recipe:
-    """A recipe from JSON text or nested dictionaries; UserError with a line for each fault."""
+    """A recipe from JSON text or nested dictionaries; UserError with a problem for each fault."""
     try:
         if isinstance(source, (str, bytes)):
             return Recipe.model_validate_json(source)
         return Recipe.model_validate(source)
     except ValidationError as error:
-        raise UserError(validation_lines(error, _TAGS)) from None
+        raise UserError.many(validation_problems(error, _TAGS)) from None

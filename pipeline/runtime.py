@@ -1,6 +1,6 @@
 """What has to be set before torch or MLflow is imported: environment variables, garbage collection, memory.
 
-A command and a worker import this before anything large, as some of it is read while the libraries are imported.
+A command and a worker import this first, because the libraries read some of it while they are imported.
 """
 
 import atexit
@@ -15,23 +15,23 @@ from pathlib import Path
 
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime's, which writes an id into the home and reports to its maker
+    "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime writes an id into the home folder and reports to its maker
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # A read is given up after 13 s where the server refuses, after 2 minutes where it is silent; MLflow's own patience is 4.
+    # A read fails after 13 s where the server refuses, and after 2 minutes where it is silent; MLflow's default is 4.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "PGCONNECT_TIMEOUT": "10",  # seconds; PostgreSQL's own is 2 minutes
-    # torch's threads wait for each other by spinning, for ever as it seems once another program wants the cores too: beside
-    # two busy processes, two threads trained at under 32 images/s, and at 340 with this (one run; studies/README.md).
+    "PGCONNECT_TIMEOUT": "10",  # seconds; PostgreSQL's default is 2 minutes
+    # torch's threads wait for each other by spinning, which takes the cores from other programs and from each other: next
+    # to two busy processes, two threads trained at under 32 images/s, and at 340 with this (pipeline/benchmarks/README.md).
     # GNU's OpenMP reads it.
     "GOMP_SPINCOUNT": "100000",
 }
 
-# MLflow's and Optuna's variables choose stores, experiments, runs, whether a write is waited for: the options of a command
-# alone say so, or the next command, from another shell, would look elsewhere. So a command ignores them all, but for those
-# that say how what was chosen is reached. matplotlib's chooses windows, of which there are none, and a wrong one is an error.
-_CHOOSING = re.compile(r"_?MLFLOW_\w*|OPTUNA_\w*|MPLBACKEND")
+# MLflow's and Optuna's variables choose stores, experiments, runs, and whether a write is waited for. Here only the options
+# of a command do, or the next command, from another shell, would use other stores. So a command ignores these variables,
+# except those that say how to reach what was chosen. matplotlib's chooses a window toolkit, and a wrong one is an error.
+_IGNORED = re.compile(r"_?MLFLOW_\w*|OPTUNA_\w*|MPLBACKEND")
 _OBEYED = re.compile(
     r"MLFLOW_("
     r"TRACKING_(TOKEN|USERNAME|PASSWORD|AUTH|AWS_SIGV4|INSECURE_TLS|SERVER_CERT_PATH|CLIENT_CERT_PATH)"
@@ -40,8 +40,8 @@ _OBEYED = re.compile(
     r"|LOGGING_LEVEL|SYSTEM_METRICS_SAMPL\w+|DISABLE_TELEMETRY|ENABLE_ARTIFACTS_PROGRESS_BAR|SUPPRESS_PRINTING_URL_TO_STDOUT"
     r")"
 )
-# Another arithmetic or another kernel, so other bits: obeyed, said, and kept with each run. Threads and GPUs are kept with
-# a run's hardware.
+# These change the arithmetic or the kernels, and so the last bits: they are obeyed, reported, and stored with each run.
+# Threads and GPUs are stored with a run's hardware.
 _COMPUTING = re.compile(
     r"NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|ATEN_CPU_CAPABILITY"
     r"|(ONEDNN|DNNL)_(DEFAULT_FPMATH_MODE|MAX_CPU_ISA)|MKL_(CBWR|ENABLE_INSTRUCTIONS|DEBUG_CPU_TYPE)|OPENBLAS_CORETYPE"
@@ -52,8 +52,11 @@ _THIS_MACHINE = "localhost,127.0.0.1,::1"
 
 
 def ignore_variables() -> list[str]:
-    """Remove from this process's environment what a command ignores; the names. Before MLflow is imported."""
-    ignored = sorted(name for name in os.environ if _CHOOSING.fullmatch(name) and not _OBEYED.fullmatch(name))
+    """Remove the variables that a command ignores from this process's environment and return their names.
+
+    Call it before MLflow is imported.
+    """
+    ignored = sorted(name for name in os.environ if _IGNORED.fullmatch(name) and not _OBEYED.fullmatch(name))
     for name in ignored:
         del os.environ[name]
     return ignored
@@ -64,16 +67,16 @@ def _computing() -> dict[str, str]:
 
 
 def _bypass_proxies() -> None:
-    """What runs on this machine is reached without a proxy, which means its own machine by these names."""
-    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    if given.strip() != "*":  # it means all, but only alone
-        os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{given},{_THIS_MACHINE}" if given else _THIS_MACHINE
+    """Connect to servers on this machine without a proxy: a proxy takes these names for its own machine."""
+    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if hosts.strip() != "*":  # it means all hosts, but only alone
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{hosts},{_THIS_MACHINE}" if hosts else _THIS_MACHINE
 
 
-def _have_a_home() -> None:
-    """A name and a home where the user has none, as in containers, and caches where the home can't be written to.
+def _ensure_home() -> None:
+    """Set a user name and a home where there is none, as in containers, and caches where the home can't be written to.
 
-    MLflow asks for the home while it is imported; matplotlib and Triton keep caches there.
+    MLflow needs the home while it is imported; matplotlib and Triton keep caches there.
     """
     try:
         getpass.getuser()
@@ -90,12 +93,12 @@ def _have_a_home() -> None:
 
 
 def _private_folder() -> str:
-    """A folder of this user alone, the same for all commands; a new one where another user was there first."""
+    """A folder of this user alone, the same for all commands; a new one where another user owns that name."""
     folder = Path(tempfile.gettempdir(), f"pipeline-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if found.st_uid == os.getuid() and found.st_mode & 0o40777 == 0o40700:
+        status = folder.lstat()
+        if status.st_uid == os.getuid() and status.st_mode & 0o40777 == 0o40700:
             return str(folder)
     except OSError:
         pass
@@ -103,14 +106,14 @@ def _private_folder() -> str:
 
 
 def freeze_imports() -> None:
-    """What there is by now stays: garbage is looked for again as ever, but not among it. Before a process trains.
+    """Exempt all existing objects from garbage collection, and collect as usual from then on; before a process trains.
 
-    Pictures leave their pixels in cycles, 16 MB a trial.
+    Collection is needed: figures leave their pixels in reference cycles, 16 MB a trial.
     """
     if not gc.get_freeze_count():
         gc.freeze()
-        atexit.register(gc.unfreeze)  # what isn't freed at the end triton's bindings call leaks, in a page of lines
-    gc.set_threshold(*_usual)
+        atexit.register(gc.unfreeze)  # triton's bindings report what isn't freed at exit as leaks, in a page of lines
+    gc.set_threshold(*_default_threshold)
 
 
 # From malloc.h.
@@ -120,9 +123,9 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 def keep_freed_memory() -> bool:
     """Let glibc's malloc reuse the memory of large tensors; False where there is no glibc.
 
-    By default it returns every block above 32 MiB to the system and gets the next one anew, a page fault for each 4
-    KiB. Kept, `fast` trains 1.4 times as many images per second on a CPU at batch 2,000 (studies/README.md). For good,
-    and for the whole process, which stays as large as its largest training.
+    By default it returns every block above 32 MiB to the system and requests the next one again, a page fault for each
+    4 KiB. With the memory kept, `fast` trains 1.4 times as many images per second on a CPU at batch 2,000
+    (pipeline/benchmarks/README.md). It can't be undone, and the process stays as large as its largest training.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -130,13 +133,13 @@ def keep_freed_memory() -> bool:
     return bool(mallopt and mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))
 
 
-# Imports make half a million objects that stay. Looking through all of them for garbage, again and again while they come,
-# took a quarter of the time that they take (studies/README.md).
-_usual = gc.get_threshold()
-gc.set_threshold(*_usual[:2], 200)
+# Imports create half a million objects that stay. Searching them for garbage again and again took a quarter of the time of
+# the imports (pipeline/benchmarks/README.md), so there are fewer full collections until `freeze_imports`.
+_default_threshold = gc.get_threshold()
+gc.set_threshold(*_default_threshold[:2], 200)
 
-COMPUTING = _computing()  # as the user has set them: a training sets some itself
+COMPUTING = _computing()  # as the user has set them, because a training sets some itself
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
 _bypass_proxies()
-_have_a_home()
+_ensure_home()

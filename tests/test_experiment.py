@@ -256,7 +256,7 @@ def test_interrupted_run_resumes_and_counts_former_epochs(
     assert again.seconds > first.metrics["time/epoch_s"]
     last = run_small(tracker, resume_dir=folder)
     assert (last.state, last.epochs) == (State.FINISHED, 2)
-    assert last.notes == ("goes on after epoch 1 of 2",)
+    assert last.notes == ("resumes after epoch 1 of 2",)
     assert last.seconds > first.metrics["time/epoch_s"] + last.metrics["time/epoch_s"]
     assert not folder.exists()
     uninterrupted, outcome = finished

@@ -124,7 +124,7 @@ def test_a_home_that_cannot_be_written_to_stays_and_caches_go_elsewhere(
     variables.setattr("tempfile.tempdir", str(tmp_path))
     variables.setenv("HOME", "/proc/self/nowhere")
     variables.delenv("MPLCONFIGDIR", raising=False)
-    runtime._have_a_home()
+    runtime._ensure_home()
     assert os.environ["HOME"] == "/proc/self/nowhere"
     folder = tmp_path / f"pipeline-{os.getuid()}"
     assert os.environ["MPLCONFIGDIR"] == f"{folder}/matplotlib"

@@ -1,1 +1,1 @@
-"""How fast training is here."""
+"""How fast training is on this machine."""

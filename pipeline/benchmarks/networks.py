@@ -1,4 +1,4 @@
-"""The networks' speed: images per second, where the time goes, and how that compares with a script of somebody else."""
+"""The networks' speed: images per second, shares of a trial's time, and the ratio to a peer's script."""
 
 import json
 import os
@@ -26,8 +26,8 @@ from pipeline.search.speed import Speed, few_images, measure, measure_overhead, 
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.loop import train
 
-SECONDS = 10.0  # of measuring, each network
-ROUNDS = 3  # against a peer: the least that has a middle
+SECONDS = 10.0  # that each network is measured
+ROUNDS = 3  # against a peer: the fewest that have a median
 PEER_IMAGES = {"cpu": 2560, "cuda": 25_600}  # of an epoch; a peer's first one warms up
 PEER_TIMEOUT_S = 1800
 
@@ -46,16 +46,16 @@ PEAKS = {
 }
 
 
-def benchmark(
+def measure_networks(
     networks: Iterable[tuple[str, Recipe, TrainingData]], device: torch.device, seconds: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Each network's result, JSON; measured for `seconds` (SECONDS); runs are tracked in a store that is thrown away.
+    """Each network's result, JSON; measured for `seconds` (default SECONDS), with runs in a temporary tracking store.
 
     `images_per_second` is of training, augmentation included. `shares` are those of a whole trial of the recipe on the
     whole data set (`speed.trial_seconds`), their sum is 1. `bf16_peak_share` and `bandwidth_share` are those of the
     training steps on a GPU whose peaks are known, else null: the matrix products' and convolutions' operations, and the
-    bytes if every kernel of a step read its inputs and wrote its outputs once. Caches serve some of them, so the
-    latter is what is asked of the memory, not what was measured of it.
+    bytes if every kernel of a step read its inputs and wrote its outputs once. Caches serve some of them, so the latter
+    is what a step asks of the memory, not what the memory did.
     """
     with tempfile.TemporaryDirectory() as folder:
         tracker = MlflowTracker(Path(folder))
@@ -101,26 +101,26 @@ class Work:
     bytes: int  # all kernels' inputs and outputs
 
 
-class _Stepped(Exception):
-    pass
+class _StepDone(Exception):
+    """Ends a training after its first step."""
 
 
 def step_work(recipe: Recipe, data: TrainingData, device: torch.device) -> Work:
-    """Counted on one real step, called kernel by kernel, which takes longer for it."""
+    """Counted on one real step, executed eagerly."""
     traffic, flops = _Traffic(), FlopCounterMode(display=False)
 
     def on_part(part: str) -> None:
         if part == "augmentation":
-            traffic.bytes = 0  # until then it was set-up, and the gather of a few bytes
+            traffic.bytes = 0  # leaves out the set-up, and the gather of a few bytes
 
     def on_step(epoch: int, step: int, steps: int) -> None:
-        raise _Stepped
+        raise _StepDone
 
     batch = few_images(data, min(recipe.training.batch_size, len(data.train.images)), 1)
     try:
         with flops, traffic:
             train(recipe.changed({"training.execution": "eager"}), batch, device, on_step=on_step, on_part=on_part)
-    except _Stepped:
+    except _StepDone:
         pass
     return Work(flops.get_total_flops(), traffic.bytes)
 
@@ -140,23 +140,27 @@ class _Traffic(TorchDispatchMode):
 
 
 def check_script(script: Path, name: str) -> None:
-    """UserError where there is no peer's script of this path."""
+    """UserError where there is no file of this path."""
     if not script.is_file():
-        raise UserError(f"AGAINST {script}: no such file; a script that trains {name} on CIFAR-10 and says how fast")
+        raise UserError(
+            f"`--against {script}`",
+            "no such file",
+            f"give a script that trains {name} on CIFAR-10 and prints its speed",
+        )
 
 
 def against(script: Path, name: str, recipe: Recipe, data_dir: Path, device: torch.device) -> dict[str, Any]:
-    """Our images per second beside a peer's, alternately, ROUNDS times, each in a process of its own; JSON.
+    """Our images per second and a peer's, alternately, ROUNDS times, each in a process of its own; JSON.
 
     `script --data DIR --model NAME --images N --batch B --workers W` prints a JSON line with `images_per_second`. It gets
-    as many loader processes as torch has threads here, none where that is one. `ratio` is ours by the peer's of the same
-    round. UserError where the script fails.
+    as many loader processes as torch has threads here, none where that is one. `ratio` is ours divided by the peer's of the
+    same round. UserError where the script fails.
     """
     check_script(script, name)
-    words = peer_words(name, recipe, data_dir, device)
+    arguments = peer_arguments(name, recipe, data_dir, device)
     peer, ours = [], []
     for _ in range(ROUNDS):
-        peer.append(peer_speed(script, words))
+        peer.append(peer_speed(script, arguments))
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             ours.append(process.submit(_our_speed, recipe, data_dir, str(device), SECONDS).result())
     ratios = [mine / theirs for mine, theirs in zip(ours, peer, strict=True)]
@@ -168,7 +172,7 @@ def against(script: Path, name: str, recipe: Recipe, data_dir: Path, device: tor
     }
 
 
-def peer_words(name: str, recipe: Recipe, data_dir: Path, device: torch.device) -> list[str]:
+def peer_arguments(name: str, recipe: Recipe, data_dir: Path, device: torch.device) -> list[str]:
     """The options that a peer's script is called with, as `against` says."""
     threads = torch.get_num_threads()
     options = {
@@ -178,35 +182,35 @@ def peer_words(name: str, recipe: Recipe, data_dir: Path, device: torch.device) 
         "--batch": recipe.training.batch_size,
         "--workers": threads if threads > 1 else 0,
     }
-    return [str(word) for pair in options.items() for word in pair]
+    return [str(part) for option in options.items() for part in option]
 
 
-def peer_speed(script: Path, words: list[str]) -> float:
-    """Of one run of a peer's script; UserError, with its last line, where it fails."""
+def peer_speed(script: Path, arguments: list[str]) -> float:
+    """Images per second of one run of a peer's script; UserError, with its last line, where it fails."""
     try:
         done = subprocess.run(
-            [sys.executable, str(script), *words], capture_output=True, text=True, timeout=PEER_TIMEOUT_S
+            [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=PEER_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"{script}: not done after {PEER_TIMEOUT_S} s") from None
+        raise UserError(str(script), f"not done after {PEER_TIMEOUT_S} s") from None
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     try:
         if done.returncode == 0:
             return float(json.loads(lines[-1])["images_per_second"])
     except (IndexError, KeyError, TypeError, ValueError):
         pass
-    last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
-    raise UserError(f"{script}: exit code {done.returncode}, and no images_per_second in its last line: {last}")
+    last_line = (done.stderr.strip() or done.stdout.strip() or "it printed nothing").splitlines()[-1]
+    raise UserError(str(script), f"exit code {done.returncode}, and no images_per_second in its last line: {last_line}")
 
 
-def _our_speed(recipe: Recipe, data_dir: Path, device: str, seconds: float) -> float:
-    where = torch.device(device)
-    data = prepare(load(recipe.data.dataset, recipe.data.image_size, data_dir), recipe.data, where)
-    return round(measure(recipe, data, where, seconds).images_per_second, 1)
+def _our_speed(recipe: Recipe, data_dir: Path, device_name: str, seconds: float) -> float:
+    device = torch.device(device_name)
+    data = prepare(load(recipe.data.dataset, recipe.data.image_size, data_dir), recipe.data, device)
+    return round(measure(recipe, data, device, seconds).images_per_second, 1)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a measurement rests on: device, threads, torch, and how busy the machine was before."""
+    """The conditions of a measurement: device, threads, torch, and the machine's load before it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     return {
         "hardware": name,

@@ -44,7 +44,7 @@ def bench(
     if peer and searches[0].base.data.dataset != "cifar10":
         raise UserError(f"`--dataset {dataset}`", "peers train on CIFAR-10", "leave it out")
 
-    from pipeline.benchmarks.networks import against, benchmark, check_script, machine
+    from pipeline.benchmarks.networks import against, check_script, machine, measure_networks
 
     if peer:
         check_script(expand(peer), model)
@@ -60,7 +60,7 @@ def bench(
 
     report = machine(torch_device) | {"dataset": searches[0].base.data.dataset}
     with make_console(stderr=True).status("preparing") as status:
-        report["results"] = list(benchmark(networks(), torch_device))
+        report["results"] = list(measure_networks(networks(), torch_device))
         if peer:
             status.update(f"{model} and {peer.name}, in turn")
             directory = expand(data_dir)

@@ -36,7 +36,7 @@ def bench_gpu(
     if not torch.cuda.is_available():
         raise UserError("`bench-gpu`", "torch sees no GPU here", "`bench` measures on a CPU")
 
-    from pipeline.benchmarks.gpu import GpuBenchmark, faults, parts, run_parts
+    from pipeline.benchmarks.gpu import GpuBenchmark, failures, parts, run_parts
     from pipeline.data.datasets import load
 
     scripts = [expand(script) if script else None for script in (peer, airbench)]
@@ -54,10 +54,10 @@ def bench_gpu(
     console = make_console()
     bench = GpuBenchmark(data_dir=expand(data_dir), home=HOME, peer=scripts[0], airbench=scripts[1])
     report = run_parts(bench, names, _row_printer(console), write)
-    for line in faults(report):
+    for line in failures(report):
         say(console, f"failed: {line}")
     say(console, f"the report: {file}")
-    raise typer.Exit(1 if faults(report) else 0)
+    raise typer.Exit(1 if failures(report) else 0)
 
 
 def _row_printer(console: "Console") -> "Callable[[str, Mapping[str, object]], None]":

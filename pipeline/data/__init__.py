@@ -1,1 +1,1 @@
-"""What goes in: data sets, splits and augmentation."""
+"""Data sets, splits and augmentation."""

@@ -173,15 +173,15 @@ def mix(images: Tensor, targets: Tensor, share: Tensor) -> tuple[Tensor, Tensor]
     return torch.lerp(images.roll(1, dims=0), images, share), torch.lerp(targets.roll(1, dims=0), targets, own)
 
 
-# Images -> how and in which version they were padded, and the result: one for each that is alive. Never written to.
+# Images -> how and in which version they were padded, and the result, while the images live. The result is read only.
 _PADDED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _padded_once(images: Tensor, padding: int, mode: str) -> Tensor:
-    """`pad`, contiguous; a process's next training on these images, padded in this way, has it without the work."""
+    """`pad`, contiguous; cached for the process's next training on these images, padded in this way."""
     form = padding, mode, images._version
     if form != _PADDED.get(images, (None,))[0]:
-        _PADDED.pop(images, None)  # before there is another one: the two would need the memory together
+        _PADDED.pop(images, None)  # before the next one is made: both together would take twice the memory
         _PADDED[images] = form, pad(images, padding, mode).contiguous()
     padded: Tensor = _PADDED[images][1]
     return padded
@@ -222,7 +222,7 @@ class Augmenter:
         self._cutmix_quantiles = _beta_quantiles(augmentation.cutmix_alpha, images.device)
 
     def start_epoch(self, epoch: int) -> None:
-        """The batches from now on are of `epoch`, from 1; only an alternating flip depends on it."""
+        """The next batches belong to `epoch`, from 1; only an alternating flip depends on it."""
         self._mirrored.copy_(self._mirrored_when_odd ^ (epoch % 2 == 0))  # in place: a captured batch reads it there
 
     def batch(
@@ -244,11 +244,11 @@ class Augmenter:
         return images.contiguous(memory_format=torch.channels_last), targets
 
     def _cropped(self, indices: Tensor, draw: "_Draws") -> Tensor:
-        places = 2 * self._augmentation.crop_padding + 1
+        offsets = 2 * self._augmentation.crop_padding + 1
         chance = self._augmentation.horizontal_flip
         # Alternating (Jordan 2024, arXiv 2404.00498): two epochs show both sides of an image, where chance repeats half.
         flip = self._mirrored.index_select(0, indices) if isinstance(chance, str) else draw.chance(chance)
-        return crop(self._padded, indices, draw.integers(places), draw.integers(places), flip, self._size)
+        return crop(self._padded, indices, draw.integers(offsets), draw.integers(offsets), flip, self._size)
 
     def _warped(self, images: Tensor, draw: "_Draws") -> Tensor:
         """Rotation, then perspective, in one sampling; what the rotation turns out of sight can so come back."""

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -16,23 +17,45 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UserError
 
 # Given to Pillow by name, so that a file's content never reaches another decoder (EPS would start Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 50_000_000
 MAX_SCANS = 100  # of a JPEG; programs write about ten, and each takes as long as the whole image
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # above our limit, which is told in a line
+MAX_BYTES = 16 * 2**30  # of a data set in memory
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # above our limit, which has its own error
 warnings.filterwarnings("ignore", module=r"PIL\.")  # a damaged TIFF has one for each of its tags
 
 
 class BadImage(DataError):
-    """A file that is no usable image; its line names the file and the reason."""
+    """A file that is not a usable image, and why."""
 
     def __init__(self, path: Path, reason: str):
         self.path, self.reason = path, reason
-        super().__init__(f"{path}: {reason}")
+        super().__init__(str(path), reason)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """What a source of data sets reads: `images` uint8 (N, 3, S, S), `labels` int64 (N,), indices into `classes`."""
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    source: str  # where they were read from: an absolute path where they lie in files
+
+
+def check_memory(num_images: int, image_size: int) -> None:
+    """UserError where so many images of image_size x image_size pixels take more than MAX_BYTES."""
+    num_bytes = num_images * 3 * image_size**2
+    if num_bytes > MAX_BYTES:
+        raise UserError(
+            f"data.image_size = {image_size}",
+            f"{num_images:,} images take {num_bytes / 2**30:.1f} GiB of memory, more than {MAX_BYTES / 2**30:g}",
+            "lower it, or use fewer images",
+        )
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -40,15 +63,15 @@ def image_files(folder: Path) -> list[Path]:
 
     Raises OSError where the folder, or one below it, can't be read.
     """
-    found: list[tuple[str, str]] = []
-    seen: set[str] = set()
+    files: list[tuple[str, str]] = []
+    visited: set[str] = set()
     for parent, subfolders, names in os.walk(folder, onerror=_raise, followlinks=True):
         real = os.path.realpath(parent)
-        subfolders[:] = [] if real in seen else [name for name in subfolders if not name.startswith(".")]
-        if real not in seen:  # links may lead in a circle
-            found += [(parent, name) for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
-        seen.add(real)
-    return [Path(parent, name) for parent, name in sorted(found)]
+        subfolders[:] = [] if real in visited else [name for name in subfolders if not name.startswith(".")]
+        if real not in visited:  # links may lead in a circle
+            files += [(parent, name) for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
+        visited.add(real)
+    return [Path(parent, name) for parent, name in sorted(files)]
 
 
 def _raise(error: OSError) -> None:
@@ -56,7 +79,7 @@ def _raise(error: OSError) -> None:
 
 
 def read_images(paths: Iterable[Path], size: int) -> Iterator[np.ndarray | BadImage]:
-    """What `read_image` gives or raises for each file, in the order of the paths; read by several threads."""
+    """What `read_image` returns or raises for each file, in the order of the paths; read by several threads."""
 
     def read(path: Path) -> np.ndarray | BadImage:
         try:

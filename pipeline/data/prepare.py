@@ -28,7 +28,7 @@ class TrainingData:
 
     @property
     def place(self) -> str | None:
-        """The file or folder that it was read from, links resolved; None for one that came with a library."""
+        """The file or folder that it was read from, links resolved; None for a data set that comes with a library."""
         return os.path.realpath(self.source) if os.path.isabs(self.source) else None
 
     @property

@@ -1,8 +1,8 @@
-"""Which images train, which judge, and which stay sealed.
+"""Which images train, which validate, and which stay sealed as the test split.
 
-The test split is opened by `registry/` only, to judge a candidate for promotion; nothing here or in `datasets.py` reads
-it. All draws come from `np.random.RandomState`: NumPy has frozen its stream for ever (NEP 19), so a seed gives the same
-split on every machine and version.
+The test split is opened by `registry/` only, to evaluate a candidate for promotion; nothing in `data/` reads it. All draws
+come from `np.random.RandomState`, whose stream NumPy has frozen (NEP 19), so a seed gives the same split on every machine
+and version.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import Problem, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ def partition(labels: Tensor, fraction: float, seed: int) -> Partition:
     Validation gets exactly round(fraction * N) images, shared over the classes by largest remainder, and each class has
     at least one image on both sides; UserError where that can't be.
     """
-    is_validation = _drawn(labels.numpy(), fraction, seed, "validation_fraction")
+    is_validation = _draw(labels.numpy(), fraction, seed, "validation_fraction")
     return _partition(np.flatnonzero(~is_validation), np.flatnonzero(is_validation))
 
 
@@ -41,7 +41,7 @@ def thinned(parts: Partition, labels: Tensor, fraction: float, seed: int) -> Par
     """
     if fraction == 1:
         return parts
-    is_used = _drawn(labels[parts.train].numpy(), fraction, seed, "train_fraction")
+    is_used = _draw(labels[parts.train].numpy(), fraction, seed, "train_fraction")
     return _partition(parts.train.numpy()[is_used], parts.validation.numpy())
 
 
@@ -49,7 +49,7 @@ def _partition(train: np.ndarray, validation: np.ndarray) -> Partition:
     return Partition(torch.from_numpy(train), torch.from_numpy(validation), _digest(train, validation))
 
 
-def _drawn(classes: np.ndarray, fraction: float, seed: int, field: str) -> np.ndarray:
+def _draw(classes: np.ndarray, fraction: float, seed: int, field: str) -> np.ndarray:
     """bool (N,): which images are drawn, the same share of each class."""
     shares = _shares(np.bincount(classes), round(fraction * len(classes)), f"data.{field} = {fraction}")
     random = np.random.RandomState(seed)
@@ -65,25 +65,26 @@ def sealed(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     return split.train, split.validation
 
 
-def _shares(counts: np.ndarray, total: int, asked: str) -> np.ndarray:
-    """How many of each class's images are drawn: `total` in all, from 1 to count - 1 each."""
+def _shares(counts: np.ndarray, total: int, field: str) -> np.ndarray:
+    """How many of each class's images are drawn: `total` in all, from 1 to count - 1 each; `field` is for the error."""
     images, classes = counts.sum(), len(counts)
-    lines = [
-        f"class {label} has {count} {'image' if count == 1 else 'images'}: a split needs at least 2"
+    problems = [
+        Problem(f"class {label} has {count} {'image' if count == 1 else 'images'}", "a split needs at least 2")
         for label, count in enumerate(counts)
         if count < 2
     ]
-    if lines:
-        raise UserError(lines)
+    if problems:
+        raise UserError.many(problems)
     if not classes <= total <= images - classes:
         raise UserError(
-            f"{asked}: gives {total} of {images} images, but {classes} classes with at "
-            f"least one image on each side need {classes} to {images - classes}"
+            field,
+            f"gives {total} of {images} images, but {classes} classes with at least one image on each side need "
+            f"{classes} to {images - classes}",
         )
     shares = np.ones_like(counts)
-    for _ in range(total - classes):  # whole shares first, then the largest remainders; in integers: no rounding
-        owed = np.where(shares < counts - 1, counts * total - shares * images, np.iinfo(np.int64).min)
-        shares[np.argmax(owed)] += 1
+    for _ in range(total - classes):  # full quotas first, then the largest remainders; in integers: no rounding
+        remainders = np.where(shares < counts - 1, counts * total - shares * images, np.iinfo(np.int64).min)
+        shares[np.argmax(remainders)] += 1
     return shares
 
 

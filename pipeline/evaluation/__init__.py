@@ -1,1 +1,1 @@
-"""How good it is."""
+"""Scores of predictions, their calibration and significance, figures and latency."""

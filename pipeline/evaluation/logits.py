@@ -1,7 +1,5 @@
 """From a network and images to logits."""
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -43,20 +41,3 @@ def predict_logits(
             logits.append(network(x).float())
     network.train(was_training)
     return torch.cat(logits)
-
-
-@torch.inference_mode()
-def latency_ms(network: nn.Module, image_size: int, precision: str, repeats: int = 20) -> float:
-    """Median milliseconds from one normalised image on the device to its class, after three warm-up passes."""
-    device = next(network.parameters()).device
-    was_training = network.training
-    network.eval()
-    image = torch.zeros(1, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
-    times = []
-    for _ in range(repeats + 3):
-        start = time.perf_counter()
-        with autocast(device, precision):
-            network(image).argmax().item()  # the transfer waits for the device
-        times.append(time.perf_counter() - start)
-    network.train(was_training)
-    return statistics.median(times[3:]) * 1000

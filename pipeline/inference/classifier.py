@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from pipeline.errors import UserError, validation_lines
+from pipeline.errors import UserError, validation_problems
 from pipeline.evaluation.calibration import Calibration
 from pipeline.evaluation.logits import predict_logits
 from pipeline.inference.methods import METHODS, MethodScores, combine, views, views_of
@@ -74,7 +74,8 @@ class Classifier:
             metadata = ModelMetadata.model_validate(read_checkpoint(folder))
         except ValidationError as error:
             rule = f"the metadata in {RECORD} can't be used"
-            raise UserError(str(folder), rule, "train it again", validation_lines(error)) from None
+            details = [line for problem in validation_problems(error) for line in problem.lines]
+            raise UserError(str(folder), rule, "train it again", details) from None
         shape = (metadata.recipe.model, len(metadata.classes), metadata.recipe.data.image_size)
         with torch.device("meta"):
             check_weights(folder / WEIGHTS, build_network(*shape, seed=0))

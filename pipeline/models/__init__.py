@@ -1,1 +1,1 @@
-"""What learns: one file per network."""
+"""The networks, one file each."""

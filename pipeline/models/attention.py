@@ -1,4 +1,4 @@
-"""`attention`: a residual network whose blocks attend to channels, then to places (CBAM, arXiv 1807.06521).
+"""`attention`: a residual network whose blocks attend to channels, then to positions (CBAM, arXiv 1807.06521).
 
 conv 3x3 - BN - ReLU; stages of attention residual blocks, each stage after the first halving height and width;
 conv 1x1 - BN; global average pooling; dropout; linear. System 003 of the five that this project replaces.
@@ -26,7 +26,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """(N, C, H, W) -> weights (N, 1, H, W): a convolution over the mean and the maximum of each place's channels."""
+    """(N, C, H, W) -> weights (N, 1, H, W): a convolution over the mean and the maximum over the channels of each position."""
 
     def __init__(self, kernel: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""From a recipe's `model` section to a network, and what can be counted of one."""
+"""From a recipe's `model` section to a network; its parameters, receptive field and FLOP."""
 
 import copy
 
@@ -38,6 +38,7 @@ def _build(model: recipe.Model, num_classes: int, image_size: int) -> nn.Module:
             return ImprovedNetwork(model, num_classes, image_size)
         case recipe.Plain():
             return PlainNetwork(model, num_classes, image_size)
+    raise TypeError(f"no network is known for a section of type {type(model).__name__}")
 
 
 def num_parameters(network: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""What two or more networks share."""
+"""Layers that two or more networks share."""
 
 from typing import Protocol, runtime_checkable
 
@@ -17,15 +17,15 @@ def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, di
 
 
 def halved(layers: list[nn.Module]) -> list[nn.Module]:
-    """Layers that end with a ReLU, and a max-pool of 2 x 2 behind it: put before it, for the same numbers and less work."""
+    """Layers that end with a ReLU, with a max-pool of 2 x 2 put before it: the same numbers as behind it, for less work."""
     assert isinstance(layers[-1], nn.ReLU)
     return [*layers[:-1], nn.MaxPool2d(2), layers[-1]]
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout for rows of features; on a CPU from uniform numbers, as torch draws its bits there at a third of the speed.
+    """nn.Dropout for rows of features; on a CPU drawn from uniform numbers, three times as fast as torch's own draw.
 
-    Not for whole maps, whose uniform numbers outgrow the cache (studies/README.md).
+    Not for feature maps, whose uniform numbers outgrow the cache (pipeline/benchmarks/README.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,10 +42,10 @@ def flat_size(image_size: int, halvings: int, width: int) -> int:
 
 @runtime_checkable
 class FitsFirstLayer(Protocol):
-    """A network whose first layer is computed from training images and not learnt."""
+    """A network whose first layer is computed from training images instead of learnt."""
 
     def fit_first_layer(self, images: Tensor) -> None:
-        """Before the first step; images float32 (N, 3, S, S), normalised, where the network's tensors lie."""
+        """Called before the first step; images float32 (N, 3, S, S), normalised, on the network's device."""
 
 
 class Whitening(nn.Module):

@@ -15,9 +15,8 @@ class PlainNetwork(nn.Module):
         inputs = 3
         for block, width in enumerate(recipe.widths):
             block_layers = conv_bn_relu(inputs, width)
-            layers += (
-                halved(block_layers) if block > 0 else block_layers
-            )  # at once harms small images, its author found
+            # Its author found that a max-pool in the first block harms small images.
+            layers += halved(block_layers) if block > 0 else block_layers
             layers.append(nn.Dropout2d(recipe.convolution_dropout))
             inputs = width
         self.features = nn.Sequential(*layers)

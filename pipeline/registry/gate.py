@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import Problem, UserError, did_you_mean, validation_lines
+from pipeline.errors import Problem, UserError, did_you_mean, validation_problems
 from pipeline.evaluation.scores import BINS
 
 DRAWS = 2000  # of the bootstrap: the 5 % point of an interval is then good to a twentieth of its width
@@ -55,7 +55,7 @@ class Rules(BaseModel):
         try:
             rules = Rules.model_validate(values)
         except ValidationError as error:
-            problems += [Problem(f"`--rules` {line}") for line in validation_lines(error)]
+            problems += [Problem(f"`--rules` {p.subject}", p.rule, p.remedy) for p in validation_problems(error)]
         if problems:
             raise UserError.many(problems)
         return rules

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data import datasets
-from pipeline.data.datasets import DIGITS_TEST_FRACTION, DIGITS_TEST_SEED, Split
+from pipeline.data import cifar10, datasets, digits, folder
+from pipeline.data.datasets import Split
 from pipeline.data.images import SUFFIXES, image_files, resized
 from pipeline.data.splits import sealed
 from pipeline.errors import DataError
@@ -31,7 +31,7 @@ def digest_of(dataset: str, data_dir: Path) -> str:
     if dataset == "digits":
         from sklearn.datasets import load_digits
 
-        seal = json.dumps([DIGITS_TEST_FRACTION, DIGITS_TEST_SEED]).encode()
+        seal = json.dumps([digits.TEST_FRACTION, digits.TEST_SEED]).encode()
         return hashlib.sha256(load_digits().data.tobytes() + seal).hexdigest()
     root = datasets.existing_folder(dataset)
     digest = hashlib.sha256()
@@ -69,15 +69,15 @@ def _opened(dataset: str, size: int, data_dir: Path) -> tuple[Sequence[str], Ten
     if dataset == "digits":
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
-        labels = torch.from_numpy(digits.target.astype(np.int64))
-        _, chosen = sealed(labels, DIGITS_TEST_FRACTION, DIGITS_TEST_SEED)
-        grey = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[chosen]
+        loaded = load_digits()
+        labels = torch.from_numpy(loaded.target.astype(np.int64))
+        _, chosen = sealed(labels, digits.TEST_FRACTION, digits.TEST_SEED)
+        grey = torch.from_numpy(np.rint(loaded.images * (255 / 16)).astype(np.uint8))[chosen]
         names = [str(digit) for digit in range(10)]
         return names, resized(grey[:, None].expand(-1, 3, -1, -1), size), labels[chosen]
     files = _test_files(datasets.existing_folder(dataset))
     place = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
-    return list(files), datasets.decoded(list(chain(*files.values())), size), torch.from_numpy(place)
+    return list(files), folder.decoded(list(chain(*files.values())), size), torch.from_numpy(place)
 
 
 def _cifar10_digest(data_dir: Path) -> str:
@@ -93,9 +93,10 @@ def _check_cifar10(data_dir: Path) -> None:
     """Every file's MD5 is torchvision's, or a DataError."""
     from torchvision.datasets import CIFAR10
 
-    if faults := datasets.cifar10_faults(data_dir / CIFAR10.base_folder):
+    if problems := cifar10.file_problems(data_dir / CIFAR10.base_folder):
         remedy = "`--data-dir` says where the files lie; `study NAME` downloads what is missing"
-        raise DataError("CIFAR-10", "its files are missing or damaged", remedy, faults)
+        details = [line for problem in problems for line in problem.lines]
+        raise DataError("CIFAR-10", "its files are missing or damaged", remedy, details)
 
 
 def _test_files(root: Path) -> dict[str, list[Path]]:
@@ -108,8 +109,8 @@ def _test_files(root: Path) -> dict[str, list[Path]]:
             f"move a fifth of those of each class from {root / 'train'}/<class>/ to {test}/<class>/ and run the study "
             "again",
         )
-    files = {name: image_files(test / name) for name in datasets.class_names(test)}
-    datasets.check_inside(test.parent, [path for paths in files.values() for path in paths])
+    files = {name: image_files(test / name) for name in folder.class_names(test)}
+    folder.check_inside(test.parent, [path for paths in files.values() for path in paths])
     if not any(files.values()):
         raise DataError(str(test), "holds no images", f"put some into {test}/<class>/ ({' '.join(SUFFIXES)})")
     return files

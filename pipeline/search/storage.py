@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from sqlalchemy import Connection, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
 
-from pipeline.data.datasets import NATURAL_SIZE
+from pipeline.data.datasets import SOURCES
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line, redact_uri
 from pipeline.search.optuna_internals import SqlStorage, TrialParam, check_compatible
@@ -280,7 +280,7 @@ def _guessed_places(name: str, own: StudyKey, data: TrainingData) -> list[str | 
 
     A data set of its own, as `digits`, was in no folder.
     """
-    was_here = name == str(own.bare) and own.bare.data not in NATURAL_SIZE
+    was_here = name == str(own.bare) and own.bare.data not in SOURCES
     return [data.place] if was_here else []
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.datasets import NATURAL_SIZE, Dataset, load
+from pipeline.data.datasets import SOURCES, Dataset, load
 from pipeline.errors import DataError, UserError
 
 MAX_PLACES = 10  # that are kept of a study
@@ -40,8 +40,8 @@ def find_data(run_data: RunData, data_dir: Path, dataset: str | None = None, dow
     """
     tried: dict[str, list[str]] = {}  # place -> why it isn't there
     for name, directory, may_download in _candidates(run_data, data_dir, dataset, download):
-        place = str(directory.absolute()) if name in NATURAL_SIZE else _resolved(name)
-        if not dataset and name not in NATURAL_SIZE and not os.path.lexists(name):
+        place = str(directory.absolute()) if name in SOURCES else _resolved(name)
+        if not dataset and name not in SOURCES and not os.path.lexists(name):
             tried[place] = [f"{name}: no such folder"]
             continue
         try:
@@ -52,7 +52,7 @@ def find_data(run_data: RunData, data_dir: Path, dataset: str | None = None, dow
         if images.digest == run_data.digest:
             return LocatedData(images, name, directory)
         tried[place] = [f"{images.source}: holds other images, digest {images.digest[:12]}"]
-    is_named = run_data.dataset in NATURAL_SIZE
+    is_named = run_data.dataset in SOURCES
     raise DataError(
         run_data.owner,
         f"its data set, digest {run_data.digest[:12]}, is not in {' or '.join(tried)}",
@@ -67,7 +67,7 @@ def _candidates(
     """The arguments of `load`, each place once."""
     if dataset:
         yield dataset, data_dir, download
-    elif run_data.dataset in NATURAL_SIZE:
+    elif run_data.dataset in SOURCES:
         for directory in dict.fromkeys([data_dir.absolute(), *(Path(place).parent for place in run_data.places)]):
             yield run_data.dataset, directory, False
         if download:

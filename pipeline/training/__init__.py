@@ -1,1 +1,1 @@
-"""How it learns; knows neither MLflow nor Optuna."""
+"""Training of a network; knows neither MLflow nor Optuna."""

@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's weights, the one to be judged and kept."""
+"""An exponential moving average of a network's weights, which is then evaluated and saved in their place."""
 
 import copy
 from typing import Any
@@ -23,7 +23,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Take in the weights after one more step; nothing waits for the device."""
+        """Average in the weights after one more step; nothing waits for the device."""
         floating, others = _tensors(self.network)
         new_floating, new_others = _tensors(network)
         if isinstance(self._updates, Tensor):
@@ -42,7 +42,7 @@ class WeightAverage:
         return {"updates": int(self._updates), "network": self.network.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Restore what `state_dict` returned."""
         self.network.load_state_dict(state["network"])
         if isinstance(self._updates, Tensor):
             self._updates.fill_(state["updates"])
@@ -52,5 +52,5 @@ class WeightAverage:
 
 def _tensors(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The floating parameters and buffers, and all the others, in a fixed order."""
-    everything = [*network.parameters(), *network.buffers()]
-    return [t for t in everything if t.is_floating_point()], [t for t in everything if not t.is_floating_point()]
+    tensors = [*network.parameters(), *network.buffers()]
+    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

@@ -1,4 +1,4 @@
-"""Weights and checkpoints on disk: whole or not at all, and a damaged byte is found.
+"""Weights and checkpoints on disk: complete or absent, and a damaged byte is detected.
 
 A checkpoint is a folder: `weights.safetensors` (the averaged weights where there are any, else the plain ones),
 `weights_plain.safetensors` (where there are averaged ones) and `checkpoint.json` (facts, SHA-256 of each file).
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from pipeline.errors import UserError
+from pipeline.errors import Problem, UserError
 
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
@@ -51,12 +51,12 @@ def check_weights(path: Path, network: nn.Module) -> None:
 
     The network may be on torch's device `meta`, without memory: a recipe can ask for more than there is.
     """
-    found = {name: tuple(shape) for name, shape in _shapes(path).items()}
+    saved = {name: tuple(shape) for name, shape in _shapes(path).items()}
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    for name in [*expected, *found]:
-        there, here = found.get(name), expected.get(name)
-        if there != here:
-            raise UserError(f"{path}: {name:.80} has {_shape(there)} in the file and {_shape(here)} in the network")
+    for name in [*expected, *saved]:
+        if saved.get(name) != expected.get(name):
+            in_file, in_network = _shape(saved.get(name)), _shape(expected.get(name))
+            raise UserError(str(path), f"{name:.80} has {in_file} in the file and {in_network} in the network")
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
@@ -69,7 +69,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         with safe_open(path, "pt") as tensors:
             return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: can't be read as weights: {error}") from None
+        raise UserError(str(path), f"can't be read as weights: {error}") from None
 
 
 def save_checkpoint(folder: Path, plain: nn.Module, averaged: nn.Module | None, facts: dict[str, Any]) -> None:
@@ -80,16 +80,16 @@ def save_checkpoint(folder: Path, plain: nn.Module, averaged: nn.Module | None, 
 
 
 def save_folder(folder: Path, contents: Mapping[str, bytes], facts: dict[str, Any]) -> None:
-    """Write `folder` with these files (name -> bytes) and a record of them; one that is there is replaced, and all in it goes.
+    """Write `folder` with these files (name -> bytes) and a record of them; an existing one is replaced with all in it.
 
-    `facts` is anything that JSON takes. Killed at any moment, it leaves what `read_checkpoint` finds as the old or
-    the new folder (or none, where there was none); what else it leaves is hidden and goes with the next save.
+    `facts` is anything that JSON takes. Killed at any moment, it leaves what `read_checkpoint` reads as the old or
+    the new folder (or none, where there was none); what else it leaves is hidden and removed by the next save.
     One writer at a time. OSError where the disk refuses (full, say), with the old folder as it was; UserError where
-    `folder` holds something that was not written here.
+    `folder` holds something that was not written by this function.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists()):
-        raise UserError(f"{folder}: holds something that is no checkpoint, so it is not replaced")
-    new = _beside(folder, "new")
+        raise UserError(str(folder), "holds something that is no checkpoint, so it is not replaced")
+    new = _hidden_sibling(folder, "new")
     discard_folder(new)
     try:
         new.mkdir(parents=True)
@@ -105,51 +105,55 @@ def save_folder(folder: Path, contents: Mapping[str, bytes], facts: dict[str, An
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The facts of a checkpoint, or another folder of `save_folder`'s, whose files are all as they were written.
+    """The facts of a checkpoint, or another folder of `save_folder`, whose files are all as they were written.
 
-    Call it before reading any of the files: it also ends what a killed save left half done.
+    Call it before reading any of the files: it also completes what a killed save left half done.
     UserError where there is no checkpoint, it is of another format, or a file is missing or damaged.
     """
     _undo_half_a_replacement(folder)
     record = folder / RECORD
     body = _read_record(record)
-    named = body.get("sha256")
-    if not isinstance(named, dict) or not all(re.fullmatch(r"\w+\.safetensors", name) for name in named):
-        raise UserError(f"{record}: should have the sha256 of its .safetensors files, and of nothing else")
-    if surplus := sorted({file.name for file in folder.glob("*.safetensors")} - named.keys()):
-        raise UserError(f"{record}: has no sha256 of {surplus[0]}")
-    faults = {folder / name: _fault(folder / name, digest) for name, digest in body["sha256"].items()}
-    if any(faults.values()):
-        raise UserError([f"{path}: {fault}" for path, fault in faults.items() if fault])
+    digests = body.get("sha256")
+    if not isinstance(digests, dict) or not all(re.fullmatch(r"\w+\.safetensors", name) for name in digests):
+        raise UserError(str(record), "should have the sha256 of its .safetensors files, and of nothing else")
+    if surplus := sorted({file.name for file in folder.glob("*.safetensors")} - digests.keys()):
+        raise UserError(str(record), f"has no sha256 of {surplus[0]}")
+    problems = [
+        Problem(str(folder / name), damage)
+        for name, digest in digests.items()
+        if (damage := _damage(folder / name, digest))
+    ]
+    if problems:
+        raise UserError.many(problems)
     facts: Any = body.get("facts")
     return facts
 
 
 def read_facts(folder: Path) -> Any:
-    """What a checkpoint's record alone says, while its other files need not be there; UserError where it is damaged."""
+    """The facts of a checkpoint whose other files need not exist; UserError where its record is damaged."""
     return _read_record(folder / RECORD).get("facts")
 
 
 def _read_record(record: Path) -> dict[str, Any]:
     """A record as it was written, without its digest."""
     if not record.is_file():
-        raise UserError(f"{record.parent}: no checkpoint here ({RECORD} is missing)")
+        raise UserError(str(record.parent), f"no checkpoint here ({RECORD} is missing)")
     if (size := record.stat().st_size) > MAX_RECORD:
-        raise UserError(f"{record}: has {size:,} bytes, more than {MAX_RECORD:,}")
+        raise UserError(str(record), f"has {size:,} bytes, more than {MAX_RECORD:,}")
     try:
         body = json.loads(record.read_bytes())
     except (ValueError, RecursionError):  # the latter where lists lie in lists in lists
-        raise UserError(f"{record}: damaged, it is no JSON") from None
+        raise UserError(str(record), "damaged, it is no JSON") from None
     if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise UserError(f"{record}: not of format {FORMAT}, the one that is read here")
+        raise UserError(str(record), f"not of format {FORMAT}, the one that is read here")
     digest = body.pop("digest", None)
     if digest != _digest(body):
-        raise UserError(f"{record}: damaged, its digest differs")
+        raise UserError(str(record), "damaged, its digest differs")
     return body
 
 
 def amend(folder: Path, facts: dict[str, Any]) -> None:
-    """Change some facts of a checkpoint that `read_checkpoint` takes; UserError where it does not."""
+    """Change some facts of a checkpoint; UserError where `read_checkpoint` refuses it."""
     known = read_checkpoint(folder)
     body = json.loads((folder / RECORD).read_bytes())
     body.pop("digest")
@@ -186,7 +190,8 @@ def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _fault(path: Path, digest: str) -> str | None:
+def _damage(path: Path, digest: str) -> str | None:
+    """What is wrong with a file that should have this SHA-256; None where nothing is."""
     if not path.is_file():
         return "missing"
     with path.open("rb") as file:
@@ -194,17 +199,19 @@ def _fault(path: Path, digest: str) -> str | None:
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
-    return "no place" if shape is None else f"shape {shape}"
+    return "no entry" if shape is None else f"shape {shape}"
 
 
-def _beside(folder: Path, suffix: str) -> Path:
+def _hidden_sibling(folder: Path, suffix: str) -> Path:
     folder = Path(os.path.abspath(folder))  # `.` has no name
     return folder.parent / f".{folder.name}.{suffix}"
 
 
 def _move_into_place(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`. A folder that isn't empty can't be renamed over, so the old one steps aside first."""
-    old = _beside(folder, "old")
+    """Rename `new` to `folder`, replacing the old one."""
+    # A folder that isn't empty can't be renamed over. So the old one is renamed first; a reader that comes between the
+    # two renames puts it back (`_undo_half_a_replacement`), and then both are tried once more.
+    old = _hidden_sibling(folder, "old")
     while True:
         try:
             os.replace(new, folder)
@@ -214,14 +221,14 @@ def _move_into_place(new: Path, folder: Path) -> None:
                 raise
         _fsync_folder(folder.parent)  # a killed writer's last rename, before what it replaced goes
         discard_folder(old)
-        os.replace(folder, old)  # a reader may take it for half a replacement and undo it: then once more
+        os.replace(folder, old)
     _fsync_folder(folder.parent)
     discard_folder(old)
 
 
 def _undo_half_a_replacement(folder: Path) -> None:
-    """Put the old checkpoint back where a kill came after it stepped aside and before the new one took its place."""
-    old = _beside(folder, "old")
+    """Put the old checkpoint back where a kill came between the two renames of `_move_into_place`."""
+    old = _hidden_sibling(folder, "old")
     if not (folder / RECORD).exists() and (old / RECORD).exists():
         try:
             os.replace(old, folder)
@@ -231,7 +238,7 @@ def _undo_half_a_replacement(folder: Path) -> None:
 
 
 def discard_folder(folder: Path) -> None:
-    """Remove what `save_folder` wrote, the record first, so that what a kill leaves of it never looks whole."""
+    """Remove what `save_folder` wrote, the record first, so that what a kill leaves of it never looks complete."""
     (folder / RECORD).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
-WARM_UP = 3  # steps before a capture: cuDNN chooses its kernels, optimizers make their state, compilers compile
+WARM_UP_STEPS = 3  # before a capture: cuDNN chooses its kernels, optimizers make their state, compilers compile
 RECOMPILATIONS = 10_000  # of one network's code, for a search over widths: past torch's 8, or 256 in all, it raises
 
 
@@ -39,18 +39,20 @@ def check_execution(recipe: Recipe, device: torch.device) -> None:
     """UserError where the device can't execute steps as the recipe says."""
     if is_graphed(recipe) and device.type != "cuda":
         raise UserError(
-            f"training.execution = {recipe.training.execution}: a graph needs a GPU, and this is {device}; "
-            "SET=training.execution=eager trains here"
+            f"training.execution = {recipe.training.execution}",
+            f"a graph needs a GPU, and this is {device}",
+            "`--set training.execution=eager` trains here",
         )
-    if "compiled" in recipe.training.execution and device.type == "cuda" and (lacks := _lacks_to_compile()):
+    if "compiled" in recipe.training.execution and device.type == "cuda" and (missing := _missing_to_compile()):
         raise UserError(
-            f"training.execution = {recipe.training.execution}: compiling for a GPU needs {lacks}, which isn't here; "
-            "install it, or train with SET=training.execution=graphed"
+            f"training.execution = {recipe.training.execution}",
+            f"compiling for a GPU needs {missing}, which this machine lacks",
+            "install it, or train with `--set training.execution=graphed`",
         )
 
 
-def _lacks_to_compile() -> str:
-    """What triton builds its launcher with, by the first kernel; slim images have none. Empty where all is there."""
+def _missing_to_compile() -> str:
+    """What triton needs to build its launcher for the first kernel and is missing, as in slim images; else empty."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "a C compiler (gcc, clang or CC)"
     header = Path(sysconfig.get_config_var("INCLUDEPY")) / "Python.h"
@@ -73,7 +75,7 @@ def forward_of(network: nn.Module, recipe: Recipe) -> Callable[[Tensor], Tensor]
 
 @contextlib.contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """A stream beside the default one, which no capture may begin on; both wait for each other at the ends."""
+    """A stream other than the default one, on which no capture may begin; both wait for each other at the ends."""
     before = torch.cuda.current_stream(device)
     own = _stream(before.device)  # with its index, which `device` need not have
     own.wait_stream(before)
@@ -81,19 +83,19 @@ def own_stream(device: torch.device) -> Iterator[None]:
         with torch.cuda.stream(own):
             yield
     finally:
-        before.wait_stream(own)  # also of a training that was pruned: what it padded is the next one's
+        before.wait_stream(own)  # also after a pruned training: the next one uses the images that it padded
 
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The same one for all of a process's trainings: torch gives memory, and cuBLAS its workspace, to one stream only."""
+    """The same stream for all trainings of a process: torch keeps memory, and cuBLAS its workspace, for each stream."""
     return torch.cuda.Stream(device)
 
 
 def capture(step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
-    """What replays `step`, which is captured here and not yet executed; on a stream of `own_stream`'s.
+    """Capture `step` without executing it, on the current stream of `own_stream`; what is returned replays it.
 
-    Each replay goes on with the random numbers of `generator` and of the device's default one, as a call would.
+    Each replay draws the next random numbers of `generator` and of the device's default one, as a call would.
     """
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)  # type: ignore[no-untyped-call, unused-ignore]
@@ -104,25 +106,25 @@ def capture(step: Callable[[], None], generator: torch.Generator) -> Callable[[]
 
 
 class GraphedStep:
-    """A training step that is called for WARM_UP steps, then captured, and replayed from there on.
+    """A training step that is called for WARM_UP_STEPS, then captured, and replayed from there on.
 
-    The steps of the warm-up are real ones, so nothing has to be put back: the training is that of calling each step, but
-    for kernels that the capture chooses otherwise. Every tensor that outlives a step must stay where it is, and
-    nothing that changes from step to step may be a Python number.
+    The warm-up steps are steps of the training, so nothing has to be restored: the training equals that of calling each
+    step, except for kernels that the capture chooses otherwise. Every tensor that outlives a step must keep its address,
+    and nothing that changes from step to step may be a Python number.
     """
 
     def __init__(self, step: Callable[[], None], generator: torch.Generator):
         self._step, self._generator = step, generator
         self._form: Hashable = None
-        self._left = WARM_UP
+        self._warm_up_left = WARM_UP_STEPS
         self._replay: Callable[[], None] | None = None
 
     def __call__(self, form: Hashable) -> None:
-        """Execute the step. Another `form` than the last means another step, which is warmed up and captured anew."""
+        """Execute the step. A `form` other than the last one means another step, which is warmed up and captured again."""
         if form != self._form:
-            self._form, self._left, self._replay = form, WARM_UP, None
-        if self._left:
-            self._left -= 1
+            self._form, self._warm_up_left, self._replay = form, WARM_UP_STEPS, None
+        if self._warm_up_left:
+            self._warm_up_left -= 1
             self._step()
             return
         if self._replay is None:

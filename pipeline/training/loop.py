@@ -1,4 +1,4 @@
-"""The one loop that trains. It knows neither MLflow nor Optuna: `on_epoch` is its only way out."""
+"""The training loop. It knows neither MLflow nor Optuna: it reports by callbacks, and `on_epoch` may end it."""
 
 import contextlib
 import hashlib
@@ -29,9 +29,16 @@ from pipeline.training.resume import Parts, Resume
 
 FIRST_LAYER_IMAGES = 5000  # as many as the speed runs take; a covariance of 12 numbers needs no more
 
-# What the time of a training goes to. "data" gathers a batch's pixels, crop and mirror folded into the gather, after the
-# set-up of network and images; "tracking" is what the callbacks take. The whole of a replayed graph counts as "forward".
+# What a training spends its time on. "data" is the set-up of network and images, and then gathering each batch's pixels,
+# which crops and mirrors them; "tracking" is what the callbacks take. A replayed graph counts as "forward" in full.
 PARTS = ("data", "augmentation", "forward", "backward", "optimizer", "evaluation", "tracking")
+
+
+OnPart = Callable[[str], None]
+
+
+def _ignore(*arguments: object) -> None:
+    """The callback that does nothing."""
 
 
 class Diverged(ArithmeticError):
@@ -48,7 +55,7 @@ class EpochReport:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished training. The last epoch counts, not the best: choosing an epoch by its score would flatter it."""
+    """A finished training, as it was after the last epoch: choosing the epoch with the best score would bias the score."""
 
     network: nn.Module  # the averaged weights where the recipe averages, else the trained ones
     plain: nn.Module | None  # the trained weights, where `network` holds averaged ones
@@ -61,152 +68,189 @@ def train(
     recipe: Recipe,
     data: TrainingData,
     device: torch.device,
-    on_epoch: Callable[[EpochReport], None] = lambda report: None,
-    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
-    on_part: Callable[[str], None] = lambda part: None,
+    on_epoch: Callable[[EpochReport], None] = _ignore,
+    on_step: Callable[[int, int, int], None] = _ignore,
+    on_part: OnPart = _ignore,
     score_plain: bool = False,
     resume: Resume | None = None,
 ) -> Result:
     """Train a recipe's network on `data` and score it on the validation split after every epoch.
 
-    `on_epoch` may raise to end the training. `on_step(epoch, step, steps)`, from 1, tells how far it is, by the host's count:
-    nothing is read from the device inside an epoch but a copy of the loss that has already arrived.
-    `on_part(part)` is told which of PARTS the time belongs to from here on; it must not wait for the device either.
-    With `score_plain`, a recipe that averages its weights has the trained ones scored too, for another evaluation an
-    epoch: `plain/accuracy` beside `val/accuracy`, and so on.
-    With `resume`, the training goes on after the epoch whose state lies there, reports no epoch before it again, and
-    its result is that of a training never stopped, in `history` and `seconds` too; and it keeps its own state there.
+    `on_epoch` may raise to end the training. `on_step(epoch, step, steps)`, from 1, reports progress by the host's count:
+    within an epoch only the loss is read from the device, and only a copy that has arrived already.
+    `on_part(part)` is called where the time starts to belong to another of PARTS; it must not wait for the device.
+    With `score_plain`, a recipe that averages its weights has the trained ones scored as well, for another evaluation an
+    epoch: `plain/accuracy` next to `val/accuracy`, and so on.
+    With `resume`, the training continues after the epoch whose state is saved there and does not report earlier epochs
+    again; its result, `history` and `seconds` included, is that of an uninterrupted training. It saves its state there.
     An epoch's data order, augmentation and dropout depend on (seed, epoch) alone; on a CPU with the same number of
     threads, and on a GPU with `training.deterministic`, equal recipes give equal weights, bit for bit.
-    Raises Diverged as soon as a loss is seen that is not finite, UserError where the device has no such
-    `training.execution`, or the state to go on from is of another recipe or data.
+    Raises Diverged as soon as a loss that is not finite is seen, UserError where the device does not support the recipe's
+    `training.execution`, or where the saved state belongs to another recipe or other data.
     """
-    settings = recipe.training
-    images, labels = data.train.images, data.train.labels
-    batch_size = min(settings.batch_size, len(images))
-    steps = len(images) // batch_size  # what doesn't fill a batch waits for another epoch's order
-    history: list[EpochReport] = []
     check_execution(recipe, device)
-    graphed = is_graphed(recipe)
+    settings, graphed = recipe.training, is_graphed(recipe)
+    history: list[EpochReport] = []
     on_part("data")
     started = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         keep_freed_memory()
-
     with _reproducible(settings.deterministic, device), own_stream(device) if graphed else contextlib.nullcontext():
-        network = build_network(recipe.model, len(data.classes), data.image_size, settings.seed)
-        network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if isinstance(network, FitsFirstLayer):
-            evenly = math.ceil(len(images) / FIRST_LAYER_IMAGES)  # a folder's images come class by class
-            network.fit_first_layer(normalise(images[::evenly], data.mean, data.std))
-        average = WeightAverage(network, settings.ema_decay, graphed) if settings.ema_decay else None
-        judged = average.network if average else network
-        optimizer = build_optimizer(network, recipe.optimizer, device, graphed)
-        parts = Parts(network, optimizer, average)
+        learner = _Learner(recipe, data, device)
         if resume:
-            resume.restore(recipe, data, parts)
+            resume.restore(recipe, data, learner.parts)
             history += [EpochReport(epoch, metrics) for epoch, metrics in enumerate(resume.history, start=1)]
             started -= resume.seconds
-        coins = _stream(settings.seed, 0, "flip")
-        augmenter = Augmenter(images, labels, len(data.classes), data.mean, data.std, recipe.augmentation, coins)
-        generator = torch.Generator(device)
-        watch = _LossWatch(device)
-        forward = forward_of(network, recipe)
-        indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        last_loss, loss_sum, num_correct = (torch.zeros((), device=device) for _ in range(3))
-
-        def train_step(on_part: Callable[[str], None] = lambda part: None) -> None:
-            """Learn from the images `indices`. What outlives the step stays where it is, so that it can be replayed."""
-            batch, targets = augmenter.batch(indices, generator, on_part)
-            on_part("forward")
-            with autocast(device, settings.precision):
-                logits = forward(batch)
-            loss = soft_cross_entropy(logits, targets, recipe.loss.label_smoothing)
-            with torch.no_grad():
-                last_loss.copy_(loss)
-                loss_sum.add_(loss)
-                num_correct.add_((logits.argmax(1) == targets.argmax(1)).sum())
-            on_part("backward")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            on_part("optimizer")
-            if settings.clip_norm:
-                nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
-            optimizer.step()
-            if average:
-                average.update(network)
-
-        graphed_step = GraphedStep(train_step, generator) if graphed else None
-        parameters = list(network.parameters())
-
+        graphed_step = GraphedStep(learner.step, learner.generator) if graphed else None
         for epoch in range(len(history) + 1, settings.epochs + 1):
             epoch_started = time.perf_counter()
-            torch.manual_seed(_stream(settings.seed, epoch, "dropout"))
-            generator.manual_seed(_stream(settings.seed, epoch, "data"))
-            order = torch.randperm(len(images), generator=generator, device=device)
-            loss_sum.zero_()
-            num_correct.zero_()
-            augmenter.start_epoch(epoch)
-            network.train()
-            for step in range(steps):
-                set_lr(optimizer, recipe.schedule, (epoch - 1) * steps + step, settings.epochs * steps)
-                indices.copy_(order[step * batch_size : (step + 1) * batch_size])
-                if graphed_step:
-                    on_part("forward")
-                    graphed_step(form=tuple(p.requires_grad for p in parameters))
-                else:
-                    train_step(on_part)
-                watch.look(last_loss, epoch, step)
-                on_part("tracking")
-                on_step(epoch, step + 1, steps)
-                on_part("data")
-
+            learner.train_epoch(epoch, graphed_step, on_step, on_part)
             on_part("evaluation")
-            of_training = torch.stack([loss_sum / steps, num_correct / (steps * batch_size)])
-            logits = predict_logits(judged, data.validation.images, data.mean, data.std, settings.precision)
-            measured = _measure(of_training, logits, data.validation)
-            if score_plain and average:
-                plain = predict_logits(network, data.validation.images, data.mean, data.std, settings.precision)
-                scores = _measure(of_training, plain, data.validation)
-                measured |= {
-                    name.replace("val/", "plain/"): value for name, value in scores.items() if name.startswith("val/")
-                }
+            logits, metrics = learner.evaluate(score_plain)
             seconds = time.perf_counter() - epoch_started
-            report = EpochReport(
-                epoch,
-                measured
-                | {
-                    "optimizer/lr": float(optimizer.param_groups[0]["lr"]),
-                    "time/epoch_s": seconds,
-                    "throughput/images_per_s": steps * batch_size / seconds,
-                    "memory/peak_gib": _peak_gib(device),
-                },
-            )
-            if not (math.isfinite(measured["train/loss"]) and math.isfinite(measured["val/loss"])):
+            report = EpochReport(epoch, metrics | learner.costs(seconds))
+            if not (math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["val/loss"])):
                 raise Diverged(f"loss is not finite after epoch {epoch}")
             history.append(report)
             on_part("tracking")
             on_epoch(report)
             if resume and epoch < settings.epochs:
-                resume.save_if_due(parts, [past.metrics for past in history], time.perf_counter() - started)
+                past = [earlier.metrics for earlier in history]
+                resume.save_if_due(learner.parts, past, time.perf_counter() - started)
+            on_part("data")
+    plain = learner.parts.network if learner.parts.average else None
+    return Result(learner.scored_network, plain, logits, history, time.perf_counter() - started)
+
+
+class _Learner:
+    """The network in training, with all that a step reads and changes.
+
+    A captured graph reads and writes memory at fixed addresses. So every tensor that outlives a step is made once, here,
+    and only changed in place.
+    """
+
+    def __init__(self, recipe: Recipe, data: TrainingData, device: torch.device):
+        settings, images = recipe.training, data.train.images
+        graphed = is_graphed(recipe)
+        self._recipe, self._data, self._device = recipe, data, device
+        self._batch_size = min(settings.batch_size, len(images))
+        self._steps = len(images) // self._batch_size  # of an epoch; images that don't fill a batch are left out of it
+        network = build_network(recipe.model, len(data.classes), data.image_size, settings.seed)
+        network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if isinstance(network, FitsFirstLayer):
+            stride = math.ceil(len(images) / FIRST_LAYER_IMAGES)  # a folder's images come class by class
+            network.fit_first_layer(normalise(images[::stride], data.mean, data.std))
+        average = WeightAverage(network, settings.ema_decay, graphed) if settings.ema_decay else None
+        self.parts = Parts(network, build_optimizer(network, recipe.optimizer, device, graphed), average)
+        self.scored_network = average.network if average else network
+        self._parameters = list(network.parameters())
+        self._augmenter = Augmenter(
+            images,
+            data.train.labels,
+            len(data.classes),
+            data.mean,
+            data.std,
+            recipe.augmentation,
+            _seed_of(settings.seed, 0, "flip"),
+        )
+        self.generator = torch.Generator(device)
+        self._loss_watch = _LossWatch(device)
+        self._forward = forward_of(network, recipe)
+        self._indices = torch.zeros(self._batch_size, dtype=torch.int64, device=device)
+        self._last_loss, self._loss_sum, self._num_correct = (torch.zeros((), device=device) for _ in range(3))
+
+    def train_epoch(
+        self,
+        epoch: int,
+        graphed_step: GraphedStep | None,
+        on_step: Callable[[int, int, int], None],
+        on_part: OnPart,
+    ) -> None:
+        """Train for an epoch (from 1), by `graphed_step` where there is one, else by `step`."""
+        settings, steps = self._recipe.training, self._steps
+        num_images = len(self._data.train.images)
+        torch.manual_seed(_seed_of(settings.seed, epoch, "dropout"))
+        self.generator.manual_seed(_seed_of(settings.seed, epoch, "data"))
+        order = torch.randperm(num_images, generator=self.generator, device=self._device)
+        self._loss_sum.zero_()
+        self._num_correct.zero_()
+        self._augmenter.start_epoch(epoch)
+        self.parts.network.train()
+        for step in range(steps):
+            set_lr(self.parts.optimizer, self._recipe.schedule, (epoch - 1) * steps + step, settings.epochs * steps)
+            self._indices.copy_(order[step * self._batch_size : (step + 1) * self._batch_size])
+            if graphed_step:
+                on_part("forward")
+                graphed_step(form=tuple(p.requires_grad for p in self._parameters))
+            else:
+                self.step(on_part)
+            self._loss_watch.check_newest(self._last_loss, epoch, step)
+            on_part("tracking")
+            on_step(epoch, step + 1, steps)
             on_part("data")
 
-    return Result(judged, network if average else None, logits, history, time.perf_counter() - started)
+    def step(self, on_part: OnPart = _ignore) -> None:
+        """Learn from the images `_indices`."""
+        settings, network, optimizer = self._recipe.training, self.parts.network, self.parts.optimizer
+        batch, targets = self._augmenter.batch(self._indices, self.generator, on_part)
+        on_part("forward")
+        with autocast(self._device, settings.precision):
+            logits = self._forward(batch)
+        loss = soft_cross_entropy(logits, targets, self._recipe.loss.label_smoothing)
+        with torch.no_grad():
+            self._last_loss.copy_(loss)
+            self._loss_sum.add_(loss)
+            self._num_correct.add_((logits.argmax(1) == targets.argmax(1)).sum())
+        on_part("backward")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        on_part("optimizer")
+        if settings.clip_norm:
+            nn.utils.clip_grad_norm_(self._parameters, settings.clip_norm)
+        optimizer.step()
+        if self.parts.average:
+            self.parts.average.update(network)
+
+    def evaluate(self, score_plain: bool) -> tuple[Tensor, dict[str, float]]:
+        """Validation logits (num_validation, num_classes), and the epoch's losses and scores by MLflow name."""
+        means = torch.stack([self._loss_sum / self._steps, self._num_correct / (self._steps * self._batch_size)])
+        logits = self._validation_logits(self.scored_network)
+        metrics = _metrics(means, logits, self._data.validation)
+        if score_plain and self.parts.average:
+            plain = _metrics(means, self._validation_logits(self.parts.network), self._data.validation)
+            metrics |= {
+                name.replace("val/", "plain/"): value for name, value in plain.items() if name.startswith("val/")
+            }
+        return logits, metrics
+
+    def _validation_logits(self, network: nn.Module) -> Tensor:
+        data = self._data
+        return predict_logits(network, data.validation.images, data.mean, data.std, self._recipe.training.precision)
+
+    def costs(self, seconds: float) -> dict[str, float]:
+        """Rate, time, throughput and memory of an epoch that took `seconds`, by MLflow name."""
+        return {
+            "optimizer/lr": float(self.parts.optimizer.param_groups[0]["lr"]),
+            "time/epoch_s": seconds,
+            "throughput/images_per_s": self._steps * self._batch_size / seconds,
+            "memory/peak_gib": _peak_gib(self._device),
+        }
 
 
-def _measure(train: Tensor, logits: Tensor, validation: Split) -> dict[str, float]:
+def _metrics(means: Tensor, logits: Tensor, validation: Split) -> dict[str, float]:
     """An epoch's losses and scores, in the epoch's one transfer from the device.
 
-    train: (2,) loss and accuracy; accuracy is against each target's largest class, which mixing makes hard to reach.
+    means: (2,), the training's loss and accuracy. The latter is against each target's largest class, which mixing makes
+    hard to reach.
     """
     classes = torch.arange(logits.shape[1], device=logits.device)
     true = (validation.labels[:, None] == classes).float()
     predicted = (logits.argmax(1)[:, None] == classes).float()
     confusion = true.T @ predicted
     loss = cross_entropy(logits, validation.labels)
-    numbers = torch.cat([train, loss[None], confusion.flatten()]).double().cpu().numpy()
+    numbers = torch.cat([means, loss[None], confusion.flatten()]).double().cpu().numpy()
     matrix = numbers[3:].reshape(len(classes), -1).round().astype("int64")
     return {
         "train/loss": float(numbers[0]),
@@ -218,14 +262,14 @@ def _measure(train: Tensor, logits: Tensor, validation: Split) -> dict[str, floa
 
 
 class _LossWatch:
-    """Sees a loss that is not finite within a few steps, without making the host wait for a GPU."""
+    """Detects a loss that is not finite within a few steps, without making the host wait for a GPU."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
         self._arrived = torch.zeros((), pin_memory=self._on_gpu)
         self._copied: torch.cuda.Event | None = None
 
-    def look(self, loss: Tensor, epoch: int, step: int) -> None:
+    def check_newest(self, loss: Tensor, epoch: int, step: int) -> None:
         """Raise Diverged if the newest loss that has arrived on the host is not finite."""
         if not self._on_gpu:
             self._check(loss.item(), epoch, step)
@@ -242,29 +286,29 @@ class _LossWatch:
             raise Diverged(f"loss is {loss} in epoch {epoch}, step {step + 1}")
 
 
-def _stream(seed: int, epoch: int, use: str) -> int:
+def _seed_of(seed: int, epoch: int, use: str) -> int:
     """A seed of its own for each epoch and use, so that an epoch can be repeated without those before it."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}/{use}".encode()).digest()[:7])
 
 
 @contextlib.contextmanager
 def _reproducible(deterministic: bool, device: torch.device) -> Iterator[None]:
-    """Set the global switches a run depends on, and put them back: its random state, and how a GPU computes."""
+    """Set the global switches a run depends on, and restore them: its random state, and how a GPU computes."""
     gpus = [device] if device.type == "cuda" else []
-    was = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may add in another order
     with (
         torch.random.fork_rng(devices=gpus),
         torch.backends.cudnn.flags(enabled=True, benchmark=not deterministic, deterministic=deterministic),
     ):
-        if deterministic != was:  # torch imports its compiler to change it, which takes a second
+        if deterministic != before:  # torch imports its compiler to change it, which takes a second
             torch.use_deterministic_algorithms(deterministic)
         try:
             yield
         finally:
-            if deterministic != was:
-                torch.use_deterministic_algorithms(was)
+            if deterministic != before:
+                torch.use_deterministic_algorithms(before)
 
 
 def _peak_gib(device: torch.device) -> float:

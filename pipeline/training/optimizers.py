@@ -1,4 +1,4 @@
-"""From a recipe's optimizer section to an optimizer whose every group has a rate of its own."""
+"""From a recipe's optimizer section to an optimizer; each of its parameter groups has its own learning rate."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -30,7 +30,7 @@ def build_optimizer(
     arXiv 1512.03385). The first group's rate is `optimizer.lr`. `on_device` keeps rates and counts there, so that a step
     can be captured and replayed.
     """
-    built = _built(network, optimizer, True if device.type in _FUSED else None, on_device)  # None: torch chooses
+    built = _build(network, optimizer, True if device.type in _FUSED else None, on_device)  # None: torch chooses
     for group in built.param_groups:
         group["initial_lr"] = group["lr"]
         group.setdefault("share", 1.0)
@@ -39,29 +39,32 @@ def build_optimizer(
     return built
 
 
-def _built(
+def _build(
     network: nn.Module, optimizer: recipe.Optimizer, fused: bool | None, capturable: bool
 ) -> torch.optim.Optimizer:
-    if isinstance(optimizer, recipe.Muon):
-        return Muon(_muon_groups(network, optimizer))
-    if isinstance(optimizer, recipe.Sgd):
-        return torch.optim.SGD(
-            network.parameters(),
-            lr=optimizer.lr,
-            momentum=optimizer.momentum,
-            nesterov=optimizer.nesterov,
-            weight_decay=optimizer.weight_decay,
-            fused=fused,
-        )
-    kind = torch.optim.Adam if isinstance(optimizer, recipe.Adam) else torch.optim.AdamW
-    return kind(
-        network.parameters(),
-        lr=optimizer.lr,
-        betas=(optimizer.beta1, optimizer.beta2),
-        weight_decay=optimizer.weight_decay,
-        fused=fused,
-        capturable=capturable,
-    )
+    match optimizer:
+        case recipe.Muon():
+            return Muon(_muon_groups(network, optimizer))
+        case recipe.Sgd():
+            return torch.optim.SGD(
+                network.parameters(),
+                lr=optimizer.lr,
+                momentum=optimizer.momentum,
+                nesterov=optimizer.nesterov,
+                weight_decay=optimizer.weight_decay,
+                fused=fused,
+            )
+        case recipe.Adam() | recipe.AdamW():
+            kind = torch.optim.Adam if isinstance(optimizer, recipe.Adam) else torch.optim.AdamW
+            return kind(
+                network.parameters(),
+                lr=optimizer.lr,
+                betas=(optimizer.beta1, optimizer.beta2),
+                weight_decay=optimizer.weight_decay,
+                fused=fused,
+                capturable=capturable,
+            )
+    raise TypeError(f"no optimizer is known for a section of type {type(optimizer).__name__}")
 
 
 def set_lr(optimizer: torch.optim.Optimizer, schedule: recipe.AnySchedule, step: int, total_steps: int) -> None:

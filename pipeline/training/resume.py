@@ -1,8 +1,8 @@
-"""A training's state on disk, from which another process goes on to the same weights: on a CPU, bit for bit.
+"""A training's state on disk, from which another process resumes to the same weights: on a CPU, bit for bit.
 
-A state is a folder `epoch-<n>` of `checkpoints.save_folder`'s with one safetensors file: the network, its average and the
-optimizer, in their own types. What follows from seed, epoch and step is not kept: data order, augmentation, dropout, rates,
-which parameters are frozen.
+A state is a folder `epoch-<n>` written by `checkpoints.save_folder`, with one safetensors file: the tensors of the network,
+its average and the optimizer, in their own types. What follows from seed, epoch and step is not saved: data order,
+augmentation, dropout, learning rates, and which parameters are frozen.
 """
 
 import time
@@ -21,43 +21,45 @@ from pipeline.recipe import Recipe
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.checkpoints import RECORD, discard_folder, read_checkpoint, save_folder
 
-CHECKPOINTS = "checkpoints"  # the folder of all states, in the home folder: one for each run key
+CHECKPOINTS = "checkpoints"  # in the folder `mlruns`: the folder of all states, one for each run key
 TENSORS = "state.safetensors"
 EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What training changes."""
+    """What training changes, and so what a state holds."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
 
     def parameters(self) -> list[Tensor]:
-        """Those of the optimizer, in its order."""
+        """The optimizer's parameters, in its order."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, the live ones, by name: `network.*`, `average.*`, `optimizer.<parameter's number>.*`."""
+        """The live tensors by name: `network.*`, `average.*`, `optimizer.<parameter's number>.*`."""
         networks = {"network": self.network} | ({"average": self.average.network} if self.average else {})
-        return {f"{of}.{name}": t for of, network in networks.items() for name, t in network.state_dict().items()} | {
+        return {
+            f"{part}.{name}": t for part, network in networks.items() for name, t in network.state_dict().items()
+        } | {
             f"optimizer.{number}.{name}": value
             for number, parameter in enumerate(self.parameters())
             for name, value in self.optimizer.state.get(parameter, {}).items()
         }
 
 
-class _Facts(BaseModel):
-    """What stands beside the tensors."""
+class _TrainingRecord(BaseModel):
+    """What a state says of its training, next to the tensors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    recipe: str  # digests
+    recipe: str  # these three are digests
     data: str
     split: str
-    history: list[dict[str, float]]  # an epoch's metrics
-    seconds: float
+    history: list[dict[str, float]]  # the metrics of each epoch, from the first
+    seconds: float  # that the epochs took
     updates: int  # of the average
     torch: str
     threads: int
@@ -68,53 +70,56 @@ class _Facts(BaseModel):
 
 
 class Resume:
-    """Where a training keeps its state, at most every `every_s` seconds; of what is found there the training goes on.
+    """Saves a training's state in `folder`, at most every `every_s` seconds, and restores the newest undamaged one.
 
-    Two states are kept, so that there is another one should the newer be damaged.
+    The last two states are kept, so that there is another one if the newest is damaged.
     """
 
     def __init__(self, folder: Path, every_s: float = EVERY_S):
         self.folder, self.every_s = folder, every_s
         self.history: list[dict[str, float]] = []  # metrics of the epochs that were done, from the first
         self.seconds = 0.0  # that they took
-        self.notes: list[str] = []  # for the user, a line each: from where it goes on, what was damaged or not saved
+        self.notes: list[str] = []  # for the user, a line each: where it resumes, what was damaged or not saved
         self._identity: dict[str, str] = {}
-        self._last = 0.0
+        self._last_save = 0.0
         self._failed = False
 
     def restore(self, recipe: Recipe, data: TrainingData, parts: Parts) -> None:
-        """Bring `parts`, newly built, to the newest state that is whole; without one they stay as they are.
+        """Bring `parts`, newly built, to the newest undamaged state; without one they stay as they are.
 
         UserError where it is the state of another recipe, data set or split. Damaged states are noted and removed.
         """
+        # A state is read, compared and checked against the network in full before any of `parts` changes. So a state
+        # that can't be used leaves them as built, and the one before it can still be tried.
         self._identity = {"recipe": recipe.digest(), "data": data.digest, "split": data.split_digest}
-        self._last = time.monotonic()
-        damaged = False
-        for state in self._states():
+        self._last_save = time.monotonic()
+        states = self._states()
+        for state in states:
             try:
-                facts, tensors = _read(state)
-                self._refuse_another(state, facts)
-                _check(tensors, parts)
-            except _Unusable as fault:
-                damaged = True
-                self.notes.append(f"the state of {state.name} is not used: {fault}")
+                record, tensors = _read(state)
+                self._check_identity(state, record)
+                _check_tensors(tensors, parts)
+            except _UnusableState as reason:
+                self.notes.append(f"the state of {state.name} is not used: {reason}")
                 discard_folder(state)
                 continue
-            _fill(parts, tensors, facts)
-            self.history, self.seconds = facts.history, facts.seconds
-            self.notes.append(f"goes on after epoch {facts.epoch} of {recipe.training.epochs}{_otherwise(facts)}")
+            _fill(parts, tensors, record)
+            self.history, self.seconds = record.history, record.seconds
+            self.notes.append(
+                f"resumes after epoch {record.epoch} of {recipe.training.epochs}{_difference_of_machine(record)}"
+            )
             return
-        if damaged:
-            self.notes.append("no state is left to go on from: from epoch 1 again")
+        if states:
+            self.notes.append("no usable state remains: starts from epoch 1 again")
 
     def save_if_due(self, parts: Parts, history: list[dict[str, float]], seconds: float) -> None:
         """Save the state after the last epoch of `history`, `seconds` into the training, if it is time.
 
-        A disk that refuses is noted once; the training goes on, and the states before stay.
+        Where the disk refuses, that is noted once, the training continues and the earlier states stay.
         """
-        if time.monotonic() - self._last < self.every_s:
+        if time.monotonic() - self._last_save < self.every_s:
             return
-        facts = _Facts(
+        record = _TrainingRecord(
             **self._identity,
             history=history,
             seconds=seconds,
@@ -122,78 +127,86 @@ class Resume:
             torch=torch.__version__,
             threads=torch.get_num_threads(),
         )
-        new = self.folder / f"epoch-{facts.epoch:06}"
+        new = self.folder / f"epoch-{record.epoch:06}"
         try:
-            save_folder(new, {TENSORS: save(_on_host(parts.tensors()))}, facts.model_dump())
-            keep = self._states()[:2]
-            for other in self.folder.iterdir():  # killed writers' leftovers too
-                if other not in keep:
+            save_folder(new, {TENSORS: save(_on_host(parts.tensors()))}, record.model_dump())
+            newest = self._states()[:2]
+            for other in self.folder.iterdir():  # also what killed writers left
+                if other not in newest:
                     discard_folder(other)
         except OSError as error:
             if not self._failed:
-                self.notes.append(f"the state after epoch {facts.epoch} could not be saved: {error}")
+                self.notes.append(f"the state after epoch {record.epoch} could not be saved: {error}")
             self._failed = True
-        self._last = time.monotonic()
+        self._last_save = time.monotonic()
 
     def _states(self) -> list[Path]:
-        """The newest first; no leftovers."""
+        """The folders of complete states, the newest first."""
         return sorted((record.parent for record in self.folder.glob(f"epoch-*/{RECORD}")), reverse=True)
 
-    def _refuse_another(self, state: Path, facts: _Facts) -> None:
-        others = [
-            f"{name} {getattr(facts, name)[:16]} there, {digest[:16]} here"
+    def _check_identity(self, state: Path, record: _TrainingRecord) -> None:
+        differences = [
+            f"{name} {getattr(record, name)[:16]} there, {digest[:16]} here"
             for name, digest in self._identity.items()
-            if getattr(facts, name) != digest
+            if getattr(record, name) != digest
         ]
-        if others:
-            way_out = "move the folder away to start from epoch 1"
-            raise UserError(f"{state}: the state of another training ({', '.join(others)}); {way_out}")
+        if differences:
+            raise UserError(
+                str(state),
+                f"the state of another training ({', '.join(differences)})",
+                "move the folder away to start from epoch 1",
+            )
 
 
-class _Unusable(Exception):
-    pass
+class _UnusableState(Exception):
+    """Why a state can't be used."""
 
 
-def _read(state: Path) -> tuple[_Facts, dict[str, Tensor]]:
+def _read(state: Path) -> tuple[_TrainingRecord, dict[str, Tensor]]:
     """What `save_if_due` wrote."""
     try:
-        return _Facts.model_validate(read_checkpoint(state)), load_file(state / TENSORS)
+        return _TrainingRecord.model_validate(read_checkpoint(state)), load_file(state / TENSORS)
     except ValidationError:
-        raise _Unusable("written by another version of the pipeline") from None
+        raise _UnusableState("written by another version of the pipeline") from None
     except (UserError, OSError, SafetensorError) as error:
-        raise _Unusable(str(error).partition("\n")[0]) from None
+        raise _UnusableState(str(error).partition("\n")[0]) from None
 
 
-def _check(tensors: dict[str, Tensor], parts: Parts) -> None:
-    """Before anything is changed: does all of it fit?"""
+def _check_tensors(tensors: dict[str, Tensor], parts: Parts) -> None:
+    """Raise _UnusableState unless the saved `tensors` have the names, types and shapes of those of `parts`."""
+    # A new optimizer has no state tensors before its first step, while the saved one has some of each parameter. Those
+    # can't be compared by name: each must have its parameter's shape, or be a number, as a count of steps is.
     expected = parts.tensors()
     parameters = {f"optimizer.{number}": parameter for number, parameter in enumerate(parts.parameters())}
     for name in [*expected, *tensors]:
-        there, here = ((t[name].dtype, t[name].shape) if name in t else None for t in (tensors, expected))
-        parameter = parameters.get(name.rpartition(".")[0])  # an optimizer has its state from the first step on
-        if there and parameter is not None and there[1] in (parameter.shape, ()):
+        saved, built = ((t[name].dtype, t[name].shape) if name in t else None for t in (tensors, expected))
+        parameter = parameters.get(name.rpartition(".")[0])
+        if saved and parameter is not None and saved[1] in (parameter.shape, ()):
             continue
-        if there != here:
-            raise _Unusable(f"its {name} does not fit the network of this code")
+        if saved != built:
+            raise _UnusableState(f"its {name} does not fit the network of this code")
 
 
-def _fill(parts: Parts, tensors: dict[str, Tensor], facts: _Facts) -> None:
-    def of(prefix: str) -> dict[str, Tensor]:
+def _fill(parts: Parts, tensors: dict[str, Tensor], record: _TrainingRecord) -> None:
+    def under(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
-    parts.network.load_state_dict(of("network."))
+    parts.network.load_state_dict(under("network."))
     if parts.average:
-        parts.average.load_state_dict({"updates": facts.updates, "network": of("average.")})
+        parts.average.load_state_dict({"updates": record.updates, "network": under("average.")})
+    # torch's Optimizer.load_state_dict would keep the memory format of the file, which is contiguous. Fused optimizers
+    # step through a parameter and its state in memory order, so each state tensor gets the parameter's format.
     for number, parameter in enumerate(parts.parameters()):
-        for name, value in of(f"optimizer.{number}.").items():
-            # In the parameter's memory format: fused optimizers walk through both side by side.
-            place = torch.empty_like(parameter if value.ndim else value, dtype=value.dtype, device=parameter.device)
-            parts.optimizer.state[parameter][name] = place.copy_(value)
+        for name, value in under(f"optimizer.{number}.").items():
+            target = torch.empty_like(parameter if value.ndim else value, dtype=value.dtype, device=parameter.device)
+            parts.optimizer.state[parameter][name] = target.copy_(value)
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies on the CPU, by one transfer from the device."""
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # so that each slice is aligned
+    # All tensors become one of bytes, which is copied at once and cut up again. Those with the largest elements come
+    # first, so that every slice begins at a multiple of its element size, as `view` needs.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     flat = torch.cat([tensor.detach().reshape(-1).view(torch.uint8) for tensor in ordered.values()]).cpu()
     slices = flat.split([tensor.nbytes for tensor in ordered.values()])
     return {
@@ -202,12 +215,10 @@ def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _otherwise(facts: _Facts) -> str:
-    """What may change the last bits, where it differs from then."""
-    now = (torch.__version__, torch.get_num_threads())
-    if (facts.torch, facts.threads) == now:
+def _difference_of_machine(record: _TrainingRecord) -> str:
+    """What may change the last bits, where it is not as it was when the state was saved; else nothing."""
+    if (record.torch, record.threads) == (torch.__version__, torch.get_num_threads()):
         return ""
-    then, here = (
-        f"torch {version} with threads = {threads}" for version, threads in ((facts.torch, facts.threads), now)
-    )
-    return f"; it was saved by {then}, and this is {here}: the last bits may differ"
+    saved_by = f"torch {record.torch} with threads = {record.threads}"
+    this = f"torch {torch.__version__} with threads = {torch.get_num_threads()}"
+    return f"; it was saved by {saved_by}, and this is {this}: the last bits may differ"

@@ -2,7 +2,7 @@
 
 import math
 
-from pipeline.recipe import AnySchedule, Constant, Linear, OneCycle, Step
+from pipeline.recipe import AnySchedule, Constant, Cosine, Linear, OneCycle, Step
 
 
 def lr_factor(schedule: AnySchedule, step: int, total_steps: int) -> float:
@@ -22,14 +22,17 @@ def lr_factor(schedule: AnySchedule, step: int, total_steps: int) -> float:
             return _cosine(schedule.initial_fraction, 1.0, step / peak)
         return (step + 1) / (peak + 1)
     progress = (step - peak) / max(total_steps - 1 - peak, 1)
-    if isinstance(schedule, Constant):
-        return 1.0
-    if isinstance(schedule, Step):
-        # The tolerance: 7 / (0.07 * 100) is 0.9999999999999999, and the seventh step must drop all the same.
-        return schedule.gamma ** math.floor((step - peak) / (schedule.interval * total_steps) + 1e-9)
-    if isinstance(schedule, Linear):
-        return _between(1.0, schedule.final_fraction, progress)
-    return _cosine(1.0, schedule.final_fraction, progress)
+    match schedule:
+        case Constant():
+            return 1.0
+        case Step():
+            # The tolerance: 7 / (0.07 * 100) is 0.9999999999999999, and the seventh step must drop all the same.
+            return schedule.gamma ** math.floor((step - peak) / (schedule.interval * total_steps) + 1e-9)
+        case Linear():
+            return _between(1.0, schedule.final_fraction, progress)
+        case Cosine() | OneCycle():
+            return _cosine(1.0, schedule.final_fraction, progress)
+    raise TypeError(f"no schedule is known for a section of type {type(schedule).__name__}")
 
 
 def _between(start: float, end: float, progress: float) -> float:

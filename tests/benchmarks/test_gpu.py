@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.benchmarks import gpu as gpu_module
-from pipeline.benchmarks.gpu import GpuBenchmark, Row, faults, run_parts
+from pipeline.benchmarks.gpu import GpuBenchmark, Row, failures, run_parts
 from pipeline.cli.main import app
 from pipeline.search import forecast as forecast_module
 from pipeline.search.study import load_study
@@ -59,17 +59,17 @@ def script(folder: Path, *lines: str) -> Path:
 # ------------------------------------------------------------------------------------------------------- how parts run
 
 
-def three_rows(bench: GpuBenchmark) -> Iterator[Row]:
+def three_rows(benchmark: GpuBenchmark) -> Iterator[Row]:
     for number in range(3):
         yield gpu_module._attempt(f"row {number}", lambda: {"half": 1 / (number - 1)})  # noqa: B023
 
 
-def breaks(bench: GpuBenchmark) -> Iterator[Row]:
+def breaks(benchmark: GpuBenchmark) -> Iterator[Row]:
     yield {"what": "first", "value": 1}
     raise KeyError("no\nsuch thing")
 
 
-def never_ends(bench: GpuBenchmark) -> Iterator[Row]:
+def never_ends(benchmark: GpuBenchmark) -> Iterator[Row]:
     import subprocess
 
     child = subprocess.Popen(["sleep", "60"])
@@ -77,7 +77,7 @@ def never_ends(bench: GpuBenchmark) -> Iterator[Row]:
     time.sleep(60)
 
 
-def dies(bench: GpuBenchmark) -> Iterator[Row]:
+def dies(benchmark: GpuBenchmark) -> Iterator[Row]:
     import os
 
     yield {"what": "first"}
@@ -127,7 +127,7 @@ def test_parts_are_independent_keep_their_rows_and_end_in_time(
         assert re.search(place, report["parts"][name]["traceback"]), name
     assert report["parts"]["slow"]["seconds"] < 10
     assert not alive(report["parts"]["slow"]["rows"][0]["pid"]), "what a part started ends with it"
-    assert faults(report) == [
+    assert failures(report) == [
         "rows: row 1: ZeroDivisionError: division by zero",
         f"breaks: failed after {report['parts']['breaks']['seconds']} s: KeyError: 'no\\nsuch thing'",
         f"slow: out of time after {report['parts']['slow']['seconds']} s: its limit is 2 s",
@@ -161,7 +161,7 @@ def test_a_fault_is_told_and_the_report_is_kept(
     assert [part["state"] for part in report["parts"].values()] == ["failed", "done"]
     assert "KeyError" in report["parts"]["breaks"]["traceback"]
     refused = CliRunner().invoke(app, ["bench-gpu", "--output", str(tmp_path)])
-    assert "is a folder; name a file" in str(refused.exception)
+    assert "can't be written" in str(refused.exception)
 
 
 def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,8 +175,8 @@ def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatc
 # --------------------------------------------------------------------------------------------------- each part, by rows
 
 
-def rows_of(part: str, bench: GpuBenchmark) -> dict[str, Row]:
-    rows = {row["what"]: row for row in gpu_module.PARTS[part][0](bench)}
+def rows_of(part: str, benchmark: GpuBenchmark) -> dict[str, Row]:
+    rows = {row["what"]: row for row in gpu_module.PARTS[part][0](benchmark)}
     json.dumps(rows, allow_nan=False)
     for what, row in rows.items():
         if "graphed" in what and "by the peer" not in what:
@@ -202,8 +202,8 @@ def test_networks_are_measured_beside_a_peers_script(
 def test_executions_of_each_network_are_compared(tiny: GpuBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_module, "available", lambda: ["baseline", "plain"])
     monkeypatch.setattr(gpu_module, "COMPILED", ("plain",))
-    bench = GpuBenchmark(**{**vars(tiny), "executions": ("eager", "graphed", "compiled_graphed")})
-    rows = rows_of("executions", bench)
+    benchmark = GpuBenchmark(**{**vars(tiny), "executions": ("eager", "graphed", "compiled_graphed")})
+    rows = rows_of("executions", benchmark)
     assert list(rows) == [
         *(f"{name}, {execution}" for name in ("baseline", "plain") for execution in ("eager", "graphed")),
         "plain, compiled_graphed",
@@ -230,7 +230,7 @@ def test_several_trainings_at_once_are_compared_with_one(tiny: GpuBenchmark) -> 
 def test_the_speed_runs_are_repeated_with_tracking_on(tiny: GpuBenchmark) -> None:
     rows = rows_of("fast", tiny)
     row = rows["94 %, eager"]
-    assert (row["n"], len(row["runs"]), row["judged_by"]) == (1, 1, "validation split")
+    assert (row["n"], len(row["runs"]), row["scored_on"]) == (1, 1, "validation split")
     assert 0 < row["of_that_tracking_s"] < row["seconds"] < row["trial_s"]
     assert row["accuracy"] == row["runs"][0]["accuracy"]
     assert list(rows) == ["94 %, graphed", "94 %, eager", "95 %, graphed"]
@@ -249,11 +249,11 @@ def test_the_original_script_is_run_as_it_is_until_there_are_enough_runs(tiny: G
         "    print(f'|          |   eval  |     0.9  |   0.9 |       0.94{i:02}  |        1.{i:02}00  |')",
         "time.sleep(60)",
     ]
-    bench = GpuBenchmark(**{**vars(tiny), "data_dir": data.parent, "airbench": script(tmp_path, *lines)})
-    (row,) = rows_of("airbench", bench).values()
+    benchmark = GpuBenchmark(**{**vars(tiny), "data_dir": data.parent, "airbench": script(tmp_path, *lines)})
+    (row,) = rows_of("airbench", benchmark).values()
     assert (row["n"], row["accuracy"], row["seconds"]) == (2, pytest.approx(0.94015, abs=1e-4), 1.015), "one warms up"
-    broken = GpuBenchmark(**{**vars(bench), "airbench": script(tmp_path, "raise SystemExit('no GPU')")})
-    assert [*gpu_module.airbench(broken)] == [{"what": "script.py", "error": "no run was done: no GPU"}]
+    broken = GpuBenchmark(**{**vars(benchmark), "airbench": script(tmp_path, "raise SystemExit('no GPU')")})
+    assert [*gpu_module.airbench(broken)] == [{"what": "script.py", "error": "no run was completed: no GPU"}]
     assert not [*gpu_module.airbench(tiny)], "nothing to run"
 
 

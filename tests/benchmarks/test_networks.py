@@ -75,7 +75,7 @@ def test_a_peers_speed_is_in_the_last_line_it_prints(tmp_path: Path) -> None:
         ('raise SystemExit("no such model")', "exit code 1, and no images_per_second in its last line: no such model"),
         ("print('done')", "exit code 0, and no images_per_second in its last line: done"),
         ("print('[3]')", "last line: [3]"),
-        ("", "last line: it said nothing"),
+        ("", "last line: it printed nothing"),
     ],
 )
 def test_a_peer_that_fails_is_told_with_its_last_line(body: str, said: str, tmp_path: Path) -> None:

@@ -1,12 +1,10 @@
 """From a network and images to logits."""
 
-import time
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline.evaluation.logits import autocast, latency_ms, predict_logits
+from pipeline.evaluation.logits import autocast, predict_logits
 from pipeline.models.build import build_network
 from pipeline.recipe import Attention
 
@@ -34,20 +32,3 @@ def test_a_recipes_precision_is_what_the_network_computes_in(precision: str, exp
     layer = nn.Linear(4, 4)
     with autocast(CPU, precision):
         assert layer(torch.zeros(2, 4)).dtype == expected
-
-
-def test_latency_is_the_median_time_of_one_image() -> None:
-    class Slow(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
-            self.batches: list[int] = []
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.batches.append(len(x))
-            time.sleep(0.3 if len(self.batches) in (1, 10) else 0.005)
-            return x.flatten(1)
-
-    network = Slow()
-    assert 4.9 < latency_ms(network, 8, "fp32", repeats=9) < 100, "neither warm-up nor an outlier counts"
-    assert set(network.batches) == {1}

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from pipeline.cli.common import find_device
 from pipeline.data import augment
 from pipeline.errors import UserError
-from pipeline.evaluation.logits import latency_ms, predict_logits
+from pipeline.evaluation.latency import latency_ms
+from pipeline.evaluation.logits import predict_logits
 from pipeline.inference.methods import views
 from pipeline.recipe import Recipe
 from pipeline.search.speed import Stopwatch
@@ -226,7 +227,7 @@ def test_a_step_of_each_optimizer_is_the_devices_alone(optimizer: str, how: str,
         assert not gpu.graphs
         return
     (graph,) = gpu.graphs
-    assert graph.captured and graph.replays == 6 - execution.WARM_UP
+    assert graph.captured and graph.replays == 6 - execution.WARM_UP_STEPS
     assert graph.error_mode == "thread_local", "another thread may use CUDA meanwhile"
     assert len(graph.generators) == 1, "or each replay draws the same numbers"
     assert not gpu.kernels.steps[-2].launches("forward"), "a replay launches nothing but the graph"
@@ -324,6 +325,6 @@ def test_both_streams_wait_for_each_other_also_after_a_pruned_training(tiny: Rec
 def test_the_loss_is_watched_on_the_stream_of_the_steps() -> None:
     with simulated_gpu(), own_stream(DEVICE):
         watch = loop._LossWatch(DEVICE)
-        watch.look(torch.zeros((), device=GPU), 1, 0)
+        watch.check_newest(torch.zeros((), device=GPU), 1, 0)
         assert watch._copied is not None
         assert watch._copied.stream is torch.cuda.current_stream()  # type: ignore[attr-defined]

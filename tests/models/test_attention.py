@@ -14,12 +14,12 @@ def network() -> nn.Module:
     return build_network(Attention(), 10, 32, seed=0)
 
 
-def test_it_has_at_most_the_published_parameters(network: nn.Module) -> None:
+def test_attention_has_at_most_the_published_parameters(network: nn.Module) -> None:
     assert num_parameters(network) == 2_707_745
     assert num_parameters(network) <= 4_913_705
 
 
-def test_it_is_built_as_described(network: AttentionNetwork) -> None:
+def test_attention_has_the_described_blocks(network: AttentionNetwork) -> None:
     blocks = [m for m in network.modules() if isinstance(m, AttentionResidualBlock)]
     assert [b.body[0].out_channels for b in blocks] == [31, 31, 62, 62, 124, 124, 248, 248]
     assert [b.body[0].stride[0] for b in blocks] == [1, 1, 2, 1, 2, 1, 2, 1]
@@ -30,7 +30,7 @@ def test_it_is_built_as_described(network: AttentionNetwork) -> None:
 
 
 @pytest.mark.parametrize(("size", "classes"), [(16, 10), (32, 10), (33, 2), (64, 100)])
-def test_it_takes_any_size_and_number_of_classes(size: int, classes: int) -> None:
+def test_attention_takes_any_size_and_number_of_classes(size: int, classes: int) -> None:
     network = build_network(Attention(), classes, size, seed=0).eval()
     assert network(torch.randn(2, 3, size, size)).shape == (2, classes)
 
@@ -57,7 +57,7 @@ def test_spatial_attention_weighs_places_from_both_poolings() -> None:
     torch.testing.assert_close(weights, torch.sigmoid(nn.functional.conv2d(pooled, attention.conv.weight, padding=3)))
 
 
-def test_the_seed_alone_draws_the_weights() -> None:
+def test_only_the_seed_draws_the_weights() -> None:
     torch.manual_seed(1)
     first = build_network(Attention(), 10, 32, seed=3)
     state = torch.get_rng_state()

@@ -98,9 +98,9 @@ def test_equal_weights_and_metadata_give_equal_bytes_and_safetensors_reads_them(
         ),
         (
             nn.Sequential(*convnet(), nn.Linear(5, 5)),
-            "4.weight has no place in the file and shape (5, 5) in the network",
+            "4.weight has no entry in the file and shape (5, 5) in the network",
         ),
-        (convnet()[:3], "3.bias has shape (5,) in the file and no place in the network"),
+        (convnet()[:3], "3.bias has shape (5,) in the file and no entry in the network"),
     ],
 )
 def test_the_first_tensor_that_differs_is_named_and_the_network_stays(tmp_path, network, message):

@@ -1,3 +1,5 @@
+"""The training loss, against NumPy in float64 and torch."""
+
 import numpy as np
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""Optimizers, against torch's plain loops and Muon written out by hand."""
+
 import copy
 
 import pytest
@@ -211,3 +213,11 @@ def test_steps_on_a_gpu_as_on_the_cpu(section, kind, settings):
     fit(theirs, kind(theirs.parameters(), foreach=False, **settings))
     for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.cpu(), reference)
+
+
+def test_unknown_kind_of_optimizer_is_refused() -> None:
+    class Unknown(recipe.Section):
+        lr: float = 0.1
+
+    with pytest.raises(TypeError, match="type Unknown"):
+        build_optimizer(convnet(), Unknown(), CPU)  # type: ignore[arg-type]

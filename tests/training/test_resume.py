@@ -1,4 +1,4 @@
-"""A stopped training goes on from its state, and nobody can tell from its end that it was stopped."""
+"""A stopped training resumes from its state, and ends as one that was never stopped."""
 
 import random
 import resource
@@ -73,7 +73,7 @@ def recipe(small_recipe: Recipe) -> Recipe:
     return small_recipe.changed({"training.epochs": EPOCHS})
 
 
-def stopped(recipe: Recipe, data: TrainingData, folder: Path, epoch: int, step: int = 2) -> list[int]:
+def train_until(recipe: Recipe, data: TrainingData, folder: Path, epoch: int, step: int = 2) -> list[int]:
     """Train, from the state in `folder`, until a step of an epoch; the epochs that it reported."""
     reported: list[int] = []
     keep = Resume(folder, every_s=0)
@@ -92,48 +92,46 @@ def untimed(history: list[EpochReport]) -> list[dict[str, float]]:
     return [{k: v for k, v in report.metrics.items() if k not in timed} | {"epoch": report.epoch} for report in history]
 
 
-def assert_the_same(one: Result, other: Result) -> None:
+def assert_equal_results(one: Result, other: Result) -> None:
     for mine, theirs in ((one.network, other.network), (one.plain, other.plain)):
         assert (mine is None) == (theirs is None)
         if mine is not None and theirs is not None:
-            there = theirs.state_dict()
+            expected = theirs.state_dict()
             for name, tensor in mine.state_dict().items():
-                assert torch.equal(tensor, there[name]), name
+                assert torch.equal(tensor, expected[name]), name
     assert torch.equal(one.validation_logits, other.validation_logits)
     assert untimed(one.history) == untimed(other.history)
 
 
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
-def test_a_training_stopped_again_and_again_ends_as_if_it_never_was(
+def test_resume_after_many_stops_equals_an_uninterrupted_training(
     changes: dict, recipe: Recipe, few: TrainingData, tmp_path: Path
 ) -> None:
     recipe = recipe.changed(changes)
-    whole = train(recipe, few, CPU)
-    assert len({str(metrics["val/loss"]) for metrics in untimed(whole.history)}) > 1, "it must learn something"
+    uninterrupted = train(recipe, few, CPU)
+    assert len({str(metrics["val/loss"]) for metrics in untimed(uninterrupted.history)}) > 1, "it must learn something"
     folder, draw, done = tmp_path / "a" / "key", random.Random(str(changes)), 0
     for epoch in (1, *sorted(draw.choices(range(1, EPOCHS + 1), k=3)), EPOCHS):
-        reported = stopped(recipe, few, folder, epoch, step=draw.randint(1, 4))
+        reported = train_until(recipe, few, folder, epoch, step=draw.randint(1, 4))
         assert reported == list(range(done + 1, epoch)), "an epoch that was reported is not reported again"
         done = epoch - 1
     keep, last = Resume(folder, every_s=0), []
     result = train(recipe, few, CPU, last.append, resume=keep)
     assert [report.epoch for report in last] == [EPOCHS]
-    assert keep.notes == [f"goes on after epoch {EPOCHS - 1} of {EPOCHS}"]
-    assert_the_same(result, whole)
+    assert keep.notes == [f"resumes after epoch {EPOCHS - 1} of {EPOCHS}"]
+    assert_equal_results(result, uninterrupted)
     assert result.seconds > sum(report.metrics["time/epoch_s"] for report in result.history)
 
 
-def test_a_process_killed_in_the_middle_is_followed_by_one_that_ends_as_it_would_have(
-    recipe: Recipe, few: TrainingData, tmp_path: Path
-) -> None:
+def test_resume_continues_after_kill(recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(recipe.to_json())
     at = 2 * 4 + 3  # the third epoch's third step
     process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(at)], timeout=120)
     assert process.returncode == -signal.SIGKILL
     keep = Resume(tmp_path / "state", every_s=0)
     result = train(recipe, few, CPU, resume=keep)
-    assert keep.notes == ["goes on after epoch 2 of 5"]
-    assert_the_same(result, train(recipe, few, CPU))
+    assert keep.notes == ["resumes after epoch 2 of 5"]
+    assert_equal_results(result, train(recipe, few, CPU))
 
 
 KILLED = """
@@ -168,7 +166,7 @@ def states(folder: Path) -> list[str]:
 def kept(recipe: Recipe, few: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the states after epochs 2 and 3; to be copied."""
     folder = tmp_path_factory.mktemp("kept") / "key"
-    stopped(recipe, few, folder, 4)
+    train_until(recipe, few, folder, 4)
     assert states(folder) == ["epoch-000002", "epoch-000003"]
     return folder
 
@@ -179,8 +177,8 @@ def parts_of(recipe: Recipe, seed: int) -> Parts:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_kill_at_any_act_of_a_save_leaves_a_whole_state(recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
-    found = []
+def test_kill_at_any_point_of_a_save_leaves_a_complete_state(recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
+    resumed_after = []
     for at in count(1):
         folder = tmp_path / str(at)
 
@@ -195,26 +193,26 @@ def test_a_kill_at_any_act_of_a_save_leaves_a_whole_state(recipe: Recipe, few: T
         killed = killed_at(at, lambda: save_next(3))
         keep, parts = Resume(folder, every_s=0), parts_of(recipe, 0)
         keep.restore(recipe, few, parts)
-        found.append(len(keep.history))
-        assert keep.notes == [f"goes on after epoch {found[-1]} of {EPOCHS}"], (
+        resumed_after.append(len(keep.history))
+        assert keep.notes == [f"resumes after epoch {resumed_after[-1]} of {EPOCHS}"], (
             "nothing half written is taken for damaged"
         )
-        there = parts_of(recipe, found[-1]).network.state_dict()
-        assert all(torch.equal(tensor, there[name]) for name, tensor in parts.network.state_dict().items())
+        expected = parts_of(recipe, resumed_after[-1]).network.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in parts.network.state_dict().items())
         if not killed:
             break
-        for epoch in range(found[-1] + 1, 5):
+        for epoch in range(resumed_after[-1] + 1, 5):
             save_next(epoch)
         assert sorted(path.name for path in folder.iterdir()) == ["epoch-000003", "epoch-000004"], "leftovers go"
-    assert found == sorted(found)
-    assert set(found) == {2, 3}
-    assert len(found) > 15, "every act must have been cut"
+    assert resumed_after == sorted(resumed_after)
+    assert set(resumed_after) == {2, 3}
+    assert len(resumed_after) > 15, "every system call must have been cut"
 
 
-def test_a_damaged_state_is_not_used_but_the_one_before_and_that_is_said(
+def test_damaged_state_is_noted_and_the_previous_one_used(
     kept: Path, recipe: Recipe, few: TrainingData, tmp_path: Path
 ) -> None:
-    whole = train(recipe, few, CPU)
+    uninterrupted = train(recipe, few, CPU)
     for number, name in enumerate((TENSORS, TENSORS, "checkpoint.json")):
         folder = tmp_path / str(number)
         shutil.copytree(kept, folder)
@@ -225,11 +223,11 @@ def test_a_damaged_state_is_not_used_but_the_one_before_and_that_is_said(
         keep = Resume(folder, every_s=0)
         result = train(recipe, few, CPU, resume=keep)
         assert keep.notes[0].startswith(f"the state of epoch-000003 is not used: {file}: damaged")
-        assert keep.notes[1:] == ["goes on after epoch 2 of 5"]
-        assert_the_same(result, whole)
+        assert keep.notes[1:] == ["resumes after epoch 2 of 5"]
+        assert_equal_results(result, uninterrupted)
 
 
-def test_without_a_whole_state_it_begins_anew_and_says_so(
+def test_training_restarts_where_all_states_are_damaged(
     kept: Path, recipe: Recipe, few: TrainingData, tmp_path: Path
 ) -> None:
     folder = tmp_path / "key"
@@ -242,14 +240,12 @@ def test_without_a_whole_state_it_begins_anew_and_says_so(
         "the state of epoch-000003 is not used",
         "the state of epoch-000002 is not used",
     ]
-    assert keep.notes[2:] == ["no state is left to go on from: from epoch 1 again"]
+    assert keep.notes[2:] == ["no usable state remains: starts from epoch 1 again"]
     assert len(reported) == EPOCHS
-    assert_the_same(result, train(recipe, few, CPU))
+    assert_equal_results(result, train(recipe, few, CPU))
 
 
-def test_tensors_that_do_not_fit_are_not_used_though_their_digest_is_right(
-    kept: Path, recipe: Recipe, few: TrainingData, tmp_path: Path
-) -> None:
+def test_tensors_that_do_not_fit_are_not_used(kept: Path, recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
     newest = kept / "epoch-000003"
     facts, tensors = read_checkpoint(newest), load_file(newest / TENSORS)
     weight = next(name for name in tensors if name.startswith("network.") and name.endswith("weight"))
@@ -270,7 +266,7 @@ def test_tensors_that_do_not_fit_are_not_used_though_their_digest_is_right(
         with pytest.raises(Stop):
             train(recipe, few, CPU, on_step=_stop, resume=keep)
         assert keep.notes[0].endswith("does not fit the network of this code"), name
-        assert keep.notes[1:] == ["goes on after epoch 2 of 5"]
+        assert keep.notes[1:] == ["resumes after epoch 2 of 5"]
         assert states(folder) == ["epoch-000002"], "it is said once"
     for odd in ({"epoch": 3}, facts | {"new": 1}, facts | {"seconds": "3"}, []):
         folder = tmp_path / "odd"
@@ -279,14 +275,14 @@ def test_tensors_that_do_not_fit_are_not_used_though_their_digest_is_right(
         keep = Resume(folder, every_s=60)
         with pytest.raises(Stop):
             train(recipe, few, CPU, on_step=_stop, resume=keep)
-        assert keep.notes[-1] == "no state is left to go on from: from epoch 1 again", odd
+        assert keep.notes[-1] == "no usable state remains: starts from epoch 1 again", odd
 
 
 def _stop(*at: int) -> None:
     raise Stop
 
 
-def test_the_state_of_another_recipe_or_data_is_refused_by_name_and_stays(
+def test_state_of_another_recipe_or_data_is_refused_and_kept(
     kept: Path, recipe: Recipe, few: TrainingData, tmp_path: Path
 ) -> None:
     folder = tmp_path / "key"
@@ -305,7 +301,7 @@ def test_the_state_of_another_recipe_or_data_is_refused_by_name_and_stays(
     assert states(folder) == ["epoch-000002", "epoch-000003"]
 
 
-def test_a_state_is_saved_when_it_is_time_and_never_after_the_last_epoch(
+def test_state_is_saved_when_due_and_never_after_the_last_epoch(
     recipe: Recipe, few: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(recipe, few, CPU, resume=Resume(tmp_path / "often", every_s=0))
@@ -324,7 +320,7 @@ def test_a_state_is_saved_when_it_is_time_and_never_after_the_last_epoch(
     assert states(tmp_path / "some") == ["epoch-000004", "epoch-000006"]
 
 
-def test_the_state_is_saved_after_the_epoch_was_reported(recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
+def test_state_is_saved_after_the_epoch_is_reported(recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
     def on_epoch(report: EpochReport) -> None:
         if report.epoch == 2:
             assert states(tmp_path) == ["epoch-000001"]
@@ -335,9 +331,7 @@ def test_the_state_is_saved_after_the_epoch_was_reported(recipe: Recipe, few: Tr
     assert states(tmp_path) == ["epoch-000001"], "an epoch whose report fails is not counted as done"
 
 
-def test_a_disk_that_is_full_costs_the_state_and_not_the_training(
-    recipe: Recipe, few: TrainingData, tmp_path: Path
-) -> None:
+def test_full_disk_loses_a_state_but_not_the_training(recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
     folder, limits = tmp_path / "key", resource.getrlimit(resource.RLIMIT_FSIZE)
     keep = Resume(folder, every_s=0)
 
@@ -353,10 +347,10 @@ def test_a_disk_that_is_full_costs_the_state_and_not_the_training(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert keep.notes == ["the state after epoch 2 could not be saved: [Errno 27] File too large"]
     assert states(folder) == ["epoch-000001", "epoch-000004"]
-    assert_the_same(result, train(recipe, few, CPU))
+    assert_equal_results(result, train(recipe, few, CPU))
 
 
-def test_other_threads_than_then_are_said(kept: Path, recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
+def test_other_number_of_threads_is_noted(kept: Path, recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
     newest = kept / "epoch-000003"
     facts = read_checkpoint(newest) | {"threads": 7}
     save_folder(tmp_path / "epoch-000003", {TENSORS: (newest / TENSORS).read_bytes()}, facts)
@@ -370,9 +364,7 @@ def test_other_threads_than_then_are_said(kept: Path, recipe: Recipe, few: Train
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("execution", ["eager", "graphed"])
-def test_a_stopped_training_goes_on_on_a_gpu(
-    execution: str, recipe: Recipe, small_recipe: Recipe, tmp_path: Path
-) -> None:
+def test_resume_on_a_gpu(execution: str, recipe: Recipe, small_recipe: Recipe, tmp_path: Path) -> None:
     from pipeline.data.datasets import load
     from pipeline.data.prepare import prepare
 
@@ -380,16 +372,16 @@ def test_a_stopped_training_goes_on_on_a_gpu(
     data = prepare(load("digits", 8, tmp_path), small_recipe.data, gpu)
     recipe = recipe.changed({"training.deterministic": True, "training.execution": execution, "optimizer.name": "adam"})
     recipe = recipe.changed(ADAPTIVE)
-    whole = train(recipe, data, gpu)
+    uninterrupted = train(recipe, data, gpu)
     with pytest.raises(Stop):
         train(recipe, data, gpu, _stop_in_the_third, resume=Resume(tmp_path / "key", every_s=0))
     keep = Resume(tmp_path / "key", every_s=0)
     result = train(recipe, data, gpu, resume=keep)
-    assert keep.notes == ["goes on after epoch 2 of 5"]
+    assert keep.notes == ["resumes after epoch 2 of 5"]
     if execution == "eager":
-        assert_the_same(result, whole)
+        assert_equal_results(result, uninterrupted)
     else:  # a capture may choose other kernels than the steps of its warm-up
-        torch.testing.assert_close(result.validation_logits, whole.validation_logits, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(result.validation_logits, uninterrupted.validation_logits, rtol=0.05, atol=0.05)
 
 
 def _stop_in_the_third(report: EpochReport) -> None:

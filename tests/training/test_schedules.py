@@ -1,3 +1,5 @@
+"""Schedules: values by hand, torch's own schedulers, and properties."""
+
 import math
 from itertools import pairwise
 
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from pipeline.recipe import Constant, Cosine, Linear, OneCycle, Step
+from pipeline.recipe import Constant, Cosine, Linear, OneCycle, Schedule, Step
 from pipeline.training.schedules import lr_factor
 
 fractions = st.floats(0, 1)
@@ -166,3 +168,11 @@ def test_a_training_of_one_step_has_the_highest_rate(schedule):
 def test_a_step_outside_the_training_is_our_own_mistake(step):
     with pytest.raises(AssertionError, match=f"step {step} of 5"):
         lr_factor(Constant(), step, 5)
+
+
+def test_unknown_kind_of_schedule_is_refused() -> None:
+    class Unknown(Schedule):
+        pass
+
+    with pytest.raises(TypeError, match="type Unknown"):
+        lr_factor(Unknown(), 0, 5)  # type: ignore[arg-type]

@@ -1,0 +1,155 @@
+"""Folders of images: their layout, and a remedy for each thing that can be wrong."""
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from data_cases import NO_DATA_DIR, add_image, lines_of, make_pets
+from torchvision.datasets import ImageFolder
+
+from pipeline.data import folder as folder_module
+from pipeline.data import images
+from pipeline.data.datasets import load
+from pipeline.errors import DataError, UserError
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    return make_pets(tmp_path / "My Pets!")
+
+
+def test_folder_orders_classes_and_images_by_name(pets: Path) -> None:
+    data = load(str(pets), 12, NO_DATA_DIR)
+    assert (data.name, data.classes) == (f"my-pets-{data.digest[:6]}", ("cat", "dog"))
+    assert data.source == str(pets)
+    assert data.train.labels.tolist() == [0, 0, 1, 1, 1]
+    assert data.train.labels.dtype == torch.int64
+    assert data.train.images.shape == (5, 3, 12, 12)
+    assert data.train.images.dtype == torch.uint8
+    red = data.train.images[:, 0].float().mean(dim=(1, 2))
+    assert torch.allclose(red, torch.tensor([0.0, 20, 40, 60, 80]), atol=3)
+
+
+def test_folder_is_read_as_by_torchvision(pets: Path) -> None:
+    theirs = ImageFolder(pets / "train")
+    files = folder_module._files_by_class(pets)
+    assert [(str(path), label) for label, name in enumerate(files) for path in files[name]] == theirs.samples
+    assert list(files) == theirs.classes
+
+
+def test_hidden_files_and_other_files_are_ignored(pets: Path) -> None:
+    before = load(str(pets), 12, NO_DATA_DIR).digest
+    for name in ("cat/.hidden.png", "cat/._1.png", "cat/.cache/1.png", ".ipynb_checkpoints/1.png"):
+        add_image(pets / "train" / name)
+    (pets / "train" / "cat" / "notes.txt").write_text("not an image")
+    (pets / "train" / "readme.png").write_text("in no class")
+    assert load(str(pets), 12, NO_DATA_DIR).digest == before
+
+
+def test_links_are_followed_once_even_in_a_circle(pets: Path) -> None:
+    (pets / "train" / "cat" / "circle").symlink_to(pets / "train" / "cat")
+    add_image(pets / "elsewhere" / "1.png")
+    add_image(pets / "elsewhere" / "2.png")
+    (pets / "train" / "bird").symlink_to(pets / "elsewhere")
+    (pets / "train" / "dog" / "also").symlink_to(pets / "elsewhere")
+    data = load(str(pets), 12, NO_DATA_DIR)
+    assert data.classes == ("bird", "cat", "dog")
+    assert data.train.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("link", ["train/bird", "train/cat/more", "train/cat/3.png", "train"])
+def test_link_out_of_the_folder_is_refused(link: str, pets: Path) -> None:
+    private = pets.parent / "private"
+    for name in ("1.png", "2.png", "a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+        add_image(private / name)
+    if link == "train":
+        (pets / "train").rename(pets / "before")
+    (pets / link).symlink_to(private / "1.png" if link.endswith(".png") else private)
+    with pytest.raises(DataError, match=f"a link leads out of {re.escape(str(pets))}; copy the images into it"):
+        load(str(pets), 12, NO_DATA_DIR)
+    link_to_all = pets.parent / "all"
+    link_to_all.symlink_to(pets)
+    (pets / link).unlink()
+    if link != "train":
+        assert load(str(link_to_all), 12, NO_DATA_DIR).classes == ("cat", "dog"), (
+            "the folder itself may be named by a link"
+        )
+
+
+def test_unreadable_class_folder_is_an_error(pets: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        root = Path(folder) / "pets"
+        shutil.copytree(pets, root)
+        Path(folder).chmod(0o755)
+        closed = root / "train" / "dog" / "more"
+        closed.chmod(0)
+        is_root = os.geteuid() == 0  # who may read everything
+        try:
+            if is_root:
+                os.seteuid(65534)
+            assert lines_of(DataError, str(root)) == [f"{closed}: Permission denied"]
+        finally:
+            if is_root:
+                os.seteuid(0)
+            closed.chmod(0o755)
+
+
+def test_all_broken_images_are_listed_at_once(pets: Path) -> None:
+    (pets / "train" / "cat" / "2.JPG").write_bytes(b"")
+    (pets / "train" / "dog" / "1.bmp").write_bytes(b"nothing")
+    empty, text, count = lines_of(DataError, str(pets))
+    assert empty == f"{pets}/train/cat/2.JPG: empty file"
+    assert text.startswith(f"{pets}/train/dog/1.bmp: not a JPEG")
+    assert count == "2 of 5 images can't be used; replace or remove them"
+
+
+def test_at_most_twenty_broken_images_are_listed(pets: Path) -> None:
+    for index in range(23):
+        (pets / "train" / "cat" / f"x{index:02}.png").write_bytes(b"")
+    lines = lines_of(DataError, str(pets))
+    assert len(lines) == 22
+    assert lines[19:] == [
+        f"{pets}/train/cat/x19.png: empty file",
+        "and 3 more",
+        "23 of 28 images can't be used; replace or remove them",
+    ]
+
+
+def test_every_class_needs_two_images(pets: Path) -> None:
+    (pets / "train" / "bird").mkdir()
+    (pets / "train" / "bird" / "1.heic").touch()
+    add_image(pets / "train" / "cow" / "1.png")
+    end = "needs at least 2; add some (.jpg .jpeg .png .gif .webp .bmp .tif .tiff) or remove it"
+    assert lines_of(DataError, str(pets)) == [
+        f"{pets}/train/bird: holds 0 image(s), {end}",
+        f"{pets}/train/cow: holds 1 image(s), {end}",
+    ]
+
+
+def test_folder_needs_train_and_two_classes(pets: Path) -> None:
+    shutil.rmtree(pets / "train" / "dog")
+    assert lines_of(DataError, str(pets)) == [
+        f"{pets}/train: holds 1 class folder(s), needs at least 2; add a folder for each class"
+    ]
+    shutil.rmtree(pets / "train")
+    assert lines_of(DataError, str(pets)) == [f"{pets}: has no folder train; put the images into {pets}/train/<class>/"]
+
+
+def test_test_images_stay_closed_but_their_classes_are_checked(pets: Path) -> None:
+    (pets / "test" / "dog").mkdir(parents=True)
+    (pets / "test" / "dog" / "1.png").write_bytes(b"would be refused if it were opened")
+    assert len(load(str(pets), 8, NO_DATA_DIR).train.labels) == 5
+    (pets / "test" / "dogs").mkdir()
+    assert lines_of(DataError, str(pets)) == [
+        f"{pets}/test/dogs: no such class in {pets}/train (did you mean dog?); rename or remove it"
+    ]
+
+
+def test_folder_with_too_many_pixels_is_refused(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_BYTES", 5 * 3 * 64**2)
+    assert len(load(str(pets), 64, NO_DATA_DIR).train.labels) == 5
+    assert lines_of(UserError, str(pets), 65)[0].startswith("data.image_size = 65: 5 images take")

@@ -1,0 +1,94 @@
+"""Every network: sizes, gradients, seeds; and what is counted of a network."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import recipe
+from pipeline.models.build import build_network, num_parameters, prediction_flop, receptive_field
+from pipeline.models.layers import conv_bn_relu
+
+EVERY = [
+    recipe.Baseline(),
+    recipe.Efficient(),
+    recipe.Expert(),
+    recipe.Fast(),
+    recipe.Fast(depth=3, whitening_kernel=4),
+    recipe.Improved(),
+    recipe.Plain(),
+    recipe.Attention(),
+]
+each = pytest.mark.parametrize("model", EVERY, ids=lambda model: model.network)
+
+
+@each
+@pytest.mark.parametrize(("size", "classes"), [(8, 10), (16, 3), (32, 10), (45, 2)])
+def test_input_size_and_classes_come_from_the_data(model: recipe.Model, size: int, classes: int) -> None:
+    network = build_network(model, classes, size, seed=0).eval()
+    assert network(torch.randn(2, 3, size, size)).shape == (2, classes)
+
+
+@each
+def test_smallest_image_that_can_be_halved_gives_finite_logits(model: recipe.Model) -> None:
+    smallest = max(2**model.halvings, 8)
+    network = build_network(model, 10, smallest, seed=0).eval()
+    assert network(torch.randn(1, 3, smallest, smallest)).isfinite().all()
+
+
+@each
+def test_every_parameter_gets_a_gradient(model: recipe.Model) -> None:
+    network = build_network(model, 10, 32, seed=0)
+    network(torch.randn(8, 3, 32, 32)).square().sum().backward()
+    assert not [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+@each
+def test_seed_draws_the_weights(model: recipe.Model) -> None:
+    first, second = (build_network(model, 10, 32, seed=3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        (recipe.Baseline(), 136_874),
+        (recipe.Improved(), 814_570),
+        (recipe.Efficient(), 774_010),
+        (recipe.Plain(), 429_866),
+        (recipe.Expert(), 1_786_905),
+        (recipe.Fast(), 1_971_352),  # airbench94_muon's 1,972,792 less what is frozen there
+    ],
+    ids=lambda value: getattr(value, "network", ""),
+)
+def test_number_of_parameters_is_known(model: recipe.Model, parameters: int) -> None:
+    assert num_parameters(build_network(model, 10, 32, seed=0)) == parameters
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), 3),
+        (nn.Sequential(*conv_bn_relu(3, 4), *conv_bn_relu(4, 4)), 5),
+        (nn.Sequential(nn.Conv2d(3, 4, 3, padding=2, dilation=2)), 5),
+        (nn.Sequential(*conv_bn_relu(3, 4), nn.MaxPool2d(2), *conv_bn_relu(4, 4)), 8),
+        (nn.Sequential(nn.Conv2d(3, 4, 7, 2, 3), nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 4, 3, padding=1)), 19),
+        (nn.Sequential(*[layer for i in range(5) for layer in conv_bn_relu(3 if i == 0 else 4, 4)]), 11),
+    ],
+)
+def test_receptive_field_of_known_networks(features: nn.Module, expected: int) -> None:
+    """By the recurrence r += (kernel - 1) * dilation * jump; the fifth is ResNet's stem and one convolution."""
+    assert receptive_field(features) == expected
+
+
+def test_prediction_flop_equals_the_count_by_hand() -> None:
+    """Convolutions of 3 x 3 at full and half size, then two linear layers; two FLOP for each multiply-add."""
+    model = recipe.Baseline(widths=(4, 8), hidden=16)
+    features = build_network(model, 10, 8, seed=0)
+    linear = sum(2 * m.in_features * m.out_features for m in features.modules() if isinstance(m, nn.Linear))
+    convolutions = 2 * 9 * (3 * 4 * 8 * 8 + 4 * 8 * 4 * 4)
+    assert prediction_flop(model, 10, 8) == convolutions + linear
+
+
+def test_unknown_kind_of_network_is_refused() -> None:
+    with pytest.raises(TypeError, match="type Section"):
+        build_network(recipe.Section(), 10, 32, seed=0)  # type: ignore[arg-type]
