@@ -13,10 +13,11 @@ import torch
 
 from pipeline.data.prepare import TrainingData
 from pipeline.evaluation import figures
+from pipeline.evaluation.calibration import fit_calibration
 from pipeline.evaluation.logits import latency_ms, predict_logits
 from pipeline.evaluation.scores import most_confident, per_class_table, reliability, score
 from pipeline.inference.classifier import ModelMetadata
-from pipeline.inference.methods import fit, measure, methods_table, out_of_fold, views, views_of
+from pipeline.inference.methods import measure, methods_table, out_of_fold, views, views_of
 from pipeline.models.build import num_parameters
 from pipeline.recipe import Recipe
 from pipeline.tracking.tags import RunTags
@@ -142,11 +143,11 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
         mean=tuple(data.mean.tolist()),
         std=tuple(data.std.tolist()),
         run_id=tracked.id or "",
-        fitted=fit(logits[0], labels),
+        calibration=fit_calibration(logits[0], labels),
         measured=measured,
     )
     metrics = scores.metrics(data.classes) | {
-        "calibration/temperature": metadata.fitted.temperature,
+        "calibration/temperature": metadata.calibration.temperature,
         "calibration/ece": measured["plain"].ece,
         "calibration/loss": measured["plain"].loss,
         **{
@@ -176,7 +177,7 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
             "reliability": figures.reliability_figure(
                 reliability(probabilities, labels),
                 reliability(predicted["plain"], labels),
-                metadata.fitted.temperature,
+                metadata.calibration.temperature,
             ),
             "most_confident_correct": _gallery(data, labels, probabilities, correct=True),
             "most_confident_wrong": _gallery(data, labels, probabilities, correct=False),

@@ -19,17 +19,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks gain nothing from
 
 import torch
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
+from tracking_stores import (  # noqa: F401, fixtures
+    fast_uploads,
+    local_tracker,
+    proxied_tracker,
+    proxy,
+    server_port,
+    sqlite_tracker,
+)
 
 from pipeline import experiment
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.experiment import ExperimentRequest
 from pipeline.recipe import Recipe, parse_recipe
+from pipeline.registry.gate import GateRecord, RuleResult, Rules, Verdict
+from pipeline.registry.ledger import VerdictEvidence
 from pipeline.registry.package import Package, package
 from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.relocate import relocate
-from pipeline.tracking.tags import RunTags
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tracker import MlflowTracker
 
 if TYPE_CHECKING:
     from harness import ForkServer, Row
@@ -138,19 +148,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digi
 @pytest.fixture(scope="session")
 def packed(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Package:
     """The finished run as a package; not to be changed."""
-    finding = {"rule": "better", "number": "p = 0.0123", "threshold": "at most 0.05", "passed": True, "why": "McNemar"}
-    evidence = {
-        "run": trained.finished,
-        "judged": "2026-01-02T03:04:05+00:00",
-        "by": "me",
-        "test_split": "ab" * 32,
-        "reason": "finals_won",
-        "against": "c0ffee",
-        "other": "control",
-        "images": 200,
-        "right": {trained.finished: 150, "c0ffee": 120},
-        "verdict": {"passed": True, "findings": [finding]},
-    }
+    result = RuleResult(rule="better", number="p = 0.0123", threshold="at most 0.05", passed=True, reason="McNemar")
+    record = GateRecord(
+        opponent="control",
+        opponent_run="c0ffee",
+        verdict=Verdict(results=(result,)),
+        rules=Rules(),
+        recipe_digest="",
+        images=200,
+        correct={trained.finished: 150, "c0ffee": 120},
+        onnx_sha256="",
+        predictions_sha256={},
+    )
+    evidence = VerdictEvidence(
+        run=trained.finished,
+        decided="2026-01-02T03:04:05+00:00",
+        user="me",
+        test_split="ab" * 32,
+        reason="finals_won",
+        record=record,
+    )
     with find_model(trained.home, None, trained.finished) as model:
         folder = tmp_path_factory.mktemp("packed") / "model"
         return package(MlflowTracker(trained.home), trained.finished, model.folder, folder, evidence)

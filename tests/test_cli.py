@@ -22,8 +22,10 @@ from conftest import Trained
 from PIL import Image
 
 from pipeline.inference.predictions import read_predictions
+from pipeline.tracking import queries
 from pipeline.tracking.models import find_model
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 augmentation.crop_padding=2"
@@ -196,7 +198,7 @@ def test_a_study_of_a_folder_that_moved_is_finished_where_it_lies_now(tmp_path: 
     done = pipeline(*finals, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "caution: 2 validation images say little" in done.stdout
-    [study] = MlflowTracker(tmp_path / "mlruns").studies()
+    [study] = queries.studies(MlflowTracker(tmp_path / "mlruns"))
     assert study.places == [str(moved), str(tmp_path / "digits")], "where it is found without the option"
 
 
@@ -662,7 +664,7 @@ def test_a_champion_is_made_told_of_and_refuses_to_be_rolled_back(trained: Train
     shown = pipeline("history", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     kinds = [line.split("  ")[1].strip() for line in shown.stdout.splitlines()[:-1]]
-    assert kinds == ["look", "passed", "begun", "promoted"]
+    assert kinds == ["test evaluation", "passed", "begun", "promoted"]
     assert shown.stdout.splitlines()[-1].endswith("models that were tried on a test split: 1")
     back = pipeline("rollback", "--reason", "why not", cwd=tmp_path)
     assert back.returncode == 2

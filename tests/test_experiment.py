@@ -18,11 +18,12 @@ from sklearn.metrics import f1_score
 
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
+from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.logits import predict_logits
 from pipeline.evaluation.scores import score
 from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
 from pipeline.inference.classifier import ModelMetadata
-from pipeline.inference.methods import METHODS, fit_temperature, out_of_fold
+from pipeline.inference.methods import METHODS, out_of_fold
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.tracking.journal import FOLDER, RECORDS

@@ -57,7 +57,8 @@ from pipeline.search.speed import Stopwatch, measure, measure_overhead, trial_se
 from pipeline.search.storage import open_storage
 from pipeline.search.study import Search, available, load_study
 from pipeline.search.trial import StudyContext
-from pipeline.tracking.tracker import MlflowTracker, State, Tracker
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker, Tracker
 from pipeline.training.loop import train
 
 Row = dict[str, Any]

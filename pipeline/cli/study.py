@@ -193,16 +193,14 @@ def _deleted(console: Console, tracker: "MlflowTracker", done: "optuna.Study") -
 
     The sampler goes on with what they measured, and they count: that was true, and to search there again would be a waste.
     """
-    from pipeline.search.study_attributes import StudyAttributes
+    from pipeline.tracking import queries
 
-    parent_run = StudyAttributes.of(done).mlflow_run_id
-    assert parent_run
     try:
-        for study in tracker.studies():
-            if study.parent == parent_run:
-                for line in tracker.left_out(study):
+        for study in queries.studies(tracker):
+            if study.parent == done.user_attrs["mlflow_run_id"]:
+                for line in queries.omitted_lines(tracker, study):
                     say(console, line)
-        return tracker.deleted_keys(parent_run)
+        return queries.deleted_keys(tracker, done.user_attrs["mlflow_run_id"])
     except Exception as error:
         if not is_away(error):
             raise
@@ -211,8 +209,10 @@ def _deleted(console: Console, tracker: "MlflowTracker", done: "optuna.Study") -
 
 def _links(console: Console, tracker: "MlflowTracker", name: str) -> dict[str, str]:
     """To a study in the UI; no links where MLflow's server went away at the last moment, as the study is done."""
+    from pipeline.tracking import queries
+
     try:
-        found = (links_of(tracker, study, UI_PORT) for study in tracker.studies() if study.name == name)
+        found = (links_of(tracker, study, UI_PORT) for study in queries.studies(tracker) if study.name == name)
         return next(found, {})  # the study's own run may have been deleted meanwhile
     except Exception as error:
         if not is_away(error):

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import optuna
 from optuna.trial import TrialState
@@ -20,6 +20,10 @@ from pipeline.search.storage import num_finished
 from pipeline.search.study import Search, best_trials
 from pipeline.search.trial_attributes import Progress, TrialAttributes
 from pipeline.training.loop import EpochReport
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.significance import Sample
+    from pipeline.registry.decision import FinalsDecision
 
 _PLAIN_EVERY_S = 30.0  # a line, where nothing can be redrawn
 _BAR_WIDTH = 20
@@ -307,7 +311,7 @@ class FinalsView:
         line = f"{self._name}: epoch {report.epoch}/{self._epochs}, {m['throughput/images_per_s']:.0f} images/s"
         self._status.update(Text(line))
         if not self._console.is_terminal and now - self._told > _PLAIN_EVERY_S:
-            self.said(line)
+            self.note(line)
 
     def ended(self, name: str, outcome: Outcome) -> None:
         """It ended, in whatever state."""
@@ -321,49 +325,48 @@ class FinalsView:
         how = ", ".join(
             [f"{outcome.state}{reason}", *scores, f"{outcome.epochs} epochs in {duration(outcome.seconds)}"]
         )
-        self.said(f"{name} {how}{more}")
+        self.note(f"{name} {how}{more}")
 
-    def said(self, line: str) -> None:
+    def note(self, line: str) -> None:
         """Something else is to be known."""
         self._told = time.monotonic()
         self._console.print(Text(line), soft_wrap=True)
 
 
-def print_finals(console: Console, decision: Mapping[str, Any]) -> None:
+def print_finals(console: Console, decision: "FinalsDecision") -> None:
     """A row per recipe with 95 % intervals, what each changes in the control, and the winner."""
-    objective = decision["objective"]
-    n = len(decision["seeds"])
+    objective, n = decision.objective, len(decision.seeds)
     console.print(
-        f"{decision['study']}: finals, {n} seeds, {objective} on the validation split; 95 % intervals of the means; "
+        f"{decision.study}: finals, {n} seeds, {objective} on the validation split; 95 % intervals of the means; "
         "differences to the control in points, time of a training, FLOP of a prediction",
         soft_wrap=True,
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for heading in ("trial", "n", "mean", "sd", "95 %", "to control", "training", "MFLOP"):
         table.add_column(heading, justify="right")
-    for row in sorted(decision["candidates"], key=lambda row: -(row["score"] or {"mean": 0})["mean"]):
-        score, gap = row["score"], row["difference"]
+    for row in decision.ranked:
+        score, gap = row.score, row.difference
         table.add_row(
-            row["name"].removeprefix("trial "),
-            str(score["n"]) if score else "0",
-            f"{score['mean']:.4f}" if score else "",
-            f"{score['sd']:.4f}" if score and score["sd"] is not None else "",
-            f"±{score['high'] - score['mean']:.4f}" if score and score["high"] is not None else "",
+            row.name.removeprefix("trial "),
+            str(score.n) if score else "0",
+            f"{score.mean:.4f}" if score else "",
+            f"{score.sd:.4f}" if score and score.sd is not None else "",
+            f"±{score.high - score.mean:.4f}" if score and score.high is not None else "",
             _gap(gap) if gap else "",
-            duration(row["training_s"]),
-            f"{row['prediction_flop'] / 1e6:.3g}",
+            duration(row.training_s),
+            f"{row.prediction_flop / 1e6:.3g}",
         )
     console.print(table)
-    for row in decision["candidates"]:
-        changes = ", ".join(f"{name} {_short(value)}" for name, value in row["changes"].items())
-        out = f"; {row['out']}" if row["out"] else ""
-        console.print(Text(f"{row['name']}: {changes or 'the base recipe'}{out}"), soft_wrap=True)
-    for rule in decision["rules"]:
+    for row in decision.candidates:
+        changes = ", ".join(f"{name} {_short(value)}" for name, value in row.changes.items())
+        stopped = f"; {row.stopped}" if row.stopped else ""
+        console.print(Text(f"{row.name}: {changes or 'the base recipe'}{stopped}"), soft_wrap=True)
+    for rule in decision.rules:
         console.print(Text(f"  {rule}"), soft_wrap=True)
-    if decision["winner"]:
-        console.print(Text(f"winner: {decision['winner']['said']}"), soft_wrap=True)
+    if decision.winner:
+        console.print(Text(f"winner: {decision.winner.summary}"), soft_wrap=True)
 
 
-def _gap(gap: Mapping[str, float]) -> str:
-    half = f" ±{100 * (gap['high'] - gap['mean']):.2f}" if gap["high"] is not None else ""
-    return f"{100 * gap['mean']:+.2f}{half}"
+def _gap(gap: "Sample") -> str:
+    half = f" ±{100 * (gap.high - gap.mean):.2f}" if gap.high is not None else ""
+    return f"{100 * gap.mean:+.2f}{half}"

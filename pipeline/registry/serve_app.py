@@ -1,13 +1,13 @@
-"""MLflow's scoring server behind the door; `serve.start` has uvicorn call `app`."""
+"""MLflow's scoring server behind access control; `serve.start` has uvicorn call `app`."""
 
 import os
 
 from mlflow.pyfunc import load_model
 from mlflow.pyfunc.scoring_server import init
 
-from pipeline.tracking.access import Door
+from pipeline.tracking.access import AccessControl
 
 
-def app() -> Door:
+def app() -> AccessControl:
     """What `mlflow models serve` runs, for the package whose folder the environment names."""
-    return Door(init(load_model(os.environ["PIPELINE_MODEL"])))
+    return AccessControl(init(load_model(os.environ["PIPELINE_MODEL"])))

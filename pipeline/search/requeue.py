@@ -20,6 +20,7 @@ from pipeline.processes import process_has_exited
 from pipeline.search.optuna_internals import fail_trial, stored_trial
 from pipeline.search.pruner import MIN_UNPRUNED_TRIALS
 from pipeline.search.trial_attributes import TrialAttributes, update_attributes
+from pipeline.tracking import queries, recovery
 from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker, State
 from pipeline.training.resume import CHECKPOINTS
@@ -71,7 +72,7 @@ def reconcile(study: optuna.Study, tracker: MlflowTracker, parent_run: str, home
                 alive.add(attributes.run_key or "")
             elif attributes.state and attributes.run_key and not attributes.requeued:
                 ended[attributes.run_key] = (State(attributes.state), attributes.reason)
-        tracker.close_lost(parent_run, alive, ended)
+        recovery.close_abandoned_trials(tracker, parent_run, alive, ended)
         _detach_deleted_runs(study, tracker, parent_run)
     return sorted(trial.number for trial in dead)
 
@@ -81,7 +82,7 @@ def _detach_deleted_runs(study: optuna.Study, tracker: MlflowTracker, parent_run
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     by_key = {TrialAttributes.of(trial).run_key: trial for trial in waiting}
     by_key.pop(None, None)
-    for key in by_key.keys() & (tracker.deleted_keys(parent_run) if by_key else set()):
+    for key in by_key.keys() & (queries.deleted_keys(tracker, parent_run) if by_key else set()):
         trial = by_key[key]
         update_attributes(study, trial, run_key=uuid.uuid4().hex)
         shutil.rmtree(tracker.home / CHECKPOINTS / str(key), ignore_errors=True)  # its epochs are in the deleted run
@@ -112,7 +113,7 @@ def _give_up(study: optuna.Study, trial: FrozenTrial, reason: str, tracker: Mlfl
     key = attributes.run_key or uuid.uuid4().hex  # it may have died each time before it had one
     update_attributes(study, trial, state=str(State.FAILED), reason=reason, run_key=key)
     name, tags = run_name(trial.number, attributes), run_tags(study, trial.number, attributes)
-    tracker.end_run(key, parent_run, name, tags.to_mlflow(), State.FAILED, reason)
+    recovery.end_run(tracker, key, parent_run, name, tags.to_mlflow(), State.FAILED, reason)
     shutil.rmtree(tracker.home / CHECKPOINTS / key, ignore_errors=True)  # no trial resumes from there
 
 

@@ -19,6 +19,7 @@ from pipeline.search.supervisor import Supervisor
 from pipeline.search.trial import StudyContext, StudyInterrupted, claim_trial, run_trial
 from pipeline.search.worker import Assignment, packed
 from pipeline.search.worker_pool import WorkerPool
+from pipeline.tracking import recovery
 from pipeline.tracking.tracker import MlflowRun, State
 
 
@@ -62,7 +63,7 @@ def run_study(
             raise StudyInterrupted from None
         finally:
             parent.end(state)
-            context.tracker.adopt_journals()  # of workers that died
+            recovery.adopt_journals(context.tracker)  # of workers that died
     return study
 
 

@@ -11,7 +11,8 @@ from pipeline.data.prepare import TrainingData
 from pipeline.experiment import publish
 from pipeline.inference.methods import views_of
 from pipeline.recipe import Recipe
-from pipeline.tracking.tracker import State, Tracker
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import Tracker
 from pipeline.training.loop import PARTS, EpochReport, train
 
 # Measured epochs are short, so that slow networks are measured too; a GPU must not run out of steps that are queued.

@@ -233,7 +233,7 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
             data=data,
             device=device,
             storage=storage,
-            tracker=MlflowTracker(assignment.home, assignment.tracking_uri, asks=False),
+            tracker=MlflowTracker(assignment.home, assignment.tracking_uri, connect_now=False),
             observer=heartbeat,
             parent_run=assignment.parent_run,
             stop_requested=stop_requested,

@@ -110,7 +110,7 @@ def tune(limits: dict[str, float]) -> None:
     )
     saving: Any = Resume.__init__
     saving.__defaults__ = (limits["every_s"],)
-    uploader._INTERVAL_S, uploader._LONGEST_PAUSE_S = 0.5, 1.0
+    uploader._INTERVAL_S, uploader._MAX_PAUSE_S = 0.5, 1.0
 
 
 def jump(draw: random.Random) -> None:

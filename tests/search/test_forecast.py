@@ -20,6 +20,7 @@ from pipeline.search.storage import find_study
 from pipeline.search.study import Search, Study
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial import StudyInterrupted
+from pipeline.tracking import queries
 
 CPU = torch.device("cpu")
 
@@ -123,7 +124,7 @@ def test_study_stores_its_forecast_and_what_it_took(
     assert (truth["trials"], truth["epochs"], truth["pruned"]) == (2, 4, 0)
     assert truth["seconds"] > 4 * truth["epoch_s"] > 0
     assert truth["disk_mib"] > 0.2
-    assert len(study.trials) == 2 and len(harness.tracker.studies()) == 1, "measuring leaves no trial"
+    assert len(study.trials) == 2 and len(queries.studies(harness.tracker)) == 1, "measuring leaves no trial"
     assert find_study(search, harness.data, harness.storage)
     assert find_study(dataclasses.replace(search, version=2), harness.data, harness.storage) is None
 

@@ -17,6 +17,7 @@ from pipeline.search.storage import num_finished
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial import StudyInterrupted
 from pipeline.search.trial_attributes import TrialAttributes
+from pipeline.tracking import queries
 from pipeline.tracking.tracker import MlflowTracker, State
 from pipeline.training.loop import EpochReport
 
@@ -125,7 +126,7 @@ def test_finished_run_of_an_untold_trial_is_resumed(harness: StudyHarness) -> No
     runs = harness.runs_by_trial()
     assert set(runs) == {0, 2}
     assert runs[2].data.tags["run_key"] == "a" * 32 and runs[2].info.status == "FINISHED"
-    assert len(harness.tracker.best_run_ids(harness.tracker.studies()[0], 10)) == 2
+    assert len(queries.best_run_ids(harness.tracker, queries.studies(harness.tracker)[0], 10)) == 2
     harness.assert_nothing_runs()
 
 
@@ -145,8 +146,11 @@ def test_two_databases_share_one_mlflow_store(
     runs = harness.tracker.client.search_runs([experiment], "tags.role = 'trial'")
     assert [run.info.status for run in runs] == ["FINISHED"] * 2
     assert all("reason" not in run.data.tags for run in runs)
-    assert len(harness.tracker.studies()) == 2
-    assert [len(harness.tracker.best_run_ids(study, 10)) for study in harness.tracker.studies()] == [1, 1]
+    assert len(queries.studies(harness.tracker)) == 2
+    assert [len(queries.best_run_ids(harness.tracker, study, 10)) for study in queries.studies(harness.tracker)] == [
+        1,
+        1,
+    ]
 
 
 def test_running_study_is_not_run_twice(harness: StudyHarness) -> None:
