@@ -184,7 +184,7 @@ class Question:
     @classmethod
     def of(cls, trials: int) -> "Question":
         study = load_study("attention")
-        data = Mock(digest="0" * 64, split_digest="0" * 64)
+        data = Mock(digest="0" * 64, split_digest="0" * 64, place=None)
         data.name = "nothing"
         return cls(Search("scale", study, {"training.epochs": EPOCHS}, 1, trials, None), data)
 

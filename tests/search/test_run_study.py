@@ -179,5 +179,5 @@ def test_study_in_postgresql_resumes(tmp_path: Path, small_recipe: Recipe, digit
         harness = StudyHarness(tmp_path / "mlruns", small_recipe, digits, server.get_uri())
         assert len(harness.run(1).trials) == 1
         assert len(harness.run(2).trials) == 2
-        assert not (tmp_path / "mlruns" / "optuna.db").stat().st_size > 200_000
+        assert not (tmp_path / "mlruns" / "optuna.db").exists()
         harness.storage.remove_session()

@@ -57,7 +57,7 @@ def test_measurement_counts_the_steps_of_the_complete_data(small_recipe: Recipe,
     assert 4 * sum(speed.step_s.values()) + speed.evaluation_s < took
     assert speed.images_per_second == pytest.approx(64 / sum(speed.step_s.values()))
     assert speed.epoch_s == pytest.approx(speed.steps * sum(speed.step_s.values()) + speed.evaluation_s)
-    long = measure(small_recipe, digits, CPU, 0.3, lambda epoch, step, steps: seen.append(step))
+    long = measure(small_recipe, digits, CPU, 1.5, lambda epoch, step, steps: seen.append(step))
     assert len(seen) > 16 and long.steps == speed.steps
 
 
