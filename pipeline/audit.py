@@ -303,13 +303,13 @@ class _Auditor:
         if not (self._home / ledger.FILE).is_file():
             return
         book = ledger.Ledger(self._home)
-        for event in book.cut_off():
+        for event in book.unfinished():
             rule = f"a change of champion, begun {event.time}, was cut off"
             self._find(event.model, rule, "`history` finishes or undoes it")
-        cut_off = {event.model for event in book.cut_off()}
+        cut_off = {event.model for event in book.unfinished()}
         for model in {event.model for event in book.events() if event.kind in (ledger.PROMOTED, ledger.ROLLED_BACK)}:
-            registry, reigns = Registry(self._tracker, book, model), book.reigns(model)
-            if gone := registry.gone():
+            registry, reigns = Registry(self._tracker, book, model), book.champions(model)
+            if gone := registry.deleted():
                 versions = ", ".join(reign.version for reign in gone)
                 remedy = f"{_FIX} removes it from the champions"
                 self._find(model, f"version {versions} was deleted in MLflow", remedy)

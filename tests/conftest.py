@@ -31,15 +31,19 @@ from tracking_stores import (  # noqa: F401, fixtures
 from pipeline import experiment
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
+from pipeline.experiment import ExperimentRequest
 from pipeline.recipe import Recipe, parse_recipe
+from pipeline.registry.gate import GateRecord, RuleResult, Rules, Verdict
+from pipeline.registry.ledger import VerdictEvidence
 from pipeline.registry.package import Package, package
 from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.relocate import relocate
-from pipeline.tracking.tags import State
+from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 
 if TYPE_CHECKING:
-    from harness import Row, Zygote
+    from harness import ForkServer, Row
+    from study_harness import StudyHarness
 
 # A shell starts what runs in its background with Ctrl-C ignored, which the commands under test would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -126,19 +130,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digi
 
     runs = []
     for number, on_epoch in enumerate([lambda report: None, prune]):
-        tags = {"role": "trial", "study": "tiny-v1-digits", "trial": str(number)}
-        runs.append(
-            experiment.run(
-                small_recipe,
-                digits,
-                torch.device("cpu"),
-                tracker,
-                f"trial {number}",
-                parent.id,
-                tags,
-                on_epoch=on_epoch,
-            )
+        request = ExperimentRequest(
+            recipe=small_recipe,
+            data=digits,
+            device=torch.device("cpu"),
+            name=f"trial {number}",
+            parent_run=parent.id,
+            tags=RunTags(role="trial", study="tiny-v1-digits", trial=number),
+            on_epoch=on_epoch,
         )
+        runs.append(experiment.run(request, tracker))
     parent.end(State.FINISHED)
     assert [run.state for run in runs] == [State.FINISHED, State.PRUNED]
     return Trained(home, *(tracker.id_of(run.run_key) for run in runs))
@@ -147,19 +148,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digi
 @pytest.fixture(scope="session")
 def packed(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Package:
     """The finished run as a package; not to be changed."""
-    finding = {"rule": "better", "number": "p = 0.0123", "threshold": "at most 0.05", "passed": True, "why": "McNemar"}
-    evidence = {
-        "run": trained.finished,
-        "judged": "2026-01-02T03:04:05+00:00",
-        "by": "me",
-        "test_split": "ab" * 32,
-        "reason": "finals_won",
-        "against": "c0ffee",
-        "other": "control",
-        "images": 200,
-        "right": {trained.finished: 150, "c0ffee": 120},
-        "verdict": {"passed": True, "findings": [finding]},
-    }
+    result = RuleResult(rule="better", number="p = 0.0123", threshold="at most 0.05", passed=True, reason="McNemar")
+    record = GateRecord(
+        opponent="control",
+        opponent_run="c0ffee",
+        verdict=Verdict(results=(result,)),
+        rules=Rules(),
+        recipe_digest="",
+        images=200,
+        correct={trained.finished: 150, "c0ffee": 120},
+        onnx_sha256="",
+        predictions_sha256={},
+    )
+    evidence = VerdictEvidence(
+        run=trained.finished,
+        decided="2026-01-02T03:04:05+00:00",
+        user="me",
+        test_split="ab" * 32,
+        reason="finals_won",
+        record=record,
+    )
     with find_model(trained.home, None, trained.finished) as model:
         folder = tmp_path_factory.mktemp("packed") / "model"
         return package(MlflowTracker(trained.home), trained.finished, model.folder, folder, evidence)
@@ -180,12 +188,20 @@ def registered(trained: Trained, package: Package) -> Iterator[str]:
         client.delete_registered_model("image-classifier")
 
 
-@pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Zygote"]:
-    """Starts processes of the pipeline; see tests/chaos."""
-    from harness import Zygote
+@pytest.fixture
+def harness(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> "StudyHarness":
+    """A study in a folder of its own; see tests/search/study_harness.py."""
+    from study_harness import StudyHarness
 
-    with contextlib.closing(Zygote(tmp_path_factory.mktemp("zygote"))) as running:
+    return StudyHarness(tmp_path / "mlruns", small_recipe, digits)
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ForkServer"]:
+    """Starts processes of the pipeline; see tests/chaos."""
+    from harness import ForkServer
+
+    with contextlib.closing(ForkServer(tmp_path_factory.mktemp("fork-server"))) as running:
         yield running
 
 

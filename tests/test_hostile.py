@@ -50,15 +50,15 @@ Act = Callable[[Path], Any]
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a process that read a file said, and what it took."""
+class Measured:
+    """The error lines of a process that read a file, and what it took."""
 
     lines: list[str]
     seconds: float
     megabytes: float
 
 
-def watched(act: Act, file: Path) -> Told:
+def run_measured(act: Act, file: Path) -> Measured:
     """In a fork; anything but a UserError or success fails here."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -72,14 +72,14 @@ def watched(act: Act, file: Path) -> Told:
             lines = error.lines
         except BaseException:
             lines = [traceback.format_exc()]
-        told = [lines, sum(os.times()[:2]) - start, (_peak() - before) / 1024]
-        os.write(writer, json.dumps(told).encode()[:60_000])
+        measured = [lines, sum(os.times()[:2]) - start, (_peak() - before) / 1024]
+        os.write(writer, json.dumps(measured).encode()[:60_000])
         os._exit(0)
     os.close(writer)
     with open(reader, "rb") as answer:
         content = answer.read()
     assert os.waitpid(child, 0)[1] == 0, "killed: it hung or crashed"
-    return Told(*json.loads(content))
+    return Measured(*json.loads(content))
 
 
 def _peak() -> int:
@@ -88,10 +88,10 @@ def _peak() -> int:
 
 def check_refused(act: Act, file: Path, reason: str, canary: Path) -> None:
     """Refused in lines, of which the first has the reason, within the limits; the canary is not there."""
-    told = watched(act, file)
-    assert told.lines and reason in told.lines[0], told.lines
-    assert not any("Traceback" in line for line in told.lines), told.lines
-    assert told.seconds < LIMIT_S and told.megabytes < LIMIT_MB, told
+    measured = run_measured(act, file)
+    assert measured.lines and reason in measured.lines[0], measured.lines
+    assert not any("Traceback" in line for line in measured.lines), measured.lines
+    assert measured.seconds < LIMIT_S and measured.megabytes < LIMIT_MB, measured
     assert not canary.exists(), "its code was run"
 
 
@@ -111,7 +111,7 @@ def canary(tmp_path: Path) -> Path:
     return tmp_path / "canary"
 
 
-def test_the_bomb_explodes_where_it_is_unpickled(canary: Path) -> None:
+def test_bomb_explodes_where_it_is_unpickled(canary: Path) -> None:
     pickle.loads(pickle.dumps(Bomb(canary)))
     assert canary.exists()
 
@@ -198,13 +198,13 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_a_hostile_image_is_refused(name: str, tmp_path: Path, canary: Path) -> None:
+def test_hostile_image_is_refused(name: str, tmp_path: Path, canary: Path) -> None:
     make, reason = IMAGES[name]
     (tmp_path / name).write_bytes(make())
     check_refused(lambda path: read_image(path, 32), tmp_path / name, reason, canary)
 
 
-def test_what_is_large_beside_the_pixels_is_left_out(tmp_path: Path) -> None:
+def test_large_data_beside_the_pixels_is_skipped(tmp_path: Path) -> None:
     """Frames behind the first, and EXIF as large as the file."""
     frames = [Image.new("P", (64, 64), i % 256) for i in range(500)]
     (tmp_path / "a.gif").write_bytes(saved("GIF", frames[0], save_all=True, append_images=frames[1:]))
@@ -212,22 +212,22 @@ def test_what_is_large_beside_the_pixels_is_left_out(tmp_path: Path) -> None:
     pixels = zlib.compress(bytes(8 * 25))
     (tmp_path / "b.png").write_bytes(png(8, 8, pixels, chunk(b"eXIf", exif)))
     for name in ("a.gif", "b.png"):
-        told = watched(lambda path: read_image(path, 32), tmp_path / name)
-        assert not told.lines and told.seconds < LIMIT_S and told.megabytes < LIMIT_MB, told
+        measured = run_measured(lambda path: read_image(path, 32), tmp_path / name)
+        assert not measured.lines and measured.seconds < LIMIT_S and measured.megabytes < LIMIT_MB, measured
 
 
 def test_16_bit_pixels_take_no_more_memory_than_others(tmp_path: Path) -> None:
     """49 megapixels in 0.1 MB: a double for each would be 1.2 GB."""
     Image.fromarray(np.zeros((7000, 7000), np.uint16)).save(tmp_path / "a.png")
-    told = watched(lambda path: read_image(path, 32), tmp_path / "a.png")
-    assert not told.lines and told.megabytes < 500, told
+    measured = run_measured(lambda path: read_image(path, 32), tmp_path / "a.png")
+    assert not measured.lines and measured.megabytes < 500, measured
 
 
 # ----------------------------------------------------------------------------------------------------------- pickles
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_pickle_with_code_is_refused(protocol: int, tmp_path: Path, canary: Path) -> None:
+def test_pickle_with_code_is_refused(protocol: int, tmp_path: Path, canary: Path) -> None:
     file = tmp_path / "a.pkl"
     for value in (Bomb(canary), {b"data": Bomb(canary)}, {"data": np.zeros((1, 3072), np.uint8), "more": Bomb(canary)}):
         file.write_bytes(pickle.dumps(value, protocol))
@@ -309,7 +309,7 @@ def test_hostile_weights_are_refused(name: str, checkpoint: Path, tmp_path: Path
 HUGE = {"network": "attention", "widths": [1024] * 5, "blocks_per_stage": 8, "reduction": 1, "dropout": 0.1}
 
 
-def test_a_recipe_of_gigabytes_is_refused_before_its_network_is_built(
+def test_recipe_of_gigabytes_is_refused_before_building(
     checkpoint: Path, small_recipe: Recipe, tmp_path: Path, canary: Path
 ) -> None:
     recipe = parse_recipe(
@@ -321,7 +321,7 @@ def test_a_recipe_of_gigabytes_is_refused_before_its_network_is_built(
 
 
 @pytest.mark.parametrize("network", ["attention", "baseline", "efficient", "expert", "fast", "improved", "plain"])
-def test_without_memory_a_network_has_the_same_shapes(network: str) -> None:
+def test_network_on_meta_device_has_the_same_shapes(network: str) -> None:
     recipe = parse_recipe(
         {"model": {"network": network}, "optimizer": {"name": "sgd", "lr": 1}, "training": {"epochs": 1}}
     )
@@ -340,14 +340,14 @@ RECORDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a gigabyte": (lambda path: _sparse(path, 2**30), "more than 16,777,216"),
     "deep lists": (lambda path: path.write_text("[" * 100_000), "it is no JSON"),
     "deep objects": (lambda path: path.write_text('{"a":' * 900 + "1" + "}" * 900), "not of format 1"),
-    "deep facts": (lambda path: _resealed(path, facts=_deep(300)), "its facts can't be used"),
+    "deep facts": (lambda path: _resealed(path, facts=_deep(300)), "the metadata in checkpoint.json can't be used"),
     "a pickle": (lambda path: path.write_bytes(pickle.dumps(Bomb(path.parents[1] / "canary"))), "it is no JSON"),
     "a number of 10,000 digits": (lambda path: path.write_text('{"format": ' + "9" * 10_000 + "}"), "it is no JSON"),
     "NaN": (lambda path: path.write_text('{"format": NaN}'), "not of format 1"),
-    "facts that are none": (lambda path: _resealed(path, facts=None), "its facts can't be used"),
+    "facts that are none": (lambda path: _resealed(path, facts=None), "the metadata in checkpoint.json can't be used"),
     "numbers without end": (
         lambda path: _resealed(path, facts={"mean": [float("inf")] * 3}),
-        "its facts can't be used",
+        "the metadata in checkpoint.json can't be used",
     ),
     "digests of nothing": (lambda path: _resealed(path, sha256={}), "has no sha256 of weights.safetensors"),
     "digests that are a list": (
@@ -383,7 +383,7 @@ def _resealed(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_a_hostile_record_is_refused(name: str, checkpoint: Path, tmp_path: Path, canary: Path) -> None:
+def test_hostile_record_is_refused(name: str, checkpoint: Path, tmp_path: Path, canary: Path) -> None:
     change, reason = RECORDS[name]
     folder = forged(checkpoint, tmp_path / "model")
     change(folder / checkpoints.RECORD)
@@ -405,7 +405,7 @@ MLMODELS = {
 
 
 @pytest.mark.parametrize("name", MLMODELS)
-def test_a_hostile_mlmodel_is_refused(name: str, packed: Package, tmp_path: Path, canary: Path) -> None:
+def test_hostile_mlmodel_is_refused(name: str, packed: Package, tmp_path: Path, canary: Path) -> None:
     folder = tmp_path / "model"
     (folder / "code").mkdir(parents=True)
     (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')")
@@ -414,7 +414,7 @@ def test_a_hostile_mlmodel_is_refused(name: str, packed: Package, tmp_path: Path
     check_refused(serve.check, folder, str(folder), canary)
 
 
-def test_an_mlmodel_of_a_gigabyte_is_refused(tmp_path: Path, canary: Path) -> None:
+def test_mlmodel_of_a_gigabyte_is_refused(tmp_path: Path, canary: Path) -> None:
     _sparse(tmp_path / "MLmodel", 2**30)
     check_refused(serve.check, tmp_path, "no packed model", canary)
 
@@ -423,20 +423,20 @@ def test_an_mlmodel_of_a_gigabyte_is_refused(tmp_path: Path, canary: Path) -> No
 
 
 def run_command(*words: str) -> tuple[int, str]:
-    """The whole way of a command, in this process: exit code, and all that it printed."""
-    said, before = io.StringIO(), sys.argv
+    """A command from its arguments on, in this process: exit code, and all that it printed."""
+    output, before = io.StringIO(), sys.argv
     sys.argv = ["pipeline", *words]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             main.main()
     except SystemExit as end:
-        return int(end.code or 0), said.getvalue()
+        return int(end.code or 0), output.getvalue()
     finally:
         sys.argv = before
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return 0, said.getvalue()
+    return 0, output.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -509,14 +509,14 @@ def each(test: Callable[..., None]) -> Callable[..., None]:
 @quick
 @each
 @given(name=texts)
-def test_any_name_is_refused_in_lines_and_nothing_is_written(words: list[str], name: str, elsewhere: Path) -> None:
+def test_any_name_is_refused_and_nothing_is_written(words: list[str], name: str, elsewhere: Path) -> None:
     if "tiny-v1-digits".startswith(name) or name in ("attention", "digits"):
         return
     before = listing(elsewhere)
     command, *rest = (word.replace("{}", name) for word in words)
-    code, said = run_command(command, *(["--", *rest] if words[1] == "{}" else rest))
-    assert code in (2, 3) or (code == 0 and words[0] == "history"), said[-2000:]
-    assert "Traceback" not in said and "\x1b" not in said
+    code, output = run_command(command, *(["--", *rest] if words[1] == "{}" else rest))
+    assert code in (2, 3) or (code == 0 and words[0] == "history"), output[-2000:]
+    assert "Traceback" not in output and "\x1b" not in output
     assert listing(elsewhere) == before
 
 
@@ -537,12 +537,12 @@ values = st.recursive(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(field=st.sampled_from(FIELDS), value=values)
-def test_any_value_of_a_recipe_is_taken_or_refused_in_lines(field: str, value: object, elsewhere: Path) -> None:
-    """There is no hundredth GPU here, which is told once all else was taken."""
+def test_any_recipe_value_is_accepted_or_refused_in_lines(field: str, value: object, elsewhere: Path) -> None:
+    """There is no hundredth GPU here, which is reported once all else is accepted."""
     before = listing(elsewhere)
     text = json.dumps(value) if not isinstance(value, int) or abs(value) < 10**300 else "9" * 400
-    code, said = run_command("plan", "attention", "--set", f"{field}={text}", "--device", "cuda:99")
-    assert code in (2, 3) and "Traceback" not in said, said[-2000:]
+    code, output = run_command("plan", "attention", "--set", f"{field}={text}", "--device", "cuda:99")
+    assert code in (2, 3) and "Traceback" not in output, output[-2000:]
     assert listing(elsewhere) == before
 
 
@@ -551,6 +551,6 @@ def test_any_value_of_a_recipe_is_taken_or_refused_in_lines(field: str, value: o
     ["[" * 100_000, '{"a":' * 100_000, "9" * 100_000, "NaN", '"\\ud800"', "", "{}", "[]", '{"model": 1e999}', "\0"],
     ids=lambda text: f"{text[:12]}... of {len(text)}",
 )
-def test_a_hostile_recipe_json_is_refused(text: str, tmp_path: Path, canary: Path) -> None:
+def test_hostile_recipe_json_is_refused(text: str, tmp_path: Path, canary: Path) -> None:
     check_refused(lambda path: parse_recipe(text), tmp_path, "", canary)
     check_refused(lambda path: parse_recipe(text.encode()), tmp_path, "", canary)

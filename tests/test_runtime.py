@@ -24,7 +24,7 @@ from pipeline.errors import UserError, first_line
 from pipeline.registry import reproduce
 from pipeline.runtime import keep_freed_memory
 from pipeline.search import ray_pool
-from pipeline.search.supervisor import WORKER
+from pipeline.search.local_pool import WORKER
 from pipeline.tracking import lineage
 from pipeline.tracking.tracker import MlflowTracker
 

@@ -50,7 +50,7 @@ def finals(
     if said:
         say(console, said)
     say_what_is_missing(console, tracker, [study])
-    plan = the_finals.plan_finals(tracker, study, top, seeds, epochs)
+    plan = the_finals.plan_finals(tracker, study, where, top, seeds, epochs)
     control, recipes = plan.candidates[0], [candidate.recipe for candidate in plan.candidates]
     data = load_data_of_run(tracker, control.trial_run, f"study {study.name}", recipes, data_dir, dataset, where)
     the_finals.check_data(plan, tracker, data)
@@ -58,13 +58,15 @@ def finals(
     say(
         console,
         f"{study.name} on {where}: {others} candidate{'s' * (others != 1)} and the control, seeds "
-        f"{', '.join(map(str, plan.seeds))}: {plan.trainings} trainings, {plan.num_done} of them done; "
-        f"about {duration(plan.seconds_left)} by what their trials took, if none stops early",
+        f"{', '.join(map(str, plan.seeds))}: {plan.num_trainings} trainings, {plan.num_done} of them done; "
+        f"about {duration(plan.remaining_s)} by what their trials took, if none stops early",
     )
+    for line in plan.notes:
+        say(console, f"  {line}")
     say_small_split(console, len(data.validation.labels), control.recipe.data.validation_fraction)
     tracker.set_data_places(study.parent, newest_first(study.places, data.place))
     try:
-        with FinalsView(console, plan.trainings - plan.num_done) as view:
+        with FinalsView(console, plan.num_trainings - plan.num_done) as view:
             decision = the_finals.run_finals(tracker, plan, data, where, view, HOME)
     except (Interrupted, KeyboardInterrupt):
         settle(console, tracker, timeout_s=5)
@@ -74,7 +76,7 @@ def finals(
         tracker.flush(5)
         raise
     print_finals(console, decision)
-    if decision["winner"] is None:
+    if decision.winner is None:
         say(console, "no winner: every recipe diverged with some seed")
         raise typer.Exit(1)
     these = f"NAME={study.name}" + (f" TRACKING_URI={redact_uri(tracking_uri)}" if tracking_uri else "")
@@ -115,21 +117,21 @@ def reproduce(
     where = find_device(device)
     _check_store(tracking_uri)
     tracker = MlflowTracker(HOME, tracking_uri)
-    past = again.find_past(tracker, run)
-    if device == "auto" and past.device == "cpu":
+    original = again.find_original(tracker, run)
+    if device == "auto" and original.device == "cpu":
         where = find_device("cpu")
-    data = load_data_of_run(tracker, run, f"run {run}", [past.recipe], data_dir, dataset, where)
+    data = load_data_of_run(tracker, run, f"run {run}", [original.recipe_on(where)], data_dir, dataset, where)
     console = make_console()
-    say(console, f"{past.name}: {past.state}, {past.epochs} epochs")
-    found = again.differences(tracker, past, where)
-    for line in filter(None, [again.thread_line(past, where), *(difference.line for difference in found)]):
+    say(console, f"{original.name}: {original.state}, {original.epochs} epochs")
+    found = again.differences(tracker, original, where)
+    for line in filter(None, [again.thread_line(original, where), *(difference.line for difference in found)]):
         say(console, f"  {line}")
     if not any(difference.matters for difference in found):
         say(console, "nothing that matters differs from then: every bit must be equal")
     try:
         with FinalsView(console, 1) as view:
-            view.started("reproduction", past.recipe)
-            outcome = again.reproduce(tracker, past, data, where, view.epoch)
+            view.started("reproduction", original.recipe)
+            outcome = again.reproduce(tracker, original, data, where, view.epoch)
             view.ended("reproduction", outcome)
     except (Interrupted, KeyboardInterrupt):
         settle(console, tracker, timeout_s=5)
@@ -141,13 +143,15 @@ def reproduce(
     run_id = tracker.id_of(outcome.run_key)
     try:
         if outcome.state is State.FAILED:
-            raise NotReproduced(f"not reproduced: the run {past.state}, its reproduction failed ({outcome.reason})")
-        comparison = again.compare(tracker, past, run_id, len(data.validation.labels), tolerance)
-        said = again.verdict(comparison, found)
+            raise NotReproduced(
+                "not reproduced", f"the run {original.state}, its reproduction failed ({outcome.reason})"
+            )
+        comparison = again.compare(tracker, original, run_id, len(data.validation.labels), tolerance)
+        said = again.summarise(comparison, found)
     except NotReproduced as error:
-        again.remember(tracker, run_id, error.lines[0])
+        again.record_result(tracker, run_id, error.lines[0])
         raise
-    again.remember(tracker, run_id, said)
+    again.record_result(tracker, run_id, said)
     for line in comparison.lines:
         say(console, line)
     say(console, said)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.inference.classifier import Classifier
-    from pipeline.inference.predictions import Predicted
+    from pipeline.inference.predictions import FilePredictions
 
 MOST_PRINTED = 10  # of the predictions that a file holds anyway
 MOST_SHOWN = 12  # images of one picture
@@ -53,7 +53,7 @@ def predict(
         check_output(output)
     console = make_console()
     classifier = _classifier(model, method, find_device(device), tracking_uri, console)
-    classes = classifier.facts.classes
+    classes = classifier.metadata.classes
     with console.status("") as status:
         found = predict_files(
             classifier,
@@ -92,7 +92,7 @@ def _classifier(
 ) -> "Classifier":
     """The model that is meant, and said; with what the method gains on it."""
     from pipeline.inference.classifier import Classifier
-    from pipeline.inference.methods import METHODS, f1_changes, verdict
+    from pipeline.inference.methods import METHODS, compare_with_plain, f1_changes
 
     if method not in METHODS:
         raise UserError(f"METHOD {method}: not one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
@@ -100,8 +100,8 @@ def _classifier(
         classifier = Classifier.load(folder, device)
     say(console, f"model: {what}")
     if method != "plain":
-        for tell in (verdict, f1_changes):
-            say(console, tell(classifier.facts.measured, method, classifier.facts.classes))
+        for tell in (compare_with_plain, f1_changes):
+            say(console, tell(classifier.metadata.measured, method, classifier.metadata.classes))
     return classifier
 
 
@@ -116,7 +116,7 @@ def _print_predictions(
         say(console, f"and {len(ids) - most:,} more")
 
 
-def _show(console: Console, found: "Predicted", classes: Sequence[str]) -> None:
+def _show(console: Console, found: "FilePredictions", classes: Sequence[str]) -> None:
     """The first images with their probabilities as a PNG, opened where there is a screen."""
     from pipeline.evaluation.figures import prediction_figure, save
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from pipeline.cli.common import HOME, expand, make_console, say, say_what_is_missing
 from pipeline.cli.options import DataDirOption, SeenDatasetOption, TrackingOption
 from pipeline.errors import PromotionRefused, UserError, escape_control
+from pipeline.tracking import queries
 
 if TYPE_CHECKING:
     from pipeline.registry.gate import Verdict
@@ -31,18 +32,19 @@ class _View:
     def __init__(self, console: Console):
         self._console = console
 
-    def said(self, line: str) -> None:
+    def note(self, line: str) -> None:
         say(self._console, line)
 
-    def judged(self, verdict: "Verdict", challenger: str, other: str) -> None:
+    def decided(self, verdict: "Verdict", challenger: str, opponent: str) -> None:
         """A table: each rule with its number and threshold."""
-        say(self._console, f"{challenger} against {other}, on the test split:")
+        say(self._console, f"{challenger} against {opponent}, on the test split:")
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for heading in ("rule", "result", "threshold", "", "why"):
             table.add_column(heading, overflow="fold")
-        for its in verdict.findings:
-            words = (its.rule, its.number, its.threshold, "passed" if its.passed else "FAILED", its.why)
-            table.add_row(*(Text(escape_control(word)) for word in words))
+        for result in verdict.results:
+            passed = "passed" if result.passed else "FAILED"
+            cells = (result.rule, result.number, result.threshold, passed, result.reason)
+            table.add_row(*(Text(escape_control(cell)) for cell in cells))
         self._console.print(table)
 
 
@@ -76,26 +78,25 @@ def promote(
     view = _View(console := make_console())
     say_what_is_missing(console, registry.tracker)
     with registry_lock(HOME):
-        settle(registry.tracker, registry.ledger, view.said)
+        settle(registry.tracker, registry.ledger, view.note)
         chosen = ""
         if name is not None:
-            run, chosen = _chosen(registry.tracker, name, view.said)
-            view.said(chosen)
+            run, chosen = _chosen(registry.tracker, name, view.note)
+            view.note(chosen)
         assert run is not None
         champion = take(registry, run, rules, expand(data_dir), view, reason, chosen, dataset)
-    view.said(f"champion: {model} version {champion.version}, run {champion.run}")
+    view.note(f"champion: {model} version {champion.version}, run {champion.run}")
 
 
 def _chosen(tracker: "MlflowTracker", name: str, said: Callable[[str], None]) -> tuple[str, str]:
     """The run that a study stands for, and why that one."""
-    from pipeline.registry.finals import winner
-    from pipeline.tracking import queries
+    from pipeline.registry.decision import find_winner
 
     study, several = queries.find_study(tracker, name)
     for line in queries.omitted_lines(tracker, study):
         said(line)
-    if found := winner(tracker, study):
-        run, why = found.run_id, f"{study.name}: {found.said}"
+    if found := find_winner(tracker, study):
+        run, why = found.run_id, f"{study.name}: {found.summary}"
     elif best := queries.best_run_ids(tracker, study, 1):
         run = best[0]
         why = f"{study.name}: its best trial, run {run}; one seed can't tell the best from the lucky, make finals can"
@@ -129,8 +130,8 @@ def rollback(
 
 
 def history(model: ModelOption = MODEL, tracking_uri: TrackingOption = None) -> None:
-    """Print who was champion when, every look at the test split, every verdict, every rollback with its reason."""
-    from pipeline.registry.ledger import FILE, LOOK
+    """Print who was champion when, every test evaluation, every verdict, every rollback with its reason."""
+    from pipeline.registry.ledger import FILE, TEST_EVALUATION
 
     if not (HOME / FILE).exists():
         raise UserError(f"no promotions yet in {HOME}: make promote NAME=attention judges a study's best model")
@@ -148,32 +149,32 @@ def history(model: ModelOption = MODEL, tracking_uri: TrackingOption = None) -> 
     for event in events:
         for line in _lines(event):
             say(console, line)
-    reigns = registry.ledger.reigns(model)
-    looked = len({event.run for event in events if event.kind == LOOK})
-    now = f"champion: version {reigns[-1].version}, run {reigns[-1].run}" if reigns else "no champion"
-    say(console, f"{model}: {now}; models that were tried on a test split: {looked}")
+    champions = registry.ledger.champions(model)
+    num_evaluated = len({event.run for event in events if event.kind == TEST_EVALUATION})
+    champion = f"champion: version {champions[-1].version}, run {champions[-1].run}" if champions else "no champion"
+    say(console, f"{model}: {champion}; models that were evaluated on a test split: {num_evaluated}")
     registry.champion()  # or it says what the alias names instead
 
 
 def _lines(event: "Event") -> list[str]:
     """`2026-11-22 08:00:00 UTC  promoted  version 2, run 01ab..., over version 1; by ann on host: why`."""
-    from pipeline.registry.gate import Verdict
+    from pipeline.registry.ledger import PASSED, REFUSED
 
     details, parts = event.details, [f"run {event.run}"]
+    record = event.evidence.record if event.kind in (PASSED, REFUSED) else None
     if event.version:
         parts = [f"version {event.version}", *parts]
-    if "verdict" in details:
-        parts.append(f"against {details['other']}{' run ' + details['against'] if details['against'] else ''}")
+    if record:
+        parts.append(f"against {record.opponent}{f' run {record.opponent_run}' if record.opponent_run else ''}")
     if details.get("over"):
         parts.append(f"over version {details['over']}")
-    if "from" in details:
-        parts.append(f"split {(event.split or '')[:12]}, from {details['from']}")
+    if "source" in details:
+        parts.append(f"split {(event.split or '')[:12]}, from {details['source']}")
     time = event.time.replace("T", " ").replace("+00:00", " UTC")
     why = f": {event.reason}" if event.reason else ""
-    lines = [f"{time}  {event.kind:<11}  {', '.join(parts)}; by {event.user} on {event.host}{why}"]
-    return lines + [
-        f"    {line}" for line in (Verdict.from_json(details["verdict"]).failed if "verdict" in details else [])
-    ]
+    lines = [f"{time}  {event.kind:<15}  {', '.join(parts)}; by {event.user} on {event.host}{why}"]
+    problems = record.verdict.problems if record else []
+    return lines + [f"    {line}" for problem in problems for line in problem.lines]
 
 
 def _registry(model: str, tracking_uri: str | None) -> "Registry":

@@ -55,16 +55,16 @@ def export(
     with model_files(model, tracking_uri) as (checkpoint, what):
         say(console, f"model: {what}")
         classifier = Classifier.load(checkpoint, torch.device("cpu"))
-        facts = classifier.facts
+        metadata = classifier.metadata
         with quiet.status("reading the data set"):
-            data, missing = _data_of(facts, data_dir, dataset, tracking_uri, needed=int8)
-        folder = expand(output) if output else HOME / "exports" / facts.run_id
+            data, missing = _data_of(metadata, data_dir, dataset, tracking_uri, needed=int8)
+        folder = expand(output) if output else HOME / "exports" / metadata.run_id
         # A folder's files were compared with no registry's digests, so it is exported anew.
         onnx_file, evidence = (None, None) if model and is_folder(model) else registered(checkpoint)
         with quiet.status("exporting, and comparing with torch"):
             images = data.validation.images if data else None
             tracker = MlflowTracker(HOME, tracking_uri)
-            made = package(tracker, facts.run_id, checkpoint, folder, evidence, onnx_file, images)
+            made = package(tracker, metadata.run_id, checkpoint, folder, evidence, onnx_file, images)
         say(console, f"{folder}: {', '.join([MODEL, WEIGHTS, RECIPE, CARD])}; an MLflow model, for make serve too")
         if data is None or made.difference is None:
             say(console, f"compared with torch on made-up images only, not on the validation split: {missing}")
@@ -80,7 +80,7 @@ def export(
 
 
 def _data_of(
-    facts: "ModelMetadata", data_dir: Path, dataset: str | None, tracking_uri: str | None, needed: bool
+    metadata: "ModelMetadata", data_dir: Path, dataset: str | None, tracking_uri: str | None, needed: bool
 ) -> tuple["TrainingData | None", str]:
     """The data set that the model was trained on; else None and why, or DataError. Downloaded only where `needed`.
 
@@ -92,7 +92,9 @@ def _data_of(
     there = tracking_uri is not None or (HOME / "mlflow.db").exists()
     tracker = MlflowTracker(HOME, tracking_uri) if there else None
     try:
-        return split_as_then(facts, find_data_of(facts, tracker, expand(data_dir), dataset, download=needed).images), ""
+        return split_as_then(
+            metadata, find_data_of(metadata, tracker, expand(data_dir), dataset, download=needed).images
+        ), ""
     except UserError as error:
         if not needed and dataset:
             raise

@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from pipeline.errors import UserError, validation_lines
+from pipeline.evaluation.calibration import Calibration
 from pipeline.evaluation.logits import predict_logits
-from pipeline.inference.methods import METHODS, Fitted, Measured, combine, views, views_of
+from pipeline.inference.methods import METHODS, MethodScores, combine, views, views_of
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
-from pipeline.training.checkpoints import WEIGHTS, check_weights, load_weights, read_checkpoint
+from pipeline.training.checkpoints import RECORD, WEIGHTS, check_weights, load_weights, read_checkpoint
 
 _Channels = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
 
@@ -35,20 +36,20 @@ class ModelMetadata(BaseModel):
     run_id: str = Field(
         description="MLflow's; empty where it was not known yet, and filled in by who reads it from the run"
     )
-    fitted: Fitted = Field(description="on the whole validation split")
-    measured: Mapping[str, Measured] = Field(description="each method on the validation split, out of fold")
+    calibration: Calibration = Field(description="on the whole validation split")
+    measured: Mapping[str, MethodScores] = Field(description="each method on the validation split, out of fold")
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelMetadata":
         if self.recipe.digest() != self.recipe_digest:
             raise ValueError("recipe_digest is not that of the recipe")
-        if len(self.fitted.thresholds) != len(self.classes):
-            raise ValueError(f"{len(self.fitted.thresholds)} thresholds for {len(self.classes)} classes")
-        if min(self.fitted.temperature, *self.fitted.thresholds, *self.std) <= 0:
+        if len(self.calibration.thresholds) != len(self.classes):
+            raise ValueError(f"{len(self.calibration.thresholds)} thresholds for {len(self.classes)} classes")
+        if min(self.calibration.temperature, *self.calibration.thresholds, *self.std) <= 0:
             raise ValueError("temperature, thresholds and std should be above 0")
         if len(set(self.classes)) < len(self.classes):
-            raise ValueError("a class stands there twice")
-        of_each_class = all(its.n > 0 and len(its.f1) == len(self.classes) for its in self.measured.values())
+            raise ValueError("a class is there twice")
+        of_each_class = all(m.n > 0 and len(m.f1) == len(self.classes) for m in self.measured.values())
         if set(self.measured) != set(METHODS) or not of_each_class:
             raise ValueError(f"measured should have {', '.join(METHODS)}, each with the F1 of every class")
         return self
@@ -63,34 +64,34 @@ class Classifier:
     """A network on a device, in evaluation mode."""
 
     network: nn.Module
-    facts: ModelMetadata
+    metadata: ModelMetadata
     device: torch.device
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "Classifier":
         """From a checkpoint's folder; no code of it is run. UserError where it is damaged or lacks something."""
         try:
-            facts = ModelMetadata.model_validate(read_checkpoint(folder))
+            metadata = ModelMetadata.model_validate(read_checkpoint(folder))
         except ValidationError as error:
-            lines = [f"  {line}" for line in validation_lines(error)]
-            raise UserError([f"{folder}: its facts can't be used; train it again", *lines]) from None
-        shape = (facts.recipe.model, len(facts.classes), facts.recipe.data.image_size)
+            rule = f"the metadata in {RECORD} can't be used"
+            raise UserError(str(folder), rule, "train it again", validation_lines(error)) from None
+        shape = (metadata.recipe.model, len(metadata.classes), metadata.recipe.data.image_size)
         with torch.device("meta"):
             check_weights(folder / WEIGHTS, build_network(*shape, seed=0))
         network = build_network(*shape, seed=0)
         load_weights(folder / WEIGHTS, network)
-        return cls(network.to(device).to(memory_format=torch.channels_last).eval(), facts, device)
+        return cls(network.to(device).to(memory_format=torch.channels_last).eval(), metadata, device)
 
     @property
     def image_size(self) -> int:
         """Height and width in pixels that it takes."""
-        return self.facts.recipe.data.image_size
+        return self.metadata.recipe.data.image_size
 
     def probabilities(self, images: Tensor, method: str = "plain") -> np.ndarray:
         """uint8 images (N, 3, S, S) -> float64 (N, C), by one of `methods.METHODS`; the highest is the prediction."""
-        flip, shift = views_of(self.facts.recipe)
+        flip, shift = views_of(self.metadata.recipe)
         chosen = [images] if method in ("plain", "specialised") else views(images, flip, shift)
-        mean, std = (torch.tensor(values, device=self.device) for values in (self.facts.mean, self.facts.std))
-        precision = self.facts.recipe.training.precision
+        mean, std = (torch.tensor(values, device=self.device) for values in (self.metadata.mean, self.metadata.std))
+        precision = self.metadata.recipe.training.precision
         logits = [predict_logits(self.network, view.to(self.device), mean, std, precision) for view in chosen]
-        return combine(method, torch.stack(logits).double().cpu().numpy(), self.facts.fitted)
+        return combine(method, torch.stack(logits).double().cpu().numpy(), self.metadata.calibration)

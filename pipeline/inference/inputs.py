@@ -1,4 +1,4 @@
-"""What predictions are asked for: image files, folders of them and pickles -> ids and pixels, batch by batch."""
+"""Image files, folders of them and pickles -> ids and pixels, batch by batch."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ Batch = tuple[list[str], Tensor]
 
 
 def read_inputs(paths: Sequence[Path], size: int, on_fault: OnFault, batch_size: int = 500) -> Iterator[Batch]:
-    """ids and uint8 images (n, 3, size, size), in the order of the paths; what can't be used goes to on_fault and is left out.
+    """ids and uint8 images (n, 3, size, size), in the order of the paths; what can't be used is given to on_fault and skipped.
 
     A path is an image file, a folder (all images below it, in the order of their names) or a pickle as `read_pickle`
     takes it: a file that begins as one, or is called .pkl or .pickle. n is 1 to `batch_size`; one batch and one pickle
@@ -33,15 +33,15 @@ def read_inputs(paths: Sequence[Path], size: int, on_fault: OnFault, batch_size:
     """
     assert batch_size > 0, batch_size
     paths = list(dict.fromkeys(paths))
-    taken: set[str] = set()
-    for pickled, files in groupby(_files(paths, on_fault), key=itemgetter(0)):
-        named = (path for _, path in files)
+    seen_ids: set[str] = set()
+    for pickled, pairs in groupby(_files(paths, on_fault), key=itemgetter(0)):
+        files = (path for _, path in pairs)
         if pickled:
-            for path in named:
+            for path in files:
                 prefix = f"{_text(path)}:" if len(paths) > 1 else ""
-                yield from _of_pickle(path, prefix, size, on_fault, batch_size, taken)
+                yield from _of_pickle(path, prefix, size, on_fault, batch_size, seen_ids)
         else:
-            yield from _of_images(named, size, on_fault, batch_size, taken)
+            yield from _of_images(files, size, on_fault, batch_size, seen_ids)
 
 
 def _files(paths: Iterable[Path], on_fault: OnFault) -> Iterator[tuple[bool, Path]]:
@@ -71,15 +71,15 @@ def _images_below(folder: Path, on_fault: OnFault) -> list[Path]:
     try:
         files = image_files(folder)
     except OSError as error:
-        on_fault(BadImage(Path(error.filename), f"{error.strerror}: nothing of {folder} is read"))
+        on_fault(BadImage(Path(error.filename), f"{error.strerror}: no file of {folder} is read"))
         return []
     if not files:
-        on_fault(BadImage(folder, f"holds no images ({' '.join(SUFFIXES)}); a pickle is named itself"))
+        on_fault(BadImage(folder, f"holds no images ({' '.join(SUFFIXES)}); a pickle is given by its own path"))
     return files
 
 
 def _of_images(
-    paths: Iterator[Path], size: int, on_fault: OnFault, batch_size: int, taken: set[str]
+    paths: Iterator[Path], size: int, on_fault: OnFault, batch_size: int, seen_ids: set[str]
 ) -> Iterator[Batch]:
     while chunk := list(islice(paths, batch_size)):
         ids, images = [], []
@@ -87,10 +87,10 @@ def _of_images(
             name = _text(path)
             if isinstance(result, BadImage):
                 on_fault(result)
-            elif name in taken:
+            elif name in seen_ids:
                 on_fault(_same_id(path))
             else:
-                taken.add(name)
+                seen_ids.add(name)
                 ids.append(name)
                 images.append(result)
         if ids:
@@ -98,18 +98,18 @@ def _of_images(
 
 
 def _of_pickle(
-    path: Path, prefix: str, size: int, on_fault: OnFault, batch_size: int, taken: set[str]
+    path: Path, prefix: str, size: int, on_fault: OnFault, batch_size: int, seen_ids: set[str]
 ) -> Iterator[Batch]:
     try:
-        images, own = read_pickle(path)
+        images, own_ids = read_pickle(path)
     except BadImage as error:
         on_fault(BadImage(error.path, error.reason))  # the caught one's traceback holds the file's content
         return
-    ids = [prefix + name for name in own or map(str, range(len(images)))]
-    if not taken.isdisjoint(ids):
+    ids = [prefix + name for name in own_ids or map(str, range(len(images)))]
+    if not seen_ids.isdisjoint(ids):
         on_fault(_same_id(path))
         return
-    taken.update(ids)
+    seen_ids.update(ids)
     for start in range(0, len(ids), batch_size):
         part = slice(start, start + batch_size)
         yield ids[part], resized(torch.tensor(images[part]), size)

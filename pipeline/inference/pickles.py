@@ -1,8 +1,8 @@
 """Pickles of images (CIFAR's python batches, Kaggle's test file) -> arrays, without running anything that a file names.
 
-A pickle is a program that may import and call what it likes. Here the few names that numpy pickles arrays with stand for
-themselves, whatever else is named is refused, and a call is only written down; the arrays are built from these notes, after
-dtype, shape and number of bytes are checked. The pure Python unpickler does it: the C one takes memory for lengths and
+A pickle is a program that may import and call what it likes. Here only the few names that numpy pickles
+arrays with are known, any other name is refused, and a call is only recorded; the arrays are built from these records,
+after dtype, shape and number of bytes are checked. The pure Python unpickler does it: the C one takes memory for lengths and
 memo indices that a file merely claims.
 """
 
@@ -35,7 +35,7 @@ def read_pickle(path: Path) -> tuple[np.ndarray, list[str] | None]:
     """
     try:
         return _images_and_ids(_content(path))
-    except _Unfit as error:
+    except _Unusable as error:
         reason = str(error)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -46,27 +46,27 @@ def read_pickle(path: Path) -> tuple[np.ndarray, list[str] | None]:
     raise BadImage(path, reason)
 
 
-class _Unfit(Exception):
-    """The reason why a file can't be used, in words for the user."""
+class _Unusable(Exception):
+    """The reason why a file can't be used, for the user."""
 
 
 def _content(path: Path) -> bytes:
     if not path.is_file():  # opening a pipe would wait for ever
-        raise _Unfit("not a file" if path.exists() else "no such file")
+        raise _Unusable("not a file" if path.exists() else "no such file")
     if path.stat().st_size > MAX_BYTES:
-        raise _Unfit(f"has more than {MAX_BYTES / 2**30:g} GiB: save it as several files")
+        raise _Unusable(f"has more than {MAX_BYTES / 2**30:g} GiB: save it as several files")
     content = path.read_bytes()
     if not content:
-        raise _Unfit("empty file")
+        raise _Unusable("empty file")
     return content
 
 
 def _images_and_ids(content: bytes) -> tuple[np.ndarray, list[str] | None]:
-    found = _Unpickler(io.BytesIO(content), encoding="bytes").load()  # what Python 2 wrote as str stays bytes
-    if not isinstance(found, dict):
-        raise _Unfit('holds no dict: save {"data": images}')
-    images = _images(_entry(found, "data"))
-    ids = _entry(found, "ids")
+    unpickled = _Unpickler(io.BytesIO(content), encoding="bytes").load()  # what Python 2 wrote as str stays bytes
+    if not isinstance(unpickled, dict):
+        raise _Unusable('holds no dict: save {"data": images}')
+    images = _images(_entry(unpickled, "data"))
+    ids = _entry(unpickled, "ids")
     return images, None if ids is None else _ids(ids, len(images))
 
 
@@ -113,7 +113,7 @@ _Pure: Any = pickle._Unpickler  # whose inside mypy doesn't know
 
 
 class _Unpickler(_Pure):
-    """Gives dicts, lists, tuples, texts, bytes, numbers, names and calls; the last two do nothing."""
+    """Gives dicts, lists, tuples, texts, bytes, numbers, names and calls; names and calls are only recorded."""
 
     dispatch: ClassVar[dict[int, Any]] = {
         key: load for key, load in _Pure.dispatch.items() if bytes([key]) not in _LEFT_OUT
@@ -124,7 +124,7 @@ class _Unpickler(_Pure):
         try:
             return _Name(full.replace("numpy._core.", "numpy.core.", 1))
         except ValueError:
-            raise _Unfit(f"names {full:.80}, which a file of images has no need of: it is not run") from None
+            raise _Unusable(f"names {full:.80}, which a file of images has no need of: it is not run") from None
 
     def load_reduce(self) -> None:
         args = self.stack.pop()
@@ -176,8 +176,8 @@ def _key(key: object) -> str | bytes | None:
     return None
 
 
-def _entry(found: dict[str | bytes, Any], name: str) -> Any:
-    return found.get(name, found.get(name.encode()))
+def _entry(entries: dict[str | bytes, Any], name: str) -> Any:
+    return entries.get(name, entries.get(name.encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------- meaning
@@ -185,33 +185,33 @@ def _entry(found: dict[str | bytes, Any], name: str) -> Any:
 
 def _images(value: object) -> np.ndarray:
     if value is None:
-        raise _Unfit('has no "data"')
+        raise _Unusable('has no "data"')
     images = _array(value, "data", _IMAGES, "save it as uint8, 0 to 255")
     match images.shape:
         case shape if 0 in shape:
-            raise _Unfit(f"holds no images: data has the shape {shape}")
+            raise _Unusable(f"holds no images: data has the shape {shape}")
         case (_, 3072):
             return images.reshape(-1, 3, 32, 32)
         case (_, 3, _, _):
             return images
         case (_, _, _, 3):
             return images.transpose(0, 3, 1, 2)
-    raise _Unfit(f"data has the shape {images.shape}: save it as (N, 3072), (N, 3, H, W) or (N, H, W, 3)")
+    raise _Unusable(f"data has the shape {images.shape}: save it as (N, 3072), (N, 3, H, W) or (N, H, W, 3)")
 
 
 def _ids(value: Any, count: int) -> list[str]:
     if not isinstance(value, (list, tuple)):
         array = _array(value, "ids", _INTEGERS, "save them as a list")
         if array.ndim != 1:
-            raise _Unfit(f"ids have the shape {array.shape}: save them as a list")
+            raise _Unusable(f"ids have the shape {array.shape}: save them as a list")
         value = array.tolist()
     if len(value) != count:
-        raise _Unfit(f"has {len(value):,} ids for {count:,} images")
+        raise _Unusable(f"has {len(value):,} ids for {count:,} images")
     ids: dict[str, None] = {}
     for item in value:
         text = escape_control(_text(item))
         if text in ids:
-            raise _Unfit(f"has the id {text:.80} twice")
+            raise _Unusable(f"has the id {text:.80} twice")
         ids[text] = None
     return list(ids)
 
@@ -227,7 +227,7 @@ def _text(item: object) -> str:
             return _bytes(item).decode("utf-8", "backslashreplace")
         case _Call(_Name.SCALAR):
             return str(_array(item, "ids", _INTEGERS, "save them as integers"))
-    raise _Unfit("has ids that are neither texts nor integers")
+    raise _Unusable("has ids that are neither texts nor integers")
 
 
 def _array(value: Any, what: str, codes: frozenset[str], way_out: str) -> np.ndarray:
@@ -243,17 +243,17 @@ def _array(value: Any, what: str, codes: frozenset[str], way_out: str) -> np.nda
         case _Call(_Name.SCALAR, (dtype, raw)):
             shape, order = (), "C"
         case _:
-            raise _Unfit(f"{what}: not a numpy array")
+            raise _Unusable(f"{what}: not a numpy array")
     code, byte_order = _dtype(dtype)
     if code not in codes:
-        raise _Unfit(f"the dtype of {what} is {_DTYPE_NAMES.get(code, code):.20}: {way_out}")
+        raise _Unusable(f"the dtype of {what} is {_DTYPE_NAMES.get(code, code):.20}: {way_out}")
     if not (
         isinstance(shape, tuple) and len(shape) < 32 and all(type(n) is int and 0 <= n <= MAX_BYTES for n in shape)
     ):
-        raise _Unfit(f"{what}: damaged shape")
+        raise _Unusable(f"{what}: damaged shape")
     raw = _bytes(raw)
     if len(raw) != math.prod(shape) * int(code[1]):
-        raise _Unfit(f"{what}: {len(raw):,} bytes don't fill the shape {shape}")
+        raise _Unusable(f"{what}: {len(raw):,} bytes don't fill the shape {shape}")
     array = np.frombuffer(raw, byte_order + code).reshape(shape, order=order)  # type: ignore[call-overload]
     return array if axes is None else _transposed(array, axes)
 

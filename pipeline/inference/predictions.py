@@ -1,4 +1,4 @@
-"""A model applied to files; and the predictions as tables, written whole or not at all, read back and averaged.
+"""A model applied to files; and the predictions as tables, written completely or not at all, read back and averaged.
 
 A table has one row per image. Columns: `id`, `label` (the class with the highest probability), then one per class,
 `p_<class>`, its probability.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.data.images import BadImage
-from pipeline.errors import DataError, UserError
+from pipeline.errors import DataError, Problem, UserError
 from pipeline.inference.classifier import Classifier
 from pipeline.inference.inputs import read_inputs
 
@@ -26,8 +26,8 @@ _ROUNDING = 1e-4  # of each probability: tables rounded to four digits are taken
 
 
 @dataclass
-class Predicted:
-    """What came of some files: N ids with (N, C) probabilities, the first images, and the files that were no use."""
+class FilePredictions:
+    """N ids with (N, C) probabilities, the first images, and the files that can't be used."""
 
     ids: list[str] = field(default_factory=list)
     probabilities: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
@@ -41,9 +41,9 @@ def predict_files(
     method: str,
     keep: int = 0,
     on_progress: Callable[[int], None] = lambda done: None,
-) -> Predicted:
+) -> FilePredictions:
     """Image files, folders of them and CIFAR's pickles, as `read_inputs` takes them; a fault stops nothing."""
-    result, chunks, kept = Predicted(), [], []
+    result, chunks, kept = FilePredictions(), [], []
     for ids, images in read_inputs(paths, classifier.image_size, result.faults.append):
         kept.append(images[: max(0, keep - len(result.ids))].numpy().copy())  # a view would keep its whole batch
         chunks.append(classifier.probabilities(images, method))
@@ -64,20 +64,20 @@ def predictions_table(ids: Sequence[str], probabilities: np.ndarray, classes: Se
 
 
 def check_output(path: Path) -> None:
-    """UserError where no table can be written there, told before the work is done."""
+    """UserError where no table can be written there; to be called before the work is done."""
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path}: should end in {' or '.join(SUFFIXES)}")
+        raise UserError(str(path), f"should end in {' or '.join(SUFFIXES)}")
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a file")
+        raise UserError(str(path), "is a folder", "name a file")
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise UserError(f"{path}: there is no folder {folder}; make it, or write elsewhere")
+        raise UserError(str(path), f"there is no folder {folder}", "make it, or write elsewhere")
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{path}: {folder} can't be written to; write elsewhere")
+        raise UserError(str(path), f"{folder} can't be written to", "write elsewhere")
 
 
 def write_predictions(table: "pd.DataFrame", path: Path) -> None:
-    """As CSV or Parquet, by the suffix; a file that is there is replaced by the whole new one. UserError if it can't be."""
+    """As CSV or Parquet, by the suffix; a file that is there is replaced at once. UserError if it can't be."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.suffix.lower() == ".csv":
@@ -86,7 +86,7 @@ def write_predictions(table: "pd.DataFrame", path: Path) -> None:
             table.to_parquet(new, index=False)
         os.replace(new, path)
     except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+        raise UserError(str(path), f"can't be written: {error.strerror or error}") from None
     finally:
         new.unlink(missing_ok=True)
 
@@ -96,7 +96,7 @@ def read_predictions(path: Path) -> "pd.DataFrame":
     import pandas as pd
 
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path}: should end in {' or '.join(SUFFIXES)}")
+        raise UserError(str(path), f"should end in {' or '.join(SUFFIXES)}")
     try:
         if path.suffix.lower() == ".csv":
             table = pd.read_csv(path, dtype={"id": str, "label": str}, keep_default_na=False)
@@ -107,12 +107,12 @@ def read_predictions(path: Path) -> "pd.DataFrame":
             table = table.astype({"id": str, "label": str})
         values = _probabilities(table).to_numpy(dtype=np.float64)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
+        raise DataError(str(path), error.strerror or str(error)) from None
     except (ValueError, KeyError, TypeError, OverflowError) as error:  # pandas' and Arrow's own errors are ValueErrors
-        raise DataError(f"{path}: can't be read as predictions: {str(error).splitlines()[0]}") from None
-    fault = _fault(table, values)
-    if fault:
-        raise DataError(f"{path}: {fault}")
+        raise DataError(str(path), f"can't be read as predictions: {str(error).splitlines()[0]}") from None
+    reason = _why_invalid(table, values)
+    if reason:
+        raise DataError(str(path), reason)
     return table
 
 
@@ -122,14 +122,15 @@ def average(tables: Mapping[str, "pd.DataFrame"]) -> "pd.DataFrame":
     DataError, a line for each table whose ids or classes are others.
     """
     (first_name, first), *others = tables.items()
-    lines = []
+    problems = []
     for name, table in others:
         if list(table.columns) != list(first.columns):
-            lines.append(f"{name}: its classes are not those of {first_name}, in the same order")
+            problems.append(Problem(name, f"its classes are not those of {first_name}, in the same order"))
         elif odd := sorted(set(table["id"]) ^ set(first["id"])):
-            lines.append(f"{name}: its ids are not those of {first_name}: {len(odd)} are in one only, as {odd[0]}")
-    if lines:
-        raise DataError(lines)
+            rule = f"its ids are not those of {first_name}: {len(odd)} are in one only, as {odd[0]}"
+            problems.append(Problem(name, rule))
+    if problems:
+        raise DataError.many(problems)
     aligned = [_probabilities(table.set_index("id").loc[first["id"]]).to_numpy() for table in tables.values()]
     return predictions_table(list(first["id"]), np.mean(aligned, axis=0), classes_of(first))
 
@@ -143,17 +144,16 @@ def _probabilities(table: "pd.DataFrame") -> "pd.DataFrame":
     return table[[f"{_PREFIX}{name}" for name in classes_of(table)]]
 
 
-def _fault(table: "pd.DataFrame", values: np.ndarray) -> str | None:
-    """Why a table that could be read holds no predictions."""
+def _why_invalid(table: "pd.DataFrame", values: np.ndarray) -> str | None:
+    """Why a table that could be read holds no predictions; None where it does."""
     if list(table.columns[:2]) != ["id", "label"] or values.shape[1] != len(table.columns) - 2 or not values.shape[1]:
         return "its columns should be id, label and p_<class> for each class, as `predict --output` writes them"
     if not len(table):
         return "holds no rows"
     if table["id"].duplicated().any():
-        return f"id {table['id'][table['id'].duplicated()].iloc[0]} stands there twice"
-    off = ~(
-        (values >= 0).all(axis=1) & (np.abs(values.sum(axis=1) - 1) <= values.shape[1] * _ROUNDING)
-    )  # NaN is off too
-    if off.any():
-        return f"the probabilities of id {table['id'][off].iloc[0]} are not between 0 and 1 with a sum of 1"
+        return f"id {table['id'][table['id'].duplicated()].iloc[0]} is there twice"
+    is_distribution = (values >= 0).all(axis=1) & (np.abs(values.sum(axis=1) - 1) <= values.shape[1] * _ROUNDING)
+    invalid = ~is_distribution  # a row with NaN too
+    if invalid.any():
+        return f"the probabilities of id {table['id'][invalid].iloc[0]} are not between 0 and 1 with a sum of 1"
     return None

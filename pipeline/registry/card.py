@@ -4,9 +4,9 @@ Every number is from the run or from the gate's evidence; nothing is measured he
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from mlflow.entities import Run
@@ -14,6 +14,8 @@ from mlflow.entities import Run
 from pipeline.evaluation.scores import confusion_matrix
 from pipeline.inference.classifier import ModelMetadata
 from pipeline.recipe import KIND, Recipe
+from pipeline.registry.ledger import VerdictEvidence
+from pipeline.tracking.tags import RunTags
 
 DESCRIPTION_LIMIT = 5000  # characters; the registry's column, which PostgreSQL holds it to
 WEAKEST = 5  # pairs, and errors
@@ -27,6 +29,14 @@ _LICENCES = {
 _OWN_LICENCE = "A folder of your own; its licence is not known here."
 
 
+@dataclass(frozen=True)
+class ModelCosts:
+    """What model.onnx costs."""
+
+    latency_ms: float  # one image
+    bytes: int
+
+
 def wilson(hits: int, total: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927, JASA 22); (0, 1) of no images."""
     if not total:
@@ -38,23 +48,25 @@ def wilson(hits: int, total: int) -> tuple[float, float]:
 
 
 def model_card(
-    facts: ModelMetadata, run: Run, predictions: Path, latency_ms: float, size: int, evidence: Mapping[str, Any] | None
+    metadata: ModelMetadata, run: Run, predictions: Path, costs: ModelCosts, evidence: VerdictEvidence | None
 ) -> str:
-    """Markdown. `predictions` is the run's predictions.parquet; latency and size (bytes) are those of model.onnx."""
+    """Markdown. `predictions` is the run's predictions.parquet."""
     from pyarrow.parquet import read_table
 
     table = read_table(predictions)
     ids, labels, predicted, confidence = (table[name].to_numpy() for name in ("id", "label", "predicted", "confidence"))
-    confusion = confusion_matrix(labels, predicted, len(facts.classes))
+    confusion = confusion_matrix(labels, predicted, len(metadata.classes))
     sections = {
-        f"Image classifier: {facts.recipe.model.network} on {facts.recipe.data.dataset}": _head(facts, run, confusion),
-        "Validation split": _classes(facts.classes, confusion),
-        "Evidence of the gate": _evidence(evidence) if evidence else "None: not judged on the test split.",
-        "Calibration": _calibration(facts, run),
-        "Known weaknesses": _weaknesses(facts.classes, confusion, ids, labels, predicted, confidence),
-        "Data": _data(facts),
-        "Recipe": f"Digest `{facts.recipe_digest}`. What differs from the defaults:\n\n{_recipe(facts.recipe)}",
-        "Cost": _cost(facts, run, latency_ms, size),
+        f"Image classifier: {metadata.recipe.model.network} on {metadata.recipe.data.dataset}": _head(
+            metadata, run, confusion
+        ),
+        "Validation split": _classes(metadata.classes, confusion),
+        "Evidence of the gate": _evidence(evidence) if evidence else "None: not evaluated on the test split.",
+        "Calibration": _calibration(metadata, run),
+        "Known weaknesses": _weaknesses(metadata.classes, confusion, ids, labels, predicted, confidence),
+        "Data": _data(metadata),
+        "Recipe": f"Digest `{metadata.recipe_digest}`. What differs from the defaults:\n\n{_recipe(metadata.recipe)}",
+        "Cost": _cost(metadata, run, costs),
         "Reproduce": _reproduce(run),
     }
     first, *others = (f"{title}\n\n{text}\n" for title, text in sections.items())
@@ -69,25 +81,27 @@ def description(card: str) -> str:
     return card[: card.rindex("\n", 0, DESCRIPTION_LIMIT - len(rest)) + 1] + rest
 
 
-def _head(facts: ModelMetadata, run: Run, confusion: np.ndarray) -> str:
-    name = f"{run.info.run_name} of {run.data.tags['study']}" if "study" in run.data.tags else run.info.run_name
-    size, hits, total = facts.recipe.data.image_size, int(np.trace(confusion)), int(confusion.sum())
+def _head(metadata: ModelMetadata, run: Run, confusion: np.ndarray) -> str:
+    name = run.info.run_name
+    if study := RunTags.of(run).study:
+        name = f"{name} of {study}"
+    size, hits, total = metadata.recipe.data.image_size, int(np.trace(confusion)), int(confusion.sum())
     return (
-        f"Takes RGB images of {size} x {size} pixels, gives a probability for each of {len(facts.classes)} classes: "
-        f"{', '.join(map(_plain, facts.classes))}.\n\n"
-        f"Validation accuracy {_share(hits, total)}, {total:,} images. From {_plain(name)}, run `{facts.run_id}`."
+        f"Takes RGB images of {size} x {size} pixels, gives a probability for each of {len(metadata.classes)} classes: "
+        f"{', '.join(map(_plain, metadata.classes))}.\n\n"
+        f"Validation accuracy {_share(hits, total)}, {total:,} images. From {_plain(name)}, run `{metadata.run_id}`."
     )
 
 
 def _classes(classes: Sequence[str], confusion: np.ndarray) -> str:
-    hits, true, said = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    hits, true, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     rows = [
         (
             _plain(name),
             f"{true[i]:,}",
             _share(hits[i], true[i]),
-            _share(hits[i], said[i]),
-            _f1(hits[i], true[i] + said[i]),
+            _share(hits[i], predicted[i]),
+            _f1(hits[i], true[i] + predicted[i]),
         )
         for i, name in enumerate(classes)
     ]
@@ -98,11 +112,12 @@ def _classes(classes: Sequence[str], confusion: np.ndarray) -> str:
     )
 
 
-def _calibration(facts: ModelMetadata, run: Run) -> str:
-    before, after = run.data.metrics.get("val/ece"), facts.measured["plain"].ece
+def _calibration(metadata: ModelMetadata, run: Run) -> str:
+    before, after = run.data.metrics.get("val/ece"), metadata.measured["plain"].ece
     return (
         f"Expected calibration error on the validation split {_number(before, '.4f')} as trained, {after:.4f} with the "
-        f"temperature {facts.fitted.temperature:.3f} (fitted and judged on different fifths), which the model has inside."
+        f"temperature {metadata.calibration.temperature:.3f} (fitted and measured on different fifths), which the model "
+        "has inside."
     )
 
 
@@ -118,9 +133,9 @@ def _weaknesses(
     wrong = confusion - np.diag(np.diag(confusion))
     pairs = np.argsort(-wrong, axis=None, kind="stable")[:WEAKEST]
     mixed_up = [
-        f"{names[true]} taken for {names[said]}: {wrong[true, said]} of {confusion[true].sum():,}"
-        for true, said in zip(*np.unravel_index(pairs, wrong.shape), strict=True)
-        if wrong[true, said]
+        f"{names[true]} taken for {names[other]}: {wrong[true, other]} of {confusion[true].sum():,}"
+        for true, other in zip(*np.unravel_index(pairs, wrong.shape), strict=True)
+        if wrong[true, other]
     ]
     order = np.lexsort((np.arange(len(ids)), -confidence))
     errors = order[predicted[order] != labels[order]][:WEAKEST]
@@ -134,11 +149,11 @@ def _weaknesses(
     )
 
 
-def _data(facts: ModelMetadata) -> str:
-    data = facts.recipe.data
+def _data(metadata: ModelMetadata) -> str:
+    data = metadata.recipe.data
     return (
-        f"{_plain(data.dataset)} at {data.image_size} x {data.image_size} pixels, digest `{facts.data_digest}`; "
-        f"validation {data.validation_fraction:.0%} of the training part, split digest `{facts.split_digest}`. "
+        f"{_plain(data.dataset)} at {data.image_size} x {data.image_size} pixels, digest `{metadata.data_digest}`; "
+        f"validation {data.validation_fraction:.0%} of the training part, split digest `{metadata.split_digest}`. "
         f"Licence: {_LICENCES.get(data.dataset, _OWN_LICENCE)}"
     )
 
@@ -158,40 +173,37 @@ def _setting(value: object) -> str:
     return format(value, ".6g") if isinstance(value, float) else json.dumps(value).strip('"')
 
 
-def _cost(facts: ModelMetadata, run: Run, latency_ms: float, size: int) -> str:
-    metrics, tags = run.data.metrics, run.data.tags
+def _cost(metadata: ModelMetadata, run: Run, costs: ModelCosts) -> str:
+    metrics, tags = run.data.metrics, RunTags.of(run)
     return (
-        f"Trained {facts.recipe.training.epochs} epochs in {_number(metrics.get('time/training_s'), ',.0f')} s on "
-        f"{_plain(tags.get('hardware', 'unknown hardware'))} (torch {tags.get('torch', 'unknown')}). "
-        f"{_number(metrics.get('model/parameters'), ',.0f')} parameters; model.onnx has {size / 1e6:.2f} MB and takes "
-        f"{latency_ms:.2f} ms for an image (onnxruntime, one CPU thread, median, where it was packed)."
+        f"Trained {metadata.recipe.training.epochs} epochs in {_number(metrics.get('time/training_s'), ',.0f')} s on "
+        f"{_plain(tags.hardware or 'unknown hardware')} (torch {tags.torch or 'unknown'}). "
+        f"{_number(metrics.get('model/parameters'), ',.0f')} parameters; model.onnx has {costs.bytes / 1e6:.2f} MB and takes "
+        f"{costs.latency_ms:.2f} ms for an image (onnxruntime, one CPU thread, median, where it was packed)."
     )
 
 
 def _reproduce(run: Run) -> str:
-    tags = run.data.tags
-    changed = (
-        ", with changes that were not committed: `diff.patch` of the run" if tags.get("git_dirty") == "true" else ""
-    )
-    return f"`make reproduce RUN={run.info.run_id}`; commit `{tags.get('mlflow.source.git.commit', 'none')}`{changed}."
+    tags = RunTags.of(run)
+    changed = ", with changes that were not committed: `diff.patch` of the run" if tags.git_dirty else ""
+    return f"`reproduce {run.info.run_id}`; commit `{tags.commit or 'none'}`{changed}."
 
 
-def _evidence(evidence: Mapping[str, Any]) -> str:
-    """What `judging.evidence` says."""
-    images, right, run = evidence["images"], evidence["right"], evidence["run"]
-    other, verdict = evidence["other"], evidence["verdict"]
-    shares = [f"Test accuracy {_share(right[run], images)}, {images:,} images"]
-    if against := evidence["against"]:
-        shares.append(f"that of the {_plain(other)}, run `{against}`: {_share(right[against], images)}")
+def _evidence(evidence: VerdictEvidence) -> str:
+    record = evidence.record
+    opponent, correct = _plain(record.opponent), record.correct
+    shares = [f"Test accuracy {_share(correct[evidence.run], record.images)}, {record.images:,} images"]
+    if run := record.opponent_run:
+        shares.append(f"that of the {opponent}, run `{run}`: {_share(correct[run], record.images)}")
     rows = [
-        [_plain(its["rule"]), its["number"], its["threshold"], "yes" if its["passed"] else "no", _plain(its["why"])]
-        for its in verdict["findings"]
+        [_plain(result.rule), result.number, result.threshold, "yes" if result.passed else "no", _plain(result.reason)]
+        for result in record.verdict.results
     ]
-    passed = "passed" if verdict["passed"] else "refused"
+    passed = "passed" if record.verdict.passed else "refused"
     return (
         f"{'; '.join(shares)}.\n\n"
-        f"Against the {_plain(other)}, by {_plain(evidence['by'])} on {evidence['judged'][:10]}: {passed}. Test split "
-        f"`{evidence['test_split'][:16]}`.{_reason(evidence['reason'])}\n\n"
+        f"Against the {opponent}, by {_plain(evidence.user)} on {evidence.decided[:10]}: {passed}. Test split "
+        f"`{evidence.test_split[:16]}`.{_reason(evidence.reason)}\n\n"
         + _table(("rule", "result", "should be", "passed", "how"), rows)
     )
 

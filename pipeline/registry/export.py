@@ -52,9 +52,9 @@ class _Deployed(nn.Module):
     def __init__(self, classifier: Classifier):
         super().__init__()
         self.network = classifier.network
-        self.temperature = classifier.facts.fitted.temperature
-        self.register_buffer("mean", torch.tensor(classifier.facts.mean))
-        self.register_buffer("std", torch.tensor(classifier.facts.std))
+        self.temperature = classifier.metadata.calibration.temperature
+        self.register_buffer("mean", torch.tensor(classifier.metadata.mean))
+        self.register_buffer("std", torch.tensor(classifier.metadata.std))
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.network(normalise(images.permute(0, 3, 1, 2), self.mean, self.std))
@@ -82,17 +82,17 @@ def export_onnx(classifier: Classifier, path: Path) -> None:
     for node in model.graph.node:
         del node.metadata_props[:]  # where in which file a node comes from
         node.doc_string = ""
-    facts = classifier.facts
-    metadata = {
-        "classes": json.dumps(facts.classes),
-        "temperature": repr(facts.fitted.temperature),
-        "thresholds": json.dumps(facts.fitted.thresholds),
-        "recipe_digest": facts.recipe_digest,
-        "data_digest": facts.data_digest,
-        "split_digest": facts.split_digest,
-        "run_id": facts.run_id,
+    metadata = classifier.metadata
+    properties = {
+        "classes": json.dumps(metadata.classes),
+        "temperature": repr(metadata.calibration.temperature),
+        "thresholds": json.dumps(metadata.calibration.thresholds),
+        "recipe_digest": metadata.recipe_digest,
+        "data_digest": metadata.data_digest,
+        "split_digest": metadata.split_digest,
+        "run_id": metadata.run_id,
     }
-    onnx.helper.set_model_props(model, metadata)
+    onnx.helper.set_model_props(model, properties)
     onnx.checker.check_model(model)
     onnx.save_model(model, path)
     check(classifier, path, probes(classifier))
@@ -105,17 +105,16 @@ def check(classifier: Classifier, path: Path, images: Tensor) -> float:
     """
     expected, pixels, model = float32_probabilities(classifier, images), as_pixels(images), session(path)
     with ThreadPoolExecutor(min(len(BATCHES), os.cpu_count() or 1)) as pool:  # onnxruntime computes without the GIL
-        found = list(pool.map(lambda size: np.abs(run_session(model, pixels, size) - expected).max(), BATCHES))
-    worst = float(np.max(found))
+        errors = list(pool.map(lambda size: np.abs(run_session(model, pixels, size) - expected).max(), BATCHES))
+    worst = float(np.max(errors))
     if not worst <= TOLERANCE:  # NaN too
-        raise PromotionRefused(
-            f"{path.name}: differs from torch by {worst:.2g} in probability; at most {TOLERANCE:g} is allowed"
-        )
+        rule = f"differs from torch by {worst:.2g} in probability; at most {TOLERANCE:g} is allowed"
+        raise PromotionRefused(path.name, rule)
     return worst
 
 
 def difference_line(worst: float, images: str) -> str:
-    """What `check` found, for a person."""
+    """The result of `check`, for a person."""
     sizes = f"{', '.join(map(str, BATCHES[:-1]))} and {BATCHES[-1]}"
     return (
         f"the ONNX model and torch in float32 differ by {worst:.1g} in probability at most (allowed: {TOLERANCE:g}) on "
@@ -124,20 +123,20 @@ def difference_line(worst: float, images: str) -> str:
 
 
 def find_data_of(
-    facts: ModelMetadata, tracker: MlflowTracker | None, data_dir: Path, dataset: str | None, download: bool
+    metadata: ModelMetadata, tracker: MlflowTracker | None, data_dir: Path, dataset: str | None, download: bool
 ) -> LocatedData:
     """The data set that a model was trained on, wherever it lies now; see `run_data.find_data`."""
-    what = f"the model of run {facts.run_id}" if facts.run_id else "the model"
-    places = queries.data_places(tracker, facts.run_id) if tracker and facts.run_id else []
-    seen = RunData(what, facts.recipe.data.dataset, facts.recipe.data.image_size, facts.data_digest, places)
+    subject = f"the model of run {metadata.run_id}" if metadata.run_id else "the model"
+    places = queries.data_places(tracker, metadata.run_id) if tracker and metadata.run_id else []
+    seen = RunData(subject, metadata.recipe.data.dataset, metadata.recipe.data.image_size, metadata.data_digest, places)
     return find_data(seen, data_dir, dataset, download)
 
 
-def split_as_then(facts: ModelMetadata, images: Dataset) -> TrainingData:
+def split_as_then(metadata: ModelMetadata, images: Dataset) -> TrainingData:
     """A model's data set, split as when it was trained, on the CPU; DataError where that can't be done any more."""
-    data = prepare(images, facts.recipe.data, torch.device("cpu"))
-    if data.split_digest != facts.split_digest:
-        raise DataError(f"{data.source}: is split into other parts than when the model was trained, by other code")
+    data = prepare(images, metadata.recipe.data, torch.device("cpu"))
+    if data.split_digest != metadata.split_digest:
+        raise DataError(str(data.source), "is split into other parts than when the model was trained, by other code")
     return data
 
 
@@ -148,16 +147,16 @@ def as_pixels(images: Tensor) -> np.ndarray:
 
 def float32_probabilities(classifier: Classifier, images: Tensor) -> np.ndarray:
     """`Classifier.probabilities(images, "plain")` with the network in float32, whatever its recipe's precision."""
-    mean, std = (torch.tensor(values) for values in (classifier.facts.mean, classifier.facts.std))
+    mean, std = (torch.tensor(values) for values in (classifier.metadata.mean, classifier.metadata.std))
     logits = predict_logits(classifier.network, images, mean, std, "fp32")
-    return combine("plain", logits.double().numpy()[None], classifier.facts.fitted)
+    return combine("plain", logits.double().numpy()[None], classifier.metadata.calibration)
 
 
 def probes(classifier: Classifier, count: int = 130) -> Tensor:
-    """uint8 images (N, 3, S, S) for a check where no data set is at hand: noise fine and coarse, black, white."""
+    """uint8 images (N, 3, S, S) for a check without a data set: fine and coarse noise, black, white."""
     size, generator = classifier.image_size, torch.Generator().manual_seed(0)
     fine = torch.randint(0, 256, (count // 2, 3, size, size), generator=generator, dtype=torch.uint8)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (classifier.facts.mean, classifier.facts.std))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (classifier.metadata.mean, classifier.metadata.std))
     coarse = torch.randn(count - len(fine) - 2, 3, 4, 4, generator=generator)
     smooth = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear") * std * 1.5 + mean
     flat = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, size, size)
@@ -180,10 +179,10 @@ def run_session(session: "onnxruntime.InferenceSession", images: np.ndarray, bat
 
 
 def quantise(path: Path, output: Path, images: np.ndarray) -> None:
-    """Write a model with 8-bit layers; their ranges are seen on training images (N, S, S, 3).
+    """Write a model with 8-bit layers; their ranges are measured on training images (N, S, S, 3).
 
     Static quantisation (Jacob et al. 2018, arXiv 1712.05877) by onnxruntime: weights by channel, activations by tensor,
-    in QDQ form. What stands before and behind the network, as softmax, stays in float32.
+    in QDQ form. What is before and after the network, as softmax, stays in float32.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process

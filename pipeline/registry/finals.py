@@ -1,18 +1,14 @@
-"""The best few recipes of a study and its control, trained again with several fresh seeds; and which of them is the winner.
+"""The best few recipes of a study and its control, trained again with several fresh seeds.
 
-A run is data: candidates, what was trained already and what was decided are read from MLflow alone.
+A run is data: candidates and what was trained already are read from MLflow alone. decision.py decides which one wins.
 """
 
 import hashlib
-import json
-import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from itertools import count as count_from
-from itertools import islice
+from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from mlflow.entities import Run as StoredRun
@@ -20,30 +16,19 @@ from mlflow.entities import Run as StoredRun
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError
-from pipeline.evaluation.significance import sample
-from pipeline.experiment import Interrupted, Outcome
-from pipeline.models.build import prediction_flop
+from pipeline.experiment import ExperimentRequest, Interrupted, Outcome
 from pipeline.processes import StopOnSignal, study_lock, this_process
 from pipeline.recipe import Recipe, parse_recipe
-from pipeline.registry.racing import RULES, Candidate, Final, Racing, choose
+from pipeline.registry.decision import FinalsDecision, decide
+from pipeline.registry.racing import Candidate, Final, Racing
 from pipeline.tracking import queries, recovery
 from pipeline.tracking.intact import control_runs, intact
 from pipeline.tracking.queries import StudyRuns
-from pipeline.tracking.store import is_active
-from pipeline.tracking.tags import State
+from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
+from pipeline.training.execution import executable_on
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import CHECKPOINTS
-
-DECISION = "finals.json"  # an artifact of the study's parent run
-
-
-@dataclass(frozen=True)
-class Winner:
-    """What finals decided."""
-
-    run_id: str  # the run to promote: of the winning recipe's seeds the best on the validation split
-    said: str  # one line: which recipe, by what mean and spread, over how many seeds
 
 
 @dataclass(frozen=True)
@@ -54,26 +39,28 @@ class FinalsPlan:
     candidates: Sequence[Candidate]
     seeds: Sequence[int]
     done: Mapping[str, Final]  # by the recipe's digest
+    notes: Sequence[str] = ()  # a line each: which recipe the device can't execute as its trial did
 
     @property
-    def trainings(self) -> int:
+    def num_trainings(self) -> int:
         """In all, if none stops early."""
         return len(self.candidates) * len(self.seeds)
 
     @property
-    def seconds_left(self) -> float:
-        """Of the trainings that are not done, by what their trials took, if none stops early."""
-        return sum(
-            candidate.seconds
-            for candidate in self.candidates
-            for seed in self.seeds
-            if candidate.with_seed(seed).digest() not in self.done
-        )
+    def remaining(self) -> list[Candidate]:
+        """A candidate for each training that is not done, if none stops early."""
+        pairs = ((candidate, seed) for candidate in self.candidates for seed in self.seeds)
+        return [candidate for candidate, seed in pairs if _find_final(self.done, candidate.with_seed(seed)) is None]
+
+    @property
+    def remaining_s(self) -> float:
+        """What they take by the seconds of their trials."""
+        return sum(candidate.seconds for candidate in self.remaining)
 
     @property
     def num_done(self) -> int:
         """Trainings that are not trained again."""
-        return sum(c.with_seed(seed).digest() in self.done for c in self.candidates for seed in self.seeds)
+        return self.num_trainings - len(self.remaining)
 
 
 class FinalsObserver(Protocol):
@@ -88,61 +75,160 @@ class FinalsObserver(Protocol):
     def ended(self, name: str, outcome: Outcome) -> None:
         """It ended, in whatever state."""
 
-    def said(self, line: str) -> None:
+    def note(self, line: str) -> None:
         """Something else is to be known."""
 
 
+# ------------------------------------------------------------------------------------------------------------ the plan
+
+
 def plan_finals(
-    tracker: MlflowTracker, study: StudyRuns, top: int, num_seeds: int, epochs: int | None = None
+    tracker: MlflowTracker,
+    study: StudyRuns,
+    device: torch.device,
+    top: int,
+    num_seeds: int,
+    epochs: int | None = None,
 ) -> FinalsPlan:
     """The `top` best recipes of a study's finished trials and its control; `epochs` instead of their own, where given.
 
-    Seeds count up from 1, leaving out those of the study's trials, so a later command with more seeds goes on with the
-    same ones. UserError where no trial finished, the control is missing, or the trials saw different data.
+    Seeds count up from 1, leaving out those of the study's trials, so a later command with more seeds continues with the
+    same ones. What is captured as a graph is called step by step where the `device` has no graphs. UserError where no
+    trial finished, the control is missing, or the trials saw different data.
     """
     trials = queries.children(tracker, study, "trial")
-    finished = [run for run in trials if run.data.tags.get("state") == State.FINISHED]
-    finished.sort(key=lambda run: (-run.data.metrics[study.objective], int(run.data.tags["trial"])))
+    tags = {run.info.run_id: RunTags.of(run) for run in trials}
+    finished = [run for run in trials if tags[run.info.run_id].state is State.FINISHED]
+    finished.sort(key=lambda run: (-run.data.metrics[study.objective], tags[run.info.run_id].trial))
     if not finished:
-        raise UserError(f"study {study.name}: no finished trial yet; make study goes on with it, TRIALS= adds some")
-    seen = {(run.data.tags["data_digest"], run.data.tags["split_digest"]) for run in trials}
-    if len(seen) > 1:
+        raise UserError(f"study {study.name}", "no finished trial yet", "`study NAME` resumes it, `--trials` adds some")
+    digests = {(of_run.data_digest, of_run.split_digest) for of_run in tags.values()}
+    if len(digests) > 1:
         raise UserError(
-            f"study {study.name}: its trials saw {len(seen)} different data sets or splits; start a VERSION"
+            f"study {study.name}", f"its trials saw {len(digests)} different data sets or splits", "start a `--version`"
         )
-    control = _control(tracker, study, trials)
-    chosen = {
-        candidate.digest: candidate for candidate in [_candidate(tracker, study, control, finished, True, epochs)]
-    }
-    best: list[str] = []
+    notes: dict[str, None] = {}
+
+    def candidate(run: StoredRun, is_control: bool = False) -> Candidate:
+        trained = recipe_of(tracker, run)
+        recipe = executable_on(trained.changed({"training.epochs": epochs} if epochs else {}), device)
+        timed = run if run.info.run_id in {other.info.run_id for other in finished} else finished[0]
+        made = Candidate(
+            recipe,
+            trial=_trial_of(run),
+            trial_run=run.info.run_id,
+            is_control=is_control,
+            score=run.data.metrics[study.objective] if timed is run else None,
+            seconds=timed.data.metrics["time/training_s"] * recipe.training.epochs / trained.training.epochs,
+        )
+        if recipe.training.execution != trained.training.execution:
+            notes[f"{made.name}: {execution_line(trained, recipe, device)}"] = None
+        return made
+
+    control = candidate(_control(tracker, study, trials), is_control=True)
+    candidates, best = {control.digest: control}, set[str]()
     for run in finished:
         if len(best) == top:
             break
-        candidate = _candidate(tracker, study, run, finished, False, epochs)
-        if candidate.digest not in best:
-            best.append(candidate.digest)
-            chosen.setdefault(candidate.digest, candidate)
+        other = candidate(run)
+        best.add(other.digest)
+        candidates.setdefault(other.digest, other)
     used = {int(run.data.params["training.seed"]) for run in trials if "training.seed" in run.data.params}
-    seeds = list(islice((seed for seed in count_from(1) if seed not in used), num_seeds))
-    return FinalsPlan(study, list(chosen.values()), seeds, _done(tracker, study, *seen.pop()))
+    seeds = list(islice((seed for seed in count(1) if seed not in used), num_seeds))
+    done = _finals_done(tracker, study, *digests.pop())
+    return FinalsPlan(study, list(candidates.values()), seeds, done, list(notes))
+
+
+def execution_line(trained: Recipe, recipe: Recipe, device: torch.device) -> str:
+    """How a recipe is executed now, where `executable_on` changed that."""
+    recorded, possible = trained.training.execution, recipe.training.execution
+    return f"training.execution = {recorded}: a graph needs a GPU, and this is {device}; executed as {possible}"
+
+
+def _trial_of(run: StoredRun) -> int:
+    number = RunTags.of(run).trial
+    assert number is not None  # or it would have been left out, see kept.whole
+    return number
+
+
+def _control(tracker: MlflowTracker, study: StudyRuns, trials: Sequence[StoredRun]) -> StoredRun:
+    """The control's run, a finished one where there are several.
+
+    One that was deleted in MLflow has its recipe still, which is all that is needed: its score is left out.
+    """
+    if runs := control_runs(trials):
+        return max(runs, key=lambda run: RunTags.of(run).state is State.FINISHED)
+    deleted = [run for run in queries.deleted_children(tracker, study.parent) if RunTags.of(run).role == "trial"]
+    if runs := control_runs(list(intact(deleted))):
+        return runs[0]
+    raise UserError(
+        f"study {study.name}",
+        "no run of its control, trial 0",
+        "`study NAME` resumes it; `--version` starts another where it was deleted in MLflow for good",
+    )
+
+
+def recipe_of(tracker: MlflowTracker, run: StoredRun) -> Recipe:
+    """A run's recipe.json; UserError where there is none, or this code can't read it or reads something else in it."""
+    subject, tags = f"run {run.info.run_id}", RunTags.of(run)
+    remedy = f"check out commit {tags.commit}, which wrote it"
+    content = queries.read_file(tracker, run.info.run_id, "recipe.json")
+    if content is None:
+        raise UserError(subject, f"its recipe.json is not at {run.info.artifact_uri}")
+    try:
+        recipe = parse_recipe(content)
+    except UserError as error:
+        raise UserError(subject, "its recipe.json can't be read by this code", remedy, error.lines) from None
+    if recipe.digest() != tags.recipe_digest:
+        raise UserError(subject, "its recipe.json is not what was trained", remedy)
+    return recipe
+
+
+def _finals_done(
+    tracker: MlflowTracker, study: StudyRuns, data_digest: str | None, split_digest: str | None
+) -> dict[str, Final]:
+    """The finals on this data that need no other training, by their recipe's digest; that holds seed and epochs too."""
+    done: dict[str, Final] = {}
+    for run in queries.children(tracker, study, "final"):
+        tags = RunTags.of(run)
+        diverged = tags.state is State.FAILED and (tags.reason or "").startswith("diverged")
+        if (tags.data_digest, tags.split_digest) != (data_digest, split_digest):
+            continue
+        if tags.recipe_digest and (tags.state is State.FINISHED or diverged):
+            score = None if diverged else run.data.metrics[study.objective]
+            final = Final(run.info.run_id, score, run.data.metrics.get("time/training_s", 0.0))
+            done.setdefault(tags.recipe_digest, final)
+    return done
+
+
+def _find_final(done: Mapping[str, Final], recipe: Recipe) -> Final | None:
+    """The final of this recipe, or of the same one executed as a graph: that replays the same kernels."""
+    graphed = {"eager": "graphed", "compiled": "compiled_graphed"}.get(recipe.training.execution)
+    same = recipe.changed({"training.execution": graphed}) if graphed else recipe
+    return done.get(recipe.digest()) or done.get(same.digest())
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
 
 
 def check_data(plan: FinalsPlan, tracker: MlflowTracker, data: TrainingData) -> None:
     """DataError where the data set or its split is not what the study's trials saw."""
-    tags = tracker.client.get_run(plan.candidates[0].trial_run).data.tags
-    check_same_data(f"study {plan.study.name}", tags, data)
+    run = tracker.client.get_run(plan.candidates[0].trial_run)
+    check_same_data(f"study {plan.study.name}", RunTags.of(run), data)
 
 
-def check_same_data(what: str, tags: Mapping[str, str], data: TrainingData) -> None:
+def check_same_data(subject: str, tags: RunTags, data: TrainingData) -> None:
     """DataError where data set or split differ from those in a run's tags."""
-    lines = [
-        f"{name}: {tags[tag][:16]} then, {now[:16]} now ({data.source})"
-        for name, tag, now in (("data", "data_digest", data.digest), ("split", "split_digest", data.split_digest))
-        if tags[tag] != now
+    parts = (("data", tags.data_digest, data.digest), ("split", tags.split_digest, data.split_digest))
+    differing = [
+        f"{name}: {str(old)[:16]} then, {new[:16]} now ({data.source})" for name, old, new in parts if old != new
     ]
-    if lines:
-        way_out = "DATASET= names the folder where the same data lies, DATA_DIR= where CIFAR-10 does"
-        raise DataError([f"{what}: trained on other data than is here", *(f"  {line}" for line in lines), way_out])
+    if differing:
+        remedy = "`--dataset` names the folder where the same data lies, `--data-dir` where CIFAR-10 does"
+        raise DataError(subject, "trained on other data than is here", remedy, differing)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def run_finals(
@@ -152,284 +238,94 @@ def run_finals(
     device: torch.device,
     observer: FinalsObserver,
     home: Path,
-) -> dict[str, Any]:
-    """Train what is not trained yet and decide; the decision as it is stored.
+) -> FinalsDecision:
+    """Train what is not trained yet, decide, and store the decision.
 
-    Seed by seed, every candidate once, so that poor ones stop early. Raises Interrupted where somebody asks to stop:
-    the same call goes on. UserError where another command runs the study.
+    Seed by seed, every candidate once, so that poor ones stop early. Raises Interrupted where the user asks to stop:
+    the same call resumes. UserError where another command runs the study.
     """
     check_data(plan, tracker, data)
     with StopOnSignal() as stop, study_lock(plan.study.name, home):
         recovery.close_abandoned_runs(tracker, plan.study.experiment)
-        race = Racing(plan.candidates, len(plan.seeds), least_sd=1 / len(data.validation.labels))
-        done = _done(tracker, plan.study, data.digest, data.split_digest)
-        deleted = queries.deleted_keys(tracker, plan.study.parent)
+        racing = Racing(plan.candidates, len(plan.seeds), least_sd=1 / len(data.validation.labels))
+        done = _finals_done(tracker, plan.study, data.digest, data.split_digest)
+        trainer = _Trainer(
+            tracker, plan.study, data, device, observer, stop, queries.deleted_keys(tracker, plan.study.parent)
+        )
         for seed in plan.seeds:
-            for candidate in race.running():
-                final = done.get(candidate.with_seed(seed).digest())
-                if final is None:
-                    key = _run_key(plan.study, candidate.with_seed(seed), data, deleted)
-                    final = _train(tracker, plan.study, candidate, seed, key, data, device, observer, stop)
-                race.add(candidate, seed, final)
-            for line in race.stop_the_beaten():
-                observer.said(line)
-        race.learn_ids(tracker.id_of)
-        decision = _decide(tracker, plan, race, data)
-        tracker.client.log_text(plan.study.parent, json.dumps(decision, indent=2), DECISION)
-        if decision["winner"]:
-            tracker.client.set_tag(plan.study.parent, "finals_run", decision["winner"]["run_id"])
-            tracker.client.set_tag(plan.study.parent, "finals_said", decision["winner"]["said"])
+            for candidate in racing.running():
+                final = _find_final(done, candidate.with_seed(seed)) or trainer.train(candidate, seed)
+                racing.add(candidate, seed, final)
+            for line in racing.stop_the_beaten():
+                observer.note(line)
+        racing.learn_ids(tracker.id_of)
+        decision = decide(tracker, plan.study, racing, plan.seeds, data)
+        decision.store(tracker, plan.study)
     return decision
 
 
-def winner(tracker: MlflowTracker, study: StudyRuns) -> Winner | None:
-    """What the study's last finals decided; None where none came to an end.
+@dataclass(frozen=True)
+class _Trainer:
+    """Trains the candidates of a study's finals, each under a run of its own."""
 
-    UserError where finals ran since and did not come to an end, or a run of theirs is gone: neither the old decision nor
-    none would be true.
-    """
-    decision = load_decision(tracker, study)
-    if decision is None or decision["winner"] is None:
-        return None
-    said = decision["winner"]["said"]
-    candidates = {candidate["trial_run"] for candidate in decision["candidates"]}
-    for run_id in set(queries.best_run_ids(tracker, study, 1)) - candidates:
-        trial = tracker.client.get_run(run_id).data.tags["trial"]
-        said += f"; trial {trial} was not in these finals and has the study's best score now: make finals takes it in"
-    return Winner(decision["winner"]["run_id"], said)
+    tracker: MlflowTracker
+    study: StudyRuns
+    data: TrainingData
+    device: torch.device
+    observer: FinalsObserver
+    stop: StopOnSignal
+    deleted_keys: Collection[str]
 
-
-def load_decision(tracker: MlflowTracker, study: StudyRuns) -> dict[str, Any] | None:
-    """`finals.json` of a study; None where there is none. UserError where it is no longer what its runs say."""
-    content = queries.read_file(tracker, study.parent, DECISION)
-    if content is None:
-        return None
-    again = f"make finals NAME={study.name} decides anew"
-    try:
-        decision = json.loads(content)
-        seen = set(decision["evidence"])
-    except (ValueError, KeyError):
-        raise UserError(f"finals of {study.name}: {DECISION} is damaged; {again}") from None
-    there = _evidence(tracker, study)
-    if new := there - seen:
-        raise UserError(
-            f"finals of {study.name}: {len(new)} trainings ended, or were restored in MLflow, since the decision of "
-            f"{decision['decided']}, without a new one; {again}, RUN= names a run"
+    def train(self, candidate: Candidate, seed: int) -> Final:
+        """A training that came to an end. Interrupted where the user stops it, UserError where memory is too small."""
+        recipe, name = candidate.with_seed(seed), f"{candidate.name}, seed {seed}"
+        self._check_stop()
+        self.observer.started(name, recipe)
+        key = self._run_key(recipe)
+        tags = RunTags(
+            role="final",
+            study=self.study.name,
+            trial=candidate.trial,
+            trial_run=candidate.trial_run,
+            candidate=candidate.digest,
+            seed=seed,
+            worker=this_process(),
         )
-    if gone := seen - there:
-        raise UserError(
-            f"finals of {study.name}: {len(gone)} of the runs that decided them are gone, deleted in MLflow or without "
-            f"their tags; {again}, as does restoring them without training"
+        request = ExperimentRequest(
+            recipe=recipe,
+            data=self.data,
+            device=self.device,
+            name=f"final of {name}",
+            parent_run=self.study.parent,
+            tags=tags,
+            run_key=key,
+            resume_dir=self.tracker.home / CHECKPOINTS / key,
+            on_epoch=self._on_epoch,
+            on_step=self._check_stop,
         )
-    return dict(decision)
+        outcome = experiment.run(request, self.tracker)
+        self.observer.ended(name, outcome)
+        if outcome.state is State.INTERRUPTED:
+            raise Interrupted
+        if outcome.state is State.FAILED and not outcome.reason.startswith("diverged"):
+            raise UserError(name, outcome.reason, "with more memory the same command resumes")
+        score = outcome.metrics[self.study.objective] if outcome.state is State.FINISHED else None
+        return Final(outcome.run_id, score, outcome.metrics.get("time/training_s", 0.0), outcome.run_key)
 
-
-def _control(tracker: MlflowTracker, study: StudyRuns, trials: Sequence[StoredRun]) -> StoredRun:
-    """The control's run, a finished one where there are several.
-
-    One that was deleted in MLflow has its recipe still, which is all that is needed: its score is left out.
-    """
-    found = control_runs(trials)
-    if found:
-        return max(found, key=lambda run: run.data.tags.get("state") == State.FINISHED)
-    deleted = [run for run in queries.deleted_children(tracker, study.parent) if run.data.tags.get("role") == "trial"]
-    if found := control_runs(list(intact(deleted))):
-        return found[0]
-    raise UserError(
-        f"study {study.name}: no run of its control, trial 0; make study goes on with it, or VERSION= starts another "
-        "where it was deleted in MLflow for good"
-    )
-
-
-def _candidate(
-    tracker: MlflowTracker,
-    study: StudyRuns,
-    run: StoredRun,
-    finished: Sequence[StoredRun],
-    is_control: bool,
-    epochs: int | None,
-) -> Candidate:
-    recipe = recipe_of(tracker, run)
-    own = recipe.training.epochs
-    if epochs:
-        recipe = recipe.changed({"training.epochs": epochs})
-    done = run.data.tags.get("state") == State.FINISHED and is_active(run)
-    timed = run if done else finished[0]  # for the control that has not finished, another's time is the best guess
-    seconds = timed.data.metrics["time/training_s"] * recipe.training.epochs / own
-    score = run.data.metrics[study.objective] if done else None
-    return Candidate(recipe, int(run.data.tags["trial"]), run.info.run_id, is_control, score, seconds)
-
-
-def recipe_of(tracker: MlflowTracker, run: StoredRun) -> Recipe:
-    """A run's recipe.json; UserError where there is none, or this code can't read it or reads something else in it."""
-    name, commit = f"run {run.info.run_id}", run.data.tags.get("mlflow.source.git.commit")
-    content = queries.read_file(tracker, run.info.run_id, "recipe.json")
-    if content is None:
-        raise UserError(f"{name}: its recipe.json is not at {run.info.artifact_uri}")
-    try:
-        recipe = parse_recipe(content)
-    except UserError as error:
-        lines = [f"{name}: its recipe.json can't be read by this code; git checkout {commit} has what wrote it"]
-        raise UserError([*lines, *(f"  {line}" for line in error.lines)]) from None
-    if recipe.digest() != run.data.tags["recipe_digest"]:
-        raise UserError(f"{name}: its recipe.json is not what was trained; git checkout {commit} has what wrote it")
-    return recipe
-
-
-def _done(tracker: MlflowTracker, study: StudyRuns, data_digest: str, split_digest: str) -> dict[str, Final]:
-    """The finals on this data that need no other training, by their recipe's digest; that holds seed and epochs too."""
-    done: dict[str, Final] = {}
-    for run in queries.children(tracker, study, "final"):
-        tags = run.data.tags
-        diverged = tags.get("state") == State.FAILED and tags.get("reason", "").startswith("diverged")
-        if (tags["data_digest"], tags["split_digest"]) != (data_digest, split_digest):
-            continue
-        if tags.get("state") == State.FINISHED or diverged:
-            score = None if diverged else run.data.metrics[study.objective]
-            final = Final(run.info.run_id, score, run.data.metrics.get("time/training_s", 0.0))
-            done.setdefault(tags["recipe_digest"], final)
-    return done
-
-
-def _evidence(tracker: MlflowTracker, study: StudyRuns) -> set[str]:
-    """The runs that a decision can rest on."""
-    ended = (State.FINISHED, State.FAILED)
-    return {run.info.run_id for run in queries.children(tracker, study, "final") if run.data.tags.get("state") in ended}
-
-
-def _run_key(study: StudyRuns, recipe: Recipe, data: TrainingData, deleted: Collection[str]) -> str:
-    """By which a training that was stopped or killed goes on, under the same run; where that was deleted, the next one."""
-    identity = f"{study.parent} {recipe.digest()} {data.digest} {data.split_digest}"
-    names = (identity + (f" {number}" if number else "") for number in count_from(0))
-    keys = (hashlib.sha256(name.encode()).hexdigest()[:32] for name in names)
-    return next(key for key in keys if key not in deleted)
-
-
-def _train(
-    tracker: MlflowTracker,
-    study: StudyRuns,
-    candidate: Candidate,
-    seed: int,
-    key: str,
-    data: TrainingData,
-    device: torch.device,
-    observer: FinalsObserver,
-    stop: StopOnSignal,
-) -> Final:
-    recipe, name = candidate.with_seed(seed), f"{candidate.name}, seed {seed}"
-
-    def check(*progress: object) -> None:
-        if stop.requested:
+    def _check_stop(self, *progress: object) -> None:
+        if self.stop.requested:
             raise Interrupted
 
-    def on_epoch(report: EpochReport) -> None:
-        observer.epoch(report)
-        check()
+    def _on_epoch(self, report: EpochReport) -> None:
+        self.observer.epoch(report)
+        self._check_stop()
 
-    check()
-    observer.started(name, recipe)
-    outcome = experiment.run(
-        recipe,
-        data,
-        device,
-        tracker,
-        name=f"final of {name}",
-        parent=study.parent,
-        tags={
-            "role": "final",
-            "study": study.name,
-            "trial": str(candidate.trial),
-            "trial_run": candidate.trial_run,
-            "candidate": candidate.digest,
-            "seed": str(seed),
-            "worker": json.dumps(this_process()),
-        },
-        on_epoch=on_epoch,
-        on_step=check,
-        resume=tracker.home / CHECKPOINTS / key,
-        key=key,
-    )
-    observer.ended(name, outcome)
-    if outcome.state is State.INTERRUPTED:
-        raise Interrupted
-    if outcome.state is State.FAILED and not outcome.reason.startswith("diverged"):
-        raise UserError(f"{name}: {outcome.reason}; with more memory the same command goes on")
-    score = outcome.metrics[study.objective] if outcome.state is State.FINISHED else None
-    return Final(outcome.run_id, score, outcome.metrics.get("time/training_s", 0.0), outcome.run_key)
+    def _run_key(self, recipe: Recipe) -> str:
+        """The same one each time, so that a training that was stopped or killed resumes under the same run.
 
-
-def _decide(tracker: MlflowTracker, plan: FinalsPlan, race: Racing, data: TrainingData) -> dict[str, Any]:
-    """The decision as it is stored: JSON, scores in [0, 1], times in seconds."""
-    control = plan.candidates[0]
-    table = {c.digest: _row(race, c, control, plan.seeds, data) for c in plan.candidates}
-
-    chosen = choose(race, {digest: row["prediction_flop"] for digest, row in table.items()})
-    return {
-        "study": plan.study.name,
-        "objective": plan.study.objective,
-        "decided": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seeds": list(plan.seeds),
-        "data_digest": data.digest,
-        "split_digest": data.split_digest,
-        "least_sd": race.least_sd,
-        "rules": RULES,
-        "candidates": list(table.values()),
-        "winner": _said(plan, race, table, *chosen) if chosen else None,
-        "evidence": sorted(_evidence(tracker, plan.study)),
-    }
-
-
-def _row(
-    race: Racing, candidate: Candidate, control: Candidate, seeds: Sequence[int], data: TrainingData
-) -> dict[str, Any]:
-    finals = {seed: race.finals[candidate.digest][seed] for seed in seeds if seed in race.finals[candidate.digest]}
-    scores, differences = list(race.scores(candidate).values()), race.differences(candidate, control)
-    changes = candidate.recipe.difference(control.recipe)
-    difference = None
-    if differences and candidate is not control:
-        difference = asdict(sample(differences, race.least_sd)) | {"p": race.p_value(candidate, control)}
-    return {
-        "name": candidate.name,
-        "trial": candidate.trial,
-        "trial_run": candidate.trial_run,
-        "trial_score": candidate.score,
-        "candidate": candidate.digest,
-        "is_control": candidate.is_control,
-        "changes": {name: here for name, (here, _) in changes.items() if here is not None},
-        "epochs": candidate.recipe.training.epochs,
-        "prediction_flop": prediction_flop(candidate.recipe.model, len(data.classes), data.image_size),
-        "training_s": statistics.median(final.seconds for final in finals.values()),
-        "score": asdict(sample(scores, race.least_sd)) if scores else None,
-        "difference": difference,
-        "out": race.out.get(candidate.digest),
-        "runs": [{"seed": seed, "run_id": f.run_id, "score": f.score} for seed, f in finals.items()],
-    }
-
-
-def _said(
-    plan: FinalsPlan,
-    race: Racing,
-    table: Mapping[str, Mapping[str, Any]],
-    best: Candidate,
-    tied: Sequence[Candidate],
-    why: str,
-) -> dict[str, Any]:
-    scores = race.scores(best)
-    seed = max(scores, key=lambda seed: (scores[seed], -seed))
-    score = table[best.digest]["score"]
-    spread = (
-        f" ± {score['sd']:.4f} (mean ± standard deviation of {score['n']} seeds)" if score["sd"] is not None else ""
-    )
-    others = ", ".join(candidate.name for candidate in tied if candidate is not best)
-    tie = f"a tie with {others}: {why}" if others else why
-    run_id = race.finals[best.digest][seed].run_id
-    return {
-        "trial": best.trial,
-        "candidate": best.digest,
-        "run_id": run_id,
-        "seed": seed,
-        "tied": [candidate.trial for candidate in tied if candidate is not best],
-        "why": why,
-        "said": f"{best.name} of {plan.study.name}: {plan.study.objective} {score['mean']:.4f}"
-        f"{spread or ' (1 seed)'}, {tie}; run {run_id}, seed {seed}, its best on the validation split",
-    }
+        Where that run was deleted in MLflow, its key can't be used again: the next one of a fixed sequence is taken.
+        """
+        identity = f"{self.study.parent} {recipe.digest()} {self.data.digest} {self.data.split_digest}"
+        names = (identity + (f" {number}" if number else "") for number in count(0))
+        keys = (hashlib.sha256(name.encode()).hexdigest()[:32] for name in names)
+        return next(key for key in keys if key not in self.deleted_keys)

@@ -1,4 +1,4 @@
-"""May this model replace the champion? Evidence in, verdict out: nothing is read and nothing is remembered here.
+"""May this model replace the champion? Evidence in, verdict out: nothing is read and nothing is stored here.
 
 Both models are compared image by image on one test split, because what counts is where they disagree. A challenger has to
 be *shown* to be better; on what it must not lose (a class, calibration) it has to be *shown* to be worse before it is
@@ -6,17 +6,17 @@ refused, and by more than a margin: with 10 classes and as many tests, noise alo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import UserError, did_you_mean, validation_lines
+from pipeline.errors import Problem, UserError, did_you_mean, validation_lines
 from pipeline.evaluation.scores import BINS
 
 DRAWS = 2000  # of the bootstrap: the 5 % point of an interval is then good to a twentieth of its width
-SEEDS_NEEDED = 3  # trainings of one recipe, below which their spread says too little
+MIN_SEEDS = 3  # trainings of one recipe, below which their spread says too little
 _CHUNK = 200  # draws at a time, which bounds the memory
 
 
@@ -41,107 +41,121 @@ class Rules(BaseModel):
     size_factor: float = Field(4.0, gt=0, description="times the champion's bytes that it may have")
 
     def changed(self, assignments: Sequence[str]) -> "Rules":
-        """These with `NAME=VALUE` applied (several in a text, between spaces); UserError with all faults."""
+        """These with `NAME=VALUE` applied (several in a text, between spaces); UserError with all problems."""
         values: dict[str, Any] = self.model_dump()
-        lines = []
+        problems = []
         for assignment in " ".join(assignments).split():
             name, equals, value = assignment.partition("=")
             if name in values and equals:
                 values[name] = value
             else:
                 known = ", ".join(values)
-                lines.append(f"RULES {assignment}: should be NAME=VALUE, of {known}{did_you_mean(name, values)}")
+                rule = f"should be NAME=VALUE, of {known}{did_you_mean(name, values)}"
+                problems.append(Problem(f"`--rule` {assignment}", rule))
         try:
             rules = Rules.model_validate(values)
         except ValidationError as error:
-            lines += [f"RULES {line}" for line in validation_lines(error)]
-        if lines:
-            raise UserError(lines)
+            problems += [Problem(f"`--rule` {line}") for line in validation_lines(error)]
+        if problems:
+            raise UserError.many(problems)
         return rules
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
-    """One of the two models, on the images of the split: its probabilities float (N, C), and what it costs."""
+class ModelEvidence:
+    """What is known of one of the two models: its probabilities float (N, C) on the images, and what it costs."""
 
     probabilities: np.ndarray
     latency_ms: float
     bytes: int
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One rule's result: the number, the threshold that it was held against, and a sentence on where it comes from."""
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Two models on the same N images of the test split, or one where there is no other."""
+
+    challenger: ModelEvidence
+    opponent: ModelEvidence | None
+    labels: np.ndarray  # int (N,)
+    classes: Sequence[str]
+    seed_accuracies: Sequence[float] = ()  # of trainings that differ from the challenger by their seed at most
+    opponent_name: str = "champion"
+
+
+class RuleResult(BaseModel):
+    """One rule's result: the number, the threshold that it was compared with, and a sentence on where it comes from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rule: str
     number: str
     threshold: str
     passed: bool
-    why: str
+    reason: str
 
-    def __str__(self) -> str:
-        return f"{self.rule}: {self.number}, should be {self.threshold}; {self.why}"
+    @property
+    def problem(self) -> Problem:
+        """The result of a rule that says no, as an error shows it."""
+        return Problem(self.rule, f"{self.number}, should be {self.threshold}; {self.reason}")
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(BaseModel):
     """Whether the challenger may be promoted, and each rule's part in it."""
 
-    findings: tuple[Finding, ...]
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    results: tuple[RuleResult, ...]
 
     @property
     def passed(self) -> bool:
         """Every rule says yes."""
-        return all(finding.passed for finding in self.findings)
+        return all(result.passed for result in self.results)
 
     @property
-    def failed(self) -> list[str]:
-        """A line for each rule that says no."""
-        return [str(finding) for finding in self.findings if not finding.passed]
-
-    def as_json(self) -> dict[str, Any]:
-        """For the ledger and for MLflow."""
-        return {"passed": self.passed, "findings": [asdict(finding) for finding in self.findings]}
-
-    @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> "Verdict":
-        """The opposite of `as_json`."""
-        return cls(tuple(Finding(**finding) for finding in body["findings"]))
+    def problems(self) -> list[Problem]:
+        """One for each rule that says no."""
+        return [result.problem for result in self.results if not result.passed]
 
 
-def decide(
-    challenger: Side,
-    champion: Side | None,
-    labels: np.ndarray,
-    classes: Sequence[str],
-    rules: Rules,
-    seed_accuracies: Sequence[float] = (),
-    name: str = "champion",
-) -> Verdict:
-    """Hold the challenger against the champion on the same images, whose `labels` are int (N,).
+class GateRecord(BaseModel):
+    """A verdict with what it rests on, as the ledger, the run and the packaged model keep it."""
 
-    `seed_accuracies` are those of trainings that differ from the challenger only by their seed; `name` is what the other
-    model is called. Without another one the challenger only has to be better than naming the largest class.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    opponent: str  # champion, control or constant answer
+    opponent_run: str | None
+    verdict: Verdict
+    rules: Rules
+    recipe_digest: str
+    images: int  # of the test split
+    correct: Mapping[str, int]  # by run: images that it has right
+    onnx_sha256: str  # of the challenger's model that was evaluated
+    predictions_sha256: Mapping[str, str]  # by run, of the stored predictions
+
+
+def decide(evidence: Evidence, rules: Rules) -> Verdict:
+    """Compare the challenger with its opponent; without one it only has to be better than naming the largest class."""
+    challenger, opponent, labels = evidence.challenger, evidence.opponent, evidence.labels
+    classes, name = evidence.classes, evidence.opponent_name
     new = challenger.probabilities.argmax(1)
-    if champion is None:
+    if opponent is None:
         largest = np.full_like(labels, np.bincount(labels).argmax())
-        return Verdict((_better(labels, new, largest, rules, "the constant answer"),))
-    old = champion.probabilities.argmax(1)
-    drawn = _resampled(np.concatenate([_columns(s, labels, len(classes)) for s in (champion, challenger)], axis=1))
+        return Verdict(results=(_better(labels, new, largest, rules, "the constant answer"),))
+    old = opponent.probabilities.argmax(1)
+    drawn = _resampled(np.concatenate([_columns(m, labels, len(classes)) for m in (opponent, challenger)], axis=1))
     half = drawn.shape[1] // 2
     before, after = (_scores(sums, len(classes)) for sums in (drawn[:, :half], drawn[:, half:]))
     change = {score: after[score] - before[score] for score in after}  # (1 + draws, ...) with the split itself first
     return Verdict(
-        (
+        results=(
             _better(labels, new, old, rules, f"the {name}"),
             _gain(change["accuracy"][:, 0], rules),
-            _beyond_seeds(labels, new, old, rules, seed_accuracies),
+            _beyond_seeds(labels, new, old, rules, evidence.seed_accuracies),
             _no_class_worse("F1", change["f1"], classes, rules),
             _no_class_worse("recall", change["recall"], classes, rules),
             _calibrated(change["ece"][:, 0], rules),
-            _within("latency", challenger.latency_ms, champion.latency_ms, rules.latency_factor, "ms, one image", name),
-            _within("size", challenger.bytes / 2**20, champion.bytes / 2**20, rules.size_factor, "MiB", name),
+            _within("latency", challenger.latency_ms, opponent.latency_ms, rules.latency_factor, "ms, one image", name),
+            _within("size", challenger.bytes / 2**20, opponent.bytes / 2**20, rules.size_factor, "MiB", name),
         )
     )
 
@@ -149,12 +163,14 @@ def decide(
 # ------------------------------------------------------------------------------------------------------ to be better
 
 
-def _better(labels: np.ndarray, new: np.ndarray, old: np.ndarray, rules: Rules, other: str) -> Finding:
+def _better(labels: np.ndarray, new: np.ndarray, old: np.ndarray, rules: Rules, other: str) -> RuleResult:
     """The exact test of McNemar 1947, one-sided."""
     gained, lost = _disagreements(labels, new, old)
     p = mcnemar_one_sided(gained, lost)
-    why = f"exact McNemar test, one-sided: only the challenger is right on {gained:,} images, only {other} on {lost:,}"
-    return Finding("better", f"p = {p:.4f}", f"at most {rules.alpha:g}", p <= rules.alpha, why)
+    reason = (
+        f"exact McNemar test, one-sided: only the challenger is right on {gained:,} images, only {other} on {lost:,}"
+    )
+    return _result("better", f"p = {p:.4f}", f"at most {rules.alpha:g}", p <= rules.alpha, reason)
 
 
 def mcnemar_one_sided(gained: int, lost: int) -> float:
@@ -164,18 +180,18 @@ def mcnemar_one_sided(gained: int, lost: int) -> float:
     return float(bdtrc(gained - 1, gained + lost, 0.5)) if gained else 1.0
 
 
-def _gain(draws: np.ndarray, rules: Rules) -> Finding:
+def _gain(draws: np.ndarray, rules: Rules) -> RuleResult:
     """Percentile bootstrap over images, paired (Efron 1979); both ends hold with 1 - alpha each."""
     low, high = 100 * np.quantile(draws[1:], [rules.alpha, 1 - rules.alpha])
     level = f"{100 * (1 - 2 * rules.alpha):g} % interval {low:+.2f} to {high:+.2f}"
     number = f"{100 * draws[0]:+.2f} points of accuracy"
     threshold = f"above {rules.least_gain:g} with its whole interval"
-    return Finding("gain", number, threshold, bool(low > rules.least_gain), f"paired bootstrap over images, {level}")
+    return _result("gain", number, threshold, bool(low > rules.least_gain), f"paired bootstrap over images, {level}")
 
 
 def _beyond_seeds(
     labels: np.ndarray, new: np.ndarray, old: np.ndarray, rules: Rules, seed_accuracies: Sequence[float]
-) -> Finding:
+) -> RuleResult:
     """The gain against what another seed of either recipe could have made, with the images' own chance.
 
     McNemar's test knows only the images: two seeds of one small network do differ, so that it called the luckier one
@@ -187,17 +203,17 @@ def _beyond_seeds(
     change = right.astype(float) - was_right
     images = change.std() / np.sqrt(len(labels))
     seeds = len(seed_accuracies)
-    if seeds >= SEEDS_NEEDED:  # Student's quantile: a spread that is measured on a few seeds is itself uncertain
+    if seeds >= MIN_SEEDS:  # Student's quantile: a spread that is measured on a few seeds is itself uncertain
         spread, quantile = float(np.std(seed_accuracies, ddof=1)), stdtrit(seeds - 1, 1 - rules.alpha)
         source = f"measured on {seeds}"
     else:
         spread, quantile = rules.seed_spread / 100 * float(1 - was_right.mean()), ndtri(1 - rules.alpha)
-        source = f"assumed, {rules.seed_spread:g} % of the error rate: make finals measures it"
+        source = f"assumed, {rules.seed_spread:g} % of the error rate: `finals` measures it"
     limit = float(quantile * np.sqrt(images**2 + 2 * spread**2))
-    why = f"chance of the images and of the seeds, whose standard deviation is {100 * spread:.2f} points ({source})"
+    reason = f"chance of the images and of the seeds, whose standard deviation is {100 * spread:.2f} points ({source})"
     gain = float(change.mean())
     number, threshold = f"{100 * gain:+.2f} points of accuracy", f"above {100 * limit:.2f}"
-    return Finding("beyond seeds", number, threshold, gain > limit, why)
+    return _result("beyond seeds", number, threshold, gain > limit, reason)
 
 
 def _disagreements(labels: np.ndarray, new: np.ndarray, old: np.ndarray) -> tuple[int, int]:
@@ -209,7 +225,7 @@ def _disagreements(labels: np.ndarray, new: np.ndarray, old: np.ndarray) -> tupl
 # --------------------------------------------------------------------------------------------------- not to be worse
 
 
-def _no_class_worse(score: str, draws: np.ndarray, classes: Sequence[str], rules: Rules) -> Finding:
+def _no_class_worse(score: str, draws: np.ndarray, classes: Sequence[str], rules: Rules) -> RuleResult:
     """Refused for a class that loses more than the margin, and more than chance explains.
 
     Chance: the bootstrap's standard error times the quantile of alpha shared among all classes and both scores
@@ -219,40 +235,45 @@ def _no_class_worse(score: str, draws: np.ndarray, classes: Sequence[str], rules
 
     lost, error = -100 * draws[0], 100 * draws[1:].std(axis=0)
     chance = float(ndtri(1 - rules.alpha / (2 * len(classes)))) * error
-    faults = [i for i in np.argsort(-lost) if lost[i] > max(rules.class_margin, chance[i])]
-    shown = faults or [int(lost.argmax())]
+    worse = [i for i in np.argsort(-lost) if lost[i] > max(rules.class_margin, chance[i])]
+    shown = worse or [int(lost.argmax())]
     named = ", ".join(f"{classes[i]} {-lost[i]:+.1f} (chance: {chance[i]:.1f})" for i in shown[:5])
     more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
     threshold = f"above -{rules.class_margin:g}, or within chance"
-    why = f"the worst of {len(classes)} classes: {named}{more}"
-    return Finding(f"{score} by class", f"{-lost[shown[0]]:+.1f} points", threshold, not faults, why)
+    reason = f"the worst of {len(classes)} classes: {named}{more}"
+    return _result(f"{score} by class", f"{-lost[shown[0]]:+.1f} points", threshold, not worse, reason)
 
 
-def _calibrated(draws: np.ndarray, rules: Rules) -> Finding:
+def _calibrated(draws: np.ndarray, rules: Rules) -> RuleResult:
     """Expected calibration error after temperature scaling; as with the classes, beyond the margin and beyond chance."""
     from scipy.special import ndtri
 
     grown = 100 * float(draws[0])
     chance = 100 * float(ndtri(1 - rules.alpha) * draws[1:].std())
-    why = f"expected calibration error after temperature scaling (chance: {chance:.2f})"
+    reason = f"expected calibration error after temperature scaling (chance: {chance:.2f})"
     threshold = f"at most +{rules.ece_margin:g}, or within chance"
-    return Finding("calibration", f"{grown:+.2f} points", threshold, grown <= max(rules.ece_margin, chance), why)
+    return _result("calibration", f"{grown:+.2f} points", threshold, grown <= max(rules.ece_margin, chance), reason)
 
 
-def _within(rule: str, its: float, other: float, factor: float, unit: str, name: str) -> Finding:
-    why = f"{its:.3g} beside the {name}'s {other:.3g} {unit}"
-    return Finding(rule, f"{its / other:.2f} times", f"at most {factor:g} times", its <= factor * other, why)
+def _within(rule: str, cost: float, opponents: float, factor: float, unit: str, name: str) -> RuleResult:
+    reason = f"{cost:.3g} against the {name}'s {opponents:.3g} {unit}"
+    ratio = f"{cost / opponents:.2f} times"
+    return _result(rule, ratio, f"at most {factor:g} times", cost <= factor * opponents, reason)
+
+
+def _result(rule: str, number: str, threshold: str, passed: bool, reason: str) -> RuleResult:
+    return RuleResult(rule=rule, number=number, threshold=threshold, passed=bool(passed), reason=reason)
 
 
 # --------------------------------------------------------------------------------------------------------- bootstrap
 
 
-def _columns(side: Side, labels: np.ndarray, num_classes: int) -> np.ndarray:
+def _columns(model: ModelEvidence, labels: np.ndarray, num_classes: int) -> np.ndarray:
     """float32 (N, 3 C + BINS): what each image adds to its class's images, hits, predictions, and to its bin's gap.
 
     Every score is made of such sums, so that a draw of images is a product with their counts.
     """
-    predicted, confidence = side.probabilities.argmax(1), side.probabilities.max(1)
+    predicted, confidence = model.probabilities.argmax(1), model.probabilities.max(1)
     right = predicted == labels
     rows = np.arange(len(labels))
     columns = np.zeros((len(labels), 3 * num_classes + BINS), dtype=np.float32)

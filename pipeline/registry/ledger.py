@@ -1,8 +1,8 @@
-"""The ledger: every look at the test split, every verdict, every change of champion; appended, never changed.
+"""The ledger: every test evaluation, every verdict, every change of champion; appended, never changed.
 
 MLflow's alias is one write without history, and the last writer wins. So what may happen is decided here, by comparing and
 setting in one transaction, and the alias follows. A change of champion is two events: `begun` before its first effect, and
-`promoted`, `rolled back` or `undone` after its last; what is begun and not ended was cut off, and is repaired.
+`promoted`, `rolled back` or `undone` after its last; a change that is begun and not ended was interrupted, and is repaired.
 """
 
 import contextlib
@@ -17,14 +17,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from pipeline.errors import PromotionRefused, UserError
+from pipeline.registry.gate import GateRecord
 
 FILE = "ledger.db"
-LOOK, PASSED, REFUSED = "look", "passed", "refused"
+TEST_EVALUATION, PASSED, REFUSED = "test evaluation", "passed", "refused"
 BEGUN, PROMOTED, ROLLED_BACK, UNDONE = "begun", "promoted", "rolled back", "undone"
-GONE = (
-    "gone"  # a version that was deleted in MLflow, which nobody can restore: it is champion no more, nor can be again
-)
+DELETED = "deleted"  # in MLflow, which can't restore a version: it can't be champion again
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS events (
@@ -49,7 +50,33 @@ class Event:
     version: str | None  # of the registered model
     split: str | None  # the test split's digest
     reason: str
-    details: dict[str, Any]
+    details: dict[str, Any]  # JSON; of a verdict a GateRecord
+
+    @property
+    def evidence(self) -> "VerdictEvidence":
+        """What goes with the model; of a verdict."""
+        assert self.kind in (PASSED, REFUSED), self.kind
+        return VerdictEvidence(
+            run=self.run,
+            decided=self.time,
+            user=self.user,
+            test_split=self.split or "",
+            reason=self.reason,
+            record=GateRecord.model_validate(self.details),
+        )
+
+
+class VerdictEvidence(BaseModel):
+    """A verdict of the ledger outside of it: in its run's artifacts and in the packaged model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: str
+    decided: str  # UTC, ISO 8601, to the second
+    user: str
+    test_split: str  # its digest
+    reason: str
+    record: GateRecord
 
 
 _COLUMNS = tuple(field.name for field in fields(Event))
@@ -75,7 +102,9 @@ class Ledger:
                 for action in ("UPDATE", "DELETE"):
                     connection.execute(_APPEND_ONLY.format(action))
         except (OSError, sqlite3.Error) as error:
-            raise UserError(f"{home / FILE}: can't be used as the ledger ({error}); move it away, or mend it") from None
+            raise UserError(
+                str(home / FILE), f"can't be used as the ledger ({error})", "move it away, or repair it"
+            ) from None
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -99,15 +128,15 @@ class Ledger:
         reason: str = "",
         details: dict[str, Any] | None = None,
     ) -> Event:
-        """Write down a look or a verdict."""
-        assert kind in (LOOK, PASSED, REFUSED), kind
+        """Append a test evaluation or a verdict."""
+        assert kind in (TEST_EVALUATION, PASSED, REFUSED), kind
         with self._transaction() as connection:
             return _append(connection, kind, model, run, None, split, reason, details or {})
 
-    def lose(self, model: str, gone: Champion, reason: str) -> Event:
-        """Write down that a version of the reigns is no longer in the registry."""
+    def record_deletion(self, model: str, deleted: Champion, reason: str) -> Event:
+        """Append that a version that was champion is no longer in the registry."""
         with self._transaction() as connection:
-            return _append(connection, GONE, model, gone.run, gone.version, None, reason, {})
+            return _append(connection, DELETED, model, deleted.run, deleted.version, None, reason, {})
 
     def begin(
         self,
@@ -120,7 +149,7 @@ class Ledger:
         version: str | None = None,
         reason: str = "",
     ) -> Event:
-        """Claim a change of champion of `kind`, over the one that the caller saw.
+        """Begin a change of champion of `kind`, from the one that the caller saw.
 
         `version` is known where it is there already; `previous` is the version that the alias `previous` will name.
         Refused where another one is champion by now, or another change is begun: of two at once, one wins. The event's
@@ -135,25 +164,24 @@ class Ledger:
         }
         with self._transaction() as connection:
             events = _read(connection, model)
-            if other := _open(events):
-                raise PromotionRefused(f"{model}: {_said(other)} is under way since; wait for it, and try again")
-            now = _reigns(events)[-1:]
-            if now != ([over] if over else []):
-                found = f"version {now[0].version}, run {now[0].run}" if now else "none"
-                raise PromotionRefused(
-                    f"{model}: its champion changed meanwhile ({found}); the same command compares with that one"
-                )
+            if other := _unfinished(events):
+                raise PromotionRefused(model, f"{_describe(other)} is under way", "wait for it, and try again")
+            champions = _champions(events)
+            current = champions[-1] if champions else None
+            if current != over:
+                named = f"version {current.version}, run {current.run}" if current else "none"
+                rule = f"its champion changed meanwhile ({named})"
+                raise PromotionRefused(model, rule, "the same command compares with that one")
             return _append(connection, BEGUN, model, run, version, None, reason, details)
 
     def end(self, begun: Event, kind: str, version: str | None, reason: str = "") -> Event:
-        """Close what `begin` opened. Refused where somebody else has closed it."""
+        """Close what `begin` opened. Refused where another command has closed it."""
         assert kind in (PROMOTED, ROLLED_BACK, UNDONE), kind
         with self._transaction() as connection:
-            still = _open(_read(connection, begun.model))
-            if still is None or still.id != begun.id:
-                raise PromotionRefused(
-                    f"{begun.model}: {_said(begun)} was ended by another command; python -m pipeline history shows it"
-                )
+            unfinished = _unfinished(_read(connection, begun.model))
+            if unfinished is None or unfinished.id != begun.id:
+                rule = f"{_describe(begun)} was ended by another command"
+                raise PromotionRefused(begun.model, rule, "`history` shows it")
             details = {"begun": begun.id, "over": begun.details["over"]}
             return _append(connection, kind, begun.model, begun.run, version, None, reason or begun.reason, details)
 
@@ -162,18 +190,18 @@ class Ledger:
         with self._transaction() as connection:
             return _read(connection, model)
 
-    def reigns(self, model: str) -> list[Champion]:
-        """The champion last, before it those that a rollback goes back to; a rollback takes away what came after.
+    def champions(self, model: str) -> list[Champion]:
+        """The champion last, before it those that a rollback goes back to; a rollback removes those after its target.
 
-        Versions that were deleted in MLflow are taken out.
+        Versions that were deleted in MLflow are left out.
         """
-        return _reigns(self.events(model))
+        return _champions(self.events(model))
 
-    def cut_off(self) -> list[Event]:
+    def unfinished(self) -> list[Event]:
         """What was begun and not ended, of all models."""
         events = self.events()
-        found = (_open([e for e in events if e.model == model]) for model in sorted({e.model for e in events}))
-        return [event for event in found if event]
+        last = (_unfinished([e for e in events if e.model == model]) for model in sorted({e.model for e in events}))
+        return [event for event in last if event]
 
 
 def _append(
@@ -205,7 +233,7 @@ def _read(connection: sqlite3.Connection, model: str | None) -> list[Event]:
     return [Event(**dict(zip(_COLUMNS, row, strict=True)) | {"details": json.loads(row[-1])}) for row in rows]
 
 
-def _open(events: list[Event]) -> Event | None:
+def _unfinished(events: list[Event]) -> Event | None:
     """Of one model: there is at most one."""
     last = None
     for event in events:
@@ -216,7 +244,7 @@ def _open(events: list[Event]) -> Event | None:
     return last
 
 
-def _reigns(events: list[Event]) -> list[Champion]:
+def _champions(events: list[Event]) -> list[Champion]:
     stack: list[Champion] = []
     for event in events:
         if event.kind in (PROMOTED, ROLLED_BACK):
@@ -225,11 +253,11 @@ def _reigns(events: list[Event]) -> list[Champion]:
             if event.kind == ROLLED_BACK and champion in stack:
                 del stack[stack.index(champion) :]
             stack.append(champion)
-        elif event.kind == GONE:
-            stack = [reign for reign in stack if reign != Champion(event.version or "", event.run)]
+        elif event.kind == DELETED:
+            stack = [champion for champion in stack if champion != Champion(event.version or "", event.run)]
     return stack
 
 
-def _said(begun: Event) -> str:
-    what = "a rollback" if begun.details["kind"] == ROLLED_BACK else "a promotion"
-    return f"{what} by {begun.user} on {begun.host}, begun {begun.time}"
+def _describe(begun: Event) -> str:
+    change = "a rollback" if begun.details["kind"] == ROLLED_BACK else "a promotion"
+    return f"{change} by {begun.user} on {begun.host}, begun {begun.time}"

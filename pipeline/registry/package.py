@@ -5,15 +5,12 @@ of, which `predict` reads; card.md, recipe.json and evidence.json are for people
 python_env.yaml are MLflow's.
 """
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import mlflow.onnx
 import numpy as np
@@ -21,12 +18,14 @@ import torch
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
+from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.registry import export
-from pipeline.registry.card import description, model_card
+from pipeline.registry.card import ModelCosts, description, model_card
+from pipeline.registry.ledger import VerdictEvidence
 from pipeline.tracking.models import digests
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import PLAIN_WEIGHTS, RECORD, WEIGHTS
@@ -54,19 +53,19 @@ def package(
     run_id: str,
     checkpoint: Path,
     folder: Path,
-    evidence: Mapping[str, Any] | None = None,
+    evidence: VerdictEvidence | None = None,
     onnx_file: Path | None = None,
     images: Tensor | None = None,
 ) -> Package:
     """Pack the checkpoint of a run into `folder`, which is made, or replaced where it holds an earlier package.
 
-    `checkpoint` is a checkpoint's folder; `evidence` is the gate's verdict as JSON, which the card shows and
-    evidence.json keeps. `onnx_file` is the model's where it was exported already: it is packed byte for byte. On
-    `images`, uint8 (N, 3, S, S), the ONNX model is compared with torch. Whole or not at all. Refused where its
+    `checkpoint` is a checkpoint's folder; `evidence` is the gate's verdict, which the card shows and evidence.json
+    keeps. `onnx_file` is the model's where it was exported already: it is packed byte for byte. On `images`, uint8
+    (N, 3, S, S), the ONNX model is compared with torch. The folder is complete or as it was. Refused where its
     probabilities are not torch's; UserError where `folder` holds something else, or the run's predictions can't be read.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists()):
-        raise UserError(f"{folder}: holds something that is no exported model, so it is not replaced")
+        raise UserError(str(folder), "holds something that is no exported model, so it is not replaced")
     classifier = Classifier.load(checkpoint, torch.device("cpu"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
@@ -82,40 +81,49 @@ def package(
         for file in (RECORD, WEIGHTS, PLAIN_WEIGHTS):
             if (checkpoint / file).exists():
                 shutil.copyfile(checkpoint / file, new / file)
-        (new / RECIPE).write_text(classifier.facts.recipe.to_json() + "\n", encoding="utf-8")
+        (new / RECIPE).write_text(classifier.metadata.recipe.to_json() + "\n", encoding="utf-8")
         if evidence:
-            (new / EVIDENCE).write_text(json.dumps(evidence, indent=2) + "\n", encoding="utf-8")
-        size = (new / MODEL).stat().st_size
-        card = _card(tracker, run_id, classifier.facts, latency_ms, size, evidence)
+            (new / EVIDENCE).write_text(evidence.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        costs = ModelCosts(latency_ms, (new / MODEL).stat().st_size)
+        card = _card(tracker, run_id, classifier.metadata, costs, evidence)
         (new / CARD).write_text(card, encoding="utf-8")
         if folder.exists():
             os.replace(folder, Path(name) / "old")
         os.replace(new, folder)
-    return Package(folder, digests(folder), description(card), size, latency_ms, difference)
+    return Package(folder, digests(folder), description(card), costs.bytes, latency_ms, difference)
 
 
-def registered(folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
+def registered(folder: Path) -> tuple[Path | None, VerdictEvidence | None]:
     """The ONNX file and the evidence of a registered version's files; None for what a checkpoint has not."""
     model, evidence = folder / MODEL, folder / EVIDENCE
-    return model if model.exists() else None, json.loads(
-        evidence.read_text(encoding="utf-8")
-    ) if evidence.exists() else None
+    onnx_file = model if model.exists() else None
+    if not evidence.exists():
+        return onnx_file, None
+    try:
+        return onnx_file, VerdictEvidence.model_validate_json(evidence.read_bytes())
+    except ValidationError:
+        rule = "is not what this code writes"
+        raise UserError(str(evidence), rule, "promote the run again, or export it by its id") from None
 
 
 def _save_model(classifier: Classifier, path: Path, folder: Path) -> None:
     """MLflow's files around model.onnx."""
     import onnx
 
-    facts, size = classifier.facts, classifier.image_size
+    metadata, size = classifier.metadata, classifier.image_size
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, size, size, 3), "images")])
-    probabilities = Schema([TensorSpec(np.dtype(np.float32), (-1, len(facts.classes)), "probabilities")])
+    probabilities = Schema([TensorSpec(np.dtype(np.float32), (-1, len(metadata.classes)), "probabilities")])
     mlflow.onnx.save_model(
         onnx.load(path),
         str(folder),
         signature=ModelSignature(images, probabilities),
         pip_requirements=[f"{name}=={version(name)}" for name in _NEEDS],
         onnx_execution_providers=["CPUExecutionProvider"],
-        metadata={"classes": list(facts.classes), "run_id": facts.run_id, "recipe_digest": facts.recipe_digest},
+        metadata={
+            "classes": list(metadata.classes),
+            "run_id": metadata.run_id,
+            "recipe_digest": metadata.recipe_digest,
+        },
         save_as_external_data=False,
     )
     os.replace(path, folder / MODEL)  # MLflow wrote it anew
@@ -124,10 +132,9 @@ def _save_model(classifier: Classifier, path: Path, folder: Path) -> None:
 def _card(
     tracker: MlflowTracker,
     run_id: str,
-    facts: ModelMetadata,
-    latency_ms: float,
-    size: int,
-    evidence: Mapping[str, Any] | None,
+    metadata: ModelMetadata,
+    costs: ModelCosts,
+    evidence: VerdictEvidence | None,
 ) -> str:
     with tempfile.TemporaryDirectory() as name:
         try:
@@ -135,7 +142,6 @@ def _card(
             predictions = tracker.client.download_artifacts(run_id, PREDICTIONS, name)
         except (MlflowException, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(
-                f"run {run_id}: what its card says can't be read ({reason}); TRACKING_URI= says where"
-            ) from None
-        return model_card(facts, run, Path(predictions), latency_ms, size, evidence)
+            rule = f"the numbers of its card can't be read ({reason})"
+            raise UserError(f"run {run_id}", rule, "`--tracking-uri` says where it is") from None
+        return model_card(metadata, run, Path(predictions), costs, evidence)

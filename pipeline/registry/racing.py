@@ -1,4 +1,4 @@
-"""Which recipe wins, by its scores over several seeds, and which can no longer: on numbers alone.
+"""Which recipe wins by its scores over several seeds, and which can no longer win: a function of numbers alone.
 
 Racing by paired tests: Maron and Moore, Hoeffding races (NIPS 1993); Birattari et al., F-Race (GECCO 2002).
 """
@@ -10,13 +10,13 @@ from functools import cached_property
 from pipeline.evaluation.significance import paired_t
 from pipeline.recipe import Recipe
 
-LEAST_SEEDS = 3  # with fewer nothing is more than chance
+MIN_SEEDS = 3  # with fewer nothing is more than chance
 ALPHA = 0.05
 
 RULES = (
-    f"stopped early: worse than the best mean so far by a paired t test over at least {LEAST_SEEDS} seeds, one-sided, its "
-    f"level {ALPHA} shared out over all pairs and looks; the control never",
-    f"winner: the highest mean; what a two-sided paired t test ({ALPHA}; none under {LEAST_SEEDS} seeds) can't tell from "
+    f"stopped early: worse than the best mean so far by a paired t test over at least {MIN_SEEDS} seeds, one-sided, its "
+    f"level {ALPHA} shared among all pairs and tests; the control never",
+    f"winner: the highest mean; what a two-sided paired t test ({ALPHA}; none under {MIN_SEEDS} seeds) can't tell from "
     "it ties with it; a tie goes to the cheapest: FLOP of a prediction, then epochs, then the control, then the mean",
 )
 
@@ -63,22 +63,25 @@ class Final:
 
 
 class Racing:
-    """The scores so far, and who is out. `least_sd` is a score's smallest step: one image of the validation split."""
+    """The scores so far, and which candidates are stopped.
+
+    `least_sd` is a score's smallest step: one image of the validation split.
+    """
 
     def __init__(self, candidates: Sequence[Candidate], num_seeds: int, least_sd: float):
         self.candidates, self.num_seeds, self.least_sd = candidates, num_seeds, least_sd
         self.finals: dict[str, dict[int, Final]] = {candidate.digest: {} for candidate in candidates}
-        self.out: dict[str, str] = {}  # digest -> why
+        self.stopped: dict[str, str] = {}  # digest -> reason
 
     def running(self) -> list[Candidate]:
         """Those still trained; the control always is."""
-        return [c for c in self.candidates if c.is_control or c.digest not in self.out]
+        return [c for c in self.candidates if c.is_control or c.digest not in self.stopped]
 
     def add(self, candidate: Candidate, seed: int, final: Final) -> None:
-        """A training ended. A recipe that diverges with some seed is out: nobody could rely on it."""
+        """A training ended. A recipe that diverges with some seed is stopped, as it isn't reliable."""
         self.finals[candidate.digest][seed] = final
         if final.score is None:
-            self.out.setdefault(candidate.digest, f"diverged with seed {seed}")
+            self.stopped.setdefault(candidate.digest, f"diverged with seed {seed}")
 
     def learn_ids(self, id_of: Callable[[str], str]) -> None:
         """MLflow's ids of what this process trained, by their run keys."""
@@ -98,8 +101,8 @@ class Racing:
 
     def differences(self, first: Candidate, second: Candidate) -> list[float]:
         """First less second, by common seed."""
-        mine, theirs = self.scores(first), self.scores(second)
-        return [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+        minuends, subtrahends = self.scores(first), self.scores(second)
+        return [minuends[seed] - subtrahends[seed] for seed in minuends if seed in subtrahends]
 
     def p_value(self, first: Candidate, second: Candidate) -> float:
         """Two-sided, of the paired t test."""
@@ -107,48 +110,52 @@ class Racing:
 
     def eligible(self) -> list[Candidate]:
         """Those that may win."""
-        return [candidate for candidate in self.candidates if candidate.digest not in self.out]
+        return [candidate for candidate in self.candidates if candidate.digest not in self.stopped]
 
     def stop_the_beaten(self) -> list[str]:
-        """After a seed: who can no longer win is out; a line for each. See RULES.
+        """After a seed: stops those that can no longer win; a line for each. See RULES.
 
-        One-sided level of each test: ALPHA over the other candidates and the looks (Bonferroni), so that the truly best
-        recipe is taken for beaten, by any other at any look, in at most ALPHA of all finals.
+        One-sided level of each test: ALPHA over the other candidates and the seeds after which is tested (Bonferroni),
+        so that the truly best recipe is taken for beaten, by any other after any seed, in at most ALPHA of all finals.
         """
         eligible = self.eligible()
-        looks = self.num_seeds - LEAST_SEEDS  # after the last seed there is nothing to save
+        num_tests = self.num_seeds - MIN_SEEDS  # after the last seed there is nothing to save
         n = max((len(self.scores(candidate)) for candidate in eligible), default=0)
-        if not LEAST_SEEDS <= n < self.num_seeds:
+        if not MIN_SEEDS <= n < self.num_seeds:
             return []
         leader = max(eligible, key=self.mean)
-        level = 2 * ALPHA / (max(len(self.candidates) - 1, 1) * looks)  # of a two-sided p-value whose sign is known
+        level = 2 * ALPHA / (max(len(self.candidates) - 1, 1) * num_tests)  # of a two-sided p-value whose sign is known
         lines = []
         for candidate in eligible:
             p = self.p_value(leader, candidate)
             if candidate is not leader and not candidate.is_control and p < level:
                 gap = 100 * (self.mean(leader) - self.mean(candidate))
-                why = f"{gap:.2f} points behind {leader.name} after {n} seeds, p = {p / 2:.1g} under {level / 2:.1g}"
-                self.out[candidate.digest] = f"stopped early: {why}"
-                lines.append(f"{candidate.name}: can no longer win, {why}")
+                reason = f"{gap:.2f} points behind {leader.name} after {n} seeds, p = {p / 2:.1g} under {level / 2:.1g}"
+                self.stopped[candidate.digest] = f"stopped early: {reason}"
+                lines.append(f"{candidate.name}: can no longer win, {reason}")
         return lines
 
 
-def choose(race: Racing, flop: Mapping[str, int]) -> tuple[Candidate, list[Candidate], str] | None:
-    """(the winner, those that tie with the highest mean, why); None where nobody is left. See RULES.
+def choose(racing: Racing, flop: Mapping[str, int]) -> tuple[Candidate, list[Candidate], str] | None:
+    """(the winner, those that tie with the highest mean, the reason); None where every candidate is stopped. See RULES.
 
     `flop` is what a prediction costs, by digest: it is paid for as long as the model is used, a training once. Both are
     counted and not timed, since other work on the machine changes times by more than recipes do.
     """
-    eligible = race.eligible()
+    eligible = racing.eligible()
     if not eligible:
         return None
-    leader = max(eligible, key=race.mean)
-    tied = [c for c in eligible if c is leader or race.num_seeds < LEAST_SEEDS or race.p_value(leader, c) >= ALPHA]
+    leader = max(eligible, key=racing.mean)
+    tied = [c for c in eligible if c is leader or racing.num_seeds < MIN_SEEDS or racing.p_value(leader, c) >= ALPHA]
     if len(tied) == 1:
-        return leader, tied, "beyond the noise" if len(eligible) > 1 else "nobody else is left"
+        return (
+            leader,
+            tied,
+            "beyond the noise" if len(eligible) > 1 else "every other recipe was stopped early or diverged",
+        )
 
     def cost(c: Candidate) -> tuple[float, ...]:
-        return flop[c.digest], c.recipe.training.epochs, not c.is_control, -race.mean(c)
+        return flop[c.digest], c.recipe.training.epochs, not c.is_control, -racing.mean(c)
 
     first, second = sorted(tied, key=cost)[:2]
     reasons = (

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import math
 import re
 import tempfile
@@ -20,15 +19,16 @@ from safetensors.torch import load
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import NotReproduced, UserError
-from pipeline.experiment import Interrupted, Outcome, Prune
+from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
 from pipeline.processes import StopOnSignal, this_process
 from pipeline.recipe import Recipe
-from pipeline.registry.finals import check_same_data, recipe_of
+from pipeline.registry.finals import check_same_data, execution_line, recipe_of
 from pipeline.tracking import queries, recovery
 from pipeline.tracking.lineage import code, environment, same_code
-from pipeline.tracking.tags import State
+from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import PLAIN_WEIGHTS, WEIGHTS
+from pipeline.training.execution import executable_on
 from pipeline.training.loop import EpochReport
 
 # Packages whose code computes something of a run; a change of another one changes no bit.
@@ -39,40 +39,41 @@ DEVIATIONS = 3
 
 
 @dataclass(frozen=True)
-class Past:
-    """A run as it was."""
+class OriginalRun:
+    """The run that is to be reproduced, as it was."""
 
     run: StoredRun
+    tags: RunTags
     recipe: Recipe
     epochs: int  # that it had
+    state: State
 
     @property
     def name(self) -> str:
         """For a person."""
-        study = self.run.data.tags.get("study")
-        return f"{self.run.info.run_name}{f' of {study}' if study else ''}, run {self.run.info.run_id}"
-
-    @property
-    def state(self) -> str:
-        """finished, pruned, failed or interrupted."""
-        return self.run.data.tags["state"]
+        study = f" of {self.tags.study}" if self.tags.study else ""
+        return f"{self.run.info.run_name}{study}, run {self.run.info.run_id}"
 
     @property
     def threads(self) -> int | None:
-        """That torch used on the CPU."""
-        found = re.search(r"(\d+) threads", self.run.data.tags.get("hardware", ""))
-        return int(found[1]) if found else None
+        """How many torch used on the CPU."""
+        match = re.search(r"(\d+) threads", self.tags.hardware or "")
+        return int(match[1]) if match else None
 
     @property
     def device(self) -> str:
-        """cpu or cuda. Runs older than the tag took a GPU where there was one."""
-        guess = "cuda" if "gpu 0:" in self.run.data.tags.get("hardware", "") else "cpu"
-        return self.run.data.tags.get("device", guess).partition(":")[0]
+        """cpu or cuda; where its tag is gone, cuda if the machine had a GPU."""
+        guess = "cuda" if "gpu 0:" in (self.tags.hardware or "") else "cpu"
+        return (self.tags.device or guess).partition(":")[0]
+
+    def recipe_on(self, device: torch.device) -> Recipe:
+        """Its recipe as the device can execute it; see `executable_on`."""
+        return executable_on(self.recipe, device)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that is not as it was."""
+    """Something that is not as it was when the original run was trained."""
 
     line: str
     matters: bool  # whether other bits are to be expected of it
@@ -80,7 +81,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs side by side: a line for each part, and what decides."""
+    """A run and its reproduction: a line for each compared part, and what decides."""
 
     lines: list[str]
     equal: bool  # every compared bit
@@ -88,106 +89,121 @@ class Comparison:
     tolerance: float  # points
 
 
-def find_past(tracker: MlflowTracker, run_id: str) -> Past:
+def find_original(tracker: MlflowTracker, run_id: str) -> OriginalRun:
     """The run of this id; UserError where there is none, or nothing of it that can be compared."""
+    subject = f"run {run_id}"
     if not re.fullmatch(r"[0-9a-f]{32}", run_id):
-        raise UserError(f"RUN {run_id}: must be a run's id, 32 of 0-9a-f; make ui shows them")
+        raise UserError(subject, "must be a run's id, 32 of 0-9a-f", "`ui` shows them")
     try:
         run = tracker.client.get_run(run_id)
     except MlflowException:
-        raise UserError(f"RUN {run_id}: no such run in the tracking store; make ui shows those there are") from None
-    tags = run.data.tags
-    if "recipe_digest" not in tags:
-        raise UserError(f"RUN {run_id}: a whole study, or no run of this pipeline; its trials can be reproduced")
-    if "state" not in tags:
-        raise UserError(f"RUN {run_id}: has not ended; reproduce it when it has")
+        raise UserError(subject, "no such run in the tracking store", "`ui` shows those there are") from None
+    tags = RunTags.of(run)
+    if tags.recipe_digest is None:
+        raise UserError(subject, "a study's own run, or no run of this pipeline", "its trials can be reproduced")
+    if tags.state is None:
+        raise UserError(subject, "has not ended", "reproduce it when it has")
     epochs = len(tracker.client.get_metric_history(run_id, "val/accuracy"))
     if not epochs:
-        raise UserError(f"RUN {run_id}: {tags['state']} before its first epoch ended; there is nothing to compare")
-    return Past(run, recipe_of(tracker, run), epochs)
+        raise UserError(subject, f"{tags.state} before its first epoch ended; there is nothing to compare")
+    return OriginalRun(run, tags, recipe_of(tracker, run), epochs, tags.state)
 
 
-def differences(tracker: MlflowTracker, past: Past, device: torch.device) -> list[Difference]:
-    """What differs from then, but for the number of threads: code, Python, packages, machine, device."""
-    run_id, tags = past.run.info.run_id, past.run.data.tags
-    commit, patch = (
-        tags.get("mlflow.source.git.commit", "none"),
-        queries.read_file(tracker, run_id, "diff.patch") or b"",
-    )
-    found = []
-    same = bool(re.fullmatch(r"[0-9a-f]+", commit)) and same_code(commit, patch)
-    unchanged = ", the folder pipeline is the same" if same else ""
-    if commit != code().commit:
-        found.append(Difference(f"commit: {commit} then, {code().commit} now{unchanged}", not same))
-    if patch != code().diff:
-        then, now = (f"{len(text.splitlines())} lines" if text else "none" for text in (patch, code().diff))
-        where = f" (diff.patch of run {run_id} has it)" if patch else ""
-        found.append(Difference(f"uncommitted difference: {then} then{where}, {now} now", True))
-    old = _facts((queries.read_file(tracker, run_id, "environment.txt") or b"").decode())
-    new = _facts(environment())
+def differences(tracker: MlflowTracker, original: OriginalRun, device: torch.device) -> list[Difference]:
+    """What differs from then, but for the number of threads: code, Python, packages, machine, device, execution."""
+    return [
+        *_code_differences(tracker, original),
+        *_environment_differences(tracker, original, device),
+        *_device_differences(original, device),
+    ]
+
+
+def _code_differences(tracker: MlflowTracker, original: OriginalRun) -> Iterator[Difference]:
+    run_id, current = original.run.info.run_id, code()
+    commit, patch = original.tags.commit or "none", queries.read_file(tracker, run_id, "diff.patch") or b""
+    if commit != current.commit:
+        same = bool(re.fullmatch(r"[0-9a-f]+", commit)) and same_code(commit, patch)
+        unchanged = ", the folder pipeline is the same" if same else ""
+        yield Difference(f"commit: {commit} then, {current.commit} now{unchanged}", not same)
+    if patch != current.diff:
+        old, new = (f"{len(text.splitlines())} lines" if text else "none" for text in (patch, current.diff))
+        source = f" (diff.patch of run {run_id} has it)" if patch else ""
+        yield Difference(f"uncommitted difference: {old} then{source}, {new} now", True)
+
+
+def _environment_differences(
+    tracker: MlflowTracker, original: OriginalRun, device: torch.device
+) -> Iterator[Difference]:
+    old = _parse_environment((queries.read_file(tracker, original.run.info.run_id, "environment.txt") or b"").decode())
+    new = _parse_environment(environment())
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             matters = name in {*COMPUTING, "python", "platform", "processor"} or name.startswith("variable ")
             matters |= name.startswith("gpu") and device.type == "cuda"
-            found.append(Difference(f"{name}: {old.get(name, 'none')} then, {new.get(name, 'none')} now", matters))
-    if past.device != device.type:
-        found.append(Difference(f"device: {past.device} then, {device.type} now", True))
-    elif device.type == "cuda" and not past.recipe.training.deterministic:
-        found.append(Difference("a GPU adds in any order unless training.deterministic is set, which it was not", True))
-    return found
+            yield Difference(f"{name}: {old.get(name, 'none')} then, {new.get(name, 'none')} now", matters)
+
+
+def _device_differences(original: OriginalRun, device: torch.device) -> Iterator[Difference]:
+    recipe = original.recipe_on(device)
+    if original.device != device.type:
+        yield Difference(f"device: {original.device} then, {device.type} now", True)
+    elif device.type == "cuda" and not original.recipe.training.deterministic:
+        yield Difference("a GPU adds in any order unless training.deterministic is set, which it was not", True)
+    if recipe != original.recipe:
+        yield Difference(execution_line(original.recipe, recipe, device), True)
 
 
 def reproduce(
     tracker: MlflowTracker,
-    past: Past,
+    original: OriginalRun,
     data: TrainingData,
     device: torch.device,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
 ) -> Outcome:
-    """Train the run again, as many epochs as it had, with its number of threads; tracked beside it.
+    """Train the run again, as many epochs as it had, with its number of threads, under a run of its own.
 
     The reproduction has the role `reproduction` and the tag `reproduces`: it is no trial, and no candidate for anything.
-    Raises Interrupted where somebody asks to stop, DataError where the data is not what it was.
+    Raises Interrupted where the user asks to stop, DataError where the data is not what it was.
     """
-    tags = past.run.data.tags
-    check_same_data(past.name, tags, data)
-    recovery.close_abandoned_runs(tracker, past.run.info.experiment_id)
+    check_same_data(original.name, original.tags, data)
+    recovery.close_abandoned_runs(tracker, original.run.info.experiment_id)
 
-    def check(*progress: object) -> None:
+    def check_stop(*progress: object) -> None:
         if stop.requested:
             raise Interrupted
 
     def after_epoch(report: EpochReport) -> None:
         on_epoch(report)
-        check()
-        if report.epoch == past.epochs and past.state != State.FINISHED:
-            raise Prune(f"the run that is reproduced ended {past.state} after epoch {past.epochs}")
+        check_stop()
+        if report.epoch == original.epochs and original.state is not State.FINISHED:
+            raise Prune(f"the run that is reproduced ended {original.state} after epoch {original.epochs}")
 
-    with StopOnSignal() as stop, threads(past.threads if device.type == "cpu" else None):
-        outcome = experiment.run(
-            past.recipe,
-            data,
-            device,
-            tracker,
-            name=f"reproduction of {past.run.info.run_name}",
-            parent=tags.get("mlflow.parentRunId"),
-            tags={
-                "role": "reproduction",
-                "reproduces": past.run.info.run_id,
-                "worker": json.dumps(this_process()),
-                **({"study": tags["study"]} if "study" in tags else {}),
-            },
+    tags = RunTags(
+        role="reproduction",
+        reproduces=original.run.info.run_id,
+        study=original.tags.study,
+        worker=this_process(),
+    )
+    with StopOnSignal() as stop, use_threads(original.threads if device.type == "cpu" else None):
+        request = ExperimentRequest(
+            recipe=original.recipe_on(device),
+            data=data,
+            device=device,
+            name=f"reproduction of {original.run.info.run_name}",
+            parent_run=original.tags.parent_run,
+            tags=tags,
             on_epoch=after_epoch,
-            on_step=check,
+            on_step=check_stop,
         )
+        outcome = experiment.run(request, tracker)
     if outcome.state is State.INTERRUPTED:
         raise Interrupted
     return outcome
 
 
 @contextlib.contextmanager
-def threads(number: int | None) -> Iterator[None]:
-    """torch computes with so many while it is open; equal bits as with OMP_NUM_THREADS from the start (measured)."""
+def use_threads(number: int | None) -> Iterator[None]:
+    """torch computes with this many inside the block; the bits equal those with OMP_NUM_THREADS from the start (measured)."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -196,82 +212,85 @@ def threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def default_tolerance(past: Past, num_validation: int) -> float:
+def default_tolerance(original: OriginalRun, num_validation: int) -> float:
     """Points of validation accuracy by which a run may differ whose bits can't be the same.
 
     Rounding differs at first, and training amplifies it until the two are as far apart as two seeds. Those disagree on
-    about as many of the n images as a run of accuracy p gets wrong, n (1 - p), either way by a coin, which gives their
-    difference a standard deviation of sqrt((1 - p) / n); DEVIATIONS of it are let pass. At 94 % and n = 5,000 that is
+    about as many of the n images as a run of accuracy p gets wrong, n (1 - p), either way at random, which gives their
+    difference a standard deviation of sqrt((1 - p) / n); DEVIATIONS of it are allowed. At 94 % and n = 5,000 that is
     1.0 point. The formula gives 0.24 points for n = 10,000; from seed to seed 0.145 were measured with 200 seeds, so
     0.205 for a difference of two.
     """
-    wrong = max(1 - past.run.data.metrics["val/accuracy"], 1 / num_validation)
+    wrong = max(1 - original.run.data.metrics["val/accuracy"], 1 / num_validation)
     return 100 * DEVIATIONS * math.sqrt(wrong / num_validation)
 
 
 def compare(
-    tracker: MlflowTracker, past: Past, run_id: str, num_validation: int, tolerance: float | None
+    tracker: MlflowTracker, original: OriginalRun, run_id: str, num_validation: int, tolerance: float | None
 ) -> Comparison:
     """Weights, every epoch's metrics and predictions of a run and its reproduction; `tolerance` in points."""
-    old, new = past.run.info.run_id, run_id
+    old, new = original.run.info.run_id, run_id
     lines, equal = [], []
-    if past.state == State.FINISHED:
+    if original.state is State.FINISHED:
         for part in (_weights, _predictions):
             line, same = part(tracker, old, new)
             lines.append(line)
             equal.append(same)
     then, now = _metrics(tracker, old), _metrics(tracker, new)
-    places = sorted(then.keys() | now.keys())
-    other = [place for place in places if then.get(place) != now.get(place)]
-    line = f"metrics: {len(places)} numbers of {past.epochs} epochs, {len(places) - len(other)} equal"
-    if other:
-        step, name = other[0]
-        first = " then, ".join(str(side.get(other[0], "none")) for side in (then, now))
+    points = sorted(then.keys() | now.keys())
+    differing = [point for point in points if then.get(point) != now.get(point)]
+    line = f"metrics: {len(points)} numbers of {original.epochs} epochs, {len(points) - len(differing)} equal"
+    if differing:
+        step, name = differing[0]
+        first = " then, ".join(str(values.get(differing[0], "none")) for values in (then, now))
         line += f"; the first that differs: {name} after epoch {step}, {first} now"
-    last = (past.epochs, "val/accuracy")
-    points = 100 * abs(then[last] - now.get(last, -math.inf))
-    lines += [line, f"val/accuracy after epoch {past.epochs}: {then[last]:.4f} then, {now.get(last, math.nan):.4f} now"]
-    allowed = default_tolerance(past, num_validation) if tolerance is None else tolerance
-    return Comparison(lines, not other and all(equal), points, allowed)
+    last = (original.epochs, "val/accuracy")
+    gap = 100 * abs(then[last] - now.get(last, -math.inf))
+    lines += [
+        line,
+        f"val/accuracy after epoch {original.epochs}: {then[last]:.4f} then, {now.get(last, math.nan):.4f} now",
+    ]
+    allowed = default_tolerance(original, num_validation) if tolerance is None else tolerance
+    return Comparison(lines, not differing and all(equal), gap, allowed)
 
 
-def verdict(comparison: Comparison, found: list[Difference]) -> str:
+def summarise(comparison: Comparison, changes: list[Difference]) -> str:
     """A line that says how far the run was reproduced; NotReproduced where it differs more than it may."""
-    causes = [difference.line.partition(":")[0] for difference in found if difference.matters]
+    causes = [difference.line.partition(":")[0] for difference in changes if difference.matters]
     if comparison.equal:
         return "reproduced bit for bit"
     gap = f"val/accuracy differs by {comparison.points:.2f} points"
-    details = [f"  {line}" for line in comparison.lines]
     if not causes:
         reason = "code, versions, processor and threads are the same, so every bit must be"
-        raise NotReproduced([f"not reproduced: {reason}; {gap}", *details])
+        raise NotReproduced("not reproduced", f"{reason}; {gap}", details=comparison.lines)
     if comparison.points > comparison.tolerance:
-        raise NotReproduced([f"not reproduced: {gap}, more than the tolerance of {comparison.tolerance:.2f}", *details])
+        rule = f"{gap}, more than the tolerance of {comparison.tolerance:.2f}"
+        raise NotReproduced("not reproduced", rule, details=comparison.lines)
     return (
-        f"reproduced within the tolerance: {gap}, {comparison.tolerance:.2f} may be; equal bits can't be expected: "
+        f"reproduced within the tolerance: {gap}, {comparison.tolerance:.2f} is allowed; equal bits can't be expected: "
         f"{', '.join(causes)}"
     )
 
 
-def _facts(text: str) -> dict[str, str]:
-    """environment.txt by name; the threads are a matter of their own."""
-    facts = {}
+def _parse_environment(text: str) -> dict[str, str]:
+    """environment.txt as name -> value, without the number of threads."""
+    values = {}
     for line in text.splitlines():
         if line.startswith("# python "):
-            facts["python"] = line.removeprefix("# python ")
+            values["python"] = line.removeprefix("# python ")
         elif line.startswith("# cpu: "):
-            facts["processor"] = re.sub(r", \d+ threads$", "", line.removeprefix("# cpu: "))
+            values["processor"] = re.sub(r", \d+ threads$", "", line.removeprefix("# cpu: "))
         elif gpu := re.match(r"# (gpu \d+): (.*)", line):
-            facts[gpu[1]] = gpu[2]
+            values[gpu[1]] = gpu[2]
         elif line.startswith("# variable "):
             name, _, value = line.removeprefix("# ").partition("=")
-            facts[name] = value
+            values[name] = value
         elif line.startswith("# "):
-            facts["platform"] = line.removeprefix("# ")
+            values["platform"] = line.removeprefix("# ")
         elif "==" in line:
             name, _, version = line.partition("==")
-            facts[name.lower().replace("_", "-")] = version
-    return facts
+            values[name.lower().replace("_", "-")] = version
+    return values
 
 
 def _metrics(tracker: MlflowTracker, run_id: str) -> dict[tuple[int, str], float]:
@@ -286,7 +305,7 @@ def _weights(tracker: MlflowTracker, old: str, new: str) -> tuple[str, bool]:
     for name in (WEIGHTS, PLAIN_WEIGHTS):
         then, now = (queries.read_file(tracker, run_id, name) for run_id in (old, new))
         if name == WEIGHTS and then is None:
-            raise UserError(f"run {old}: its {WEIGHTS} is gone; there is nothing to compare")
+            raise UserError(f"run {old}", f"its {WEIGHTS} is gone; there is nothing to compare")
         if then is None and now is None:
             continue
         shas = [hashlib.sha256(content or b"").hexdigest()[:16] for content in (then, now)]
@@ -310,7 +329,7 @@ def _predictions(tracker: MlflowTracker, old: str, new: str) -> tuple[str, bool]
     for run_id in (old, new):
         content = queries.read_file(tracker, run_id, "predictions.parquet")
         if content is None:
-            raise UserError(f"run {run_id}: its predictions.parquet is gone; there is nothing to compare")
+            raise UserError(f"run {run_id}", "its predictions.parquet is gone; there is nothing to compare")
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "table").write_bytes(content)
             tables.append(pq.read_table(Path(folder) / "table"))
@@ -326,14 +345,15 @@ def _predictions(tracker: MlflowTracker, old: str, new: str) -> tuple[str, bool]
     return f"predictions: another class for {changed:,} of {count}, probabilities differ by up to {gap:.2g}", False
 
 
-def thread_line(past: Past, device: torch.device) -> str | None:
-    """What is said about threads: they are set to then's, so they are no difference."""
-    here = torch.get_num_threads()
-    if device.type != "cpu" or past.threads in (None, here):
+def thread_line(original: OriginalRun, device: torch.device) -> str | None:
+    """How many threads are used, where the default is another number. They are set as then, so they are no difference."""
+    default = torch.get_num_threads()
+    if device.type != "cpu" or original.threads in (None, default):
         return None
-    return f"threads: {past.threads} then, {here} here by default; trains with {past.threads}"
+    return f"threads: {original.threads} then, {default} here by default; trains with {original.threads}"
 
 
-def remember(tracker: MlflowTracker, run_id: str, said: str) -> None:
-    """The verdict as a tag of the reproduction."""
-    tracker.client.set_tag(run_id, "reproduced", said)
+def record_result(tracker: MlflowTracker, run_id: str, summary: str) -> None:
+    """Keep the result as a tag of the reproduction."""
+    for key, value in RunTags(reproduced=summary).to_mlflow().items():
+        tracker.client.set_tag(run_id, key, value)

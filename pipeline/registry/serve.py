@@ -22,7 +22,7 @@ PYTHON = ".venv/bin/python"
 
 @dataclass(frozen=True)
 class Served:
-    """What a client has to know: the classes in the order of their probabilities, and the images' height and width."""
+    """What a client needs to know: the classes in the order of their probabilities, and the images' height and width."""
 
     classes: tuple[str, ...]
     image_size: int
@@ -38,12 +38,13 @@ def check(folder: Path) -> Served:
 
     try:
         model = Model.load(str(folder))
-        flavors: dict[str, dict[str, Any]] = {name: dict(its) for name, its in model.flavors.items()}
+        flavors: dict[str, dict[str, Any]] = {name: dict(settings) for name, settings in model.flavors.items()}
         served = Served(tuple((model.metadata or {})["classes"]), model.get_input_schema().inputs[0].shape[1])
     except Exception:  # whatever MLflow raises on a file that isn't there, or is no MLmodel
-        raise UserError(f"{folder}: no packed model ({MLMODEL}); make export RUN=... OUTPUT=... makes one") from None
+        raise UserError(str(folder), f"no packed model ({MLMODEL})", "`export` makes one") from None
     if other := _unlike_ours(flavors):
-        raise DataError(f"{folder / MLMODEL}: {other}, which export never writes: it might run code; it is not served")
+        rule = f"{other}, which export never writes: it might run code; it is not served"
+        raise DataError(str(folder / MLMODEL), rule)
     _check_onnx(folder / MODEL, served)
     return served
 
@@ -53,34 +54,32 @@ def _unlike_ours(flavors: Mapping[str, Mapping[str, Any]]) -> str:
     if set(flavors) != set(_FLAVORS):
         return f"flavors {', '.join(flavors)}"
     for flavor, ours in _FLAVORS.items():
-        its = {name: value for name, value in flavors[flavor].items() if name not in _VERSIONS}
-        for name in sorted({*its, *ours}):
-            if name not in its or name not in ours or its[name] != ours[name]:
-                return f"{flavor}: {name} {its.get(name)}"
+        settings = {name: value for name, value in flavors[flavor].items() if name not in _VERSIONS}
+        for name in sorted({*settings, *ours}):
+            if name not in settings or name not in ours or settings[name] != ours[name]:
+                return f"{flavor}: {name} {settings.get(name)}"
     return ""
 
 
 def _check_onnx(path: Path, served: Served) -> None:
     """DataError unless onnxruntime takes the file, and images in and probabilities out are as the package says."""
     if path.is_symlink():
-        raise DataError(f"{path}: a link to a file elsewhere; it is not served")
+        raise DataError(str(path), "a link to a file elsewhere; it is not served")
     try:
         model = session(path)
     except Exception as error:  # onnxruntime has no common class
         reason = str(error).splitlines()[0][:200]
-        raise DataError(f"{path}: onnxruntime can't use it, so it is not served ({reason})") from None
+        raise DataError(str(path), f"onnxruntime can't use it, so it is not served ({reason})") from None
     size = served.image_size
-    sides = [(side.name, side.type, side.shape[1:]) for side in (*model.get_inputs(), *model.get_outputs())]
+    tensors = [(tensor.name, tensor.type, tensor.shape[1:]) for tensor in (*model.get_inputs(), *model.get_outputs())]
     images, probabilities = ("images", "tensor(uint8)", [size, size, 3]), ("probabilities", "tensor(float)")
-    if sides != [images, (*probabilities, [len(served.classes)])]:
-        raise DataError(
-            f"{path}: takes or gives other than {MLMODEL} says ({size} x {size} pixels, {len(served.classes)} classes); "
-            "it is not served"
-        )
+    if tensors != [images, (*probabilities, [len(served.classes)])]:
+        shapes = f"{size} x {size} pixels, {len(served.classes)} classes"
+        raise DataError(str(path), f"takes or gives other than {MLMODEL} says ({shapes}); it is not served")
 
 
 def start(folder: Path, port: int, log_file: Path) -> subprocess.Popen[bytes]:
-    """The server of a package that was checked, ready for POST /invocations; `tracking.ui.stop_server` ends it.
+    """The server of a package that was checked, ready for POST /invocations; `tracking.server.stop_server` ends it.
 
     UserError where it doesn't get ready.
     """

@@ -1,4 +1,4 @@
-"""MLflow's scoring server behind the door; `serve.start` has uvicorn call `app`."""
+"""MLflow's scoring server behind access control; `serve.start` has uvicorn call `app`."""
 
 import os
 

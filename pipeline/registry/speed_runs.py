@@ -1,7 +1,7 @@
-"""The protocol of the CIFAR-10 speed runs: all 50,000 images train, the 10,000 test images judge, by six views.
+"""The protocol of the CIFAR-10 speed runs: all 50,000 images train, the 10,000 test images score, by six views.
 
 After cifar10-airbench (Jordan 2024, arXiv 2404.00498). It measures recipes that are published or written down beforehand,
-so nothing is chosen by it: no study, finals or gate reads its scores. Each look at the test split is in the ledger first.
+so nothing is chosen by it: no study, finals or gate reads its scores. Each test evaluation is in the ledger first.
 """
 
 from pathlib import Path
@@ -13,28 +13,29 @@ from pipeline.data.augment import pad
 from pipeline.data.datasets import Split, load
 from pipeline.data.prepare import TrainingData, pixel_statistics
 from pipeline.evaluation.logits import predict_logits
-from pipeline.registry.ledger import LOOK, Ledger
+from pipeline.registry.ledger import TEST_EVALUATION, Ledger
 from pipeline.registry.test_split import digest_of, open_test_split
 
 NOBODY = "speed runs"  # of no registered model, and no run
-STAND_IN = 500  # training images that fill the place of the validation split, and judge nothing
+STAND_IN = 500  # training images in place of the validation split; nothing is chosen by them
 
 
 def speed_run_data(data_dir: Path, device: torch.device, home: Path, reason: str) -> tuple[TrainingData, Split]:
-    """CIFAR-10 in which every training image trains, and the test split, both on the device; the look is in `home`'s ledger.
+    """CIFAR-10 in which every training image trains, and the test split, both on the device.
 
-    The scores of the loop's own evaluation are those of a few training images. DataError as from `datasets.load`.
+    `home`'s ledger has the test evaluation first. The scores of the loop's own evaluation are those of a few training
+    images. DataError as from `datasets.load`.
     """
-    whole = load("cifar10", 32, data_dir)
-    Ledger(home).record(LOOK, NOBODY, "", split=digest_of("cifar10", data_dir), reason=reason)
-    test = open_test_split("cifar10", 32, data_dir, whole.classes)
-    train = Split(whole.train.images.to(device), whole.train.labels.to(device))
-    mean, std = pixel_statistics(whole.train.images)
+    dataset = load("cifar10", 32, data_dir)
+    Ledger(home).record(TEST_EVALUATION, NOBODY, "", split=digest_of("cifar10", data_dir), reason=reason)
+    test = open_test_split("cifar10", 32, data_dir, dataset.classes)
+    train = Split(dataset.train.images.to(device), dataset.train.labels.to(device))
+    mean, std = pixel_statistics(dataset.train.images)
     data = TrainingData(
-        name=whole.name,
-        classes=whole.classes,
-        source=whole.source,
-        digest=whole.digest,
+        name=dataset.name,
+        classes=dataset.classes,
+        source=dataset.source,
+        digest=dataset.digest,
         split_digest="every image trains",
         train=train,
         validation=Split(train.images[:STAND_IN], train.labels[:STAND_IN]),

@@ -1,4 +1,4 @@
-"""The only opener of the test split. What it gives out is judged once a model, and every look is in the ledger first.
+"""The only opener of the test split. Each model is evaluated on it once, and the ledger has the test evaluation first.
 
 A split has a name before it is opened: the SHA-256 of the files that it is made of, or of what seals it. It doesn't depend
 on the size of the images, so that models that see the same images at different sizes are compared on one split.
@@ -34,25 +34,26 @@ def digest_of(dataset: str, data_dir: Path) -> str:
         seal = json.dumps([DIGITS_TEST_FRACTION, DIGITS_TEST_SEED]).encode()
         return hashlib.sha256(load_digits().data.tobytes() + seal).hexdigest()
     root = datasets.existing_folder(dataset)
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         for path in chain(*_test_files(root).values()):
             with path.open("rb") as file:
-                whole.update(json.dumps([str(path.relative_to(root)), path.stat().st_size]).encode())
-                whole.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(json.dumps([str(path.relative_to(root)), path.stat().st_size]).encode())
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}") from None
-    return whole.hexdigest()
+        raise DataError(str(error.filename), error.strerror or str(error)) from None
+    return digest.hexdigest()
 
 
 def open_test_split(dataset: str, image_size: int, data_dir: Path, classes: Sequence[str]) -> Split:
     """The images at the size that a model sees, on the CPU, and labels that are indices into its `classes`.
 
-    Write the look to the ledger first. DataError as from `digest_of`, and where there are classes that aren't the model's.
+    Record the test evaluation in the ledger first. DataError as from `digest_of`, and where there are classes that
+    aren't the model's.
     """
     names, images, labels = _opened(dataset, image_size, data_dir.absolute())
     if unknown := sorted({names[i] for i in labels.tolist()} - set(classes)):
-        raise DataError(f"{dataset}: the test split has classes that the model doesn't know: {', '.join(unknown)}")
+        raise DataError(dataset, f"the test split has classes that the model doesn't know: {', '.join(unknown)}")
     place = torch.tensor([classes.index(name) if name in classes else -1 for name in names])
     return Split(images, place[labels])
 
@@ -93,7 +94,8 @@ def _check_cifar10(data_dir: Path) -> None:
     from torchvision.datasets import CIFAR10
 
     if faults := datasets.cifar10_faults(data_dir / CIFAR10.base_folder):
-        raise DataError([*faults, "DATA_DIR= says where the files lie; make study downloads what is missing"])
+        remedy = "`--data-dir` says where the files lie; `study NAME` downloads what is missing"
+        raise DataError("CIFAR-10", "its files are missing or damaged", remedy, faults)
 
 
 def _test_files(root: Path) -> dict[str, list[Path]]:
@@ -101,11 +103,13 @@ def _test_files(root: Path) -> dict[str, list[Path]]:
     test = root / "test"
     if not test.is_dir():
         raise DataError(
-            f"{root}: has no folder test: promotion needs images that no trial has seen; move a fifth of those of each "
-            f"class from {root / 'train'}/<class>/ to {test}/<class>/ and run the study again"
+            str(root),
+            "has no folder test: promotion needs images that no trial has seen",
+            f"move a fifth of those of each class from {root / 'train'}/<class>/ to {test}/<class>/ and run the study "
+            "again",
         )
     files = {name: image_files(test / name) for name in datasets.class_names(test)}
     datasets.check_inside(test.parent, [path for paths in files.values() for path in paths])
     if not any(files.values()):
-        raise DataError(f"{test}: holds no images: put some into {test}/<class>/ ({' '.join(SUFFIXES)})")
+        raise DataError(str(test), "holds no images", f"put some into {test}/<class>/ ({' '.join(SUFFIXES)})")
     return files

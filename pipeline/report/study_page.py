@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
 from pipeline.errors import UserError, escape_control
-from pipeline.registry.finals import load_decision, winner
+from pipeline.registry.decision import FinalsDecision, find_winner
 from pipeline.report import figures, markup
 from pipeline.report.analysis import Lead, effects, finals, importances, lead
 from pipeline.report.trials import (
@@ -145,14 +144,14 @@ def best_pair(tracker: MlflowTracker, frame: pd.DataFrame, runner_up: bool = Tru
     return Pair(best, word, base, answers, beside, gap)
 
 
-def finals_verdict(tracker: MlflowTracker, study: StudyRuns) -> tuple[dict[str, Any] | None, str]:
+def finals_verdict(tracker: MlflowTracker, study: StudyRuns) -> tuple[FinalsDecision | None, str]:
     """What a study's finals decided, and that in a line: a winner or a tie; no decision where it no longer holds."""
     try:
-        decision, chosen = load_decision(tracker, study), winner(tracker, study)
+        decision, chosen = FinalsDecision.load(tracker, study), find_winner(tracker, study)
     except UserError as error:
         return None, f"{escape_control(error.lines[0])}."
     if chosen:
-        return decision, f"Finals: the winner is {chosen.said}."
+        return decision, f"Finals: the winner is {chosen.summary}."
     return decision, "Finals: no winner, every recipe diverged with some seed." if decision else ""
 
 
@@ -166,7 +165,7 @@ def champions(tracker: MlflowTracker, frame: pd.DataFrame) -> list[str]:
     ]
 
 
-def answer(frame: pd.DataFrame, pair: Pair | None, decision: Mapping[str, Any] | None = None) -> list[str]:
+def answer(frame: pd.DataFrame, pair: Pair | None, decision: FinalsDecision | None = None) -> list[str]:
     """The result in a few plain sentences, with what the noise allows to say; `decision` is that of the finals."""
     if pair is None:
         return ["No trial finished, so there is no answer yet."]
@@ -283,26 +282,27 @@ def _finals_table(frame: pd.DataFrame) -> str:
     )
 
 
-def _decision_table(frame: pd.DataFrame, decision: Mapping[str, Any]) -> str:
+def _decision_table(frame: pd.DataFrame, decision: FinalsDecision) -> str:
     """What finals measured and decided."""
-    base, names, cells = control(frame), searched(frame), []
-    chosen = decision["winner"] or {"candidate": None, "tied": []}
-    for row in sorted(decision["candidates"], key=lambda row: -(row["score"] or {"mean": 0})["mean"]):
-        score, gap = row["score"] or dict.fromkeys(("n", "mean", "sd", "low", "high"), None), row["difference"]
-        won = "winner" if row["candidate"] == chosen["candidate"] else ""
-        tied = "ties with the winner" if row["trial"] in chosen["tied"] else "behind"
-        trial = frame[frame["run_id"] == row["trial_run"]]
+    base, names, winner, cells = control(frame), searched(frame), decision.winner, []
+    for row in decision.ranked:
+        score, gap = row.score, row.difference
+        won = "winner" if winner and row.digest == winner.digest else ""
+        tied = "ties with the winner" if winner and row.trial in winner.tied else "behind"
+        trial = frame[frame["run_id"] == row.trial_run]
         cells.append(
             [
-                row["name"] + "".join(f": {changes(run, base, names)}" for _, run in trial.iterrows()),
-                won or row["out"] or tied,
-                f"{score['n'] or 0}",
-                markup.number(score["mean"], "{:.4f}"),
-                markup.number(score["sd"], "{:.4f}"),
-                f"{score['low']:.4f} to {score['high']:.4f}" if score["low"] is not None else "",
-                f"{100 * gap['mean']:+.2f}" if gap else "",
-                f"{100 * gap['low']:+.2f} to {100 * gap['high']:+.2f}" if gap and gap["low"] is not None else "",
-                markup.number(row["training_s"], "{:,.1f} s"),
+                row.name + "".join(f": {changes(run, base, names)}" for _, run in trial.iterrows()),
+                won or row.stopped or tied,
+                f"{score.n if score else 0}",
+                markup.number(score and score.mean, "{:.4f}"),
+                markup.number(score and score.sd, "{:.4f}"),
+                f"{score.low:.4f} to {score.high:.4f}" if score and score.low is not None else "",
+                f"{100 * gap.mean:+.2f}" if gap else "",
+                f"{100 * gap.low:+.2f} to {100 * gap.high:+.2f}"
+                if gap and gap.low is not None and gap.high is not None
+                else "",
+                markup.number(row.training_s, "{:,.1f} s"),
             ]
         )
     heads = ["recipe", "verdict", "seeds", "mean", "standard deviation", "95 % interval"]
@@ -311,7 +311,7 @@ def _decision_table(frame: pd.DataFrame, decision: Mapping[str, Any]) -> str:
     return (
         markup.table(heads, cells, wide={0}, numbers={2, 3, 4, 5, 6, 7, 8})
         + markup.paragraph(said)
-        + markup.method("; ".join(decision["rules"]))
+        + markup.method("; ".join(decision.rules))
     )
 
 

@@ -139,6 +139,6 @@ _PARSERS: Mapping[str, Any] = {
     "worker": _mapping,
     "data_places": _strings,
     "replaces": _strings,
-    "control": lambda text: text == "true",
     "git_dirty": lambda text: text == "true",
+    "control": lambda text: text == "true",
 }

@@ -28,6 +28,13 @@ def is_graphed(recipe: Recipe) -> bool:
     return recipe.training.execution in ("graphed", "compiled_graphed")
 
 
+def executable_on(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe, without graphs where the device has none: their steps are called, which executes the same kernels."""
+    if not is_graphed(recipe) or device.type == "cuda":
+        return recipe
+    return recipe.changed({"training.execution": "compiled" if "compiled" in recipe.training.execution else "eager"})
+
+
 def check_execution(recipe: Recipe, device: torch.device) -> None:
     """UserError where the device can't execute steps as the recipe says."""
     if is_graphed(recipe) and device.type != "cuda":

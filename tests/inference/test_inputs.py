@@ -53,7 +53,7 @@ def read(*paths: Path | str, size: int = 8, batch_size: int = 500) -> tuple[list
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 500])
-def test_good_and_bad_inputs_come_in_order_and_in_batches(batch_size: int) -> None:
+def test_inputs_come_in_order_and_in_batches(batch_size: int) -> None:
     for name, grey in (("z.png", 10), ("b/2.png", 30), ("b/1.png", 20), ("b/1/deep.JPG", 15), ("a.png", 40)):
         add_image(name, grey)
     Path("b/broken.png").write_bytes(b"")
@@ -73,20 +73,20 @@ def test_good_and_bad_inputs_come_in_order_and_in_batches(batch_size: int) -> No
     ]
 
 
-def test_nothing_gives_nothing() -> None:
+def test_no_paths_give_no_batches() -> None:
     assert read()[0] == []
     ids, _, faults = read("none.png", batch_size=1)
     assert ids == []
     assert faults == ["none.png: no such file"]
 
 
-def test_a_file_s_pixels_are_read_images() -> None:
+def test_pixels_of_a_file_equal_read_images() -> None:
     path = Path("a.png")
     Image.fromarray(np.random.RandomState(1).randint(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
     assert np.array_equal(read(path, size=12)[1][0], read_image(path, 12))
 
 
-def test_the_content_says_what_a_file_is() -> None:
+def test_content_decides_what_a_file_is() -> None:
     add_image("photo", form="PNG")
     add_pickle("test_batch")
     add_pickle("a.png")
@@ -97,7 +97,7 @@ def test_the_content_says_what_a_file_is() -> None:
     assert read("old.pickle")[::2] == (list("01234"), [])
 
 
-def test_a_pickles_ids_stand_alone_if_it_is_the_only_input() -> None:
+def test_ids_of_a_single_pickle_have_no_prefix() -> None:
     add_pickle("own.pkl", ids=[7, 5, "x", 1, 0])
     add_pickle("none.pkl")
     assert read("own.pkl")[0] == ["7", "5", "x", "1", "0"]
@@ -110,7 +110,7 @@ def test_a_pickles_ids_stand_alone_if_it_is_the_only_input() -> None:
 
 @pytest.mark.parametrize("batch_size", [2, 500])
 @pytest.mark.parametrize("size", [4, 8, 13])
-def test_a_pickles_images_are_resized_as_a_data_sets(size: int, batch_size: int) -> None:
+def test_pickled_images_are_resized_like_a_data_set(size: int, batch_size: int) -> None:
     add_pickle("p.pkl")
     images = read("p.pkl", size=size, batch_size=batch_size)[1]
     assert torch.equal(images, resized(torch.from_numpy(PIXELS), size))
@@ -127,7 +127,7 @@ def test_images_that_are_not_square_are_squashed(shape: tuple[int, ...]) -> None
     assert torch.equal(read("p.pkl")[1], torch.full((2, 3, 8, 8), 77, dtype=torch.uint8))
 
 
-def test_what_is_named_twice_is_read_once_where_it_comes_first() -> None:
+def test_path_given_twice_is_read_once() -> None:
     for name in ("a/1.png", "a/2.png", "a/b/1.png", "c.png"):
         add_image(name)
     assert read("a/2.png", "c.png", "a", "./c.png", "a/b", "a/1.png")[::2] == (
@@ -144,7 +144,7 @@ def test_ids_are_paths_as_typed() -> None:
     assert read(".")[0] == ["a/1.png"]
 
 
-def test_file_names_that_are_not_utf_8_become_escapes() -> None:
+def test_file_names_that_are_not_utf_8_are_escaped() -> None:
     odd = os.fsdecode(b"\xff\xe9")
     try:
         add_image(f"{odd}/ü.png")
@@ -176,16 +176,16 @@ def test_two_inputs_never_share_an_id() -> None:
     assert (len(ids), faults) == (5, [f"p.pkl:3: {end}"])
 
 
-def test_a_folder_without_images_is_told() -> None:
+def test_folder_without_images_is_reported() -> None:
     Path("empty/deep").mkdir(parents=True)
     add_image("empty/.hidden.png")
     add_pickle("empty/p.pkl")
     ids, _, faults = read("empty")
     assert ids == []
-    assert faults == [f"empty: holds no images ({SUFFIXES}); a pickle is named itself"]
+    assert faults == [f"empty: holds no images ({SUFFIXES}); a pickle is given by its own path"]
 
 
-def test_what_may_not_be_read_is_told() -> None:
+def test_unreadable_files_are_reported() -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         folder = Path(name)
         folder.chmod(0o755)
@@ -213,9 +213,9 @@ def test_what_may_not_be_read_is_told() -> None:
     denied = "Permission denied"
     assert sorted(faults) == sorted(
         [
-            f"{name}/closed: {denied}: nothing of {name}/closed is read",
+            f"{name}/closed: {denied}: no file of {name}/closed is read",
             f"{name}/closed/1.png: {denied}",
-            f"{name}/sub/closed: {denied}: nothing of {name}/sub is read",
+            f"{name}/sub/closed: {denied}: no file of {name}/sub is read",
             f"{name}/one.png: {denied}",
             f"{name}/one: {denied}",
             f"{name}/one.pkl: {denied}",
@@ -223,7 +223,7 @@ def test_what_may_not_be_read_is_told() -> None:
     )
 
 
-def test_a_pipe_is_refused_and_not_waited_for() -> None:
+def test_pipe_is_refused_without_waiting() -> None:
     Path("folder").mkdir()
     for name in ("pipe", "pipe.pkl", "folder/pipe.png"):
         os.mkfifo(name)
@@ -234,7 +234,7 @@ def test_a_pipe_is_refused_and_not_waited_for() -> None:
     assert found == [([], ["pipe: not a file", "pipe.pkl: not a file", "folder/pipe.png: not a file"])]
 
 
-def test_batches_are_made_when_they_are_asked_for() -> None:
+def test_batches_are_lazy() -> None:
     for index in range(4):
         add_image(f"{index}.png")
     faults: list[BadImage] = []
@@ -245,7 +245,7 @@ def test_batches_are_made_when_they_are_asked_for() -> None:
     assert [fault.reason for fault in faults] == ["no such file"]
 
 
-def test_a_fault_holds_no_pixels() -> None:
+def test_reported_fault_holds_no_pixels() -> None:
     Path("cut.png").write_bytes(add_image("a.png").read_bytes()[:44])
     add_pickle("p.pkl", ids=[1])
     faults: list[BadImage] = []

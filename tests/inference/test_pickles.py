@@ -43,7 +43,7 @@ def fault(folder: Path, content: bytes) -> str:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_the_real_cifar10_batches_are_torchvisions_arrays(cifar10_dir: Path, train: bool) -> None:
+def test_cifar10_batches_equal_torchvision_arrays(cifar10_dir: Path, train: bool) -> None:
     theirs = CIFAR10(cifar10_dir, train=train).data.transpose(0, 3, 1, 2)
     names = [name for name, _ in (CIFAR10.train_list if train else CIFAR10.test_list)]
     for name, expected in zip(names, np.split(theirs, len(names)), strict=True):
@@ -105,7 +105,7 @@ def test_ids_of_every_protocol_become_text(tmp_path: Path, protocol: int, ids: A
 
 
 @protocols
-def test_kaggles_file_has_bytes_as_keys_and_labels_are_passed_over(tmp_path: Path, protocol: int) -> None:
+def test_kaggle_file_is_read_without_its_labels(tmp_path: Path, protocol: int) -> None:
     rest = {b"labels": [1, 2, 3, 4], b"fine_labels": np.arange(4.0), "meta": {1: {"deep": (None, 0.5, True)}}}
     for kind in (dict, OrderedDict):
         content = pickle.dumps(kind({b"data": IMAGES, b"ids": np.arange(4)} | rest), protocol)
@@ -115,7 +115,7 @@ def test_kaggles_file_has_bytes_as_keys_and_labels_are_passed_over(tmp_path: Pat
 
 
 @protocols
-def test_names_of_numpy_1_and_2_are_the_same(tmp_path: Path, protocol: int) -> None:
+def test_names_of_numpy_1_and_2_are_read(tmp_path: Path, protocol: int) -> None:
     content = pickle.dumps({"data": IMAGES, "ids": [np.int64(i) for i in range(4)]}, protocol)
     old = content.replace(b"numpy._core.", b"numpy.core.")
     if protocol >= 4:  # lengths: of each name, and of the frame around all
@@ -125,7 +125,7 @@ def test_names_of_numpy_1_and_2_are_the_same(tmp_path: Path, protocol: int) -> N
     assert np.array_equal(read(tmp_path, old)[0], IMAGES)
 
 
-def test_python_2s_protocol_0(tmp_path: Path) -> None:
+def test_protocol_0_of_python_2_is_read(tmp_path: Path) -> None:
     pixels = "".join(f"\\x{i % 256:02x}" for i in range(3072))
     content = f"""(dp1
 S'data'
@@ -206,12 +206,12 @@ bs."""
         ({"data": IMAGES, "ids": "abcd"}, "ids: not a numpy array"),
     ],
 )
-def test_what_does_not_fit_is_told_with_the_way_out(tmp_path: Path, value: Any, reason: str) -> None:
+def test_unusable_content_is_refused_with_the_way_out(tmp_path: Path, value: Any, reason: str) -> None:
     for protocol in range(6):
         assert fault(tmp_path, pickle.dumps(value, protocol)).startswith(reason), protocol
 
 
-def test_what_is_no_pickle_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_no_pickle_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with (tmp_path / "large").open("wb") as stream:
         stream.truncate(MAX_BYTES + 1)
@@ -242,7 +242,7 @@ def test_what_is_no_pickle_is_refused(tmp_path: Path) -> None:
     ("opcode", "shape"),
     [(b"K\x05", "(5, 3, 5, 6)"), (b"K\x03", "(3, 3, 5, 6)"), (b"J\xff\xff\xff\x7f", "(2147483647, 3, 5, 6)")],
 )
-def test_bytes_that_do_not_fill_the_shape_are_told(tmp_path: Path, opcode: bytes, shape: str) -> None:
+def test_bytes_that_do_not_fill_the_shape_are_refused(tmp_path: Path, opcode: bytes, shape: str) -> None:
     content = pickle.dumps({"data": IMAGES}, 2)
     changed = content.replace(b"K\x04K\x03K\x05K\x06", opcode + b"K\x03K\x05K\x06")
     assert fault(tmp_path, changed) == f"data: 360 bytes don't fill the shape {shape}"
@@ -251,7 +251,7 @@ def test_bytes_that_do_not_fill_the_shape_are_told(tmp_path: Path, opcode: bytes
 
 
 @pytest.mark.parametrize("byte_order", ["3", "?", "f4,", ""])
-def test_what_is_no_byte_order_never_reaches_numpy(tmp_path: Path, byte_order: str) -> None:
+def test_bad_byte_order_never_reaches_numpy(tmp_path: Path, byte_order: str) -> None:
     content = pickle.dumps({"data": IMAGES}, 2)
     changed = content.replace(text("|"), text(byte_order))
     assert changed != content
@@ -259,7 +259,7 @@ def test_what_is_no_byte_order_never_reaches_numpy(tmp_path: Path, byte_order: s
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_every_cut_file_is_refused(tmp_path: Path, protocol: int) -> None:
+def test_every_truncated_file_is_refused(tmp_path: Path, protocol: int) -> None:
     content = pickle.dumps(TINY, protocol)
     assert read(tmp_path, content)[1] == ["a", "7"]
     for length in range(1, len(content)):
@@ -272,7 +272,7 @@ def test_every_cut_file_is_refused(tmp_path: Path, protocol: int) -> None:
     protocol=st.integers(0, 5),
     damage=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=4),
 )
-def test_damaged_bytes_give_images_or_bad_image_and_no_other_error(
+def test_damaged_bytes_give_images_or_bad_image(
     tmp_path_factory: pytest.TempPathFactory, protocol: int, damage: list[tuple[float, int]]
 ) -> None:
     content = bytearray(pickle.dumps(TINY, protocol))
@@ -332,7 +332,7 @@ def evil(path: Path) -> dict[str, bytes]:
     return files | by_hand(shell, python)
 
 
-def test_nothing_that_a_pickle_names_is_run(tmp_path: Path) -> None:
+def test_no_name_in_a_pickle_is_run(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     for name, content in evil(mark).items():
         pickle.loads(content)
@@ -346,18 +346,18 @@ def test_nothing_that_a_pickle_names_is_run(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == ["file"], name
 
 
-def test_a_refused_name_is_told(tmp_path: Path) -> None:
+def test_refused_name_is_in_the_reason(tmp_path: Path) -> None:
     for content, name in {
         b"cos\nsystem\n.": "os.system",
         b"cnumpy\nload\n.": "numpy.load",
         b"cnumpy\nndarray.tofile\n.": "numpy.ndarray.tofile",
-        b"cpipeline.data.pickles\nread_pickle\n.": "pipeline.inference.pickles.read_pickle",
+        b"cpipeline.inference.pickles\nread_pickle\n.": "pipeline.inference.pickles.read_pickle",
         b"c" + b"a" * 200 + b"\nb\n.": "a" * 80,
     }.items():
         assert fault(tmp_path, content) == f"names {name}, which a file of images has no need of: it is not run"
 
 
-def test_a_name_behind_copyregs_numbers_is_neither_run_nor_kept(tmp_path: Path) -> None:
+def test_name_behind_copyreg_number_is_not_run_or_cached(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     content = b"}\x82\xfa(" + text(f"touch {mark}") + b"tR0."
     copyreg.add_extension("os", "system", 250)
@@ -392,7 +392,7 @@ SPOILERS = {
 
 
 @pytest.mark.parametrize("name", SPOILERS)
-def test_what_a_pickle_does_to_names_is_refused_and_spoils_no_later_one(tmp_path: Path, name: str) -> None:
+def test_changed_names_are_refused_and_spoil_no_later_file(tmp_path: Path, name: str) -> None:
     good = pickle.dumps({"data": IMAGES, "ids": [b"a", 2, 3, 4]}, 2)
     assert fault(tmp_path, SPOILERS[name] + good) == "not a pickle, or cut short or damaged"
     images, ids = read(tmp_path, good)
@@ -414,7 +414,7 @@ HUGE = {
 
 
 @pytest.mark.parametrize("name", HUGE)
-def test_a_huge_number_takes_no_memory(tmp_path: Path, name: str) -> None:
+def test_huge_number_takes_no_memory(tmp_path: Path, name: str) -> None:
     tracemalloc.start()
     try:
         fault(tmp_path, HUGE[name])
@@ -424,7 +424,7 @@ def test_a_huge_number_takes_no_memory(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("opcodes", [(b"}(", b"K\x01u."), (b"}", b"K\x01s."), (b"(", b"K\x01d.")])
-def test_a_key_of_tuples_of_tuples_takes_no_time(tmp_path: Path, opcodes: tuple[bytes, bytes]) -> None:
+def test_nested_tuple_key_takes_no_time(tmp_path: Path, opcodes: tuple[bytes, bytes]) -> None:
     key = b")" + b"2\x86" * 28  # twice a tuple of twice a tuple..., whose hash takes 2**28 steps
     start = time.process_time()
     assert fault(tmp_path, b"\x80\x02" + key.join(opcodes)) == 'has no "data"'

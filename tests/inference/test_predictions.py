@@ -19,14 +19,14 @@ def table(ids: list[str] = IDS, classes: list[str] = CLASSES) -> pd.DataFrame:
     return predictions_table(ids, RANDOM.dirichlet(np.ones(len(classes)), len(ids)), classes)
 
 
-def test_a_row_is_id_label_and_a_probability_for_each_class() -> None:
+def test_row_is_id_label_and_probability_by_class() -> None:
     made = predictions_table(["7", "8"], np.array([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1]]), ["a", "b", "c"])
     assert list(made.columns) == ["id", "label", "p_a", "p_b", "p_c"]
     assert made.to_numpy().tolist() == [["7", "b", 0.2, 0.5, 0.3], ["8", "a", 0.6, 0.3, 0.1]]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".CSV"])
-def test_what_was_written_is_read_back_the_same(suffix: str, tmp_path: Path) -> None:
+def test_table_is_read_back_as_it_was_written(suffix: str, tmp_path: Path) -> None:
     made, path = table(), tmp_path / f"out{suffix}"
     write_predictions(made, path)
     pd.testing.assert_frame_equal(read_predictions(path), made, check_dtype=False)
@@ -35,7 +35,7 @@ def test_what_was_written_is_read_back_the_same(suffix: str, tmp_path: Path) -> 
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_the_old_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out.csv"
     write_predictions(table(), path)
     before = path.read_bytes()
@@ -60,14 +60,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         ("folder.csv", "is a folder"),
     ],
 )
-def test_an_impossible_output_is_told_before_the_work(name: str, line: str, tmp_path: Path) -> None:
+def test_impossible_output_is_refused_before_the_work(name: str, line: str, tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UserError, match=line):
         check_output(tmp_path / name)
     check_output(tmp_path / "out.parquet")
 
 
-def test_the_mean_is_taken_id_by_id_and_the_label_follows() -> None:
+def test_mean_is_by_id_and_the_label_follows() -> None:
     a = predictions_table(["1", "2"], np.array([[0.9, 0.1], [0.6, 0.4]]), ["x", "y"])
     b = predictions_table(["2", "1"], np.array([[0.1, 0.9], [0.7, 0.3]]), ["x", "y"])
     made = average({"a": a, "b": b})
@@ -76,7 +76,7 @@ def test_the_mean_is_taken_id_by_id_and_the_label_follows() -> None:
     np.testing.assert_allclose(made[["p_x", "p_y"]], [[0.8, 0.2], [0.35, 0.65]])
 
 
-def test_other_ids_or_classes_are_refused_each_with_its_name() -> None:
+def test_all_tables_with_other_ids_or_classes_are_named() -> None:
     with pytest.raises(DataError) as caught:
         average(
             {
@@ -97,7 +97,7 @@ def test_other_ids_or_classes_are_refused_each_with_its_name() -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("id,label,p_a,p_b\n1,a,0.6,0.4\n1,a,0.6,0.4\n", "id 1 stands there twice"),
+        ("id,label,p_a,p_b\n1,a,0.6,0.4\n1,a,0.6,0.4\n", "id 1 is there twice"),
         ("id,label,p_a,p_b\n1,a,0.6,0.3\n", "the probabilities of id 1 are not"),
         ("id,label,p_a,p_b\n1,a,0.6,0.401\n", "the probabilities of id 1 are not"),
         ("id,label,p_a,p_b\n1,a,1.6,-0.6\n", "the probabilities of id 1 are not"),
@@ -110,7 +110,7 @@ def test_other_ids_or_classes_are_refused_each_with_its_name() -> None:
         ("\x00\x01", "predictions.csv"),
     ],
 )
-def test_a_table_that_holds_no_predictions_is_told(text: str, line: str, tmp_path: Path) -> None:
+def test_table_without_predictions_is_refused(text: str, line: str, tmp_path: Path) -> None:
     path = tmp_path / "predictions.csv"
     path.write_text(text)
     with pytest.raises(DataError, match=line) as caught:
@@ -118,7 +118,7 @@ def test_a_table_that_holds_no_predictions_is_told(text: str, line: str, tmp_pat
     assert len(caught.value.lines) == 1
 
 
-def test_probabilities_rounded_to_four_digits_are_taken(tmp_path: Path) -> None:
+def test_probabilities_rounded_to_four_digits_are_read(tmp_path: Path) -> None:
     many = predictions_table(["1"], np.full((1, 100), 0.01) + 4e-5, [str(name) for name in range(100)])
     write_predictions(many.round(4), tmp_path / "a.csv")
     assert len(read_predictions(tmp_path / "a.csv")) == 1
@@ -132,19 +132,19 @@ def test_probabilities_rounded_to_four_digits_are_taken(tmp_path: Path) -> None:
         {"id": ["1", None], "label": ["a", "a"], "p_a": [1.0, 1.0], "p_b": [0.0, 0.0]},
     ],
 )
-def test_parquet_with_other_things_in_it_is_told(columns: dict, tmp_path: Path) -> None:
+def test_other_parquet_is_refused(columns: dict, tmp_path: Path) -> None:
     pd.DataFrame(columns).to_parquet(tmp_path / "odd.parquet")
     with pytest.raises(DataError, match=r"odd.parquet: can't be read as predictions"):
         read_predictions(tmp_path / "odd.parquet")
 
 
-def test_a_folder_that_can_not_be_written_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
     with pytest.raises(UserError, match="can't be written to"):
         check_output(tmp_path / "out.csv")
 
 
-def test_a_file_that_is_missing_or_no_parquet_is_told(tmp_path: Path) -> None:
+def test_missing_or_damaged_parquet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No such file"):
         read_predictions(tmp_path / "none.csv")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")

@@ -1,4 +1,4 @@
-"""A card says what its run has: numbers with their intervals, weaknesses, where it comes from."""
+"""A card shows its run: numbers with their intervals, weaknesses, where it comes from."""
 
 from pathlib import Path
 
@@ -15,16 +15,16 @@ from pipeline.tracking.tracker import MlflowTracker
 @pytest.mark.parametrize(
     ("hits", "total", "low", "high"), [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]
 )
-def test_the_intervals_are_those_of_newcombe_1998(hits: int, total: int, low: float, high: float) -> None:
+def test_wilson_intervals_equal_newcombe_1998(hits: int, total: int, low: float, high: float) -> None:
     assert card.wilson(hits, total) == pytest.approx((low, high), abs=5e-5)
     assert card.wilson(total - hits, total) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
-def test_of_no_images_nothing_is_known() -> None:
+def test_interval_of_no_images_is_0_to_1() -> None:
     assert card.wilson(0, 0) == (0, 1)
 
 
-def test_the_card_says_what_the_run_predicted(packed: Package, trained: Trained) -> None:
+def test_card_shows_what_the_run_predicted(packed: Package, trained: Trained) -> None:
     tracker = MlflowTracker(trained.home)
     stored = pq.read_table(tracker.client.download_artifacts(trained.finished, "predictions.parquet")).to_pandas()
     right = stored.label == stored.predicted
@@ -34,16 +34,16 @@ def test_the_card_says_what_the_run_predicted(packed: Package, trained: Trained)
     assert row.startswith(f"| 4 | {len(fours)} | {(fours.predicted == 4).mean():.1%} (")
     wrong = stored[~right]
     surest = wrong.loc[wrong.confidence.idxmax()]
-    said = f"image {surest.id:.0f}: {surest.label:.0f}, taken for {surest.predicted:.0f} with {surest.confidence:.1%}"
-    assert f"before the temperature): {said}; " in packed.card
+    error = f"image {surest.id:.0f}: {surest.label:.0f}, taken for {surest.predicted:.0f} with {surest.confidence:.1%}"
+    assert f"before the temperature): {error}; " in packed.card
     (true, taken), count = next(iter(wrong.value_counts(["label", "predicted"]).items()))
     assert f"taken for {taken}: {count} of {(stored.label == true).sum()}" in packed.card
 
 
-def test_the_card_says_where_the_model_comes_from_and_how_to_make_it_again(packed: Package, trained: Trained) -> None:
+def test_card_shows_origin_evidence_and_how_to_reproduce(packed: Package, trained: Trained) -> None:
     run = MlflowTracker(trained.home).client.get_run(trained.finished)
     for text in (
-        f"`make reproduce RUN={trained.finished}`",
+        f"`reproduce {trained.finished}`",
         f"commit `{run.data.tags['mlflow.source.git.commit']}`",
         f"digest `{run.data.tags['data_digest']}`",
         f"split digest `{run.data.tags['split_digest']}`",
@@ -60,7 +60,7 @@ def test_the_card_says_where_the_model_comes_from_and_how_to_make_it_again(packe
     assert "beta2" not in packed.card and "warmup" not in packed.card, "only what differs from the defaults"
 
 
-def test_a_long_card_is_cut_at_a_line_for_the_registry() -> None:
+def test_long_card_is_cut_at_a_line_for_the_registry() -> None:
     text = "".join(f"| line {number} |\n" for number in range(1000))
     cut = card.description(text)
     assert len(cut) <= card.DESCRIPTION_LIMIT
@@ -78,16 +78,16 @@ def test_odd_names_stay_in_their_cell() -> None:
 
 
 @pytest.mark.parametrize(("dataset", "licence"), [("cifar10", "Krizhevsky"), ("pets", "not known here")])
-def test_the_licence_is_that_of_the_data(dataset: str, licence: str, packed: Package) -> None:
+def test_licence_is_that_of_the_data_set(dataset: str, licence: str, packed: Package) -> None:
     from pipeline.inference.classifier import ModelMetadata
     from pipeline.training.checkpoints import read_checkpoint
 
-    facts = ModelMetadata.model_validate(read_checkpoint(packed.folder))
-    data = facts.recipe.data.model_copy(update={"dataset": dataset})
-    changed = facts.model_copy(update={"recipe": facts.recipe.model_copy(update={"data": data})})
+    metadata = ModelMetadata.model_validate(read_checkpoint(packed.folder))
+    data = metadata.recipe.data.model_copy(update={"dataset": dataset})
+    changed = metadata.model_copy(update={"recipe": metadata.recipe.model_copy(update={"data": data})})
     assert licence in card._data(changed)
 
 
-def test_the_folder_keeps_the_card_and_the_evidence(packed: Package) -> None:
+def test_folder_keeps_card_and_evidence(packed: Package) -> None:
     assert (Path(packed.folder) / "card.md").read_text() == packed.card
     assert '"p = 0.0123"' in (packed.folder / "evidence.json").read_text()

@@ -15,8 +15,9 @@ from pipeline import recipe
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import PromotionRefused
+from pipeline.evaluation.calibration import Calibration
 from pipeline.inference.classifier import Classifier, ModelMetadata
-from pipeline.inference.methods import METHODS, Fitted, Measured
+from pipeline.inference.methods import METHODS, MethodScores
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.registry import export
@@ -45,8 +46,10 @@ def classifier(model: recipe.Model, size: int = 11, classes: int = 3) -> Classif
     base = {"optimizer": {"name": "sgd", "lr": 0.1}, "training": {"epochs": 1, "precision": "fp32"}}
     whole = Recipe.model_validate({**base, "data": {"image_size": size}, "model": model.model_dump()})
     f1 = (0.5,) * classes
-    worth = Measured(n=1, accuracy=0.5, f1_macro=0.5, ece=0.1, loss=1, f1=f1, right=0, wrong=0, p=1, f1_macro_error=0)
-    facts = ModelMetadata(
+    worth = MethodScores(
+        n=1, accuracy=0.5, f1_macro=0.5, ece=0.1, loss=1, f1=f1, gained=0, lost=0, p=1, f1_macro_error=0
+    )
+    metadata = ModelMetadata(
         recipe=whole,
         recipe_digest=whole.digest(),
         data_digest="d",
@@ -55,13 +58,14 @@ def classifier(model: recipe.Model, size: int = 11, classes: int = 3) -> Classif
         mean=(0.4, 0.5, 0.6),
         std=(0.2, 0.25, 0.3),
         run_id="r",
-        fitted=Fitted(temperature=1.0, thresholds=(1.0,) * classes),
+        calibration=Calibration(temperature=1.0, thresholds=(1.0,) * classes),
         measured=dict.fromkeys(METHODS, worth),
     )
-    made = Classifier(network.to(memory_format=torch.channels_last).eval(), facts, CPU)
+    made = Classifier(network.to(memory_format=torch.channels_last).eval(), metadata, CPU)
     sharpness = float(np.log(made.probabilities(export.probes(made))).std())
     return dataclasses.replace(
-        made, facts=facts.model_copy(update={"fitted": Fitted(sharpness / 2, tuple(range(1, classes + 1)))})
+        made,
+        metadata=metadata.model_copy(update={"calibration": Calibration(sharpness / 2, tuple(range(1, classes + 1)))}),
     )
 
 
@@ -72,7 +76,7 @@ def noise(count: int, size: int, seed: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model", SMALL, ids=lambda model: model.network)
-def test_every_network_gives_torchs_probabilities_in_every_batch_size(model: recipe.Model, tmp_path: Path) -> None:
+def test_every_network_gives_torch_probabilities(model: recipe.Model, tmp_path: Path) -> None:
     torchs, path = classifier(model), tmp_path / "model.onnx"
     export.export_onnx(torchs, path)
     session = export.session(path)
@@ -84,30 +88,30 @@ def test_every_network_gives_torchs_probabilities_in_every_batch_size(model: rec
     assert got.std() > 0.05, "equal because nothing differs"
 
 
-def test_what_was_fitted_is_in_the_metadata(right: tuple[Classifier, Path]) -> None:
+def test_calibration_and_digests_are_in_the_onnx_metadata(right: tuple[Classifier, Path]) -> None:
     torchs, path = right
     session = export.session(path)
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == ["class 0", "class 1", "class 2"]
-    assert float(metadata["temperature"]) == torchs.facts.fitted.temperature
+    assert float(metadata["temperature"]) == torchs.metadata.calibration.temperature
     assert json.loads(metadata["thresholds"]) == [1.0, 2.0, 3.0]
     digests = {name: metadata[name] for name in ("recipe_digest", "data_digest", "split_digest", "run_id")}
-    assert digests == {name: getattr(torchs.facts, name) for name in digests}
+    assert digests == {name: getattr(torchs.metadata, name) for name in digests}
     assert str(Path(__file__).parents[2]) not in path.read_bytes().decode(errors="replace"), "no paths of this machine"
 
 
-def test_a_wrong_export_is_refused_with_the_number(right: tuple[Classifier, Path]) -> None:
+def test_wrong_export_is_refused_with_the_difference(right: tuple[Classifier, Path]) -> None:
     torchs, path = right
-    facts = torchs.facts.model_copy(update={"mean": (0.4, 0.5, 0.603)})
+    metadata = torchs.metadata.model_copy(update={"mean": (0.4, 0.5, 0.603)})
     with pytest.raises(
         PromotionRefused, match=r"model.onnx: differs from torch by 0\.0\d+ in probability; at most 0.0001"
     ):
-        export.check(dataclasses.replace(torchs, facts=facts), path, noise(10, 11))
+        export.check(dataclasses.replace(torchs, metadata=metadata), path, noise(10, 11))
     assert export.check(torchs, path, noise(10, 11)) < export.TOLERANCE
 
 
 @pytest.mark.parametrize("size", export.BATCHES)
-def test_one_image_wrong_in_one_batch_size_is_refused(
+def test_one_wrong_image_in_one_batch_size_is_refused(
     size: int, right: tuple[Classifier, Path], tmp_path: Path
 ) -> None:
     torchs, path = right
@@ -150,7 +154,7 @@ def wrong_in(size: int, path: Path) -> onnx.ModelProto:
     return model
 
 
-def test_a_network_that_has_no_numbers_is_refused(tmp_path: Path) -> None:
+def test_network_that_gives_nan_is_refused(tmp_path: Path) -> None:
     torchs = classifier(SMALL[1])
     with torch.no_grad():
         next(torchs.network.parameters()).fill_(float("nan"))
@@ -158,20 +162,20 @@ def test_a_network_that_has_no_numbers_is_refused(tmp_path: Path) -> None:
         export.export_onnx(torchs, tmp_path / "model.onnx")
 
 
-def test_the_whole_validation_split_of_a_trained_model(trained: Trained, packed: object, digits: TrainingData) -> None:
+def test_validation_split_of_a_trained_model(trained: Trained, packed: object, digits: TrainingData) -> None:
     with find_model(trained.home, None, trained.finished) as model:
         torchs = Classifier.load(model.folder, CPU)
     assert export.check(torchs, packed.folder / "model.onnx", digits.validation.images) <= export.TOLERANCE  # type: ignore[attr-defined]
 
 
-def test_the_whole_validation_split_of_cifar10(cifar10_dir: Path, tmp_path: Path) -> None:
+def test_validation_split_of_cifar10(cifar10_dir: Path, tmp_path: Path) -> None:
     torchs, path = classifier(recipe.Plain(widths=(8, 16)), size=32, classes=10), tmp_path / "model.onnx"
-    data = prepare(load("cifar10", 32, cifar10_dir), torchs.facts.recipe.data, CPU)
+    data = prepare(load("cifar10", 32, cifar10_dir), torchs.metadata.recipe.data, CPU)
     export.export_onnx(torchs, path)
     assert export.check(torchs, path, data.validation.images) <= export.TOLERANCE
 
 
-def test_eight_bits_are_smaller_and_near_on_images_like_those_that_calibrated(tmp_path: Path) -> None:
+def test_8_bit_model_is_smaller_and_close(tmp_path: Path) -> None:
     torchs, path = classifier(recipe.Plain(widths=(32, 64))), tmp_path / "model.onnx"
     export.export_onnx(torchs, path)
     pixels = export.as_pixels(noise(200, 11))

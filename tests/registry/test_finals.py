@@ -1,4 +1,4 @@
-"""Finals from a study's runs in MLflow to a decision: real stores, real trainings; the rules, on numbers."""
+"""Finals from a study's runs in MLflow to a decision: real stores, real trainings."""
 
 import dataclasses
 import itertools
@@ -21,10 +21,11 @@ from pipeline.errors import DataError, UserError
 from pipeline.experiment import Interrupted, Outcome
 from pipeline.recipe import Recipe
 from pipeline.registry import finals
-from pipeline.registry.finals import load_decision, plan_finals, winner
+from pipeline.registry.decision import FinalsDecision, find_winner
+from pipeline.registry.finals import FinalsPlan, plan_finals, recipe_of
 from pipeline.tracking import queries, recovery
 from pipeline.tracking.queries import StudyRuns, find_studies
-from pipeline.tracking.tags import State
+from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.loop import EpochReport
 
@@ -33,8 +34,8 @@ NUMBERS = itertools.count(1)
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Watch:
-    """An Observer that remembers; `at_epoch` may act."""
+class RecordingObserver:
+    """Keeps the outcomes of trainings; calls `at_epoch` after each epoch."""
 
     def __init__(self, at_epoch: Any = None):
         self.outcomes: dict[str, Outcome] = {}
@@ -49,15 +50,15 @@ class Watch:
     def ended(self, name: str, outcome: Outcome) -> None:
         self.outcomes[name] = outcome
 
-    def said(self, line: str) -> None: ...
+    def note(self, line: str) -> None: ...
 
 
-class Lab:
+class StudyHarness:
     """A study whose trials have the scores that a test gives them; its finals are trained."""
 
     def __init__(self, tracker: MlflowTracker, home: Path, base: Recipe, data: TrainingData):
         self.tracker, self.home, self.base, self.data = tracker, home, base.changed({"training.epochs": 1}), data
-        self.name = f"lab{next(NUMBERS)}-v1-digits"
+        self.name = f"study{next(NUMBERS)}-v1-digits"
         self.tracker.open_study(self.name, "?", "val/accuracy", []).end(State.FINISHED)
         assert self.tracker.flush(30)
 
@@ -76,141 +77,151 @@ class Lab:
             run.end(state)
         return self.tracker.id_of(run.key)
 
-    def finals(self, top: int = 1, seeds: int = 2, watch: Watch | None = None) -> dict[str, Any]:
-        planned = plan_finals(self.tracker, self.study, top, seeds)
-        return finals.run_finals(self.tracker, planned, self.data, CPU, watch or Watch(), self.home)
+    def plan(self, top: int, seeds: int, epochs: int | None = None, device: torch.device = CPU) -> FinalsPlan:
+        return plan_finals(self.tracker, self.study, device, top, seeds, epochs)
+
+    def finals(self, top: int = 1, seeds: int = 2, observer: RecordingObserver | None = None) -> FinalsDecision:
+        planned = self.plan(top, seeds)
+        return finals.run_finals(self.tracker, planned, self.data, CPU, observer or RecordingObserver(), self.home)
 
     def runs(self, role: str = "final") -> list[Any]:
         return queries.children(self.tracker, self.study, role)
 
 
 @pytest.fixture(scope="module")
-def empty_lab(
+def new_harness(
     tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits: TrainingData
-) -> Callable[[], Lab]:
+) -> Callable[[], StudyHarness]:
     """Studies of one store, which takes a while to make."""
     home = tmp_path_factory.mktemp("finals") / "mlruns"
     tracker = MlflowTracker(home)
-    return lambda: Lab(tracker, home, small_recipe, digits)
+    return lambda: StudyHarness(tracker, home, small_recipe, digits)
 
 
-def with_two_trials(lab: Lab) -> Lab:
-    lab.trial(0, 0.5, control=True)
-    lab.trial(1, 0.7, optimizer__lr=0.05)
-    return lab
+def with_two_trials(harness: StudyHarness) -> StudyHarness:
+    harness.trial(0, 0.5, control=True)
+    harness.trial(1, 0.7, optimizer__lr=0.05)
+    return harness
 
 
 @pytest.fixture
-def lab(empty_lab: Callable[[], Lab]) -> Lab:
-    return with_two_trials(empty_lab())
+def harness(new_harness: Callable[[], StudyHarness]) -> StudyHarness:
+    return with_two_trials(new_harness())
 
 
 @pytest.fixture(scope="module")
-def done(empty_lab: Callable[[], Lab]) -> Lab:
+def finished(new_harness: Callable[[], StudyHarness]) -> StudyHarness:
     """One whose finals are over: two candidates, two seeds."""
-    lab = with_two_trials(empty_lab())
-    assert winner(lab.tracker, lab.study) is None
-    lab.finals(seeds=2)
-    return lab
+    harness = with_two_trials(new_harness())
+    assert find_winner(harness.tracker, harness.study) is None
+    harness.finals(seeds=2)
+    return harness
 
 
 # ------------------------------------------------------------------------------------------------ who, with which seeds
 
 
-def test_candidates_are_the_control_and_the_best_distinct_recipes_whatever_their_seed(lab: Lab) -> None:
-    lab.trial(2, 0.9, State.PRUNED, optimizer__lr=0.01)
-    best = lab.trial(3, 0.8, optimizer__lr=0.05, training__seed=7)  # trial 1's recipe
-    lab.trial(4, 0.6, optimizer__lr=0.02)
-    lab.trial(5, 0.55, optimizer__lr=0.03)
-    assert [c.trial for c in plan_finals(lab.tracker, lab.study, 2, 1).candidates] == [0, 3, 4]
-    assert plan_finals(lab.tracker, lab.study, 1, 1).candidates[1].trial_run == best
-    assert [c.trial for c in plan_finals(lab.tracker, lab.study, 9, 1).candidates] == [0, 3, 4, 5], (
-        "the control counts once"
-    )
+def test_candidates_are_the_control_and_the_best_distinct_recipes(harness: StudyHarness) -> None:
+    harness.trial(2, 0.9, State.PRUNED, optimizer__lr=0.01)
+    best = harness.trial(3, 0.8, optimizer__lr=0.05, training__seed=7)  # trial 1's recipe
+    harness.trial(4, 0.6, optimizer__lr=0.02)
+    harness.trial(5, 0.55, optimizer__lr=0.03)
+    assert [c.trial for c in harness.plan(2, 1).candidates] == [0, 3, 4]
+    assert harness.plan(1, 1).candidates[1].trial_run == best
+    assert [c.trial for c in harness.plan(9, 1).candidates] == [0, 3, 4, 5], "the control counts once"
 
 
-def test_seeds_are_none_of_the_studys_and_more_of_them_go_on_with_the_first(lab: Lab) -> None:
-    lab.trial(2, 0.1, State.FAILED, training__seed=2)
-    assert plan_finals(lab.tracker, lab.study, 1, 2).seeds == [1, 3]
-    assert plan_finals(lab.tracker, lab.study, 1, 4).seeds == [1, 3, 4, 5]
+def test_seeds_are_fresh_and_more_of_them_extend_the_first(harness: StudyHarness) -> None:
+    harness.trial(2, 0.1, State.FAILED, training__seed=2)
+    assert harness.plan(1, 2).seeds == [1, 3]
+    assert harness.plan(1, 4).seeds == [1, 3, 4, 5]
 
 
-def test_epochs_change_every_candidate(lab: Lab) -> None:
-    planned = plan_finals(lab.tracker, lab.study, 1, 1, epochs=7)
+def test_epochs_change_every_candidate(harness: StudyHarness) -> None:
+    planned = harness.plan(1, 1, epochs=7)
     assert [c.with_seed(1).training.epochs for c in planned.candidates] == [7, 7]
-    one = plan_finals(lab.tracker, lab.study, 1, 1)
-    assert planned.seconds_left == pytest.approx(7 * one.seconds_left), "and the forecast with it"
+    one = harness.plan(1, 1)
+    assert planned.remaining_s == pytest.approx(7 * one.remaining_s), "and the forecast with it"
 
 
-def test_a_study_without_a_finished_trial_or_a_control_is_told(empty_lab: Callable[[], Lab]) -> None:
-    lab = empty_lab()
+def test_study_without_finished_trial_or_control_is_refused(new_harness: Callable[[], StudyHarness]) -> None:
+    harness = new_harness()
     with pytest.raises(UserError, match="no finished trial yet"):
-        plan_finals(lab.tracker, lab.study, 1, 1)
-    lab.trial(1, 0.5)
+        harness.plan(1, 1)
+    harness.trial(1, 0.5)
     with pytest.raises(UserError, match="no run of its control"):
-        plan_finals(lab.tracker, lab.study, 1, 1)
-    lab.trial(0, 0.1, State.FAILED, optimizer__lr=0.02)
-    assert plan_finals(lab.tracker, lab.study, 1, 1).candidates[0].score is None, (
-        "a control that failed is still the control"
-    )
+        harness.plan(1, 1)
+    harness.trial(0, 0.1, State.FAILED, optimizer__lr=0.02)
+    assert harness.plan(1, 1).candidates[0].score is None, "a control that failed is still the control"
 
 
 # ------------------------------------------------------------------------------------------------------ what is trained
 
 
-def test_finals_are_children_of_the_study_and_leave_its_trials_as_they_were(done: Lab) -> None:
-    runs = {(run.data.tags["trial"], run.data.tags["seed"]): run for run in done.runs()}
+def test_finals_are_children_of_the_study_beside_its_trials(finished: StudyHarness) -> None:
+    runs = {(run.data.tags["trial"], run.data.tags["seed"]): run for run in finished.runs()}
     assert set(runs) == {("0", "1"), ("0", "2"), ("1", "1"), ("1", "2")}
     for run in runs.values():
         tags = run.data.tags
-        assert (tags["state"], tags["study"], run.data.params["training.seed"]) == ("finished", done.name, tags["seed"])
-        assert run.info.experiment_id == done.study.experiment
+        assert (tags["state"], tags["study"], run.data.params["training.seed"]) == (
+            "finished",
+            finished.name,
+            tags["seed"],
+        )
+        assert run.info.experiment_id == finished.study.experiment
     assert runs["1", "1"].data.params["optimizer.lr"] == "0.05"
-    trials = {run.info.run_id for run in done.runs("trial")}
-    assert set(queries.best_run_ids(done.tracker, done.study, 10)) == trials
-    recovery.close_abandoned_trials(done.tracker, done.study.parent, alive=(), ended={})
-    assert {run.data.tags["state"] for run in done.runs()} == {"finished"}, "their trials' fate is not theirs"
+    trials = {run.info.run_id for run in finished.runs("trial")}
+    assert set(queries.best_run_ids(finished.tracker, finished.study, 10)) == trials
+    recovery.close_abandoned_trials(finished.tracker, finished.study.parent, alive=(), ended={})
+    assert {run.data.tags["state"] for run in finished.runs()} == {"finished"}, "their trials' fate is not theirs"
 
 
-def test_the_decision_is_in_mlflow_and_says_what_by_how_much_and_which_run(done: Lab) -> None:
-    found, decision = winner(done.tracker, done.study), load_decision(done.tracker, done.study)
-    assert found and decision
-    assert "a tie with trial" in found.said and "of 2 seeds" in found.said, "two seeds prove nothing"
-    assert found.run_id == decision["winner"]["run_id"]
-    parent = done.tracker.client.get_run(done.study.parent)
-    assert (parent.data.tags["finals_run"], parent.info.status) == (found.run_id, "FINISHED")
-    row = next(row for row in decision["candidates"] if row["trial"] == decision["winner"]["trial"])
-    scores = [run.data.metrics["val/accuracy"] for run in done.runs() if run.data.tags["trial"] == str(row["trial"])]
-    assert row["score"]["mean"] == pytest.approx(np.mean(scores))
-    assert done.tracker.client.get_run(found.run_id).data.metrics["val/accuracy"] == max(scores)
+def test_decision_in_mlflow_names_winner_scores_and_run(finished: StudyHarness) -> None:
+    found, decision = (
+        find_winner(finished.tracker, finished.study),
+        FinalsDecision.load(finished.tracker, finished.study),
+    )
+    assert found and decision and decision.winner
+    assert "a tie with trial" in found.summary and "of 2 seeds" in found.summary, "two seeds prove nothing"
+    assert found.run_id == decision.winner.run_id
+    parent = finished.tracker.client.get_run(finished.study.parent)
+    assert (RunTags.of(parent).finals_run, parent.info.status) == (found.run_id, "FINISHED")
+    assert RunTags.of(parent).finals_summary == found.summary
+    result = next(result for result in decision.candidates if result.trial == found.trial)
+    scores = [
+        run.data.metrics["val/accuracy"] for run in finished.runs() if run.data.tags["trial"] == str(result.trial)
+    ]
+    assert result.score and result.score.mean == pytest.approx(np.mean(scores))
+    assert finished.tracker.client.get_run(found.run_id).data.metrics["val/accuracy"] == max(scores)
 
 
-def test_what_was_trained_is_not_trained_again(done: Lab) -> None:
-    before, watch = load_decision(done.tracker, done.study), Watch()
-    again = done.finals(seeds=2, watch=watch)
-    assert before and again["candidates"] == before["candidates"]
-    assert not watch.outcomes
-    assert plan_finals(done.tracker, done.study, 1, 3).seconds_left == pytest.approx(
-        sum(candidate.seconds for candidate in plan_finals(done.tracker, done.study, 1, 3).candidates)
+def test_finished_finals_are_not_trained_again(finished: StudyHarness) -> None:
+    before, observer = FinalsDecision.load(finished.tracker, finished.study), RecordingObserver()
+    again = finished.finals(seeds=2, observer=observer)
+    assert before and again.candidates == before.candidates
+    assert not observer.outcomes
+    assert finished.plan(1, 3).remaining_s == pytest.approx(
+        sum(candidate.seconds for candidate in finished.plan(1, 3).candidates)
     )
 
 
-def test_a_better_trial_since_the_decision_is_said(done: Lab) -> None:
-    done.trial(9, 0.99, optimizer__lr=0.011)
-    found = winner(done.tracker, done.study)
-    assert found and found.said.endswith("trial 9 was not in these finals and has the study's best score now: "
-                                         "make finals takes it in")  # fmt: skip
+def test_better_trial_since_the_decision_is_named(finished: StudyHarness) -> None:
+    finished.trial(9, 0.99, optimizer__lr=0.011)
+    found = find_winner(finished.tracker, finished.study)
+    assert found and found.summary.endswith(
+        f"trial 9 was not in these finals and has the study's best score now: `finals {finished.name}` takes it in"
+    )
 
 
-def test_ctrl_c_ends_the_training_at_its_next_step_and_no_old_decision_is_valid_until_the_same_call_went_on(
-    lab: Lab,
+def test_interrupted_finals_resume_and_void_the_old_decision(
+    harness: StudyHarness,
 ) -> None:
     def twice() -> None:
         with pytest.raises(UserError, match="another command is running it"):
-            lab.finals()
+            harness.finals()
 
-    lab.finals(seeds=1, watch=Watch(twice))
-    assert winner(lab.tracker, lab.study)
+    harness.finals(seeds=1, observer=RecordingObserver(twice))
+    assert find_winner(harness.tracker, harness.study)
     presses = iter([False, True])
 
     def press() -> None:
@@ -218,36 +229,43 @@ def test_ctrl_c_ends_the_training_at_its_next_step_and_no_old_decision_is_valid_
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
-        lab.finals(seeds=2, watch=Watch(press))
-    assert [run.data.tags["state"] for run in lab.runs()] == ["finished"] * 3 + ["interrupted"]
+        harness.finals(seeds=2, observer=RecordingObserver(press))
+    assert [run.data.tags["state"] for run in harness.runs()] == ["finished"] * 3 + ["interrupted"]
     with pytest.raises(
         UserError,
-        match=rf"1 trainings ended, or were restored .* make finals NAME={lab.name}",
+        match=rf"1 trainings ended, or were restored .* `finals {harness.name}` decides",
     ):
-        winner(lab.tracker, lab.study)
+        find_winner(harness.tracker, harness.study)
 
-    watch = Watch()
-    decision = lab.finals(seeds=2, watch=watch)
-    assert list(watch.outcomes) == ["trial 1, seed 2"]
-    assert [run.data.tags["state"] for run in lab.runs()] == ["finished"] * 4, "the same run, gone on with"
-    assert winner(lab.tracker, lab.study)
-    lab.tracker.client.delete_run(decision["candidates"][0]["runs"][0]["run_id"])
+    observer = RecordingObserver()
+    decision = harness.finals(seeds=2, observer=observer)
+    assert list(observer.outcomes) == ["trial 1, seed 2"]
+    assert [run.data.tags["state"] for run in harness.runs()] == ["finished"] * 4, "the same run, gone on with"
+    assert find_winner(harness.tracker, harness.study)
+    harness.tracker.client.delete_run(decision.candidates[0].runs[0].run_id)
     with pytest.raises(UserError, match="1 of the runs that decided them are gone"):
-        winner(lab.tracker, lab.study)
+        find_winner(harness.tracker, harness.study)
 
 
-def test_finals_that_were_killed_are_closed_and_gone_on_with_by_the_real_command(lab: Lab) -> None:
-    lab.trial(2, 0.99, optimizer__lr=0.06, training__epochs=200)
-    command = [sys.executable, "-m", "pipeline", "finals", lab.name, "--top", "1", "--seeds", "1"]
+def test_killed_finals_resume_under_the_same_run(harness: StudyHarness) -> None:
+    harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=200)
+    command = [sys.executable, "-m", "pipeline", "finals", harness.name, "--top", "1", "--seeds", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
     def until_the_long_one_runs(number: signal.Signals) -> tuple[int, str]:
         process = subprocess.Popen(
-            command, cwd=lab.home.parent, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            cwd=harness.home.parent,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         limit = time.monotonic() + 120
         while time.monotonic() < limit and process.poll() is None:
-            if any(run.info.status == "RUNNING" and run.data.metrics for run in lab.runs() if mine(run, process.pid)):
+            if any(
+                run.info.status == "RUNNING" and run.data.metrics for run in harness.runs() if mine(run, process.pid)
+            ):
                 break
             time.sleep(0.5)
         process.send_signal(number)
@@ -256,56 +274,68 @@ def test_finals_that_were_killed_are_closed_and_gone_on_with_by_the_real_command
     def mine(run: Any, pid: int) -> bool:
         return run.data.tags["trial"] == "2" and json.loads(run.data.tags["worker"])["pid"] == pid
 
-    code, said = until_the_long_one_runs(signal.SIGKILL)
-    assert code == -signal.SIGKILL, said
-    assert [run.info.status for run in lab.runs()] == ["FINISHED", "RUNNING"]
-    code, said = until_the_long_one_runs(signal.SIGTERM)
-    assert code == 130, said
-    assert "2 trainings, 1 of them done" in said
-    assert "interrupted; the same command goes on" in said
-    ended = [(run.info.status, run.data.tags.get("reason")) for run in lab.runs()]
+    code, output = until_the_long_one_runs(signal.SIGKILL)
+    assert code == -signal.SIGKILL, output
+    assert [run.info.status for run in harness.runs()] == ["FINISHED", "RUNNING"]
+    code, output = until_the_long_one_runs(signal.SIGTERM)
+    assert code == 130, output
+    assert "2 trainings, 1 of them done" in output
+    assert "interrupted; the same command goes on" in output
+    ended = [(run.info.status, run.data.tags.get("reason")) for run in harness.runs()]
     assert ended == [("FINISHED", None), ("KILLED", "stopped by the user")], "the same run, gone on with"
-    epochs = lab.tracker.client.get_metric_history(lab.runs()[1].info.run_id, "val/accuracy")
+    epochs = harness.tracker.client.get_metric_history(harness.runs()[1].info.run_id, "val/accuracy")
     assert [point.step for point in epochs] == list(range(1, len(epochs) + 1)), "each epoch once"
 
 
-def test_other_data_than_the_trials_saw_is_refused_before_anything_is_trained(lab: Lab) -> None:
-    planned = plan_finals(lab.tracker, lab.study, 1, 1)
+def test_other_data_is_refused_before_any_training(harness: StudyHarness) -> None:
+    planned = harness.plan(1, 1)
     for other, line in (({"digest": "f" * 64}, "data: "), ({"split_digest": "f" * 64}, "split: ")):
         with pytest.raises(DataError, match="trained on other data than is here") as caught:
-            finals.run_finals(lab.tracker, planned, dataclasses.replace(lab.data, **other), CPU, Watch(), lab.home)
+            finals.run_finals(
+                harness.tracker,
+                planned,
+                dataclasses.replace(harness.data, **other),
+                CPU,
+                RecordingObserver(),
+                harness.home,
+            )
         assert caught.value.lines[1].strip().startswith(line)
-    assert not lab.runs()
+    assert not harness.runs()
 
 
-def test_a_recipe_that_diverged_is_out_and_not_tried_again(lab: Lab) -> None:
-    lab.trial(2, 0.9, optimizer__lr=99, training__clip_norm=0)
-    decision = lab.finals(seeds=1)
-    [control, wild] = decision["candidates"]
-    assert wild["out"] == "diverged with seed 1" and wild["score"] is None
-    assert decision["winner"]["trial"] == control["trial"] == 0
-    watch = Watch()
-    lab.finals(seeds=1, watch=watch)
-    assert not watch.outcomes
+def test_diverged_recipe_is_stopped_and_not_trained_again(harness: StudyHarness) -> None:
+    harness.trial(2, 0.9, optimizer__lr=99, training__clip_norm=0)
+    decision = harness.finals(seeds=1)
+    [control, wild] = decision.candidates
+    assert wild.stopped == "diverged with seed 1" and wild.score is None
+    assert decision.winner and decision.winner.trial == control.trial == 0
+    observer = RecordingObserver()
+    harness.finals(seeds=1, observer=observer)
+    assert not observer.outcomes
 
 
-def test_the_table_fits_a_terminal_of_80_columns_and_shows_what_decided(done: Lab) -> None:
-    import io
+# ----------------------------------------------------------------------------------------------------- CUDA graphs
 
-    from rich.console import Console
 
-    from pipeline.cli.views import print_finals
+def test_graphed_recipes_are_trained_eagerly_without_a_gpu(harness: StudyHarness) -> None:
+    harness.trial(2, 0.8, training__execution="graphed", optimizer__lr=0.03)
+    planned = harness.plan(1, 1)
+    assert [c.recipe.training.execution for c in planned.candidates] == ["eager", "eager"]
+    assert list(planned.notes) == [
+        "trial 2: training.execution = graphed: a graph needs a GPU, and this is cpu; executed as eager"
+    ]
+    harness.finals(top=1, seeds=1)
+    assert {recipe_of(harness.tracker, run).training.execution for run in harness.runs()} == {"eager"}
+    assert harness.plan(1, 1).num_done == 2
+    on_gpu = harness.plan(1, 1, device=torch.device("cuda"))
+    assert on_gpu.candidates[1].recipe.training.execution == "graphed" and not on_gpu.notes
 
-    decision = load_decision(done.tracker, done.study)
-    assert decision
-    for row in decision["candidates"]:
-        row["training_s"] = 754.0
-    out = io.StringIO()
-    print_finals(Console(file=out, width=80), decision)
-    rows = [line.split() for line in out.getvalue().splitlines() if "min" in line]
-    score = next(row["score"] for row in decision["candidates"] if row["is_control"])
-    [control] = [row for row in rows if "(control)" in row]
-    assert control[:5] == ["0", "(control)", "2", f"{score['mean']:.4f}", f"{score['sd']:.4f}"]
-    assert all(row[-5:-1] == ["12", "min", "34", "s"] for row in rows) and len(rows) == 2, "each on one line"
-    assert "trial 1: optimizer.lr 0.05" in out.getvalue()
-    assert f"winner: {decision['winner']['said']}" in out.getvalue()
+
+def test_finals_of_a_graph_count_for_the_same_recipe_without(harness: StudyHarness) -> None:
+    graphed = harness.base.changed({"training.execution": "graphed", "training.seed": 1})
+    tags = RunTags(role="final", study=harness.name, trial=0, trial_run="0" * 32).to_mlflow()
+    with harness.tracker.run("final", graphed, harness.data, harness.study.parent, tags) as run:
+        run.log_metrics({"val/accuracy": 0.5}, 1)
+        run.end(State.FINISHED)
+    harness.tracker.id_of(run.key)
+    assert [candidate.trial for candidate in harness.plan(1, 1).remaining] == [1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PromotionRefused, UserError
-from pipeline.registry.ledger import FILE, LOOK, PROMOTED, ROLLED_BACK, UNDONE, Champion, Event, Ledger
+from pipeline.registry.ledger import FILE, PROMOTED, ROLLED_BACK, TEST_EVALUATION, UNDONE, Champion, Event, Ledger
 
 
 @pytest.fixture
@@ -16,21 +16,21 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def promoted(ledger: Ledger, version: str, kind: str = PROMOTED) -> Event:
-    over = (ledger.reigns("m") or [None])[-1]
+    over = (ledger.champions("m") or [None])[-1]
     begun = ledger.begin(kind, "m", f"run {version}", over, previous=over.version if over else None, reason="why")
     return ledger.end(begun, kind, version)
 
 
-def test_an_event_says_who_when_and_why_and_is_there_for_the_next_process(ledger: Ledger) -> None:
-    written = ledger.record(LOOK, "m", "run", split="abc", reason="may it?", details={"from": "images"})
+def test_event_has_user_time_reason_and_is_kept(ledger: Ledger) -> None:
+    written = ledger.record(TEST_EVALUATION, "m", "run", split="abc", reason="may it?", details={"from": "images"})
     (read,) = Ledger(ledger.home).events()
     assert read == written
     assert read.user and read.host and read.time.endswith("+00:00") and read.details == {"from": "images"}
     assert Ledger(ledger.home).events("other") == []
 
 
-def test_nothing_in_it_can_be_changed_or_removed(ledger: Ledger) -> None:
-    ledger.record(LOOK, "m", "run")
+def test_events_cannot_be_changed_or_removed(ledger: Ledger) -> None:
+    ledger.record(TEST_EVALUATION, "m", "run")
     for statement in ("UPDATE events SET run = 'x'", "DELETE FROM events"):
         with (
             sqlite3.connect(ledger.home / FILE) as connection,
@@ -40,20 +40,20 @@ def test_nothing_in_it_can_be_changed_or_removed(ledger: Ledger) -> None:
     assert [event.run for event in ledger.events()] == ["run"]
 
 
-def test_a_rollback_takes_away_what_came_after(ledger: Ledger) -> None:
+def test_rollback_removes_the_champions_after_its_target(ledger: Ledger) -> None:
     for version in ("1", "2", "3"):
         promoted(ledger, version)
-    assert [champion.version for champion in ledger.reigns("m")] == ["1", "2", "3"]
+    assert [champion.version for champion in ledger.champions("m")] == ["1", "2", "3"]
     promoted(ledger, "1", ROLLED_BACK)
-    assert ledger.reigns("m") == [Champion("1", "run 1")]
+    assert ledger.champions("m") == [Champion("1", "run 1")]
     promoted(ledger, "3")
     promoted(ledger, "2", ROLLED_BACK)  # to one that is no more among those before
-    assert [champion.version for champion in ledger.reigns("m")] == ["1", "3", "2"]
+    assert [champion.version for champion in ledger.champions("m")] == ["1", "3", "2"]
 
 
-def test_one_change_at_a_time_and_only_over_the_champion_that_was_seen(ledger: Ledger) -> None:
+def test_one_change_at_a_time_and_from_the_known_champion(ledger: Ledger) -> None:
     begun = ledger.begin(PROMOTED, "m", "run", None, previous=None)
-    assert ledger.cut_off() == [begun]
+    assert ledger.unfinished() == [begun]
     with pytest.raises(PromotionRefused, match=r"m: a promotion by .* is under way"):
         ledger.begin(PROMOTED, "m", "other", None, previous=None)
     ledger.begin(PROMOTED, "another model", "other", None, previous=None)
@@ -64,7 +64,7 @@ def test_one_change_at_a_time_and_only_over_the_champion_that_was_seen(ledger: L
         ledger.end(begun, UNDONE, None)
 
 
-def test_of_many_at_once_one_wins(ledger: Ledger) -> None:
+def test_of_many_concurrent_changes_one_wins(ledger: Ledger) -> None:
     def attempt(number: int) -> bool:
         try:
             Ledger(ledger.home).begin(PROMOTED, "m", str(number), None, previous=None)
@@ -77,7 +77,7 @@ def test_of_many_at_once_one_wins(ledger: Ledger) -> None:
     assert len(ledger.events()) == 1
 
 
-def test_a_file_that_is_no_ledger_is_told(tmp_path: Path) -> None:
+def test_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("no database, but long enough to look like one" * 50)
     with pytest.raises(UserError, match="can't be used as the ledger"):
         Ledger(tmp_path)

@@ -1,4 +1,4 @@
-"""A package is an MLflow model that runs no code of its own, written whole or not at all."""
+"""A package is an MLflow model that runs no code of its own, written completely or not at all."""
 
 import json
 from pathlib import Path
@@ -24,18 +24,18 @@ FILES = {
 }
 
 
-def test_the_package_is_the_folder_with_nothing_that_is_run_as_code(packed: Package) -> None:
+def test_package_is_the_folder_without_code(packed: Package) -> None:
     assert set(packed.sha256) == FILES
     assert packed.sha256 == digests(packed.folder)
     assert packed.bytes == (packed.folder / "model.onnx").stat().st_size
     assert packed.latency_ms > 0
     required = (packed.folder / "requirements.txt").read_text().splitlines()
     assert [line.split("==")[0] for line in required] == ["mlflow", "onnx", "onnxruntime", "numpy"]
-    facts = json.loads((packed.folder / "checkpoint.json").read_text())["facts"]
-    assert parse_recipe((packed.folder / "recipe.json").read_text()).digest() == facts["recipe_digest"]
+    metadata = json.loads((packed.folder / "checkpoint.json").read_text())["facts"]
+    assert parse_recipe((packed.folder / "recipe.json").read_text()).digest() == metadata["recipe_digest"]
 
 
-def test_mlflow_loads_it_with_onnxruntime_only_and_it_predicts(packed: Package, digits: TrainingData) -> None:
+def test_mlflow_loads_it_with_onnxruntime_and_it_predicts(packed: Package, digits: TrainingData) -> None:
     import mlflow.pyfunc
 
     model = mlflow.pyfunc.load_model(str(packed.folder))
@@ -43,15 +43,15 @@ def test_mlflow_loads_it_with_onnxruntime_only_and_it_predicts(packed: Package, 
     assert model.metadata.flavors["python_function"]["loader_module"] == "mlflow.onnx"
     assert not any(flavor.get("code") for flavor in model.metadata.flavors.values())
     images = digits.validation.images[:9]
-    found = model.predict(as_pixels(images))["probabilities"]
+    probabilities = model.predict(as_pixels(images))["probabilities"]
     torchs = Classifier.load(packed.folder, torch.device("cpu"))
-    np.testing.assert_allclose(found, float32_probabilities(torchs, images), atol=TOLERANCE)
+    np.testing.assert_allclose(probabilities, float32_probabilities(torchs, images), atol=TOLERANCE)
     for wrong in (as_pixels(images).astype(np.float32), as_pixels(images)[:, :5]):
         with pytest.raises(Exception, match="schema"):
             model.predict(wrong)
 
 
-def test_an_earlier_package_is_replaced_whole_and_anything_else_is_refused(
+def test_only_an_earlier_package_is_replaced(
     packed: Package, trained: Trained, digits: TrainingData, tmp_path: Path
 ) -> None:
     tracker = MlflowTracker(trained.home)
@@ -62,28 +62,28 @@ def test_an_earlier_package_is_replaced_whole_and_anything_else_is_refused(
         with pytest.raises(UserError, match="mine: holds something that is no exported model"):
             package(tracker, trained.finished, model.folder, mine)
         assert [file.name for file in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
-        with pytest.raises(UserError, match=f"run {'0' * 32}: what its card says can't be read"):
+        with pytest.raises(UserError, match=f"run {'0' * 32}: the numbers of its card can't be read"):
             package(tracker, "0" * 32, model.folder, tmp_path / "new")
-        assert [file.name for file in tmp_path.iterdir()] == ["mine"], "whole or not at all"
+        assert [file.name for file in tmp_path.iterdir()] == ["mine"], "complete or not at all"
 
         (mine / "thesis.txt").rename(mine / "checkpoint.json")
         (mine / "model.int8.onnx").touch()
-        judged = tmp_path / "judged.onnx"
+        exported = tmp_path / "exported.onnx"
         changed = onnx.load(packed.folder / "model.onnx")
-        changed.doc_string = "as it was judged"
-        judged.write_bytes(changed.SerializeToString())
+        changed.doc_string = "as it was evaluated"
+        exported.write_bytes(changed.SerializeToString())
         images = digits.validation.images
-        made = package(tracker, trained.finished, model.folder, mine, onnx_file=judged, images=images)
-        assert (mine / "model.onnx").read_bytes() == judged.read_bytes(), "byte for byte"
+        made = package(tracker, trained.finished, model.folder, mine, onnx_file=exported, images=images)
+        assert (mine / "model.onnx").read_bytes() == exported.read_bytes(), "byte for byte"
         assert made.difference is not None and made.difference <= TOLERANCE
         largest = max(changed.graph.initializer, key=lambda tensor: len(tensor.raw_data))
         largest.raw_data = bytes(len(largest.raw_data))
-        judged.write_bytes(changed.SerializeToString())
+        exported.write_bytes(changed.SerializeToString())
         with pytest.raises(PromotionRefused, match="differs from torch"):
-            package(tracker, trained.finished, model.folder, mine, onnx_file=judged, images=images)
+            package(tracker, trained.finished, model.folder, mine, onnx_file=exported, images=images)
         assert made.sha256 == digests(mine), "the earlier one stays"
-        judged.unlink()
+        exported.unlink()
     assert set(made.sha256) == FILES - {"evidence.json"} == {file.name for file in mine.iterdir()}
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
     assert made.sha256["weights.safetensors"] == packed.sha256["weights.safetensors"]
-    assert "not judged on the test split" in made.card
+    assert "not evaluated on the test split" in made.card

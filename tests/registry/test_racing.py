@@ -9,7 +9,7 @@ from pipeline.recipe import Recipe
 from pipeline.registry.racing import Candidate, Final, Racing, choose
 
 
-def entrants(base: Recipe, count: int, **fields: list[Any]) -> list[Candidate]:
+def candidates_of(base: Recipe, count: int, **fields: list[Any]) -> list[Candidate]:
     """The first is the control; each with a rate of its own and what `fields` say."""
     made = []
     for number in range(count):
@@ -22,65 +22,65 @@ def entrants(base: Recipe, count: int, **fields: list[Any]) -> list[Candidate]:
 def raced(candidates: list[Candidate], scores: Any, least_sd: float = 0.0002) -> Racing:
     """Scores (candidates, seeds); stopped ones get no more."""
     table = np.asarray(scores)
-    race = Racing(candidates, table.shape[1], least_sd)
+    racing = Racing(candidates, table.shape[1], least_sd)
     for seed in range(table.shape[1]):
-        for candidate in race.running():
-            race.add(candidate, seed, Final(f"{candidate.trial}/{seed}", float(table[candidate.trial, seed]), 1.0))
-        race.stop_the_beaten()
-    return race
+        for candidate in racing.running():
+            racing.add(candidate, seed, Final(f"{candidate.trial}/{seed}", float(table[candidate.trial, seed]), 1.0))
+        racing.stop_the_beaten()
+    return racing
 
 
-def test_a_recipe_far_behind_stops_after_three_seeds_and_the_control_never(small_recipe: Recipe) -> None:
-    candidates = entrants(small_recipe, 3)
+def test_recipe_far_behind_stops_and_the_control_never(small_recipe: Recipe) -> None:
+    candidates = candidates_of(small_recipe, 3)
     noise = np.random.default_rng(0).normal(0, 0.001, (3, 5))
-    race = raced(candidates, np.array([[0.80], [0.95], [0.85]]) + noise)
-    assert [len(race.scores(candidate)) for candidate in candidates] == [5, 5, 3]
-    assert race.out[candidates[2].digest].startswith("stopped early: 10.")
-    assert candidates[0].digest not in race.out
-    race.add(candidates[0], 5, Final("", None, 1.0))
-    assert candidates[0] not in race.eligible() and candidates[0] in race.running(), "not even one that diverged"
+    racing = raced(candidates, np.array([[0.80], [0.95], [0.85]]) + noise)
+    assert [len(racing.scores(candidate)) for candidate in candidates] == [5, 5, 3]
+    assert racing.stopped[candidates[2].digest].startswith("stopped early: 10.")
+    assert candidates[0].digest not in racing.stopped
+    racing.add(candidates[0], 5, Final("", None, 1.0))
+    assert candidates[0] not in racing.eligible() and candidates[0] in racing.running(), "not even one that diverged"
 
 
-def test_the_best_recipe_is_stopped_in_at_most_five_percent_of_finals(small_recipe: Recipe) -> None:
+def test_best_recipe_is_stopped_in_at_most_5_percent_of_finals(small_recipe: Recipe) -> None:
     """All are equally good, so that each is the best one: the hardest case."""
-    candidates = entrants(small_recipe, 4)
+    candidates = candidates_of(small_recipe, 4)
     random = np.random.default_rng(1)
-    stopped = [bool(raced(candidates, random.normal(0.9, 0.003, (4, 5))).out) for _ in range(1000)]
+    stopped = [bool(raced(candidates, random.normal(0.9, 0.003, (4, 5))).stopped) for _ in range(1000)]
     assert np.mean(stopped) <= 0.05 * 3, "each of the three that can be stopped is the best one in at most 5 %"
-    first = [candidates[1].digest in raced(candidates, random.normal(0.9, 0.003, (4, 5))).out for _ in range(1000)]
+    first = [candidates[1].digest in raced(candidates, random.normal(0.9, 0.003, (4, 5))).stopped for _ in range(1000)]
     assert np.mean(first) <= 0.05
 
 
-def test_a_few_equal_differences_of_one_image_prove_nothing(small_recipe: Recipe) -> None:
+def test_equal_differences_of_one_image_prove_nothing(small_recipe: Recipe) -> None:
     image = 1 / 144
-    candidates = entrants(small_recipe, 2)
-    race = raced(candidates, [[0.9 + image] * 5, [0.9] * 5], least_sd=image)
-    assert not race.out
-    assert race.p_value(*candidates) > 0.05
+    candidates = candidates_of(small_recipe, 2)
+    racing = raced(candidates, [[0.9 + image] * 5, [0.9] * 5], least_sd=image)
+    assert not racing.stopped
+    assert racing.p_value(*candidates) > 0.05
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_with_fewer_than_three_seeds_everything_is_a_tie(seeds: int, small_recipe: Recipe) -> None:
-    candidates = entrants(small_recipe, 3)
-    race = raced(candidates, np.repeat([[0.1], [0.9], [0.5]], seeds, axis=1))
-    best, tied, why = choose(race, dict.fromkeys(race.finals, 1)) or pytest.fail("nobody")
+def test_fewer_than_three_seeds_are_a_tie(seeds: int, small_recipe: Recipe) -> None:
+    candidates = candidates_of(small_recipe, 3)
+    racing = raced(candidates, np.repeat([[0.1], [0.9], [0.5]], seeds, axis=1))
+    best, tied, why = choose(racing, dict.fromkeys(racing.finals, 1)) or pytest.fail("nobody")
     assert (best.trial, len(tied), why) == (0, 3, "the control, which changes nothing")
 
 
-def test_a_difference_beyond_the_noise_wins_whatever_it_costs(small_recipe: Recipe) -> None:
-    candidates = entrants(small_recipe, 2)
-    race = raced(candidates, [[0.80, 0.81, 0.79, 0.80], [0.90, 0.91, 0.90, 0.92]])
-    best, tied, why = choose(race, {candidates[0].digest: 1, candidates[1].digest: 1000}) or pytest.fail("nobody")
+def test_difference_beyond_the_noise_wins_at_any_cost(small_recipe: Recipe) -> None:
+    candidates = candidates_of(small_recipe, 2)
+    racing = raced(candidates, [[0.80, 0.81, 0.79, 0.80], [0.90, 0.91, 0.90, 0.92]])
+    best, tied, why = choose(racing, {candidates[0].digest: 1, candidates[1].digest: 1000}) or pytest.fail("nobody")
     assert (best.trial, tied, why) == (1, [candidates[1]], "beyond the noise")
 
 
-def test_a_tie_goes_to_the_cheaper_prediction_then_to_fewer_epochs_then_to_the_control(small_recipe: Recipe) -> None:
+def test_tie_goes_to_flop_then_epochs_then_control(small_recipe: Recipe) -> None:
     noisy = [[0.80, 0.90, 0.85], [0.90, 0.81, 0.86], [0.84, 0.89, 0.86]]
 
     def chosen(flop: list[int], epochs: list[int]) -> tuple[int, str]:
-        candidates = entrants(small_recipe, 3, training__epochs=epochs)
-        race = raced(candidates, noisy)
-        found = choose(race, {candidate.digest: f for candidate, f in zip(candidates, flop, strict=True)})
+        candidates = candidates_of(small_recipe, 3, training__epochs=epochs)
+        racing = raced(candidates, noisy)
+        found = choose(racing, {candidate.digest: f for candidate, f in zip(candidates, flop, strict=True)})
         assert found and len(found[1]) == 3
         return found[0].trial, found[2]
 

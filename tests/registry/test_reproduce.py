@@ -1,4 +1,4 @@
-"""A run is made again from MLflow alone, and what differs is told."""
+"""A run is reproduced from MLflow alone, and differences are reported."""
 
 import os
 import signal
@@ -14,12 +14,12 @@ from pipeline import experiment
 from pipeline.cli.exit_codes import exit_code
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, NotReproduced, UserError
-from pipeline.experiment import Outcome
+from pipeline.experiment import ExperimentRequest, Outcome
 from pipeline.recipe import Recipe
 from pipeline.registry import finals, reproduce
-from pipeline.registry.reproduce import Difference, compare, differences, find_past, verdict
+from pipeline.registry.reproduce import Difference, compare, differences, find_original, summarise
 from pipeline.tracking import queries
-from pipeline.tracking.tags import State
+from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 
 CPU = torch.device("cpu")
@@ -34,7 +34,9 @@ def tracker(trained: Trained) -> MlflowTracker:
 @pytest.fixture(scope="module")
 def other_seed(tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData) -> Outcome:
     """The fixture's finished run with another seed, outside any study."""
-    return experiment.run(small_recipe.changed({"training.seed": 5}), digits, CPU, tracker, "other seed")
+    recipe = small_recipe.changed({"training.seed": 5})
+    request = ExperimentRequest(recipe=recipe, data=digits, device=CPU, name="other seed")
+    return experiment.run(request, tracker)
 
 
 def command(run_id: str, home: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -43,26 +45,27 @@ def command(run_id: str, home: Path, *options: str) -> subprocess.CompletedProce
     return subprocess.run(words, cwd=home.parent, capture_output=True, text=True, timeout=300, env=settings)
 
 
-def test_a_fresh_process_with_other_threads_gives_every_bit_again_and_the_reproduction_is_no_candidate(
+def test_fresh_process_reproduces_every_bit_and_is_no_candidate(
     trained: Trained, tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [study] = [study for study in queries.studies(tracker) if study.name == "tiny-v1-digits"]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     done = command(trained.finished, trained.home)
     assert done.returncode == 0, done.stdout + done.stderr
-    then = find_past(tracker, trained.finished).threads
+    then = find_original(tracker, trained.finished).threads
     if then != 2 and (os.cpu_count() or 1) > 1:
         assert f"threads: {then} then, 2 here by default; trains with {then}" in done.stdout
     for line in ("weights.safetensors: equal, SHA-256", "predictions: those of all 144 images equal"):
         assert line in done.stdout
     assert done.stdout.rstrip().endswith("reproduced bit for bit")
     [run] = queries.children(tracker, study, "reproduction")
-    assert (run.data.tags["reproduces"], run.data.tags["reproduced"]) == (trained.finished, "reproduced bit for bit")
+    tags = RunTags.of(run)
+    assert (tags.reproduces, tags.reproduced) == (trained.finished, "reproduced bit for bit")
     assert queries.best_run_ids(tracker, study, 10) == [trained.finished]
-    assert [c.trial_run for c in finals.plan_finals(tracker, study, 5, 1).candidates] == [trained.finished]
+    assert [c.trial_run for c in finals.plan_finals(tracker, study, CPU, 5, 1).candidates] == [trained.finished]
 
 
-def test_what_was_stored_and_is_not_what_comes_out_ends_with_exit_code_6(
+def test_tampered_weights_end_with_exit_code_6(
     trained: Trained,
     tracker: MlflowTracker,
     small_recipe: Recipe,
@@ -74,7 +77,8 @@ def test_what_was_stored_and_is_not_what_comes_out_ends_with_exit_code_6(
     from pipeline.cli.main import main
 
     one_epoch = small_recipe.changed({"training.epochs": 1})
-    run_id = tracker.id_of(experiment.run(one_epoch, digits, CPU, tracker, "tampered").run_key)
+    request = ExperimentRequest(recipe=one_epoch, data=digits, device=CPU, name="tampered")
+    run_id = tracker.id_of(experiment.run(request, tracker).run_key)
     weights = tracker.client.download_artifacts(trained.finished, "weights.safetensors", str(tmp_path))
     tracker.client.log_artifact(run_id, weights)
     monkeypatch.chdir(trained.home.parent)
@@ -90,41 +94,37 @@ def test_what_was_stored_and_is_not_what_comes_out_ends_with_exit_code_6(
     errors = capsys.readouterr().err.splitlines()
     assert errors[0].startswith("error: not reproduced: code, versions, processor and threads are the same")
     assert errors[1].startswith("  weights.safetensors: differs, by up to")
-    [again] = tracker.client.search_runs([tracker.experiment("digits")], f"tags.reproduces = '{run_id}'")
-    assert again.data.tags["reproduced"].startswith("not reproduced")
+    [run] = tracker.client.search_runs([tracker.experiment("digits")], f"tags.reproduces = '{run_id}'")
+    assert (RunTags.of(run).reproduced or "").startswith("not reproduced")
 
 
-def test_a_pruned_run_is_compared_over_the_epochs_that_it_had(
-    trained: Trained, tracker: MlflowTracker, digits: TrainingData
-) -> None:
-    past = find_past(tracker, trained.pruned)
-    assert (past.state, past.epochs) == ("pruned", 1)
-    outcome = reproduce.reproduce(tracker, past, digits, CPU)
+def test_pruned_run_is_compared_over_its_epochs(trained: Trained, tracker: MlflowTracker, digits: TrainingData) -> None:
+    original = find_original(tracker, trained.pruned)
+    assert (original.state, original.epochs) == ("pruned", 1)
+    outcome = reproduce.reproduce(tracker, original, digits, CPU)
     assert (outcome.state, outcome.epochs) == (State.PRUNED, 1)
-    comparison = compare(tracker, past, tracker.id_of(outcome.run_key), 144, None)
+    comparison = compare(tracker, original, tracker.id_of(outcome.run_key), 144, None)
     assert comparison.equal and comparison.points == 0
     assert comparison.lines[0] == "metrics: 6 numbers of 1 epochs, 6 equal"
 
 
-def test_a_run_of_two_threads_is_trained_with_two(
+def test_run_of_two_threads_is_trained_with_two(
     tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     seen, before = [], torch.get_num_threads()
     short = small_recipe.changed({"training.epochs": 1})
-    with reproduce.threads(2):
+    with reproduce.use_threads(2):
         first = experiment.run(short, digits, CPU, tracker, "two threads")
-    past = find_past(tracker, tracker.id_of(first.run_key))
-    assert past.threads == 2
-    again = reproduce.reproduce(tracker, past, digits, CPU, lambda report: seen.append(torch.get_num_threads()))
+    original = find_original(tracker, tracker.id_of(first.run_key))
+    assert original.threads == 2
+    repeated = reproduce.reproduce(tracker, original, digits, CPU, lambda report: seen.append(torch.get_num_threads()))
     assert seen == [2] and torch.get_num_threads() == before
-    assert compare(tracker, past, tracker.id_of(again.run_key), 144, None).equal
+    assert compare(tracker, original, tracker.id_of(repeated.run_key), 144, None).equal
 
 
-def test_another_training_is_found_to_differ_in_every_part(
-    trained: Trained, tracker: MlflowTracker, other_seed: Outcome
-) -> None:
-    past = find_past(tracker, trained.finished)
-    comparison = compare(tracker, past, tracker.id_of(other_seed.run_key), 144, None)
+def test_another_training_differs_in_every_part(trained: Trained, tracker: MlflowTracker, other_seed: Outcome) -> None:
+    original = find_original(tracker, trained.finished)
+    comparison = compare(tracker, original, tracker.id_of(other_seed.run_key), 144, None)
     assert not comparison.equal
     weights, predictions, metrics, score = comparison.lines
     assert "weights.safetensors: differs, by up to" in weights and "weights_plain.safetensors: differs" in weights
@@ -138,43 +138,43 @@ def test_another_training_is_found_to_differ_in_every_part(
     assert comparison.points == pytest.approx(100 * abs(values[0] - values[1]))
 
 
-def test_unequal_bits_are_forgiven_within_the_tolerance_and_only_for_a_cause(
+def test_unequal_bits_pass_within_tolerance_and_for_a_cause_only(
     trained: Trained, tracker: MlflowTracker, other_seed: Outcome
 ) -> None:
-    past = find_past(tracker, trained.finished)
-    wide, none = (compare(tracker, past, tracker.id_of(other_seed.run_key), 144, points) for points in (100.0, 0.0))
+    original = find_original(tracker, trained.finished)
+    wide, none = (compare(tracker, original, tracker.id_of(other_seed.run_key), 144, points) for points in (100.0, 0.0))
     cause = [Difference("torch: 2.11 then, 2.15 now", matters=True), Difference("pytest: 8 then, 9 now", matters=False)]
-    said = verdict(wide, cause)
-    assert said.startswith("reproduced within the tolerance: val/accuracy differs by")
-    assert said.endswith("equal bits can't be expected: torch")
+    summary = summarise(wide, cause)
+    assert summary.startswith("reproduced within the tolerance: val/accuracy differs by")
+    assert summary.endswith("equal bits can't be expected: torch")
     assert none.points > 0
-    for comparison, found in ((wide, cause[1:]), (none, cause)):
+    for comparison, changes in ((wide, cause[1:]), (none, cause)):
         with pytest.raises(NotReproduced, match=r"^not reproduced") as caught:
-            verdict(comparison, found)
+            summarise(comparison, changes)
         assert exit_code(caught.value) == 6
         assert len(caught.value.lines) == 1 + len(comparison.lines)
 
 
-def test_the_default_tolerance_is_three_standard_deviations_between_two_seeds(
+def test_default_tolerance_is_three_standard_deviations(
     tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     def tolerance(accuracy: float, images: int) -> float:
         with tracker.run("scored", small_recipe, digits) as run:
             run.log_metrics({"val/accuracy": accuracy}, 1)
             run.end(State.FINISHED)
-        return reproduce.default_tolerance(find_past(tracker, tracker.id_of(run.key)), images)
+        return reproduce.default_tolerance(find_original(tracker, tracker.id_of(run.key)), images)
 
     assert tolerance(0.94, 5000) == pytest.approx(1.04, abs=0.01)
     assert tolerance(1.0, 144) == pytest.approx(300 / 144), "three images, where none was wrong"
 
 
-def test_what_differs_from_then_is_told_line_by_line(
+def test_each_difference_has_a_line(
     tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
 ) -> None:
     with tracker.run("old", small_recipe, digits) as run:
         run.log_metrics({"val/accuracy": 0.5}, 1)
         run.end(State.FINISHED)
-    assert differences(tracker, find_past(tracker, tracker.id_of(run.key)), CPU) == []
+    assert differences(tracker, find_original(tracker, tracker.id_of(run.key)), CPU) == []
 
     environment = (queries.read_file(tracker, tracker.id_of(run.key), "environment.txt") or b"").decode()
     changed = environment.replace("# cpu: ", "# cpu: Old ").replace("\ntorch==", "\ntorch==0.").replace(
@@ -186,8 +186,10 @@ def test_what_differs_from_then_is_told_line_by_line(
         tracker.client.log_artifact(tracker.id_of(run.key), str(tmp_path / name))
     tracker.client.set_tag(tracker.id_of(run.key), "mlflow.source.git.commit", "0" * 40)
     tracker.client.set_tag(tracker.id_of(run.key), "device", "cuda")
-    found = {d.line.partition(":")[0]: d for d in differences(tracker, find_past(tracker, tracker.id_of(run.key)), CPU)}
-    matter = {name: difference.matters for name, difference in found.items()}
+    by_name = {
+        d.line.partition(":")[0]: d for d in differences(tracker, find_original(tracker, tracker.id_of(run.key)), CPU)
+    }
+    matter = {name: difference.matters for name, difference in by_name.items()}
     assert matter == {
         "commit": True,
         "uncommitted difference": True,
@@ -196,32 +198,48 @@ def test_what_differs_from_then_is_told_line_by_line(
         "transistor": False,
         "device": True,
     }
-    assert found["transistor"].line == "transistor: 1.0 then, none now"
-    assert found["uncommitted difference"].line.startswith("uncommitted difference: 2 lines then (diff.patch of run ")
+    assert by_name["transistor"].line == "transistor: 1.0 then, none now"
+    assert by_name["uncommitted difference"].line.startswith("uncommitted difference: 2 lines then (diff.patch of run ")
 
 
-def test_what_can_not_be_reproduced_is_told(
+def test_graphed_run_is_reproduced_eagerly_without_a_gpu(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    graphed = small_recipe.changed({"training.execution": "graphed", "training.epochs": 1})
+    with tracker.run("graphed", graphed, digits) as run:
+        run.log_metrics({"val/accuracy": 0.5}, 1)
+        run.end(State.INTERRUPTED)
+    original = find_original(tracker, tracker.id_of(run.key))
+    [difference] = differences(tracker, original, CPU)
+    assert difference.matters
+    assert difference.line == "training.execution = graphed: a graph needs a GPU, and this is cpu; executed as eager"
+    outcome = reproduce.reproduce(tracker, original, digits, CPU)
+    repeated = find_original(tracker, tracker.id_of(outcome.run_key))
+    assert repeated.recipe == graphed.changed({"training.execution": "eager"}), "what was executed is recorded"
+
+
+def test_run_that_cannot_be_reproduced_is_refused(
     trained: Trained, tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     with tracker.run("stillborn", small_recipe, digits) as stillborn:
         stillborn.end(State.FAILED, "diverged")
     parent = queries.studies(tracker)[0].parent
     for run_id, line in {
-        "last": "RUN last: must be a run's id, 32 of 0-9a-f",
+        "last": "run last: must be a run's id, 32 of 0-9a-f",
         "0" * 32: "no such run in the tracking store",
-        parent: "a whole study",
+        parent: "a study's own run",
         tracker.id_of(stillborn.key): "failed before its first epoch ended; there is nothing to compare",
     }.items():
         with pytest.raises(UserError) as caught:
-            find_past(tracker, run_id)
+            find_original(tracker, run_id)
         assert line in caught.value.lines[0]
     with tracker.run("open", small_recipe, digits) as still_open, pytest.raises(UserError, match="has not ended"):
-        find_past(tracker, tracker.id_of(still_open.key))
+        find_original(tracker, tracker.id_of(still_open.key))
 
 
 def test_other_data_is_refused(trained: Trained, tracker: MlflowTracker, digits: TrainingData) -> None:
     import dataclasses
 
-    past = find_past(tracker, trained.finished)
+    original = find_original(tracker, trained.finished)
     with pytest.raises(DataError, match="trained on other data than is here"):
-        reproduce.reproduce(tracker, past, dataclasses.replace(digits, digest="f" * 64), CPU)
+        reproduce.reproduce(tracker, original, dataclasses.replace(digits, digest="f" * 64), CPU)

@@ -35,9 +35,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_the_champion_answers_the_curl_line_and_its_server_ends_with_the_command(
-    trained: Trained, packed: Package, tmp_path: Path
-) -> None:
+def test_champion_answers_curl_and_server_ends_with_command(trained: Trained, packed: Package, tmp_path: Path) -> None:
     if not shutil.which("curl"):
         pytest.skip("no curl on this machine")
     on_its_side = Image.Exif()
@@ -108,9 +106,7 @@ def test_the_champion_answers_the_curl_line_and_its_server_ends_with_the_command
         ("- CPUExecutionProvider", "- EvilProvider"),
     ],
 )
-def test_a_model_that_might_run_code_or_read_other_files_is_not_served(
-    old: str, new: str, packed: Package, tmp_path: Path
-) -> None:
+def test_package_that_might_run_code_is_not_served(old: str, new: str, packed: Package, tmp_path: Path) -> None:
     assert serve.check(packed.folder) == serve.Served(tuple("0123456789"), 8)
     folder = tmp_path / "model"
     shutil.copytree(packed.folder, folder)
@@ -132,7 +128,7 @@ def test_a_model_that_might_run_code_or_read_other_files_is_not_served(
     ],
     ids=["damaged", "missing", "link", "weights elsewhere", "another model"],
 )
-def test_a_model_that_is_not_what_the_package_says_is_not_served(
+def test_onnx_unlike_its_package_is_not_served(
     fault: Callable[[Path], object], said: str, packed: Package, tmp_path: Path
 ) -> None:
     shutil.copytree(packed.folder, tmp_path / "model")
@@ -163,8 +159,8 @@ def of_floats() -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("content", [None, "", "flavors: 3", "\0", "flavors: {python_function: {}}"])
-def test_what_is_no_package_is_told(content: str | None, tmp_path: Path) -> None:
+def test_folder_without_package_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "MLmodel").write_text(content)
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path}: no packed model (MLmodel); make export")):
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}: no packed model (MLmodel); `export`")):
         serve.check(tmp_path)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.registry.ledger import LOOK, Ledger
+from pipeline.registry.ledger import TEST_EVALUATION, Ledger
 from pipeline.registry.speed_runs import NOBODY, six_views, speed_run_data
 
 CPU = torch.device("cpu")
 
 
-def test_every_training_image_trains_and_each_look_is_noted(cifar10_dir: Path, tmp_path: Path) -> None:
+def test_all_images_train_and_test_evaluations_are_recorded(cifar10_dir: Path, tmp_path: Path) -> None:
     home = tmp_path / "mlruns"
     for reason in ("first", "second"):
         data, test = speed_run_data(cifar10_dir, CPU, home, reason)
@@ -20,10 +20,10 @@ def test_every_training_image_trains_and_each_look_is_noted(cifar10_dir: Path, t
     assert test.images.shape == (10_000, 3, 32, 32)
     assert test.labels.bincount().tolist() == [1000] * 10
     assert data.mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-4), "the lineage's constants"
-    looks = Ledger(home).events()
-    assert [(look.kind, look.model, look.reason) for look in looks] == [
-        (LOOK, NOBODY, "first"),
-        (LOOK, NOBODY, "second"),
+    events = Ledger(home).events()
+    assert [(event.kind, event.model, event.reason) for event in events] == [
+        (TEST_EVALUATION, NOBODY, "first"),
+        (TEST_EVALUATION, NOBODY, "second"),
     ]
 
 
@@ -34,7 +34,7 @@ class Pixel(nn.Module):
         return x[:, :, 0, 1]
 
 
-def test_six_views_are_weighted_as_in_the_lineage() -> None:
+def test_six_views_are_weighted_as_in_airbench() -> None:
     images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     logits = six_views(Pixel(), images, torch.zeros(3), torch.ones(3) / 255, "fp32")
     unmoved = images[..., 0, 1].float() + images[..., 0, 6]

@@ -1,4 +1,4 @@
-"""What is opened is what no trial has seen, and its name is known before."""
+"""The test split holds what no trial has seen, and its digest is known before it is opened."""
 
 from pathlib import Path
 
@@ -24,18 +24,18 @@ def folder(root: Path) -> Path:
     return root
 
 
-def test_the_digits_of_the_test_split_are_those_that_no_trial_sees() -> None:
+def test_test_digits_are_those_that_no_trial_sees() -> None:
     from sklearn.datasets import load_digits
 
     split, usable = opener.open_test_split("digits", 8, Path("data"), DIGITS), load("digits", 8, Path("data")).train
     assert split.images.shape == (359, 3, 8, 8) and len(usable.labels) + len(split.labels) == 1797
     both = np.concatenate([usable.images.numpy()[:, 0], split.images.numpy()[:, 0]]).reshape(1797, -1)
-    whole = np.rint(load_digits().images * (255 / 16)).astype(np.uint8).reshape(1797, -1)
-    assert sorted(map(bytes, both)) == sorted(map(bytes, whole))
+    all_digits = np.rint(load_digits().images * (255 / 16)).astype(np.uint8).reshape(1797, -1)
+    assert sorted(map(bytes, both)) == sorted(map(bytes, all_digits))
     assert np.bincount(split.labels.numpy()).min() >= 34
 
 
-def test_the_images_of_cifar10_are_its_10_000_others(cifar10_dir: Path) -> None:
+def test_cifar10_test_images_are_its_10_000_others(cifar10_dir: Path) -> None:
     classes = load("cifar10", 32, cifar10_dir).classes
     split = opener.open_test_split("cifar10", 32, cifar10_dir, classes)
     assert split.images.shape == (10_000, 3, 32, 32) and np.bincount(split.labels.numpy()).tolist() == [1000] * 10
@@ -44,7 +44,7 @@ def test_the_images_of_cifar10_are_its_10_000_others(cifar10_dir: Path) -> None:
     assert len(opener.digest_of("cifar10", cifar10_dir)) == 64
 
 
-def test_cifar10_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_missing_cifar10_is_refused(tmp_path: Path) -> None:
     for call in (
         lambda: opener.digest_of("cifar10", tmp_path),
         lambda: opener.open_test_split("cifar10", 32, tmp_path, ["a"]),
@@ -53,14 +53,14 @@ def test_cifar10_that_is_not_there_is_told(tmp_path: Path) -> None:
             call()
 
 
-def test_a_folders_test_images_have_labels_in_the_models_order(tmp_path: Path) -> None:
+def test_folder_labels_are_in_the_order_of_the_model(tmp_path: Path) -> None:
     root = folder(tmp_path)
     split = opener.open_test_split(str(root), 8, tmp_path, ["dog", "cat"])
     assert [int(image[0, 0, 0]) for image in split.images] == [5, 15, 25, 105, 115, 125]
     assert split.labels.tolist() == [1, 1, 1, 0, 0, 0]
 
 
-def test_a_splits_name_changes_with_any_byte_and_with_nothing_else(tmp_path: Path) -> None:
+def test_digest_changes_with_any_byte_and_nothing_else(tmp_path: Path) -> None:
     root = folder(tmp_path)
     name = opener.digest_of(str(root), tmp_path)
     Image.new("RGB", (8, 8)).save(root / "train" / "cat" / "new.png")
@@ -71,7 +71,7 @@ def test_a_splits_name_changes_with_any_byte_and_with_nothing_else(tmp_path: Pat
     assert digits == opener.digest_of("digits", tmp_path) and digits != name
 
 
-def test_a_folder_without_test_images_says_how_to_make_them(tmp_path: Path) -> None:
+def test_folder_without_test_images_names_the_way_out(tmp_path: Path) -> None:
     root = folder(tmp_path)
     (root / "test").rename(root / "other")
     with pytest.raises(DataError, match=r"has no folder test: .* move a fifth of those of each class from .*train"):
@@ -81,6 +81,6 @@ def test_a_folder_without_test_images_says_how_to_make_them(tmp_path: Path) -> N
         opener.digest_of(str(root), tmp_path)
 
 
-def test_a_class_that_the_model_does_not_know_is_told(tmp_path: Path) -> None:
+def test_class_unknown_to_the_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="classes that the model doesn't know: dog"):
         opener.open_test_split(str(folder(tmp_path)), 8, tmp_path, ["cat", "cow"])

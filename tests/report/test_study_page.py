@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import re
 import shutil
 import time
@@ -23,13 +22,16 @@ from pipeline import experiment
 from pipeline.cli.look import page_name
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
+from pipeline.evaluation.significance import Sample
+from pipeline.experiment import ExperimentRequest
 from pipeline.recipe import Recipe
+from pipeline.registry.decision import CandidateResult, FinalsDecision, Winner
 from pipeline.report import figures
 from pipeline.report.comparison_page import studies_page
 from pipeline.report.markup import write
 from pipeline.report.study_page import study_page
 from pipeline.report.trials import choose, finished, table
-from pipeline.tracking.tags import State
+from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -56,9 +58,15 @@ def store(
     parent = tracker.open_study("odd-v1-digits", f"Is it {ATTACK}?", "val/accuracy", ["optimizer.lr"])
     ids = []
     for number, (rate, name) in enumerate([(0.02, "trial 0 (control)"), (0.2, "trial 1")]):
-        tags = {"role": "trial", "study": "odd-v1-digits", "trial": str(number)}
-        recipe = small_recipe.changed({"optimizer.lr": rate, "training.epochs": 1})
-        ids.append(tracker.id_of(experiment.run(recipe, named, CPU, tracker, name, parent.id, tags).run_key))
+        request = ExperimentRequest(
+            recipe=small_recipe.changed({"optimizer.lr": rate, "training.epochs": 1}),
+            data=named,
+            device=CPU,
+            name=name,
+            parent_run=parent.id,
+            tags=RunTags(role="trial", study="odd-v1-digits", trial=number),
+        )
+        ids.append(tracker.id_of(experiment.run(request, tracker).run_key))
     dice = np.random.default_rng(0)
     for number in range(2, 16):  # without files
         state = {14: State.PRUNED, 15: State.FAILED}.get(number, State.FINISHED)
@@ -320,16 +328,39 @@ def test_what_finals_decided_comes_first(halved: Store) -> None:
     [study] = choose(tracker, ["halved"])
     runs = table(tracker, [study])
     top = int(finished(runs).iloc[0]["trial"])
-    score = {"n": 3, "mean": 0.81, "sd": 0.01, "low": 0.785, "high": 0.835}
-    gap = {"n": 3, "mean": 0.012, "sd": 0.01, "low": -0.013, "high": 0.037, "p": 0.2}
-    rows = [
-        {"name": f"trial {number}", "trial": number, "trial_run": runs["run_id"][number], "candidate": str(number)}
-        | {"score": score, "difference": gap if number else None, "out": None, "training_s": 2.0}
+    score = Sample(3, 0.81, 0.01, 0.785, 0.835)
+    gap = Sample(3, 0.012, 0.01, -0.013, 0.037)
+    measured = {"trial_score": 0.8, "changes": {}, "epochs": 2, "prediction_flop": 1, "training_s": 2.0, "runs": ()}
+    results = tuple(
+        CandidateResult(
+            name=f"trial {number}",
+            trial=number,
+            trial_run=runs["run_id"][number],
+            digest=str(number),
+            is_control=number == 0,
+            score=score,
+            difference=gap if number else None,
+            p_value=0.2 if number else None,
+            stopped=None,
+            **measured,
+        )
         for number in (0, 1)
-    ]
-    chosen = {"candidate": "0", "tied": [1], "run_id": "r", "said": "trial 0 (control), a tie with trial 1: cheaper"}
-    decision = {"candidates": rows, "winner": chosen, "evidence": [], "rules": ["the highest mean"], "decided": "now"}
-    tracker.client.log_text(study.parent, json.dumps(decision), "finals.json")
+    )
+    summary = "trial 0 (control), a tie with trial 1: cheaper"
+    decision = FinalsDecision(
+        study=study.name,
+        objective="val/accuracy",
+        decided="now",
+        seeds=(1, 2, 3),
+        data_digest="",
+        split_digest="",
+        least_sd=0.01,
+        rules=("the highest mean",),
+        candidates=results,
+        winner=Winner(trial=0, digest="0", run_id="r", seed=1, tied=(1,), reason="cheaper", summary=summary),
+        evidence=frozenset(),
+    )
+    decision.store(tracker, study)
     client, model = tracker.client, "image-classifier"
     client.create_registered_model(model)
     version = client.create_model_version(model, "file:///nowhere", runs["run_id"][5]).version
@@ -341,8 +372,8 @@ def test_what_finals_decided_comes_first(halved: Store) -> None:
     finals = said.split("<h2>Finals")[1].split("</section>")[0]
     assert finals.index(">winner<") < finals.index("ties with the winner")
     assert "+1.20" in finals and "-1.30 to +3.70" in finals
-    tracker.client.log_text(study.parent, json.dumps(decision | {"evidence": ["gone"]}), "finals.json")
-    assert "1 of the runs that decided them are gone; make finals" in body(page_of(halved, "halved"))
+    decision.model_copy(update={"evidence": frozenset({"gone"})}).store(tracker, study)
+    assert "1 of the runs that decided them are gone, deleted in MLflow" in body(page_of(halved, "halved"))
 
 
 def test_only_failures_make_a_page_that_says_why(store: Store, browser: Browser, tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ from playwright.sync_api import Page, expect, sync_playwright
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
+from pipeline.experiment import ExperimentRequest
 from pipeline.recipe import Recipe
 from pipeline.tracking import queries
 from pipeline.tracking.server import HOST, shared_view, start_server, stop_server, study_links
-from pipeline.tracking.tags import State
+from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -53,15 +54,15 @@ def site(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits:
     parent = tracker.open_study("tiny-v1-digits", "Which rate is best?", "val/accuracy", ["optimizer.lr"])
     accuracies = {}
     for trial, rate in enumerate([0.0001, 0.1]):  # the better one last
-        outcome = experiment.run(
-            small_recipe.changed({"optimizer.lr": rate}),
-            digits,
-            torch.device("cpu"),
-            tracker,
+        request = ExperimentRequest(
+            recipe=small_recipe.changed({"optimizer.lr": rate}),
+            data=digits,
+            device=torch.device("cpu"),
             name=f"trial {trial}",
-            parent=parent.id,
-            tags={"role": "trial", "study": "tiny-v1-digits", "trial": str(trial)},
+            parent_run=parent.id,
+            tags=RunTags(role="trial", study="tiny-v1-digits", trial=trial),
         )
+        outcome = experiment.run(request, tracker)
         assert outcome.state is State.FINISHED
         accuracies[tracker.id_of(outcome.run_key)] = outcome.metrics["val/accuracy"]
     parent.end(State.FINISHED)

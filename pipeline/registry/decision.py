@@ -1,0 +1,217 @@
+"""What finals decided: the artifact `finals.json` of a study's run, written and read here alone."""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from statistics import median
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
+from pipeline.evaluation.significance import Sample, sample
+from pipeline.models.build import prediction_flop
+from pipeline.registry.racing import RULES, Candidate, Racing, choose
+from pipeline.tracking import queries
+from pipeline.tracking.queries import StudyRuns
+from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tracker import MlflowTracker
+
+FILE = "finals.json"  # an artifact of the study's own run
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class SeedScore(_Stored):
+    """One training of a candidate."""
+
+    seed: int
+    run_id: str | None
+    score: float | None  # None: it diverged
+
+
+class CandidateResult(_Stored):
+    """What finals measured of one candidate. Scores are in [0, 1], times in seconds."""
+
+    name: str
+    trial: int
+    trial_run: str
+    trial_score: float | None
+    digest: str  # of the recipe without its seed
+    is_control: bool
+    changes: Mapping[str, Any]  # parameter -> value, where it differs from the control's
+    epochs: int
+    prediction_flop: int
+    training_s: float  # median over seeds
+    score: Sample | None  # None: every seed diverged
+    difference: Sample | None  # from the control, paired by seed; None for the control itself
+    p_value: float | None  # of the difference
+    stopped: str | None  # why it is out of the race
+    runs: tuple[SeedScore, ...]
+
+
+class Winner(_Stored):
+    """The recipe that wins, and its run to promote: of its seeds the best on the validation split."""
+
+    trial: int
+    digest: str
+    run_id: str
+    seed: int
+    tied: tuple[int, ...]  # trials of the candidates that it ties with
+    reason: str
+    summary: str  # one line: which recipe, by what mean and spread, over how many seeds
+
+
+class FinalsDecision(_Stored):
+    """What finals decided, and what the decision rests on."""
+
+    study: str
+    objective: str
+    decided: str  # UTC, ISO 8601, to the second
+    seeds: tuple[int, ...]
+    data_digest: str
+    split_digest: str
+    least_sd: float
+    rules: tuple[str, ...]
+    candidates: tuple[CandidateResult, ...]  # the control first
+    winner: Winner | None  # None: every recipe diverged with some seed
+    evidence: frozenset[str]  # ids of all finals that had ended
+
+    @property
+    def ranked(self) -> list[CandidateResult]:
+        """The candidates, the highest mean first."""
+        return sorted(self.candidates, key=lambda candidate: -(candidate.score.mean if candidate.score else 0))
+
+    def store(self, tracker: MlflowTracker, study: StudyRuns) -> None:
+        """Write it to the study's run, whose tags name the winner."""
+        tracker.client.log_text(study.parent, self.model_dump_json(indent=2), FILE)
+        if self.winner:
+            tags = RunTags(finals_run=self.winner.run_id, finals_summary=self.winner.summary)
+            for key, value in tags.to_mlflow().items():
+                tracker.client.set_tag(study.parent, key, value)
+
+    @classmethod
+    def load(cls, tracker: MlflowTracker, study: StudyRuns) -> Self | None:
+        """A study's decision; None where there is none. UserError where its runs are no longer those that it rests on."""
+        content = queries.read_file(tracker, study.parent, FILE)
+        if content is None:
+            return None
+        subject, remedy = f"finals of {study.name}", f"`finals {study.name}` decides anew"
+        try:
+            decision = cls.model_validate_json(content)
+        except ValidationError:
+            raise UserError(subject, f"{FILE} is damaged", remedy) from None
+        ended = finals_that_ended(tracker, study)
+        if added := ended - decision.evidence:
+            raise UserError(
+                subject,
+                f"{len(added)} trainings ended, or were restored in MLflow, since the decision of {decision.decided}, "
+                "without a new one",
+                f"{remedy}, `--run` names a run",
+            )
+        if missing := decision.evidence - ended:
+            raise UserError(
+                subject,
+                f"{len(missing)} of the runs that decided them are gone, deleted in MLflow or without their tags",
+                f"{remedy}, as does restoring them without training",
+            )
+        return decision
+
+
+def finals_that_ended(tracker: MlflowTracker, study: StudyRuns) -> frozenset[str]:
+    """The ids of the runs that a decision can rest on."""
+    ended = (State.FINISHED, State.FAILED)
+    return frozenset(
+        run.info.run_id for run in queries.children(tracker, study, "final") if RunTags.of(run).state in ended
+    )
+
+
+def find_winner(tracker: MlflowTracker, study: StudyRuns) -> Winner | None:
+    """The winner of the study's last finals; None where none came to an end.
+
+    Its summary names the trials that score best now and were not in the finals. UserError as from `FinalsDecision.load`:
+    where finals ran since, neither the old decision nor none would be true.
+    """
+    decision = FinalsDecision.load(tracker, study)
+    if decision is None or decision.winner is None:
+        return None
+    summary = decision.winner.summary
+    candidates = {candidate.trial_run for candidate in decision.candidates}
+    for run_id in set(queries.best_run_ids(tracker, study, 1)) - candidates:
+        trial = RunTags.of(tracker.client.get_run(run_id)).trial
+        summary += f"; trial {trial} was not in these finals and has the study's best score now: "
+        summary += f"`finals {study.name}` takes it in"
+    return decision.winner.model_copy(update={"summary": summary})
+
+
+# ------------------------------------------------------------------------------------------------------------- deciding
+
+
+def decide(
+    tracker: MlflowTracker, study: StudyRuns, racing: Racing, seeds: Sequence[int], data: TrainingData
+) -> FinalsDecision:
+    """The decision of a race that is over; the first of its candidates is the control."""
+    results = {candidate.digest: _result(racing, candidate, seeds, data) for candidate in racing.candidates}
+    choice = choose(racing, {digest: result.prediction_flop for digest, result in results.items()})
+    return FinalsDecision(
+        study=study.name,
+        objective=study.objective,
+        decided=datetime.now(UTC).isoformat(timespec="seconds"),
+        seeds=tuple(seeds),
+        data_digest=data.digest,
+        split_digest=data.split_digest,
+        least_sd=racing.least_sd,
+        rules=RULES,
+        candidates=tuple(results.values()),
+        winner=_winner(study, racing, *choice) if choice else None,
+        evidence=finals_that_ended(tracker, study),
+    )
+
+
+def _result(racing: Racing, candidate: Candidate, seeds: Sequence[int], data: TrainingData) -> CandidateResult:
+    control = racing.candidates[0]
+    finals = {seed: racing.finals[candidate.digest][seed] for seed in seeds if seed in racing.finals[candidate.digest]}
+    scores = list(racing.scores(candidate).values())
+    differences = [] if candidate is control else racing.differences(candidate, control)
+    changes = candidate.recipe.difference(control.recipe)
+    return CandidateResult(
+        name=candidate.name,
+        trial=candidate.trial,
+        trial_run=candidate.trial_run,
+        trial_score=candidate.score,
+        digest=candidate.digest,
+        is_control=candidate.is_control,
+        changes={name: value for name, (value, _) in changes.items() if value is not None},
+        epochs=candidate.recipe.training.epochs,
+        prediction_flop=prediction_flop(candidate.recipe.model, len(data.classes), data.image_size),
+        training_s=median(final.seconds for final in finals.values()),
+        score=sample(scores, racing.least_sd) if scores else None,
+        difference=sample(differences, racing.least_sd) if differences else None,
+        p_value=racing.p_value(candidate, control) if differences else None,
+        stopped=racing.stopped.get(candidate.digest),
+        runs=tuple(SeedScore(seed=seed, run_id=final.run_id, score=final.score) for seed, final in finals.items()),
+    )
+
+
+def _winner(study: StudyRuns, racing: Racing, best: Candidate, tied: Sequence[Candidate], reason: str) -> Winner:
+    scores = racing.scores(best)
+    seed = max(scores, key=lambda seed: (scores[seed], -seed))
+    run_id = racing.finals[best.digest][seed].run_id
+    assert run_id is not None  # Racing.learn_ids asked for it
+    score, others = sample(list(scores.values()), racing.least_sd), [c for c in tied if c is not best]
+    spread = (
+        f" ± {score.sd:.4f} (mean ± standard deviation of {score.n} seeds)" if score.sd is not None else " (1 seed)"
+    )
+    tie = f"a tie with {', '.join(candidate.name for candidate in others)}: " if others else ""
+    return Winner(
+        trial=best.trial,
+        digest=best.digest,
+        run_id=run_id,
+        seed=seed,
+        tied=tuple(candidate.trial for candidate in others),
+        reason=reason,
+        summary=f"{best.name} of {study.name}: {study.objective} {score.mean:.4f}{spread}, {tie}{reason}; "
+        f"run {run_id}, seed {seed}, its best on the validation split",
+    )

@@ -1,0 +1,97 @@
+"""Temperature and thresholds against slow references and sets whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_logits import macro_f1, sample_logits, softmax
+from torch.nn import functional
+
+from pipeline.evaluation.calibration import fit_calibration, fit_temperature, fit_thresholds
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def rounded(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (N, C) with many ties, as half-precision logits have, and labels of some of the classes."""
+    rng = np.random.default_rng(seed)
+    images, classes = rng.integers(1, 40), rng.integers(2, 6)
+    probabilities = softmax(np.round(rng.normal(size=(images, classes)) * 2) / 2)
+    return probabilities, rng.integers(rng.integers(1, classes + 1), size=images)
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 2.5])
+def test_temperature_undoes_a_known_overconfidence(factor: float) -> None:
+    assert fit_temperature(*sample_logits(0, 20_000, 6, factor)) == pytest.approx(factor, rel=0.03)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds)
+def test_no_temperature_of_a_fine_grid_has_a_lower_loss(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits, labels = sample_logits(seed, int(rng.integers(2, 60)), 4, rng.uniform(0.1, 10))
+    fitted = fit_temperature(logits.astype(np.float32), labels)
+
+    def loss(temperature: float) -> float:
+        return float(functional.cross_entropy(torch.from_numpy(logits / temperature), torch.from_numpy(labels)))
+
+    assert loss(fitted) <= min(map(loss, np.geomspace(0.05, 20, 400))) + 1e-6
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e4, 1e30])
+def test_temperature_stays_within_bounds_for_any_logits(scale: float) -> None:
+    logits = np.array([[1, 0, 0], [0, 1, 0.5]], np.float32) * np.float32(scale)
+    for labels in ([0, 1], [1, 0], [0, 2]):
+        assert 0.05 <= fit_temperature(logits, np.array(labels)) <= 20
+        assert 0.05 <= fit_temperature(logits[:1], np.array(labels[:1])) <= 20
+
+
+def test_temperature_is_at_the_bound_of_a_monotonic_loss() -> None:
+    logits = np.eye(3, dtype=np.float32)
+    assert fit_temperature(logits, np.arange(3)) == pytest.approx(0.05, rel=1e-3)  # all right
+    assert fit_temperature(logits, np.array([1, 2, 0])) == pytest.approx(20, rel=1e-3)  # all wrong
+
+
+def slow_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Coordinate ascent over the whole grid, a full evaluation per point; the nearest to 1 of the best."""
+    grid = sorted((2 ** (step / 8) for step in range(-8, 9)), key=lambda t: (round(abs(np.log(t)), 9), t))
+    thresholds = np.ones(probabilities.shape[1])
+    for chosen in [*range(len(thresholds))] * 2:
+        best = macro_f1(labels, probabilities / thresholds)
+        tried = {}
+        for candidate in grid:
+            thresholds_now = thresholds.copy()
+            thresholds_now[chosen] = candidate
+            tried[candidate] = macro_f1(labels, probabilities / thresholds_now)
+        winner = next(t for t in grid if tried[t] >= max(tried.values()) - 1e-9)
+        if tried[winner] > best + 1e-9:
+            thresholds[chosen] = winner
+    return thresholds
+
+
+@settings(max_examples=15, deadline=None)
+@given(seeds)
+def test_thresholds_equal_a_slow_search(seed: int) -> None:
+    probabilities, labels = rounded(seed)
+    np.testing.assert_allclose(fit_thresholds(probabilities, labels), slow_thresholds(probabilities, labels))
+
+
+@given(seeds)
+def test_thresholds_never_lower_macro_f1_where_fitted(seed: int) -> None:
+    probabilities, labels = rounded(seed)
+    thresholds = fit_thresholds(probabilities, labels)
+    assert macro_f1(labels, probabilities / thresholds) >= macro_f1(labels, probabilities) - 1e-12
+    assert thresholds.min() >= 0.5 and thresholds.max() <= 2
+
+
+def test_thresholds_stay_1_where_nothing_helps() -> None:
+    assert fit_thresholds(np.full((9, 3), 1 / 3), np.repeat([0, 1, 2], 3)).tolist() == [1, 1, 1]
+    assert fit_thresholds(softmax(np.eye(4)), np.arange(4)).tolist() == [1, 1, 1, 1]
+    assert fit_thresholds(softmax(np.eye(4)), np.array([1, 2, 3, 0])).tolist() == [1, 1, 1, 1]
+
+
+def test_calibration_without_images_is_neutral() -> None:
+    calibration = fit_calibration(np.empty((0, 3)), np.empty(0, np.int64))
+    assert (calibration.temperature, calibration.thresholds) == (1.0, (1.0, 1.0, 1.0))
