@@ -22,6 +22,7 @@ from pipeline.registry.package import Package
 from pipeline.search import run_study
 from pipeline.search.storage import open_storage
 from pipeline.search.study import Search, Study
+from pipeline.search.trial import StudyContext
 from pipeline.tracking.journal import FOLDER, RECORDS, Journal
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import save_folder
@@ -44,7 +45,15 @@ def intact_store(small_recipe: Recipe, digits: TrainingData, tmp_path_factory: p
 
     study = Study(question="?", base=small_recipe, space=rates, objective="val/accuracy", trials=2)
     search, tracker = Search("tiny", study, {}, 1, 2, None), MlflowTracker(home)
-    run_study.run_study(search, digits, torch.device("cpu"), SilentObserver(), open_storage(home), tracker, home)
+    context = StudyContext(
+        search=search,
+        data=digits,
+        device=torch.device("cpu"),
+        storage=open_storage(home),
+        tracker=tracker,
+        observer=SilentObserver(),
+    )
+    run_study.run_study(context)
     assert tracker.flush(60)
     return Trained(home, "", "")
 
@@ -149,7 +158,7 @@ FAULTS = {
         ["trial 1 of tiny-v1-digits: is finished in Optuna; its run"],
     ),
     "requeued without a successor": (
-        ("optuna.db", f"INSERT INTO {ATTRIBUTE} VALUES (2, 'asked_again', 'true')"),
+        ("optuna.db", f"INSERT INTO {ATTRIBUTE} VALUES (2, 'requeued', 'true')"),
         ["trial 1 of tiny-v1-digits: was requeued, and has 0 successors"],
     ),
     "a second parent": (

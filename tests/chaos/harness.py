@@ -206,7 +206,7 @@ class FaultInjector:
         words = ["audit", *(["--storage", self.storage] if self.storage else [])]
         words += ["--tracking-uri", self.tracking] if self.tracking else []
         code = Command(self.fork_server, words, self.folder, log, self.environment).code(120)
-        said = [line for line in log.read_text().splitlines() if not line.startswith("not looked at:")]
+        said = [line for line in log.read_text().splitlines() if not line.startswith("not checked:")]
         assert said and (code == 0) == said[-1].endswith("nothing found"), log.read_text()
         return said[:-1] if code else []
 

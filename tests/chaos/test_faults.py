@@ -317,7 +317,7 @@ def test_moved_folder_continues_after_one_command(injector: FaultInjector, check
         injector.home, injector.database = other / "mlruns", other / "mlruns" / "mlflow.db"
         injector.folder, injector.log = other, other / "log"
         injector.trials += 1
-        assert injector.study().code(120) == 2 and "make relocate" in injector.log.read_text(), injector.tail()
+        assert injector.study().code(120) == 2 and "relocate` writes" in injector.log.read_text(), injector.tail()
         assert injector.command("relocate").code(120) == 0, injector.tail()
         injector.complete()
     check(injector, "mlruns/ moved", 2)
