@@ -4,8 +4,8 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +20,40 @@ from pipeline.inference.classifier import ModelMetadata
 from pipeline.inference.methods import measure, methods_table, out_of_fold, views, views_of
 from pipeline.models.build import num_parameters
 from pipeline.recipe import Recipe
+from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import Run, State, Tracker
 from pipeline.training.checkpoints import save_checkpoint
 from pipeline.training.loop import Diverged, EpochReport, Result, train
 from pipeline.training.resume import Resume
 
-COMPARED = ("accuracy", "f1_macro")  # of the prediction methods
+SCORES_OF_METHODS = ("accuracy", "f1_macro")  # that are logged for each prediction method
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")
 
 
 class Prune(Exception):
-    """Raised by `on_epoch`: this training isn't worth going on with."""
+    """Raised by `on_epoch`: the training is not worth continuing."""
 
 
 class Interrupted(Exception):
-    """Raised by `on_step` or `on_epoch`: somebody asked to stop."""
+    """Raised by `on_step` or `on_epoch`: the user asked to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentRequest:
+    """One recipe to be trained, scored and tracked."""
+
+    recipe: Recipe
+    data: TrainingData
+    device: torch.device
+    name: str  # of the run in MLflow
+    parent_run: str | None = None  # whose child the run is
+    tags: RunTags = field(default_factory=RunTags)
+    run_key: str | None = None  # of the run that is to be resumed, or made with this key
+    resume_dir: Path | None = None  # where the training's state is kept, and resumed from where there is one
+    on_epoch: Callable[[EpochReport], None] = lambda report: None
+    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
+    # Called before anything is logged; raises OwnershipLost where the run belongs to another process by now.
+    check_ownership: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -50,100 +70,60 @@ class Outcome:
     metrics: dict[str, float] = field(default_factory=dict)
     epochs: int = 0
     seconds: float = 0.0
-    notes: tuple[str, ...] = ()  # a line each: what the training went on from, what of its kept state was of no use
+    notes: tuple[str, ...] = ()  # a line each: where the training resumed, which of its kept state was unusable
 
 
-def run(
-    recipe: Recipe,
-    data: TrainingData,
-    device: torch.device,
-    tracker: Tracker,
-    name: str,
-    parent: str | None = None,
-    tags: Mapping[str, str] | None = None,
-    on_epoch: Callable[[EpochReport], None] = lambda report: None,
-    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
-    fence: Callable[[], None] = lambda: None,
-    resume: Path | None = None,
-    key: str | None = None,
-) -> Outcome:
-    """Train, score and track one recipe; `key` is the tracked run's, where it is to be gone on with.
+def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
+    """Train, score and track one recipe. A resumed training's outcome counts the epochs and seconds before, too.
 
-    The training's state is kept in the folder `resume`, and gone on from where there is one; the outcome counts the epochs
-    and seconds before. The folder goes when the run ends, but stays for one that was interrupted or met a bug.
-    A diverged or too large one ends FAILED, one that `on_epoch` prunes PRUNED, an interrupted one INTERRUPTED.
-    Any other exception is a bug, or a tracker that broke: its run ends FAILED, and it is raised. `fence` is called before
-    anything is logged, and raises Lost where the run belongs to another process by now: it is left as it is.
+    A training that diverges or needs too much memory ends FAILED, one that `on_epoch` prunes PRUNED, an interrupted one
+    INTERRUPTED. Any other exception is a bug, or a tracker that broke: the run ends FAILED, and the exception is raised.
+    OwnershipLost is raised too, and the run left as it is. The kept state is removed when the run ends, but stays for one
+    that was interrupted or met a bug.
     """
-    started = time.perf_counter()
-    seen: list[EpochReport] = []
-    kept = Resume(resume) if resume else None
+    start = time.perf_counter()
+    reports: list[EpochReport] = []
+    resume = Resume(request.resume_dir) if request.resume_dir else None
+    tags = replace(request.tags, device=str(request.device)).to_mlflow()
+    arguments = (request.name, request.recipe, request.data, request.parent_run, tags, request.run_key)
+    with tracker.run(*arguments, check_ownership=request.check_ownership) as tracked:
 
-    with tracker.run(name, recipe, data, parent, {"device": str(device), **(tags or {})}, key) as opened:
-        tracked = _Fenced(opened, fence)
-
-        def record(report: EpochReport) -> None:
-            seen.append(report)
+        def on_epoch(report: EpochReport) -> None:
+            reports.append(report)
             tracked.log_metrics(report.metrics, report.epoch)
-            on_epoch(report)
+            request.on_epoch(report)
 
-        state, reason, final = State.FINISHED, "", {}
+        state, reason, final_metrics = State.FINISHED, "", {}
         try:
-            result = train(recipe, data, device, record, on_step, resume=kept)
-            final = publish(tracked, recipe, data, result)
-        except Prune as verdict:
-            state, reason = State.PRUNED, str(verdict)
+            result = train(request.recipe, request.data, request.device, on_epoch, request.on_step, resume=resume)
+            final_metrics = publish(tracked, request.recipe, request.data, result)
+        except Prune as error:
+            state, reason = State.PRUNED, str(error)
         except Diverged as error:
             state, reason = State.FAILED, f"diverged: {error}"
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not _is_out_of_memory(error):
                 raise
             state, reason = State.FAILED, f"out of memory: {error}"
         except (Interrupted, KeyboardInterrupt):
             state, reason = State.INTERRUPTED, "stopped by the user"
         tracked.end(state, reason)
 
-    if resume and state is not State.INTERRUPTED:
-        shutil.rmtree(resume, ignore_errors=True)
-    if state is State.FAILED and device.type == "cuda":
+    if request.resume_dir and state is not State.INTERRUPTED:
+        shutil.rmtree(request.resume_dir, ignore_errors=True)
+    if state is State.FAILED and request.device.type == "cuda":
         torch.cuda.empty_cache()
-    history = [*(kept.history if kept else ()), *(report.metrics for report in seen)]
-    seconds = time.perf_counter() - started + (kept.seconds if kept else 0)
-    last = history[-1] if history else {}
-    notes = tuple(kept.notes) if kept else ()
-    return Outcome(state, tracked.key, tracked.id, reason, last | final, len(history), seconds, notes)
-
-
-class _Fenced:
-    """A run that asks, before each thing that it logs, whether it still may."""
-
-    def __init__(self, run: Run, fence: Callable[[], None]):
-        self._run, self._fence = run, fence
-
-    @property
-    def key(self) -> str:
-        """See Run."""
-        return self._run.key
-
-    @property
-    def id(self) -> str | None:
-        """See Run."""
-        return self._run.id
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """See Run."""
-        self._fence()
-        self._run.log_metrics(metrics, step)
-
-    def log_files(self, folder: Path) -> None:
-        """See Run."""
-        self._fence()
-        self._run.log_files(folder)
-
-    def end(self, state: State, reason: str = "") -> None:
-        """See Run."""
-        self._fence()
-        self._run.end(state, reason)
+    history = [*(resume.history if resume else ()), *(report.metrics for report in reports)]
+    return Outcome(
+        state=state,
+        run_key=tracked.key,
+        run_id=tracked.id,
+        reason=reason,
+        metrics=(history[-1] if history else {}) | final_metrics,
+        epochs=len(history),
+        seconds=time.perf_counter() - start + (resume.seconds if resume else 0),
+        notes=tuple(resume.notes) if resume else (),
+    )
 
 
 def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) -> dict[str, float]:
@@ -152,9 +132,9 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
     logits = _logits_of_views(recipe, data, result)
     probabilities = torch.from_numpy(logits[0]).softmax(1).numpy()
     scores = score(probabilities, labels)
-    judged = out_of_fold(logits, labels)
-    measured = measure(judged, labels)
-    facts = ModelMetadata(
+    predicted = out_of_fold(logits, labels)  # by each prediction method
+    measured = measure(predicted, labels)
+    metadata = ModelMetadata(
         recipe=recipe,
         recipe_digest=recipe.digest(),
         data_digest=data.digest,
@@ -167,42 +147,49 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
         measured=measured,
     )
     metrics = scores.metrics(data.classes) | {
-        "calibration/temperature": facts.calibration.temperature,
+        "calibration/temperature": metadata.calibration.temperature,
         "calibration/ece": measured["plain"].ece,
         "calibration/loss": measured["plain"].loss,
-        **{f"methods/{score}_{method}": getattr(m, score) for method, m in measured.items() for score in COMPARED},
+        **{
+            f"methods/{score}_{method}": getattr(m, score)
+            for method, m in measured.items()
+            for score in SCORES_OF_METHODS
+        },
         "model/parameters": float(num_parameters(result.network)),
         "model/latency_ms": latency_ms(result.network, data.image_size, recipe.training.precision),
         "time/training_s": result.seconds,
     }
-    logged = result.history[-1].metrics  # by the loop, of the same logits: a point is logged once
-    tracked.log_metrics({name: value for name, value in metrics.items() if name not in logged}, len(result.history))
+    logged_names = result.history[-1].metrics.keys()  # by the loop, of the same logits: a point is logged once
+    final_metrics = {name: value for name, value in metrics.items() if name not in logged_names}
+    tracked.log_metrics(final_metrics, len(result.history))
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "artifacts"
         averaged = result.network if result.plain else None
-        save_checkpoint(folder, result.plain or result.network, averaged, facts.as_json())
+        save_checkpoint(folder, result.plain or result.network, averaged, metadata.as_json())
         per_class_table(scores, data.classes).to_csv(folder / "per_class.csv", index=False)
         methods_table(measured, data.classes).to_csv(folder / "prediction_methods.csv", index=False)
         _write_predictions(folder / "predictions.parquet", data, labels, probabilities)
         history = [{"epoch": report.epoch, **report.metrics} for report in result.history]
-        pictures = {
+        images = {
             "confusion_matrix": figures.confusion_matrix_figure(scores, data.classes),
             "learning_curves": figures.learning_curves_figure(history),
             "reliability": figures.reliability_figure(
-                reliability(probabilities, labels), reliability(judged["plain"], labels), facts.calibration.temperature
+                reliability(probabilities, labels),
+                reliability(predicted["plain"], labels),
+                metadata.calibration.temperature,
             ),
             "most_confident_correct": _gallery(data, labels, probabilities, correct=True),
             "most_confident_wrong": _gallery(data, labels, probabilities, correct=False),
         }
-        for picture, figure in pictures.items():
-            figures.save(figure, folder / f"{picture}.png")
+        for image_name, figure in images.items():
+            figures.save(figure, folder / f"{image_name}.png")
         tracked.log_files(folder)
-    return {name: value for name, value in metrics.items() if name not in logged}
+    return final_metrics
 
 
 def _logits_of_views(recipe: Recipe, data: TrainingData, result: Result) -> np.ndarray:
-    """(V, N, C) float64 of the validation images; those of the images themselves are there already."""
+    """(V, N, C) float64 logits of V views of the validation images; the training gives those of the images themselves."""
     others = views(data.validation.images, *views_of(recipe))[1:]
     precision = recipe.training.precision
     logits = [predict_logits(result.network, view, data.mean, data.std, precision) for view in others]
@@ -210,7 +197,7 @@ def _logits_of_views(recipe: Recipe, data: TrainingData, result: Result) -> np.n
 
 
 def _write_predictions(path: Path, data: TrainingData, labels: np.ndarray, probabilities: np.ndarray) -> None:
-    """One row per validation image: id (its place in the training part), label, predicted, confidence, probabilities."""
+    """One row per validation image: id (its index in the training part), label, predicted, confidence, probabilities."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -238,11 +225,12 @@ def _gallery(data: TrainingData, labels: np.ndarray, probabilities: np.ndarray, 
     )
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """torch has an exception for it, but its CPU allocator, cuBLAS and cuDNN raise plain RuntimeErrors.
 
-    So does a capture that it ends: the error that says why is then the one before.
+    Where memory ends during a graph capture, the capture raises another error; the cause is then its context.
     """
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")
-    found = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
-    return found or (error.__context__ is not None and _out_of_memory(error.__context__))
+    by_name = any(text in str(error) for text in OUT_OF_MEMORY)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or by_name:
+        return True
+    return error.__context__ is not None and _is_out_of_memory(error.__context__)

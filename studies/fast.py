@@ -3,7 +3,7 @@
 Question: which augmentation, rates of Muon and schedule give the network of cifar10-airbench (Jordan 2024, arXiv
 2404.00498) its best validation accuracy in 8 epochs? Trial 0 is airbench94_muon's recipe: published with 94.01 % on
 the test split (n = 200, 2.59 s on an A100), by six views of each image and all 50,000 training images; here a tenth
-of those judges, and `methods/accuracy_tta` has four views.
+of those is for validation, and `methods/accuracy_tta` has four views.
 Command:  make study NAME=fast
           94 %, three seeds:  for s in 0 1 2; do make study NAME=fast TRIALS=1 SEED=$s VERSION=94$s; done
           95 %, wider, longer: make study NAME=fast TRIALS=1 VERSION=95

@@ -19,20 +19,31 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks gain nothing from
 
 import torch
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
+from tracking_stores import (  # noqa: F401, fixtures
+    fast_uploads,
+    local_tracker,
+    proxied_tracker,
+    proxy,
+    server_port,
+    sqlite_tracker,
+)
 
 from pipeline import experiment
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
+from pipeline.experiment import ExperimentRequest
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.gate import GateRecord, RuleResult, Rules, Verdict
 from pipeline.registry.ledger import VerdictEvidence
 from pipeline.registry.package import Package, package
 from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.relocate import relocate
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tracker import MlflowTracker
 
 if TYPE_CHECKING:
-    from harness import Row, Zygote
+    from harness import ForkServer, Row
+    from study_harness import StudyHarness
 
 # A shell starts what runs in its background with Ctrl-C ignored, which the commands under test would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -119,19 +130,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digi
 
     runs = []
     for number, on_epoch in enumerate([lambda report: None, prune]):
-        tags = {"role": "trial", "study": "tiny-v1-digits", "trial": str(number)}
-        runs.append(
-            experiment.run(
-                small_recipe,
-                digits,
-                torch.device("cpu"),
-                tracker,
-                f"trial {number}",
-                parent.id,
-                tags,
-                on_epoch=on_epoch,
-            )
+        request = ExperimentRequest(
+            recipe=small_recipe,
+            data=digits,
+            device=torch.device("cpu"),
+            name=f"trial {number}",
+            parent_run=parent.id,
+            tags=RunTags(role="trial", study="tiny-v1-digits", trial=number),
+            on_epoch=on_epoch,
         )
+        runs.append(experiment.run(request, tracker))
     parent.end(State.FINISHED)
     assert [run.state for run in runs] == [State.FINISHED, State.PRUNED]
     return Trained(home, *(tracker.id_of(run.run_key) for run in runs))
@@ -180,12 +188,20 @@ def registered(trained: Trained, package: Package) -> Iterator[str]:
         client.delete_registered_model("image-classifier")
 
 
-@pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Zygote"]:
-    """Starts processes of the pipeline; see tests/chaos."""
-    from harness import Zygote
+@pytest.fixture
+def harness(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> "StudyHarness":
+    """A study in a folder of its own; see tests/search/study_harness.py."""
+    from study_harness import StudyHarness
 
-    with contextlib.closing(Zygote(tmp_path_factory.mktemp("zygote"))) as running:
+    return StudyHarness(tmp_path / "mlruns", small_recipe, digits)
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ForkServer"]:
+    """Starts processes of the pipeline; see tests/chaos."""
+    from harness import ForkServer
+
+    with contextlib.closing(ForkServer(tmp_path_factory.mktemp("fork-server"))) as running:
         yield running
 
 

@@ -41,21 +41,21 @@ class Proxy:
                 return
             while request := _message(client):
                 self.requests.append(request)
-                way = self.behave if self.only in request and self.times > 0 else "pass"
-                if way != "pass":
+                behaviour = self.behave if self.only in request and self.times > 0 else "pass"
+                if behaviour != "pass":
                     self.times -= 1
-                if way == "down":
+                if behaviour == "down":
                     return
-                if way == "late":
+                if behaviour == "late":
                     time.sleep(2.5)
                 with socket.create_connection((HOST, self.upstream)) as server:
                     server.sendall(request.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
                     answer = b"".join(iter(lambda: server.recv(65536), b""))
-                if way == "lose":
+                if behaviour == "lose":
                     return
-                if way == "slow":
+                if behaviour == "slow":
                     time.sleep(1)
-                client.sendall(answer[: len(answer) // 2] if way == "cut" else answer)
+                client.sendall(answer[: len(answer) // 2] if behaviour == "cut" else answer)
                 return  # one request a connection
 
 

@@ -1,4 +1,4 @@
-"""What the audit finds, and what it mends: a whole store, and each thing that can be wrong with it."""
+"""What the audit finds and repairs: an intact store, and each fault that it can have."""
 
 import contextlib
 import json
@@ -13,8 +13,9 @@ import torch
 from conftest import Trained, registered
 from filelock import FileLock
 
-from pipeline.audit import Audit, audit, check_databases, mend
+from pipeline.audit import Audit, audit, check_databases, repair
 from pipeline.data.prepare import TrainingData
+from pipeline.errors import Problem
 from pipeline.recipe import Recipe
 from pipeline.registry import ledger
 from pipeline.registry.package import Package
@@ -28,30 +29,30 @@ from pipeline.training.checkpoints import save_folder
 GONE = json.dumps({"host": socket.gethostname(), "pid": 2**22 - 1, "started": 1.0})
 
 
-class Anybody:
+class SilentObserver:
     def __getattr__(self, name: str) -> Any:
         return lambda *what: None
 
 
 @pytest.fixture(scope="module")
-def whole(small_recipe: Recipe, digits: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def intact_store(small_recipe: Recipe, digits: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A study of two trials, of two epochs each."""
-    home = tmp_path_factory.mktemp("whole") / "mlruns"
+    home = tmp_path_factory.mktemp("intact") / "mlruns"
 
     def rates(trial: Any) -> None:
         trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)
 
     study = Study(question="?", base=small_recipe, space=rates, objective="val/accuracy", trials=2)
     search, tracker = Search("tiny", study, {}, 1, 2, None), MlflowTracker(home)
-    run_study.run_study(search, digits, torch.device("cpu"), Anybody(), open_storage(home), tracker, home)
+    run_study.run_study(search, digits, torch.device("cpu"), SilentObserver(), open_storage(home), tracker, home)
     assert tracker.flush(60)
     return Trained(home, "", "")
 
 
 @pytest.fixture
-def home(whole: Trained, tmp_path: Path) -> Path:
+def home(intact_store: Trained, tmp_path: Path) -> Path:
     """A copy of it."""
-    whole.copy(tmp_path / "mlruns")
+    intact_store.copy(tmp_path / "mlruns")
     return tmp_path / "mlruns"
 
 
@@ -62,12 +63,20 @@ def change(home: Path, database: str, *statements: str) -> None:
         connection.commit()
 
 
-def look(home: Path) -> Audit:
+def check(home: Path) -> Audit:
     return audit(home, open_storage(home), MlflowTracker(home))
 
 
+def findings(home: Path) -> list[str]:
+    return all_lines(check(home).findings)
+
+
+def all_lines(problems: list[Problem]) -> list[str]:
+    return [line for problem in problems for line in problem.lines]
+
+
 def fix(home: Path) -> list[str]:
-    return mend(home, open_storage(home), MlflowTracker(home))
+    return repair(home, open_storage(home), MlflowTracker(home))
 
 
 def key_of(home: Path, trial: int) -> str:
@@ -77,21 +86,22 @@ def key_of(home: Path, trial: int) -> str:
         return str(connection.execute(query, (str(trial),)).fetchone()[0])
 
 
-def test_of_a_whole_store_nothing_is_said(home: Path) -> None:
-    seen = look(home)
+def test_intact_store_has_no_findings(home: Path) -> None:
+    seen = check(home)
     assert (seen.studies, seen.trials, seen.runs, seen.findings, seen.unchecked) == (1, 2, 2, [], [])
     assert fix(home) == []
     assert check_databases(home) == []
 
 
-def test_what_was_made_before_there_were_run_keys_is_named_and_not_called_lost(home: Path) -> None:
+def test_trials_without_run_keys_are_unchecked_and_not_lost(home: Path) -> None:
     change(home, "optuna.db", "DELETE FROM trial_user_attributes WHERE key = 'run_key'")
-    change(home, "mlflow.db", "DELETE FROM tags WHERE key = 'run_key'")
-    seen = look(home)
+    change(home, "mlflow.db", f"DELETE FROM tags WHERE key = 'run_key' AND run_uuid IN ({TRIALS})")
+    seen = check(home)
     assert seen.findings == []
-    assert "tiny-v1-digits: 2 trials from before there were run keys, which tie trials to their runs" in seen.unchecked
+    assert "tiny-v1-digits: 2 trials have no run key, which ties a trial to its run" in all_lines(seen.unchecked)
 
 
+TRIALS = "SELECT run_uuid FROM tags WHERE key = 'trial'"
 RUN = "(SELECT run_uuid FROM tags WHERE key = 'trial' AND value = '1')"
 ATTRIBUTE = "trial_user_attributes(trial_id, key, value_json)"
 FAULTS = {
@@ -113,8 +123,8 @@ FAULTS = {
     "two trials have one run": (
         ("optuna.db", "UPDATE trial_user_attributes SET value_json = (SELECT value_json FROM trial_user_attributes "
             "WHERE key = 'run_key' AND trial_id = 1) WHERE key = 'run_key'"),
-        ["2 trials that count have run key", "trial 1 of tiny-v1-digits: finished in Optuna, its run",
-            "trial 1 of tiny-v1-digits: val/accuracy 0.", "no trial of tiny-v1-digits has its run key"],
+        ["2 trials that count have run key", "trial 1 of tiny-v1-digits: is finished in Optuna; its run",
+            "trial 1 of tiny-v1-digits: has val/accuracy 0.", "no trial of tiny-v1-digits has its run key"],
     ),
     "a point is lost": (
         ("mlflow.db", f"DELETE FROM metrics WHERE key = 'val/loss' AND step = 1 AND run_uuid = {RUN}"),
@@ -122,7 +132,7 @@ FAULTS = {
     ),
     "the last epoch is lost": (
         ("mlflow.db", f"DELETE FROM metrics WHERE step = 2 AND run_uuid = {RUN}"),
-        ["trial 1 of tiny-v1-digits: trained 2 epochs, its run", "finished 2 epochs, and has points of 1"],
+        ["trial 1 of tiny-v1-digits: trained 2 epochs, and its run", "finished 2 epochs, and has points of 1"],
     ),
     "a point is doubled": (
         ("mlflow.db", "INSERT INTO metrics (key, value, timestamp, step, is_nan, run_uuid) "
@@ -132,36 +142,36 @@ FAULTS = {
     ),
     "another score": (
         ("optuna.db", "UPDATE trial_values SET value = value + 1e-9 WHERE trial_id = 2"),
-        ["trial 1 of tiny-v1-digits: val/accuracy 0."],
+        ["trial 1 of tiny-v1-digits: has val/accuracy 0."],
     ),
     "another state": (
         ("mlflow.db", f"UPDATE tags SET value = 'pruned' WHERE key = 'state' AND run_uuid = {RUN}"),
-        ["trial 1 of tiny-v1-digits: finished in Optuna, its run"],
+        ["trial 1 of tiny-v1-digits: is finished in Optuna; its run"],
     ),
-    "asked again by nobody": (
+    "requeued without a successor": (
         ("optuna.db", f"INSERT INTO {ATTRIBUTE} VALUES (2, 'asked_again', 'true')"),
-        ["trial 1 of tiny-v1-digits: asked again, and 0 trials take its place"],
+        ["trial 1 of tiny-v1-digits: was requeued, and has 0 successors"],
     ),
     "a second parent": (
         ("optuna.db", "UPDATE study_user_attributes SET value_json = '\"ab\"' WHERE key = 'mlflow_run_id'"),
-        ["a second parent run of its study", *["should have one run in MLflow, and has 0"] * 2],
+        ["is a second parent run of its study", *["should have one run in MLflow, and has 0"] * 2],
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_told_and_what_would_be_a_guess_is_not_mended(fault: str, home: Path) -> None:
+def test_each_fault_is_found_and_not_repaired_by_guessing(fault: str, home: Path) -> None:
     (database, *statements), expected = FAULTS[fault]
     change(home, database, *statements)
-    seen = look(home).findings
+    seen = findings(home)
     assert len(seen) == len(expected), seen
-    for words in expected:
-        assert any(words in line for line in seen), (words, seen)
+    for text in expected:
+        assert any(text in line for line in seen), (text, seen)
     fix(home)
-    assert look(home).findings == seen
+    assert findings(home) == seen
 
 
-def test_what_a_dead_process_left_running_is_told_and_mended(home: Path) -> None:
+def test_what_a_dead_process_left_running_is_repaired(home: Path) -> None:
     change(home, "mlflow.db", f"UPDATE runs SET status = 'RUNNING', end_time = NULL WHERE run_uuid = {RUN}")
     change(
         home,
@@ -169,61 +179,61 @@ def test_what_a_dead_process_left_running_is_told_and_mended(home: Path) -> None
         "UPDATE trials SET state = 'RUNNING' WHERE trial_id = 2",
         f"UPDATE trial_user_attributes SET value_json = '{GONE}' WHERE key = 'worker' AND trial_id = 2",
     )
-    seen = look(home).findings
+    seen = findings(home)
     assert len(seen) == 2, seen
-    assert "(run " in seen[0] and "RUNNING in MLflow, and its process is gone; make audit FIX=1 closes it" in seen[0]
+    assert ", run " in seen[0] and "is RUNNING in MLflow, and its process is gone; `audit --fix` closes it" in seen[0]
     assert seen[1].startswith(
-        "trial 1 of tiny-v1-digits: RUNNING, and its process is gone; make audit FIX=1 asks it again"
+        "trial 1 of tiny-v1-digits: is RUNNING, and its process is gone; `audit --fix` requeues it"
     )
-    assert fix(home)[0] == "trial 1 of tiny-v1-digits: its process was gone; it is asked again"
-    assert look(home).findings == []
+    assert fix(home)[0] == "trial 1 of tiny-v1-digits: its process was gone; it is requeued"
+    assert findings(home) == []
     assert [trial.state.name for trial in open_storage(home).get_all_trials(1)] == ["COMPLETE", "FAIL", "WAITING"]
 
 
-def test_a_study_that_is_being_run_is_judged_by_what_has_ended(home: Path) -> None:
+def test_running_study_is_checked_by_what_has_ended(home: Path) -> None:
     change(home, "mlflow.db", f"UPDATE runs SET status = 'RUNNING' WHERE run_uuid = {RUN}")
     change(home, "optuna.db", "UPDATE trials SET state = 'RUNNING' WHERE trial_id = 2")
     with FileLock(home / "tiny-v1-digits.lock"):
-        seen = look(home)
+        seen = check(home)
         assert not seen.findings
-        assert seen.unchecked == ["tiny-v1-digits: is being run; only what has ended was looked at"]
+        assert all_lines(seen.unchecked) == ["tiny-v1-digits: is running; only what has ended was checked"]
         assert fix(home) == []
-    assert len(look(home).findings) == 1, "the run; of the trial, its worker lives: this process"
+    assert len(findings(home)) == 1, "the run; of the trial, its worker lives: this process"
 
 
-def test_a_flipped_bit_in_a_models_weights_is_found(home: Path) -> None:
+def test_flipped_bit_in_a_models_weights_is_found(home: Path) -> None:
     for file in home.glob("artifacts/*/artifacts/weights.safetensors"):
         content = bytearray(file.read_bytes())
         content[-5] ^= 1
         file.write_bytes(content)
-    seen = look(home).findings
-    assert len(seen) == 2 and all("damaged, its digest differs; make reproduce makes it again" in line for line in seen)
+    seen = findings(home)
+    assert len(seen) == 2 and all("damaged, its digest differs; `reproduce" in line for line in seen)
 
 
-def test_a_changed_file_of_a_registered_model_is_found(trained: Trained, packed: Package, tmp_path: Path) -> None:
+def test_changed_file_of_a_registered_model_is_found(trained: Trained, packed: Package, tmp_path: Path) -> None:
     trained.copy(tmp_path / "mlruns")
     home, folder = tmp_path / "mlruns", tmp_path / "packed"
     shutil.copytree(packed.folder, folder)
     with registered(Trained(home, trained.finished, ""), Package(folder, packed.sha256, "", 0, 0.0, None)):
-        assert not audit(home, None, MlflowTracker(home)).findings
+        assert not all_lines(audit(home, None, MlflowTracker(home)).findings)
         (folder / "card.md").write_text("the best")
-        (seen,) = audit(home, None, MlflowTracker(home)).findings
+        (seen,) = all_lines(audit(home, None, MlflowTracker(home)).findings)
         assert "image-classifier version 1: card.md: its SHA-256 differs" in seen
 
 
-def test_a_promotion_that_was_cut_off_and_an_alias_that_was_moved_are_found(trained: Trained, tmp_path: Path) -> None:
+def test_cut_off_promotion_and_deleted_version_are_found(trained: Trained, tmp_path: Path) -> None:
     trained.copy(tmp_path / "mlruns")
     home = tmp_path / "mlruns"
-    kept = ledger.Ledger(home)
-    begun = kept.begin(ledger.PROMOTED, "image-classifier", trained.finished, None, previous=None, version="1")
-    (seen,) = audit(home, None, MlflowTracker(home)).findings
-    assert "was cut off; make history finishes or undoes it" in seen
-    kept.end(begun, ledger.PROMOTED, "1")
-    (seen,) = audit(home, None, MlflowTracker(home)).findings
-    assert "version 1 was deleted in MLflow; make audit FIX=1 takes it out of the reigns" in seen
+    book = ledger.Ledger(home)
+    begun = book.begin(ledger.PROMOTED, "image-classifier", trained.finished, None, previous=None, version="1")
+    (seen,) = all_lines(audit(home, None, MlflowTracker(home)).findings)
+    assert "was cut off; `history` finishes or undoes it" in seen
+    book.end(begun, ledger.PROMOTED, "1")
+    (seen,) = all_lines(audit(home, None, MlflowTracker(home)).findings)
+    assert "version 1 was deleted in MLflow; `audit --fix` removes it from the champions" in seen
 
 
-def test_what_killed_processes_left_on_disk_is_found_and_mended_and_no_measurement_goes(home: Path) -> None:
+def test_leftovers_of_killed_processes_are_repaired_losslessly(home: Path) -> None:
     key = key_of(home, 1)
     save_folder(home / "checkpoints" / key / "epoch-000001", {"state.safetensors": b"x"}, {})
     (home / FOLDER / ("a" * 32)).mkdir(parents=True)
@@ -233,28 +243,32 @@ def test_what_killed_processes_left_on_disk_is_found_and_mended_and_no_measureme
     journal.append({"kind": "metrics", "step": 2, "time": 1, "values": {"val/new": 1.0}}, durable=True)
     journal.append({"kind": "end", "status": "FINISHED", "time": 2, "tags": {"state": "finished"}}, durable=True)
     journal.release()
-    seen = look(home).findings
-    expected = ["not in MLflow yet", "the state of a training that has ended", "left by a command that was killed"]
+    seen = findings(home)
+    expected = [
+        "is not in MLflow yet",
+        "the checkpoints of a training that has ended",
+        "was left by a command that was killed",
+    ]
     assert len(seen) == 3 and all(any(words in line for line in seen) for words in expected), seen
     done = fix(home)
     assert any("1 journals of processes that are gone: sent to MLflow" in line for line in done), done
-    assert look(home).findings == []
+    assert findings(home) == []
     with contextlib.closing(sqlite3.connect(home / "mlflow.db")) as connection:
         assert connection.execute("SELECT value FROM metrics WHERE key = 'val/new'").fetchall() == [(1.0,)]
 
 
-def test_a_journal_that_a_living_process_writes_is_its_own(home: Path) -> None:
+def test_journal_of_a_living_process_is_left_alone(home: Path) -> None:
     journal = Journal(home / FOLDER / key_of(home, 1))
     journal.append({"kind": "start", "address": "mlflow.db"})
-    assert not look(home).findings
+    assert not findings(home)
     assert not fix(home)
     assert (journal.folder / RECORDS).exists()
     journal.release()
 
 
-def test_a_broken_database_is_told_before_anything_is_asked_of_it(home: Path) -> None:
+def test_broken_database_is_found_before_it_is_read(home: Path) -> None:
     content = bytearray((home / "optuna.db").read_bytes())
     content[4096 * 3 : 4096 * 6] = b"\xaa" * 4096 * 3
     (home / "optuna.db").write_bytes(content)
-    (seen,) = check_databases(home)
+    (seen,) = all_lines(check_databases(home))
     assert "optuna.db: broken (" in seen

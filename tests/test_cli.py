@@ -22,8 +22,10 @@ from conftest import Trained
 from PIL import Image
 
 from pipeline.inference.predictions import read_predictions
+from pipeline.tracking import queries
 from pipeline.tracking.models import find_model
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 augmentation.crop_padding=2"
@@ -196,7 +198,7 @@ def test_a_study_of_a_folder_that_moved_is_finished_where_it_lies_now(tmp_path: 
     done = pipeline(*finals, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "caution: 2 validation images say little" in done.stdout
-    [study] = MlflowTracker(tmp_path / "mlruns").studies()
+    [study] = queries.studies(MlflowTracker(tmp_path / "mlruns"))
     assert study.places == [str(moved), str(tmp_path / "digits")], "where it is found without the option"
 
 
@@ -271,12 +273,6 @@ def test_cifar10_that_cannot_be_had_is_one_message_with_the_ways_out(tmp_path: P
             ["study", "attention", "--device", "cpu", "--set", "training.execution=graphed"],
             ["training.execution = graphed: a graph needs a GPU, and this is cpu; SET=training.execution=eager"],
         ),
-        (
-            ["curves", "baseline", "--output", "c.csv", "--epochs", "0", "--set", "data.train_fraction=2"],
-            ["EPOCHS = 0:", "data.train_fraction = 2: should be less than or equal to 1"],
-        ),
-        (["curves", "plain", "--output", "c.csv"], ["curves need one length: --epochs N"]),
-        (["curves", "attention", "--output", "."], ["OUTPUT .: can't be written"]),
         (
             ["study", "attention", "--epochs", "2", "--set", "training.epochs=3 optimizer.lr=1 optimizer.lr=2"],
             ["SET training.epochs=3: was set to 2 already; say one", "SET optimizer.lr=2: was set to 1 already"],
@@ -361,9 +357,6 @@ def test_the_public_surface_is_frozen() -> None:
             *("--workers", "name"),
         ],
         "compare": ["--data-dir", "--dataset", "--output", "--tracking-uri", "names"],
-        "curves": [
-            *("--data-dir", "--dataset", "--device", "--epochs", "--output", "--recipes", "--seed", "--set", "name"),
-        ],
         "ensemble": ["--output", "files"],
         "export": ["--data-dir", "--dataset", "--int8", "--output", "--tracking-uri", "model"],
         "history": ["--model", "--tracking-uri"],
@@ -373,7 +366,6 @@ def test_the_public_surface_is_frozen() -> None:
         "rollback": ["--model", "--reason", "--tracking-uri", "--version"],
         "predict": ["--device", "--method", "--model", "--output", "--show", "--tracking-uri", "files"],
         "reproduce": ["--data-dir", "--dataset", "--device", "--tolerance", "--tracking-uri", "run"],
-        "replay": ["--json", "--orders", "--rise", "--seed", "--trials", "file"],
         "relocate": [],
         "serve": ["--port", "--tracking-uri", "model"],
         "study": [
@@ -467,36 +459,6 @@ def test_compare_needs_trials(trained: Trained, tmp_path: Path) -> None:
     bare = pipeline("compare", "tiny bare", cwd=tmp_path)
     assert bare.returncode == 2 and "error: bare-v1-digits: has no trials yet; make study runs some" in bare.stderr
     assert not bare.stdout and not (tmp_path / "mlruns" / "reports").exists()
-
-
-# --------------------------------------------------------------------------------------------------- curves, replay
-
-
-def test_curves_are_collected_gone_on_with_and_replayed(tmp_path: Path) -> None:
-    table = tmp_path / "curves" / "digits.csv"
-    words = ("curves", "baseline", "--dataset", "digits", "--epochs", "2", "--output", str(table))
-    tiny = ("--set", "model.widths=[4,8] model.hidden=16 data.train_fraction=0.5")
-    first = pipeline(*words, *tiny, "--recipes", "2", cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert re.search(r"recipe 1 \(2 of 2\): plain 0\.\d{4}, averaged 0\.\d{4}, ", first.stdout)
-    more = pipeline(*words, *tiny, "--recipes", "3", cwd=tmp_path)
-    assert more.returncode == 0, more.stderr
-    assert "recipe 2 (3 of 3)" in more.stdout and "recipe 1" not in more.stdout
-    assert len(table.read_text().splitlines()) == 1 + 3 * 2
-    assert [file.name for file in tmp_path.iterdir()] == ["curves"], "nothing is tracked"
-
-    shown = pipeline("replay", str(table), "--orders", "5", "--json", cwd=tmp_path)
-    assert shown.returncode == 0, shown.stderr
-    as_json = json.loads(shown.stdout)
-    assert (as_json["recipes"], as_json["epochs"], as_json["orders"]) == (3, 2, 5)
-    assert (as_json["trials"], as_json["rise"]) == (3, 0)
-    nothing = as_json["results"][0]
-    assert (nothing["judged_by"], nothing["strategy"], nothing["workers"]) == ("plain", "no pruning", 1)
-    assert nothing["epochs_used"] == {"value": 1.0, "low": 1.0, "high": 1.0}
-    learning = pipeline("replay", str(table), "--orders", "5", "--trials", "2", "--rise", "0.75", cwd=tmp_path)
-    assert learning.returncode == 0 and "2 of 3 recipes" in " ".join(learning.stdout.split())
-    many = pipeline("replay", str(table), "--trials", "4", cwd=tmp_path)
-    assert (many.returncode, many.stderr) == (2, f"error: --trials 4: {table} has 3 recipes; give at most so many\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- predict

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,13 @@ from pipeline.data.prepare import TrainingData
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.logits import predict_logits
 from pipeline.evaluation.scores import score
-from pipeline.experiment import Interrupted, Outcome, Prune
+from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
 from pipeline.inference.classifier import ModelMetadata
 from pipeline.inference.methods import METHODS, out_of_fold
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe, parse_recipe
-from pipeline.tracking.tracker import NullTracker, State
+from pipeline.tracking.journal import FOLDER, RECORDS
+from pipeline.tracking.tracker import MlflowTracker, NullTracker, OwnershipLost, State
 from pipeline.training.checkpoints import load_weights, read_checkpoint
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import Resume
@@ -34,8 +35,8 @@ from pipeline.training.resume import Resume
 CPU = torch.device("cpu")
 
 
-class Folder:
-    """A tracker that writes into a folder and keeps numbers in a list."""
+class FolderTracker:
+    """A tracker that writes into a folder and keeps metrics in a list."""
 
     def __init__(self, folder: Path):
         self.folder, self.key, self.id = folder, "key", "run"
@@ -43,7 +44,7 @@ class Folder:
         self.ended: list[tuple[State, str]] = []
 
     @contextmanager
-    def run(self, *arguments: Any, **named: Any) -> Iterator["Folder"]:
+    def run(self, *arguments: Any, **options: Any) -> Iterator["FolderTracker"]:
         yield self
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -57,16 +58,28 @@ class Folder:
         self.ended.append((state, reason))
 
 
+Train = Callable[..., Outcome]
+
+
 @pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits: TrainingData
-) -> tuple[Folder, Outcome]:
-    tracker = Folder(tmp_path_factory.mktemp("run"))
-    return tracker, experiment.run(small_recipe, digits, CPU, tracker, "one")
+def run_small(small_recipe: Recipe, digits: TrainingData) -> Train:
+    """Runs the small recipe on digits; `changes` are fields of the request."""
+
+    def run(tracker: Any, **changes: Any) -> Outcome:
+        fields = {"recipe": small_recipe, "data": digits, "device": CPU, "name": "one"}
+        return experiment.run(ExperimentRequest(**fields | changes), tracker)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, run_small: Train) -> tuple[FolderTracker, Outcome]:
+    tracker = FolderTracker(tmp_path_factory.mktemp("run"))
+    return tracker, run_small(tracker)
 
 
 def test_every_number_of_a_run_is_logged_once(
-    finished: tuple[Folder, Outcome], digits: TrainingData, small_recipe: Recipe
+    finished: tuple[FolderTracker, Outcome], digits: TrainingData, small_recipe: Recipe
 ) -> None:
     tracker, outcome = finished
     assert tracker.ended == [(State.FINISHED, "")]
@@ -86,7 +99,7 @@ def test_every_number_of_a_run_is_logged_once(
     assert outcome.metrics["model/parameters"] == counted
 
 
-def test_the_predictions_give_the_scores_back(finished: tuple[Folder, Outcome], digits: TrainingData) -> None:
+def test_predictions_give_the_scores(finished: tuple[FolderTracker, Outcome], digits: TrainingData) -> None:
     tracker, outcome = finished
     table = pq.read_table(tracker.folder / "predictions.parquet")
     assert json.loads(table.schema.metadata[b"classes"]) == list(digits.classes)
@@ -100,31 +113,31 @@ def test_the_predictions_give_the_scores_back(finished: tuple[Folder, Outcome], 
     assert macro == pytest.approx(outcome.metrics["val/f1_macro"])
 
 
-def test_methods_and_calibration_are_measured_on_the_stored_predictions(finished: tuple[Folder, Outcome]) -> None:
+def test_methods_are_measured_on_the_stored_predictions(finished: tuple[FolderTracker, Outcome]) -> None:
     tracker, outcome = finished
     frame = pq.read_table(tracker.folder / "predictions.parquet").to_pandas()
     probabilities, labels = np.stack(frame.probabilities).astype(np.float64), frame.label.to_numpy()
-    facts = ModelMetadata.model_validate(read_checkpoint(tracker.folder))
-    assert facts.calibration.temperature == outcome.metrics["calibration/temperature"]
-    assert facts.calibration.temperature == pytest.approx(fit_temperature(np.log(probabilities), labels), rel=1e-3)
-    judged = score(out_of_fold(np.log(probabilities)[None], labels)["plain"], labels)
-    assert outcome.metrics["calibration/ece"] == pytest.approx(judged.ece, rel=0.01)
-    assert outcome.metrics["calibration/loss"] == pytest.approx(judged.loss, rel=0.01)
+    metadata = ModelMetadata.model_validate(read_checkpoint(tracker.folder))
+    assert metadata.fitted.temperature == outcome.metrics["calibration/temperature"]
+    assert metadata.fitted.temperature == pytest.approx(fit_temperature(np.log(probabilities), labels), rel=1e-3)
+    plain = score(out_of_fold(np.log(probabilities)[None], labels)["plain"], labels)
+    assert outcome.metrics["calibration/ece"] == pytest.approx(plain.ece, rel=0.01)
+    assert outcome.metrics["calibration/loss"] == pytest.approx(plain.loss, rel=0.01)
     assert outcome.metrics["methods/accuracy_plain"] == pytest.approx(outcome.metrics["val/accuracy"])
     assert outcome.metrics["methods/accuracy_tta"] != outcome.metrics["methods/accuracy_plain"]
     table = pd.read_csv(tracker.folder / "prediction_methods.csv", dtype={"class": str})
-    assert list(table["class"]) == ["all", "all", *facts.classes]
-    assert table["adaptive"][0] == pytest.approx(facts.measured["adaptive"].accuracy, abs=1e-4)
+    assert list(table["class"]) == ["all", "all", *metadata.classes]
+    assert table["adaptive"][0] == pytest.approx(metadata.measured["adaptive"].accuracy, abs=1e-4)
 
 
-def test_the_weights_give_the_predictions_back(
-    finished: tuple[Folder, Outcome], small_recipe: Recipe, digits: TrainingData
+def test_weights_give_the_predictions(
+    finished: tuple[FolderTracker, Outcome], small_recipe: Recipe, digits: TrainingData
 ) -> None:
     tracker, _ = finished
-    facts = json.loads((tracker.folder / "checkpoint.json").read_text())
+    checkpoint = json.loads((tracker.folder / "checkpoint.json").read_text())
     for name in ("weights.safetensors", "weights_plain.safetensors"):
         digest = hashlib.sha256((tracker.folder / name).read_bytes()).hexdigest()
-        assert digest in json.dumps(facts)
+        assert digest in json.dumps(checkpoint)
     kept = read_checkpoint(tracker.folder)
     assert parse_recipe(kept["recipe"]) == small_recipe
     assert kept["recipe_digest"] == small_recipe.digest()
@@ -137,10 +150,10 @@ def test_the_weights_give_the_predictions_back(
     assert (logits.argmax(1).numpy() == stored.argmax(1)).mean() > 0.97
 
 
-def test_the_pictures_and_the_table_are_there(finished: tuple[Folder, Outcome], digits: TrainingData) -> None:
+def test_figures_and_table_are_artifacts(finished: tuple[FolderTracker, Outcome], digits: TrainingData) -> None:
     tracker, outcome = finished
-    pictures = sorted(file.stem for file in tracker.folder.glob("*.png"))
-    assert pictures == [
+    figures = sorted(file.stem for file in tracker.folder.glob("*.png"))
+    assert figures == [
         "confusion_matrix",
         "learning_curves",
         "most_confident_correct",
@@ -148,9 +161,9 @@ def test_the_pictures_and_the_table_are_there(finished: tuple[Folder, Outcome], 
         "reliability",
     ]
     for file in tracker.folder.glob("*.png"):
-        with Image.open(file) as picture:
-            assert picture.width >= 600
-            assert np.asarray(picture.convert("L")).std() > 5, "not blank"
+        with Image.open(file) as image:
+            assert image.width >= 600
+            assert np.asarray(image.convert("L")).std() > 5, "not blank"
     table = pd.read_csv(tracker.folder / "per_class.csv", dtype={"class": str})
     assert list(table["class"]) == list(digits.classes)
     assert table.support.sum() == len(digits.validation.labels)
@@ -167,21 +180,21 @@ def test_the_pictures_and_the_table_are_there(finished: tuple[Folder, Outcome], 
         (KeyboardInterrupt(), State.INTERRUPTED, "stopped by the user"),
     ],
 )
-def test_exceptions_become_states_here(
-    error: BaseException, state: State, reason: str, tmp_path: Path, small_recipe: Recipe, digits: TrainingData
+def test_exceptions_become_states(
+    error: BaseException, state: State, reason: str, tmp_path: Path, run_small: Train
 ) -> None:
     def fail(report: EpochReport) -> None:
         raise error
 
-    tracker = Folder(tmp_path)
-    outcome = experiment.run(small_recipe, digits, CPU, tracker, "one", on_epoch=fail)
+    tracker = FolderTracker(tmp_path)
+    outcome = run_small(tracker, on_epoch=fail)
     assert (outcome.state, outcome.reason) == (state, reason)
     assert tracker.ended == [(state, reason)]
     assert outcome.epochs == 1
     assert "val/accuracy" in outcome.metrics
 
 
-def test_a_capture_that_memory_ends_is_out_of_memory(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_capture_ended_by_memory_is_out_of_memory(run_small: Train) -> None:
     """torch.cuda.graph ends its capture all the same, and what that raises comes last."""
 
     def fail(report: EpochReport) -> None:
@@ -190,38 +203,36 @@ def test_a_capture_that_memory_ends_is_out_of_memory(small_recipe: Recipe, digit
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
 
-    outcome = experiment.run(small_recipe, digits, CPU, NullTracker(), "one", on_epoch=fail)
+    outcome = run_small(NullTracker(), on_epoch=fail)
     assert outcome.state is State.FAILED
     assert outcome.reason.startswith("out of memory: operation failed due to a previous error")
 
 
-def test_a_bug_is_not_a_state(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
+def test_bug_is_raised(tmp_path: Path, run_small: Train) -> None:
     def bug(report: EpochReport) -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        experiment.run(small_recipe, digits, CPU, NullTracker(), "one", on_epoch=bug)
+        run_small(NullTracker(), on_epoch=bug)
 
 
-def test_without_averaging_there_is_one_set_of_weights(
-    tmp_path: Path, small_recipe: Recipe, digits: TrainingData
-) -> None:
-    experiment.run(small_recipe.changed({"training.ema_decay": 0}), digits, CPU, Folder(tmp_path), "one")
+def test_without_averaging_there_is_one_set_of_weights(tmp_path: Path, run_small: Train, small_recipe: Recipe) -> None:
+    run_small(FolderTracker(tmp_path), recipe=small_recipe.changed({"training.ema_decay": 0}))
     assert (tmp_path / "weights.safetensors").exists()
     assert not (tmp_path / "weights_plain.safetensors").exists()
 
 
 @pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """States are saved at every epoch's end."""
+def save_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training's state is saved at the end of every epoch."""
     monkeypatch.setattr(experiment, "Resume", partial(Resume, every_s=0))
 
 
-@pytest.mark.usefixtures("always")
-def test_an_interrupted_run_goes_on_from_its_state_and_counts_what_came_before(
-    finished: tuple[Folder, Outcome], tmp_path: Path, small_recipe: Recipe, digits: TrainingData
+@pytest.mark.usefixtures("save_every_epoch")
+def test_interrupted_run_resumes_and_counts_former_epochs(
+    finished: tuple[FolderTracker, Outcome], tmp_path: Path, run_small: Train
 ) -> None:
-    folder, tracker = tmp_path / "state", Folder(tmp_path)
+    folder, tracker = tmp_path / "state", FolderTracker(tmp_path)
     steps: list[int] = []
 
     def on_step(epoch: int, step: int, total: int) -> None:
@@ -229,39 +240,39 @@ def test_an_interrupted_run_goes_on_from_its_state_and_counts_what_came_before(
         if len(steps) == total + 2:
             raise Interrupted
 
-    first = experiment.run(small_recipe, digits, CPU, tracker, "one", on_step=on_step, resume=folder)
+    first = run_small(tracker, on_step=on_step, resume_dir=folder)
     assert (first.state, first.epochs, first.notes) == (State.INTERRUPTED, 1, ())
     assert folder.is_dir()
-    begun: list[tuple[int, ...]] = []
+    starts: list[tuple[int, ...]] = []
 
     def stop(*at: int) -> None:
-        begun.append(at[:2])
+        starts.append(at[:2])
         raise Interrupted
 
-    again = experiment.run(small_recipe, digits, CPU, tracker, "one", on_step=stop, resume=folder)
-    assert begun == [(2, 1)], "the epoch under way"
+    again = run_small(tracker, on_step=stop, resume_dir=folder)
+    assert starts == [(2, 1)], "the epoch under way"
     assert (again.state, again.epochs) == (State.INTERRUPTED, 1)
     assert again.metrics == first.metrics
     assert again.seconds > first.metrics["time/epoch_s"]
-    last = experiment.run(small_recipe, digits, CPU, tracker, "one", resume=folder)
+    last = run_small(tracker, resume_dir=folder)
     assert (last.state, last.epochs) == (State.FINISHED, 2)
     assert last.notes == ("goes on after epoch 1 of 2",)
     assert last.seconds > first.metrics["time/epoch_s"] + last.metrics["time/epoch_s"]
     assert not folder.exists()
-    whole, outcome = finished
+    uninterrupted, outcome = finished
     assert last.metrics["val/loss"] == outcome.metrics["val/loss"]
     assert last.metrics["time/training_s"] > first.metrics["time/epoch_s"] + last.metrics["time/epoch_s"]
     for name in ("weights.safetensors", "weights_plain.safetensors"):
-        assert (tracker.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+        assert (tracker.folder / name).read_bytes() == (uninterrupted.folder / name).read_bytes()
 
 
-@pytest.mark.usefixtures("always")
+@pytest.mark.usefixtures("save_every_epoch")
 @pytest.mark.parametrize(
     ("error", "stays"),
     [(Prune("poor"), False), (MemoryError(), False), (Interrupted(), True), (RuntimeError("a bug"), True)],
 )
-def test_the_state_goes_with_the_run_unless_it_may_be_gone_on_with(
-    error: Exception, stays: bool, tmp_path: Path, small_recipe: Recipe, digits: TrainingData
+def test_kept_state_is_removed_unless_it_may_be_resumed(
+    error: Exception, stays: bool, tmp_path: Path, run_small: Train
 ) -> None:
     def fail(report: EpochReport) -> None:
         if report.epoch == 2:
@@ -270,5 +281,26 @@ def test_the_state_goes_with_the_run_unless_it_may_be_gone_on_with(
 
     folder = tmp_path / "state"
     with pytest.raises(RuntimeError) if isinstance(error, RuntimeError) else nullcontext():
-        experiment.run(small_recipe, digits, CPU, NullTracker(), "one", on_epoch=fail, resume=folder)
+        run_small(NullTracker(), on_epoch=fail, resume_dir=folder)
     assert folder.exists() == stays
+
+
+def test_lost_run_is_left_as_it_is(tmp_path: Path, run_small: Train) -> None:
+    """Another process has the trial since the first epoch: nothing more is logged, and the run is not ended."""
+    reports: list[int] = []
+
+    def check_ownership() -> None:
+        if reports:
+            raise OwnershipLost
+
+    tracker, key = MlflowTracker(tmp_path / "mlruns"), "a" * 32
+    with pytest.raises(OwnershipLost):
+        run_small(
+            tracker,
+            run_key=key,
+            on_epoch=lambda report: reports.append(report.epoch),
+            check_ownership=check_ownership,
+        )
+    records = (tmp_path / "mlruns" / FOLDER / key / RECORDS).read_text()
+    assert '"val/accuracy"' in records and '"end"' not in records
+    assert reports == [1]

@@ -24,7 +24,7 @@ from pipeline.errors import UserError, first_line
 from pipeline.registry import reproduce
 from pipeline.runtime import keep_freed_memory
 from pipeline.search import ray_pool
-from pipeline.search.supervisor import WORKER
+from pipeline.search.local_pool import WORKER
 from pipeline.tracking import lineage
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -95,7 +95,7 @@ def test_what_changes_the_computation_is_kept_with_the_run(
 def test_models_are_registered_where_the_runs_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For who uses the library, where no command has ignored the variable."""
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path}/other.db")
-    tracker = MlflowTracker(tmp_path / "mlruns", "http://127.0.0.1:9", asks=False)
+    tracker = MlflowTracker(tmp_path / "mlruns", "http://127.0.0.1:9", connect_now=False)
     assert tracker.client._registry_uri == tracker.uri
 
 

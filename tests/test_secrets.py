@@ -28,8 +28,8 @@ def pipeline(*words: str, cwd: Path, **environment: str) -> str:
     """All that the command says."""
     settings = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", **environment}
     command = [sys.executable, "-m", "pipeline", *words]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=settings)
-    return done.stdout + done.stderr
+    process = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=settings)
+    return process.stdout + process.stderr
 
 
 def holders(folder: Path) -> list[str]:
@@ -106,9 +106,9 @@ def test_a_wrong_address_is_told_without_its_password(
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    said = "".join(capfd.readouterr())
-    assert "can't be opened" in said and SECRET not in said
-    assert "Traceback" not in said
+    output = "".join(capfd.readouterr())
+    assert "can't be opened" in output and SECRET not in output
+    assert "Traceback" not in output
     assert holders(tmp_path) == []
 
 
@@ -130,12 +130,12 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_a_study_in_postgresql_leaves_its_password_nowhere(postgres: str, tmp_path: Path) -> None:
     storage = postgres.replace("{db}", "trials")
     tracking = postgres.replace("{db}", "runs").replace("postgresql://", "postgresql+psycopg://")
-    said = pipeline(*STUDY, "--storage", storage, "--tracking-uri", tracking, cwd=tmp_path)
-    assert "attention-v1-digits: best 1 of 1 trials" in said, said
-    said += pipeline("finals", "attention", "--seeds", "1", "--tracking-uri", tracking, cwd=tmp_path)
-    said += pipeline("compare", "attention", "--tracking-uri", tracking, cwd=tmp_path)
-    assert "page: " in said
-    assert SECRET not in said
+    output = pipeline(*STUDY, "--storage", storage, "--tracking-uri", tracking, cwd=tmp_path)
+    assert "attention-v1-digits: best 1 of 1 trials" in output, output
+    output += pipeline("finals", "attention", "--seeds", "1", "--tracking-uri", tracking, cwd=tmp_path)
+    output += pipeline("compare", "attention", "--tracking-uri", tracking, cwd=tmp_path)
+    assert "page: " in output
+    assert SECRET not in output
     assert holders(tmp_path) == []
     for name in ("runs", "trials"):
         assert SECRET not in _dump(postgres.replace("{db}", name))

@@ -56,7 +56,9 @@ from pipeline.search.forecast import Choice, decide, forecast
 from pipeline.search.speed import Stopwatch, measure, measure_overhead, trial_seconds
 from pipeline.search.storage import open_storage
 from pipeline.search.study import Search, available, load_study
-from pipeline.tracking.tracker import MlflowTracker, State, Tracker
+from pipeline.search.trial import StudyContext
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker, Tracker
 from pipeline.training.loop import train
 
 Row = dict[str, Any]
@@ -478,7 +480,10 @@ def _tracking(recipe: Recipe, data: TrainingData, bench: GpuBenchmark, tracker: 
 
 def _trials(search: Search, data: TrainingData, device: torch.device, tracker: MlflowTracker, home: Path) -> Row:
     began = time.perf_counter()
-    done = run_study.run_study(search, data, device, _Silent(), open_storage(home), tracker, home)
+    context = StudyContext(
+        search=search, data=data, device=device, storage=open_storage(home), tracker=tracker, observer=_Silent()
+    )
+    done = run_study.run_study(context)
     seconds = time.perf_counter() - began
     return {"seconds": round(seconds, 2), "trial_s": round(seconds / search.trials, 2), "best": done.best_value}
 

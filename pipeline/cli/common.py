@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pipeline.data.prepare import TrainingData
     from pipeline.recipe import Recipe
     from pipeline.search.study import Search
-    from pipeline.tracking.tracker import MlflowTracker, StudyRuns
+    from pipeline.tracking.queries import StudyRuns
+    from pipeline.tracking.tracker import MlflowTracker
 
 HOME = Path("mlruns")
 UI_PORT = 5000
@@ -104,14 +105,15 @@ def load_data_of_run(
     `what` is whose it is, for messages.
     """
     from pipeline.data.prepare import prepare
-    from pipeline.tracking.run_data import Seen, find_data
+    from pipeline.tracking import queries
+    from pipeline.tracking.run_data import RunData, find_data
     from pipeline.training.execution import check_execution
 
     for recipe in recipes:
         check_execution(recipe, device)
     about = recipes[0].data
     digest = tracker.client.get_run(run_id).data.tags["data_digest"]
-    seen = Seen(what, about.dataset, about.image_size, digest, tracker.places_of(run_id))
+    seen = RunData(what, about.dataset, about.image_size, digest, queries.data_places(tracker, run_id))
     data = prepare(find_data(seen, expand(data_dir), dataset).images, about, device)
     freeze_imports()
     return data
@@ -142,8 +144,8 @@ def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) 
     """Wait until MLflow has what this command measured; else say what it has not, and False."""
     if tracker.flush(timeout_s):
         return True
-    refused, folder = tracker.refused, HOME / "journal"
-    if waiting := set(tracker.waiting) - set(refused):
+    refused, folder = tracker.rejected, HOME / "journal"
+    if waiting := set(tracker.pending) - set(refused):
         say(console, f"MLflow doesn't answer: {runs(len(waiting))} wait in {folder}; make sync sends them")
     for key, why in refused.items():
         say(console, f"{folder / key}: MLflow refuses this run ({why}); {way_out_of_refusal(tracker, key)}")
@@ -165,12 +167,16 @@ def is_away(error: BaseException) -> bool:
 
 def say_what_is_missing(console: Console, tracker: "MlflowTracker", studies: "Sequence[StudyRuns]" = ()) -> None:
     """A line where MLflow lacks something that was measured, or something of these studies was deleted there."""
-    left = tracker.left()
-    if left.free:
-        say(console, f"something may be missing: {runs(len(left.free))} not all in MLflow yet; make sync sends them")
+    from pipeline.tracking import queries, recovery
+
+    left = recovery.other_journals(tracker)
+    if left.orphaned:
+        say(
+            console, f"something may be missing: {runs(len(left.orphaned))} not all in MLflow yet; make sync sends them"
+        )
     if left.busy:
         say(console, f"another command writes {runs(len(left.busy))} just now: what is shown is not the end of it")
-    for line in [line for study in studies for line in tracker.left_out(study)]:
+    for line in [line for study in studies for line in queries.omitted_lines(tracker, study)]:
         say(console, line)
 
 
@@ -201,4 +207,4 @@ def model_files(wanted: str | None, tracking_uri: str | None) -> Iterator[tuple[
     from pipeline.tracking.models import find_model
 
     with find_model(HOME, tracking_uri, wanted) as model:
-        yield model.folder, model.what
+        yield model.folder, model.label

@@ -64,7 +64,7 @@ def finals(
     for line in plan.notes:
         say(console, f"  {line}")
     say_small_split(console, len(data.validation.labels), control.recipe.data.validation_fraction)
-    tracker.keep_places(study.parent, newest_first(study.places, data.place))
+    tracker.set_data_places(study.parent, newest_first(study.places, data.place))
     try:
         with FinalsView(console, plan.num_trainings - plan.num_done) as view:
             decision = the_finals.run_finals(tracker, plan, data, where, view, HOME)

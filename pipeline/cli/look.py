@@ -20,7 +20,8 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pipeline.tracking.tracker import MlflowTracker, StudyRuns
+    from pipeline.tracking.queries import StudyRuns
+    from pipeline.tracking.tracker import MlflowTracker
 
 
 def ui(
@@ -30,13 +31,13 @@ def ui(
 ) -> None:
     """Open the MLflow UI on this machine, with links to each study's trials, charts and comparison. Ctrl-C ends it."""
     from pipeline.cli.views import print_links
+    from pipeline.tracking import queries
     from pipeline.tracking import server as mlflow_ui
-    from pipeline.tracking.queries import find_studies
     from pipeline.tracking.tracker import MlflowTracker
 
     _check_store(tracking_uri)
     tracker = MlflowTracker(HOME, tracking_uri)
-    studies = find_studies(tracker, name) if name else tracker.studies()
+    studies = queries.find_studies(tracker, name) if name else queries.studies(tracker)
     console = make_console()
     server = None if tracker.is_remote else mlflow_ui.start_server(tracker.uri, HOME, port)
     try:
@@ -55,10 +56,11 @@ def ui(
 
 
 def links_of(tracker: "MlflowTracker", study: "StudyRuns", port: int) -> dict[str, str]:
+    from pipeline.tracking import queries
     from pipeline.tracking.server import HOST, study_links, web_address
 
     base = web_address(tracker.uri) if tracker.is_remote else f"http://{HOST}:{port}"
-    return study_links(base, study.experiment, study.objective, study.view, tracker.best_run_ids(study, 10))
+    return study_links(base, study.experiment, study.objective, study.view, queries.best_run_ids(tracker, study, 10))
 
 
 def compare(

@@ -20,7 +20,7 @@ from pipeline.cli.common import is_away
 from pipeline.cli.exit_codes import INTERRUPTED, exit_code
 from pipeline.cli.finals import finals, reproduce
 from pipeline.cli.look import compare, ui
-from pipeline.cli.measure import bench, bench_gpu, curves, replay
+from pipeline.cli.measure import bench, bench_gpu
 from pipeline.cli.predict import ensemble, predict
 from pipeline.cli.promote import history, promote, rollback
 from pipeline.cli.ship import export, serve
@@ -39,7 +39,7 @@ app = typer.Typer(
 
 for _command in (
     *(study, plan, compare, ui, finals, promote, rollback, history, reproduce, sync, audit, relocate),
-    *(predict, ensemble, export, serve, bench, bench_gpu, curves, replay),
+    *(predict, ensemble, export, serve, bench, bench_gpu),
 ):
     app.command()(_command)
 

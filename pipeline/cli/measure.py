@@ -1,4 +1,4 @@
-"""`bench` and `bench-gpu`, and `curves` and `replay`, which judge ways of pruning."""
+"""`bench` and `bench-gpu`."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, expand, find_device, load_data, make_console, say, say_remarks, writable
-from pipeline.cli.options import ChangeOption, DataDirOption, DatasetOption, DeviceOption, resolve
+from pipeline.cli.common import HOME, expand, find_device, load_data, make_console, say, writable
+from pipeline.cli.options import DataDirOption, DatasetOption, DeviceOption, resolve
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -125,71 +125,3 @@ def _row_printer(console: "Console") -> "Callable[[str, Mapping[str, object]], N
         say(console, f"{part:<11} {', '.join(numbers).removeprefix('what ')}")
 
     return show
-
-
-def curves(
-    name: Annotated[str, typer.Argument(help="A module of studies/, e.g. baseline.")],
-    output: Annotated[Path, typer.Option(metavar="FILE", help="The table, a CSV; it is gone on with if it is there.")],
-    recipes: Annotated[int, typer.Option(metavar="N", min=2, help="In all; the first is the control.")] = 60,
-    epochs: Annotated[str | None, typer.Option(metavar="N", help="Of each recipe.")] = None,
-    dataset: DatasetOption = None,
-    data_dir: DataDirOption = Path("data"),
-    device: DeviceOption = "auto",
-    seed: Annotated[str | None, typer.Option(metavar="N", help="Seeds the draw and every training.")] = None,
-    change: ChangeOption = None,
-) -> None:
-    """Train random recipes of a study to the end and keep their learning curves, for `replay`. Ctrl-C loses one recipe."""
-    search = resolve(name, {"epochs": epochs, "seed": seed, "device": device}, dataset, change or [], [])
-
-    from pipeline.cli.views import CurvesView
-    from pipeline.search.curves import averaging, check_length, collect
-
-    check_length(search)
-    output = writable(output)
-    say_remarks(console := make_console(), search)
-    where = find_device(device)
-    data = load_data(search, data_dir, where)
-    search = averaging(search, data)
-    with CurvesView(console, recipes, search.base.training.epochs) as view:
-        for curve in collect(search, data, where, output, recipes, view.epoch):
-            view.recipe_ended(curve)
-
-
-def replay(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A table of learning curves, as `curves` writes.")],
-    orders: Annotated[int, typer.Option(metavar="N", min=1, help="Random orders of the recipes.")] = 500,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Draws the orders.")] = 0,
-    trials: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Of a study: so many of the recipes, drawn anew for each order."),
-    ] = None,
-    rise: Annotated[
-        float,
-        typer.Option(metavar="WIDTHS", min=0, help="Later trials tend to be better, by so many widths of the spread."),
-    ] = 0.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with a list `results`.")] = False,
-) -> None:
-    """Replay ways of pruning on learning curves: epochs used, regret, and how early scores rank the recipes."""
-    from pipeline.cli.views import print_replay
-    from pipeline.search.curves import load_curves, scores
-    from pipeline.search.replay import JUDGES, replay_all
-
-    known = load_curves(expand(file))
-    if trials and trials > len(known):
-        raise UserError(f"--trials {trials}: {file} has {len(known)} recipes; give at most so many")
-    console = make_console()
-    with make_console(stderr=True).status("replaying"):
-        judged = {judge: scores(known, judge) for judge in JUDGES}
-        found = replay_all(judged, orders, seed, trials=trials, rise=rise)
-    if as_json:
-        about = {"curves": str(file), "recipes": len(known), "epochs": len(known[0].plain), "orders": orders}
-        about |= {"trials": trials or len(known), "rise": rise}
-        sys.stdout.write(json.dumps(about | {"results": [line.as_json() for line in found]}) + "\n")
-        return
-    console.print(
-        f"{trials or len(known)} of {len(known)} recipes of {len(known[0].plain)} epochs, {orders} random orders; "
-        "intervals: 95 %, recipes drawn with replacement and their orders. Regret: the best recipe's last score less that "
-        "of the best that was not pruned, each by the weights that judge.",
-        markup=False,
-    )
-    print_replay(console, found)

@@ -14,6 +14,7 @@ from rich.text import Text
 from pipeline.cli.common import HOME, expand, make_console, say, say_what_is_missing
 from pipeline.cli.options import DataDirOption, SeenDatasetOption, TrackingOption
 from pipeline.errors import PromotionRefused, UserError, escape_control
+from pipeline.tracking import queries
 
 if TYPE_CHECKING:
     from pipeline.registry.gate import Verdict
@@ -90,14 +91,13 @@ def promote(
 def _chosen(tracker: "MlflowTracker", name: str, said: Callable[[str], None]) -> tuple[str, str]:
     """The run that a study stands for, and why that one."""
     from pipeline.registry.decision import find_winner
-    from pipeline.tracking.queries import find_study
 
-    study, several = find_study(tracker, name)
-    for line in tracker.left_out(study):
+    study, several = queries.find_study(tracker, name)
+    for line in queries.omitted_lines(tracker, study):
         said(line)
     if found := find_winner(tracker, study):
         run, why = found.run_id, f"{study.name}: {found.summary}"
-    elif best := tracker.best_run_ids(study, 1):
+    elif best := queries.best_run_ids(tracker, study, 1):
         run = best[0]
         why = f"{study.name}: its best trial, run {run}; one seed can't tell the best from the lucky, make finals can"
     else:

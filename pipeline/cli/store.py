@@ -28,24 +28,25 @@ def sync(
         say(console, f"nothing waits in {folder}")
         return
 
+    from pipeline.tracking import recovery
     from pipeline.tracking.tracker import MlflowTracker
 
     tracker = MlflowTracker(HOME, tracking_uri)
-    left = tracker.left()
-    taken = tracker.adopt_journals()
+    left = recovery.other_journals(tracker)
+    taken = recovery.adopt_journals(tracker)
     with make_console(stderr=True).status("") as status:
-        while not tracker.flush(1) and set(tracker.waiting) - set(tracker.refused) and tracker.failing_s < _GIVE_UP_S:
-            status.update(f"{len(tracker.waiting)} of {taken} runs to go")
-    dropped = tracker.drop_deleted() if drop_deleted else []
-    refused, waiting = tracker.refused, set(tracker.waiting) - set(tracker.refused)
-    say(console, f"sent {runs(taken - len(set(tracker.waiting)) - len(dropped))}")
+        while not tracker.flush(1) and set(tracker.pending) - set(tracker.rejected) and tracker.outage_s < _GIVE_UP_S:
+            status.update(f"{len(tracker.pending)} of {taken} runs to go")
+    dropped = recovery.drop_deleted(tracker) if drop_deleted else []
+    refused, waiting = tracker.rejected, set(tracker.pending) - set(tracker.rejected)
+    say(console, f"sent {runs(taken - len(set(tracker.pending)) - len(dropped))}")
     if dropped:
         say(console, f"thrown away, as they were deleted in MLflow: {runs(len(dropped))}")
     if left.busy:
         say(console, f"{runs(len(left.busy))}: a running command writes and sends them itself")
-    for address in sorted(set(left.elsewhere.values())):
+    for address in sorted(set(left.other_tracker.values())):
         way = "without TRACKING_URI" if address == "mlflow.db" else f"with TRACKING_URI={address}"
-        count = list(left.elsewhere.values()).count(address)
+        count = list(left.other_tracker.values()).count(address)
         say(console, f"{runs(count)} for another tracker: make sync {way} sends them")
     lines = [
         f"{folder / key}: MLflow refuses it ({why}); {way_out_of_refusal(tracker, key)}" for key, why in refused.items()
@@ -71,27 +72,25 @@ def audit(
         raise UserError(f"no runs yet in {HOME}; make study NAME=attention DATASET=digits makes some")
 
     from pipeline.audit import audit as look
-    from pipeline.audit import check_databases, mend
+    from pipeline.audit import check_databases, repair
     from pipeline.search.storage import open_storage
     from pipeline.tracking.tracker import MlflowTracker
 
     console = make_console()
     if broken := check_databases(HOME):
-        for line in broken:
+        for line in (line for problem in broken for line in problem.lines):
             say(console, line)
         raise typer.Exit(1)
     tracker = MlflowTracker(HOME, tracking_uri)
     store = open_storage(HOME, storage) if storage or (HOME / "optuna.db").exists() else None
     with make_console(stderr=True).status("looking at every trial, run and file"):
-        for line in mend(HOME, store, tracker) if fix else ():
-            say(console, f"mended: {line}")
+        for line in repair(HOME, store, tracker) if fix else ():
+            say(console, f"repaired: {line}")
         seen = look(HOME, store, tracker)
-    for line in seen.findings:
+    for line in (line for problem in [*seen.findings, *seen.omitted] for line in problem.lines):
         say(console, line)
-    for line in seen.left_out:
-        say(console, line)
-    for line in dict.fromkeys(seen.unchecked):
-        say(console, f"not looked at: {line}")
+    for line in (line for problem in dict.fromkeys(seen.unchecked) for line in problem.lines):
+        say(console, f"not checked: {line}")
     found = f"{len(seen.findings)} found" if seen.findings else "nothing found"
     say(console, f"{seen.studies} studies, {seen.trials} trials, {seen.runs} runs: {found}")
     if seen.findings:

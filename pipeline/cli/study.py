@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import optuna
 
     from pipeline.search.study import Search
-    from pipeline.search.supervisor import WorkerPool
+    from pipeline.search.worker_pool import WorkerPool
     from pipeline.tracking.tracker import MlflowTracker
 
 
@@ -92,7 +92,7 @@ def study(
     from pipeline.search.forecast import decide
     from pipeline.search.run_study import run_study
     from pipeline.search.storage import find_study, num_finished, open_storage, resolved
-    from pipeline.search.trial import StudyInterrupted
+    from pipeline.search.trial import StudyContext, StudyInterrupted
     from pipeline.tracking.tracker import MlflowTracker
 
     say_remarks(console := make_console(), search)
@@ -112,7 +112,7 @@ def study(
         console.print(
             f"{search.key(data)} on {'a cluster' if cluster else where}: {len(data.train.labels):,} training and "
             f"{len(data.validation.labels):,} validation images of {len(data.classes)} classes; "
-            f"up to {search.trials} trials of {search.most_epochs} epochs",
+            f"up to {search.trials} trials of {search.max_epochs} epochs",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -120,9 +120,10 @@ def study(
         say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
         try:
             with StudyView(console, search) as view:
-                done = run_study(
-                    search, data, where, view, store, tracker, HOME, plans=not cluster, crew=crew, choice=choice
+                context = StudyContext(
+                    search=search, data=data, device=where, storage=store, tracker=tracker, observer=view
                 )
+                done = run_study(context, crew, choice, with_forecast=not cluster)
         except StudyInterrupted:
             settle(console, tracker, timeout_s=5)
             console.print(
@@ -144,15 +145,15 @@ def study(
 @contextlib.contextmanager
 def _crew(console: Console, options: StudyOptions, workers: int, data_dir: Path) -> "Iterator[WorkerPool | None]":
     """Whose processes train: None for this one alone, in which nobody could end a trial that hangs."""
-    from pipeline.search.supervisor import LocalPool
+    from pipeline.search.local_pool import LocalPool
     from pipeline.search.worker import Limits
 
-    limits = Limits(hang_s=options.hang) if options.hang else Limits()
+    limits = Limits(stall_timeout_s=options.hang) if options.hang else Limits()
     if options.cluster:
         from pipeline.search.ray_pool import connect
 
         with connect(options.cluster, options.device, data_dir, options.workers, limits) as joined:
-            say(console, f"{joined.where}; room for {joined.room()} workers on {joined.device}")
+            say(console, f"{joined.name}; capacity for {joined.capacity()} workers on {joined.device}")
             yield joined
     elif workers == 1 and not options.hang:
         yield None
@@ -164,13 +165,15 @@ def _finish(console: Console, search: "Search", done: "optuna.Study", tracker: "
     """The table of the best trials, and what to do next."""
     from pipeline.cli.views import print_best_trials, print_forecast, print_links
     from pipeline.search.study import best_trials
+    from pipeline.search.study_attributes import StudyAttributes
 
     if not best_trials(done):
         settle(console, tracker)
         console.print("no trial was completed: the lines above say why; make ui shows what there is", highlight=False)
         raise typer.Exit(1)
-    if done.user_attrs.get("actual"):
-        print_forecast(console, done.user_attrs["forecast"], done.user_attrs["actual"])
+    attributes = StudyAttributes.of(done)
+    if attributes.forecast and attributes.actual:
+        print_forecast(console, attributes.forecast, attributes.actual)
     is_settled = settle(console, tracker)
     print_best_trials(console, done, search, _deleted(console, tracker, done))
     links = _links(console, tracker, done.study_name) if is_settled else {}
@@ -190,12 +193,14 @@ def _deleted(console: Console, tracker: "MlflowTracker", done: "optuna.Study") -
 
     The sampler goes on with what they measured, and they count: that was true, and to search there again would be a waste.
     """
+    from pipeline.tracking import queries
+
     try:
-        for study in tracker.studies():
+        for study in queries.studies(tracker):
             if study.parent == done.user_attrs["mlflow_run_id"]:
-                for line in tracker.left_out(study):
+                for line in queries.omitted_lines(tracker, study):
                     say(console, line)
-        return tracker.deleted_keys(done.user_attrs["mlflow_run_id"])
+        return queries.deleted_keys(tracker, done.user_attrs["mlflow_run_id"])
     except Exception as error:
         if not is_away(error):
             raise
@@ -204,8 +209,10 @@ def _deleted(console: Console, tracker: "MlflowTracker", done: "optuna.Study") -
 
 def _links(console: Console, tracker: "MlflowTracker", name: str) -> dict[str, str]:
     """To a study in the UI; no links where MLflow's server went away at the last moment, as the study is done."""
+    from pipeline.tracking import queries
+
     try:
-        found = (links_of(tracker, study, UI_PORT) for study in tracker.studies() if study.name == name)
+        found = (links_of(tracker, study, UI_PORT) for study in queries.studies(tracker) if study.name == name)
         return next(found, {})  # the study's own run may have been deleted meanwhile
     except Exception as error:
         if not is_away(error):

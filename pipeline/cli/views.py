@@ -1,6 +1,5 @@
 """What a person sees of a study: live progress on a terminal, plain lines elsewhere, and the tables at its end."""
 
-import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +16,9 @@ from rich.text import Text
 
 from pipeline.experiment import Outcome
 from pipeline.recipe import KIND, Recipe
-from pipeline.search.curves import Curve
-from pipeline.search.replay import Estimate, Replayed
 from pipeline.search.storage import num_finished
 from pipeline.search.study import Search, best_trials
-from pipeline.search.trial import Progress
+from pipeline.search.trial_attributes import Progress, TrialAttributes
 from pipeline.training.loop import EpochReport
 
 if TYPE_CHECKING:
@@ -164,16 +161,17 @@ def print_best_trials(
     for heading in ("trial", search.study.objective, "macro-F1", "weakest class (F1)", "epochs", "time"):
         table.add_column(heading, justify="left" if heading.startswith("weak") else "right")
     for trial in best:
-        metrics = trial.user_attrs["metrics"]
+        attributes = TrialAttributes.of(trial)
+        metrics = attributes.metrics
         f1 = {name.removeprefix("val/f1/"): value for name, value in metrics.items() if name.startswith("val/f1/")}
         weakest = min(f1, key=lambda name: f1[name])
         table.add_row(
-            f"{trial.number}{' (control)' if trial.user_attrs.get('control') else ''}",
+            f"{trial.number}{' (control)' if attributes.control else ''}",
             f"{trial.value:.4f}",
             f"{metrics['val/f1_macro']:.4f}",
             Text(f"{weakest} ({f1[weakest]:.3f})"),
-            str(trial.user_attrs["epochs"]),
-            duration(trial.user_attrs["seconds"]),
+            str(attributes.epochs),
+            duration(attributes.seconds),
         )
     console.print(table)
     for trial in best[:3]:
@@ -286,42 +284,6 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
             )
 
 
-class CurvesView:
-    """Shows the collecting of learning curves: a line per recipe, and the epoch under way."""
-
-    def __init__(self, console: Console, recipes: int, epochs: int):
-        self._console, self._recipes, self._epochs = console, recipes, epochs
-        self._status = console.status("preparing")
-        self._started = self._ended = time.monotonic()
-        self._done_now = 0
-
-    def __enter__(self) -> Self:
-        self._status.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._status.stop()
-
-    def epoch(self, recipe: int, report: EpochReport) -> None:
-        """An epoch was measured."""
-        rate = report.metrics["throughput/images_per_s"]
-        self._status.update(f"recipe {recipe}: epoch {report.epoch}/{self._epochs}, {rate:.0f} images/s")
-
-    def recipe_ended(self, curve: Curve) -> None:
-        """A recipe was written."""
-        now = time.monotonic()
-        self._done_now += 1
-        left = (now - self._started) / self._done_now * (self._recipes - curve.recipe - 1)
-        scores = f"plain {curve.plain[-1]:.4f}, averaged {curve.averaged[-1]:.4f}"
-        if math.isnan(curve.averaged[-1]):
-            scores = f"diverged in epoch {1 + sum(not math.isnan(score) for score in curve.averaged)}"
-        self._console.print(
-            f"recipe {curve.recipe} ({curve.recipe + 1} of {self._recipes}): {scores}, "
-            f"{duration(now - self._ended)}; about {duration(left)} left"
-        )
-        self._ended = now
-
-
 class FinalsView:
     """Shows trainings that are made again: a line for each, and the epoch under way; an Observer of finals."""
 
@@ -408,25 +370,3 @@ def print_finals(console: Console, decision: "FinalsDecision") -> None:
 def _gap(gap: "Sample") -> str:
     half = f" ±{100 * (gap.high - gap.mean):.2f}" if gap.high is not None else ""
     return f"{100 * gap.mean:+.2f}{half}"
-
-
-def print_replay(console: Console, found: Sequence[Replayed]) -> None:
-    """A table for each number of workers, with 95 % intervals; regret in points of the score."""
-    for workers in sorted({line.workers for line in found}):
-        table = Table(title=f"{workers} {'worker' if workers == 1 else 'workers'}", title_justify="left")
-        for heading in ("judged by", "strategy", "first at epoch", "rank correlation", "epochs used", "regret, points"):
-            table.add_column(heading, justify="left" if heading in ("judged by", "strategy") else "right")
-        for line in found:
-            if line.workers == workers:
-                cells = (
-                    _interval(line.rank_correlation, 1, ".2f"),
-                    _interval(line.epochs_used, 100, ".0f", " %"),
-                    _interval(line.regret, 100, ".2f"),
-                )
-                table.add_row(line.judged_by, line.strategy, str(line.first_decision), *cells)
-        console.print(table)
-
-
-def _interval(estimate: Estimate, scale: float, form: str, unit: str = "") -> str:
-    value, low, high = (format(number * scale, form) for number in (estimate.value, estimate.low, estimate.high))
-    return f"{value}{unit} ({low} to {high})"

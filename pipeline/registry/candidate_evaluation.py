@@ -20,11 +20,13 @@ from pipeline.registry import export, test_split
 from pipeline.registry.gate import Evidence, GateRecord, ModelEvidence, Rules, Verdict, decide
 from pipeline.registry.ledger import DELETED, PASSED, PROMOTED, REFUSED, TEST_EVALUATION, Champion, Event, Ledger
 from pipeline.registry.package import MODEL
-from pipeline.tracking.kept import controls
+from pipeline.tracking import queries
+from pipeline.tracking.intact import control_runs
 from pipeline.tracking.models import find_model
-from pipeline.tracking.run_data import Found
+from pipeline.tracking.queries import StudyRuns
+from pipeline.tracking.run_data import LocatedData
 from pipeline.tracking.tags import RunTags, State
-from pipeline.tracking.tracker import MlflowTracker, StudyRuns
+from pipeline.tracking.tracker import MlflowTracker
 
 TEST_EVALUATIONS = "test_evaluations"  # the folder of the predictions, beside the ledger
 CHAMPION, CONTROL, CONSTANT = "champion", "control", "constant answer"  # the opponents
@@ -153,7 +155,7 @@ class CandidateEvaluation:
         self,
         challenger: EvaluatedModel,
         opponent: EvaluatedModel | None,
-        data: Found,
+        data: LocatedData,
         split: str,
         forced: str,
         chosen: str,
@@ -217,7 +219,7 @@ class CandidateEvaluation:
 
     # ---------------------------------------------------------------------------------------------- what is evaluated
 
-    def _export(self, model: EvaluatedModel, data: Found | None = None) -> None:
+    def _export(self, model: EvaluatedModel, data: LocatedData | None = None) -> None:
         """Write the model as it would be served, if it isn't there, and compare it with torch, on its data where given."""
         path = model.folder / MODEL
         if path.exists():
@@ -247,7 +249,7 @@ class CandidateEvaluation:
             )
         return path
 
-    def _evaluate(self, model: EvaluatedModel, data: Found, split: str, reason: str) -> TestEvaluation:
+    def _evaluate(self, model: EvaluatedModel, data: LocatedData, split: str, reason: str) -> TestEvaluation:
         """On the test split: the stored predictions, else new ones. The ledger has the test evaluation first."""
         path = self._path(model.run, split)
         stored = self._is_stored(model.run, split)
@@ -292,20 +294,20 @@ def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
         return None
     finished = _finished(tracker, study)
     trials = [other for other in finished if RunTags.of(other).role == "trial"]
-    deleted = [other for other in tracker.deleted_children(study) if _is_finished_trial(other)]
-    control_runs = controls(trials)
-    ids = {control.info.run_id for control in control_runs or controls(deleted)}
+    deleted = [other for other in queries.deleted_children(tracker, study.parent) if _is_finished_trial(other)]
+    controls = control_runs(trials)
+    ids = {control.info.run_id for control in controls or control_runs(deleted)}
     if ids & {run_id, tags.trial_run}:
         return None
-    if tags.role != "final" and control_runs:
-        return control_runs[0].info.run_id
+    if tags.role != "final" and controls:
+        return controls[0].info.run_id
     finals = [other for other in finished if RunTags.of(other).trial_run in ids]
     # All of some finals have the epochs that `finals --epochs` says, which need not be the trials'.
-    for length in (_epochs(run), *(_epochs(control) for control in control_runs[:1])):
+    for length in (_epochs(run), *(_epochs(control) for control in controls[:1])):
         if alike := [other for other in finals if _epochs(other) == length]:
             return max(alike, key=lambda other: other.data.metrics[study.objective]).info.run_id
-    if control_runs:
-        return control_runs[0].info.run_id
+    if controls:
+        return controls[0].info.run_id
     raise UserError(
         study.name,
         "has no finished control to compare with, and there is no champion",
@@ -330,7 +332,7 @@ def _seed_accuracies(tracker: MlflowTracker, run_id: str) -> list[float]:
 
 def _study_of(tracker: MlflowTracker, run: Run) -> StudyRuns | None:
     name, experiment = RunTags.of(run).study, run.info.experiment_id
-    return next((s for s in tracker.studies() if (s.name, s.experiment) == (name, experiment)), None)
+    return next((s for s in queries.studies(tracker) if (s.name, s.experiment) == (name, experiment)), None)
 
 
 def _without_seed(params: Mapping[str, str]) -> dict[str, str]:
@@ -343,7 +345,7 @@ def _epochs(run: Run) -> str | None:
 
 def _finished(tracker: MlflowTracker, study: StudyRuns) -> list[Run]:
     """The oldest first."""
-    return [run for run in tracker.children(study) if RunTags.of(run).state is State.FINISHED]
+    return [run for run in queries.children(tracker, study) if RunTags.of(run).state is State.FINISHED]
 
 
 def _is_finished_trial(run: Run) -> bool:

@@ -12,8 +12,10 @@ from pipeline.errors import UserError
 from pipeline.evaluation.significance import Sample, sample
 from pipeline.models.build import prediction_flop
 from pipeline.registry.racing import RULES, Candidate, Racing, choose
+from pipeline.tracking import queries
+from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tags import RunTags, State
-from pipeline.tracking.tracker import MlflowTracker, StudyRuns
+from pipeline.tracking.tracker import MlflowTracker
 
 FILE = "finals.json"  # an artifact of the study's own run
 
@@ -93,7 +95,7 @@ class FinalsDecision(_Stored):
     @classmethod
     def load(cls, tracker: MlflowTracker, study: StudyRuns) -> Self | None:
         """A study's decision; None where there is none. UserError where its runs are no longer those that it rests on."""
-        content = tracker.read_file(study.parent, FILE)
+        content = queries.read_file(tracker, study.parent, FILE)
         if content is None:
             return None
         subject, remedy = f"finals of {study.name}", f"`finals {study.name}` decides anew"
@@ -121,7 +123,9 @@ class FinalsDecision(_Stored):
 def finals_that_ended(tracker: MlflowTracker, study: StudyRuns) -> frozenset[str]:
     """The ids of the runs that a decision can rest on."""
     ended = (State.FINISHED, State.FAILED)
-    return frozenset(run.info.run_id for run in tracker.children(study, "final") if RunTags.of(run).state in ended)
+    return frozenset(
+        run.info.run_id for run in queries.children(tracker, study, "final") if RunTags.of(run).state in ended
+    )
 
 
 def find_winner(tracker: MlflowTracker, study: StudyRuns) -> Winner | None:
@@ -135,7 +139,7 @@ def find_winner(tracker: MlflowTracker, study: StudyRuns) -> Winner | None:
         return None
     summary = decision.winner.summary
     candidates = {candidate.trial_run for candidate in decision.candidates}
-    for run_id in set(tracker.best_run_ids(study, 1)) - candidates:
+    for run_id in set(queries.best_run_ids(tracker, study, 1)) - candidates:
         trial = RunTags.of(tracker.client.get_run(run_id)).trial
         summary += f"; trial {trial} was not in these finals and has the study's best score now: "
         summary += f"`finals {study.name}` takes it in"

@@ -29,7 +29,8 @@ from pipeline.evaluation.logits import predict_logits
 from pipeline.evaluation.scores import score
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.inference.methods import combine
-from pipeline.tracking.run_data import Found, Seen, find_data
+from pipeline.tracking import queries
+from pipeline.tracking.run_data import LocatedData, RunData, find_data
 from pipeline.tracking.tracker import MlflowTracker
 
 if TYPE_CHECKING:
@@ -123,11 +124,11 @@ def difference_line(worst: float, images: str) -> str:
 
 def find_data_of(
     metadata: ModelMetadata, tracker: MlflowTracker | None, data_dir: Path, dataset: str | None, download: bool
-) -> Found:
+) -> LocatedData:
     """The data set that a model was trained on, wherever it lies now; see `run_data.find_data`."""
     subject = f"the model of run {metadata.run_id}" if metadata.run_id else "the model"
-    places = tracker.places_of(metadata.run_id) if tracker and metadata.run_id else []
-    seen = Seen(subject, metadata.recipe.data.dataset, metadata.recipe.data.image_size, metadata.data_digest, places)
+    places = queries.data_places(tracker, metadata.run_id) if tracker and metadata.run_id else []
+    seen = RunData(subject, metadata.recipe.data.dataset, metadata.recipe.data.image_size, metadata.data_digest, places)
     return find_data(seen, data_dir, dataset, download)
 
 

@@ -16,14 +16,16 @@ from mlflow.entities import Run as StoredRun
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError
-from pipeline.experiment import Interrupted, Outcome
+from pipeline.experiment import ExperimentRequest, Interrupted, Outcome
 from pipeline.processes import StopOnSignal, study_lock, this_process
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.decision import FinalsDecision, decide
 from pipeline.registry.racing import Candidate, Final, Racing
-from pipeline.tracking.kept import controls, whole
+from pipeline.tracking import queries, recovery
+from pipeline.tracking.intact import control_runs, intact
+from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tags import RunTags, State
-from pipeline.tracking.tracker import MlflowTracker, StudyRuns
+from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.execution import executable_on
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import CHECKPOINTS
@@ -94,7 +96,7 @@ def plan_finals(
     same ones. What is captured as a graph is called step by step where the `device` has no graphs. UserError where no
     trial finished, the control is missing, or the trials saw different data.
     """
-    trials = tracker.children(study, "trial")
+    trials = queries.children(tracker, study, "trial")
     tags = {run.info.run_id: RunTags.of(run) for run in trials}
     finished = [run for run in trials if tags[run.info.run_id].state is State.FINISHED]
     finished.sort(key=lambda run: (-run.data.metrics[study.objective], tags[run.info.run_id].trial))
@@ -154,10 +156,10 @@ def _control(tracker: MlflowTracker, study: StudyRuns, trials: Sequence[StoredRu
 
     One that was deleted in MLflow has its recipe still, which is all that is needed: its score is left out.
     """
-    if runs := controls(trials):
+    if runs := control_runs(trials):
         return max(runs, key=lambda run: RunTags.of(run).state is State.FINISHED)
-    deleted = [run for run in tracker.deleted_children(study) if RunTags.of(run).role == "trial"]
-    if runs := controls(list(whole(deleted))):
+    deleted = [run for run in queries.deleted_children(tracker, study.parent) if RunTags.of(run).role == "trial"]
+    if runs := control_runs(list(intact(deleted))):
         return runs[0]
     raise UserError(
         f"study {study.name}",
@@ -170,7 +172,7 @@ def recipe_of(tracker: MlflowTracker, run: StoredRun) -> Recipe:
     """A run's recipe.json; UserError where there is none, or this code can't read it or reads something else in it."""
     subject, tags = f"run {run.info.run_id}", RunTags.of(run)
     remedy = f"check out commit {tags.commit}, which wrote it"
-    content = tracker.read_file(run.info.run_id, "recipe.json")
+    content = queries.read_file(tracker, run.info.run_id, "recipe.json")
     if content is None:
         raise UserError(subject, f"its recipe.json is not at {run.info.artifact_uri}")
     try:
@@ -187,7 +189,7 @@ def _finals_done(
 ) -> dict[str, Final]:
     """The finals on this data that need no other training, by their recipe's digest; that holds seed and epochs too."""
     done: dict[str, Final] = {}
-    for run in tracker.children(study, "final"):
+    for run in queries.children(tracker, study, "final"):
         tags = RunTags.of(run)
         diverged = tags.state is State.FAILED and (tags.reason or "").startswith("diverged")
         if (tags.data_digest, tags.split_digest) != (data_digest, split_digest):
@@ -244,10 +246,12 @@ def run_finals(
     """
     check_data(plan, tracker, data)
     with StopOnSignal() as stop, study_lock(plan.study.name, home):
-        tracker.close_gone(plan.study.experiment)
+        recovery.close_abandoned_runs(tracker, plan.study.experiment)
         racing = Racing(plan.candidates, len(plan.seeds), least_sd=1 / len(data.validation.labels))
         done = _finals_done(tracker, plan.study, data.digest, data.split_digest)
-        trainer = _Trainer(tracker, plan.study, data, device, observer, stop, tracker.deleted_keys(plan.study.parent))
+        trainer = _Trainer(
+            tracker, plan.study, data, device, observer, stop, queries.deleted_keys(tracker, plan.study.parent)
+        )
         for seed in plan.seeds:
             for candidate in racing.running():
                 final = _find_final(done, candidate.with_seed(seed)) or trainer.train(candidate, seed)
@@ -287,19 +291,19 @@ class _Trainer:
             seed=seed,
             worker=this_process(),
         )
-        outcome = experiment.run(
-            recipe,
-            self.data,
-            self.device,
-            self.tracker,
+        request = ExperimentRequest(
+            recipe=recipe,
+            data=self.data,
+            device=self.device,
             name=f"final of {name}",
-            parent=self.study.parent,
-            tags=tags.to_mlflow(),
+            parent_run=self.study.parent,
+            tags=tags,
+            run_key=key,
+            resume_dir=self.tracker.home / CHECKPOINTS / key,
             on_epoch=self._on_epoch,
             on_step=self._check_stop,
-            resume=self.tracker.home / CHECKPOINTS / key,
-            key=key,
         )
+        outcome = experiment.run(request, self.tracker)
         self.observer.ended(name, outcome)
         if outcome.state is State.INTERRUPTED:
             raise Interrupted

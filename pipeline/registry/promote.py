@@ -28,6 +28,7 @@ from pipeline.registry.card import description
 from pipeline.registry.gate import Rules
 from pipeline.registry.ledger import PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Event, Ledger
 from pipeline.registry.package import CARD, package
+from pipeline.tracking import queries
 from pipeline.tracking.models import DIGEST_TAG
 from pipeline.tracking.models import digests as digests_of
 from pipeline.tracking.store import is_active
@@ -307,7 +308,7 @@ def _check_candidate(tracker: MlflowTracker, run_id: str) -> None:
     except MlflowException:
         return  # find_model says so
     if not is_active(run):
-        way_back = tracker.way_back(run.info.experiment_id)
+        way_back = queries.how_to_restore(tracker, run)
         raise UserError(f"run {run_id}", "was deleted in MLflow", f"{way_back}, or take another")
     if first := RunTags.of(run).reproduces:
         remedy = f"`promote --run {first}` evaluates the run"

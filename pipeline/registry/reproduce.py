@@ -19,10 +19,11 @@ from safetensors.torch import load
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import NotReproduced, UserError
-from pipeline.experiment import Interrupted, Outcome, Prune
+from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
 from pipeline.processes import StopOnSignal, this_process
 from pipeline.recipe import Recipe
 from pipeline.registry.finals import check_same_data, execution_line, recipe_of
+from pipeline.tracking import queries, recovery
 from pipeline.tracking.lineage import code, environment, same_code
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
@@ -119,7 +120,7 @@ def differences(tracker: MlflowTracker, original: OriginalRun, device: torch.dev
 
 def _code_differences(tracker: MlflowTracker, original: OriginalRun) -> Iterator[Difference]:
     run_id, current = original.run.info.run_id, code()
-    commit, patch = original.tags.commit or "none", tracker.read_file(run_id, "diff.patch") or b""
+    commit, patch = original.tags.commit or "none", queries.read_file(tracker, run_id, "diff.patch") or b""
     if commit != current.commit:
         same = bool(re.fullmatch(r"[0-9a-f]+", commit)) and same_code(commit, patch)
         unchanged = ", the folder pipeline is the same" if same else ""
@@ -133,7 +134,7 @@ def _code_differences(tracker: MlflowTracker, original: OriginalRun) -> Iterator
 def _environment_differences(
     tracker: MlflowTracker, original: OriginalRun, device: torch.device
 ) -> Iterator[Difference]:
-    old = _parse_environment((tracker.read_file(original.run.info.run_id, "environment.txt") or b"").decode())
+    old = _parse_environment((queries.read_file(tracker, original.run.info.run_id, "environment.txt") or b"").decode())
     new = _parse_environment(environment())
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
@@ -165,7 +166,7 @@ def reproduce(
     Raises Interrupted where the user asks to stop, DataError where the data is not what it was.
     """
     check_same_data(original.name, original.tags, data)
-    tracker.close_gone(original.run.info.experiment_id)
+    recovery.close_abandoned_runs(tracker, original.run.info.experiment_id)
 
     def check_stop(*progress: object) -> None:
         if stop.requested:
@@ -184,17 +185,17 @@ def reproduce(
         worker=this_process(),
     )
     with StopOnSignal() as stop, use_threads(original.threads if device.type == "cpu" else None):
-        outcome = experiment.run(
-            original.recipe_on(device),
-            data,
-            device,
-            tracker,
+        request = ExperimentRequest(
+            recipe=original.recipe_on(device),
+            data=data,
+            device=device,
             name=f"reproduction of {original.run.info.run_name}",
-            parent=original.tags.parent_run,
-            tags=tags.to_mlflow(),
+            parent_run=original.tags.parent_run,
+            tags=tags,
             on_epoch=after_epoch,
             on_step=check_stop,
         )
+        outcome = experiment.run(request, tracker)
     if outcome.state is State.INTERRUPTED:
         raise Interrupted
     return outcome
@@ -302,7 +303,7 @@ def _metrics(tracker: MlflowTracker, run_id: str) -> dict[tuple[int, str], float
 def _weights(tracker: MlflowTracker, old: str, new: str) -> tuple[str, bool]:
     lines, equal = [], True
     for name in (WEIGHTS, PLAIN_WEIGHTS):
-        then, now = (tracker.read_file(run_id, name) for run_id in (old, new))
+        then, now = (queries.read_file(tracker, run_id, name) for run_id in (old, new))
         if name == WEIGHTS and then is None:
             raise UserError(f"run {old}", f"its {WEIGHTS} is gone; there is nothing to compare")
         if then is None and now is None:
@@ -326,7 +327,7 @@ def _largest_gap(then: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tenso
 def _predictions(tracker: MlflowTracker, old: str, new: str) -> tuple[str, bool]:
     tables = []
     for run_id in (old, new):
-        content = tracker.read_file(run_id, "predictions.parquet")
+        content = queries.read_file(tracker, run_id, "predictions.parquet")
         if content is None:
             raise UserError(f"run {run_id}", "its predictions.parquet is gone; there is nothing to compare")
         with tempfile.TemporaryDirectory() as folder:

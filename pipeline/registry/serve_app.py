@@ -5,9 +5,9 @@ import os
 from mlflow.pyfunc import load_model
 from mlflow.pyfunc.scoring_server import init
 
-from pipeline.tracking.access import Door
+from pipeline.tracking.access import AccessControl
 
 
-def app() -> Door:
+def app() -> AccessControl:
     """What `mlflow models serve` runs, for the package whose folder the environment names."""
-    return Door(init(load_model(os.environ["PIPELINE_MODEL"])))
+    return AccessControl(init(load_model(os.environ["PIPELINE_MODEL"])))

@@ -10,7 +10,8 @@ from pipeline.report import figures, markup
 from pipeline.report.analysis import Lead, lead
 from pipeline.report.study_page import Pair, best_pair, finals_verdict, lead_text
 from pipeline.report.trials import finished, param_names, searched, show, weakest_class
-from pipeline.tracking.tracker import MlflowTracker, StudyRuns
+from pipeline.tracking.queries import StudyRuns
+from pipeline.tracking.tracker import MlflowTracker
 
 
 def studies_page(

@@ -31,10 +31,12 @@ from pipeline.report.trials import (
     weakest_class,
 )
 from pipeline.search.importances import num_top
-from pipeline.tracking.run_data import Found, Seen, find_data
-from pipeline.tracking.tracker import MlflowTracker, StudyRuns
+from pipeline.tracking import queries
+from pipeline.tracking.queries import StudyRuns
+from pipeline.tracking.run_data import LocatedData, RunData, find_data
+from pipeline.tracking.tracker import MlflowTracker
 
-_Find = Callable[[Seen], Found]  # `run_data.find_data`, told where to look
+_Find = Callable[[RunData], LocatedData]  # `run_data.find_data`, told where to look
 LISTED = 10  # best trials
 ENDED = 40  # pruned and failed trials that are listed
 PICTURES = 12  # of each kind of disagreement
@@ -398,7 +400,7 @@ def _images(tracker: MlflowTracker, run: pd.Series, answers: Predictions, find: 
     try:
         digest = tracker.client.get_run(run_id).data.tags["data_digest"]
         named = (str(run["data.dataset"]), int(run["data.image_size"]))
-        data = find(Seen(f"run {run_id}", *named, digest, tracker.places_of(run_id))).images
+        data = find(RunData(f"run {run_id}", *named, digest, queries.data_places(tracker, run_id))).images
     except (UserError, KeyError, ValueError) as error:
         reason = error.lines[0] if isinstance(error, UserError) else "the run does not say which"
         return f"The images can't be shown, only their numbers in the training part: {reason}."

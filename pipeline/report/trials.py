@@ -13,9 +13,11 @@ import pandas as pd
 
 from pipeline.errors import UserError
 from pipeline.recipe import KIND
-from pipeline.tracking.kept import controls
-from pipeline.tracking.queries import find_study
-from pipeline.tracking.tracker import MlflowTracker, State, StudyRuns
+from pipeline.tracking import queries
+from pipeline.tracking.intact import control_runs
+from pipeline.tracking.queries import StudyRuns, find_study
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ def trials(*names: str, home: Path | str = "mlruns", uri: str | None = None) -> 
     if uri is None and not (home / "mlflow.db").exists():
         raise UserError(f"no runs yet in {home}: make study NAME=attention DATASET=digits makes some")
     tracker = MlflowTracker(home, uri)
-    return table(tracker, choose(tracker, names) if names else tracker.studies())
+    return table(tracker, choose(tracker, names) if names else queries.studies(tracker))
 
 
 def choose(tracker: MlflowTracker, names: Sequence[str]) -> list[StudyRuns]:
@@ -56,7 +58,7 @@ def choose(tracker: MlflowTracker, names: Sequence[str]) -> list[StudyRuns]:
 
 def table(tracker: MlflowTracker, studies: Sequence[StudyRuns]) -> pd.DataFrame:
     """See `trials`."""
-    rows = [row for study in studies for row in _rows(tracker.children(study), study)]
+    rows = [row for study in studies for row in _rows(queries.children(tracker, study), study)]
     frame = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
     params = sorted(name for name in frame.columns if "." in name and "/" not in name)
     metrics = sorted(name for name in frame.columns if "/" in name)
@@ -67,7 +69,7 @@ def table(tracker: MlflowTracker, studies: Sequence[StudyRuns]) -> pd.DataFrame:
 
 def _rows(runs: Sequence[Any], study: StudyRuns) -> list[dict[str, Any]]:
     """Of MLflow's runs; nothing of them is asked for again."""
-    base = {run.info.run_id for run in controls([run for run in runs if run.data.tags["role"] == "trial"])}
+    base = {run.info.run_id for run in control_runs([run for run in runs if run.data.tags["role"] == "trial"])}
     return [_row(run, study) | {"control": run.info.run_id in base} for run in runs]
 
 

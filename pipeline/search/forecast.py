@@ -1,10 +1,12 @@
-"""What a study will cost: how its steps are executed, a forecast from a few measured ones, and what it came to."""
+"""What a study will cost: how its steps are executed, a forecast from a few measured steps, and what it really took."""
 
 import contextlib
 import math
 import os
 import statistics
 import time
+from bisect import insort
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,67 +20,60 @@ from optuna.trial import TrialState
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line
 from pipeline.recipe import Recipe
-from pipeline.search.pruner import MIN_UNPRUNED_TRIALS
-from pipeline.search.replay import rule, simulate
+from pipeline.search.pruner import MIN_UNPRUNED_TRIALS, WINDOW, RecentTrialsPruner, continues
 from pipeline.search.speed import measure, measure_overhead, trial_seconds
 from pipeline.search.storage import num_finished
 from pipeline.search.study import Search
+from pipeline.search.study_attributes import Choice, StudyAttributes
+from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking.sqlite import checkpoint
 from pipeline.tracking.tracker import NullTracker, Run
 from pipeline.training.execution import check_execution
 
-CONTROL_S = 1.5  # of measuring the base recipe; on slow networks two short epochs take longer
-OTHERS = 3  # random recipes, while all the measuring takes less than SHARE of the forecast
-SHARE = 0.02
-DRAWS = 200  # random recipes whose epochs are looked at
-# Not measured each time, or it would leave a run behind; seen on 2 CPU cores: 0.05 to 0.1 s a trial beside the epochs'
-# numbers, 326 and 330 bytes a number in databases of 12,816 and 7,243, of which the machine's monitor wrote 1.5 a second.
+CONTROL_S = 1.5  # of measuring the control; on slow networks two short epochs take longer
+NUM_OTHER_RECIPES = 3  # random ones, while all measuring takes less than MEASURING_FRACTION of the forecast time
+MEASURING_FRACTION = 0.02
+NUM_DRAWN_RECIPES = 200  # random ones whose epochs are averaged
+# Not measured each time, as that would leave a run behind. Measured on 2 CPU cores: 0.05 to 0.1 s a trial besides the
+# epochs' metrics; 326 and 330 bytes a metric in databases of 12,816 and 7,243, of which the system monitor wrote 1.5 a
+# second.
 TRACKING_S = 0.1
-WORKER_START_S = 6.0  # of a process's start until its first trial; seen: 6.0 s of processor time with digits
-ROW_BYTES = 330
-EPOCH_NUMBERS = 9
-MACHINE_NUMBERS_PER_S = 1.5
-SIMULATED = 1000  # trials at most, in one study or several
+WORKER_START_S = 6.0  # from a process's start until its first trial; measured: 6.0 s of processor time with digits
+METRIC_BYTES = 330
+METRICS_PER_EPOCH = 9
+SYSTEM_METRICS_PER_S = 1.5
+NUM_SIMULATED_TRIALS = 1000  # at most, in one study or several
 
-# What may be chosen unasked: a graph replays eager's own kernels, while a compiled step rounds elsewhere and draws other
-# numbers for its dropout, so that scores would depend on a stopwatch.
+# What may be chosen without being asked for. A graph replays the kernels of eager execution, while a compiled step rounds
+# differently and draws other numbers for its dropout: scores would depend on a stopwatch.
 EXECUTIONS = {"cpu": ("eager",), "cuda": ("eager", "graphed")}
-WORTH = 0.8  # of a study's time: what is less simple has to save a fifth of it
-MOST_WORKERS = 4  # unasked; each takes a core and gigabytes, and the search knows less when it asks
+WORTHWHILE = 0.8  # of a study's time: a less simple way has to save a fifth of it
+MAX_DEFAULT_WORKERS = 4  # each takes a core and gigabytes, and the search knows less when it asks
 CONTEXT_GIB = 1.0  # of a GPU, which a process takes before its first tensor
 
 
 @dataclass(frozen=True)
 class Way:
-    """What a whole trial of the base recipe takes by one execution of its steps; times in seconds."""
+    """What a complete trial of the control takes by one execution of its steps; times in seconds."""
 
     execution: str
-    training_s: float  # with the evaluations: the device is taken
-    tracking_s: float  # the run's start and end, pictures, files: the device is free
+    training_s: float  # with the evaluations: the device is in use
+    tracking_s: float  # the run's start and end, figures, files: the device is free
     memory_gib: float  # of a GPU
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a study executes steps and by how many workers; JSON, stored with it. `why`: empty where nothing was measured."""
-
-    execution: str
-    workers: int
-    taken: float = 0.0  # share of a trial's time in which no other can have the device
-    why: str = ""
 
 
 def choose(
     ways: Sequence[Way], trials: int, cores: int, free_gib: float, workers: int | None = None, failed: str = ""
 ) -> Choice:
-    """The simplest that takes a study of so many trials hardly longer than the fastest; `workers`: not asked, or so many.
+    """The simplest way, and number of workers (`workers`, or 1 to 4), that is hardly slower than the fastest one.
 
-    One device gives no more than a whole trial in the shortest `training_s` of all `ways`, however many workers there
-    are: a graph leaves it no pause, and processes take turns. A worker's memory may be twice the base recipe's.
+    One device completes no more than one trial in the shortest `training_s` of all `ways`, however many workers there
+    are: a graph leaves it no pause, and processes take turns. A worker's memory may be twice the control's.
     """
     least_s = min(way.training_s for way in ways)
-    most = min(trials, cores, MOST_WORKERS, int(free_gib / (2 * max(way.memory_gib for way in ways) + CONTEXT_GIB)))
-    counts = [workers] if workers else range(1, max(1, most) + 1)
+    memory_gib = 2 * max(way.memory_gib for way in ways) + CONTEXT_GIB
+    max_workers = max(1, min(trials, cores, MAX_DEFAULT_WORKERS, int(free_gib / memory_gib)))
+    counts = [workers] if workers else range(1, max_workers + 1)
 
     def seconds(way: Way, count: int) -> float:
         start_s = WORKER_START_S if count > 1 else 0.0
@@ -86,9 +81,9 @@ def choose(
 
     options = [(way, count) for count in counts for way in ways]  # the simplest first
     fastest_s = min(seconds(*option) for option in options)
-    way, count = next(option for option in options if WORTH * seconds(*option) <= fastest_s)
-    said = [f"{way.execution} {way.training_s + way.tracking_s:.3g} s" for way in ways] + ([failed] if failed else [])
-    why = f"a whole trial takes {', '.join(said)}; the device is free for {way.tracking_s:.2g} s of it"
+    way, count = next(option for option in options if WORTHWHILE * seconds(*option) <= fastest_s)
+    times = [f"{way.execution} {way.training_s + way.tracking_s:.3g} s" for way in ways] + ([failed] if failed else [])
+    why = f"a complete trial takes {', '.join(times)}; the device is free for {way.tracking_s:.2g} s of it"
     return Choice(way.execution, count, least_s / (way.training_s + way.tracking_s), why)
 
 
@@ -99,9 +94,9 @@ def measure_ways(
     executions: Sequence[str],
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
 ) -> tuple[list[Way], str]:
-    """Measure the base recipe, a few seconds by each execution; and the fault of those after the first that fail here.
+    """Measure the control, a few seconds by each execution; with the errors of those after the first that fail here.
 
-    UserError where such a fault leaves the device of no use to this process.
+    UserError where such an error leaves the device unusable for this process.
     """
     ways: list[Way] = []
     failed = []
@@ -117,7 +112,7 @@ def measure_ways(
             _check_usable(device, failed[-1])
             continue
         if overhead is None:
-            for _ in range(2):  # a process's first pictures take seconds more
+            for _ in range(2):  # a process's first figures take seconds more
                 overhead = measure_overhead(recipe, data, device, speed, NullTracker())
         assert overhead
         seconds = trial_seconds(recipe, speed, overhead)
@@ -131,7 +126,7 @@ def _check_usable(device: torch.device, failed: str) -> None:
     try:
         torch.rand((), device=device).item()
     except RuntimeError:
-        raise UserError(f"{device}: {failed}; SET=training.execution=eager trains without") from None
+        raise UserError(str(device), failed, "`--set training.execution=eager` trains without it") from None
 
 
 def decide(
@@ -143,24 +138,23 @@ def decide(
 ) -> tuple[Search, Choice]:
     """The search with its `training.execution`, and how many workers it gets. `study` is what is stored so far.
 
-    What was typed wins, or written in the study's module; then what the study was begun with, as its trials are to be
-    compared; a new study is measured, where its device knows more than one execution. UserError where the device can't
-    do what was said.
+    What the command or the study's module sets comes first; then what earlier commands used for the study, so that its
+    trials can be compared; a new study is measured, where its device knows more than one execution. UserError where the
+    device can't do what was set.
     """
-    own, stored = search.base.training.execution, study.user_attrs.get("choice") if study else None
-    said = "training.execution" in {*search.settings, *search.space()} or own != "eager"
+    own, stored = search.base.training.execution, StudyAttributes.of(study).choice if study else None
+    is_set = "training.execution" in {*search.settings, *search.space()} or own != "eager"
     executions = EXECUTIONS[device.type]
-    if said:
+    if is_set:
         choice = Choice(own, workers or 1)
     elif stored:
-        begun, why = (stored["workers"], "as the study was begun") if len(executions) > 1 else (1, "")
-        choice = Choice(stored["execution"], workers or begun, stored["taken"], why)
+        default, why = (stored.workers, "as the study started") if len(executions) > 1 else (1, "")
+        choice = Choice(stored.execution, workers or default, stored.taken, why)
     elif len(executions) == 1 or (study and num_finished(study)):
         choice = Choice(own, workers or 1)
     else:
         ways, failed = measure_ways(search, data, device, executions)
-        left, cores = search.trials, os.cpu_count() or 1
-        choice = choose(ways, left, cores, _free_gib(device), workers, failed)
+        choice = choose(ways, search.trials, os.cpu_count() or 1, _free_gib(device), workers, failed)
     if choice.execution != own:
         search = replace(search, settings={**search.settings, "training.execution": choice.execution})
     check_execution(search.base, device)
@@ -168,14 +162,14 @@ def decide(
 
 
 def _free_gib(device: torch.device) -> float:
-    """Memory of a GPU that nobody uses."""
+    """Memory of a GPU that no process uses."""
     torch.cuda.empty_cache()
     return float(torch.cuda.mem_get_info(device)[0]) / 2**30
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the trials that are left will take; times in seconds. `unpruned_*`: if no trial is stopped."""
+    """What the remaining trials will take; times in seconds. `unpruned_*`: if no trial is pruned."""
 
     trials: int
     seconds: float
@@ -185,8 +179,8 @@ class Forecast:
     pruned: float  # trials
     epoch_s: float
     disk_mib: float
-    memory_gib: float | None  # of a GPU; the most of the measured recipes
-    measured: int  # recipes, the control the first
+    memory_gib: float | None  # of a GPU; the maximum of the measured recipes
+    measured: int  # recipes, including the control
     choice: Choice | None = None  # of execution and workers
 
 
@@ -211,27 +205,27 @@ def forecast(
     workers: int = 1,
     choice: Choice | None = None,
 ) -> Forecast | None:
-    """Measure the control and a few random recipes; None where no trial is left. `study` is what is stored so far.
+    """Measure the control and a few random recipes; None where no trial remains. `study` is what is stored so far.
 
-    Time: the mean of the measured epochs, times the mean epochs of random recipes of the space (the search will come to
-    prefer some, which isn't foreseen), and what a trial takes beside. Pruned: what the pruner does with trials whose
-    scores are random and keep their order, which is what three live studies came to (studies/README.md). Other work on
-    the machine changes all of it. `on_step` may raise to end it. Several `workers` share the work, on a CPU as far as
-    there are cores, with one thread each, on a GPU as far as the `choice` found it free.
+    Time: the mean of the measured epochs, times the mean number of epochs of random recipes of the space (which of them
+    the search will prefer is not known), and what a trial takes besides. Pruned: what the pruner does with trials whose
+    scores are random and keep their order, which three live studies confirmed (studies/pruning/README.md). Other work on
+    the machine changes all of it. `on_step` may raise to end the measuring. Several `workers` share the work: on a CPU as
+    far as there are cores, with one thread each, on a GPU as far as the `choice` found it free.
     """
     with _one_thread() if workers > 1 and device.type == "cpu" else contextlib.nullcontext():
-        found = _forecast(search, data, device, study, on_step, workers, choice.taken if choice else 0.0)
-    return replace(found, choice=choice) if found else None
+        result = _forecast(search, data, device, study, on_step, workers, choice.taken if choice else 0.0)
+    return replace(result, choice=choice) if result else None
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)
 
 
 def _forecast(
@@ -244,83 +238,82 @@ def _forecast(
     taken: float,
 ) -> Forecast | None:
     done = num_finished(study) if study else 0
-    left = search.trials - done
-    if left <= 0:
+    remaining = search.trials - done
+    if remaining <= 0:
         return None
     counter = _FileCounter()
-    began = time.perf_counter()
+    start = time.perf_counter()
     control = search.base
     speeds = [measure(control, data, device, CONTROL_S, on_step)]
     overhead = measure_overhead(control, data, device, speeds[0], counter)
-    whole_s = sum(trial_seconds(control, speeds[0], overhead).values()) + TRACKING_S
+    trial_s = sum(trial_seconds(control, speeds[0], overhead).values()) + TRACKING_S
     recipes = _random_recipes(search)
-    for recipe in recipes[:OTHERS]:
-        if time.perf_counter() - began > SHARE * whole_s * left:
+    for recipe in recipes[:NUM_OTHER_RECIPES]:
+        if time.perf_counter() - start > MEASURING_FRACTION * trial_s * remaining:
             break
         speeds.append(measure(recipe, data, device, CONTROL_S / 3, on_step))
 
     epochs = statistics.mean(recipe.training.epochs for recipe in recipes)
     epoch_s = statistics.mean(speed.epoch_s for speed in speeds) + overhead.epoch_s
-    end_s = whole_s - control.training.epochs * (speeds[0].epoch_s + overhead.epoch_s)
-    at_once = min(workers, left, (os.cpu_count() or 1) if device.type == "cpu" else workers)
-    share, pruned_share = _pruning(search, done, at_once)
-    total, pruned = left * epochs, left * pruned_share
-    used = share * total
-    work_s = used * epoch_s + (left - pruned) * end_s
+    end_s = trial_s - control.training.epochs * (speeds[0].epoch_s + overhead.epoch_s)
+    parallel = min(workers, remaining, (os.cpu_count() or 1) if device.type == "cpu" else workers)
+    used_fraction, pruned_fraction = _pruning(search, done, parallel)
+    all_epochs, pruned = remaining * epochs, remaining * pruned_fraction
+    used_epochs = used_fraction * all_epochs
+    work_s = used_epochs * epoch_s + (remaining - pruned) * end_s
     start_s = WORKER_START_S if workers > 1 else 0.0
-    each = max(1 / at_once, taken)  # of the time that one worker would take for all
-    numbers = used * EPOCH_NUMBERS + work_s * MACHINE_NUMBERS_PER_S
+    time_fraction = max(1 / parallel, taken)  # of the time that one worker would take for all trials
+    num_metrics = used_epochs * METRICS_PER_EPOCH + work_s * SYSTEM_METRICS_PER_S
     return Forecast(
-        trials=left,
-        seconds=start_s + work_s * each,
-        unpruned_seconds=start_s + (total * epoch_s + left * end_s) * each,
-        epochs=used,
-        unpruned_epochs=total,
+        trials=remaining,
+        seconds=start_s + work_s * time_fraction,
+        unpruned_seconds=start_s + (all_epochs * epoch_s + remaining * end_s) * time_fraction,
+        epochs=used_epochs,
+        unpruned_epochs=all_epochs,
         pruned=pruned,
         epoch_s=epoch_s,
-        disk_mib=((left - pruned) * counter.bytes + numbers * ROW_BYTES) / 2**20,
+        disk_mib=((remaining - pruned) * counter.bytes + num_metrics * METRIC_BYTES) / 2**20,
         memory_gib=max(speed.memory_gib for speed in speeds) if device.type == "cuda" else None,
         measured=len(speeds),
     )
 
 
-def actual(study: optuna.Study, before: int, seconds: float, disk_mib: float) -> Actual:
-    """What the trials from number `before` on took; `seconds` and `disk_mib` are those of this command."""
-    trials = [trial for trial in study.get_trials(deepcopy=False)[before:] if trial.state.is_finished()]
-    epochs = sum(trial.user_attrs.get("epochs", 0) for trial in trials)
+def actual(study: optuna.Study, first: int, seconds: float, disk_mib: float) -> Actual:
+    """What the trials from number `first` on took; `seconds` and `disk_mib` are those of this command."""
+    trials = [trial for trial in study.get_trials(deepcopy=False)[first:] if trial.state.is_finished()]
     return Actual(
         trials=len(trials),
         seconds=seconds,
-        epochs=epochs,
+        epochs=sum(TrialAttributes.of(trial).epochs for trial in trials),
         pruned=sum(trial.state is TrialState.PRUNED for trial in trials),
-        epoch_s=_epoch_s(trials),
+        epoch_s=_mean_epoch_s([TrialAttributes.of(trial) for trial in trials]),
         disk_mib=disk_mib,
     )
 
 
 def size_mib(folder: Path) -> float:
-    """Of all files in a folder; what waits in a write-ahead log is put into its database first."""
+    """Size of all files in a folder, after what waits in write-ahead logs was moved into their databases."""
     for database in folder.glob("*.db"):
         checkpoint(database)
     size = 0
-    for place, _, names in os.walk(folder):  # which goes on where a folder has just gone
+    # Files and folders may disappear meanwhile: a journal is removed as soon as MLflow has it.
+    for parent, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # a journal goes as soon as MLflow has it
-                size += os.stat(Path(place, name)).st_size
+            with contextlib.suppress(FileNotFoundError):
+                size += os.stat(Path(parent, name)).st_size
     return size / 2**20
 
 
-def _epoch_s(trials: list[optuna.trial.FrozenTrial]) -> float:
-    seconds = [trial.user_attrs.get("epoch_s", math.nan) for trial in trials]
-    epochs = [trial.user_attrs.get("epochs", 0) for trial in trials]
-    known = [(s * n, n) for s, n in zip(seconds, epochs, strict=True) if n and math.isfinite(s)]
-    return sum(s for s, _ in known) / sum(n for _, n in known) if known else math.nan
+def _mean_epoch_s(trials: list[TrialAttributes]) -> float:
+    """Seconds of each trial's last epoch, weighted by its epochs; NaN where none is known."""
+    known = [(trial.epoch_s, trial.epochs) for trial in trials if trial.epochs and trial.epoch_s is not None]
+    return sum(s * n for s, n in known) / sum(n for _, n in known) if known else math.nan
 
 
 def _random_recipes(search: Search) -> list[Recipe]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=search.base.training.seed))
     recipes = []
-    for _ in range(DRAWS if "training.epochs" in search.space() else OTHERS):
+    for _ in range(NUM_DRAWN_RECIPES if "training.epochs" in search.space() else NUM_OTHER_RECIPES):
         trial = study.ask()
         search.ask(trial)
         recipes.append(search.recipe(trial.params))
@@ -328,20 +321,46 @@ def _random_recipes(search: Search) -> list[Recipe]:
 
 
 def _pruning(search: Search, done: int, workers: int = 1) -> tuple[float, float]:
-    """(share of their epochs that the trials from number `done` on train, share of them that is pruned)."""
+    """(fraction of their epochs that the trials from number `done` on train, fraction of them that is pruned)."""
     random = np.random.RandomState(0)
-    trials, epochs = min(search.trials, SIMULATED), search.most_epochs
+    trials, pruner = min(search.trials, NUM_SIMULATED_TRIALS), search.pruner()
     first = done * trials // search.trials
-    studies = SIMULATED // trials
+    studies = NUM_SIMULATED_TRIALS // trials
     used, completed = 0, 0
     for _ in range(studies):
-        scores = random.rand(trials)
-        curves = np.repeat(scores[:, None], epochs, axis=1).tolist()
-        for sign, part in ((1, curves), (-1, curves[:first])):  # with one worker the first don't know those behind them
-            trained, ended = simulate(part, rule(search.pruner(), ""), workers, MIN_UNPRUNED_TRIALS)
-            used, completed = used + sign * trained, completed + sign * len(ended)
-    left = studies * (trials - first)
-    return used / (left * epochs), 1 - completed / left
+        scores = random.rand(trials).tolist()
+        # What the first trials alone do is subtracted; with one worker they don't know those after them.
+        for sign, part in ((1, scores), (-1, scores[:first])):
+            part_used, part_completed = simulate_pruning(part, search.max_epochs, pruner, workers)
+            used, completed = used + sign * part_used, completed + sign * part_completed
+    remaining = studies * (trials - first)
+    return used / (remaining * search.max_epochs), 1 - completed / remaining
+
+
+def simulate_pruning(scores: Sequence[float], epochs: int, pruner: RecentTrialsPruner, workers: int) -> tuple[int, int]:
+    """(epochs that are trained, trials that are completed) in a study whose trials have these scores in every epoch.
+
+    Every epoch takes the same time, and a free worker starts the next trial. The first trials are never pruned.
+    """
+    waiting = iter(range(workers, len(scores)))
+    running = deque((trial, 1) for trial in range(min(workers, len(scores))))  # and its next epoch
+    at_rung: dict[int, list[int]] = {rung: [] for rung in pruner.rungs}  # trials that reached it, ascending
+    used, completed = 0, 0
+    while running:
+        trial, epoch = running.popleft()
+        used += 1
+        is_pruned = False
+        if epoch in at_rung and epoch < epochs:
+            others = [scores[other] for other in at_rung[epoch][1 - WINDOW :]]
+            is_pruned = trial >= MIN_UNPRUNED_TRIALS and not continues(scores[trial], others)
+            insort(at_rung[epoch], trial)
+        if epoch < epochs and not is_pruned:
+            running.append((trial, epoch + 1))
+            continue
+        completed += not is_pruned
+        if (new := next(waiting, None)) is not None:
+            running.append((new, 1))
+    return used, completed
 
 
 class _FileCounter(NullTracker):
@@ -350,9 +369,9 @@ class _FileCounter(NullTracker):
     bytes = 0
 
     @contextlib.contextmanager
-    def run(self, *arguments: Any, **named: Any) -> Iterator[Run]:
+    def run(self, *arguments: Any, **options: Any) -> Iterator[Run]:
         """See Tracker."""
-        with super().run(*arguments, **named) as run:
+        with super().run(*arguments, **options) as run:
             run.log_files = self._count  # type: ignore[method-assign]
             yield run
 

@@ -11,9 +11,9 @@ from optuna.trial import TrialState, create_trial
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-FEWEST = 4  # trials
-MOST_CATEGORIES = 6  # numbers with so few distinct values are choices
-LOG_RATIO = 30  # a range whose ends differ by more was searched by its logarithm
+MIN_TRIALS = 4
+MAX_CATEGORIES = 6  # numbers with so few distinct values are choices
+LOG_RATIO = 30  # a range whose ends differ by more was searched on a log scale
 
 
 def importances(params: Sequence[Mapping[str, Any]], scores: Sequence[float]) -> dict[str, float]:
@@ -29,7 +29,7 @@ def importances(params: Sequence[Mapping[str, Any]], scores: Sequence[float]) ->
 def importance_function(params: Sequence[Mapping[str, Any]]) -> Callable[[Sequence[float]], dict[str, float]]:
     """`importances` of these trials by any scores: to rebuild the study takes longer than to ask it."""
     names = list(dict.fromkeys(name for trial in params for name in trial))
-    if len(params) < FEWEST or not names:
+    if len(params) < MIN_TRIALS or not names:
         return lambda scores: {}
     ranges = {name: _range([trial[name] for trial in params if name in trial]) for name in names}
     study = optuna.create_study(direction="maximize")
@@ -43,7 +43,7 @@ def importance_function(params: Sequence[Mapping[str, Any]]) -> Callable[[Sequen
         for trial in params
     )
 
-    def asked(scores: Sequence[float]) -> dict[str, float]:
+    def compute(scores: Sequence[float]) -> dict[str, float]:
         if len(set(scores)) < 2:
             return {}
         with warnings.catch_warnings():
@@ -52,7 +52,7 @@ def importance_function(params: Sequence[Mapping[str, Any]]) -> Callable[[Sequen
             shares = get_param_importances(study, evaluator=evaluator, target=lambda trial: -scores[trial.number])
         return dict(sorted(shares.items(), key=lambda item: (-item[1], item[0])))  # Optuna leaves equal ones unordered
 
-    return asked
+    return compute
 
 
 def num_top(trials: int) -> int:
@@ -62,7 +62,7 @@ def num_top(trials: int) -> int:
 
 def _range(values: Sequence[Any]) -> BaseDistribution:
     distinct = list(dict.fromkeys(values))
-    if len(distinct) <= MOST_CATEGORIES or not all(type(value) in (int, float) for value in distinct):
+    if len(distinct) <= MAX_CATEGORIES or not all(type(value) in (int, float) for value in distinct):
         return CategoricalDistribution(distinct)
     low, high = min(distinct), max(distinct)
     return FloatDistribution(low, high, log=low > 0 and high / low > LOG_RATIO)

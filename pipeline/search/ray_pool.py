@@ -1,6 +1,6 @@
 """A study's workers on a Ray cluster: actors that do what processes do on one machine.
 
-Ray places them, says that they died, and asks everybody for a token; retries and the budget stay the supervisor's.
+Ray places them, reports that they died, and requires a token of every client; retries and the budget are the supervisor's.
 """
 
 import contextlib
@@ -22,48 +22,48 @@ import cloudpickle
 
 from pipeline.errors import UserError, first_line
 from pipeline.runtime import ignore_variables
-from pipeline.search.supervisor import Worker
 from pipeline.search.worker import Assignment, Ended, Limits, work
+from pipeline.search.worker_pool import Worker
 
-KNOCK_S = 25.0  # for a cluster to answer
-LOOK_S = 5.0  # between two looks at the cluster's nodes
-PLACED_S = 15.0  # within which an actor has a place, where there is one
+PROBE_S = 25.0  # for a cluster to answer
+CAPACITY_S = 5.0  # between two checks of the cluster's nodes
+PLACEMENT_S = 15.0  # within which Ray places an actor, where there is capacity
 KILL_S = 10.0  # for a killed actor to be gone
 INSTALL = ".venv/bin/pip install -e '.[cluster]'"
-_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray is for this machine only, and its ports open on 127.0.0.1
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray serves this machine only, and its ports open on 127.0.0.1
 
 log = logging.getLogger(__name__)
 
-_IN, _KEPT_OUT, _NOBODY = 0, 3, 4
-# In a process of its own: how to authenticate is fixed when Ray is imported, and a token that is missing ends the process.
-_KNOCK = f"""
+_ADMITTED, _REFUSED, _NO_ANSWER = 0, 3, 4
+# In a process of its own: the way to authenticate is fixed when Ray is imported, and a missing token ends the process.
+_PROBE = f"""
 import sys, ray
 address = sys.argv[1]
 try:
     if address.startswith("ray://"):
         from ray._private.grpc_utils import init_grpc_channel
-        from ray.core.generated import ray_client_pb2 as words, ray_client_pb2_grpc
+        from ray.core.generated import ray_client_pb2 as messages, ray_client_pb2_grpc
         server = ray_client_pb2_grpc.RayletDriverStub(init_grpc_channel(address[6:]))
-        ping = words.ClusterInfoRequest(type=words.ClusterInfoType.PING)
-        server.ClusterInfo(ping, timeout=10, metadata=[("client_id", "knock")])
+        ping = messages.ClusterInfoRequest(type=messages.ClusterInfoType.PING)
+        server.ClusterInfo(ping, timeout=10, metadata=[("client_id", "probe")])
     else:
         from ray._private.services import canonicalize_bootstrap_address
         from ray._raylet import GcsClient
         address = canonicalize_bootstrap_address(None) if address == "auto" else address
         if address is None:
-            sys.exit({_NOBODY})
-        GcsClient(address=address).internal_kv_get(b"knock", namespace=None, timeout=5)
+            sys.exit({_NO_ANSWER})
+        GcsClient(address=address).internal_kv_get(b"probe", namespace=None, timeout=5)
     print(address)
 except Exception as error:
-    sys.exit({_KEPT_OUT} if "authenticat" in str(error).lower() else {_NOBODY})
+    sys.exit({_REFUSED} if "authenticat" in str(error).lower() else {_NO_ANSWER})
 """
 
 
 class Actor:
-    """One worker, somewhere on the cluster; its methods run in threads beside each other."""
+    """One worker, somewhere on the cluster; its methods run in threads, at the same time."""
 
     def __init__(self) -> None:
-        ignore_variables()  # those of the shell that started the node
+        ignore_variables()  # of the shell that started the node
         self._stop = threading.Event()
 
     def work(self, assignment: bytes) -> Ended:
@@ -74,33 +74,33 @@ class Actor:
         """Ask it to end at its next step."""
         self._stop.set()
 
-    def begun(self) -> None:
-        """Answers as soon as the actor has a place."""
+    def placed(self) -> None:
+        """Returns as soon as the actor is placed."""
 
 
 class RayWorker:
-    """A worker as an actor; see `supervisor.Worker`."""
+    """A worker as an actor; see `worker_pool.Worker`."""
 
     def __init__(self, assignment: Assignment, resources: Mapping[str, float]):
         import ray
 
         self.id = assignment.id
         self._ended: Ended | None = None
-        # No restarts by Ray: the supervisor knows whether another is wanted.
+        # No restarts by Ray: the supervisor knows whether another worker is needed.
         kind: Any = ray.remote(Actor)
         self._actor = actor = kind.options(**resources, max_restarts=0, max_concurrency=3).remote()
-        self._begun, self._answer = actor.begun.remote(), actor.work.remote(cloudpickle.dumps(assignment))
-        self._asked = time.monotonic()
+        self._placed, self._answer = actor.placed.remote(), actor.work.remote(cloudpickle.dumps(assignment))
+        self._created = time.monotonic()
 
-    def waits(self) -> bool:
-        """Whether the cluster has had no place for it for PLACED_S."""
-        late = time.monotonic() - self._asked > PLACED_S
-        return late and self.ended() is None and not self._has_place()
+    def is_pending(self) -> bool:
+        """Whether the cluster has not placed it within PLACEMENT_S."""
+        is_late = time.monotonic() - self._created > PLACEMENT_S
+        return is_late and self.ended() is None and not self._is_placed()
 
-    def _has_place(self) -> bool:
+    def _is_placed(self) -> bool:
         import ray
 
-        return bool(ray.wait([self._begun], timeout=0)[0])
+        return bool(ray.wait([self._placed], timeout=0)[0])
 
     def ended(self) -> Ended | None:
         """See Worker."""
@@ -114,81 +114,81 @@ class RayWorker:
         return self._ended
 
     def stop(self) -> None:
-        """See Worker. One that has no place yet has nothing to end."""
+        """See Worker. One that is not placed yet has nothing to end."""
         import ray
 
-        if self._has_place():
+        if self._is_placed():
             self._actor.stop.remote()
         else:
             ray.kill(self._actor)
 
     def kill(self) -> None:
-        """See Worker. Its place is free then, also where its work had ended."""
+        """See Worker. Its capacity is free then, also where its work had ended."""
         import ray
 
-        ended = self.ended()
+        was_alive = self.ended() is None
         ray.kill(self._actor)
-        if ended is None:
+        if was_alive:
             ray.wait([self._answer], timeout=KILL_S)
 
 
 def _reason(error: Exception) -> str:
     """One line of what Ray says in many."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines[1:] if line and not line.startswith(("class_name", "actor_id", "namespace"))]
-    return "its actor died: " + " ".join(told or lines)[:300]
+    causes = [line for line in lines[1:] if line and not line.startswith(("class_name", "actor_id", "namespace"))]
+    return "its actor died: " + " ".join(causes or lines)[:300]
 
 
 @dataclass
 class RayPool:
-    """The crew of a Ray cluster that this process is connected to; see `supervisor.Crew`.
+    """Workers on the Ray cluster that this process is connected to; see WorkerPool.
 
-    `workers` at most, or as many as there is room for, which grows as nodes join.
+    `workers` at most, or as many as the cluster has capacity for, which grows as nodes join.
     """
 
-    where: str
+    name: str  # of the cluster, as it is shown
     device: str  # cpu or cuda, of the workers
     data_dir: Path
     workers: int | None = None
     limits: Limits = field(default_factory=Limits)
-    _room: int = 0
-    _looked: float = -math.inf
+    _capacity: int = 0
+    _last_check: float = -math.inf
     _actors: list[RayWorker] = field(default_factory=list)
-    _told: int = 0  # actors that wait
+    _reported_pending: int = 0
 
     def __post_init__(self) -> None:
         gpus = sum(_gpus(node) for node in _nodes())
-        # Several on one GPU only where that many workers are wanted.
+        # Several on one GPU only where so many workers are asked for.
         self._per_gpu = max(1, math.ceil((self.workers or 1) / gpus)) if gpus else 1
 
-    def room(self) -> int:
-        """See Crew."""
-        if time.monotonic() - self._looked > LOOK_S:
-            on = [_gpus(node) * self._per_gpu if self.device == "cuda" else _cpus(node) for node in _nodes()]
-            self._room = sum(on) if self.workers is None else min(sum(on), self.workers)
-            self._looked = time.monotonic()
-            self._tell_who_waits()
-        return self._room
+    def capacity(self) -> int:
+        """See WorkerPool."""
+        if time.monotonic() - self._last_check > CAPACITY_S:
+            by_node = [_gpus(node) * self._per_gpu if self.device == "cuda" else _cpus(node) for node in _nodes()]
+            self._capacity = sum(by_node) if self.workers is None else min(sum(by_node), self.workers)
+            self._last_check = time.monotonic()
+            self._report_pending()
+        return self._capacity
 
-    def start(self, assignment: Assignment, place: int) -> Worker:
-        """See Crew."""
+    def start(self, assignment: Assignment, slot: int) -> Worker:
+        """See WorkerPool."""
         if self.device == "cpu":
             return self._add(RayWorker(replace(assignment, device="cpu", threads=1), {"num_cpus": 1}))
         share = math.floor(10_000 / self._per_gpu) / 10_000  # Ray counts in ten-thousandths
         fraction = 1 / self._per_gpu if self._per_gpu > 1 else None
-        # Ray shows each actor its own GPU only, as the first.
-        on_gpu = replace(assignment, device="cuda:0", memory_fraction=fraction, threads=None)
-        return self._add(RayWorker(on_gpu, {"num_gpus": share, "num_cpus": 0}))
+        # Ray shows each actor its own GPU only, as the first one.
+        assignment = replace(assignment, device="cuda:0", memory_fraction=fraction, threads=None)
+        return self._add(RayWorker(assignment, {"num_gpus": share, "num_cpus": 0}))
 
     def _add(self, actor: RayWorker) -> RayWorker:
         self._actors = [other for other in self._actors if other.ended() is None] + [actor]
         return actor
 
-    def _tell_who_waits(self) -> None:
-        waiting = sum(actor.waits() for actor in self._actors)
-        if waiting > self._told:
-            log.info("%d of %d workers wait for a place: others are at work on the cluster", waiting, len(self._actors))
-        self._told = waiting
+    def _report_pending(self) -> None:
+        pending = sum(actor.is_pending() for actor in self._actors)
+        if pending > self._reported_pending:
+            log.info("%d of %d workers are pending: the cluster is in use", pending, len(self._actors))
+        self._reported_pending = pending
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -210,12 +210,12 @@ def connect(address: str, device: str, data_dir: Path, workers: int | None, limi
     """The cluster at `auto`, `HOST:PORT` (from one of its nodes) or `ray://HOST:PORT` (from outside), while the block runs.
 
     `auto` is the Ray that runs on this machine, else one that is started on 127.0.0.1 for this command. `device` is
-    `auto`, `cpu` or `cuda`. UserError, within KNOCK_S, where there is none, or it has another token, or asks for none:
-    whoever reaches such a cluster can run anything on it.
+    `auto`, `cpu` or `cuda`. UserError, within PROBE_S, where there is no cluster, or it has another token, or requires
+    none: whoever reaches such a cluster can run anything on it.
     """
     if importlib.util.find_spec("ray") is None:
-        raise UserError(f"CLUSTER {address}: needs Ray; {INSTALL}")
-    joined = _joined(address)
+        raise UserError(f"`--cluster` {address}", "needs Ray", INSTALL)
+    joined = _probe(address)
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if joined is None:
@@ -230,85 +230,92 @@ def connect(address: str, device: str, data_dir: Path, workers: int | None, limi
             ray.init(address=joined, log_to_driver=False, logging_level=logging.ERROR)
     except (SystemExit, Exception) as error:  # Ray ends so where its ports are closed, or this machine is no node of it
         raise UserError(
-            f"CLUSTER {address}: can't be joined ({first_line(error)}); HOST:PORT is for a machine of the cluster, "
-            "ray://HOST:10001 for others"
+            f"`--cluster` {address}",
+            f"can't be joined ({first_line(error)})",
+            "HOST:PORT is for a machine of the cluster, ray://HOST:10001 for others",
         ) from None
-    # Where a node dies Ray prints 40 lines of its inner state; what became of the trials the supervisor says.
-    ray._private.worker.print_to_stdstream = lambda *arguments, **named: None
+    # Where a node dies, Ray prints 40 lines of its inner state; the supervisor reports what became of the trials.
+    ray._private.worker.print_to_stdstream = lambda *arguments, **options: None
     try:
-        on = device if device != "auto" else "cuda" if any(_gpus(node) for node in _nodes()) else "cpu"
-        if on == "cuda" and not any(_gpus(node) for node in _nodes()):
-            raise UserError(f"DEVICE {device}: no node of CLUSTER {address} has a GPU; DEVICE=cpu trains without")
-        yield RayPool(joined or "a Ray of this command's, on 127.0.0.1", on, data_dir, workers, limits)
+        has_gpu = any(_gpus(node) for node in _nodes())
+        kind = ("cuda" if has_gpu else "cpu") if device == "auto" else device
+        if kind == "cuda" and not has_gpu:
+            rule = f"no node of the cluster {address} has a GPU"
+            raise UserError(f"`--device` {device}", rule, "`--device cpu` trains without one")
+        yield RayPool(joined or "a Ray that this command started on 127.0.0.1", kind, data_dir, workers, limits)
     finally:
         ray.shutdown()
 
 
-def _joined(address: str) -> str | None:
-    """The address of a cluster that lets us in and no stranger; None where `auto` finds none."""
-    ours = _token_is_there()
-    ways = ["disabled", "token"] if ours else ["disabled"]
+def _probe(address: str) -> str | None:
+    """The address of a cluster that admits us and refuses clients without the token; None where `auto` finds none."""
+    has_token = _has_token()
+    modes = ["disabled", "token"] if has_token else ["disabled"]
+    subject = f"`--cluster` {address}"
     with contextlib.ExitStack() as stack:
-        knocks = [stack.enter_context(_knock(address, way)) for way in ways]
-        deadline = time.monotonic() + KNOCK_S
-        answers = [_answer(knock, deadline) for knock in knocks]
-    (stranger, _), (we, found) = answers[0], answers[-1]
-    if stranger == _IN:
+        probes = [stack.enter_context(_start_probe(address, mode)) for mode in modes]
+        deadline = time.monotonic() + PROBE_S
+        answers = [_answer(probe, deadline) for probe in probes]
+    (without_token, _), (with_token, found_address) = answers[0], answers[-1]
+    if without_token == _ADMITTED:
         raise UserError(
-            f"CLUSTER {address}: asks for no token, so whoever reaches it can run anything on it; "
-            "start its nodes with RAY_AUTH_MODE=token"
+            subject,
+            "requires no token, so whoever reaches it can run anything on it",
+            "start its nodes with RAY_AUTH_MODE=token",
         )
-    if (stranger, we) == (_KEPT_OUT, _IN) and ours:
-        return found
-    if stranger == _KEPT_OUT:
-        fault = "has another token than this one" if ours else "asks for a token, and there is none here"
+    if (without_token, with_token) == (_REFUSED, _ADMITTED) and has_token:
+        return found_address
+    if without_token == _REFUSED:
         raise UserError(
-            f"CLUSTER {address}: {fault}; copy ~/.ray/auth_token from its head, or name its file in RAY_AUTH_TOKEN_PATH"
+            subject,
+            "has another token than this machine" if has_token else "requires a token, and there is none here",
+            "copy ~/.ray/auth_token from its head, or set RAY_AUTH_TOKEN_PATH to its file",
         )
     if address == "auto" and not os.environ.get("RAY_ADDRESS"):
         return None
-    raise UserError(f"CLUSTER {address}: no answer; is it the address that `ray start --head` printed?")
+    raise UserError(subject, "no answer", "use the address that `ray start --head` printed")
 
 
-def _knock(address: str, way: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"RAY_AUTH_MODE": way}
-    command = [sys.executable, "-c", _KNOCK, address]
+def _start_probe(address: str, mode: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, start_new_session=True
+        [sys.executable, "-c", _PROBE, address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"RAY_AUTH_MODE": mode},
+        start_new_session=True,
     )
 
 
-def _answer(knock: subprocess.Popen[str], deadline: float) -> tuple[int, str]:
-    """How a knock ended, and the address behind the one that was given."""
+def _answer(probe: subprocess.Popen[str], deadline: float) -> tuple[int, str]:
+    """How a probe ended, and the cluster's address behind the one that was given."""
     try:
-        said, _ = knock.communicate(timeout=max(0.1, deadline - time.monotonic()))
+        output, _ = probe.communicate(timeout=max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        knock.kill()
-        return _NOBODY, ""
-    return knock.returncode, said.strip()
+        probe.kill()
+        return _NO_ANSWER, ""
+    return probe.returncode, output.strip()
 
 
 def _token_file() -> Path:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
-def _token_is_there() -> bool:
+def _has_token() -> bool:
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or (_token_file().is_file() and _token_file().stat().st_size > 0)
 
 
 def _make_token() -> None:
-    """Ray would make one itself, which everybody on this machine can read. UserError where it can't be written."""
-    if _token_is_there():
+    """A token that only its owner can read, unlike those that Ray makes. UserError where it can't be written."""
+    if _has_token():
         return
     try:
         _token_file().parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError), open(_token_file(), "xb", opener=_private) as file:
             file.write(secrets.token_hex(32).encode())
     except OSError as error:
-        raise UserError(
-            f"{_token_file()}: the token of a Ray of this command's can't be written ({error.strerror}); "
-            "RAY_AUTH_TOKEN_PATH names another place"
-        ) from None
+        rule = f"the token of this command's Ray can't be written ({error.strerror})"
+        raise UserError(str(_token_file()), rule, "set RAY_AUTH_TOKEN_PATH to another file") from None
 
 
 def _private(path: str, flags: int) -> int:

@@ -1,10 +1,15 @@
-"""What becomes of a trial that ended through no fault of its own: another takes its place, and goes on with its run."""
+"""The queue of a study: which waiting trials may be claimed, and which are queued again.
+
+A trial that ended through no fault of its own is requeued: another trial takes its place, with the same parameters and the
+same run in MLflow.
+"""
 
 import contextlib
 import logging
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
 import optuna
 from filelock import FileLock
@@ -12,123 +17,148 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pipeline.processes import process_has_exited
+from pipeline.search.optuna_internals import fail_trial, stored_trial
 from pipeline.search.pruner import MIN_UNPRUNED_TRIALS
-from pipeline.search.study import counts_toward_budget
+from pipeline.search.trial_attributes import TrialAttributes, update_attributes
+from pipeline.tracking import queries, recovery
+from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker, State
 from pipeline.training.resume import CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
-RETRIES = 2  # of a trial whose process died
-_KEPT = ("control", "run_key", "whole")  # of a trial, by the one that takes its place
+MAX_RETRIES = 2  # of a trial whose process died
 
 
-def reconcile(study: optuna.Study, tracker: MlflowTracker, parent: str, home: Path) -> list[int]:
-    """Ask again what a process that is gone left RUNNING, and close runs that nobody is at; the numbers of those trials.
+def release_trials(study: optuna.Study, trials: list[FrozenTrial], count: int) -> None:
+    """Let workers claim `count` of the waiting trials, the oldest first; new ones are made where there are too few.
 
-    Only processes of this machine can be judged here. `parent` is the study's run in MLflow.
+    Workers claim released trials and make none themselves. So the budget is kept exactly, however many workers there are,
+    if `count` was computed from the same `trials`: a trial that is claimed meanwhile was released before.
+    """
+    waiting = [trial for trial in trials if trial.state is TrialState.WAITING]
+    for position, trial in enumerate(waiting):
+        if TrialAttributes.of(trial).released != (position < count):
+            with contextlib.suppress(UpdateFinishedTrialError):
+                update_attributes(study, trial, released=position < count)
+    for _ in range(count - len(waiting)):
+        study.enqueue_trial({}, user_attrs=TrialAttributes(released=True).to_optuna())
+
+
+def reconcile(study: optuna.Study, tracker: MlflowTracker, parent_run: str, home: Path) -> list[int]:
+    """Requeue what a process that has exited left RUNNING, and close runs that no process writes; the trials' numbers.
+
+    Only processes of this machine can be checked. `parent_run` is the study's run in MLflow.
     """
     with FileLock(home / "optuna.lock"):
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        # A trial that `claim` made RUNNING has a worker; another kind is of a time before it.
+        workers = [TrialAttributes.of(trial).worker for trial in running]
+        # A trial without a worker was not made RUNNING by a claim: no process of ours has it.
         dead = [
             trial
-            for trial in running
-            if "worker" not in trial.user_attrs or process_has_exited(trial.user_attrs["worker"])
+            for trial, worker in zip(running, workers, strict=True)
+            if worker is None or process_has_exited(worker)
         ]
-        mark_failed(study, dead, "its process is gone", tracker, parent)
+        mark_failed(study, dead, "its process has exited", tracker, parent_run)
         trials = study.get_trials(deepcopy=False)
         for number in (trial.number for trial in dead):
-            again = trials[number].user_attrs.get("asked_again")
-            what = "is asked again" if again else f"failed: {trials[number].user_attrs.get('reason')}"
-            log.info("trial %d, whose process is gone, %s", number, what)
-        ended = {trial.user_attrs["run_key"]: _end_of(trial) for trial in trials if _has_ended(trial)}
-        alive = {trial.user_attrs.get("run_key", "") for trial in trials if not trial.state.is_finished()}
-        tracker.close_lost(parent, alive, ended)
-        _leave_deleted(study, tracker, parent)
+            attributes = TrialAttributes.of(trials[number])
+            result = "is requeued" if attributes.requeued else f"failed: {attributes.reason}"
+            log.info("trial %d, whose process has exited, %s", number, result)
+        ended, alive = {}, set()
+        for trial in trials:
+            attributes = TrialAttributes.of(trial)
+            if not trial.state.is_finished():
+                alive.add(attributes.run_key or "")
+            elif attributes.state and attributes.run_key and not attributes.requeued:
+                ended[attributes.run_key] = (State(attributes.state), attributes.reason)
+        recovery.close_abandoned_trials(tracker, parent_run, alive, ended)
+        _detach_deleted_runs(study, tracker, parent_run)
     return sorted(trial.number for trial in dead)
 
 
-def _leave_deleted(study: optuna.Study, tracker: MlflowTracker, parent: str) -> None:
-    """What waits to be asked again, and whose run was deleted in MLflow, begins anew with a run of its own."""
+def _detach_deleted_runs(study: optuna.Study, tracker: MlflowTracker, parent_run: str) -> None:
+    """A waiting retry whose run was deleted in MLflow starts at epoch 1, with a new run."""
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-    known = {trial.user_attrs["run_key"]: trial for trial in waiting if "run_key" in trial.user_attrs}
-    for key in known.keys() & (tracker.deleted_keys(parent) if known else set()):
-        trial = known[key]
-        study._storage.set_trial_user_attr(trial._trial_id, "run_key", uuid.uuid4().hex)
-        shutil.rmtree(tracker.home / CHECKPOINTS / key, ignore_errors=True)  # its first epochs are in the deleted run
-        log.warning("trial %d: its run was deleted in MLflow; it begins anew, with another", trial.number)
-
-
-def _has_ended(trial: FrozenTrial) -> bool:
-    return counts_toward_budget(trial) and "state" in trial.user_attrs and "run_key" in trial.user_attrs
-
-
-def _end_of(trial: FrozenTrial) -> tuple[State, str]:
-    return State(trial.user_attrs["state"]), trial.user_attrs.get("reason", "")
+    by_key = {TrialAttributes.of(trial).run_key: trial for trial in waiting}
+    by_key.pop(None, None)
+    for key in by_key.keys() & (queries.deleted_keys(tracker, parent_run) if by_key else set()):
+        trial = by_key[key]
+        update_attributes(study, trial, run_key=uuid.uuid4().hex)
+        shutil.rmtree(tracker.home / CHECKPOINTS / str(key), ignore_errors=True)  # its epochs are in the deleted run
+        log.warning("trial %d: its run was deleted in MLflow; it starts at epoch 1 with a new run", trial.number)
 
 
 def mark_failed(
-    study: optuna.Study, dead: list[FrozenTrial], why: str, tracker: MlflowTracker, parent: str, died: bool = True
+    study: optuna.Study,
+    dead: list[FrozenTrial],
+    reason: str,
+    tracker: MlflowTracker,
+    parent_run: str,
+    died: bool = True,
 ) -> None:
-    """Trials whose process is gone: each is asked again, and its run gone on with by whoever takes it.
+    """End trials whose process is gone: each is requeued, and whoever claims the retry resumes its run.
 
-    One that `died` too often fails and counts, and its run is ended. MLflow is not waited for.
+    A trial whose process `died` too often fails and counts, and its run is ended. This does not wait for MLflow.
     """
     for trial in dead:
         with contextlib.suppress(UpdateFinishedTrialError):  # it ended at the last moment, and counts
             if not requeue(study, trial, died):
-                reason = f"{why}; so it ended {RETRIES + 1} times"
-                study._storage.set_trial_user_attr(trial._trial_id, "state", str(State.FAILED))
-                study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
-                key = trial.user_attrs.get("run_key")
-                if key is None:  # it died each time before it had one
-                    key = uuid.uuid4().hex
-                    study._storage.set_trial_user_attr(trial._trial_id, "run_key", key)
-                tracker.end_run(key, parent, run_name(trial), run_tags(study, trial), State.FAILED, reason)
-                shutil.rmtree(tracker.home / CHECKPOINTS / key, ignore_errors=True)  # nobody goes on from there
-            study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                _give_up(study, trial, f"{reason}; so it ended {MAX_RETRIES + 1} times", tracker, parent_run)
+            fail_trial(study, trial)
 
 
-def run_name(trial: FrozenTrial | optuna.Trial) -> str:
-    """Of a trial's run in MLflow."""
-    return f"trial {trial.number}" + (" (control)" if trial.user_attrs.get("control") else "")
+def _give_up(study: optuna.Study, trial: FrozenTrial, reason: str, tracker: MlflowTracker, parent_run: str) -> None:
+    attributes = TrialAttributes.of(trial)
+    key = attributes.run_key or uuid.uuid4().hex  # it may have died each time before it had one
+    update_attributes(study, trial, state=str(State.FAILED), reason=reason, run_key=key)
+    name, tags = run_name(trial.number, attributes), run_tags(study, trial.number, attributes)
+    recovery.end_run(tracker, key, parent_run, name, tags.to_mlflow(), State.FAILED, reason)
+    shutil.rmtree(tracker.home / CHECKPOINTS / key, ignore_errors=True)  # no trial resumes from there
 
 
-def run_tags(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> dict[str, str]:
-    """Which trial a run in MLflow is."""
-    tags = {"role": "trial", "study": study.study_name, "trial": str(trial.number)}
-    return tags | ({"control": "true"} if trial.user_attrs.get("control") else {})
+def run_name(number: int, attributes: TrialAttributes) -> str:
+    """The name of a trial's run in MLflow."""
+    return f"trial {number}" + (" (control)" if attributes.control else "")
+
+
+def run_tags(study: optuna.Study, number: int, attributes: TrialAttributes) -> RunTags:
+    """The tags that say which trial a run in MLflow is."""
+    return RunTags(role="trial", study=study.study_name, trial=number, control=attributes.control or None)
 
 
 def requeue(study: optuna.Study, trial: FrozenTrial | optuna.Trial, died: bool = False) -> bool:
-    """Queue a trial that ended through no fault of its own, once, with all that it is known by; it no longer counts.
+    """Queue a trial's successor, once, with all that the trial is known by; the trial itself no longer counts.
 
-    False where its process `died` and it has been asked again RETRIES times for that: nothing is queued.
+    False where its process `died` and it has been requeued MAX_RETRIES times for that: nothing is queued.
     """
-    frozen = study._storage.get_trial(trial._trial_id)
-    deaths = frozen.user_attrs.get("deaths", 0) + died
-    if died and deaths > RETRIES:
-        if not frozen.user_attrs.get("asked_again"):
+    frozen = stored_trial(study, trial)
+    attributes = TrialAttributes.of(frozen)
+    deaths = attributes.deaths + died
+    if died and deaths > MAX_RETRIES:
+        if not attributes.requeued:
             return False
-        deaths = (
-            RETRIES  # it was stopped, and died while it was asked again: that is ended here, or nobody has its place
-        )
-    study._storage.set_trial_user_attr(trial._trial_id, "asked_again", True)
-    if any(other.user_attrs.get("retry_of") == frozen.number for other in study.get_trials(deepcopy=False)):
+        # It was being requeued because of a stop when its process died. The successor is queued all the same: this
+        # trial no longer counts, so without one its place would stay empty.
+        deaths = MAX_RETRIES
+    update_attributes(study, trial, requeued=True)
+    if any(TrialAttributes.of(other).retry_of == frozen.number for other in study.get_trials(deepcopy=False)):
         return True
-    attributes = {"retry_of": frozen.number} | ({"deaths": deaths} if deaths else {})
-    if frozen.number < MIN_UNPRUNED_TRIALS:
-        attributes["whole"] = True
-    attributes |= {name: frozen.user_attrs[name] for name in _KEPT if name in frozen.user_attrs}
-    # What was fixed and not asked yet belongs to it too: the space may have been left half-way.
-    fixed = {"fixed_params": frozen.system_attrs.get("fixed_params", {}) | frozen.params}
+    successor = TrialAttributes(
+        retry_of=frozen.number,
+        deaths=deaths,
+        control=attributes.control,
+        run_key=attributes.run_key,
+        unpruned=attributes.unpruned or frozen.number < MIN_UNPRUNED_TRIALS,
+    )
+    # Parameters that were fixed and not yet asked for belong to it too: its process may have died inside the space.
+    fixed: dict[str, Any] = {"fixed_params": frozen.system_attrs.get("fixed_params", {}) | frozen.params}
     study.add_trial(
         create_trial(
             state=TrialState.WAITING,
-            user_attrs=attributes,
+            user_attrs=successor.to_optuna(),
             system_attrs=fixed,
-            intermediate_values=frozen.intermediate_values,  # it goes on from its checkpoint
+            intermediate_values=frozen.intermediate_values,  # it resumes from the checkpoint
         )
     )
     return True

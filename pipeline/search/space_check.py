@@ -1,4 +1,4 @@
-"""What a `space(trial)` function asks for, found out before anything runs."""
+"""The search space of a `space(trial)` function, explored and checked before anything runs."""
 
 import random
 import traceback
@@ -12,22 +12,23 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from pipeline.errors import UserError
+from pipeline.errors import Problem, UserError
 from pipeline.recipe import Recipe
+from pipeline.search.optuna_internals import contains
 
 Space = Callable[[Any], None]
 
 
 class ScriptedTrial:
-    """Answers a space's questions from `answers`, or else with `choose(name, distribution)`; remembers what was asked.
+    """Gives the values of `answers`, or else of `choose(name, distribution)`, and records all parameters.
 
-    Raises nothing for a wrong range: `faults` holds one line each, so that all are told at once.
+    An invalid range raises nothing: `problems` collects them, so that all are reported at once.
     """
 
     def __init__(self, answers: Mapping[str, Any], choose: Callable[[str, BaseDistribution], Any]):
         self.params: dict[str, Any] = {}
         self.distributions: dict[str, BaseDistribution] = {}
-        self.faults: list[str] = []
+        self.problems: list[Problem] = []
         self._answers = answers
         self._choose = choose
 
@@ -49,7 +50,7 @@ class ScriptedTrial:
         try:
             distribution = make()
         except ValueError as error:
-            self.faults.append(f"{name}: {str(error).splitlines()[0]}")
+            self.problems.append(Problem(name, str(error).splitlines()[0]))
             self.params[name] = fallback
             return fallback
         self.distributions[name] = distribution
@@ -58,91 +59,92 @@ class ScriptedTrial:
 
 
 class FixedFields:
-    """A trial as a space sees it, some of whose answers are given: their questions never reach the trial.
+    """A trial as a space sees it, with some values given: the trial is never asked for those.
 
-    Nor do those for which `is_void(name)`, as no trial of the study can have such a field; they get the base recipe's
-    value, or the lowest, and their names are in `voided`.
+    Nor for parameters for which `is_void(name)`, as no trial of the study can have such a field; they get the base
+    recipe's value, or the lowest, and their names are in `voided`.
     """
 
     def __init__(self, trial: Any, given: Mapping[str, Any], is_void: Callable[[str], bool], base: Recipe):
         self._trial, self._given, self._is_void = trial, given, is_void
-        self._nobody = ScriptedTrial(base.flat(), lowest)
+        self._void_trial = ScriptedTrial(base.flat(), lowest)
 
     @property
     def voided(self) -> list[str]:
         """In the order in which the space asked."""
-        return list(self._nobody.params)
+        return list(self._void_trial.params)
 
     def __getattr__(self, attribute: str) -> Any:
-        found = getattr(self._trial, attribute)
         if not attribute.startswith("suggest_"):
-            return found
+            return getattr(self._trial, attribute)
 
-        def suggest(name: str, *range_: Any, **more: Any) -> Any:
+        def suggest(name: str, *arguments: Any, **options: Any) -> Any:
             if name in self._given:
                 return self._given[name]
-            asked = getattr(self._nobody, attribute) if self._is_void(name) else found
-            return asked(name, *range_, **more)
+            trial = self._void_trial if self._is_void(name) else self._trial
+            return getattr(trial, attribute)(name, *arguments, **options)
 
         return suggest
 
 
 def explore(space: Space, recipe: Callable[[Mapping[str, Any]], Recipe]) -> dict[str, BaseDistribution]:
-    """Every parameter that the space can ask for, with its range; `recipe(params)` of all that is tried is made.
+    """Every parameter that the space can ask for, with its range; for all tried values `recipe(params)` is called.
 
-    Each value that may open a branch (all choices, both ends of a range) is forced once, along with the values that
-    led to its question; so a parameter is found however deep it lies behind choices. Then random answers look for
-    ranges that are valid one by one and not together. Raises UserError with all faults, one line each.
+    Each value that may open a branch (all choices, both ends of a range) is tried once, together with the values that led
+    to its parameter; so a parameter is found however deep it lies behind choices. Then random values look for ranges that
+    are valid one by one and not in combination. Raises UserError with all problems.
     """
-    found: dict[str, BaseDistribution] = {}
-    faults: dict[str, None] = {}  # ordered, each line once
-    waiting: list[dict[str, Any]] = [{}]
-    while waiting:
-        answers = waiting.pop(0)
-        trial = _ask(space, ScriptedTrial(answers, lowest), recipe, faults)
+    distributions: dict[str, BaseDistribution] = {}
+    problems: dict[Problem, None] = {}  # ordered, each once
+    queue: list[dict[str, Any]] = [{}]
+    while queue:
+        answers = queue.pop(0)
+        trial = _ask(space, ScriptedTrial(answers, lowest), recipe, problems)
         for name, distribution in trial.distributions.items():
-            if name not in found:
-                found[name] = distribution
-                waiting += [answers | {name: value} for value in extremes(distribution)]
-            elif found[name] != distribution:
-                faults[f"{name}: asked with two ranges, {describe(found[name])} and {describe(distribution)}"] = None
-    if not faults:
-        chance = random.Random(0)
+            if name not in distributions:
+                distributions[name] = distribution
+                queue += [answers | {name: value} for value in extremes(distribution)]
+            elif distributions[name] != distribution:
+                ranges = f"{describe(distributions[name])} and {describe(distribution)}"
+                problems[Problem(name, f"asked with two ranges, {ranges}")] = None
+    if not problems:
+        rng = random.Random(0)
         highest = ScriptedTrial({}, lambda name, d: extremes(d)[-1])
-        others = [ScriptedTrial({}, lambda name, d: chance.choice(extremes(d))) for _ in range(64)]
+        others = [ScriptedTrial({}, lambda name, d: rng.choice(extremes(d))) for _ in range(64)]
         for trial in (highest, *others):
-            _ask(space, trial, recipe, faults)
-    if faults:
-        raise UserError(list(faults))
-    return found
+            _ask(space, trial, recipe, problems)
+    if problems:
+        raise UserError.many(list(problems))
+    return distributions
 
 
 def control(space: Space, base: Recipe, *others: Recipe) -> dict[str, Any]:
-    """The answers with which the space gives the base recipe itself; UserError where it can't.
+    """The parameters with which the space gives the base recipe itself; UserError where it can't.
 
-    What is outside the space in `base` is taken from the first of the `others` that has a value inside.
+    A value of `base` outside the space is replaced by that of the first of the `others` whose value is inside.
     """
     flats = [recipe.flat() for recipe in (base, *others)]
 
     def choose(name: str, distribution: BaseDistribution) -> Any:
         values = [flat[name] for flat in flats if name in flat] or extremes(distribution)
-        return next((value for value in values if _contains(distribution, value)), values[0])
+        return next((value for value in values if contains(distribution, value)), values[0])
 
     trial = ScriptedTrial({}, choose)
     space(trial)
-    lines = []
+    problems = []
     for name, distribution in trial.distributions.items():
         if name not in flats[0]:
-            lines.append(f"{name}: asked for, but the base recipe has no such field")
-        elif not _contains(distribution, trial.params[name]):
-            lines.append(f"{name} = {flats[0][name]} in the base recipe: outside the space, {describe(distribution)}")
-    if lines:
-        raise UserError(lines)
+            problems.append(Problem(name, "asked for, but the base recipe has no such field"))
+        elif not contains(distribution, trial.params[name]):
+            subject = f"{name} = {flats[0][name]} in the base recipe"
+            problems.append(Problem(subject, f"outside the space, {describe(distribution)}"))
+    if problems:
+        raise UserError.many(problems)
     return trial.params
 
 
 def describe(distribution: BaseDistribution) -> str:
-    """A range as a person would write it."""
+    """A range as text: `0.1 to 1 (log)`, `one of a, b`."""
     if isinstance(distribution, CategoricalDistribution):
         return "one of " + ", ".join(str(choice) for choice in distribution.choices)
     assert isinstance(distribution, (FloatDistribution, IntDistribution))
@@ -152,23 +154,28 @@ def describe(distribution: BaseDistribution) -> str:
 
 
 def _ask(
-    space: Space, trial: ScriptedTrial, recipe: Callable[[Mapping[str, Any]], Recipe], faults: dict[str, None]
+    space: Space, trial: ScriptedTrial, recipe: Callable[[Mapping[str, Any]], Recipe], problems: dict[Problem, None]
 ) -> ScriptedTrial:
     try:
         space(trial)
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"{place.filename}, line {place.lineno}: space: {type(error).__name__}: {error}") from error
-    trial.faults += [
-        f"{name}: the trials of a study share their data, so it can't be searched; --set {name}=... changes it for all"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        rule = f"space: {type(error).__name__}: {error}"
+        raise UserError(f"{frame.filename}, line {frame.lineno}", rule) from error
+    trial.problems += [
+        Problem(
+            name,
+            "the trials of a study share their data, so it can't be searched",
+            f"`--set {name}=...` changes it for all",
+        )
         for name in trial.params
         if name.startswith("data.")
     ]
     try:
         recipe(trial.params)
     except UserError as error:
-        trial.faults += error.lines
-    faults.update(dict.fromkeys(trial.faults))
+        trial.problems += error.problems
+    problems.update(dict.fromkeys(trial.problems))
     return trial
 
 
@@ -183,10 +190,3 @@ def extremes(distribution: BaseDistribution) -> list[Any]:
 def lowest(name: str, distribution: BaseDistribution) -> Any:
     """Of a range its lower end, of choices the first."""
     return extremes(distribution)[0]
-
-
-def _contains(distribution: BaseDistribution, value: Any) -> bool:
-    try:
-        return distribution._contains(distribution.to_internal_repr(value))
-    except (ValueError, TypeError):
-        return False

@@ -1,4 +1,4 @@
-"""How fast a recipe trains here, measured on the real loop; what one trial of it takes, part by part."""
+"""How fast a recipe trains on this machine, measured with the real loop; what one trial of it takes, part by part."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from pipeline.data.prepare import TrainingData
 from pipeline.experiment import publish
 from pipeline.inference.methods import views_of
 from pipeline.recipe import Recipe
-from pipeline.tracking.tracker import State, Tracker
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import Tracker
 from pipeline.training.loop import PARTS, EpochReport, train
 
 # Measured epochs are short, so that slow networks are measured too; a GPU must not run out of steps that are queued.
@@ -43,8 +44,8 @@ class Stopwatch:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         total = dict.fromkeys(PARTS, 0.0)
-        for (part, begun), (_, ended) in zip(self._marks, self._marks[1:], strict=False):
-            total[part] += _between(begun, ended)
+        for (part, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            total[part] += _seconds_between(start, end)
         return total, sum(part == "forward" for part, _ in self._marks)
 
     def _now(self) -> "float | torch.cuda.Event":
@@ -55,11 +56,11 @@ class Stopwatch:
         return event
 
 
-def _between(begun: "float | torch.cuda.Event", ended: "float | torch.cuda.Event") -> float:
-    if isinstance(begun, float) or isinstance(ended, float):
-        assert isinstance(begun, float) and isinstance(ended, float)
-        return ended - begun
-    return begun.elapsed_time(ended) / 1000  # of milliseconds
+def _seconds_between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float) and isinstance(end, float)
+        return end - start
+    return start.elapsed_time(end) / 1000  # of milliseconds
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class Speed:
     """One recipe's speed on one data set."""
 
     batch_size: int
-    steps: int  # of an epoch of the whole training split
+    steps: int  # of an epoch of the complete training split
     step_s: dict[str, float]  # seconds of a step, by part
-    evaluation_s: float  # of the whole validation split, once
+    evaluation_s: float  # of the complete validation split, once
     memory_gib: float  # most in use: on a GPU of the training, on a CPU of the process
 
     @property
@@ -85,14 +86,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class Overhead:
-    """What a trial takes beside its training and the evaluations, in seconds."""
+    """What a trial takes besides its training and the evaluations, in seconds."""
 
-    trial_s: float  # the run's start and end, scores, pictures, files
-    epoch_s: float  # an epoch's numbers
+    trial_s: float  # the run's start and end, scores, figures, files
+    epoch_s: float  # an epoch's metrics
 
 
-class _Enough(Exception):
-    pass
+class _Measured(Exception):
+    """Ends a training that was measured for long enough."""
 
 
 def measure(
@@ -104,20 +105,20 @@ def measure(
 ) -> Speed:
     """Train for `seconds`, and at least two short epochs, of which the first warms up and isn't counted.
 
-    The epochs are of a few batches and validation images; both are scaled to the whole splits. `on_step` may raise to
-    end it. The learning rate is next to nothing, which changes no time and lets nothing diverge.
+    The epochs are of a few batches and validation images; both are scaled to the complete splits. `on_step` may raise to
+    end it. The learning rate is almost zero, which changes no time and lets nothing diverge.
     """
     batch_size = min(recipe.training.batch_size, len(data.train.images))
     steps = len(data.train.images) // batch_size
     part = few_images(data, min(steps, _STEPS[device.type]) * batch_size, _VALIDATION[device.type])
-    watch, began, last = Stopwatch(device), time.perf_counter(), {}
+    watch, start, last_metrics = Stopwatch(device), time.perf_counter(), {}
 
     def on_epoch(report: EpochReport) -> None:
-        last.update(report.metrics)
+        last_metrics.update(report.metrics)
         if report.epoch == 1:
             watch.restart()
-        elif time.perf_counter() - began >= seconds:
-            raise _Enough
+        elif time.perf_counter() - start >= seconds:
+            raise _Measured
 
     try:
         train(
@@ -128,7 +129,7 @@ def measure(
             on_step,
             watch,
         )
-    except _Enough:
+    except _Measured:
         watch("tracking")
     total, num_steps = watch.seconds()
     epochs = num_steps // min(steps, _STEPS[device.type])
@@ -138,7 +139,7 @@ def measure(
         steps=steps,
         step_s={name: total[name] / num_steps for name in PARTS if name not in ("evaluation", "tracking")},
         evaluation_s=total["evaluation"] / epochs * share,
-        memory_gib=last["memory/peak_gib"],
+        memory_gib=last_metrics["memory/peak_gib"],
     )
 
 
@@ -147,33 +148,33 @@ def measure_overhead(
 ) -> Overhead:
     """Track a training of one step as `experiment.run` does, with a few validation images.
 
-    The process should be warm: the first pictures and the first run of a process take seconds more.
+    The process should be warm: the first figures and the first run of a process take seconds more.
     """
     part = few_images(data, speed.batch_size, _VALIDATION[device.type])
     epoch_s = 0.0
-    began = time.perf_counter()
+    start = time.perf_counter()
     with tracker.run("bench", recipe, part) as tracked:
-        started_s = time.perf_counter() - began
+        started_s = time.perf_counter() - start
 
         def on_epoch(report: EpochReport) -> None:
             nonlocal epoch_s
-            at = time.perf_counter()
+            epoch_start = time.perf_counter()
             tracked.log_metrics(report.metrics, report.epoch)
-            epoch_s = time.perf_counter() - at
+            epoch_s = time.perf_counter() - epoch_start
 
         result = train(recipe.changed({"training.epochs": 1, "optimizer.lr": 1e-9}), part, device, on_epoch)
-        began = time.perf_counter()
+        start = time.perf_counter()
         publish(tracked, recipe, part, result)
         tracked.end(State.FINISHED)
     predicted_s = _other_views(recipe) * speed.evaluation_s * len(part.validation.images) / len(data.validation.images)
-    return Overhead(started_s + max(0.0, time.perf_counter() - began - predicted_s), epoch_s)
+    return Overhead(started_s + max(0.0, time.perf_counter() - start - predicted_s), epoch_s)
 
 
 def trial_seconds(recipe: Recipe, speed: Speed, overhead: Overhead) -> dict[str, float]:
-    """Part of PARTS -> seconds of a whole trial on the whole data set.
+    """Part of PARTS -> seconds of a complete trial on the complete data set.
 
-    The steps of all epochs; an evaluation after each, and one more for each view that the methods of prediction look
-    at; as tracking, the numbers of each epoch, the run's start, and its end with scores, pictures and files.
+    The steps of all epochs; an evaluation after each, and one more for each view that the prediction methods use; as
+    tracking, the metrics of each epoch, the run's start, and its end with scores, figures and files.
     """
     epochs = recipe.training.epochs
     return {
@@ -190,7 +191,7 @@ def _other_views(recipe: Recipe) -> int:
 
 
 def few_images(data: TrainingData, num_train: int, num_validation: int) -> TrainingData:
-    """So many images of both splits, from all over them: a folder's lie class by class."""
+    """So many images of both splits, evenly spaced: a folder's images are sorted by class."""
 
     def few(split: Split, count: int) -> Split:
         stride = max(1, len(split.images) // count)

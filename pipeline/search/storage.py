@@ -1,33 +1,32 @@
 """Where Optuna keeps a study: SQLite on one machine, PostgreSQL beyond; and how it waits for its database."""
 
 import contextlib
-import datetime
+import functools
 import hashlib
-import json
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import optuna
 from filelock import FileLock
-from optuna.distributions import BaseDistribution, check_distribution_compatibility, distribution_to_json
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
-from optuna.storages._rdb.storage import _create_scoped_session
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from sqlalchemy import Connection, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
 
 from pipeline.data.datasets import NATURAL_SIZE
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line, redact_uri
+from pipeline.search.optuna_internals import SqlStorage, TrialParam, check_compatible
 from pipeline.search.study import Search, check_same, counts_toward_budget
+from pipeline.search.study_attributes import StudyAttributes
+from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking.run_data import newest_first
 from pipeline.tracking.sqlite import use_write_ahead_log
 from pipeline.tracking.study_key import StudyKey
@@ -35,207 +34,152 @@ from pipeline.tracking.study_key import StudyKey
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 600.0  # for a database that is away
+MAX_WAIT_S = 600.0  # for a database that is away
 LONGEST_PAUSE_S = 5.0
 
 
 class StorageUnavailable(UserError):
-    """The study's database did not answer for PATIENCE_S."""
+    """The study's database did not answer for MAX_WAIT_S."""
 
 
-class RetryingStorage(RDBStorage):
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def retried(method: Method) -> Method:
+    """A method of RetryingStorage that is repeated until the database answers.
+
+    Methods call each other: the outermost one repeats, so that a transaction is repeated as a whole.
+    """
+
+    @functools.wraps(method)
+    def repeat(self: "RetryingStorage", *arguments: Any, **options: Any) -> Any:
+        local = self._local
+        if local.is_inside:
+            return method(self, *arguments, **options)
+        local.is_inside, local.repetitions = True, 0
+        deadline = time.monotonic() + MAX_WAIT_S
+        try:
+            while True:
+                try:
+                    return method(self, *arguments, **options)
+                except (StorageInternalError, DBAPIError, PendingRollbackError) as error:
+                    if not _is_away(error):
+                        raise
+                    self.while_waiting()
+                    local.repetitions += 1
+                    _wait(self.url, error, local.repetitions, deadline)
+        finally:
+            local.is_inside = False
+
+    return cast(Method, repeat)
+
+
+class _ThreadState(threading.local):
+    """What a thread is doing with a storage."""
+
+    is_inside = False  # a call that is repeated already, or that is not to be repeated
+    repetitions = 0  # of the current call
+    params: list[TrialParam] | None = None  # of the current batch; None outside of one
+    attributes: dict[int, dict[str, Any]] | None = None  # of the current batch: trial id -> attributes
+
+
+class RetryingStorage(SqlStorage):
     """Repeats a call that the database did not answer: PostgreSQL restarts, an SQLite file is locked.
 
-    The first try may have been done and only its reply lost, so each call can be repeated without harm: what writes an
+    The first try may have succeeded and only its reply was lost, so each call can be repeated without harm: a write of an
     attribute or a value writes it again, a new trial is looked for before it is made again, and `claim` and
-    `set_trial_state_values` know their own work. `while_waiting` is called before each repetition and may raise.
-    Raises StorageUnavailable after PATIENCE_S.
+    `set_trial_state_values` recognise their own work. `while_waiting` is called before each repetition and may raise.
+    Raises StorageUnavailable after MAX_WAIT_S.
     """
 
     while_waiting: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, url: str, engine_kwargs: dict[str, Any]):
-        self._tried: set[str] = set()  # tokens of new trials that may be there already
-        self._repeats = threading.local()
+        self._local = _ThreadState()
         super().__init__(url, engine_kwargs)
 
+    # All that reaches the database.
+    create_new_study = retried(SqlStorage.create_new_study)
+    set_study_user_attr = retried(SqlStorage.set_study_user_attr)
+    set_study_system_attr = retried(SqlStorage.set_study_system_attr)
+    get_study_id_from_name = retried(SqlStorage.get_study_id_from_name)
+    get_study_name_from_id = retried(SqlStorage.get_study_name_from_id)
+    get_study_directions = retried(SqlStorage.get_study_directions)
+    get_study_user_attrs = retried(SqlStorage.get_study_user_attrs)
+    get_study_system_attrs = retried(SqlStorage.get_study_system_attrs)
+    get_all_studies = retried(SqlStorage.get_all_studies)
+    create_trial = retried(SqlStorage.create_trial)
+    read_trials = retried(SqlStorage.read_trials)
+    get_trial = retried(SqlStorage.get_trial)
+    best_trial_id = retried(SqlStorage.best_trial_id)
+    get_trial_id_from_study_id_trial_number = retried(SqlStorage.get_trial_id_from_study_id_trial_number)
+    set_trial_intermediate_value = retried(SqlStorage.set_trial_intermediate_value)
+    set_trial_system_attr = retried(SqlStorage.set_trial_system_attr)
+    released = retried(SqlStorage.released)
+    state_of = retried(SqlStorage.state_of)
+    write_at_once = retried(SqlStorage.write_at_once)
+
+    @retried
     def claim(self, trial_id: int, worker: Mapping[str, Any]) -> bool:
-        """Make a WAITING trial RUNNING and this worker's, in one transaction; False where somebody else was faster.
+        """See SqlStorage."""
+        if super().claim(trial_id, worker):
+            return True
+        return self._local.repetitions > 0 and self.worker_of(trial_id) == worker
 
-        Optuna's own way reads the state and then writes it, and on SQLite two workers can do so at once.
-        """
-        with self._session() as session:
-            now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)  # as Optuna keeps times
-            changes = {models.TrialModel.state: TrialState.RUNNING, models.TrialModel._datetime_start_utc: now}
-            mine = session.query(models.TrialModel).filter_by(trial_id=trial_id, state=TrialState.WAITING)
-            if mine.update(changes, synchronize_session=False):
-                self._set_trial_attr_without_commit(
-                    session, models.TrialUserAttributeModel, trial_id, "worker", dict(worker)
-                )
-                return True
-            owner = session.query(models.TrialUserAttributeModel).filter_by(trial_id=trial_id, key="worker").first()
-            return self._is_repeated and owner is not None and json.loads(owner.value_json) == worker
-
-    def granted(self, study_id: int) -> list[int]:
-        """The ids of the trials that wait and may be taken, the oldest first."""
-        with self._session() as session:
-            attribute = models.TrialUserAttributeModel
-            query = session.query(models.TrialModel.trial_id).join(attribute)
-            query = query.filter(models.TrialModel.study_id == study_id, models.TrialModel.state == TrialState.WAITING)
-            query = query.filter(attribute.key == "granted", attribute.value_json == "true")
-            return [trial_id for (trial_id,) in query.order_by(models.TrialModel.trial_id)]
-
-    @contextlib.contextmanager
-    def once(self) -> Iterator[None]:
-        """Calls of this thread are not repeated while the block runs."""
-        self._repeats.inside, self._repeats.count = True, 0
-        try:
-            yield
-        finally:
-            self._repeats.inside = False
-
-    @contextlib.contextmanager
-    def batch_writes(self) -> Iterator[None]:
-        """What this thread sets of a trial in the block, parameters and user attributes, is written at its end, at once.
-
-        Optuna's own way is a transaction for each, with two or three statements. Nothing that was set can be read before
-        the end.
-        """
-        self._repeats.params, self._repeats.attributes = [], {}
-        try:
-            yield
-        finally:
-            params, attributes = self._repeats.params, self._repeats.attributes
-            self._repeats.params = self._repeats.attributes = None
-            for trial_id in {trial_id for trial_id, *_ in params} | set(attributes):
-                mine = [param for param in params if param[0] == trial_id]
-                self.set_at_once(trial_id, mine, attributes.get(trial_id, {}))
-
-    def set_at_once(
-        self, trial_id: int, params: list[tuple[int, str, float, BaseDistribution]], attributes: Mapping[str, Any]
-    ) -> None:
-        """Parameters, which a trial gets once, and user attributes, in one transaction."""
-        with self._session() as session:
-            trial: Any = models.TrialModel.find_or_raise_by_id(trial_id, session)
-            self.check_trial_is_updatable(trial_id, trial.state)
-            parameter, attribute = models.TrialParamModel, models.TrialUserAttributeModel
-            there = {name for (name,) in session.query(parameter.param_name).filter_by(trial_id=trial_id)}
-            session.add_all(
-                parameter(
-                    trial_id=trial_id,
-                    param_name=name,
-                    param_value=value,
-                    distribution_json=distribution_to_json(distribution),
-                )
-                for _, name, value, distribution in params
-                if name not in there  # of a try whose reply was lost
-            )
-            known = {stored.key: stored for stored in session.query(attribute).filter_by(trial_id=trial_id)}
-            for key, value in attributes.items():
-                if key in known:
-                    known[key].value_json = json.dumps(value)
-                else:
-                    session.add(attribute(trial_id=trial_id, key=key, value_json=json.dumps(value)))
-
-    def _set_trial_param(
-        self,
-        trial_id: int,
-        param_name: str,
-        param_value_internal: float,
-        distribution: BaseDistribution,
-        previous_distribution: BaseDistribution | None,
-    ) -> None:
-        if (params := getattr(self._repeats, "params", None)) is None:
-            super()._set_trial_param(trial_id, param_name, param_value_internal, distribution, previous_distribution)
-        else:
-            if previous_distribution is not None:
-                check_distribution_compatibility(previous_distribution, distribution)
-            params.append((trial_id, param_name, param_value_internal, distribution))
-
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """See BaseStorage."""
-        if (attributes := getattr(self._repeats, "attributes", None)) is None:
-            super().set_trial_user_attr(trial_id, key, value)
-        else:
-            attributes.setdefault(trial_id, {})[key] = value
-
-    def state_of(self, trial_id: int) -> TrialState:
-        """A trial's state, for the price of one short query."""
-        with self._session() as session:
-            (state,) = session.query(models.TrialModel.state).filter_by(trial_id=trial_id).one()
-            return TrialState(state)
-
+    @retried
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
         """See BaseStorage."""
         try:
             return super().set_trial_state_values(trial_id, state, values)
         except UpdateFinishedTrialError:
-            stored = super().get_trial(trial_id) if self._is_repeated else None
+            stored = super().get_trial(trial_id) if self._local.repetitions else None
             if stored is None or (stored.state, stored.values) != (state, None if values is None else list(values)):
                 raise
-            return True  # told before: only the reply was lost
+            return True  # stored by an earlier try, whose reply was lost
 
-    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
-        if template_trial is not None:
-            template_trial.system_attrs["token"] = uuid.uuid4().hex
-        return super()._create_new_trial(study_id, template_trial)
+    @retried
+    def set_param(self, param: TrialParam, previous_distribution: BaseDistribution | None) -> None:
+        """See SqlStorage."""
+        if (params := self._local.params) is None:
+            super().set_param(param, previous_distribution)
+        else:
+            check_compatible(param, previous_distribution)
+            params.append(param)
 
-    def _get_prepared_new_trial(self, study_id: int, template_trial: FrozenTrial | None, session: Any) -> Any:
-        """Called in each try, in the transaction that makes the trial."""
-        if template_trial is None:
-            return super()._get_prepared_new_trial(study_id, template_trial, session)
-        token = template_trial.system_attrs["token"]
-        if token in self._tried:
-            attribute = models.TrialSystemAttributeModel
-            there = session.query(attribute).filter_by(key="token", value_json=json.dumps(token)).first()
-            if there:
-                return models.TrialModel.find_or_raise_by_id(there.trial_id, session)
-        self._tried.add(token)
-        return super()._get_prepared_new_trial(study_id, template_trial, session)
+    @retried
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """See BaseStorage."""
+        if (attributes := self._local.attributes) is None:
+            super().set_trial_user_attr(trial_id, key, value)
+        else:
+            attributes.setdefault(trial_id, {})[key] = value
 
-    def _session(self) -> Any:
-        return _create_scoped_session(self.scoped_session)
-
-    @property
-    def _is_repeated(self) -> bool:
-        return getattr(self._repeats, "count", 0) > 0
-
-
-def _patient(name: str) -> Callable[..., Any]:
-    """A method of RetryingStorage that is repeated until the database answers."""
-    once = getattr(RetryingStorage, name)
-
-    def patiently(self: RetryingStorage, *arguments: Any, **named: Any) -> Any:
-        if getattr(self._repeats, "inside", False):  # one call calls others: the outermost repeats
-            return once(self, *arguments, **named)
-        self._repeats.inside, self._repeats.count = True, 0
-        deadline = time.monotonic() + PATIENCE_S
+    @contextlib.contextmanager
+    def without_retries(self) -> Iterator[None]:
+        """Calls of this thread are not repeated while the block runs."""
+        self._local.is_inside, self._local.repetitions = True, 0
         try:
-            while True:
-                try:
-                    return once(self, *arguments, **named)
-                except (StorageInternalError, DBAPIError, PendingRollbackError) as error:
-                    if not _is_away(error):
-                        raise
-                    self.while_waiting()
-                    self._repeats.count += 1
-                    _wait(self.url, error, self._repeats.count, deadline)
+            yield
         finally:
-            self._repeats.inside = False
+            self._local.is_inside = False
 
-    patiently.__name__, patiently.__doc__ = name, once.__doc__
-    return patiently
+    @contextlib.contextmanager
+    def batch_writes(self) -> Iterator[None]:
+        """Parameters and user attributes that this thread sets in the block are written at its end, in one transaction.
 
-
-# All that reaches the database; `_CachedStorage`, which Optuna puts before it, calls some by their inner names.
-for _name in (
-    *("create_new_study", "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name"),
-    *("get_study_name_from_id", "get_study_directions", "get_study_user_attrs", "get_study_system_attrs"),
-    *("get_all_studies", "_create_new_trial", "_set_trial_param", "set_trial_state_values", "get_trial", "_get_trials"),
-    *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "_get_best_trial_id"),
-    *("get_trial_id_from_study_id_trial_number", "claim", "granted", "state_of", "set_at_once"),
-):
-    setattr(RetryingStorage, _name, _patient(_name))
+        Optuna has a transaction for each, of two or three statements. Nothing that was set can be read before the end.
+        """
+        local = self._local
+        params: list[TrialParam] = []
+        attributes: dict[int, dict[str, Any]] = {}
+        local.params, local.attributes = params, attributes
+        try:
+            yield
+        finally:
+            local.params = local.attributes = None
+            for trial_id in {param.trial_id for param in params} | set(attributes):
+                own_params = [param for param in params if param.trial_id == trial_id]
+                self.write_at_once(trial_id, own_params, attributes.get(trial_id, {}))
 
 
 def _is_away(error: BaseException) -> bool:
@@ -249,24 +193,26 @@ def _is_away(error: BaseException) -> bool:
     return not is_sqlite or "locked" in str(cause.orig) or "busy" in str(cause.orig)
 
 
-def _wait(url: str, error: BaseException, count: int, deadline: float) -> None:
-    reason = first_line(error.__cause__ or error, url)
+def _wait(url: str, error: BaseException, repetition: int, deadline: float) -> None:
+    """Pause before a repetition, from 1; StorageUnavailable after the deadline."""
+    reason, minutes = first_line(error.__cause__ or error, url), MAX_WAIT_S / 60
     if time.monotonic() > deadline:
         raise StorageUnavailable(
-            f"STORAGE {redact_uri(url)}: no answer for {PATIENCE_S / 60:.0f} minutes ({reason}); "
-            "the same command goes on when it answers"
+            f"`--storage` {redact_uri(url)}",
+            f"no answer for {minutes:.0f} minutes ({reason})",
+            "the same command resumes the study when it answers",
         ) from None
-    if count == 6:  # some seconds: more than a locked file's
-        log.info("the study's database does not answer (%s); trying for up to %.0f minutes", reason, PATIENCE_S / 60)
-    time.sleep(min(LONGEST_PAUSE_S, 0.05 * 2**count))
+    if repetition == 6:  # after some seconds: longer than a file stays locked
+        log.info("the study's database does not answer (%s); it is tried for up to %.0f minutes", reason, minutes)
+    time.sleep(min(LONGEST_PAUSE_S, 0.05 * 2**repetition))
 
 
 def open_storage(home: Path, url: str | None = None, wait: bool = False) -> RetryingStorage:
     """`optuna.db` in the home folder, or another database by its SQLAlchemy address; UserError where it can't be opened.
 
-    With `wait` it is tried for PATIENCE_S: whoever starts in mid-study may come while the database is away.
+    With `wait` it is tried for MAX_WAIT_S: a worker may start while the database is away.
     """
-    way_out = "leave it out for mlruns/optuna.db" if url else "move that file away"
+    remedy = "correct it, or " + ("omit it for mlruns/optuna.db" if url else "move that file away")
     url = url or f"sqlite:///{home.resolve() / 'optuna.db'}"
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.startswith("sqlite"):
@@ -274,68 +220,74 @@ def open_storage(home: Path, url: str | None = None, wait: bool = False) -> Retr
     else:
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
         options |= {"pool_size": 1, "max_overflow": 2}
-    deadline, count = time.monotonic() + PATIENCE_S, 0
+    subject = f"`--storage` {redact_uri(url)}"
+    deadline, tries = time.monotonic() + MAX_WAIT_S, 0
     while True:
         try:
             home.mkdir(parents=True, exist_ok=True)
-            with FileLock(home / "optuna.lock"):  # first starts at the same time would each create the tables
+            with FileLock(home / "optuna.lock"):  # several processes that start at once would each create the tables
                 storage = RetryingStorage(url, options)
                 use_write_ahead_log(storage.engine)
                 return storage
         except ImportError:
-            raise UserError(
-                f"STORAGE {redact_uri(url)}: needs a driver; .venv/bin/pip install -e '.[postgres]'"
-            ) from None
+            raise UserError(subject, "needs a driver", ".venv/bin/pip install -e '.[postgres]'") from None
         except Exception as error:  # whatever a driver raises: the address is the user's
             if not (wait and _is_away(error)):
-                reason = first_line(error, url)
-                raise UserError(
-                    f"STORAGE {redact_uri(url)}: can't be opened ({reason}); mend it, or {way_out}"
-                ) from None
-            count += 1
-            _wait(url, error, count, deadline)
+                raise UserError(subject, f"can't be opened ({first_line(error, url)})", remedy) from None
+            tries += 1
+            _wait(url, error, tries, deadline)
 
 
 def resolved(search: Search, data: TrainingData, storage: RDBStorage) -> Search:
-    """The search with the key that its study has in the store, or will have, and with the data set's name in its recipes.
+    """The search with the key that its study has in the storage, or will have, and the data set's name in its recipes.
 
-    First the study of this name and version on the same images, wherever they lay then and whatever their folder was
-    called; else one that was run on this very folder when other images were in it, which is then refused as changed: a
-    question must not become two unnoticed; else a new one. Recipes keep the name that the data set had first: a folder
-    that moved is no other recipe, and what was interrupted can go on.
+    1. The study of this name and version on the same images, wherever they lay and whatever their folder was called.
+    2. A study that ran on this very folder when other images were in it; it is then refused as changed, so that one
+       question does not become two unnoticed.
+    3. A new study.
+
+    Recipes keep the name that the data set had first: a folder that moved makes no other recipe, and interrupted trials
+    can be resumed.
     """
     if search.stored_key:
         return search
     own, typed = StudyKey(search.name, search.version, data.name), search.base.data.dataset
     parsed = [StudyKey.parse(name) for name in optuna.get_all_study_names(storage)]
     keys = [key for key in parsed if key and (key.study, key.version) == (own.study, own.version)]
-    known = {str(key): storage.get_study_user_attrs(storage.get_study_id_from_name(str(key))) for key in keys}
-    same = [name for name in known if name == str(own)]
-    same += [name for name, its in known.items() if json.loads(its.get("fingerprint", "{}")).get("data") == data.digest]
-    here = [name for name, its in known.items() if data.place in its.get("places", _guessed_places(name, own, data))]
-    name = [*same, *here, str(own)][0]
+    stored = {
+        str(key): StudyAttributes.parse(storage.get_study_user_attrs(storage.get_study_id_from_name(str(key))))
+        for key in keys
+    }
+    candidates = [name for name in stored if name == str(own)]
+    candidates += [name for name, attributes in stored.items() if attributes.fingerprint.get("data") == data.digest]
+    candidates += [
+        name
+        for name, attributes in stored.items()
+        if data.place in (_guessed_places(name, own, data) if attributes.places is None else attributes.places)
+    ]
+    name = [*candidates, str(own)][0]
     if name != str(own):
         log.info("%s: belongs to the study %s", data.source, name)
-    elif name not in known and (others := [str(key) for key in keys if key.bare == own.bare]):
+    elif name not in stored and (others := [str(key) for key in keys if key.bare == own.bare]):
         log.info("%s: a new study %s; others of that name have other images: %s", data.source, name, ", ".join(others))
-    settings = {**search.settings, "data.dataset": known.get(name, {}).get("dataset", typed)}
-    return replace(search, stored_key=name, settings=settings, lies_at=typed)
+    dataset = stored[name].dataset if name in stored else None
+    settings = {**search.settings, "data.dataset": dataset or typed}
+    return replace(search, stored_key=name, settings=settings, dataset_path=typed)
 
 
 def _guessed_places(name: str, own: StudyKey, data: TrainingData) -> list[str | None]:
-    """Those of a study from before they were kept, with a folder's bare name in its key: a folder of that name's.
+    """Those of a study that did not get as far as to store them: a folder of the name in its key.
 
-    It gets a place when it goes on. A data set of its own, as `digits`, was in no folder.
+    A data set of its own, as `digits`, was in no folder.
     """
     was_here = name == str(own.bare) and own.bare.data not in NATURAL_SIZE
     return [data.place] if was_here else []
 
 
 def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Path) -> optuna.Study:
-    """The Optuna study of this search, made with the control as its first trial, or resumed.
+    """The Optuna study of this search, resumed, or made with the control as its first trial.
 
-    Its attributes: `places`, where its data set lay, the newest first; `dataset`, as its recipes name it. Raises UserError
-    where it exists and asks another question.
+    Raises UserError where it exists and asks another question.
     """
     search = resolved(search, data, storage)
     key, fingerprint = search.key(data), search.fingerprint(data)
@@ -347,17 +299,13 @@ def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Pa
             direction="maximize",
             pruner=search.pruner(),
         )
-        stored = study.user_attrs.get("fingerprint")
-        if stored is None:
-            study.set_user_attr("fingerprint", json.dumps(fingerprint))
-        else:
-            check_same(key, json.loads(stored), fingerprint, search.version)
-        places = newest_first(study.user_attrs.get("places", []), data.place)
-        for name, value in (("places", places), ("dataset", search.base.data.dataset)):
-            if study.user_attrs.get(name) != value:
-                study.set_user_attr(name, value)
+        stored = StudyAttributes.of(study)
+        if stored.fingerprint:
+            check_same(key, stored.fingerprint, fingerprint, search.version)
+        places = newest_first(stored.places or [], data.place)
+        StudyAttributes.update(study, fingerprint=fingerprint, places=places, dataset=search.base.data.dataset)
         if not study.get_trials(deepcopy=False):
-            study.enqueue_trial(search.control(), user_attrs={"control": True})
+            study.enqueue_trial(search.control(), user_attrs=TrialAttributes(control=True).to_optuna())
     study.sampler = search.sampler(len(study.get_trials(deepcopy=False)))
     return study
 
@@ -368,22 +316,24 @@ def find_study(search: Search, data: TrainingData, storage: RDBStorage) -> optun
     if key not in optuna.get_all_study_names(storage):
         return None
     study = optuna.load_study(study_name=key, storage=storage)
-    if "fingerprint" not in study.user_attrs:  # a start that was killed: nothing was asked yet
+    fingerprint = StudyAttributes.of(study).fingerprint
+    if not fingerprint:  # its first start was killed before it asked anything
         return None
-    check_same(key, json.loads(study.user_attrs["fingerprint"]), search.fingerprint(data), search.version)
+    check_same(key, fingerprint, search.fingerprint(data), search.version)
     return study
 
 
 def our_studies(storage: RDBStorage) -> list[optuna.Study]:
-    """Every stored study that was made here."""
-    found = [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)]
-    return [study for study in found if "fingerprint" in study.user_attrs]
+    """Every stored study that this project made."""
+    studies = [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)]
+    return [study for study in studies if StudyAttributes.of(study).fingerprint]
 
 
 class StudyLock:
-    """One command at a time for a study, on whatever machine: a lock that PostgreSQL holds as long as the connection lives.
+    """One command at a time for a study, on any machine: a lock that PostgreSQL holds as long as the connection lives.
 
-    UserError where another has it. Of SQLite, which is for one machine, nothing is asked: `guard.alone` sees to that.
+    UserError where another command holds it. It does nothing on SQLite, which serves one machine: there
+    `processes.study_lock` is enough.
     """
 
     def __init__(self, storage: RDBStorage, key: str):
@@ -395,14 +345,14 @@ class StudyLock:
             self._connection = self._acquire()
 
     def close(self) -> None:
-        """Give it back."""
+        """Give the lock back."""
         if self._connection:
             with contextlib.suppress(DBAPIError):
                 self._connection.close()
             self._connection = None
 
     def check(self) -> None:
-        """Take it again where the connection was lost; UserError where another command was faster."""
+        """Acquire the lock again where the connection was lost; UserError where another command was faster."""
         if self._engine.dialect.name != "postgresql":
             return
         try:
@@ -410,20 +360,22 @@ class StudyLock:
                 self._connection.execute(text("SELECT 1"))
             else:
                 self._connection = self._acquire()
-        except DBAPIError:  # the database is away: at the next check it may be back
+        except DBAPIError:  # the database is away; it may be back at the next check
             self.close()
 
     def _acquire(self) -> Connection:
         connection = self._engine.connect()
-        taken = connection.execute(text("SELECT pg_try_advisory_lock(:number)"), {"number": self._number}).scalar()
-        if not taken:
+        acquired = connection.execute(text("SELECT pg_try_advisory_lock(:number)"), {"number": self._number}).scalar()
+        if not acquired:
             connection.close()
             raise UserError(
-                f"study {self._key}: another command is running it, maybe on another machine; wait for it, or stop it"
+                f"study {self._key}",
+                "another command is running it, maybe on another machine",
+                "wait for it, or stop it",
             )
         return connection
 
 
 def num_finished(study: optuna.Study) -> int:
-    """How many trials count against the budget."""
+    """How many trials count toward the budget."""
     return sum(counts_toward_budget(trial) for trial in study.get_trials(deepcopy=False))

@@ -5,8 +5,9 @@ import json
 import math
 import re
 import sys
+import traceback
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,13 +16,14 @@ import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.samplers import TPESampler
 
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import Problem, UserError, did_you_mean
 from pipeline.recipe import KIND, Recipe, has_default, kind_field, kinds_with
 from pipeline.search.pruner import RecentTrialsPruner
 from pipeline.search.space_check import FixedFields, ScriptedTrial, Space, control, describe, explore, extremes, lowest
+from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking.study_key import StudyKey
 
-if TYPE_CHECKING:  # it brings torch with it, and a wrong name is to be told at once
+if TYPE_CHECKING:  # importing it imports torch, and a wrong name has to be refused at once
     from pipeline.data.prepare import TrainingData
 
 OBJECTIVES = ("val/accuracy", "val/f1_macro")
@@ -36,7 +38,7 @@ class Variant:
     trials: int
 
 
-# Digits are few: a study that says nothing else about them is over in a few minutes on two cores.
+# Digits are few: a study without a variant of its own for them takes a few minutes on two cores.
 DEMONSTRATION = Variant(changes={"training.epochs": 8, "training.batch_size": 64}, trials=10)
 
 
@@ -45,7 +47,7 @@ class Study:
     """What a module in studies/ defines.
 
     `space(trial)` asks an Optuna trial for values; a parameter's name is the recipe field that it sets in `base`.
-    `version` goes up when space or base change: scores of different questions don't mix in one search.
+    `version` goes up when space or base change, so that scores of different questions don't mix in one search.
     """
 
     question: str
@@ -53,41 +55,43 @@ class Study:
     space: Space
     objective: Literal["val/accuracy", "val/f1_macro"]
     trials: int
-    patience: int | None = None  # trials without a better score, after which the study stops by itself
+    patience: int | None = None  # trials without a better score after which the study stops
     version: int = 1
     variants: Mapping[str, Variant] = field(default_factory=lambda: {"digits": DEMONSTRATION})
 
     def __post_init__(self) -> None:
-        """UserError, a line for each fault."""
+        """UserError with all problems."""
         rules = {
             "base": (isinstance(self.base, Recipe), "a Recipe, as parse_recipe makes"),
             "space": (callable(self.space), "a function of a trial"),
             "objective": (self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}"),
-            "trials": (isinstance(self.trials, int) and self.trials >= 1, "a whole number of at least 1"),
+            "trials": (isinstance(self.trials, int) and self.trials >= 1, "an integer of at least 1"),
             "patience": (
                 self.patience is None or (isinstance(self.patience, int) and self.patience >= 1),
-                "None or a whole number of at least 1",
+                "None or an integer of at least 1",
             ),
-            "version": (isinstance(self.version, int) and self.version >= 1, "a whole number of at least 1"),
+            "version": (isinstance(self.version, int) and self.version >= 1, "an integer of at least 1"),
         }
-        lines = [
-            f"{name} = {getattr(self, name)!r}: must be {rule}" for name, (kept, rule) in rules.items() if not kept
+        problems = [
+            Problem(f"{name} = {getattr(self, name)!r}", f"must be {rule}")
+            for name, (is_valid, rule) in rules.items()
+            if not is_valid
         ]
-        if lines:
-            raise UserError(lines)
+        if problems:
+            raise UserError.many(problems)
 
-    def settings(self, said: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of all trials: what was said of them, and what suits the data set that was said."""
+    def settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields that all trials share: the changes, and what suits the data set that they name."""
         from pipeline.data.datasets import default_image_size
 
-        dataset = str(said.get("data.dataset", self.base.data.dataset))
+        dataset = str(changes.get("data.dataset", self.base.data.dataset))
         size = None if dataset == self.base.data.dataset else default_image_size(dataset)
         variant = self.variants.get(dataset)
         return {
             "data.dataset": dataset,
             **({"data.image_size": size} if size else {}),
             **(variant.changes if variant else {}),
-            **said,
+            **changes,
         }
 
 
@@ -95,8 +99,9 @@ class Study:
 class Search:
     """A study resolved for one data set: what is run.
 
-    `settings` are fields that were set for all trials: a data set's, a variant's, EPOCHS, SEED, SET. They are not
-    searched, though the space may ask for them. `recipe` is where study, settings and a trial's parameters come together.
+    `settings` are fields that were set for all trials: the data set's, a variant's, those of `--epochs`, `--seed` and
+    `--set`. They are not searched, though the space may ask for them. `recipe` combines the study, the settings and a
+    trial's parameters.
     """
 
     name: str
@@ -106,8 +111,9 @@ class Search:
     trials: int
     timeout_s: float | None
     patience: int | None = None
-    stored_key: str | None = None  # of the study that goes on; this and the next once `storage.resolved` has looked
-    lies_at: str | None = None  # the data set as `load` takes it here, where `base` has the name that it had first
+    # Both are set by `storage.resolved`.
+    stored_key: str | None = None  # the study's name in Optuna and MLflow
+    dataset_path: str | None = None  # the data set as `load` takes it here, where `base` has the name that it had first
 
     def key(self, data: "TrainingData") -> str:
         """The name in Optuna and MLflow: study, version, data set."""
@@ -123,15 +129,15 @@ class Search:
         return self.recipe(self.control())
 
     def ask(self, trial: Any) -> None:
-        """Put the space's questions to a trial, but those that are answered for all trials."""
-        self.study.space(self._seen(trial))
+        """Ask a trial for the space's parameters, except those that are set for all trials."""
+        self.study.space(self._with_settings(trial))
 
-    def _seen(self, trial: Any) -> FixedFields:
+    def _with_settings(self, trial: Any) -> FixedFields:
         return FixedFields(trial, self._given, self._is_void, self.study.base)
 
     @cached_property
     def _given(self) -> dict[str, Any]:
-        """The settings, as the recipe has them where it has."""
+        """The settings, as the recipe has them where it has such a field."""
         flat = self.recipe({}).flat()
         return {name: flat.get(name, value) for name, value in self.settings.items()}
 
@@ -141,11 +147,11 @@ class Search:
         return bool(kinds) and self.settings.get(kind_field(name), kinds[0]) not in kinds
 
     def pruner(self) -> RecentTrialsPruner:
-        """What judges the trials; the first WHOLE go on all the same."""
-        return RecentTrialsPruner(self.most_epochs)
+        """The pruner of the trials, except the first MIN_UNPRUNED_TRIALS."""
+        return RecentTrialsPruner(self.max_epochs)
 
     def is_exhausted(self, study: optuna.Study) -> bool:
-        """Whether the last `patience` trials that ended, in whatever state, gave no score above the best before them."""
+        """Whether the last `patience` trials that ended, in any state, gave no score above the best before them."""
         ended = [trial for trial in study.get_trials(deepcopy=False) if counts_toward_budget(trial)]
         if self.patience is None or len(ended) <= self.patience:
             return False
@@ -153,30 +159,30 @@ class Search:
         return max(scores[-self.patience :]) <= max(scores[: -self.patience]) > -math.inf
 
     def step(self, epoch: int, recipe: Recipe) -> int:
-        """Where a trial stands after an epoch, for the pruner: in epochs of the study's longest trial.
+        """A trial's epoch as the pruner sees it: in epochs of the study's longest trial.
 
-        A short training is ahead of a long one at the same epoch, as its rate has fallen further; so the same share
-        of both is compared.
+        A short training is ahead of a long one at the same epoch, as its learning rate has fallen further; so the same
+        fraction of both is compared.
         """
-        return round(epoch * self.most_epochs / recipe.training.epochs)
+        return round(epoch * self.max_epochs / recipe.training.epochs)
 
     @cached_property
-    def most_epochs(self) -> int:
-        """Of any trial, where the space asks for `training.epochs`; else those of all."""
-        asked = self.space().get("training.epochs")
-        return max(extremes(asked)) if asked else self.base.training.epochs
+    def max_epochs(self) -> int:
+        """The number of epochs of the longest trial that the space can give."""
+        searched = self.space().get("training.epochs")
+        return max(extremes(searched)) if searched else self.base.training.epochs
 
-    def sampler(self, num_asked: int, worker: int = 0) -> TPESampler:
-        """TPE; seeded anew at each resume and for each worker, or the first draws would be drawn again."""
-        seed = self.base.training.seed * 1_000_003 + num_asked + worker * 15_485_863
+    def sampler(self, num_trials: int, worker: int = 0) -> TPESampler:
+        """TPE with another seed at each resume and for each worker, so that no draw is repeated."""
+        seed = self.base.training.seed * 1_000_003 + num_trials + worker * 15_485_863
         return TPESampler(seed=seed % 2**32, n_startup_trials=min(10, self.trials // 2))
 
     def fingerprint(self, data: "TrainingData") -> dict[str, Any]:
-        """All that the scores of one search have in common; JSON."""
+        """All that the scores of one search have in common, as JSON."""
         space, base = self.space(), {**self.settings, **self.base.flat()}
-        del base["data.dataset"]  # where the data lies; what it is, its digest says
-        del base["data.train_fraction"]  # the split's digest says it, and studies older than the field go on
-        del base["training.execution"]  # how, as the device is, not what; and older studies go on
+        del base["data.dataset"]  # the data's path; the digest says what the data is
+        del base["data.train_fraction"]  # part of the split's digest
+        del base["training.execution"]  # depends on the device, and changes no result
         return {
             "objective": self.study.objective,
             "data": data.digest,
@@ -186,20 +192,23 @@ class Search:
         }
 
     def check(self) -> None:
-        """UserError, a line for each fault, where a setting or the space says what can't be, or can't give the base recipe."""
+        """UserError with all problems where a setting or the space is invalid, or the space can't give the base recipe."""
         self.recipe({})
         space = self.space()
-        if lines := [
-            f"{name} = {self.settings[name]}: no such field where {kind_field(name)} is {_words(kinds, 'or')}; "
-            f"{_words(kinds_with(name), 'and')} can have it"
+        if problems := [
+            Problem(
+                f"{name} = {self.settings[name]}",
+                f"no such field where {kind_field(name)} is {_listed(kinds, 'or')}",
+                f"{_listed(kinds_with(name), 'and')} can have it",
+            )
             for name, kinds in self._kinds_without(space).items()
             if len(kinds) == len(self._kinds(name, space))
         ]:
-            raise UserError(lines)
+            raise UserError.many(problems)
         self.control()
 
     def space(self) -> dict[str, BaseDistribution]:
-        """Every parameter that the study can ask for, with its range."""
+        """Every parameter that the space can ask for, with its range."""
         return explore(self.ask, self.recipe)
 
     def control(self) -> dict[str, Any]:
@@ -213,33 +222,32 @@ class Search:
         return [self.recipe({**self.control(), name: way}) for way in ways]
 
     def remarks(self) -> list[str]:
-        """A line for each setting that doesn't hold for all trials, and each question or value that settings change."""
-        space, before, now = self.space(), self.study.base.flat(), self.base.flat()
-        seen = self._seen(ScriptedTrial(self.control(), lowest))
-        self.study.space(seen)
+        """A line for each setting that does not apply to all trials, and each parameter or value that settings change."""
+        space, original, current = self.space(), self.study.base.flat(), self.base.flat()
+        trial = self._with_settings(ScriptedTrial(self.control(), lowest))
+        self.study.space(trial)
         lines = [
-            f"{name} = {self.settings[name]}: not where {kind_field(name)} is {_words(kinds, 'or')}, "
-            "which can't have it; it holds for all other trials"
+            f"{name} = {self.settings[name]}: not where {kind_field(name)} is {_listed(kinds, 'or')}, "
+            "which can't have it; it applies to all other trials"
             for name, kinds in self._kinds_without(space).items()
         ]
         for section in KIND:
-            chosen = kind_field(section)
-            kind = now[chosen]
-            if chosen not in self.settings or kind == before[chosen]:
+            kind = current[kind_field(section)]
+            if kind_field(section) not in self.settings or kind == original[kind_field(section)]:
                 continue
-            if void := [name for name in seen.voided if name.startswith(f"{section}.")]:
-                lines.append(f"{_words(void, 'and')}: not searched, as {kind} can't have that")
+            if void := [name for name in trial.voided if name.startswith(f"{section}.")]:
+                lines.append(f"{_listed(void, 'and')}: not searched, as {kind} can't have that")
             lines += [
-                f"{name} = {now[name]}: the study's value, as {kind} has no default"
+                f"{name} = {current[name]}: the study's value, as {kind} has no default"
                 + ("; other trials search it" if name in space else "")
-                for name in before
-                if name.startswith(f"{section}.") and name in now and name not in self.settings
+                for name in original
+                if name.startswith(f"{section}.") and name in current and name not in self.settings
                 if not has_default(name, kind)
             ]
         return lines
 
     def _kinds(self, name: str, space: Mapping[str, BaseDistribution]) -> list[str]:
-        """The kinds that a field's section is of in any trial; none where it comes in no kinds."""
+        """The kinds that a field's section has in any trial; none where the section has no kinds."""
         if not kinds_with(name):
             return []
         field = kind_field(name)
@@ -254,9 +262,9 @@ class Search:
         return {name: kinds for name, kinds in without.items() if kinds}
 
 
-def _words(names: Sequence[str], joint: str) -> str:
+def _listed(names: Sequence[str], conjunction: str) -> str:
     """`a, b or c`."""
-    return f" {joint} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return f" {conjunction} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def available() -> list[str]:
@@ -267,13 +275,13 @@ def available() -> list[str]:
 def load_study(name: str) -> Study:
     """The study that studies/<name>.py defines; UserError where there is none, or it can't be read."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
-        raise UserError(
-            f"study name {name!r}: must be small letters, digits, _ and -, and begin with a letter or digit"
-        )
+        rule = "must be lower-case letters, digits, _ and -, and begin with a letter or digit"
+        raise UserError(f"study name {name!r}", rule)
     if re.search(r"-v\d+(-|$)", name):
-        raise UserError(f"study name {name!r}: must not hold -v and a number, which stand behind it in a study's key")
+        raise UserError(f"study name {name!r}", "must not contain -v and a number, which follow it in a study's key")
     if name not in available():
-        raise UserError([f"no study {name}{did_you_mean(name, available())}", f"studies: {', '.join(available())}"])
+        hint = did_you_mean(name, available())
+        raise UserError(f"no study {name}{hint}", details=[f"studies: {', '.join(available())}"])
     file = FOLDER / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"studies.{name}", file)
     assert spec and spec.loader
@@ -283,62 +291,60 @@ def load_study(name: str) -> Study:
         spec.loader.exec_module(module)
         study = module.STUDY
     except UserError as error:
-        raise UserError([f"{file.name}: {line}" for line in error.lines]) from None
+        problems = [replace(problem, subject=f"{file.name}: {problem.subject}") for problem in error.problems]
+        raise UserError.many(problems) from None
     except (Exception, SystemExit) as error:
-        place = _line_of(error, file)
-        raise UserError(f"{file}{place}: {type(error).__name__}: {str(error) or 'no reason given'}") from error
+        rule = f"{type(error).__name__}: {str(error) or 'no reason given'}"
+        raise UserError(f"{file}{_line_of(error, file)}", rule) from error
     if not isinstance(study, Study):
-        raise UserError(f"{file}: STUDY is a {type(study).__name__}: must be a pipeline.search.study.Study")
+        raise UserError(str(file), f"STUDY is a {type(study).__name__}: must be a pipeline.search.study.Study")
     return study
 
 
-def check_same(name: str, stored: Mapping[str, Any], now: Mapping[str, Any], version: int) -> None:
-    """UserError, with the difference, where a study would go on with another space, base, data set or split."""
-    lines = [
-        f"{what}: {str(stored.get(what))[:16]} then, {str(now.get(what))[:16]} now"
-        for what in ("objective", "data", "split")
-        if stored.get(what) != now.get(what)
+def check_same(name: str, stored: Mapping[str, Any], current: Mapping[str, Any], version: int) -> None:
+    """UserError with all differences where the fingerprint of a stored study is not the one of a search."""
+    details = [
+        f"{part}: {str(stored.get(part))[:16]} then, {str(current.get(part))[:16]} now"
+        for part in ("objective", "data", "split")
+        if stored.get(part) != current.get(part)
     ]
     for part, show in (("base", str), ("space", _describe_json)):
-        then, today = stored.get(part, {}), now[part]
-        lines += [
-            f"{part} {key}: {show(then.get(key))} then, {show(today.get(key))} now"
-            for key in sorted(then.keys() | today.keys())
-            if then.get(key) != today.get(key)
+        former, present = stored.get(part, {}), current[part]
+        details += [
+            f"{part} {key}: {show(former.get(key))} then, {show(present.get(key))} now"
+            for key in sorted(former.keys() | present.keys())
+            if former.get(key) != present.get(key)
         ]
-    if lines:
-        lines = [f"study {name} has trials that answer another question:", *(f"  {line}" for line in lines)]
-        way = (
-            f"VERSION={version + 1} (or `version` in the module) starts a new study beside it; the former values go on"
+    if details:
+        raise UserError(
+            f"study {name}",
+            "has trials that answer another question",
+            f"`--version {version + 1}` (or `version` in its module) starts a new study; the former values resume this one",
+            details,
         )
-        raise UserError([*lines, f"way out: {way}"])
 
 
 def _describe_json(distribution: str | None) -> str:
-    return describe(json_to_distribution(distribution)) if distribution else "not asked"
+    return describe(json_to_distribution(distribution)) if distribution else "not searched"
 
 
 def _line_of(error: BaseException, file: Path) -> str:
-    """`, line N` of the study's module, where an error arose there."""
+    """`, line N` of a study's module, where an error was raised through it."""
     if isinstance(error, SyntaxError) and error.filename == str(file):
         return f", line {error.lineno}"
-    place, traceback = "", error.__traceback__
-    while traceback:
-        if traceback.tb_frame.f_code.co_filename == str(file):
-            place = f", line {traceback.tb_lineno}"
-        traceback = traceback.tb_next
-    return place
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(file)]
+    return f", line {lines[-1]}" if lines else ""
 
 
 def counts_toward_budget(trial: optuna.trial.FrozenTrial) -> bool:
-    """Whether a trial counts against the budget: all that ended do, but those asked again."""
-    return trial.state.is_finished() and not trial.user_attrs.get("asked_again")
+    """Whether a trial counts toward the budget: all that ended do, except requeued ones."""
+    return trial.state.is_finished() and not TrialAttributes.is_requeued(trial)
 
 
 def best_trials(
-    study: optuna.Study, count: int | None = None, without: Collection[str] = ()
+    study: optuna.Study, count: int | None = None, exclude: Collection[str] = ()
 ) -> list[optuna.trial.FrozenTrial]:
-    """The completed trials, best first; `without` those of these run keys."""
-    done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    done = [trial for trial in done if trial.user_attrs.get("run_key") not in without]
-    return sorted(done, key=lambda trial: (-(trial.value or 0.0), trial.number))[:count]
+    """The completed trials, best first, except those of the run keys to `exclude`."""
+    completed = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    kept = [trial for trial in completed if TrialAttributes.of(trial).run_key not in exclude]
+    return sorted(kept, key=lambda trial: (-(trial.value or 0.0), trial.number))[:count]

@@ -1,6 +1,6 @@
-"""Parts of a search space that many studies ask for. Names are recipe fields; 0 leaves an operation out.
+"""Parts of a search space that many studies share. Parameters are named as recipe fields; 0 turns an operation off.
 
-What belongs to one kind of optimizer or schedule is asked only when that kind was drawn. Rates are on a log scale.
+Parameters of one kind of optimizer or schedule are searched only in trials of that kind. Rates are on a log scale.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from optuna import Trial
 
 
 def suggest_augmentation(trial: Trial) -> None:
-    """Which operations, how strong; mixup and CutMix."""
+    """Operations and their strengths; mixup and CutMix."""
     trial.suggest_int("augmentation.crop_padding", 0, 4, step=2)
     trial.suggest_float("augmentation.horizontal_flip", 0, 0.5, step=0.5)
     trial.suggest_float("augmentation.rotation", 0, 30, step=5)
@@ -24,9 +24,9 @@ def suggest_augmentation(trial: Trial) -> None:
 
 
 def suggest_optimizer(trial: Trial, weight_decays: Sequence[float] | None = None) -> None:
-    """SGD, Adam or AdamW, with one range of rates: SGD is at home in its upper half, the others in its lower.
+    """SGD, Adam or AdamW, with one range of learning rates: good rates of SGD are in its upper half, the others' in its lower.
 
-    `weight_decays` are choices in place of the range, for a base recipe without any.
+    `weight_decays` are choices in place of the range, for a base recipe without weight decay.
     """
     optimizer = trial.suggest_categorical("optimizer.name", ["sgd", "adam", "adamw"])
     trial.suggest_float("optimizer.lr", 1e-3, 0.3, log=True)
@@ -42,7 +42,7 @@ def suggest_optimizer(trial: Trial, weight_decays: Sequence[float] | None = None
 
 
 def suggest_schedule(trial: Trial, kinds: Sequence[str] = ("cosine", "one_cycle", "step")) -> None:
-    """The kind, its warm-up or peak, and how it ends."""
+    """The kind, its warm-up or peak, and its end."""
     schedule = trial.suggest_categorical("schedule.name", kinds)
     if schedule == "one_cycle":
         trial.suggest_float("schedule.peak", 0.1, 0.4)

@@ -1,21 +1,13 @@
-"""Many workers for one study: what may be taken, who lives, who died, and what a person sees of it."""
+"""Many workers for one study: releases trials, starts workers, finds those that died, and shows the study to an observer."""
 
 import contextlib
-import json
 import logging
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-import cloudpickle
 import optuna
-import torch
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError
@@ -23,21 +15,21 @@ from sqlalchemy.exc import DBAPIError
 from pipeline.errors import UserError
 from pipeline.experiment import Outcome
 from pipeline.processes import StopOnSignal, kill_process, process_has_exited
-from pipeline.search.requeue import mark_failed
-from pipeline.search.storage import RetryingStorage, StudyLock
-from pipeline.search.study import Search, counts_toward_budget
-from pipeline.search.trial import Progress, StudyInterrupted, StudyObserver
-from pipeline.search.worker import Assignment, Ended, Limits, release_trials
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.search.requeue import mark_failed, release_trials
+from pipeline.search.storage import StudyLock
+from pipeline.search.study import counts_toward_budget
+from pipeline.search.trial import StudyContext, StudyInterrupted
+from pipeline.search.trial_attributes import TrialAttributes
+from pipeline.search.worker import Assignment
+from pipeline.search.worker_pool import Worker, WorkerPool
+from pipeline.tracking.tracker import State
 from pipeline.training.loop import EpochReport
 
 TICK_S = 0.25
-LONGEST_GAP_S = 5.0  # between two answers of the database; what is longer was an outage, or our own pause
+MAX_GAP_S = 5.0  # between two answers of the database; a longer gap was an outage, or our own pause
 LOCK_CHECK_S = 5.0
 END_S = 15.0  # for idle workers to end by themselves
-# A worker process.
-WORKER = "import pipeline.runtime; from pipeline.search.worker import main; main()"
-MAX_WORKER_DEATHS = 3  # deaths of a worker in a row, while no trial of the study ended: it will not get better
+MAX_WORKER_DEATHS = 3  # in a row, while no trial of the study ended: another start would not help
 
 log = logging.getLogger(__name__)
 
@@ -46,283 +38,164 @@ class WorkerBug(Exception):
     """A bug in a worker, with its traceback."""
 
 
-class Worker(Protocol):
-    """A worker as the supervisor sees it: a process here, or an actor anywhere."""
-
-    id: str  # its assignment's
-
-    def ended(self) -> Ended | None:
-        """How it ended; None while it lives."""
-
-    def stop(self) -> None:
-        """Ask it to end at its next step."""
-
-    def kill(self) -> None:
-        """End it at once; when this returns it does nothing any more, as far as can be known."""
-
-
-class ProcessWorker:
-    """A worker in a fresh interpreter on this machine; see `worker.main`."""
-
-    def __init__(self, assignment: Assignment):
-        self.id = assignment.id
-        self._ended: Ended | None = None
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        if assignment.threads:
-            environment["OMP_NUM_THREADS"] = str(assignment.threads)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,  # a terminal's Ctrl-C and hang-up are for the supervisor
-        )
-        words = cloudpickle.dumps(assignment)
-        self._send(len(words).to_bytes(8, "big") + words)
-
-    def ended(self) -> Ended | None:
-        """See Worker."""
-        if self._ended is None and (code := self._process.poll()) is not None:
-            assert self._process.stdout and self._process.stdin
-            said = self._process.stdout.read()
-            for pipe in (self._process.stdout, self._process.stdin):
-                with contextlib.suppress(OSError):  # it may have died before it read all
-                    pipe.close()
-            self._ended = Ended(**json.loads(said)) if said else Ended(died=_of(code))
-        return self._ended
-
-    def stop(self) -> None:
-        """See Worker."""
-        self._send(b"s")
-
-    def kill(self) -> None:
-        """See Worker."""
-        if self.ended() is None:
-            self._process.kill()
-            self._process.wait()
-
-    def _send(self, words: bytes) -> None:
-        assert self._process.stdin
-        try:
-            self._process.stdin.write(words)
-            self._process.stdin.flush()
-        except (OSError, ValueError):  # it ended, as will be seen
-            pass
-
-
-def _of(code: int) -> str:
-    return f"its process was killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with {code}"
-
-
-def placements(device: torch.device, workers: int) -> list[tuple[str, float | None]]:
-    """(device, share of its memory) of each worker: the GPUs in turn, or the one that is named, or the CPU."""
-    if device.type != "cuda":
-        return [(str(device), None)] * workers
-    gpus = [device.index] if device.index is not None else list(range(torch.cuda.device_count()))
-    on = [gpus[worker % len(gpus)] for worker in range(workers)]
-    return [(f"cuda:{gpu}", 1 / on.count(gpu) if on.count(gpu) > 1 else None) for gpu in on]
-
-
-class WorkerPool(Protocol):
-    """Where a study's workers work: on this machine, or on a cluster."""
-
-    @property
-    def limits(self) -> Limits:
-        """By which they are judged."""
-
-    @property
-    def data_dir(self) -> Path:
-        """Where each reads the images."""
-
-    def room(self) -> int:
-        """How many workers there can be now."""
-
-    def start(self, assignment: Assignment, place: int) -> Worker:
-        """A worker, its device and threads filled in as they are at its place, from 0."""
-
-
-@dataclass(frozen=True)
-class LocalPool:
-    """Workers on this machine."""
-
-    device: torch.device
-    workers: int
-    data_dir: Path
-    limits: Limits = field(default_factory=Limits)
-
-    def room(self) -> int:
-        """See Crew."""
-        return self.workers
-
-    def start(self, assignment: Assignment, place: int) -> Worker:
-        """See Crew."""
-        device, share = placements(self.device, self.workers)[place]
-        threads = 1 if device == "cpu" and self.workers > 1 else None
-        return ProcessWorker(replace(assignment, device=device, memory_fraction=share, threads=threads))
-
-
 @dataclass
 class _Slot:
-    """Where a worker works, and another after it if it dies."""
+    """Room for one worker at a time, and for another after it if it dies."""
 
     number: int
     worker: Worker | None = None
     deaths: int = 0  # in a row
-    finished: int = 0  # trials of the study, at its last start
+    finished_at_start: int = 0  # trials of the study, when its last worker started
 
 
 @dataclass
 class Supervisor:
-    """Runs a study with many workers until its trials are done; the crew starts them, each with an assignment of its own.
+    """Runs a study with many workers until its trials are done. The pool starts them, each with its own assignment.
 
-    Only it declares anybody dead, by its own clock: a process that has ended at once, any other after `grace_s` without
-    a beat while the database answered. It need not be the parent of a worker, nor on the same machine.
+    Only the supervisor declares a worker dead, by its own clock: at once where its process has exited, otherwise after
+    `heartbeat_timeout_s` without a heartbeat while the database answered. It need not be the parent of a worker, nor on
+    the same machine.
     """
 
-    search: Search
+    context: StudyContext
     study: optuna.Study
-    storage: RetryingStorage
-    tracker: MlflowTracker
-    parent: str
-    observer: StudyObserver
-    crew: WorkerPool
+    pool: WorkerPool
     assign: Callable[[int], Assignment]  # of a launch, from 1
     stop: StopOnSignal
     lock: StudyLock
-    _places: list[_Slot] = field(default_factory=list)
+    _slots: list[_Slot] = field(default_factory=list)
     _launches: int = 0
 
     def run(self) -> None:
-        """Until the budget is spent, the time is up or patience is at its end, and nothing runs any more.
+        """Until the budget, the time or the patience is used up and nothing runs any more.
 
-        Raises StudyInterrupted where somebody asked to stop; WorkerBug, or the user's fault, of a worker: all the others
-        are stopped first, and what they did is asked again.
+        Raises StudyInterrupted where the user asked to stop; WorkerBug, or the UserError of a worker: all other workers are
+        stopped first, and their trials are requeued.
         """
-        self._judge, self._show = (
-            _HeartbeatMonitor(self.crew.limits.grace_s),
-            _Show(self.observer, self.search, self.study),
-        )
-        self.storage.while_waiting = self._interrupt_if_asked
-        began = self._lock_checked = time.monotonic()
+        self._monitor = _HeartbeatMonitor(self.pool.limits.heartbeat_timeout_s)
+        self._reporter = _StudyReporter(self.context, self.study)
+        storage = self.context.storage
+        storage.while_waiting = self._check_stop
+        start = self._lock_checked = time.monotonic()
         try:
-            while self._tick(time.monotonic() - began):
+            while self._tick(time.monotonic() - start):
                 time.sleep(TICK_S)
             self._end_workers(END_S)
         except StudyInterrupted:
-            self._end_workers(self.crew.limits.term_s if self.stop.number == signal.SIGTERM else None)
+            self._end_workers(self.pool.limits.term_s if self.stop.number == signal.SIGTERM else None)
             raise
-        except KeyboardInterrupt:  # the second one: at once
+        except KeyboardInterrupt:  # the second Ctrl-C: at once
             self._end_workers(0)
             raise
         except BaseException:
-            self._end_workers(self.crew.limits.term_s)
+            self._end_workers(self.pool.limits.term_s)
             raise
         finally:
-            del self.storage.while_waiting
-            with self.storage.once(), contextlib.suppress(StorageInternalError, DBAPIError):
-                self._show.look(self.study.get_trials(deepcopy=False))
+            del storage.while_waiting
+            with storage.without_retries(), contextlib.suppress(StorageInternalError, DBAPIError):
+                self._reporter.report(self.study.get_trials(deepcopy=False))
 
-    def _tick(self, seconds: float) -> bool:
-        """Look at everything once; whether there is more to do."""
-        self._interrupt_if_asked()
+    def _tick(self, elapsed_s: float) -> bool:
+        """Look at workers and trials once and do what follows; False where nothing is left to do."""
+        self._check_stop()
         if time.monotonic() - self._lock_checked > LOCK_CHECK_S:
             self.lock.check()
             self._lock_checked = time.monotonic()
-        ended = self._ended_workers()
+        dead_slots = self._dead_slots()
         trials = self.study.get_trials(deepcopy=False)
         running = [trial for trial in trials if trial.state is TrialState.RUNNING]
-        if buried := self._mark_dead_failed(running, ended):
+        if failed := self._mark_dead_failed(running, dead_slots):
             trials = self.study.get_trials(deepcopy=False)
-            running = [trial for trial in trials if trial.state is TrialState.RUNNING and trial.number not in buried]
-        self._show.look(trials)
+            running = [trial for trial in trials if trial.state is TrialState.RUNNING and trial.number not in failed]
+        self._reporter.report(trials)
         finished = sum(counts_toward_budget(trial) for trial in trials)
-        left = self.search.trials - finished - len(running)
-        if self.search.timeout_s is not None and seconds >= self.search.timeout_s:
-            left = 0
-        if self.search.is_exhausted(self.study):
-            left = 0
-        left = max(left, 0)
-        if not left and not running:
+        remaining = self._remaining(finished + len(running), elapsed_s)
+        if not remaining and not running:
             release_trials(self.study, trials, 0)
             return False
-        for place in ended:
-            self._note_death(place, finished)
-        room = self.crew.room()
-        self._start_workers(left + len(running), finished, room)
-        release_trials(self.study, trials, min(left, room))
+        for slot in dead_slots:
+            self._note_death(slot, finished)
+        capacity = self.pool.capacity()
+        self._start_workers(remaining + len(running), finished, capacity)
+        release_trials(self.study, trials, min(remaining, capacity))
         return True
 
-    def _interrupt_if_asked(self) -> None:
+    def _remaining(self, started: int, elapsed_s: float) -> int:
+        """How many more trials may start."""
+        search = self.context.search
+        is_late = search.timeout_s is not None and elapsed_s >= search.timeout_s
+        return 0 if is_late or search.is_exhausted(self.study) else max(search.trials - started, 0)
+
+    def _check_stop(self) -> None:
         if self.stop.requested:
             raise StudyInterrupted
 
-    def _ended_workers(self) -> list[_Slot]:
-        """Places whose worker died; what stops a study is raised."""
-        died = []
-        for place in self._places:
-            ended = place.worker.ended() if place.worker else None
+    def _dead_slots(self) -> list[_Slot]:
+        """Slots whose worker died. What has to stop the study is raised."""
+        dead = []
+        for slot in self._slots:
+            ended = slot.worker.ended() if slot.worker else None
             if ended is None:
                 continue
             if ended.bug:
-                raise WorkerBug(f"in worker {place.number + 1}:\n{ended.bug}")
+                raise WorkerBug(f"in worker {slot.number + 1}:\n{ended.bug}")
             if ended.error:
                 raise ended.as_error()
-            died.append(place)
-        return died
+            dead.append(slot)
+        return dead
 
-    def _note_death(self, place: _Slot, finished: int) -> None:
-        why = self._why(place)
-        place.deaths = 1 if finished > place.finished else place.deaths + 1
-        place.worker = None
-        log.info("worker %d: %s", place.number + 1, why)
-        if place.deaths >= MAX_WORKER_DEATHS:
+    def _note_death(self, slot: _Slot, finished: int) -> None:
+        cause = _cause_of_death(slot)
+        slot.deaths = 1 if finished > slot.finished_at_start else slot.deaths + 1
+        slot.worker = None
+        log.info("worker %d: %s", slot.number + 1, cause)
+        if slot.deaths >= MAX_WORKER_DEATHS:
             raise UserError(
-                f"worker {place.number + 1}",
-                f"died {MAX_WORKER_DEATHS} times in a row and no trial ended ({why})",
-                "mend what ends it; the same command resumes the study",
+                f"worker {slot.number + 1}",
+                f"died {MAX_WORKER_DEATHS} times in a row and no trial ended ({cause})",
+                "remove the cause; the same command resumes the study",
             )
 
-    def _why(self, place: _Slot) -> str:
-        ended = place.worker.ended() if place.worker else None
-        return (ended.died if ended else "") or "it stopped, though nobody asked it to"
-
-    def _mark_dead_failed(self, running: list[FrozenTrial], ended: list[_Slot]) -> set[int]:
-        """Declare dead whose process is gone or whose beat stands still; the trials' numbers."""
-        died = {place.worker.id: self._why(place) for place in ended if place.worker}
-        ours = {place.worker.id: place.worker for place in self._places if place.worker}
-        still = self._judge.still(running)
-        dead: dict[str, list[FrozenTrial]] = {}
+    def _mark_dead_failed(self, running: list[FrozenTrial], dead_slots: list[_Slot]) -> set[int]:
+        """Declare dead the trials whose process has exited or sends no heartbeat; their numbers."""
+        causes = {slot.worker.id: _cause_of_death(slot) for slot in dead_slots if slot.worker}
+        workers = {slot.worker.id: slot.worker for slot in self._slots if slot.worker}
+        silent = self._monitor.silent(running)
+        dead: dict[str, list[FrozenTrial]] = {}  # by cause
         for trial in running:
-            owner = trial.user_attrs.get("worker", {})
-            worker = ours.get(owner.get("id"))
-            if owner.get("id") in died:
-                dead.setdefault(died[owner["id"]], []).append(trial)
+            owner = TrialAttributes.of(trial).worker
+            worker_id = str(owner.get("id")) if owner else ""
+            worker = workers.get(worker_id)
+            if worker_id in causes:
+                dead.setdefault(causes[worker_id], []).append(trial)
             elif worker is None and owner and process_has_exited(owner):
-                dead.setdefault("its process is gone", []).append(trial)
-            elif trial.number in still:
-                why = f"its worker gave no sign of life for {self.crew.limits.grace_s:.0f} s"
-                if worker:  # paused or hung, it may wake up: nobody else may have its trial before it is gone
+                dead.setdefault("its process has exited", []).append(trial)
+            elif trial.number in silent:
+                # A paused or hung worker may wake up: it is killed before its trial is given to another.
+                if worker:
                     worker.kill()
                 elif owner:
                     kill_process(owner)
-                dead.setdefault(why, []).append(trial)
-        for why, trials in dead.items():
-            mark_failed(self.study, trials, why, self.tracker, self.parent)
+                cause = f"its worker sent no heartbeat for {self.pool.limits.heartbeat_timeout_s:.0f} s"
+                dead.setdefault(cause, []).append(trial)
+        for cause, trials in dead.items():
+            mark_failed(self.study, trials, cause, self.context.tracker, self.context.parent_run)
         return {trial.number for trials in dead.values() for trial in trials}
 
-    def _start_workers(self, trials: int, finished: int, room: int) -> None:
-        """So many that all these trials can be under way, as far as there is room."""
-        self._places += [_Slot(number) for number in range(len(self._places), room)]
-        empty = [place for place in self._places if place.worker is None]
-        for place in empty[: max(0, min(trials, room) - (len(self._places) - len(empty)))]:
+    def _start_workers(self, trials: int, finished: int, capacity: int) -> None:
+        """As many as are needed to run all these trials at once, up to the capacity."""
+        self._slots += [_Slot(number) for number in range(len(self._slots), capacity)]
+        empty = [slot for slot in self._slots if slot.worker is None]
+        num_running = len(self._slots) - len(empty)
+        for slot in empty[: max(0, min(trials, capacity) - num_running)]:
             self._launches += 1
-            place.worker = self.crew.start(self.assign(self._launches), place.number)
-            place.finished = finished
+            slot.worker = self.pool.start(self.assign(self._launches), slot.number)
+            slot.finished_at_start = finished
 
-    def _end_workers(self, seconds: float | None) -> None:
-        """Ask all to stop, kill those that have not after so many seconds (None: wait for a second Ctrl-C)."""
-        workers = [place.worker for place in self._places if place.worker]
-        deadline = None if seconds is None else time.monotonic() + seconds
+    def _end_workers(self, timeout_s: float | None) -> None:
+        """Ask all workers to stop, and kill those that have not within the timeout (None: wait for a second Ctrl-C)."""
+        workers = [slot.worker for slot in self._slots if slot.worker]
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             for worker in workers:
                 worker.stop()
@@ -333,91 +206,94 @@ class Supervisor:
         finally:
             for worker in workers:
                 worker.kill()
-            with self.storage.once(), contextlib.suppress(StorageInternalError, DBAPIError):
-                self._mark_stopped_failed({worker.id for worker in workers})
+            # Where the database is away this is left to the next start.
+            with self.context.storage.without_retries(), contextlib.suppress(StorageInternalError, DBAPIError):
+                self._requeue_trials_of({worker.id for worker in workers})
 
-    def _mark_stopped_failed(self, ids: set[str]) -> None:
-        """What killed workers left RUNNING is asked again; nobody but us ended it.
-
-        Where the database is away this is left to the next start.
-        """
+    def _requeue_trials_of(self, worker_ids: set[str]) -> None:
+        """Requeue what killed workers left RUNNING; that they were killed here is no death that counts."""
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        left = [trial for trial in running if trial.user_attrs.get("worker", {}).get("id") in ids]
-        if left:
-            mark_failed(self.study, left, "stopped", self.tracker, self.parent, died=False)
+        stopped = [trial for trial in running if TrialAttributes.of(trial).worker_id in worker_ids]
+        context = self.context
+        mark_failed(self.study, stopped, "stopped", context.tracker, context.parent_run, died=False)
+
+
+def _cause_of_death(slot: _Slot) -> str:
+    ended = slot.worker.ended() if slot.worker else None
+    return (ended.died if ended else "") or "it stopped without being asked to"
 
 
 class _HeartbeatMonitor:
-    """Whose beat stands still, by our own clock, and only for as long as the database answered."""
+    """Whose heartbeat is missing, by our own clock, counting only the time in which the database answered."""
 
-    def __init__(self, grace_s: float):
-        self._grace_s = grace_s
-        self._read: float | None = None
-        self._seen: dict[int, tuple[int, float]] = {}  # trial -> its last beat, and seconds since
+    def __init__(self, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._last_read: float | None = None
+        self._silence: dict[int, tuple[int, float]] = {}  # trial -> its last heartbeat, and seconds since
 
-    def still(self, running: list[FrozenTrial]) -> set[int]:
-        """Numbers of the running trials without a new beat for `grace_s`; called right after each answer."""
+    def silent(self, running: list[FrozenTrial]) -> set[int]:
+        """Numbers of the running trials without a new heartbeat for the timeout; called right after each answer."""
         now = time.monotonic()
-        gap = now - self._read if self._read is not None else 0.0
-        self._read = now
-        passed = gap if gap <= LONGEST_GAP_S else 0.0
-        seen = {}
+        gap_s = now - self._last_read if self._last_read is not None else 0.0
+        self._last_read = now
+        elapsed_s = gap_s if gap_s <= MAX_GAP_S else 0.0
+        silence = {}
         for trial in running:
-            beat = trial.user_attrs.get("pulse", {}).get("beat", 0)
-            before, seconds = self._seen.get(trial.number, (-1, 0.0))
-            seen[trial.number] = (beat, seconds + passed if beat == before else 0.0)
-        self._seen = seen
-        return {number for number, (_, seconds) in seen.items() if seconds > self._grace_s}
+            beat = TrialAttributes.of(trial).heartbeat
+            count = beat.count if beat else 0
+            last_count, seconds = self._silence.get(trial.number, (-1, 0.0))
+            silence[trial.number] = (count, seconds + elapsed_s if count == last_count else 0.0)
+        self._silence = silence
+        return {number for number, (_, seconds) in silence.items() if seconds > self._timeout_s}
 
 
-class _Show:
-    """Tells an Observer of all trials, as the database has them."""
+class _StudyReporter:
+    """Reports all trials to a StudyObserver, as the database has them."""
 
-    def __init__(self, observer: StudyObserver, search: Search, study: optuna.Study):
-        self._observer, self._search, self._study = observer, search, study
+    def __init__(self, context: StudyContext, study: optuna.Study):
+        self._observer, self._search, self._study = context.observer, context.search, study
         trials = study.get_trials(deepcopy=False)
         self._ended = {trial.number for trial in trials if trial.state.is_finished()}
-        self._measured: dict[int, int] = {}  # of the trials that were shown: epochs so far
+        self._epochs: dict[int, int] = {}  # of the trials that were reported: epochs so far
         self._finished: int | None = None
 
-    def look(self, trials: list[FrozenTrial]) -> None:
-        """Tell what is new."""
+    def report(self, trials: list[FrozenTrial]) -> None:
+        """Report what is new."""
         for trial in trials:
             if trial.number in self._ended or trial.state is TrialState.WAITING:
                 continue
-            if trial.number not in self._measured and "recipe_digest" in trial.user_attrs:
-                self._measured[trial.number] = 0
+            attributes = TrialAttributes.of(trial)
+            if trial.number not in self._epochs and attributes.recipe_digest:
+                self._epochs[trial.number] = 0
                 self._observer.trial_started(trial.number, self._search.recipe(trial.params), trial.params)
             if trial.state.is_finished():
                 self._ended.add(trial.number)
-                self._observer.trial_ended(trial.number, _outcome(trial))
-            elif trial.number in self._measured:
-                self._look_at(trial)
+                self._observer.trial_ended(trial.number, _outcome(attributes))
+            elif trial.number in self._epochs:
+                self._report_progress(trial.number, attributes)
         finished = sum(counts_toward_budget(trial) for trial in trials)
         if finished != self._finished:
             self._finished = finished
             self._observer.study_progress(self._study, finished)
 
-    def _look_at(self, trial: FrozenTrial) -> None:
-        beat: Mapping[str, Any] = trial.user_attrs.get("pulse", {})
-        if beat and beat["measured"] > self._measured[trial.number]:
-            self._measured[trial.number] = beat["measured"]
-            self._observer.epoch(trial.number, EpochReport(beat["measured"], beat["metrics"]))
-        if beat and beat["steps"]:
-            progress = {name: beat[name] for name in ("epoch", "step", "steps", "images_per_s")}
-            self._observer.step(trial.number, Progress(**progress))
+    def _report_progress(self, number: int, attributes: TrialAttributes) -> None:
+        beat = attributes.heartbeat
+        if beat and beat.measured_epoch > self._epochs[number]:
+            self._epochs[number] = beat.measured_epoch
+            self._observer.epoch(number, EpochReport(beat.measured_epoch, dict(beat.metrics)))
+        if beat and beat.progress.steps:
+            self._observer.step(number, beat.progress)
 
 
-def _outcome(trial: FrozenTrial) -> Outcome:
-    known = trial.user_attrs
-    again = "asked again" if known.get("asked_again") else ""
+def _outcome(attributes: TrialAttributes) -> Outcome:
+    default_state = State.INTERRUPTED if attributes.requeued else State.FAILED
     return Outcome(
-        state=State(known.get("state", State.INTERRUPTED if again else State.FAILED)),
-        run_key=known.get("run_key", ""),
-        run_id=known.get("mlflow_run_id"),
-        reason=known.get("reason") or again,
-        metrics=known.get("metrics", {}),
-        epochs=known.get("epochs", 0),
-        seconds=known.get("seconds", 0.0),
-        notes=tuple(known.get("notes", ())),
+        state=State(attributes.state or default_state),
+        run_key=attributes.run_key or "",
+        run_id=attributes.mlflow_run_id,
+        reason=attributes.reason or ("requeued" if attributes.requeued else ""),
+        metrics=dict(attributes.metrics),
+        epochs=attributes.epochs,
+        seconds=attributes.seconds,
+        notes=attributes.notes,
     )

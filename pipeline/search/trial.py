@@ -1,4 +1,4 @@
-"""One Optuna trial: from the space to an experiment, and back to a value."""
+"""One trial: claimed, made a recipe by the space, run as an experiment, and its result told to Optuna."""
 
 import contextlib
 import time
@@ -15,32 +15,24 @@ from optuna.trial import TrialState
 
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
-from pipeline.experiment import Interrupted, Outcome, Prune
+from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
 from pipeline.recipe import Recipe
+from pipeline.search.optuna_internals import claimed_trial, stored_trial, study_id, trial_id
 from pipeline.search.pruner import MIN_UNPRUNED_TRIALS
 from pipeline.search.requeue import requeue, run_name, run_tags
 from pipeline.search.storage import RetryingStorage, StorageUnavailable
 from pipeline.search.study import Search
+from pipeline.search.trial_attributes import Progress, TrialAttributes, update_attributes
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost, State
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import CHECKPOINTS
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a trial stands."""
-
-    epoch: int = 1  # under way, from 1
-    step: int = 0  # of the epoch, done
-    steps: int = 0  # of the epoch, in all
-    images_per_s: float = 0.0  # in this epoch so far
 
 
 class StudyObserver(Protocol):
     """Sees a study happen; for a person at a terminal."""
 
     def planned(self, forecast: Mapping[str, Any]) -> None:
-        """What the study will cost is known: `search.plan.Forecast` as a mapping."""
+        """The study's cost is known: `search.forecast.Forecast` as a mapping."""
 
     def study_progress(self, study: optuna.Study, finished: int) -> None:
         """The study opened, or a trial ended."""
@@ -59,120 +51,174 @@ class StudyObserver(Protocol):
 
 
 class TrialFailed(Exception):
-    """The trial could not be finished; the study goes on."""
+    """The trial could not be finished; the study continues."""
 
 
 class StudyInterrupted(Exception):
-    """Somebody asked to stop; the study can be resumed."""
+    """The user asked to stop; the study can be resumed."""
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What Optuna calls for each trial."""
+@dataclass(frozen=True, kw_only=True)
+class StudyContext:
+    """What all who work on a study share: its command, its supervisor and each worker have one of their own."""
 
     search: Search
     data: TrainingData
     device: torch.device
-    tracker: MlflowTracker
-    parent: str
-    observer: StudyObserver
-    stop_requested: Callable[[], bool]
     storage: RetryingStorage
-    home: Path
+    tracker: MlflowTracker
+    observer: StudyObserver
+    parent_run: str = ""  # the study's run in MLflow; known once the study is open
+    stop_requested: Callable[[], bool] = lambda: False
 
-    def __call__(self, trial: optuna.Trial) -> float:
-        """Run the trial; its score, or Optuna's or our own exception for how else it ended.
+    @property
+    def home(self) -> Path:
+        """The folder `mlruns`, where locks, journals and checkpoints lie."""
+        return self.tracker.home
 
-        One that was interrupted, or met a bug, is asked again when the study goes on. Lost, where the trial was declared
-        dead, as a process that was paused for too long finds.
-        """
-        try:
-            with _ours():
-                return self._run(trial)
-        except (optuna.TrialPruned, TrialFailed, OwnershipLost, StorageUnavailable):
-            raise
-        except BaseException as error:
-            with _ours():
-                requeue(trial.study, trial)
-            if isinstance(error, SystemExit):  # rich ends so where nobody reads any more
-                raise StudyInterrupted from error
-            raise
-
-    def _run(self, trial: optuna.Trial) -> float:
-        with self.storage.batch_writes():
-            self.search.ask(trial)
-            recipe = self.search.recipe(trial.params)
-            trial.set_user_attr("recipe_digest", recipe.digest())
-            key = trial.user_attrs.get("run_key")  # a retry has that of the trial whose place it takes
-            if key is None:
-                key = uuid.uuid4().hex
-                trial.set_user_attr("run_key", key)
-        self.observer.trial_started(trial.number, recipe, trial.params)
-
-        is_whole = trial.number < MIN_UNPRUNED_TRIALS or trial.user_attrs.get("whole")
-        reported = set(
-            trial.study._storage.get_trial(trial._trial_id).intermediate_values
-        )  # of a retry, before it died
-        clock = _Clock(recipe.training.batch_size)
-
-        def on_epoch(report: EpochReport) -> None:
-            clock.epoch_ended()
-            self.observer.epoch(trial.number, report)
-            if (step := self.search.step(report.epoch, recipe)) not in reported:
-                with _ours():
-                    trial.report(report.metrics[self.search.study.objective], step)
-            if not is_whole and report.epoch < recipe.training.epochs and trial.should_prune():
-                raise Prune(f"not among the best quarter after epoch {report.epoch}")
-            if self.stop_requested():
-                raise Interrupted
-
-        def on_step(epoch: int, step: int, steps: int) -> None:
-            self.observer.step(trial.number, clock.step(epoch, step, steps))
-            if self.stop_requested():
-                raise Interrupted
-
-        def fence() -> None:
-            if self.storage.state_of(trial._trial_id) is not TrialState.RUNNING:
-                raise OwnershipLost
-
-        outcome = experiment.run(
-            recipe,
-            self.data,
-            self.device,
-            self.tracker,
-            name=run_name(trial),
-            parent=self.parent,
-            tags=run_tags(trial.study, trial),
-            on_epoch=on_epoch,
-            on_step=on_step,
-            fence=fence,
-            resume=self.home / CHECKPOINTS / key,
-            key=key,
-        )
-        with self.storage.batch_writes():
-            for name, value in (
-                ("state", outcome.state),
-                ("reason", outcome.reason),
-                ("notes", outcome.notes),
-                ("mlflow_run_id", outcome.run_id),
-                ("epochs", outcome.epochs),
-                ("seconds", round(outcome.seconds, 3)),
-                ("metrics", outcome.metrics),
-                ("epoch_s", outcome.metrics.get("time/epoch_s")),
-            ):
-                trial.set_user_attr(name, value)
-        self.observer.trial_ended(trial.number, outcome)
-        return self._told(trial, outcome)
-
-    def _told(self, trial: optuna.Trial, outcome: Outcome) -> float:
-        """The outcome in Optuna's words."""
-        if outcome.state is State.PRUNED:
-            raise optuna.TrialPruned(outcome.reason)
-        if outcome.state is State.FAILED:
-            raise TrialFailed(outcome.reason)
-        if outcome.state is State.INTERRUPTED:
+    def check_stop(self, *progress: object) -> None:
+        """Raise StudyInterrupted where the user asked to stop."""
+        if self.stop_requested():
             raise StudyInterrupted
-        return outcome.metrics[self.search.study.objective]
+
+
+def claim_trial(study: optuna.Study, storage: RetryingStorage, worker: Mapping[str, Any]) -> optuna.Trial | None:
+    """A released trial that is this worker's from now on; None where there is none. (`study.ask` would make one.)"""
+    for candidate in storage.released(study_id(study)):
+        if storage.claim(candidate, worker):
+            return claimed_trial(study, candidate)
+    return None
+
+
+def run_trial(trial: optuna.Trial, context: StudyContext) -> None:
+    """Run a claimed trial and tell Optuna how it ended, as `study.optimize` does; raises what stops a study."""
+    state: TrialState | None = None
+    value: float | None = None
+    failure: BaseException | None = None
+    try:
+        value = _score(trial, context)
+    except optuna.TrialPruned:
+        state = TrialState.PRUNED
+    except TrialFailed:
+        state = TrialState.FAIL
+    except OwnershipLost:
+        return
+    except BaseException as error:
+        state, failure = TrialState.FAIL, error
+    try:
+        trial.study.tell(trial, value, state)
+    except (ValueError, UpdateFinishedTrialError):
+        # A trial that was declared dead meanwhile has a successor, and its result is not wanted.
+        if context.storage.state_of(trial_id(trial)) is TrialState.RUNNING:
+            raise
+    if failure:
+        raise failure
+
+
+def _score(trial: optuna.Trial, context: StudyContext) -> float:
+    """The trial's score, or an exception of Optuna's or ours for any other end.
+
+    A trial that was interrupted, or met a bug, is requeued. OwnershipLost where the trial was declared dead, as a process
+    that was paused for too long finds.
+    """
+    try:
+        with _ownership_required():
+            return _value_of(_run(trial, context), context.search.study.objective)
+    except (optuna.TrialPruned, TrialFailed, OwnershipLost, StorageUnavailable):
+        raise
+    except BaseException as error:
+        with _ownership_required():
+            requeue(trial.study, trial)
+        if isinstance(error, SystemExit):  # as rich does where the output was closed
+            raise StudyInterrupted from error
+        raise
+
+
+def _run(trial: optuna.Trial, context: StudyContext) -> Outcome:
+    storage, observer, attributes = context.storage, context.observer, TrialAttributes.of(trial)
+    key = attributes.run_key or uuid.uuid4().hex  # a retry has the key of the trial whose place it takes
+    with storage.batch_writes():
+        context.search.ask(trial)
+        recipe = context.search.recipe(trial.params)
+        update_attributes(trial.study, trial, recipe_digest=recipe.digest(), run_key=key)
+    observer.trial_started(trial.number, recipe, trial.params)
+
+    def check_ownership() -> None:
+        if storage.state_of(trial_id(trial)) is not TrialState.RUNNING:
+            raise OwnershipLost
+
+    reporter = _Reporter(trial, context, recipe, attributes.unpruned)
+    request = ExperimentRequest(
+        recipe=recipe,
+        data=context.data,
+        device=context.device,
+        name=run_name(trial.number, attributes),
+        parent_run=context.parent_run,
+        tags=run_tags(trial.study, trial.number, attributes),
+        run_key=key,
+        resume_dir=context.home / CHECKPOINTS / key,
+        on_epoch=reporter.on_epoch,
+        on_step=reporter.on_step,
+        check_ownership=check_ownership,
+    )
+    outcome = experiment.run(request, context.tracker)
+    with storage.batch_writes():
+        update_attributes(
+            trial.study,
+            trial,
+            state=outcome.state,
+            reason=outcome.reason,
+            notes=outcome.notes,
+            mlflow_run_id=outcome.run_id,
+            epochs=outcome.epochs,
+            seconds=round(outcome.seconds, 3),
+            metrics=outcome.metrics,
+            epoch_s=outcome.metrics.get("time/epoch_s"),
+        )
+    observer.trial_ended(trial.number, outcome)
+    return outcome
+
+
+def _value_of(outcome: Outcome, objective: str) -> float:
+    """The score of a finished trial; every other outcome as the exception that stands for it."""
+    if outcome.state is State.PRUNED:
+        raise optuna.TrialPruned(outcome.reason)
+    if outcome.state is State.FAILED:
+        raise TrialFailed(outcome.reason)
+    if outcome.state is State.INTERRUPTED:
+        raise StudyInterrupted
+    return outcome.metrics[objective]
+
+
+class _Reporter:
+    """The hooks of a trial's training: they report to Optuna and the observer, prune, and stop."""
+
+    def __init__(self, trial: optuna.Trial, context: StudyContext, recipe: Recipe, unpruned: bool):
+        self._trial, self._context, self._recipe = trial, context, recipe
+        self._may_prune = trial.number >= MIN_UNPRUNED_TRIALS and not unpruned
+        # Of a retry: what was reported before its predecessor died.
+        self._reported_steps = set(stored_trial(trial.study, trial).intermediate_values)
+        self._clock = _Clock(recipe.training.batch_size)
+
+    def on_epoch(self, report: EpochReport) -> None:
+        self._clock.epoch_ended()
+        self._context.observer.epoch(self._trial.number, report)
+        search = self._context.search
+        if (step := search.step(report.epoch, self._recipe)) not in self._reported_steps:
+            with _ownership_required():
+                self._trial.report(report.metrics[search.study.objective], step)
+        is_last = report.epoch == self._recipe.training.epochs
+        if self._may_prune and not is_last and self._trial.should_prune():
+            raise Prune(f"not among the best quarter after epoch {report.epoch}")
+        self._check_stop()
+
+    def on_step(self, epoch: int, step: int, steps: int) -> None:
+        self._context.observer.step(self._trial.number, self._clock.step(epoch, step, steps))
+        self._check_stop()
+
+    def _check_stop(self) -> None:
+        if self._context.stop_requested():
+            raise Interrupted
 
 
 @dataclass
@@ -180,19 +226,19 @@ class _Clock:
     """Makes Progress of steps."""
 
     batch_size: int
-    began: float = field(default_factory=time.monotonic)  # s
+    epoch_start: float = field(default_factory=time.monotonic)  # s
 
     def epoch_ended(self) -> None:
-        self.began = time.monotonic()
+        self.epoch_start = time.monotonic()
 
     def step(self, epoch: int, step: int, steps: int) -> Progress:
-        seconds = max(time.monotonic() - self.began, 1e-9)
+        seconds = max(time.monotonic() - self.epoch_start, 1e-9)
         return Progress(epoch, step, steps, step * self.batch_size / seconds)
 
 
 @contextlib.contextmanager
-def _ours() -> Iterator[None]:
-    """What Optuna refuses because the trial has ended: somebody declared it dead."""
+def _ownership_required() -> Iterator[None]:
+    """OwnershipLost instead of Optuna's refusal to change a trial that has ended: the supervisor declared it dead."""
     try:
         yield
     except UpdateFinishedTrialError:

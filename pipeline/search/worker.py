@@ -1,4 +1,4 @@
-"""One worker: takes trials that wait, runs them, and tells that it lives; in this process, one of its own, or elsewhere."""
+"""One worker: claims released trials and runs them, and shows that it lives; in a process of its own, or an actor."""
 
 import contextlib
 import json
@@ -18,7 +18,6 @@ import cloudpickle
 import optuna
 import torch
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.data.datasets import load
 from pipeline.data.prepare import prepare
@@ -29,29 +28,31 @@ from pipeline.recipe import Recipe
 from pipeline.runtime import freeze_imports
 from pipeline.search.storage import RetryingStorage, find_study, open_storage
 from pipeline.search.study import Search
-from pipeline.search.trial import Objective, Progress, StudyInterrupted, TrialFailed
+from pipeline.search.trial import StudyContext, StudyInterrupted, claim_trial, run_trial
+from pipeline.search.trial_attributes import Beat, Progress, update_attributes
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost
 from pipeline.training.execution import check_execution
 from pipeline.training.loop import EpochReport
 
-SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # of a worker for whom no trial waits
+MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 1.0  # of a worker that finds no released trial
 FLUSH_S = 3.0  # for a worker that ends, until MLflow has all that it measured
-HUNG = 75  # the exit code of a process that ended itself
+STALLED_EXIT_CODE = 75  # of a process that ended itself
+MAX_TRACEBACK = 20_000  # characters: so many fit into the pipe
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Times in seconds by which the living are told from the dead."""
+    """Times in seconds by which workers are declared dead."""
 
-    beat_s: float = 5.0  # between a worker's signs of life
-    grace_s: float = 60.0  # without one, while the database answers, a worker is dead
-    hang_s: float = 900.0  # without a step or an epoch a training hangs
+    heartbeat_s: float = 5.0  # between a worker's heartbeats
+    heartbeat_timeout_s: float = 60.0  # without one, while the database answers, a worker is dead
+    stall_timeout_s: float = 900.0  # without a step or an epoch a training is stalled
     term_s: float = 7.0  # from SIGTERM until workers that have not stopped are killed; systems kill after 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """All that a worker needs to know, wherever it runs; plain values, so that anything can carry it."""
+    """All that a worker needs to know, wherever it runs: plain values, which can be sent anywhere."""
 
     search: bytes  # see `packed`
     storage: str = field(repr=False)  # addresses may hold passwords
@@ -60,21 +61,21 @@ class Assignment:
     data_dir: Path
     device: str = "cpu"
     memory_fraction: float | None = None  # of the GPU; None: all of it
-    threads: int | None = None  # of torch on the CPU; None: its choice
-    parent: str  # the study's run
-    ordinal: int = 0  # of the launch, from 1; seeds the sampler
+    threads: int | None = None  # of torch on the CPU; None: torch's default
+    parent_run: str  # the study's run in MLflow
+    launch: int = 0  # from 1, over all workers of a command; seeds the sampler
     limits: Limits = field(default_factory=Limits)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a worker ended: because it was asked to, by a UserError, by a bug, or it `died`; JSON."""
+    """How a worker ended: on request, by a UserError, by a bug, or its process `died`; JSON."""
 
     error: str = ""  # the name of the UserError's class
     problems: list[dict[str, Any]] = field(default_factory=list)  # of the UserError; see `as_error`
     bug: str = ""  # a traceback
-    died: str = ""  # of what
+    died: str = ""  # the cause
 
     def as_error(self) -> UserError:
         """The UserError that ended it."""
@@ -83,10 +84,10 @@ class Ended:
 
 
 def packed(search: Search) -> bytes:
-    """A search for another process. Its space is code: a function of a module in studies/, or of a script.
+    """A search for another process. Its space is code: a function of a study's module, or of a script.
 
-    No name would find it there, as that module was loaded from its file; so its code goes with it, by cloudpickle. Only
-    a worker that this command started reads it, from a pipe that nobody else writes.
+    The other process could not import that module by name, as it was loaded from its file; so its code is sent along, by
+    cloudpickle. Only a worker that this command started reads it, from a pipe that no other process writes.
     """
     module = sys.modules.get(search.study.space.__module__)
     by_value = module is not None and not module.__name__.startswith("pipeline.")
@@ -99,155 +100,108 @@ def packed(search: Search) -> bytes:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def release_trials(study: optuna.Study, trials: list[FrozenTrial], wanted: int) -> None:
-    """Let workers take so many of the trials that wait, the oldest first, and make new ones where they don't suffice.
-
-    Workers take what is granted and make none themselves; so the budget is kept exactly, however many they are, if
-    `wanted` was counted among the same `trials`: one that is taken meanwhile was granted before.
-    """
-    waiting = [trial for trial in trials if trial.state is TrialState.WAITING]
-    for place, trial in enumerate(waiting):
-        if bool(trial.user_attrs.get("granted")) != (place < wanted):
-            with contextlib.suppress(UpdateFinishedTrialError):
-                study._storage.set_trial_user_attr(trial._trial_id, "granted", place < wanted)
-    for _ in range(wanted - len(waiting)):
-        study.enqueue_trial({}, user_attrs={"granted": True})
-
-
-def claim_trial(study: optuna.Study, storage: RetryingStorage, worker: Mapping[str, Any]) -> optuna.Trial | None:
-    """A granted trial, now this worker's; None where there is none. `study.ask` would make one."""
-    for trial_id in storage.granted(study._study_id):
-        if storage.claim(trial_id, worker):
-            # As `study.ask` does: the sampler is to see all that is known by now, and the trial is to be among it.
-            study._thread_local.cached_all_trials = None
-            study.get_trials(deepcopy=False)
-            return optuna.Trial(study, trial_id)
-    return None
-
-
-def run_trial(study: optuna.Study, trial: optuna.Trial, objective: Objective) -> None:
-    """Run a trial and tell Optuna how it ended, as `study.optimize` does; raises what stops a study."""
-    state: TrialState | None = None
-    value: float | None = None
-    stops: BaseException | None = None
-    try:
-        value = objective(trial)
-    except optuna.TrialPruned:
-        state = TrialState.PRUNED
-    except TrialFailed:
-        state = TrialState.FAIL
-    except OwnershipLost:
-        return
-    except BaseException as error:
-        state, stops = TrialState.FAIL, error
-    try:
-        study.tell(trial, value, state)
-    except (ValueError, UpdateFinishedTrialError):
-        if objective.storage.state_of(trial._trial_id) is TrialState.RUNNING:
-            raise
-        # else it was declared dead meanwhile, and another does it again
-    if stops:
-        raise stops
-
-
 class Heartbeat:
-    """Tells the database every few seconds that a worker lives and how far its trial is; an Observer of its trials.
+    """Tells the database every few seconds that a worker lives and how far its trial is; a StudyObserver of its trials.
 
-    The supervisor judges by the beats alone. A database that is away stops no pulse. It ends the process where a training
-    hangs, or does not stop in time when it was asked to: a hung thread can't be stopped otherwise.
+    The supervisor goes by these heartbeats alone, and a database that is away does not end them. A thread that hangs can't
+    be stopped, so this ends the process where a training stalls, or does not stop in time after it was asked to.
     """
 
     def __init__(self, storage: RetryingStorage, limits: Limits, stop_requested: Callable[[], bool]):
         self._storage, self._limits, self._stop_requested = storage, limits, stop_requested
         self._trial: optuna.Trial | None = None
         self._is_lost = False
-        self._beat = 0
-        self._stop_seen: float | None = None
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="pulse")
+        self._count = 0
+        self._stop_time: float | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._over.set()
+        self._closed.set()
 
     @contextlib.contextmanager
     def of(self, trial: optuna.Trial) -> Iterator[None]:
-        """Beat for this trial while the block runs."""
-        self._progress, self._measured = Progress(), EpochReport(0, {})
-        self.moved()
+        """Send heartbeats for this trial while the block runs."""
+        self._progress, self._report = Progress(), EpochReport(0, {})
+        self.note_activity()
         self._is_lost, self._trial = False, trial
         try:
             yield
         finally:
             self._trial = None
 
-    def moved(self) -> None:
-        """The worker does something, or knows what it waits for."""
-        self._moved = time.monotonic()
+    def note_activity(self) -> None:
+        """The worker is not stalled: it made a step, or it waits for the database."""
+        self._last_activity = time.monotonic()
 
     def planned(self, forecast: Mapping[str, Any]) -> None:
-        """See Observer."""
+        """See StudyObserver."""
 
     def study_progress(self, study: optuna.Study, finished: int) -> None:
-        """See Observer."""
+        """See StudyObserver."""
 
     def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:
-        """See Observer."""
+        """See StudyObserver."""
 
     def step(self, number: int, progress: Progress) -> None:
-        """See Observer. Raises Lost where the trial is known to have been declared dead."""
+        """See StudyObserver. Raises OwnershipLost where the trial is known to have been declared dead."""
         if self._is_lost:
             raise OwnershipLost
         self._progress = progress
-        self.moved()
+        self.note_activity()
 
     def epoch(self, number: int, report: EpochReport) -> None:
-        """See Observer."""
-        self._measured = report
-        self.moved()
+        """See StudyObserver."""
+        self._report = report
+        self.note_activity()
 
     def trial_ended(self, number: int, outcome: Outcome) -> None:
-        """See Observer."""
+        """See StudyObserver."""
 
     def _run(self) -> None:
-        while not self._over.wait(self._limits.beat_s):
+        while not self._closed.wait(self._limits.heartbeat_s):
             trial = self._trial
-            self._watch(trial)
+            self._end_if_stalled(trial)
             if trial is None:
                 continue
-            self._beat += 1
-            beat = {"beat": self._beat, **asdict(self._progress)}
-            beat |= {"measured": self._measured.epoch, "metrics": self._measured.metrics}
+            self._count += 1
+            beat = Beat(
+                count=self._count,
+                progress=self._progress,
+                measured_epoch=self._report.epoch,
+                metrics=self._report.metrics,
+            )
             try:
-                with self._storage.once():
-                    self._storage.set_trial_user_attr(trial._trial_id, "pulse", beat)
+                with self._storage.without_retries():
+                    update_attributes(trial.study, trial, heartbeat=beat)
             except UpdateFinishedTrialError:
                 self._is_lost = self._trial is trial
-            except Exception:  # whatever a driver raises while its database is away; the next beat may reach it
+            except Exception:  # whatever a driver raises while its database is away; the next heartbeat may succeed
                 continue
 
-    def _watch(self, trial: optuna.Trial | None) -> None:
-        now = time.monotonic()
-        if trial is not None and now - self._moved > self._limits.hang_s:
-            _end_process(f"trial {trial.number}: no step for {self._limits.hang_s:.0f} s; its process ends")
+    def _end_if_stalled(self, trial: optuna.Trial | None) -> None:
+        now, limits = time.monotonic(), self._limits
+        if trial is not None and now - self._last_activity > limits.stall_timeout_s:
+            _end_process(f"trial {trial.number}: no step for {limits.stall_timeout_s:.0f} s; its process ends")
         if self._stop_requested():
-            self._stop_seen = self._stop_seen or now
-            if now - self._stop_seen > self._limits.grace_s:
+            self._stop_time = self._stop_time or now
+            if now - self._stop_time > limits.heartbeat_timeout_s:
                 _end_process("a worker did not stop when it was asked to; its process ends")
 
 
 def _end_process(line: str) -> None:
     os.write(2, f"{line}\n".encode())
-    os._exit(HUNG)
+    os._exit(STALLED_EXIT_CODE)
 
 
 def work(assignment: Assignment, stop_requested: Callable[[], bool]) -> Ended:
-    """Run trials until `stop_requested`, also in the middle of one, which is then asked again; how it ended.
+    """Run trials until `stop_requested`, and return how the worker ended. A trial that is stopped midway is requeued.
 
-    The main part of a worker process, or of any other actor: it raises nothing.
+    The main part of a worker process, or of any other actor; it raises nothing.
     """
     try:
         _work(assignment, cloudpickle.loads(assignment.search), stop_requested)
@@ -262,75 +216,88 @@ def work(assignment: Assignment, stop_requested: Callable[[], bool]) -> Ended:
 
 def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], bool]) -> None:
     device = torch.device(assignment.device)
+    _set_up_device(assignment, device)
+    for recipe in search.executed():
+        check_execution(recipe, device)
+    images = load(search.dataset_path or search.base.data.dataset, search.base.data.image_size, assignment.data_dir)
+    data = prepare(images, search.base.data, device)
+    freeze_imports()
+    storage = open_storage(assignment.home, assignment.storage, wait=True)
+    study = find_study(search, data, storage)  # refuses data that is not the study's
+    assert study is not None, "the supervisor made it"
+    study.pruner = search.pruner()
+    study.sampler = search.sampler(len(study.get_trials(deepcopy=False)), assignment.launch)
+    with Heartbeat(storage, assignment.limits, stop_requested) as heartbeat:
+        context = StudyContext(
+            search=search,
+            data=data,
+            device=device,
+            storage=storage,
+            tracker=MlflowTracker(assignment.home, assignment.tracking_uri, connect_now=False),
+            observer=heartbeat,
+            parent_run=assignment.parent_run,
+            stop_requested=stop_requested,
+        )
+
+        def while_waiting() -> None:
+            heartbeat.note_activity()
+            context.check_stop()
+
+        storage.while_waiting = while_waiting
+        worker = this_process() | {"id": assignment.id, "launch": assignment.launch}
+        try:
+            _run_trials(study, context, heartbeat, worker)
+        finally:
+            context.tracker.flush(FLUSH_S)  # what is not sent by then waits on disk, for the supervisor
+
+
+def _set_up_device(assignment: Assignment, device: torch.device) -> None:
     if assignment.threads:
         torch.set_num_threads(assignment.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if assignment.memory_fraction:
             torch.cuda.set_per_process_memory_fraction(assignment.memory_fraction, device)
-    for recipe in search.executed():
-        check_execution(recipe, device)
-    images = load(search.lies_at or search.base.data.dataset, search.base.data.image_size, assignment.data_dir)
-    data = prepare(images, search.base.data, device)
-    freeze_imports()
-    tracker = MlflowTracker(assignment.home, assignment.tracking_uri, asks=False)
-    storage = open_storage(assignment.home, assignment.storage, wait=True)
-    study = find_study(search, data, storage)  # refuses data that is not the study's
-    assert study is not None, "the supervisor made it"
-    study.pruner = search.pruner()
-    study.sampler = search.sampler(len(study.get_trials(deepcopy=False)), assignment.ordinal)
-    worker = this_process() | {"id": assignment.id, "ordinal": assignment.ordinal}
-    pause_s = SHORTEST_PAUSE_S
-    with Heartbeat(storage, assignment.limits, stop_requested) as pulse:
 
-        def while_waiting() -> None:
-            pulse.moved()
-            if stop_requested():
-                raise StudyInterrupted
 
-        storage.while_waiting = while_waiting
-        objective = Objective(
-            search, data, device, tracker, assignment.parent, pulse, stop_requested, storage, assignment.home
-        )
-        try:
-            while not stop_requested():
-                if trial := claim_trial(study, storage, worker):
-                    with pulse.of(trial):
-                        run_trial(study, trial, objective)
-                    pause_s = SHORTEST_PAUSE_S
-                else:
-                    time.sleep(pause_s)
-                    pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-        finally:
-            tracker.flush(FLUSH_S)  # what is left waits on disk, for the supervisor
+def _run_trials(study: optuna.Study, context: StudyContext, heartbeat: Heartbeat, worker: Mapping[str, Any]) -> None:
+    pause_s = MIN_PAUSE_S
+    while not context.stop_requested():
+        if trial := claim_trial(study, context.storage, worker):
+            with heartbeat.of(trial):
+                run_trial(trial, context)
+            pause_s = MIN_PAUSE_S
+        else:
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
 
 def main() -> None:
-    """A worker process: `Assignment` comes by stdin, which stays open as long as the supervisor lives; `Ended` goes to stdout.
+    """A worker process. `Assignment` comes by stdin, which stays open while the supervisor lives; `Ended` goes to stdout.
 
-    A byte on stdin, or its end, asks it to stop. The terminal's signals are the supervisor's.
+    A byte on stdin, or its end, asks the worker to stop. The terminal's signals are the supervisor's.
     """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
-    told = os.dup(1)
-    os.dup2(2, 1)  # what a library prints isn't the answer
+    answer = os.dup(1)
+    os.dup2(2, 1)  # what a library prints is not part of the answer
     with open(0, "rb", buffering=0, closefd=False) as pipe:
         size = int.from_bytes(pipe.read(8), "big")
-        words = bytearray()
-        while len(words) < size and (part := pipe.read(size - len(words))):
-            words += part
-    if len(words) < size or not size:
-        return  # the supervisor is gone already
+        message = bytearray()
+        while len(message) < size and (part := pipe.read(size - len(message))):
+            message += part
+    if len(message) < size or not size:
+        return  # the supervisor has exited already
 
     def listen() -> None:
         os.read(0, 1)
         stop.set()
 
     threading.Thread(target=listen, daemon=True, name="stop").start()
-    ended = work(cloudpickle.loads(bytes(words)), stop.is_set)
-    ended = replace(ended, bug=ended.bug[-20_000:])  # the pipe holds so much
-    os.write(told, json.dumps(asdict(ended)).encode())
+    ended = work(cloudpickle.loads(bytes(message)), stop.is_set)
+    ended = replace(ended, bug=ended.bug[-MAX_TRACEBACK:])
+    os.write(answer, json.dumps(asdict(ended)).encode())
     sys.stderr.flush()
-    os._exit(0)  # nothing is left to do, and the thread that listens would be in the way
+    os._exit(0)  # the listening thread would keep the process alive

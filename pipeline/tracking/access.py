@@ -1,7 +1,7 @@
-"""The door of the servers that are started here: who is let in to MLflow's own programs, and how far.
+"""Access control of the servers that are started here: which requests reach MLflow's own apps, and which files they may touch.
 
-MLflow's check of the Host header lets names as `10.evil.example` pass and pages of other local servers write; its scoring
-server checks nothing (both seen in 3.17.2).
+MLflow's own check of the Host header accepts names as `10.evil.example`, and lets pages of other local servers write; its
+scoring server checks nothing (both in 3.17.2).
 """
 
 import re
@@ -17,11 +17,12 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 _OWN_HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.ASCII)
 
 
-class Door:
-    """An ASGI app behind two checks, so that no page of another site reaches it through a browser on this machine.
+class AccessControl:
+    """An ASGI app that no page of another site reaches through a browser on this machine.
 
-    Host has to name this machine (else DNS rebinding works; any port, as an SSH tunnel may have another one), and Origin,
-    where there is one, the same server. What begins with one of `closed` is refused too. Refusals are 403 and a line.
+    Host must name this machine (else DNS rebinding works), with any port, as an SSH tunnel may have another one. Origin,
+    where there is one, must name the same server. Paths that begin with one of `closed` are refused. A refusal is HTTP 403
+    with a line of text.
     """
 
     def __init__(self, app: App, closed: tuple[str, ...] = ()):
@@ -43,18 +44,18 @@ class Door:
             [value.decode("latin1") for key, value in scope["headers"] if key == name] for name in (b"host", b"origin")
         )
         if len(hosts) != 1 or not _OWN_HOST.fullmatch(hosts[0]):
-            return "Host: has to name this machine, as 127.0.0.1:PORT or localhost:PORT\n"
+            return "Host: must name this machine, as 127.0.0.1:PORT or localhost:PORT\n"
         if any(origin != f"http://{hosts[0]}" for origin in origins):
-            return "Origin: pages of other servers are not let in\n"
+            return "Origin: pages of other servers are refused\n"
         if re.sub("/+", "/", scope["path"]).startswith(self._closed):
             return "closed: this server shows runs; it neither runs programs nor calls other servers\n"
         return ""
 
 
-def keep_inside(folder: Path) -> None:
-    """Let MLflow, in this process, touch artifacts below `folder` only, whatever location a run or a model names.
+def restrict_artifacts(folder: Path) -> None:
+    """Restrict MLflow, in this process, to artifacts below `folder`, whatever location a run or a model names.
 
-    MLflow takes any location for a new experiment, and would read, list, write and delete there.
+    MLflow accepts any location for a new experiment, and would read, list, write and delete there.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.store.artifact import artifact_repository_registry as registry
@@ -70,13 +71,13 @@ def keep_inside(folder: Path) -> None:
                 raise MlflowException.invalid_parameter_value("artifacts: not below this server's own folder")
 
     known: dict[str, Any] = registry.get_registered_artifact_repositories()
-    for scheme in set(known) - {"runs", "models"}:  # those two lead to one of the others
+    for scheme in set(known) - {"runs", "models"}:  # those two resolve to one of the others
         del known[scheme]
     known |= {"": Inside, "file": Inside}
     create = SqlAlchemyStore.create_experiment
 
     def create_inside(self: SqlAlchemyStore, name: str, artifact_location: str | None = None, tags: Any = None) -> str:
-        if artifact_location:  # a study that takes the experiment over would write there
+        if artifact_location:  # a study of the experiment's name would write there
             registry.get_artifact_repository(artifact_location)
         return str(create(self, name, artifact_location, tags))
 

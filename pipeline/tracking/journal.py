@@ -1,9 +1,9 @@
 """What a run measures reaches the disk first: a folder per run, `journal/<run key>/` in the home folder.
 
 `records.jsonl` holds a record a line, appended (write-ahead logging: Mohan et al., ARIES, TODS 1992, without its undo);
-`files/<n>/` the files that a record names; `before.json` what MLflow had of the run before this journal. shipping.py sends
-it all to MLflow and removes the folder. Whoever writes or ships a journal holds the lock of its folder; a process that
-dies loses it, and another one takes over.
+`files/<n>/` the files that a record names; `steps_before.json` the steps that MLflow had before this journal. uploader.py
+sends it all to MLflow and removes the folder. The process that writes and sends a journal holds the lock of its folder;
+the kernel releases the lock when the process dies, and another process can take over.
 """
 
 import contextlib
@@ -21,37 +21,37 @@ from pipeline.errors import UserError
 
 FOLDER = "journal"  # in the home folder
 RECORDS = "records.jsonl"
-_LOCK, _FILES, _BEFORE, _LEFT = "lock", "files", "before.json", "left"
+_LOCK, _FILES, _STEPS_BEFORE, _DISOWNED = "lock", "files", "steps_before.json", "disowned"
 
 
 class DiskFault(UserError):
-    """The disk is full, or takes nothing for another reason."""
+    """The disk is full, or can't be written for another reason."""
 
 
 class Busy(Exception):
-    """Another process writes or ships this journal."""
+    """Another process writes or sends this journal."""
 
 
 class Journal:
-    """One run's folder, locked by this process as long as it is open; made where there is none.
+    """One run's folder, locked by this process as long as it is open; created where it is missing.
 
-    What a dead writer left is gone on with; its torn last line is cut off. Busy where another process has it, UserError where
-    it is damaged, DiskFault where it can't be kept. Threads may share it.
+    The journal of a dead process is resumed; its incomplete last line is cut off. Busy where another process has it after
+    `timeout_s`, UserError where it is damaged, DiskFault where it can't be written. Threads may share it.
     """
 
-    def __init__(self, folder: Path, patience_s: float = 0.0):
+    def __init__(self, folder: Path, timeout_s: float = 0.0):
         self.folder = folder
         self.key = folder.name
         self._lock = threading.Lock()
-        self._lock_file = _lock(folder, patience_s)
+        self._lock_file = _lock(folder, timeout_s)
         self.is_new = not (folder / RECORDS).exists()
         try:
-            with _clear(folder):
+            with _as_disk_fault(folder):
                 self._file = os.open(folder / RECORDS, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except BaseException:
             os.close(self._lock_file)
             raise
-        self.size = _end_of_the_last_whole_line(folder / RECORDS)
+        self.size = _end_of_last_complete_line(folder / RECORDS)
         os.ftruncate(self._file, self.size)
         self.has_ended = False
         self._highest: dict[str, int] = {}  # the last step of each metric
@@ -63,12 +63,9 @@ class Journal:
             raise
 
     def append(self, record: Mapping[str, Any], durable: bool = False) -> None:
-        """One record more, all of it or nothing; on disk when it returns where it is `durable`, else soon.
-
-        UserError where it is damaged, DiskFault where it can't be kept.
-        """
+        """Append a record, all of it or nothing; `durable`: on disk when this returns, else soon. DiskFault on failure."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        with self._lock, _clear(self.folder):
+        with self._lock, _as_disk_fault(self.folder):
             try:
                 _write(self._file, line)
                 if durable:
@@ -80,17 +77,17 @@ class Journal:
             self._note(record)
 
     def append_metrics(self, values: Mapping[str, float], step: int, durable: bool) -> None:
-        """A point each; of a name's steps each is kept once, the first time: a resumed run measures some again."""
+        """A point of each metric. A metric keeps the first value of each step: a resumed run measures some steps again."""
         fresh = {name: value for name, value in values.items() if step > self._highest.get(name, -1)}
         if fresh:
-            now = int(time.time() * 1000)
-            self.append({"kind": "metrics", "step": step, "time": now, "values": fresh}, durable)
+            time_ms = int(time.time() * 1000)
+            self.append({"kind": "metrics", "step": step, "time": time_ms, "values": fresh}, durable)
 
     def append_files(self, folder: Path) -> None:
-        """The files below a folder, which may go afterwards: linked where that can be, else copied."""
-        with _clear(self.folder):
+        """The files below a folder, which may be removed afterwards: they are linked where possible, else copied."""
+        with _as_disk_fault(self.folder):
             (self.folder / _FILES).mkdir(exist_ok=True)
-            number = 1 + max((int(there.name) for there in (self.folder / _FILES).iterdir()), default=0)
+            number = 1 + max((int(path.name) for path in (self.folder / _FILES).iterdir()), default=0)
             staged = self.folder / _FILES / str(number)
             try:
                 shutil.copytree(folder, staged, copy_function=_link_or_copy)
@@ -100,7 +97,7 @@ class Journal:
         self.append({"kind": "files", "folder": staged.name})
 
     def next_step(self, prefix: str) -> int:
-        """The step after the last one of all metrics whose names begin so, from 0."""
+        """The step after the last one of all metrics with this prefix, from 0."""
         return 1 + max((step for name, step in self._highest.items() if name.startswith(prefix)), default=-1)
 
     def read(self, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
@@ -114,58 +111,58 @@ class Journal:
                     record = json.loads(line)
                     record["kind"]
                 except (ValueError, KeyError, TypeError):
-                    raise UserError(
-                        f"{self.folder / RECORDS}: damaged before byte {offset}; mend that line, or move the folder away"
-                    ) from None
+                    rule, remedy = f"damaged before byte {offset}", "repair that line, or move the folder away"
+                    raise UserError(str(self.folder / RECORDS), rule, remedy) from None
                 yield record, offset
 
     def staged(self, name: str) -> Path | None:
-        """The folder of a record's files; None where they were shipped."""
+        """The folder of a record's files; None where they were sent."""
         folder = self.folder / _FILES / name
         return folder if folder.is_dir() else None
 
-    def shipped(self, staged: Path) -> None:
-        """These files are no longer needed."""
+    def remove_staged(self, staged: Path) -> None:
+        """Remove files that were sent."""
         shutil.rmtree(staged, ignore_errors=True)
 
     @property
-    def before(self) -> dict[str, int] | None:
-        """The last step of each metric that MLflow had before this journal; None as long as nobody has asked it."""
+    def steps_before(self) -> dict[str, int] | None:
+        """The last step of each metric that MLflow had before this journal; None as long as MLflow has not answered."""
         try:
-            return dict(json.loads((self.folder / _BEFORE).read_bytes()))
+            return dict(json.loads((self.folder / _STEPS_BEFORE).read_bytes()))
         except FileNotFoundError:
             return None
 
-    @before.setter
-    def before(self, steps: Mapping[str, int]) -> None:
-        with _clear(self.folder):
-            new = self.folder / f"{_BEFORE}.new"
+    @steps_before.setter
+    def steps_before(self, steps: Mapping[str, int]) -> None:
+        with _as_disk_fault(self.folder):
+            new = self.folder / f"{_STEPS_BEFORE}.new"
             new.write_text(json.dumps(steps))
-            new.replace(self.folder / _BEFORE)
+            new.replace(self.folder / _STEPS_BEFORE)
 
     @property
-    def is_left(self) -> bool:
-        """Whether its process was told that the run isn't its own any more."""
-        return (self.folder / _LEFT).exists()
+    def is_disowned(self) -> bool:
+        """Whether the process that wrote it lost the run to another one."""
+        return (self.folder / _DISOWNED).exists()
 
-    def leave(self, is_left: bool = True) -> None:
-        """Mark it so, or take the mark away: who goes on with the run in this folder needs what is in it."""
-        with _clear(self.folder):
-            if is_left:
-                (self.folder / _LEFT).touch()
-            else:
-                (self.folder / _LEFT).unlink(missing_ok=True)
+    def disown(self) -> None:
+        """Mark it so: where nobody resumes the run in this folder, it is not sent."""
+        with _as_disk_fault(self.folder):
+            (self.folder / _DISOWNED).touch()
+
+    def own(self) -> None:
+        """Remove the mark: who resumes the run in this folder needs all that is in it."""
+        with _as_disk_fault(self.folder):
+            (self.folder / _DISOWNED).unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Let another process have it."""
+        """Unlock it for other processes."""
         os.close(self._file)
         os.close(self._lock_file)
 
     def remove(self) -> None:
-        """All of it is in MLflow."""
-        (self.folder / RECORDS).unlink(
-            missing_ok=True
-        )  # first: what a kill leaves holds nothing that would be shipped again
+        """Remove and unlock it, when all of it is in MLflow."""
+        # The records first: what a killed process leaves of the folder then holds nothing that would be sent again.
+        (self.folder / RECORDS).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.release()
 
@@ -178,17 +175,17 @@ class Journal:
 
 def journals(home: Path) -> list[Path]:
     """The folders of all journals in a home folder, the oldest first."""
-    found = [folder for folder in (home / FOLDER).glob("*") if (folder / RECORDS).exists()]
-    return sorted(found, key=lambda folder: folder.stat().st_ctime_ns)
+    folders = [folder for folder in (home / FOLDER).glob("*") if (folder / RECORDS).exists()]
+    return sorted(folders, key=lambda folder: folder.stat().st_ctime_ns)
 
 
-def remains(home: Path) -> list[Path]:
-    """The folders that hold no records, of processes that died while they made or removed them."""
+def empty_folders(home: Path) -> list[Path]:
+    """The folders that hold no records, of processes that died while they created or removed them."""
     return [path for path in (home / FOLDER).glob("*") if not (path / RECORDS).exists() and not is_busy(path)]
 
 
 def address_of(folder: Path) -> str | None:
-    """The tracker that a journal was made for, by its first record; None where there is no whole one."""
+    """The tracker that a journal was made for, by its first record; None where that is damaged."""
     try:
         with (folder / RECORDS).open("rb") as file:
             return str(json.loads(file.readline())["address"])
@@ -197,7 +194,7 @@ def address_of(folder: Path) -> str | None:
 
 
 def is_busy(folder: Path) -> bool:
-    """Whether a living process writes or ships it."""
+    """Whether a living process writes or sends it."""
     try:
         file = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -211,22 +208,26 @@ def is_busy(folder: Path) -> bool:
     return False
 
 
-def _lock(folder: Path, patience_s: float) -> int:
-    """The locked lock file of a folder that is there."""
-    give_up = time.monotonic() + patience_s
+def _lock(folder: Path, timeout_s: float) -> int:
+    """The locked lock file of an existing folder.
+
+    The process that sent the journal removes the folder while it holds the lock. So a lock counts only on the file that
+    still has the lock's path; on a removed one it would keep nobody out, and a new folder is created.
+    """
+    deadline = time.monotonic() + timeout_s
     while True:
-        with _clear(folder):
+        with _as_disk_fault(folder):
             folder.mkdir(parents=True, exist_ok=True)
         try:
             file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # whoever shipped it has just removed it
+        except FileNotFoundError:  # it was sent and removed meanwhile
             continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(file, folder / _LOCK):
                 return file
         except BlockingIOError:
-            if time.monotonic() > give_up:
+            if time.monotonic() > deadline:
                 os.close(file)
                 raise Busy(folder.name) from None
             time.sleep(0.1)
@@ -240,25 +241,23 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _clear(folder: Path) -> Iterator[None]:
-    """What the disk refuses is told in one line."""
+def _as_disk_fault(folder: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into one line."""
     try:
         yield
     except OSError as error:
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
-        raise DiskFault(
-            f"{folder}: can't be written ({reason}): free space on this disk, or mend it; what was measured is kept, and "
-            "the same command goes on"
-        ) from None
+        remedy = "free space on this disk, or repair it; what was measured is kept, and the same command resumes"
+        raise DiskFault(str(folder), f"can't be written ({reason})", remedy) from None
 
 
 def _write(file: int, content: bytes) -> None:
-    """All of it: a disk that fills takes a part, and refuses the rest."""
+    """Write all of it: a disk that becomes full takes a part, and refuses the rest."""
     while content:
         content = content[os.write(file, content) :]
 
 
-def _end_of_the_last_whole_line(path: Path) -> int:
+def _end_of_last_complete_line(path: Path) -> int:
     return path.read_bytes().rfind(b"\n") + 1
 
 

@@ -31,7 +31,7 @@ class Code:
 
 @cache
 def code() -> Code:
-    """Read once a process: a module that is already imported doesn't change with its file."""
+    """The code of this process, read once: an imported module doesn't change with its file."""
     commit = _git("rev-parse", "HEAD").decode().strip()
     if not commit:
         return Code("none", b"")
@@ -45,22 +45,22 @@ def code() -> Code:
 def _git(*arguments: str) -> bytes:
     """git's output, or nothing where there is no git or no repository."""
     try:
-        # Another user's folder is none for git, unless it is told so: but code from here runs already.
+        # git refuses another user's folder unless it is declared safe; code from this folder is running already.
         command = ["git", "-c", "safe.directory=*", *arguments]
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, timeout=30)
+        process = subprocess.run(command, cwd=PROJECT, capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return b""
     ok = (0, 1) if "--no-index" in arguments else (0,)  # that form answers 1 where the files differ
-    return done.stdout if done.returncode in ok else b""
+    return process.stdout if process.returncode in ok else b""
 
 
 def same_code(commit: str, diff: bytes) -> bool:
-    """Whether what trains is what it was: the same commit and difference, or none and the folder `pipeline` the same."""
-    now = code()
-    if (commit, diff) == (now.commit, now.diff):
+    """Whether the code is the same: commit and difference equal, or no difference and an equal folder `pipeline`."""
+    current = code()
+    if (commit, diff) == (current.commit, current.diff):
         return commit != "none"
-    trees = [_git("rev-parse", "--verify", "--end-of-options", f"{c}:pipeline") for c in (commit, now.commit)]
-    return not diff and not now.diff and bool(trees[0]) and trees[0] == trees[1]
+    trees = [_git("rev-parse", "--verify", "--end-of-options", f"{c}:pipeline") for c in (commit, current.commit)]
+    return not diff and not current.diff and bool(trees[0]) and trees[0] == trees[1]
 
 
 def environment() -> str:

@@ -1,4 +1,4 @@
-"""A folder mlruns that was moved: MLflow keeps absolute paths in its database, which are written anew."""
+"""A folder mlruns that was moved: MLflow keeps absolute paths in its database, which are rewritten."""
 
 import contextlib
 import sqlite3
@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.tracking.journal import is_busy, journals
 
 DATABASE = "mlflow.db"
-# All columns of MLflow 3.17 that can name a place for files (a test looks for others).
+# All columns of MLflow 3.17 that can hold a location of files (a test searches for others).
 _COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -23,14 +23,12 @@ _COLUMNS = (
 
 
 def check_place(home: Path) -> None:
-    """UserError where the folder was made elsewhere: MLflow would write files to the old place, and find none."""
+    """UserError where the folder was moved: MLflow would write files to the old place, and find none."""
     with _connected(home) as connection:
         old = _old_homes(connection, home)
     if old:
-        raise UserError(
-            f"{home.resolve()}: was moved here from {_path(old[0])}, where MLflow still looks for its files; make relocate "
-            "writes the new place into its database"
-        )
+        rule = f"was moved here from {_path(old[0])}, where MLflow still searches its files"
+        raise UserError(str(home.resolve()), rule, "`relocate` writes the new place into its database")
 
 
 def relocate(home: Path) -> dict[str, int]:
@@ -39,14 +37,14 @@ def relocate(home: Path) -> dict[str, int]:
     Paths outside the old folder stay. UserError where there is no store here, or a command still runs on it.
     """
     if not (home / DATABASE).is_file():
-        raise UserError(f"{home.resolve()}: there is no {DATABASE} here; run this where mlruns/ lies now")
+        raise UserError(str(home.resolve()), f"has no {DATABASE}", "run this beside the folder mlruns")
     if any(is_busy(folder) for folder in journals(home)):
-        raise UserError(f"{home.resolve()}: a command still writes runs here; wait for it, or stop it")
+        raise UserError(str(home.resolve()), "another command is writing runs here", "wait for it, or stop it")
     with FileLock(home / "mlflow.lock"), _connected(home) as connection:
         connection.execute("BEGIN IMMEDIATE")
-        found = {old: _rewrite(connection, old, home.resolve().as_uri()) for old in _old_homes(connection, home)}
+        counts = {old: _rewrite(connection, old, home.resolve().as_uri()) for old in _old_homes(connection, home)}
         connection.execute("COMMIT")
-    return {str(_path(old)): count for old, count in found.items()}
+    return {str(_path(old)): count for old, count in counts.items()}
 
 
 def _rewrite(connection: sqlite3.Connection, old: str, new: str) -> int:

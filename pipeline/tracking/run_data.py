@@ -8,66 +8,72 @@ from pathlib import Path
 from pipeline.data.datasets import NATURAL_SIZE, Dataset, load
 from pipeline.errors import DataError, UserError
 
-MOST_PLACES = 10  # of a study are kept
+MAX_PLACES = 10  # that are kept of a study
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a run saw, and where that may lie."""
+class RunData:
+    """The data set that a run was trained on, and where it may lie."""
 
-    what: str  # whose it is, for messages
+    owner: str  # whose it is, for messages
     dataset: str  # as `load` takes it, by the run's recipe
     image_size: int  # pixels
     digest: str
-    places: Sequence[str]  # the newest first, as `MlflowTracker.places_of` has them
+    places: Sequence[str]  # the newest first, as `queries.data_places` has them
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """A run's data set, and what `load` and the test split's opener take to find it there again."""
+class LocatedData:
+    """A run's data set, opened, and what `load` and the opener of the test split take to open it again."""
 
     images: Dataset
     dataset: str
     data_dir: Path
 
 
-def find_data(seen: Seen, data_dir: Path, dataset: str | None = None, download: bool = True) -> Found:
+def find_data(run_data: RunData, data_dir: Path, dataset: str | None = None, download: bool = True) -> LocatedData:
     """The data set of the run, from the first place whose images have its digest.
 
-    Only `dataset`, a name or a folder as `load` takes it, where it is given; else the places that are known and the one
-    that the recipe names; of CIFAR-10 `data_dir` comes first, and where nothing fits it is downloaded there. DataError with
-    a line for each place that was tried.
+    Where `dataset` is given, a name or a folder as `load` takes it, only that is tried. Else the known places and the one
+    that the recipe names; for CIFAR-10 `data_dir` comes first, and where no place has it, it is downloaded there.
+    DataError with a line for each place that was tried.
     """
-    tried: dict[str, list[str]] = {}
-    for name, directory, may_download in _candidates(seen, data_dir, dataset, download):
+    tried: dict[str, list[str]] = {}  # place -> why it isn't there
+    for name, directory, may_download in _candidates(run_data, data_dir, dataset, download):
         place = str(directory.absolute()) if name in NATURAL_SIZE else _resolved(name)
         if not dataset and name not in NATURAL_SIZE and not os.path.lexists(name):
             tried[place] = [f"{name}: no such folder"]
             continue
         try:
-            images = load(name, seen.image_size, directory, may_download)
+            images = load(name, run_data.image_size, directory, may_download)
         except UserError as error:
             tried[place] = error.lines
             continue
-        if images.digest == seen.digest:
-            return Found(images, name, directory)
+        if images.digest == run_data.digest:
+            return LocatedData(images, name, directory)
         tried[place] = [f"{images.source}: holds other images, digest {images.digest[:12]}"]
-    way_out = "DATA_DIR= says where" if seen.dataset in NATURAL_SIZE else "DATASET= names the folder where it lies now"
-    line = f"{seen.what}: its data set, digest {seen.digest[:12]}, is not in {' or '.join(tried)}; {way_out}"
-    raise DataError([line, *(f"  {line}" for lines in tried.values() for line in lines)])
+    is_named = run_data.dataset in NATURAL_SIZE
+    raise DataError(
+        run_data.owner,
+        f"its data set, digest {run_data.digest[:12]}, is not in {' or '.join(tried)}",
+        f"name {'its folder by `--data-dir`' if is_named else 'the folder where it lies now by `--dataset`'}",
+        [line for lines in tried.values() for line in lines],
+    )
 
 
-def _candidates(seen: Seen, data_dir: Path, dataset: str | None, download: bool) -> Iterator[tuple[str, Path, bool]]:
-    """What `load` takes, of each place once."""
+def _candidates(
+    run_data: RunData, data_dir: Path, dataset: str | None, download: bool
+) -> Iterator[tuple[str, Path, bool]]:
+    """The arguments of `load`, each place once."""
     if dataset:
         yield dataset, data_dir, download
-    elif seen.dataset in NATURAL_SIZE:
-        for directory in dict.fromkeys([data_dir.absolute(), *(Path(place).parent for place in seen.places)]):
-            yield seen.dataset, directory, False
+    elif run_data.dataset in NATURAL_SIZE:
+        for directory in dict.fromkeys([data_dir.absolute(), *(Path(place).parent for place in run_data.places)]):
+            yield run_data.dataset, directory, False
         if download:
-            yield seen.dataset, data_dir, True
+            yield run_data.dataset, data_dir, True
     else:
-        for folder in dict.fromkeys(_resolved(place) for place in [*seen.places, seen.dataset]):
+        for folder in dict.fromkeys(_resolved(place) for place in [*run_data.places, run_data.dataset]):
             yield folder, data_dir, False
 
 
@@ -77,4 +83,4 @@ def _resolved(path: Path | str) -> str:
 
 def newest_first(places: Sequence[str], place: str | None) -> list[str]:
     """`places` with this one at the head; as they are where it is None."""
-    return [place, *(other for other in places if other != place)][:MOST_PLACES] if place else list(places)
+    return [place, *(other for other in places if other != place)][:MAX_PLACES] if place else list(places)

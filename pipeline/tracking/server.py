@@ -26,8 +26,8 @@ START_LIMIT_S = 120
 def shared_view(objective: str, params: Sequence[str]) -> tuple[str, str]:
     """(key, value) of a view for MLflow's page of runs: only trials, best first, with scores and searched parameters.
 
-    Kept in the experiment's tag `mlflow.sharedViewState.<key>`, as the page's own "share" button does. MLflow doesn't
-    document it: where it isn't understood, the address that names it still opens the plain list.
+    The experiment's tag `mlflow.sharedViewState.<key>` keeps it, as by the page's own "share" button. MLflow doesn't
+    document it: where a version doesn't know it, the address that names it still opens the plain list.
     """
     metrics = dict.fromkeys([objective, "val/f1_macro", "val/loss", "val/ece", "time/training_s"])
     state = {
@@ -59,13 +59,13 @@ def web_address(uri: str) -> str:
 def study_links(
     base: str, experiment: str, objective: str, view: str | None, best_run_ids: Sequence[str]
 ) -> dict[str, str]:
-    """Addresses in the UI at `base`: the study's trials sorted by score, its charts, its best trials side by side."""
+    """Addresses in the UI at `base`: the study's trials sorted by score, its charts, its best trials compared."""
     # Without the workflow type, MLflow 3 opens in its GenAI mode, which shows no runs.
     workflow = {"workflowType": "machine_learning"}
     order = workflow | {"orderByKey": f"metrics.`{objective}`", "orderByAsc": "false"}
     runs = f"{base}/#/experiments/{experiment}/runs?"
     links = {
-        # With an order beside it the page leaves the view out, which has its own.
+        # An order in the address would override the view, which has its own.
         "trials": runs + urlencode(workflow | {"viewStateShareKey": view} if view else order),
         "charts": runs + urlencode(order | {"compareRunsMode": "CHART"}),
     }
@@ -77,7 +77,7 @@ def study_links(
 
 
 def start_server(tracking_uri: str, home: Path, port: int) -> subprocess.Popen[bytes]:
-    """MLflow's server for a database, on this machine only, ready to answer; UserError where it doesn't get ready.
+    """Start MLflow's server for a database, for this machine only, and wait until it answers; UserError where it doesn't.
 
     It reads and writes artifacts in the home folder's `artifacts` only. One process, no telemetry and no job execution:
     0.26 GB of memory instead of 2.5.
@@ -91,9 +91,9 @@ def start_server(tracking_uri: str, home: Path, port: int) -> subprocess.Popen[b
 
 
 def launch(what: str, module: str, settings: Mapping[str, str], port: int, log_file: Path) -> subprocess.Popen[bytes]:
-    """A module's `app`, which says at /health when it is ready, ready; UserError where it doesn't get ready.
+    """Start a module's `app`, and wait until its /health answers; UserError where it doesn't.
 
-    `settings` are added to the environment. `stop_server` ends it with all that it started.
+    `what` names it in messages. `settings` are added to the environment. `stop_server` ends it with all that it started.
     """
     _check_free(port)
     command = [sys.executable, "-m", "uvicorn", f"{module}:app", "--factory", "--app-dir", str(PROJECT)]
@@ -112,11 +112,11 @@ def launch(what: str, module: str, settings: Mapping[str, str], port: int, log_f
         raise
     stop_server(server)
     tail = " | ".join(log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-3:])
-    raise UserError(f"{what} did not start on port {port}: {tail} (all of it in {log_file})")
+    raise UserError(what, f"did not start on port {port}: {tail}", f"the complete log is {log_file}")
 
 
 def stop_server(server: subprocess.Popen[bytes]) -> None:
-    """End the server and the workers that it started, those too that outlived it."""
+    """End the server and the workers that it started, also those that outlived it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, number)
@@ -131,7 +131,7 @@ def _check_free(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise UserError(f"PORT {port}: {error.strerror}; choose another with PORT=") from None
+            raise UserError(f"`--port {port}`", f"{error.strerror}", "choose another port") from None
 
 
 def _is_ready(port: int) -> bool:

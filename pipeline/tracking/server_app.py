@@ -1,20 +1,20 @@
-"""MLflow's server behind the door; `ui.start_server` has uvicorn call `app`."""
+"""MLflow's server with access control; `server.start_server` has uvicorn call `app`."""
 
 import os
 from pathlib import Path
 
 from pipeline.errors import redact_secrets
-from pipeline.tracking.access import Door, keep_inside
+from pipeline.tracking.access import AccessControl, restrict_artifacts
 
 _API = ("/ajax-api", "/api")
-# The assistant runs programs, the gateway and webhooks call other servers, jobs run what is asked.
+# The assistant and jobs run programs, the gateway and webhooks call other servers.
 _CLOSED = ("mlflow/assistant", "mlflow/gateway", "mlflow/webhooks", "mlflow/jobs", "jobs")
 
 
-def app() -> Door:
-    """What `mlflow server --artifacts-destination` runs, whose app can't be chosen.
+def app() -> AccessControl:
+    """The app that `mlflow server --artifacts-destination` runs, with access control, which that command can't add.
 
-    The database's address and the artifacts' folder come by the environment, which others of this machine can't read.
+    The database's address and the artifacts' folder come from the environment, which other users of this machine can't read.
     """
     uri, artifacts = os.environ["MLFLOW_BACKEND_STORE_URI"], Path(os.environ["PIPELINE_ARTIFACTS"])
     os.environ |= {  # read while MLflow is imported
@@ -32,6 +32,6 @@ def app() -> Door:
         initialize_backend_stores(uri)
     except Exception as error:  # a traceback would show the address
         raise SystemExit(f"the database can't be opened: {redact_secrets(str(error))}") from None
-    keep_inside(artifacts)
+    restrict_artifacts(artifacts)
     closed = [f"{api}/{version}/{path}" for api in _API for version in ("2.0", "3.0") for path in _CLOSED]
-    return Door(mlflow_app, ("/gateway", *closed))
+    return AccessControl(mlflow_app, ("/gateway", *closed))

@@ -1,6 +1,6 @@
-"""The name of a study in Optuna and MLflow, `<study>-v<version>-<data set>`: made and taken apart here only.
+"""The name of a study in Optuna and MLflow, `<study>-v<version>-<data set>`: formatted and parsed here only.
 
-Imports nothing heavy: a mistyped name is told before torch and MLflow are there.
+Imports nothing heavy: a mistyped name is refused before torch and MLflow are imported.
 """
 
 import re
@@ -19,15 +19,15 @@ class StudyKey(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "StudyKey | None":
-        """None where the text is no key, as the name of a study that something else made."""
-        found = re.fullmatch(r"(.+?)-v([1-9]\d*)-(.+)", text)
-        return cls(found[1], int(found[2]), found[3]) if found else None
+        """None where the text is no key, as the name of a study of another program."""
+        match = re.fullmatch(r"(.+?)-v([1-9]\d*)-(.+)", text)
+        return cls(match[1], int(match[2]), match[3]) if match else None
 
     def is_meant_by(self, name: str) -> bool:
-        """Whether a person may mean it by the study's name, or by the key without a digest's digits."""
+        """Whether the name means it: the study's name, or the key without a digest's digits."""
         return name in (self.study, str(self.bare))
 
     @property
     def bare(self) -> "StudyKey":
-        """Without a folder's digits: several data sets may have it."""
+        """The key without a folder's digits, which several data sets may share."""
         return self._replace(data=re.sub(r"-[0-9a-f]{6}$", "", self.data))

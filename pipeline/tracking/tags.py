@@ -2,18 +2,20 @@
 
 import enum
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
-from mlflow.entities import Run
+from mlflow.entities import Run as StoredRun
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
 Role = Literal["study", "trial", "final", "reproduction"]
+TRAINED_ROLES: tuple[Role, ...] = ("trial", "final", "reproduction")
 
 
 class State(enum.StrEnum):
-    """How a run ended, kept in its tag `state`; MLflow has no word for a pruned one."""
+    """How a run ended, kept in its tag `state`; MLflow has no status for a pruned one."""
 
     FINISHED = "finished"
     PRUNED = "pruned"
@@ -27,7 +29,7 @@ _MLFLOW_NAMES = {"parent_run": MLFLOW_PARENT_RUN_ID, "commit": MLFLOW_GIT_COMMIT
 
 @dataclass(frozen=True, kw_only=True)
 class RunTags:
-    """What a run says of itself beside parameters and metrics. A field is None where the run has no such tag."""
+    """The tags of a run. A field is None where the run has no such tag, or one that this project never writes."""
 
     run_key: str | None = None  # names the run from its first moment, also while MLflow is away
     role: Role | None = None
@@ -36,6 +38,7 @@ class RunTags:
     state: State | None = None  # None: it has not ended
     reason: str | None = None  # why it ended so
     trial: int | None = None  # the trial's number, also of a final
+    control: bool | None = None  # of the trial of the base recipe
     trial_run: str | None = None  # of a final: the run of the trial that is trained again
     candidate: str | None = None  # of a final: the recipe's digest without its seed
     seed: int | None = None  # of a final
@@ -55,23 +58,25 @@ class RunTags:
     note: str | None = None  # its question, as MLflow shows it
     objective: str | None = None
     view: str | None = None  # the key of its view in the UI
+    data_places: tuple[str, ...] | None = None  # where its data set lay, the newest first
+    replaces: tuple[str, ...] | None = None  # the study's runs before this one, which were deleted in MLflow
     finals_run: str | None = None
     finals_summary: str | None = None
 
     @classmethod
-    def of(cls, run: Run) -> Self:
-        """The tags of a stored run; one that a person has spoilt in the UI is taken as missing."""
+    def of(cls, run: StoredRun) -> Self:
+        """The tags of a stored run."""
         return cls.parse(run.data.tags)
 
     @classmethod
     def parse(cls, tags: Mapping[str, str]) -> Self:
         """See `of`."""
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for field in fields(cls):
             text = tags.get(_MLFLOW_NAMES.get(field.name, field.name))
-            if text is not None:
-                found[field.name] = _PARSERS.get(field.name, str)(text)
-        return cls(**found)
+            if text:
+                values[field.name] = _PARSERS.get(field.name, str)(text)
+        return cls(**values)
 
     def to_mlflow(self) -> dict[str, str]:
         """Tag -> text, of the fields that are set."""
@@ -93,23 +98,47 @@ def _state(text: str) -> State | None:
     return State(text) if text in set(State) else None
 
 
-def _mapping(text: str) -> Mapping[str, Any] | None:
+def _role(text: str) -> str | None:
+    return text if text in get_args(Role) else None
+
+
+def _objective(text: str) -> str | None:
+    return text if text in ("val/accuracy", "val/f1_macro") else None
+
+
+def _hex_id(text: str) -> str | None:
+    return text if re.fullmatch(r"[0-9a-f]{32}", text) else None
+
+
+def _json(text: str) -> Any:
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except ValueError:
         return None
+
+
+def _mapping(text: str) -> Mapping[str, Any] | None:
+    value = _json(text)
     return value if isinstance(value, dict) else None
 
 
-def _role(text: str) -> str | None:
-    return text if text in ("study", "trial", "final", "reproduction") else None
+def _strings(text: str) -> tuple[str, ...] | None:
+    value = _json(text)
+    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else None
 
 
 _PARSERS: Mapping[str, Any] = {
-    "state": _state,
+    "run_key": _hex_id,
     "role": _role,
+    "state": _state,
     "trial": _number,
     "seed": _number,
+    "trial_run": _hex_id,
+    "reproduces": _hex_id,
+    "objective": _objective,
     "worker": _mapping,
+    "data_places": _strings,
+    "replaces": _strings,
     "git_dirty": lambda text: text == "true",
+    "control": lambda text: text == "true",
 }

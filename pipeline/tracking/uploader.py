@@ -1,8 +1,8 @@
-"""From the journals of this process to MLflow: a thread that sends what they hold, in order and once, and waits for nobody.
+"""From the journals of this process to MLflow: a thread that sends the records in order and once, and that nobody waits for.
 
-What may have been done is safe to do again: MLflow's SQL store ignores a point that is there with the same name, step, time
-and value; parameters, tags and files are overwritten by themselves. Only a run is made anew each time, so where one may
-have been asked for, it is looked for by its key first.
+Everything that may have been done is safe to repeat: MLflow's SQL store ignores a point that exists with the same name,
+step, time and value; parameters, tags and files are overwritten by themselves. Only a run would be created twice, so where
+one may have been created, it is searched by its key first.
 """
 
 import logging
@@ -15,102 +15,105 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.entities import Run as StoredRun
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.errors import UserError, first_line
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.store import RUN_KEY, Deleted, RequestRejected, RunStore, done_already, is_for_good
+from pipeline.tracking.store import Deleted, RequestRejected, RunStore, ignore_repeated, is_permanent
+from pipeline.tracking.tags import RunTags, StoredRun
 
 log = logging.getLogger(__name__)
 
-SYSTEM = "system/"  # metrics of the machine, whose steps only count
+SYSTEM = "system/"  # prefix of the machine's metrics, whose steps only count
 DELETED = "it was deleted in MLflow"
-_INTERVAL_S = 10.0  # between two calls for runs that go on, so that each takes many records
-_LONGEST_PAUSE_S = 30.0  # between two tries while MLflow doesn't answer
+_INTERVAL_S = 10.0  # between two requests for runs that go on, so that each takes many records
+_MAX_PAUSE_S = 30.0  # between two tries during an outage
 _BATCH = 500  # records that are held in memory
 
 
 @dataclass
-class _RunUpload:
-    """A journal on its way."""
+class _Upload:
+    """A journal that is being sent."""
 
     journal: Journal
-    may_be_there: bool  # whether its run may have been made already
-    offset: int = 0  # what is before it was shipped
+    may_exist: bool  # whether its run may have been created already
+    offset: int = 0  # the records before this byte were sent
     run_id: str | None = None
-    asks: int = 0  # for the run to be made
-    failures: int = 0
-    refused: str = ""  # why it is no longer tried
+    create_requests: int = 0
+    failures: int = 0  # since it was last sent
+    rejection: str = ""  # why it is no longer retried
     parent: str | None = None  # the run that its run is a child of
 
     @property
-    def has_news(self) -> bool:
-        """Whether something is to be done."""
-        return self.journal.has_ended or (not self.refused and self.offset < self.journal.size)
+    def is_pending(self) -> bool:
+        """Whether something is to be sent or removed."""
+        return self.journal.has_ended or (not self.rejection and self.offset < self.journal.size)
 
 
 class Uploader:
-    """Sends journals to MLflow in a thread of its own, which ends when there is nothing more to send."""
+    """Sends journals to MLflow in a thread of its own, which ends when nothing more can come.
 
-    def __init__(self, stores: RunStore):
-        self._stores = stores
-        self._client = stores.client
+    Two locks: `_changed` guards what is known of the uploads and is held briefly, as training takes it; `_sending` is held
+    while MLflow is called. Who needs both takes `_sending` first.
+    """
+
+    def __init__(self, store: RunStore):
+        self._store = store
+        self._client = store.client
         self._changed = threading.Condition()
         self._sending = threading.Lock()
-        self._shipments: dict[str, _RunUpload] = {}
+        self._uploads: dict[str, _Upload] = {}
         self._ids: dict[str, str] = {}
-        self._refused: dict[str, str] = {}
-        self._deleted: set[str] = set()  # of the refused, those whose run was deleted
+        self._rejected: dict[str, str] = {}
+        self._deleted: set[str] = set()  # of the rejected, those whose run was deleted
         self._thread: threading.Thread | None = None
-        self._next, self._failures, self._flushing, self._urgent = 0.0, 0, 0, False
+        self._next_try, self._failures, self._flushing, self._urgent = 0.0, 0, 0, False
         self._failing_since: float | None = None
 
-    def open(self, folder: Path, start: Mapping[str, Any], is_known: bool, patience_s: float = 0.0) -> Journal:
-        """The journal of a run, with this first record; `is_known` where the run may have been made already.
+    def open(self, folder: Path, start: Mapping[str, Any], may_exist: bool, timeout_s: float = 0.0) -> Journal:
+        """The journal of a run, with this start record; `may_exist` where the run may have been created already.
 
-        Busy where another process has it, UserError where the disk refuses.
+        Busy where another process has it, UserError where the disk can't be written.
         """
         with self._changed:
-            shipment = self._shipments.get(folder.name)
-            if shipment is None:
-                journal = Journal(folder, patience_s)
-                shipment = _RunUpload(journal, is_known or not journal.is_new)
+            upload = self._uploads.get(folder.name)
+            if upload is None:
+                journal = Journal(folder, timeout_s)
+                upload = _Upload(journal, may_exist or not journal.is_new)
             try:
-                shipment.journal.leave(False)
-                shipment.journal.append(start)
+                upload.journal.own()
+                upload.journal.append(start)
             except UserError:
-                if shipment.journal.size == 0:
-                    shipment.journal.remove()
+                if upload.journal.size == 0:
+                    upload.journal.remove()
                 raise
-            if shipment.refused:
-                return shipment.journal
-            self._add(shipment)
-        return shipment.journal
+            if not upload.rejection:
+                self._add(upload)
+        return upload.journal
 
-    def leave(self, journal: Journal) -> None:
-        """Send nothing more of it: the run is another process's, which goes on with this folder, if it sees it."""
+    def disown(self, journal: Journal) -> None:
+        """Send nothing more of it: the run belongs to another process, which resumes this folder where it can see it."""
         with self._sending, self._changed:
-            self._shipments.pop(journal.key, None)
-            journal.leave()
+            self._uploads.pop(journal.key, None)
+            journal.disown()
             journal.release()
 
     def adopt(self, journal: Journal) -> None:
-        """What a dead process left."""
+        """Send the journal of a process that is gone."""
         with self._changed:
-            self._add(_RunUpload(journal, may_be_there=True, asks=1))
+            self._add(_Upload(journal, may_exist=True, create_requests=1))
 
-    def _add(self, shipment: _RunUpload) -> None:
-        self._shipments[shipment.journal.key] = shipment
-        self._refused.pop(shipment.journal.key, None)
-        self._deleted.discard(shipment.journal.key)
+    def _add(self, upload: _Upload) -> None:
+        self._uploads[upload.journal.key] = upload
+        self._rejected.pop(upload.journal.key, None)
+        self._deleted.discard(upload.journal.key)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="shipper", daemon=True)
+            self._thread = threading.Thread(target=self._work, name="uploader", daemon=True)
             self._thread.start()
-        self.hurry()
+        self.send_now()
 
-    def hurry(self) -> None:
-        """A run has begun or ended: send it now."""
+    def send_now(self) -> None:
+        """A run has started or ended: don't wait for the interval."""
         with self._changed:
             self._urgent = not self._failures
             self._changed.notify_all()
@@ -121,203 +124,220 @@ class Uploader:
 
     @property
     def keys(self) -> list[str]:
-        """Of the runs whose journals this process has."""
+        """The keys of the runs whose journals this process has."""
         with self._changed:
-            return list(self._shipments)
+            return list(self._uploads)
 
     @property
-    def waiting(self) -> list[str]:
-        """The keys of the runs of which something is not in MLflow yet, refused ones too."""
+    def pending(self) -> list[str]:
+        """The keys of the runs of which something is not in MLflow yet, rejected ones too."""
         with self._changed:
-            return list({key: 0 for key, its in self._shipments.items() if its.has_news} | dict.fromkeys(self._refused))
+            unsent = [key for key, upload in self._uploads.items() if upload.is_pending]
+            return list(dict.fromkeys([*unsent, *self._rejected]))
 
     @property
-    def refused(self) -> dict[str, str]:
-        """Run key -> why MLflow will never take it as it is."""
+    def rejected(self) -> dict[str, str]:
+        """Run key -> why MLflow will never accept it as it is."""
         with self._changed:
-            return dict(self._refused)
+            return dict(self._rejected)
 
     @property
     def deleted(self) -> set[str]:
-        """Of the refused, the keys of those whose run was deleted in MLflow: only restoring it would help."""
+        """Of the rejected, the keys of those whose run was deleted in MLflow: only restoring it would help."""
         with self._changed:
             return set(self._deleted)
 
     def forget(self, key: str) -> None:
-        """Its journal was dropped."""
+        """Its journal was removed."""
         with self._changed:
-            self._refused.pop(key, None)
+            self._rejected.pop(key, None)
             self._deleted.discard(key)
 
     @property
-    def failing_s(self) -> float:
+    def outage_s(self) -> float:
         """For so long MLflow has not answered; 0 where it does."""
         since = self._failing_since
         return time.monotonic() - since if since else 0.0
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until MLflow has all that was measured; False where it has not by then, or refuses some of it."""
-        give_up = time.monotonic() + timeout_s
+        """Wait until MLflow has all that was measured; False on timeout, or where it rejects some of it."""
+        deadline = time.monotonic() + timeout_s
         with self._changed:
             self._flushing += 1
-            self._next = 0.0
+            self._next_try = 0.0
             self._changed.notify_all()
-            while any(its.has_news for its in self._shipments.values()) and time.monotonic() < give_up:
-                self._changed.wait(give_up - time.monotonic())
+            while self._has_pending() and time.monotonic() < deadline:
+                self._changed.wait(deadline - time.monotonic())
             self._flushing -= 1
-            return not self._refused and not any(its.has_news for its in self._shipments.values())
+            return not self._rejected and not self._has_pending()
+
+    def _has_pending(self) -> bool:
+        return any(upload.is_pending for upload in self._uploads.values())
 
     def _work(self) -> None:
-        while shipments := self._due():
+        """The thread: send what is due until no upload is left; after a failure, wait and retry."""
+        while uploads := self._wait_for_due():
             try:
-                for shipment in sorted(shipments, key=lambda its: its.failures):  # one that is stuck holds up no other
-                    shipment.failures += 1
+                # Those that failed come last: one that is stuck doesn't hold up the others.
+                for upload in sorted(uploads, key=lambda upload: upload.failures):
+                    upload.failures += 1
                     with self._sending:
-                        if self._shipments.get(shipment.journal.key) is shipment:
-                            self._ship(shipment)
-                    shipment.failures = 0
+                        if self._uploads.get(upload.journal.key) is upload:  # else it was disowned meanwhile
+                            self._upload(upload)
+                    upload.failures = 0
             except Exception as error:  # whatever an outage raises
                 self._note_failure(error)
             else:
                 self._note_success()
 
-    def _due(self) -> list[_RunUpload]:
-        """Wait until something is to be sent; nothing where this thread is to end."""
+    def _wait_for_due(self) -> list[_Upload]:
+        """Wait until something is to be sent; empty where the thread is to end."""
         with self._changed:
-            self._changed.notify_all()  # who flushes looks again
+            self._changed.notify_all()  # `flush` checks again
             while True:
-                if not self._shipments:
+                if not self._uploads:
                     self._thread = None
                     return []
-                news = [its for its in self._shipments.values() if its.has_news]
-                wait_s = self._next - time.monotonic()
-                if news and (self._urgent or wait_s <= 0 or (self._flushing and not self._failures)):
+                pending = [upload for upload in self._uploads.values() if upload.is_pending]
+                wait_s = self._next_try - time.monotonic()
+                if pending and (self._urgent or wait_s <= 0 or (self._flushing and not self._failures)):
                     self._urgent = False
-                    return news
-                # Appending wakes nobody: a run that goes on is looked after every few seconds.
-                self._changed.wait(max(wait_s, 0.01) if news else 0.5 if self._flushing else _INTERVAL_S)
+                    return pending
+                # Appending to a journal wakes nobody up: an open run is checked every few seconds.
+                self._changed.wait(max(wait_s, 0.01) if pending else 0.5 if self._flushing else _INTERVAL_S)
 
     def _note_success(self) -> None:
         with self._changed:
             if self._failing_since and self._failures > 1:
                 log.warning("MLflow answers again")
             self._failures, self._failing_since = 0, None
-            self._next = time.monotonic() + _INTERVAL_S
+            self._next_try = time.monotonic() + _INTERVAL_S
 
     def _note_failure(self, error: Exception) -> None:
         with self._changed:
             self._failures += 1
             self._failing_since = self._failing_since or time.monotonic()
-            pause = min(0.5 * 2 ** min(self._failures, 10), 1.0 if self._flushing else _LONGEST_PAUSE_S)
-            self._next = time.monotonic() + pause
+            pause_s = min(0.5 * 2 ** min(self._failures, 10), 1.0 if self._flushing else _MAX_PAUSE_S)
+            self._next_try = time.monotonic() + pause_s
             if self._failures == 2:
                 log.warning(
-                    "MLflow doesn't answer (%s): training goes on, what is measured waits on disk", first_line(error)
+                    "MLflow doesn't answer (%s): training continues, what is measured is pending on disk",
+                    first_line(error),
                 )
 
-    def _ship(self, shipment: _RunUpload) -> None:
-        """What there is now; raises where another try may mend it."""
-        journal, now = shipment.journal, shipment.journal.size
+    def _upload(self, upload: _Upload) -> None:
+        """Send what the journal holds by now; raises where another try may succeed."""
+        journal, size = upload.journal, upload.journal.size
         try:
-            while not shipment.refused and shipment.offset < now:
-                self._send(shipment)
+            while not upload.rejection and upload.offset < size:
+                self._send_batch(upload)
         except Exception as error:
-            if not is_for_good(error):
+            if not is_permanent(error):
                 raise
-            self._refuse(shipment, error)
+            self._reject(upload, error)
         with self._changed:
-            if journal.has_ended and (shipment.refused or shipment.offset == journal.size):
-                del self._shipments[journal.key]
-                (journal.release if shipment.refused else journal.remove)()
+            if journal.has_ended and (upload.rejection or upload.offset == journal.size):
+                del self._uploads[journal.key]
+                if upload.rejection:
+                    journal.release()
+                else:
+                    journal.remove()
 
-    def _refuse(self, shipment: _RunUpload, error: Exception) -> None:
-        known, key = shipment.run_id or shipment.parent, shipment.journal.key
-        is_deleted = isinstance(error, Deleted) or (known is not None and self._stores.is_deleted(known))
+    def _reject(self, upload: _Upload, error: Exception) -> None:
+        key, run_id = upload.journal.key, upload.run_id or upload.parent
+        is_deleted = isinstance(error, Deleted) or (run_id is not None and self._store.is_deleted(run_id))
         with self._changed:
-            shipment.refused = self._refused[key] = DELETED if is_deleted else first_line(error)
+            upload.rejection = self._rejected[key] = DELETED if is_deleted else first_line(error)
             if is_deleted:
                 self._deleted.add(key)
-        log.warning("run key %s: MLflow refuses it (%s); it is kept", key, shipment.refused)
+        log.warning("run key %s: MLflow rejects it (%s); its journal is kept", key, upload.rejection)
 
-    def _send(self, shipment: _RunUpload) -> None:
-        """Some records, as few calls as can be."""
+    def _send_batch(self, upload: _Upload) -> None:
+        """Send some records, in as few requests as possible: metrics are collected until another record follows.
+
+        `offset` moves on when all before it is in MLflow: a failure in between repeats the rest, in the same order.
+        """
         metrics: list[Metric] = []
-        before = shipment.journal.before or {}
-        for record, end in islice(shipment.journal.read(shipment.offset), _BATCH):
+        steps_before = upload.journal.steps_before or {}
+        for record, end in islice(upload.journal.read(upload.offset), _BATCH):
             if record["kind"] == "metrics":
-                metrics += _points(record, before)
+                metrics += _points(record, steps_before)
             else:
                 tags = record["tags"] if record["kind"] == "end" else {}
-                self._log(shipment, metrics, tags)
+                self._log(upload, metrics, tags)
                 metrics = []
                 if record["kind"] == "start":
-                    self._begin(shipment, record)
-                    before = shipment.journal.before or {}
+                    self._send_start(upload, record)
+                    steps_before = upload.journal.steps_before or {}
                 elif record["kind"] == "files":
-                    self._send_files(shipment, record)
+                    self._send_files(upload, record)
                 elif record["kind"] == "end":
-                    self._end(shipment, record)
-                shipment.offset = end
-        self._log(shipment, metrics, {})
-        shipment.offset = end
+                    self._send_end(upload, record)
+                upload.offset = end
+        self._log(upload, metrics, {})
+        upload.offset = end
 
-    def _begin(self, shipment: _RunUpload, start: Mapping[str, Any]) -> None:
-        """The run, made or found and RUNNING, with all that was known of it before its first step."""
-        journal, key = shipment.journal, shipment.journal.key
-        shipment.parent = start["tags"].get(MLFLOW_PARENT_RUN_ID)
-        found: StoredRun | None = None
+    def _send_start(self, upload: _Upload, start: Mapping[str, Any]) -> None:
+        """Create or find the run, make it RUNNING, and send all that was known of it before its first step."""
+        journal, key = upload.journal, upload.journal.key
+        upload.parent = start["tags"].get(MLFLOW_PARENT_RUN_ID)
+        run: StoredRun | None = None
         if "run_id" in start:
-            found = self._client.get_run(start["run_id"])
-        elif shipment.may_be_there:
-            found = self._stores.find(self._stores.experiment_of(start), key)
-        if journal.before is None:
-            journal.before = _last_steps(found) if found else {}
-        tags = start["tags"] | {RUN_KEY: key}
-        if found:
-            shipment.run_id = found.info.run_id
-            # Not where it is so already: a server that does it late would undo the run's end.
-            if (found.info.status, found.info.run_name) != ("RUNNING", start["name"]):
-                self._client.update_run(shipment.run_id, "RUNNING", start["name"])
-            for name in {"state", "reason"} & found.data.tags.keys():  # of how it ended before
-                with done_already():
-                    self._client.delete_tag(shipment.run_id, name)
+            run = self._client.get_run(start["run_id"])
+        elif upload.may_exist:
+            run = self._store.find(self._store.experiment_of(start), key)
+        if journal.steps_before is None:
+            journal.steps_before = _last_steps(run) if run else {}
+        tags = start["tags"] | RunTags(run_key=key).to_mlflow()
+        if run:
+            upload.run_id = run.info.run_id
+            self._reopen(run, start["name"])
         else:
-            shipment.asks, shipment.may_be_there = shipment.asks + 1, True
-            experiment = self._stores.experiment_of(start)
-            shipment.run_id = self._stores.make(experiment, start["name"], tags, start["time"])
-        self._ids[key] = shipment.run_id
+            upload.create_requests, upload.may_exist = upload.create_requests + 1, True
+            experiment = self._store.experiment_of(start)
+            upload.run_id = self._store.create_run(experiment, start["name"], tags, start["time"])
+        self._ids[key] = upload.run_id
         params = [Param(name, value) for name, value in start["params"].items()]
-        self._client.log_batch(shipment.run_id, params=params, tags=_tags(tags) if found else ())
-        if data := start.get("data"):
-            inputs = DatasetInput(Dataset(**data), [InputTag("mlflow.data.context", "training")])
-            self._client.log_inputs(shipment.run_id, datasets=[inputs])
+        self._client.log_batch(upload.run_id, params=params, tags=_tags(tags) if run else ())
+        if dataset := start.get("data"):
+            inputs = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])
+            self._client.log_inputs(upload.run_id, datasets=[inputs])
 
-    def _send_files(self, shipment: _RunUpload, record: Mapping[str, Any]) -> None:
-        if staged := shipment.journal.staged(record["folder"]):
-            self._client.log_artifacts(self._id(shipment), str(staged))
-            shipment.journal.shipped(staged)
+    def _reopen(self, run: StoredRun, name: str) -> None:
+        """Make a run RUNNING again, without the tags of how it ended before."""
+        # Not where it is RUNNING already: a slow server that obeys late would undo the run's end.
+        if (run.info.status, run.info.run_name) != ("RUNNING", name):
+            self._client.update_run(run.info.run_id, "RUNNING", name)
+        for tag in {"state", "reason"} & run.data.tags.keys():
+            with ignore_repeated():
+                self._client.delete_tag(run.info.run_id, tag)
 
-    def _end(self, shipment: _RunUpload, record: Mapping[str, Any]) -> None:
-        run_id = self._id(shipment)
+    def _send_files(self, upload: _Upload, record: Mapping[str, Any]) -> None:
+        if staged := upload.journal.staged(record["folder"]):
+            self._client.log_artifacts(self._id(upload), str(staged))
+            upload.journal.remove_staged(staged)
+
+    def _send_end(self, upload: _Upload, record: Mapping[str, Any]) -> None:
+        run_id = self._id(upload)
         self._client.set_terminated(run_id, record["status"], record["time"])
-        if shipment.asks > 1:  # the first may have been made since
-            self._stores.find(self._client.get_run(run_id).info.experiment_id, shipment.journal.key, keep=run_id)
+        if upload.create_requests > 1:  # the server may have obeyed the first request late: delete its run
+            self._store.find(self._client.get_run(run_id).info.experiment_id, upload.journal.key, keep=run_id)
 
-    def _log(self, shipment: _RunUpload, metrics: list[Metric], tags: Mapping[str, str]) -> None:
+    def _log(self, upload: _Upload, metrics: list[Metric], tags: Mapping[str, str]) -> None:
         if metrics or tags:
-            self._client.log_batch(self._id(shipment), metrics=metrics, tags=_tags(tags))
+            self._client.log_batch(self._id(upload), metrics=metrics, tags=_tags(tags))
 
-    def _id(self, shipment: _RunUpload) -> str:
-        if shipment.run_id is None:
-            raise RequestRejected("its journal has no beginning")
-        return shipment.run_id
+    def _id(self, upload: _Upload) -> str:
+        if upload.run_id is None:
+            raise RequestRejected("its journal has no start record")
+        return upload.run_id
 
 
-def _points(record: Mapping[str, Any], before: Mapping[str, int]) -> list[Metric]:
-    """A record's points, without those of steps that MLflow had before this journal; the machine's go on counting."""
+def _points(record: Mapping[str, Any], steps_before: Mapping[str, int]) -> list[Metric]:
+    """A record's points, without those of steps that MLflow had before this journal; the machine's steps continue."""
     points = []
     for name, value in record["values"].items():
-        last = before.get(name, -1)
+        last = steps_before.get(name, -1)
         if name.startswith(SYSTEM):
             points.append(Metric(name, value, record["time"], record["step"] + last + 1))
         elif record["step"] > last:
@@ -326,7 +346,7 @@ def _points(record: Mapping[str, Any], before: Mapping[str, int]) -> list[Metric
 
 
 def _last_steps(run: StoredRun) -> dict[str, int]:
-    """The last step of each metric; a run's points arrive in order, so all before it are there."""
+    """The last step of each metric; a run's points arrive in order, so MLflow has all before it."""
     return {metric.key: metric.step for metric in run.data._metric_objs}
 
 

@@ -370,7 +370,7 @@ def recent(*shares: float) -> Callable[[Search], BasePruner]:
 
     def make(search: Search) -> RecentTrialsPruner:
         pruner = search.pruner()
-        pruner.rungs = sorted({math.ceil(search.most_epochs * share) for share in shares})
+        pruner.rungs = sorted({math.ceil(search.max_epochs * share) for share in shares})
         return pruner
 
     return make

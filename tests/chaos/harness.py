@@ -21,6 +21,7 @@ from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.search.study import counts_toward_budget
+from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,13 +79,13 @@ def write_table(rows: list[Row], folder: Path) -> str:
     return "\n".join(lines)
 
 
-class Zygote:
-    """See zygote.py."""
+class ForkServer:
+    """See fork_server.py."""
 
     def __init__(self, folder: Path):
-        self.address = str(folder / "zygote")
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ZYGOTE": self.address}
-        program = Path(__file__).with_name("zygote.py")
+        self.address = str(folder / "fork_server")
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FORK_SERVER": self.address}
+        program = Path(__file__).with_name("fork_server.py")
         self._process = subprocess.Popen(
             [sys.executable, str(program), self.address], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -111,7 +112,7 @@ class Zygote:
             return [int(pid) for pid, role in json.loads(heard.readline()).items() if role == "worker"]
 
     def arm(self, which: str, function: str, at: int, when: str, note: Path) -> None:
-        """The next `worker` or `command` kills itself at the `at`-th call of a function; see zygote.arm."""
+        """The next `worker` or `command` kills itself at the `at`-th call of a function; see fork_server.arm."""
         hook = {"function": function, "at": at, "when": when, "note": str(note), "seed": at}
         self.ask({"role": "hook", "for": which, "hook": hook}).close()
 
@@ -121,12 +122,12 @@ class Zygote:
 
 
 class Command:
-    """`python -m pipeline WORDS` as a process of the zygote's; its output goes to a log."""
+    """`python -m pipeline WORDS` as a process of the fork server's; its output goes to a log."""
 
-    def __init__(self, zygote: Zygote, words: list[str], folder: Path, log: Path, environment: dict[str, str]):
+    def __init__(self, fork_server: ForkServer, words: list[str], folder: Path, log: Path, environment: dict[str, str]):
         request = {"role": "command", "words": words, "cwd": str(folder), "env": {"COLUMNS": "200"} | environment}
         with log.open("ab") as out, open(os.devnull) as nothing:
-            self._talk = zygote.ask(request, [nothing.fileno(), out.fileno(), out.fileno()])
+            self._talk = fork_server.ask(request, [nothing.fileno(), out.fileno(), out.fileno()])
         self._heard = self._talk.makefile("rb")
         self.pid = int(self._heard.readline())
         self._code: int | None = None
@@ -146,19 +147,21 @@ class Command:
                 os.kill(self.pid, number)
 
 
-class Field:
+class FaultInjector:
     """A folder with a tiny study of digits, and what is done to it."""
 
-    def __init__(self, zygote: Zygote, folder: Path, trials: int = 8, workers: int = 2, storage: str | None = None):
+    def __init__(
+        self, fork_server: ForkServer, folder: Path, trials: int = 8, workers: int = 2, storage: str | None = None
+    ):
         folder.mkdir(parents=True, exist_ok=True)
-        self.zygote, self.folder, self.trials, self.workers = zygote, folder, trials, workers
+        self.fork_server, self.folder, self.trials, self.workers = fork_server, folder, trials, workers
         self.storage, self.home, self.log = storage, folder / "mlruns", folder / "log"
         self.tracking: str | None = None
         self.database = self.home / "mlflow.db"
         self.dataset, self.options, self.environment = "digits", ["--set", TINY], dict[str, str]()
 
     def limit(self, **seconds: float) -> None:
-        """Other times than zygote.LIMITS."""
+        """Other times than fork_server.LIMITS."""
         self.environment["CHAOS_LIMITS"] = json.dumps(seconds)
 
     def study(self) -> Command:
@@ -171,9 +174,9 @@ class Field:
 
     def command(self, *words: str) -> Command:
         """Another command in this folder."""
-        return Command(self.zygote, list(words), self.folder, self.log, self.environment)
+        return Command(self.fork_server, list(words), self.folder, self.log, self.environment)
 
-    def run_on(self, tries: int = 5) -> None:
+    def complete(self, tries: int = 5) -> None:
         """The same command until the study has ended."""
         for _ in range(tries):
             if self.study().code(300) == 0:
@@ -202,20 +205,20 @@ class Field:
         log.unlink(missing_ok=True)
         words = ["audit", *(["--storage", self.storage] if self.storage else [])]
         words += ["--tracking-uri", self.tracking] if self.tracking else []
-        code = Command(self.zygote, words, self.folder, log, self.environment).code(120)
+        code = Command(self.fork_server, words, self.folder, log, self.environment).code(120)
         said = [line for line in log.read_text().splitlines() if not line.startswith("not looked at:")]
         assert said and (code == 0) == said[-1].endswith("nothing found"), log.read_text()
         return said[:-1] if code else []
 
-    def judge(self, fault: str, injected: int) -> Row:
+    def count_losses(self, fault: str, injected: int) -> Row:
         """Count what was lost, doubled and orphaned, without the audit, and what the audit finds."""
         trials = self.stored
         counted = [trial for trial in trials if counts_toward_budget(trial)]
-        replaced = Counter(trial.user_attrs.get("retry_of") for trial in trials)
-        again = [trial for trial in trials if trial.user_attrs.get("asked_again")]
+        replaced = Counter(TrialAttributes.of(trial).retry_of for trial in trials)
+        again = [trial for trial in trials if TrialAttributes.of(trial).requeued]
         runs = self.rows(_TRIAL_RUNS)
         by_key = Counter(key for _, _, key in runs)
-        keys = Counter(str(trial.user_attrs.get("run_key")) for trial in counted)
+        keys = Counter(str(TrialAttributes.of(trial).run_key) for trial in counted)
         points = self.rows(_DOUBLE_POINTS)
         finished = self.rows(_EPOCHS_OF_FINISHED)
         row = Row(fault, injected)
@@ -239,17 +242,19 @@ class Field:
         with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as connection:
             return connection.execute(query).fetchall()
 
-    def differing(self, row: Row) -> list[str]:
+    def differing_trials(self, row: Row) -> list[str]:
         """Of the trials that were done again after a fault and finished: those whose score or weights differ, by a bit,
         from those of a training that nothing disturbed.
         """
         files = dict(self.rows("SELECT t.value, r.artifact_uri FROM runs r JOIN tags t ON t.run_uuid = r.run_uuid "
             "AND t.key = 'run_key'"))  # fmt: skip
-        retried = [trial for trial in self.stored if "retry_of" in trial.user_attrs and trial.value is not None]
+        retried = [
+            trial for trial in self.stored if TrialAttributes.of(trial).retry_of is not None and trial.value is not None
+        ]
         others = []
         for trial in [trial for trial in retried if trial.state.name == "COMPLETE"]:
             row.compared += 1
-            where = files[trial.user_attrs["run_key"]].replace(
+            where = files[TrialAttributes.of(trial).run_key].replace(
                 "mlflow-artifacts:", str(self.database.parent / "artifacts")
             )
             folder = Path(where.removeprefix("file://"))

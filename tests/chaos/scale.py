@@ -2,7 +2,7 @@
 
     python tests/chaos/scale.py --workers 64 --finished 10000 --seconds 20
 
-Supervisor, worker loop, pulse, sampler and pruner are the real ones; in the place of an experiment a trial sleeps and reports
+Supervisor, worker loop, heartbeat, sampler and pruner are the real ones; in place of an experiment a trial sleeps and reports
 as one does. Workers are forks of this process, as 64 processes with a torch of their own fit into few machines.
 """
 
@@ -32,15 +32,14 @@ from sqlalchemy import NullPool, create_engine, event, text
 from sqlalchemy.exc import OperationalError
 
 from pipeline import experiment
-from pipeline.experiment import Outcome
+from pipeline.experiment import ExperimentRequest, Outcome
 from pipeline.processes import StopOnSignal, this_process
-from pipeline.recipe import Recipe
 from pipeline.search import worker
 from pipeline.search.storage import RetryingStorage, StudyLock, num_finished, open_storage, open_study
 from pipeline.search.study import Search, load_study
 from pipeline.search.supervisor import Supervisor
-from pipeline.search.trial import Objective
-from pipeline.search.worker import Assignment, Ended, Heartbeat, Limits, claim_trial, run_trial
+from pipeline.search.trial import StudyContext, claim_trial, run_trial
+from pipeline.search.worker import Assignment, Ended, Heartbeat, Limits
 from pipeline.tracking.tracker import State
 from pipeline.training.loop import EpochReport
 
@@ -69,18 +68,18 @@ class Fork:
 
 
 @dataclass
-class Forks:
-    """A crew of them."""
+class ForkPool:
+    """A pool of them."""
 
     workers: int
     run: Callable[[Assignment, Callable[[], bool]], None]
     limits: Limits
     data_dir: Path = Path()
 
-    def room(self) -> int:
+    def capacity(self) -> int:
         return self.workers
 
-    def start(self, assignment: Assignment, place: int) -> Fork:
+    def start(self, assignment: Assignment, slot: int) -> Fork:
         context = multiprocessing.get_context("fork")
         stopped = context.Event()
         process = context.Process(target=self.run, args=(assignment, stopped.is_set), daemon=True)
@@ -89,20 +88,21 @@ class Forks:
 
 
 def sleeping(seconds: float) -> Callable[..., Outcome]:
-    """What stands for `experiment.run`: no training and no tracker, all the words to Optuna."""
+    """In place of `experiment.run`: no training and no tracker, but all the reports to Optuna."""
 
-    def run(recipe: Recipe, *arguments: Any, on_epoch: Any, on_step: Any, fence: Any, **more: Any) -> Outcome:
+    def run(request: ExperimentRequest, tracker: Any) -> Outcome:
+        recipe = request.recipe
         quality = random.random()
         numbers = {f"val/metric/{n}": random.random() for n in range(METRICS)}
         for epoch in range(1, recipe.training.epochs + 1):
             for step in range(1, 11):
                 time.sleep(seconds / recipe.training.epochs / 10)
-                on_step(epoch, step, 10)
-            fence()
+                request.on_step(epoch, step, 10)
+            request.check_ownership()
             score = quality * (1 - 0.5**epoch)
             metrics = numbers | {"val/accuracy": score, "throughput/images_per_s": 1.0, "time/epoch_s": 1.0}
             try:
-                on_epoch(EpochReport(epoch, metrics))
+                request.on_epoch(EpochReport(epoch, metrics))
             except experiment.Prune as verdict:
                 return Outcome(State.PRUNED, "0" * 32, "0" * 32, str(verdict), metrics, epoch, seconds)
         return Outcome(State.FINISHED, "0" * 32, "0" * 32, "", metrics, epoch, seconds)
@@ -152,7 +152,7 @@ def fill(study: optuna.Study, search: Search, storage: RetryingStorage, trials: 
                 "state": "finished",
                 "run_key": "0" * 32,
                 "metrics": metrics,
-                "pulse": {"beat": 9, "metrics": metrics},
+                "heartbeat": {"count": 9, "metrics": metrics},
             }
             for key, value in attributes.items():
                 rows.setdefault(models.TrialUserAttributeModel, []).append(
@@ -201,12 +201,12 @@ def working(question: Question, url: str, home: Path, notes: Path) -> Callable[[
             os._exit(0)  # what was forked with us, connections too, is not ours to close
 
     def _live(assignment: Assignment, stop_requested: Callable[[], bool]) -> None:
-        random.seed(assignment.ordinal)
+        random.seed(assignment.launch)
         began = time.perf_counter()
         storage = open_storage(home, url, wait=True)
         study = optuna.load_study(study_name=question.search.key(question.data), storage=storage)
         study.pruner = question.search.pruner()
-        study.sampler = question.search.sampler(len(study.get_trials(deepcopy=False)), assignment.ordinal)
+        study.sampler = question.search.sampler(len(study.get_trials(deepcopy=False)), assignment.launch)
         note = {"ready_s": time.perf_counter() - began}
         statements = [0]
         event.listen(
@@ -214,11 +214,17 @@ def working(question: Question, url: str, home: Path, notes: Path) -> Callable[[
         )
         me = this_process() | {"id": assignment.id}
         with (
-            Heartbeat(storage, assignment.limits, stop_requested) as pulse,
+            Heartbeat(storage, assignment.limits, stop_requested) as heartbeat,
             (notes / f"{os.getpid()}").open("w") as file,
         ):
-            objective = Objective(
-                question.search, question.data, torch.device("cpu"), Mock(), "", pulse, stop_requested, storage, home
+            context = StudyContext(
+                search=question.search,
+                data=question.data,
+                device=torch.device("cpu"),
+                storage=storage,
+                tracker=Mock(home=home),
+                observer=heartbeat,
+                stop_requested=stop_requested,
             )
             asked = question.search.ask
 
@@ -228,22 +234,22 @@ def working(question: Question, url: str, home: Path, notes: Path) -> Callable[[
                 note.update(ask_s=time.perf_counter() - began, ask_cpu_s=time.thread_time() - cpu)
 
             object.__setattr__(question.search, "ask", ask)
-            pause_s = worker.SHORTEST_PAUSE_S
+            pause_s = worker.MIN_PAUSE_S
             while not stop_requested():
                 began, polls = time.perf_counter(), statements[0]
                 if trial := claim_trial(study, storage, me):
                     note["take_s"] = time.perf_counter() - began
                     cpu = time.process_time()
-                    with pulse.of(trial):
-                        run_trial(study, trial, objective)
+                    with heartbeat.of(trial):
+                        run_trial(trial, context)
                     note["cpu_s"], note["statements"] = time.process_time() - cpu, statements[0] - polls
                     note["trial_s"] = time.perf_counter() - began
                     file.write(json.dumps(note) + "\n")
                     file.flush()
-                    pause_s = worker.SHORTEST_PAUSE_S
+                    pause_s = worker.MIN_PAUSE_S
                 else:
                     time.sleep(pause_s)
-                    pause_s = min(2 * pause_s, worker.LONGEST_PAUSE_S)
+                    pause_s = min(2 * pause_s, worker.MAX_PAUSE_S)
 
     return live
 
@@ -277,23 +283,27 @@ def measure(url: str, home: Path, workers: int, trials: int, finished: int, seco
 
     sampler = create_engine(storage.url, poolclass=NullPool)
     with StopOnSignal() as stop, contextlib.closing(StudyLock(storage, "scale")) as lock:
-        boss = Supervisor(
+        context = StudyContext(
             search=question.search,
-            study=study,
+            data=question.data,
+            device=torch.device("cpu"),
             storage=storage,
             tracker=Mock(),
-            parent="",
             observer=Mock(),
-            crew=Forks(workers, working(question, url, home, notes), Limits()),
+        )
+        supervisor = Supervisor(
+            context=context,
+            study=study,
+            pool=ForkPool(workers, working(question, url, home, notes), Limits()),
             assign=lambda launch: Assignment(
-                search=b"", storage=url, tracking_uri="", home=home, data_dir=home, parent="", ordinal=launch
+                search=b"", storage=url, tracking_uri="", home=home, data_dir=home, parent_run="", launch=launch
             ),
             stop=stop,
             lock=lock,
         )
-        boss._tick = watched(boss._tick)  # type: ignore[method-assign]
+        supervisor._tick = watched(supervisor._tick)  # type: ignore[method-assign]
         began = time.perf_counter()
-        boss.run()
+        supervisor.run()
         wall = time.perf_counter() - began
     rows = [json.loads(line) for file in notes.iterdir() for line in file.read_text().splitlines()]
     found = {

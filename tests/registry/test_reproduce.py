@@ -14,10 +14,11 @@ from pipeline import experiment
 from pipeline.cli.exit_codes import exit_code
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, NotReproduced, UserError
-from pipeline.experiment import Outcome
+from pipeline.experiment import ExperimentRequest, Outcome
 from pipeline.recipe import Recipe
 from pipeline.registry import finals, reproduce
 from pipeline.registry.reproduce import Difference, compare, differences, find_original, summarise
+from pipeline.tracking import queries
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -33,7 +34,9 @@ def tracker(trained: Trained) -> MlflowTracker:
 @pytest.fixture(scope="module")
 def other_seed(tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData) -> Outcome:
     """The fixture's finished run with another seed, outside any study."""
-    return experiment.run(small_recipe.changed({"training.seed": 5}), digits, CPU, tracker, "other seed")
+    recipe = small_recipe.changed({"training.seed": 5})
+    request = ExperimentRequest(recipe=recipe, data=digits, device=CPU, name="other seed")
+    return experiment.run(request, tracker)
 
 
 def command(run_id: str, home: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -45,7 +48,7 @@ def command(run_id: str, home: Path, *options: str) -> subprocess.CompletedProce
 def test_fresh_process_reproduces_every_bit_and_is_no_candidate(
     trained: Trained, tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [study] = [study for study in tracker.studies() if study.name == "tiny-v1-digits"]
+    [study] = [study for study in queries.studies(tracker) if study.name == "tiny-v1-digits"]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     done = command(trained.finished, trained.home)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -55,10 +58,10 @@ def test_fresh_process_reproduces_every_bit_and_is_no_candidate(
     for line in ("weights.safetensors: equal, SHA-256", "predictions: those of all 144 images equal"):
         assert line in done.stdout
     assert done.stdout.rstrip().endswith("reproduced bit for bit")
-    [run] = tracker.children(study, "reproduction")
+    [run] = queries.children(tracker, study, "reproduction")
     tags = RunTags.of(run)
     assert (tags.reproduces, tags.reproduced) == (trained.finished, "reproduced bit for bit")
-    assert tracker.best_run_ids(study, 10) == [trained.finished]
+    assert queries.best_run_ids(tracker, study, 10) == [trained.finished]
     assert [c.trial_run for c in finals.plan_finals(tracker, study, CPU, 5, 1).candidates] == [trained.finished]
 
 
@@ -74,7 +77,8 @@ def test_tampered_weights_end_with_exit_code_6(
     from pipeline.cli.main import main
 
     one_epoch = small_recipe.changed({"training.epochs": 1})
-    run_id = tracker.id_of(experiment.run(one_epoch, digits, CPU, tracker, "tampered").run_key)
+    request = ExperimentRequest(recipe=one_epoch, data=digits, device=CPU, name="tampered")
+    run_id = tracker.id_of(experiment.run(request, tracker).run_key)
     weights = tracker.client.download_artifacts(trained.finished, "weights.safetensors", str(tmp_path))
     tracker.client.log_artifact(run_id, weights)
     monkeypatch.chdir(trained.home.parent)
@@ -172,7 +176,7 @@ def test_each_difference_has_a_line(
         run.end(State.FINISHED)
     assert differences(tracker, find_original(tracker, tracker.id_of(run.key)), CPU) == []
 
-    environment = (tracker.read_file(tracker.id_of(run.key), "environment.txt") or b"").decode()
+    environment = (queries.read_file(tracker, tracker.id_of(run.key), "environment.txt") or b"").decode()
     changed = environment.replace("# cpu: ", "# cpu: Old ").replace("\ntorch==", "\ntorch==0.").replace(
         "\npytest==", "\ntransistor==1.0\npytest=="
     )  # fmt: skip
@@ -219,7 +223,7 @@ def test_run_that_cannot_be_reproduced_is_refused(
 ) -> None:
     with tracker.run("stillborn", small_recipe, digits) as stillborn:
         stillborn.end(State.FAILED, "diverged")
-    parent = tracker.studies()[0].parent
+    parent = queries.studies(tracker)[0].parent
     for run_id, line in {
         "last": "run last: must be a run's id, 32 of 0-9a-f",
         "0" * 32: "no such run in the tracking store",

@@ -23,6 +23,7 @@ from pipeline.cli.look import page_name
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.evaluation.significance import Sample
+from pipeline.experiment import ExperimentRequest
 from pipeline.recipe import Recipe
 from pipeline.registry.decision import CandidateResult, FinalsDecision, Winner
 from pipeline.report import figures
@@ -30,7 +31,8 @@ from pipeline.report.comparison_page import studies_page
 from pipeline.report.markup import write
 from pipeline.report.study_page import study_page
 from pipeline.report.trials import choose, finished, table
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tracker import MlflowTracker
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ATTACK = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
@@ -56,9 +58,15 @@ def store(
     parent = tracker.open_study("odd-v1-digits", f"Is it {ATTACK}?", "val/accuracy", ["optimizer.lr"])
     ids = []
     for number, (rate, name) in enumerate([(0.02, "trial 0 (control)"), (0.2, "trial 1")]):
-        tags = {"role": "trial", "study": "odd-v1-digits", "trial": str(number)}
-        recipe = small_recipe.changed({"optimizer.lr": rate, "training.epochs": 1})
-        ids.append(tracker.id_of(experiment.run(recipe, named, CPU, tracker, name, parent.id, tags).run_key))
+        request = ExperimentRequest(
+            recipe=small_recipe.changed({"optimizer.lr": rate, "training.epochs": 1}),
+            data=named,
+            device=CPU,
+            name=name,
+            parent_run=parent.id,
+            tags=RunTags(role="trial", study="odd-v1-digits", trial=number),
+        )
+        ids.append(tracker.id_of(experiment.run(request, tracker).run_key))
     dice = np.random.default_rng(0)
     for number in range(2, 16):  # without files
         state = {14: State.PRUNED, 15: State.FAILED}.get(number, State.FINISHED)

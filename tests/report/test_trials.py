@@ -10,7 +10,9 @@ from conftest import Trained
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.report import trials as report
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking import queries
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 
 def test_each_run_is_a_row_with_its_recipe_and_its_last_metrics(trained: Trained, small_recipe: Recipe) -> None:
@@ -68,7 +70,7 @@ def test_more_runs_than_a_page_of_mlflow_are_all_there(tmp_path: Path, monkeypat
         return real(*arguments, **(named | {"max_results": 2}))  # type: ignore[arg-type]
 
     monkeypatch.setattr(tracker.client, "search_runs", pages_of_two)
-    [study] = [found for found in tracker.studies() if found.parent == parent.id]
+    [study] = [found for found in queries.studies(tracker) if found.parent == parent.id]
     frame = report.table(tracker, [study])
     assert list(frame["trial"]) == [0, 1, 2, 3, 4]
     assert set(frame["state"]) == {"running"} and frame["score"].isna().all()

@@ -1,42 +1,32 @@
-"""What a study will cost, and what it came to."""
+"""What a study will cost, and what it really took."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
+from study_harness import RecordingObserver, StudyHarness
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.search import forecast as forecast_module
-from pipeline.search import run_study
 from pipeline.search.forecast import Choice, Way, actual, choose, decide, forecast, measure_ways
-from pipeline.search.storage import find_study, open_storage
+from pipeline.search.pruner import RecentTrialsPruner
+from pipeline.search.run_study import run_study
+from pipeline.search.storage import find_study
 from pipeline.search.study import Search, Study
+from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial import StudyInterrupted
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking import queries
 
 CPU = torch.device("cpu")
 
 
-class Noted:
-    """An Observer that keeps the forecast."""
-
-    forecast: Any = None
-
-    def planned(self, forecast: Any) -> None:
-        self.forecast = forecast
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *words: None
-
-
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast_module, "CONTROL_S", 0.0)
 
 
@@ -58,7 +48,7 @@ def stored(states: list[TrialState]) -> optuna.Study:
     return study
 
 
-def test_a_forecast_is_for_the_trials_that_are_left(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_forecast_is_for_the_remaining_trials(small_recipe: Recipe, digits: TrainingData) -> None:
     search = search_of(small_recipe, 6)
     found = forecast(search, digits, CPU, stored([TrialState.COMPLETE] * 4))
     assert found
@@ -68,7 +58,7 @@ def test_a_forecast_is_for_the_trials_that_are_left(small_recipe: Recipe, digits
     assert forecast(search, digits, CPU, stored([TrialState.COMPLETE] * 6)) is None
 
 
-def test_pruning_is_foreseen_by_the_pruners_own_rule(small_recipe: Recipe) -> None:
+def test_pruning_is_simulated_by_the_pruners_rule(small_recipe: Recipe) -> None:
     """Of exchangeable trials a quarter goes on at each rung, which are 3, 6 and 12 of 18 epochs."""
     search = search_of(small_recipe.changed({"training.epochs": 18}), 1000)
     share, pruned = forecast_module._pruning(search, 0)
@@ -76,7 +66,7 @@ def test_pruning_is_foreseen_by_the_pruners_own_rule(small_recipe: Recipe) -> No
     assert pruned == pytest.approx(63 / 64, abs=0.02)
 
 
-def test_the_first_trials_of_a_study_are_pruned_less(small_recipe: Recipe) -> None:
+def test_first_trials_of_a_study_are_pruned_less(small_recipe: Recipe) -> None:
     search = search_of(small_recipe.changed({"training.epochs": 18}), 20)
     (all_used, all_pruned), (rest_used, rest_pruned) = (forecast_module._pruning(search, done) for done in (0, 10))
     assert rest_used < all_used and rest_pruned > all_pruned
@@ -86,31 +76,29 @@ def test_the_first_trials_of_a_study_are_pruned_less(small_recipe: Recipe) -> No
 
 
 @pytest.mark.parametrize(("epochs", "ended"), [(348, 54), (342, 53), (366, 51)])
-def test_what_live_studies_came_to_would_have_been_foreseen(epochs: int, ended: int, small_recipe: Recipe) -> None:
-    """Of 60 trials of 18 epochs on CIFAR-10, seeds 0 to 2; see studies/README.md."""
+def test_forecast_agrees_with_three_live_studies(epochs: int, ended: int, small_recipe: Recipe) -> None:
+    """Of 60 trials of 18 epochs on CIFAR-10, seeds 0 to 2; see studies/pruning/README.md."""
     share, pruned = forecast_module._pruning(search_of(small_recipe.changed({"training.epochs": 18}), 60), 0)
     assert share == pytest.approx(epochs / 1080, rel=0.1)
     assert pruned == pytest.approx(ended / 60, rel=0.1)
 
 
-def test_nothing_is_left_to_stop_after_the_only_epoch(small_recipe: Recipe) -> None:
+def test_trials_of_one_epoch_are_not_pruned(small_recipe: Recipe) -> None:
     assert forecast_module._pruning(search_of(small_recipe.changed({"training.epochs": 1}), 30), 0) == (1, 0)
 
 
-def test_the_epochs_are_those_that_the_space_draws(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_searched_epochs_are_averaged(small_recipe: Recipe, digits: TrainingData) -> None:
     found = forecast(search_of(small_recipe, 10, asks_epochs=True), digits, CPU, None)
     assert found
     assert found.unpruned_epochs == pytest.approx(10 * 4, rel=0.15)
     assert found.epochs < found.unpruned_epochs
 
 
-def test_time_and_disk_grow_with_the_trials_and_measuring_stays_cheap(
-    small_recipe: Recipe, digits: TrainingData
-) -> None:
+def test_time_and_disk_grow_with_the_trials(small_recipe: Recipe, digits: TrainingData) -> None:
     one, many = (forecast(search_of(small_recipe, trials), digits, CPU, None) for trials in (1, 10_000))
     assert one and many
     assert one.measured == 1, "a short study is measured by its control alone"
-    assert many.measured == 1 + forecast_module.OTHERS
+    assert many.measured == 1 + forecast_module.NUM_OTHER_RECIPES
     assert many.unpruned_seconds > 1000 * one.unpruned_seconds
     weights = 2 * sum(p.numel() for p in _network(small_recipe).parameters()) * 4 / 2**20
     assert one.disk_mib > weights, "plain and averaged weights, and more"
@@ -122,29 +110,29 @@ def _network(recipe: Recipe) -> torch.nn.Module:
     return build_network(recipe.model, 10, 8, 0)
 
 
-def test_a_study_stores_its_forecast_first_and_the_truth_at_its_end(
-    small_recipe: Recipe, digits: TrainingData, tmp_path: Path
+def test_study_stores_its_forecast_and_what_it_took(
+    harness: StudyHarness,
 ) -> None:
-    home, search, view = tmp_path / "mlruns", search_of(small_recipe, 2), Noted()
-    storage, tracker = open_storage(home), MlflowTracker(home)
+    search, observer = harness.search(2), RecordingObserver()
     choice = Choice("eager", 1, why="measured")
-    study = run_study.run_study(search, digits, CPU, view, storage, tracker, home, plans=True, choice=choice)
-    assert study.user_attrs["forecast"] == view.forecast
-    assert study.user_attrs["choice"] == view.forecast["choice"] == dataclasses.asdict(choice)
-    truth = study.user_attrs["actual"]
-    assert set(truth) <= set(view.forecast)
+    study = run_study(harness.context(search, observer), choice=choice, with_forecast=True)
+    stored = StudyAttributes.of(study)
+    assert stored.forecast == observer.forecast
+    assert stored.choice == choice and observer.forecast["choice"] == dataclasses.asdict(choice)
+    truth = stored.actual
+    assert truth and set(truth) <= set(observer.forecast)
     assert (truth["trials"], truth["epochs"], truth["pruned"]) == (2, 4, 0)
     assert truth["seconds"] > 4 * truth["epoch_s"] > 0
     assert truth["disk_mib"] > 0.2
-    assert len(study.trials) == 2 and len(tracker.studies()) == 1, "measuring leaves no trial"
-    assert find_study(search, digits, storage)
-    assert find_study(dataclasses.replace(search, version=2), digits, storage) is None
+    assert len(study.trials) == 2 and len(queries.studies(harness.tracker)) == 1, "measuring leaves no trial"
+    assert find_study(search, harness.data, harness.storage)
+    assert find_study(dataclasses.replace(search, version=2), harness.data, harness.storage) is None
 
-    again = run_study.run_study(search, digits, CPU, Noted(), storage, tracker, home, plans=True)
-    assert again.user_attrs["forecast"] is None and again.user_attrs["actual"] is None, "nothing was left"
+    resumed = StudyAttributes.of(run_study(harness.context(search), with_forecast=True))
+    assert resumed.forecast is None and resumed.actual is None, "no trial remained"
 
 
-def test_a_stop_ends_the_measuring(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_stop_ends_the_measuring(small_recipe: Recipe, digits: TrainingData) -> None:
     def stop(epoch: int, step: int, steps: int) -> None:
         raise StudyInterrupted
 
@@ -152,7 +140,7 @@ def test_a_stop_ends_the_measuring(small_recipe: Recipe, digits: TrainingData) -
         forecast(search_of(small_recipe, 2), digits, CPU, None, stop)
 
 
-def test_the_truth_counts_what_ended_since_a_trial(small_recipe: Recipe) -> None:
+def test_actual_counts_what_ended_since_a_trial(small_recipe: Recipe) -> None:
     study = optuna.create_study()
     for epochs, epoch_s, state in (
         (9, 9.0, TrialState.COMPLETE),
@@ -167,7 +155,7 @@ def test_the_truth_counts_what_ended_since_a_trial(small_recipe: Recipe) -> None
     assert found.epoch_s == pytest.approx((3 * 1 + 1 * 2) / 4)
 
 
-def test_workers_share_the_time_as_far_as_there_are_cores(
+def test_workers_share_the_time_up_to_the_number_of_cores(
     small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forecast_module.os, "cpu_count", lambda: 2)
@@ -203,17 +191,17 @@ EAGER, GRAPHED = Way("eager", 53.0, 0.5, 1.0), Way("graphed", 18.0, 0.5, 1.0)
         ([Way("eager", 53.0, 0.5, 60)], 100, 16, 1, ("eager", 1)),  # the graph failed, and there is no room
     ],
 )
-def test_the_simplest_that_is_hardly_slower_is_chosen(
+def test_simplest_way_that_is_hardly_slower_is_chosen(
     ways: list[Way], trials: int, cores: int, free_gib: float, expected: tuple[str, int]
 ) -> None:
     choice = choose(ways, trials, cores, free_gib)
     assert (choice.execution, choice.workers) == expected
 
 
-def test_a_choice_says_what_was_measured_and_takes_typed_workers() -> None:
+def test_choice_reports_what_was_measured() -> None:
     choice = choose([EAGER, GRAPHED], 100, 16, 70, failed="compiled fails (no compiler)")
-    said = "a whole trial takes eager 53.5 s, graphed 18.5 s, compiled fails (no compiler); the device is free for 0.5 s of it"
-    assert choice.why == said
+    times = "eager 53.5 s, graphed 18.5 s, compiled fails (no compiler)"
+    assert choice.why == f"a complete trial takes {times}; the device is free for 0.5 s of it"
     assert choice.taken == pytest.approx(18 / 18.5)
     typed = choose([EAGER, GRAPHED], 100, cores=1, free_gib=0, workers=3)
     assert (typed.execution, typed.workers, typed.taken) == ("eager", 3, pytest.approx(18 / 53.5)), (
@@ -221,7 +209,7 @@ def test_a_choice_says_what_was_measured_and_takes_typed_workers() -> None:
     )
 
 
-def test_ways_are_measured_on_the_real_loop_and_one_that_fails_is_told(
+def test_ways_are_measured_and_a_failing_one_is_reported(
     small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = forecast_module.measure
@@ -239,7 +227,9 @@ def test_ways_are_measured_on_the_real_loop_and_one_that_fails_is_told(
     with pytest.raises(RuntimeError, match="capture failed"):
         measure_ways(search, digits, CPU, ("graphed",))
     monkeypatch.setattr("torch.rand", lambda *shape, device: measure(small_recipe.changed(graphed)))
-    with pytest.raises(UserError, match=r"cpu: graphed fails \(capture failed\); SET=training.execution=eager trains"):
+    with pytest.raises(
+        UserError, match=r"cpu: graphed fails \(capture failed\); `--set training.execution=eager` trains"
+    ):
         forecast_module._check_usable(CPU, failed)
 
 
@@ -262,14 +252,14 @@ def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return measured
 
 
-def test_a_cpu_needs_no_measuring(small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_needs_no_measuring(small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast_module, "measure_ways", lambda *what: pytest.fail("measured"))
     search = search_of(small_recipe, 2)
     assert decide(search, digits, CPU, None) == (search, Choice("eager", 1))
     assert decide(search, digits, CPU, None, workers=2)[1] == Choice("eager", 2)
 
 
-def test_a_new_study_is_measured_and_what_was_typed_wins(
+def test_new_study_is_measured_unless_the_execution_is_set(
     small_recipe: Recipe, digits: TrainingData, like_a_gpu: list[str]
 ) -> None:
     search, choice = decide(search_of(small_recipe, 100), digits, CPU, None)
@@ -285,27 +275,34 @@ def test_a_new_study_is_measured_and_what_was_typed_wins(
     assert not like_a_gpu
 
 
-def test_a_study_goes_on_as_it_was_begun(small_recipe: Recipe, digits: TrainingData, like_a_gpu: list[str]) -> None:
+def test_resumed_study_keeps_its_choice(small_recipe: Recipe, digits: TrainingData, like_a_gpu: list[str]) -> None:
     search, study = search_of(small_recipe, 100), stored([TrialState.COMPLETE])
     assert decide(search, digits, CPU, study) == (search, Choice("eager", 1)), "from before there was a choice"
-    study.set_user_attr("choice", dataclasses.asdict(Choice("graphed", 3, 0.9, "measured")))
+    StudyAttributes.update(study, choice=Choice("graphed", 3, 0.9, "measured"))
     found, choice = decide(search, digits, CPU, study)
     assert found.base.training.execution == choice.execution == "graphed"
-    assert (choice.taken, choice.why) == (0.9, "as the study was begun")
+    assert (choice.taken, choice.why) == (0.9, "as the study started")
     assert not like_a_gpu
 
 
-def test_a_study_that_was_begun_on_a_gpu_is_told_apart_on_a_cpu(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_study_of_a_gpu_is_refused_on_a_cpu(small_recipe: Recipe, digits: TrainingData) -> None:
     study = stored([TrialState.COMPLETE])
-    study.set_user_attr("choice", dataclasses.asdict(Choice("graphed", 3, 0.9, "measured")))
+    StudyAttributes.update(study, choice=Choice("graphed", 3, 0.9, "measured"))
     with pytest.raises(UserError, match=r"a graph needs a GPU, and this is cpu; SET=training.execution=eager"):
         decide(search_of(small_recipe, 2), digits, CPU, study)
 
 
-def test_a_device_that_is_taken_is_shared_no_further(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_device_in_use_is_not_shared_further(small_recipe: Recipe, digits: TrainingData) -> None:
     """A forecast for several workers on one device."""
     search = search_of(small_recipe, 10)
     found = forecast(search, digits, CPU, None, choice=Choice("eager", 1, taken=3.0))
     assert found and found.choice and found.choice.taken == 3.0
     free = found.unpruned_epochs * found.epoch_s
     assert found.unpruned_seconds > 3 * free, "three times what one worker takes"
+
+
+def test_simulated_pruning_counts_epochs_and_completed_trials() -> None:
+    """Rungs 1, 2 and 4 of 6 epochs; from the fourth trial on only the best quarter continues."""
+    pruner = RecentTrialsPruner(6)
+    assert forecast_module.simulate_pruning([0.9, 0.1, 0.2], 6, pruner, 1) == (18, 3), "the first three"
+    assert forecast_module.simulate_pruning([0.9, 0.1, 0.2, 0.3, 0.95], 6, pruner, 1) == (18 + 1 + 6, 4)

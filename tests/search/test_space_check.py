@@ -1,4 +1,4 @@
-"""What a space asks for is known before anything runs."""
+"""The space of a study is explored and checked before anything runs."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from pipeline.recipe import Recipe
 from pipeline.search.space_check import control, describe, explore
 
 
-def faults(space: Any, base: Recipe) -> list[str]:
+def problems(space: Any, base: Recipe) -> list[str]:
     with pytest.raises(UserError) as caught:
         explore(space, base.changed)
     return caught.value.lines
@@ -29,7 +29,7 @@ def nested(trial: Any) -> None:
     trial.suggest_int("training.batch_size", 32, 128, step=32)
 
 
-def test_parameters_behind_choices_are_found_however_deep(small_recipe: Recipe) -> None:
+def test_parameters_behind_nested_choices_are_found(small_recipe: Recipe) -> None:
     assert set(explore(nested, small_recipe.changed)) == {
         "optimizer.name",
         "optimizer.lr",
@@ -40,8 +40,8 @@ def test_parameters_behind_choices_are_found_however_deep(small_recipe: Recipe) 
     }
 
 
-def test_the_answers_to_optuna_itself_are_the_same(small_recipe: Recipe) -> None:
-    """The stand-in asks as Optuna does: one real trial gets the same ranges."""
+def test_scripted_trials_get_the_same_ranges_as_optunas(small_recipe: Recipe) -> None:
+    """A real trial of Optuna gets the same ranges."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     found = explore(nested, small_recipe.changed)
     for _ in range(20):
@@ -50,14 +50,14 @@ def test_the_answers_to_optuna_itself_are_the_same(small_recipe: Recipe) -> None
         assert all(found[name] == distribution for name, distribution in trial.distributions.items())
 
 
-def test_the_control_answers_give_the_base_recipe_back(small_recipe: Recipe) -> None:
+def test_control_parameters_give_the_base_recipe(small_recipe: Recipe) -> None:
     params = control(nested, small_recipe)
     assert params["optimizer.lr"] == 0.1
     assert small_recipe.changed(params) == small_recipe
     nested(FixedTrial(params))
 
 
-def test_a_base_outside_the_space_is_refused(small_recipe: Recipe) -> None:
+def test_base_outside_the_space_is_refused(small_recipe: Recipe) -> None:
     def narrow(trial: Any) -> None:
         trial.suggest_float("optimizer.lr", 1e-4, 1e-2, log=True)
         trial.suggest_categorical("optimizer.name", ["adam"])
@@ -72,7 +72,7 @@ def test_a_base_outside_the_space_is_refused(small_recipe: Recipe) -> None:
     ]
 
 
-def test_every_fault_of_a_space_is_told_at_once(small_recipe: Recipe) -> None:
+def test_all_problems_of_a_space_are_reported_at_once(small_recipe: Recipe) -> None:
     def wrong(trial: Any) -> None:
         trial.suggest_float("optimizer.lr", 0.5, 0.1)
         trial.suggest_float("optimizer.momentun", 0, 0.9)
@@ -80,7 +80,7 @@ def test_every_fault_of_a_space_is_told_at_once(small_recipe: Recipe) -> None:
         trial.suggest_categorical("schedule.name", ["cosine", "polynomial"])
         trial.suggest_categorical("training.precision", [])
 
-    lines = faults(wrong, small_recipe)
+    lines = problems(wrong, small_recipe)
     for start in (
         "optimizer.lr: ",
         "training.precision: ",
@@ -91,39 +91,39 @@ def test_every_fault_of_a_space_is_told_at_once(small_recipe: Recipe) -> None:
         assert any(line.startswith(start) for line in lines), (start, lines)
 
 
-def test_ranges_that_are_wrong_only_together_are_found(small_recipe: Recipe) -> None:
+def test_ranges_invalid_only_in_combination_are_found(small_recipe: Recipe) -> None:
     def crowded(trial: Any) -> None:
         trial.suggest_float("augmentation.mixup", 0, 0.8)
         trial.suggest_float("augmentation.cutmix", 0, 0.8)
 
-    assert faults(crowded, small_recipe) == [
+    assert problems(crowded, small_recipe) == [
         "augmentation: mixup 0.8 and cutmix 0.8 exclude each other: their sum is at most 1",
     ]
 
 
-def test_one_name_with_two_ranges_is_refused(small_recipe: Recipe) -> None:
+def test_parameter_with_two_ranges_is_refused(small_recipe: Recipe) -> None:
     """Optuna would mix both silently."""
 
     def two(trial: Any) -> None:
         high = 0.5 if trial.suggest_categorical("optimizer.nesterov", [False, True]) else 0.2
         trial.suggest_float("optimizer.lr", 0.01, high)
 
-    assert faults(two, small_recipe) == ["optimizer.lr: asked with two ranges, 0.01 to 0.2 and 0.01 to 0.5"]
+    assert problems(two, small_recipe) == ["optimizer.lr: asked with two ranges, 0.01 to 0.2 and 0.01 to 0.5"]
 
 
-def test_what_all_trials_share_cannot_be_searched(small_recipe: Recipe) -> None:
+def test_fields_that_all_trials_share_cannot_be_searched(small_recipe: Recipe) -> None:
     def sizes(trial: Any) -> None:
         trial.suggest_categorical("data.image_size", [8, 16])
 
-    assert faults(sizes, small_recipe)[0].startswith("data.image_size: the trials of a study share their data")
+    assert problems(sizes, small_recipe)[0].startswith("data.image_size: the trials of a study share their data")
 
 
-def test_a_space_that_raises_is_told_with_its_line(small_recipe: Recipe) -> None:
+def test_space_that_raises_is_reported_with_its_line(small_recipe: Recipe) -> None:
     def broken(trial: Any) -> None:
         trial.number  # noqa: B018
 
-    (line,) = faults(broken, small_recipe)
-    assert "test_space.py, line " in line
+    (line,) = problems(broken, small_recipe)
+    assert "test_space_check.py, line " in line
     assert "AttributeError" in line
 
 

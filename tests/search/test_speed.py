@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 STEP = ("data", "augmentation", "forward", "backward", "optimizer")
 
 
-def test_a_training_tells_its_parts_in_order(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_training_reports_its_parts_in_order(small_recipe: Recipe, digits: TrainingData) -> None:
     parts: list[str] = []
     part = few_images(digits, 2 * 64, 20)
     train(small_recipe.changed({"training.epochs": 2}), part, CPU, on_part=parts.append)
@@ -25,12 +25,12 @@ def test_a_training_tells_its_parts_in_order(small_recipe: Recipe, digits: Train
     assert set(parts) == set(PARTS)
 
 
-def test_listening_changes_no_weight(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_measuring_changes_no_weight(small_recipe: Recipe, digits: TrainingData) -> None:
     alone, heard = train(small_recipe, digits, CPU), train(small_recipe, digits, CPU, on_part=Stopwatch(CPU))
     assert torch.equal(alone.validation_logits, heard.validation_logits)
 
 
-def test_a_stopwatch_gives_each_part_the_time_until_the_next_mark() -> None:
+def test_stopwatch_gives_each_part_its_time() -> None:
     watch = Stopwatch(CPU)
     watch("data")
     time.sleep(0.01)
@@ -46,9 +46,7 @@ def test_a_stopwatch_gives_each_part_the_time_until_the_next_mark() -> None:
     assert set(total) == set(PARTS)
 
 
-def test_a_measurement_counts_the_steps_and_batches_of_the_whole_data(
-    small_recipe: Recipe, digits: TrainingData
-) -> None:
+def test_measurement_counts_the_steps_of_the_complete_data(small_recipe: Recipe, digits: TrainingData) -> None:
     seen: list[int] = []
     began = time.perf_counter()
     speed = measure(small_recipe, digits, CPU, 0, lambda epoch, step, steps: seen.append(step))
@@ -63,12 +61,12 @@ def test_a_measurement_counts_the_steps_and_batches_of_the_whole_data(
     assert len(seen) > 16 and long.steps == speed.steps
 
 
-def test_a_recipe_that_would_diverge_is_measured(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_recipe_that_would_diverge_is_measured(small_recipe: Recipe, digits: TrainingData) -> None:
     wild = {"optimizer.lr": 99, "optimizer.weight_decay": 9, "training.clip_norm": 0}
     assert measure(small_recipe.changed(wild), digits, CPU, 0.2).images_per_second > 0
 
 
-def test_a_measurement_ends_where_on_step_raises(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_measurement_ends_where_on_step_raises(small_recipe: Recipe, digits: TrainingData) -> None:
     def stop(epoch: int, step: int, steps: int) -> None:
         raise KeyboardInterrupt
 
@@ -76,7 +74,7 @@ def test_a_measurement_ends_where_on_step_raises(small_recipe: Recipe, digits: T
         measure(small_recipe, digits, CPU, 60, stop)
 
 
-def test_a_trial_is_its_steps_its_evaluations_and_its_tracking(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_trial_is_its_steps_evaluations_and_tracking(small_recipe: Recipe, digits: TrainingData) -> None:
     speed = Speed(64, 20, dict.fromkeys(STEP, 0.01), evaluation_s=0.5, memory_gib=1.0)
     recipe = small_recipe.changed({"training.epochs": 3, "augmentation.horizontal_flip": 0.5})
     seconds = trial_seconds(recipe, speed, Overhead(trial_s=2.0, epoch_s=0.1))
@@ -88,7 +86,7 @@ def test_a_trial_is_its_steps_its_evaluations_and_its_tracking(small_recipe: Rec
     assert trial_seconds(unmoved, speed, Overhead(0, 0))["evaluation"] == pytest.approx(0.5 * 3)
 
 
-def test_the_overhead_of_a_trial_is_its_start_and_end(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_overhead_of_a_trial_is_its_start_and_end(small_recipe: Recipe, digits: TrainingData) -> None:
     class Slow(NullTracker):
         @contextlib.contextmanager
         def run(self, *words, **more):
@@ -103,7 +101,7 @@ def test_the_overhead_of_a_trial_is_its_start_and_end(small_recipe: Recipe, digi
     assert overhead.trial_s >= 0.25, "the start, and the end with its last numbers"
 
 
-def test_few_images_are_from_all_over_the_splits(digits: TrainingData) -> None:
+def test_few_images_are_evenly_spaced(digits: TrainingData) -> None:
     part = few_images(digits, 100, 50)
     assert len(part.train.images) == len(part.train.labels) == 100
     assert len(part.validation_ids) == len(part.validation.labels) == 50
@@ -115,7 +113,7 @@ def test_few_images_are_from_all_over_the_splits(digits: TrainingData) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_stopwatch_never_waits_for_a_gpu(small_recipe: Recipe, digits: TrainingData, tmp_path) -> None:
+def test_stopwatch_never_waits_for_a_gpu(small_recipe: Recipe, digits: TrainingData, tmp_path) -> None:
     """torch raises at any synchronising call inside an epoch's steps; the device's times add up to the host's."""
     from pipeline.data.datasets import load
 

@@ -1,4 +1,4 @@
-"""The study's database: locked, restarted, its replies lost; real databases."""
+"""The study's database: locked, restarted, its replies lost; and which stored study a command resumes; real databases."""
 
 import datetime
 import sqlite3
@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,25 @@ import optuna
 import pytest
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
-from sqlalchemy import event
+from sqlalchemy import event, text
 from sqlalchemy.exc import PendingRollbackError
 
+from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
+from pipeline.recipe import Recipe
 from pipeline.search import storage
-from pipeline.search.storage import RetryingStorage, StorageUnavailable, StudyLock, open_storage
+from pipeline.search.optuna_internals import TrialParam, study_id, trial_id
+from pipeline.search.storage import (
+    RetryingStorage,
+    StorageUnavailable,
+    StudyLock,
+    find_study,
+    open_storage,
+    open_study,
+    resolved,
+)
+from pipeline.search.study import Search, Study
+from pipeline.search.study_attributes import StudyAttributes
 
 ME, OTHER = {"id": "me"}, {"id": "other"}
 
@@ -32,8 +46,8 @@ def impatient_storage(home: Path) -> RetryingStorage:
 
 def waiting_trial(store: RetryingStorage) -> tuple[optuna.Study, int]:
     study = optuna.create_study(storage=store, study_name="s", direction="maximize")
-    study.enqueue_trial({"x": 1.0}, user_attrs={"granted": True})
-    return study, study.trials[0]._trial_id
+    study.enqueue_trial({"x": 1.0}, user_attrs={"released": True})
+    return study, trial_id(study.trials[0])
 
 
 class held_lock:
@@ -51,40 +65,40 @@ class held_lock:
         self._timer.join()
 
 
-def test_a_locked_database_is_waited_for(tmp_path: Path) -> None:
+def test_locked_database_is_waited_for(tmp_path: Path) -> None:
     store = impatient_storage(tmp_path)
-    study, trial_id = waiting_trial(store)
+    study, waiting = waiting_trial(store)
     with held_lock(tmp_path, 0.6):
-        assert store.claim(trial_id, ME)
+        assert store.claim(waiting, ME)
     with held_lock(tmp_path, 0.6):
         study.enqueue_trial({})
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING, TrialState.WAITING]
 
 
-def test_a_database_that_stays_away_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_database_that_stays_away_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = impatient_storage(tmp_path)
-    _, trial_id = waiting_trial(store)
-    monkeypatch.setattr(storage, "PATIENCE_S", 0.3)
+    _, waiting = waiting_trial(store)
+    monkeypatch.setattr(storage, "MAX_WAIT_S", 0.3)
     with (
         held_lock(tmp_path, 1.5),
-        pytest.raises(StorageUnavailable, match=r"no answer for .* the same command goes on"),
+        pytest.raises(StorageUnavailable, match=r"no answer for .* the same command resumes the study"),
     ):
-        store.claim(trial_id, ME)
+        store.claim(waiting, ME)
 
 
-def test_waiting_for_the_database_can_be_ended_and_a_beat_does_not_wait(tmp_path: Path) -> None:
+def test_waiting_can_be_ended_and_heartbeats_do_not_wait(tmp_path: Path) -> None:
     store = impatient_storage(tmp_path)
-    _, trial_id = waiting_trial(store)
+    _, waiting = waiting_trial(store)
 
     def stop() -> None:
         raise InterruptedError
 
     with held_lock(tmp_path, 0.7):
-        with store.once(), pytest.raises(optuna.exceptions.StorageInternalError):
-            store.set_trial_user_attr(trial_id, "pulse", 1)
+        with store.without_retries(), pytest.raises(optuna.exceptions.StorageInternalError):
+            store.set_trial_user_attr(waiting, "heartbeat", 1)
         store.while_waiting = stop
         with pytest.raises(InterruptedError):
-            store.set_trial_user_attr(trial_id, "x", 1)
+            store.set_trial_user_attr(waiting, "x", 1)
 
 
 @pytest.fixture
@@ -105,8 +119,8 @@ def lost_reply(tmp_path: Path) -> Iterator[tuple[RetryingStorage, Callable[[], N
     assert not armed, "a reply was lost"
 
 
-def test_a_connection_that_broke_in_the_middle_of_a_read_is_made_again(tmp_path: Path) -> None:
-    """SQLAlchemy says so where PostgreSQL goes away between two queries (found by make chaos)."""
+def test_connection_that_broke_during_a_read_is_replaced(tmp_path: Path) -> None:
+    """SQLAlchemy's error where PostgreSQL goes away between two queries."""
     store = open_storage(tmp_path)
     study, _ = waiting_trial(store)
     queries: list[str] = []
@@ -117,11 +131,11 @@ def test_a_connection_that_broke_in_the_middle_of_a_read_is_made_again(tmp_path:
         if len(queries) == 2:
             raise PendingRollbackError("can't reconnect until invalid transaction is rolled back")
 
-    assert len(store._get_trials(study._study_id, None, set(), -1)) == 1
+    assert len(store.read_trials(study_id(study), None, set(), -1)) == 1
     assert len(queries) > 2
 
 
-def test_a_new_trial_whose_reply_was_lost_is_not_doubled(
+def test_new_trial_whose_reply_was_lost_is_made_once(
     lost_reply: tuple[RetryingStorage, Callable[[], None]],
 ) -> None:
     store, lose = lost_reply
@@ -131,63 +145,82 @@ def test_a_new_trial_whose_reply_was_lost_is_not_doubled(
     assert [trial.system_attrs["fixed_params"]["x"] for trial in study.trials] == [1, 2]
 
 
-def test_a_claim_whose_reply_was_lost_is_known_again(lost_reply: tuple[RetryingStorage, Callable[[], None]]) -> None:
+def test_claim_whose_reply_was_lost_is_recognised(lost_reply: tuple[RetryingStorage, Callable[[], None]]) -> None:
     store, lose = lost_reply
-    _, trial_id = waiting_trial(store)
+    _, waiting = waiting_trial(store)
     lose()
-    assert store.claim(trial_id, ME)
-    assert not store.claim(trial_id, OTHER)
-    assert not store.claim(trial_id, ME), "what was taken is not taken again"
-    assert store.get_trial(trial_id).user_attrs["worker"] == ME
+    assert store.claim(waiting, ME)
+    assert not store.claim(waiting, OTHER)
+    assert not store.claim(waiting, ME), "a claimed trial is not claimed again"
+    assert store.get_trial(waiting).user_attrs["worker"] == ME
 
 
-def test_a_result_whose_reply_was_lost_is_told_once(lost_reply: tuple[RetryingStorage, Callable[[], None]]) -> None:
+def test_result_whose_reply_was_lost_is_stored_once(lost_reply: tuple[RetryingStorage, Callable[[], None]]) -> None:
     store, lose = lost_reply
-    study, trial_id = waiting_trial(store)
-    assert store.claim(trial_id, ME)
+    study, waiting = waiting_trial(store)
+    assert store.claim(waiting, ME)
     lose()
     study.tell(0, 0.5)
     assert (study.trials[0].state, study.trials[0].value) == (TrialState.COMPLETE, 0.5)
     with pytest.raises(UpdateFinishedTrialError):
-        store.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.5])
+        store.set_trial_state_values(waiting, TrialState.COMPLETE, [0.5])
 
 
-def test_of_many_who_claim_a_trial_at_once_one_gets_it(tmp_path: Path) -> None:
+def test_simultaneous_claims_give_a_trial_to_one_worker(tmp_path: Path) -> None:
     stores = [open_storage(tmp_path) for _ in range(4)]
     study, _ = waiting_trial(stores[0])
     for _ in range(9):
-        study.enqueue_trial({}, user_attrs={"granted": True})
+        study.enqueue_trial({}, user_attrs={"released": True})
     won: list[list[int]] = [[] for _ in stores]
     start = threading.Barrier(len(stores))
 
     def claim(worker: int) -> None:
-        for trial_id in stores[worker].granted(study._study_id):
+        for candidate in stores[worker].released(study_id(study)):
             start.wait()
-            if stores[worker].claim(trial_id, {"id": worker}):
-                won[worker].append(trial_id)
+            if stores[worker].claim(candidate, {"id": worker}):
+                won[worker].append(candidate)
 
     threads = [threading.Thread(target=claim, args=[worker]) for worker in range(len(stores))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(trial_id for ids in won for trial_id in ids) == [trial._trial_id for trial in study.trials]
+    assert sorted(claimed for ids in won for claimed in ids) == [trial_id(trial) for trial in study.trials]
     for worker, ids in enumerate(won):
-        assert all(stores[0].get_trial(trial_id).user_attrs["worker"] == {"id": worker} for trial_id in ids)
+        assert all(stores[0].get_trial(claimed).user_attrs["worker"] == {"id": worker} for claimed in ids)
 
 
-def test_a_claimed_trial_began_now_wherever_this_machine_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claim_stores_the_start_in_any_time_zone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
     try:
         store = open_storage(tmp_path)
-        _, trial_id = waiting_trial(store)
-        assert store.claim(trial_id, {"id": 1})
-        began = store.get_trial(trial_id).datetime_start
+        _, waiting = waiting_trial(store)
+        assert store.claim(waiting, {"id": 1})
+        began = store.get_trial(waiting).datetime_start
         assert began and abs(datetime.datetime.now() - began) < datetime.timedelta(minutes=5)
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+def test_batch_is_written_in_one_transaction_at_its_end(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    study = optuna.create_study(storage=storage)
+    trial = study.ask()
+    with storage.batch_writes():
+        rate = trial.suggest_float("lr", 0, 1)
+        trial.set_user_attr("epochs", 2)
+        trial.set_user_attr("epochs", 3)
+        assert not storage.get_trial(trial_id(trial)).params
+    stored = storage.get_trial(trial_id(trial))
+    assert (stored.params, stored.user_attrs) == ({"lr": rate}, {"epochs": 3})
+    again = [TrialParam(trial_id(trial), "lr", rate, stored.distributions["lr"])]
+    storage.write_at_once(trial_id(trial), again, {"epochs": 4})  # as after a reply that was lost
+    assert storage.get_trial(trial_id(trial)).user_attrs == {"epochs": 4}
+    study.tell(trial, 1.0)
+    with pytest.raises(UpdateFinishedTrialError), storage.batch_writes():
+        trial.set_user_attr("epochs", 5)
 
 
 # -------------------------------------------------------------------------------------------------------- PostgreSQL
@@ -206,15 +239,15 @@ def restart(server: Any, away_s: float) -> None:
     server.start()
 
 
-def test_postgresql_restarting_costs_no_call(server: Any, tmp_path: Path) -> None:
+def test_postgresql_restart_costs_no_call(server: Any, tmp_path: Path) -> None:
     store = open_storage(tmp_path, server.get_uri())
-    study, trial_id = waiting_trial(store)
-    assert store.claim(trial_id, ME)
+    study, waiting = waiting_trial(store)
+    assert store.claim(waiting, ME)
     thread = threading.Thread(target=restart, args=[server, 0.5])
     thread.start()
     began, calls = time.monotonic(), 0
     while thread.is_alive() or calls % 20:
-        store.set_trial_intermediate_value(trial_id, calls, float(calls))
+        store.set_trial_intermediate_value(waiting, calls, float(calls))
         study.enqueue_trial({"x": calls})
         calls += 1
         assert time.monotonic() - began < 60
@@ -225,7 +258,7 @@ def test_postgresql_restarting_costs_no_call(server: Any, tmp_path: Path) -> Non
     store.engine.dispose()
 
 
-def test_a_second_machine_is_refused_and_a_restart_gives_the_lock_to_one(server: Any, tmp_path: Path) -> None:
+def test_lock_is_held_once_and_reacquired_after_a_restart(server: Any, tmp_path: Path) -> None:
     store = open_storage(tmp_path, server.get_uri())
     first = StudyLock(store, "a")
     StudyLock(store, "b").close()
@@ -249,7 +282,7 @@ def test_a_second_machine_is_refused_and_a_restart_gives_the_lock_to_one(server:
 
 
 @pytest.mark.chaos
-def test_eight_first_starts_on_an_empty_folder_make_one_store(tmp_path: Path) -> None:
+def test_eight_first_starts_create_one_store(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from pipeline.search.storage import open_storage;"
         "from pipeline.tracking.tracker import MlflowTracker; home = Path(sys.argv[1]) / 'mlruns';"
@@ -259,20 +292,118 @@ def test_eight_first_starts_on_an_empty_folder_make_one_store(tmp_path: Path) ->
     assert [start.wait() for start in starts] == [0] * 8
 
 
-def test_what_a_trial_sets_together_is_written_once_at_the_end(tmp_path: Path) -> None:
-    storage = open_storage(tmp_path)
-    study = optuna.create_study(storage=storage)
-    trial = study.ask()
-    with storage.batch_writes():
-        rate = trial.suggest_float("lr", 0, 1)
-        trial.set_user_attr("epochs", 2)
-        trial.set_user_attr("epochs", 3)
-        assert not storage.get_trial(trial._trial_id).params
-    stored = storage.get_trial(trial._trial_id)
-    assert (stored.params, stored.user_attrs) == ({"lr": rate}, {"epochs": 3})
-    again = [(trial._trial_id, "lr", rate, stored.distributions["lr"])]
-    storage.set_at_once(trial._trial_id, again, {"epochs": 4})  # as after a reply that was lost
-    assert storage.get_trial(trial._trial_id).user_attrs == {"epochs": 4}
-    study.tell(trial, 1.0)
-    with pytest.raises(UpdateFinishedTrialError), storage.batch_writes():
-        trial.set_user_attr("epochs", 5)
+def test_refused_storage_is_one_line_without_its_password(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        open_storage(tmp_path, "postgresql://me:secret@127.0.0.1:9/none")
+    assert len(caught.value.lines) == 1
+    assert "secret" not in caught.value.lines[0]
+    assert caught.value.lines[0].startswith("`--storage` postgresql+psycopg://***@127.0.0.1:9/none: can't be opened")
+
+
+def test_several_first_starts_create_one_database(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from pipeline.search.storage import open_storage; import optuna;"
+        "from filelock import FileLock; s = open_storage(Path(sys.argv[1])); print(len(s.get_all_studies()))"
+    )
+    starts = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
+    assert [start.wait() for start in starts] == [0] * 4
+
+
+# ------------------------------------------------------------------------------------- which study is resumed
+
+
+def space(trial: Any) -> None:
+    trial.suggest_float("optimizer.lr", 0.01, 1, log=True)
+
+
+class StoredStudies:
+    """A database, and studies `lab` of different folders in it."""
+
+    def __init__(self, home: Path, recipe: Recipe, digits: TrainingData):
+        self.home, self.recipe, self.digits = home, recipe, digits
+        self.storage: RetryingStorage = open_storage(home)
+
+    def search(self, folder: str, version: int = 1) -> Search:
+        base = self.recipe.changed({"data.dataset": folder})
+        study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=1)
+        return Search("lab", study, {}, version=version, trials=1, timeout_s=None)
+
+    def data(self, folder: str, digest: str) -> TrainingData:
+        return replace(
+            self.digits, name=f"{Path(folder).name}-{digest[:6]}", digest=digest, source=str(self.home / folder)
+        )
+
+    def key(self, folder: str, digest: str, version: int = 1) -> str:
+        return resolved(self.search(folder, version), self.data(folder, digest), self.storage).stored_key or ""
+
+    def open(self, folder: str, digest: str, version: int = 1) -> Any:
+        return open_study(self.search(folder, version), self.data(folder, digest), self.storage, self.home)
+
+
+@pytest.fixture
+def studies(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> StoredStudies:
+    return StoredStudies(tmp_path, small_recipe, digits)
+
+
+ONE, TWO = "1" * 64, "2" * 64
+
+
+def test_folders_of_one_name_have_separate_studies(studies: StoredStudies) -> None:
+    studies.open("a/data", ONE)
+    assert studies.open("b/data", TWO).study_name == "lab-v1-data-222222"
+    assert studies.open("a/data", ONE).study_name == "lab-v1-data-111111"
+
+
+def test_folder_named_as_a_data_set_has_a_separate_study(studies: StoredStudies) -> None:
+    open_study(studies.search("digits"), studies.digits, studies.storage, studies.home)
+    assert studies.open("digits", ONE).study_name == "lab-v1-digits-111111"
+    assert resolved(studies.search("digits"), studies.digits, studies.storage).stored_key == "lab-v1-digits"
+
+
+def test_moved_folder_keeps_key_and_recipe(studies: StoredStudies) -> None:
+    studies.open("a/data", ONE)
+    study = studies.open("c/pets", ONE)
+    assert study.study_name == "lab-v1-data-111111"
+    assert StudyAttributes.of(study).places == [str(studies.home / "c/pets"), str(studies.home / "a/data")]
+    search = resolved(studies.search("c/pets"), studies.data("c/pets", ONE), studies.storage)
+    assert (search.base.data.dataset, search.dataset_path) == ("a/data", "c/pets"), (
+        "the same recipe, read from another place"
+    )
+    assert find_study(studies.search("c/pets"), studies.data("c/pets", ONE), studies.storage)
+
+
+def test_other_images_in_the_same_folder_are_refused(studies: StoredStudies) -> None:
+    studies.open("a/data", ONE)
+    with pytest.raises(UserError, match=r"lab-v1-data-111111: has trials that answer another question; `--version 2`"):
+        studies.open("a/data", TWO)
+    with pytest.raises(UserError, match="`--version 2`"):
+        find_study(studies.search("a/data"), studies.data("a/data", TWO), studies.storage)
+    assert studies.open("a/data", TWO, version=2).study_name == "lab-v2-data-222222"
+    assert studies.key("a/data", ONE) == "lab-v1-data-111111", "the former images are back"
+
+
+def test_other_images_in_another_folder_are_a_new_study(
+    studies: StoredStudies, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    studies.open("a/data", ONE)
+    assert studies.key("b/data", TWO) == "lab-v1-data-222222"
+    assert "a new study lab-v1-data-222222; others of that name have other images: lab-v1-data-111111" in caplog.text
+
+
+def test_study_without_places_is_found_by_the_folders_name(studies: StoredStudies) -> None:
+    search, data = studies.search("a/data"), studies.data("a/data", ONE)
+    open_study(search, replace(data, name="data"), studies.storage, studies.home)
+    with studies.storage.engine.begin() as connection:
+        connection.execute(text("delete from study_user_attributes where key in ('places', 'dataset')"))
+    assert studies.key("b/data", TWO) == "lab-v1-data", "refused there, as it may have been the study of this folder"
+    assert studies.open("a/data", ONE).study_name == "lab-v1-data"
+    assert studies.key("b/data", TWO) == "lab-v1-data-222222", "its place is known now"
+
+
+def test_other_studies_and_versions_are_not_matched(studies: StoredStudies) -> None:
+    stored = studies.open("a/data", ONE)
+    assert StudyAttributes.of(stored).fingerprint["data"] == ONE
+    assert studies.key("a/data", ONE, version=2) == "lab-v2-data-111111"
+    other = replace(studies.search("a/data"), name="lab-two")
+    assert resolved(other, studies.data("a/data", ONE), studies.storage).stored_key == "lab-two-v1-data-111111"

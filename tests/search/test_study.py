@@ -28,7 +28,7 @@ def search(small_recipe: Recipe) -> Search:
     return Search("tiny", study, {}, version=1, trials=8, timeout_s=None)
 
 
-def test_a_studys_own_fields_are_checked_at_once(small_recipe: Recipe) -> None:
+def test_fields_of_a_study_are_checked_at_once(small_recipe: Recipe) -> None:
     with pytest.raises(UserError) as caught:
         Study(question="?", base={}, space=3, objective="val/acc", trials=0, patience=0)  # type: ignore[arg-type]
     assert [line.split(" = ")[0] for line in caught.value.lines] == ["base", "space", "objective", "trials", "patience"]
@@ -41,11 +41,11 @@ def refusal(search: Search, other: Search, data: TrainingData) -> list[str]:
     return caught.value.lines
 
 
-def test_the_same_search_goes_on(search: Search, digits: TrainingData) -> None:
+def test_same_search_is_accepted(search: Search, digits: TrainingData) -> None:
     check_same("tiny", json.loads(json.dumps(search.fingerprint(digits))), search.fingerprint(digits), 1)
 
 
-def test_a_changed_space_is_refused_with_the_difference_and_the_way_out(
+def test_changed_space_is_refused_with_the_difference(
     search: Search, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     def wider(trial: Any) -> None:
@@ -55,14 +55,14 @@ def test_a_changed_space_is_refused_with_the_difference_and_the_way_out(
     changed = Study(question="?", base=small_recipe, space=wider, objective="val/accuracy", trials=8)
     other = Search("tiny", changed, {}, version=1, trials=8, timeout_s=None)
     assert refusal(search, other, digits) == [
-        "study tiny-v1-digits has trials that answer another question:",
+        "study tiny-v1-digits: has trials that answer another question; `--version 2` (or `version` in its module) starts "
+        "a new study; the former values resume this one",
         "  space optimizer.lr: 0.01 to 1 (log) then, 0.001 to 1 (log) now",
-        "  space optimizer.momentum: not asked then, 0 to 0.95 now",
-        "way out: VERSION=2 (or `version` in the module) starts a new study beside it; the former values go on",
+        "  space optimizer.momentum: not searched then, 0 to 0.95 now",
     ]
 
 
-def test_a_changed_base_objective_data_set_or_split_is_refused(search: Search, digits: TrainingData) -> None:
+def test_changed_base_objective_data_or_split_is_refused(search: Search, digits: TrainingData) -> None:
     stored = search.fingerprint(digits)
     for what in ("objective", "data", "split"):
         with pytest.raises(UserError, match=rf"{what}: other then"):
@@ -71,17 +71,17 @@ def test_a_changed_base_objective_data_set_or_split_is_refused(search: Search, d
     assert "  base training.epochs: 2 then, 5 now" in refusal(search, longer, digits)
 
 
-def test_a_share_of_the_training_images_is_another_question_told_by_the_split(
+def test_fraction_of_the_training_images_changes_the_split(
     search: Search, digits: TrainingData, tmp_path: Path
 ) -> None:
-    """The field itself is not in the fingerprint: studies stored before there was one go on."""
+    """The field itself is not in the fingerprint."""
     third = Search("tiny", search.study, {"data.train_fraction": 0.3}, 1, 8, None)
     data = prepare(load("digits", 8, tmp_path), third.base.data, torch.device("cpu"))
-    then, now = search.fingerprint(digits), third.fingerprint(data)
-    assert {key for key in then if then[key] != now[key]} == {"split"}
+    former, current = search.fingerprint(digits), third.fingerprint(data)
+    assert {key for key in former if former[key] != current[key]} == {"split"}
 
 
-def test_how_a_step_is_executed_is_no_other_question(search: Search, digits: TrainingData) -> None:
+def test_execution_is_not_part_of_the_fingerprint(search: Search, digits: TrainingData) -> None:
     graphed = Search("tiny", search.study, {"training.execution": "graphed"}, 1, 8, None)
     assert graphed.fingerprint(digits) == search.fingerprint(digits)
 
@@ -101,30 +101,30 @@ def with_lengths(recipe: Recipe, **settings: Any) -> Search:
     return Search("tiny", study, settings, version=1, trials=8, timeout_s=None)
 
 
-def test_short_and_long_trainings_are_compared_at_equal_shares(small_recipe: Recipe) -> None:
+def test_trials_are_compared_at_equal_fractions_of_their_epochs(small_recipe: Recipe) -> None:
     search = with_lengths(small_recipe)
     short, long = (search.recipe({"training.epochs": epochs}) for epochs in (2, 8))
-    assert search.most_epochs == 8
+    assert search.max_epochs == 8
     assert [search.step(epoch, short) for epoch in (1, 2)] == [4, 8]
     assert [search.step(epoch, long) for epoch in (1, 4, 8)] == [1, 4, 8]
     assert search.pruner().rungs == [2, 3, 6]
 
 
-def test_what_is_set_for_all_trials_is_not_searched(small_recipe: Recipe) -> None:
-    """So EPOCHS= may lie outside what a space asks, and a data set's variant too."""
+def test_settings_are_not_searched(small_recipe: Recipe) -> None:
+    """So `--epochs` may be outside the space, and a data set's variant too."""
     with pytest.raises(UserError, match=r"training.epochs = 3 in the base recipe: outside the space"):
         with_lengths(small_recipe.changed({"training.epochs": 3})).check()
     search = with_lengths(small_recipe, **{"training.epochs": 3, "data.dataset": "digits"})
     search.check()
     assert list(search.space()) == list(search.control()) == ["optimizer.lr"]
-    assert search.most_epochs == 3
+    assert search.max_epochs == 3
     trial = optuna.create_study(sampler=search.sampler(0)).ask()
     search.ask(trial)
     assert list(trial.params) == ["optimizer.lr"]
     assert search.recipe(trial.params).training.epochs == 3
 
 
-def test_every_way_of_execution_that_a_trial_may_have_is_known_before(small_recipe: Recipe, tmp_path: Path) -> None:
+def test_all_searched_executions_are_checked_before_the_start(small_recipe: Recipe, tmp_path: Path) -> None:
     def ways(trial: Any) -> None:
         trial.suggest_categorical("training.execution", ["eager", "graphed"])
 
@@ -137,13 +137,13 @@ def test_every_way_of_execution_that_a_trial_may_have_is_known_before(small_reci
     assert [recipe.training.execution for recipe in eager.executed()] == ["eager"]
 
 
-def test_what_a_kind_has_only_in_some_trials_is_in_the_fingerprint(search: Search, digits: TrainingData) -> None:
-    """Else a study would go on with another value of it."""
+def test_fields_of_searched_kinds_are_in_the_fingerprint(search: Search, digits: TrainingData) -> None:
+    """Otherwise a study would be resumed with another value."""
     fingerprints = [replace(search, settings={"optimizer.beta2": beta}).fingerprint(digits) for beta in (0.9, 0.95)]
     assert fingerprints[0] != fingerprints[1]
 
 
-def test_a_space_sees_the_fixed_value_and_all_else_of_its_trial(small_recipe: Recipe) -> None:
+def test_space_sees_the_setting_and_its_trial(small_recipe: Recipe) -> None:
     seen = []
 
     def branching(trial: Any) -> None:
@@ -155,32 +155,32 @@ def test_a_space_sees_the_fixed_value_and_all_else_of_its_trial(small_recipe: Re
     assert seen == [("sgd", 0)]
 
 
-def test_samplers_draw_anew_after_a_resume(search: Search) -> None:
-    def first_draw(num_asked: int) -> float:
-        trial = optuna.create_study(sampler=search.sampler(num_asked)).ask()
+def test_samplers_draw_other_values_after_a_resume(search: Search) -> None:
+    def first_draw(num_trials: int) -> float:
+        trial = optuna.create_study(sampler=search.sampler(num_trials)).ask()
         return trial.suggest_float("x", 0, 1)
 
     assert first_draw(0) == first_draw(0) != first_draw(3)
 
 
 @pytest.mark.parametrize("name", ["", "A", "../x", "a b", "a'b", "-a", "é", "a/b", "a.py", "$(x)", "a\nb", "_x"])
-def test_a_name_outside_the_alphabet_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="must be small letters") as caught:
+def test_name_outside_the_alphabet_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="must be lower-case letters") as caught:
         load_study(name)
     assert len(caught.value.lines) == 1
 
 
 @pytest.mark.parametrize("name", ["attention-v2", "a-v1-b"])
-def test_a_name_that_would_make_keys_ambiguous_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="must not hold -v and a number"):
+def test_name_that_would_make_keys_ambiguous_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="must not contain -v and a number"):
         load_study(name)
 
 
-def test_an_unknown_study_is_told_with_the_nearest_and_the_list() -> None:
+def test_unknown_study_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UserError) as caught:
         load_study("atention")
     assert caught.value.lines[0] == "no study atention (did you mean attention?)"
-    assert caught.value.lines[1].startswith("studies: ")
+    assert caught.value.lines[1].startswith("  studies: ")
     assert "attention" in available()
 
 
@@ -198,7 +198,7 @@ def test_an_unknown_study_is_told_with_the_nearest_and_the_list() -> None:
         ),
     ],
 )
-def test_a_broken_study_is_told_with_file_and_line(
+def test_broken_study_is_refused_with_file_and_line(
     text: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken.py").write_text(text)
@@ -214,20 +214,20 @@ def test_a_broken_study_is_told_with_file_and_line(
         ([0.5, 0.4, 0.5], 2, True),  # an equal score is no better one
         ([0.5, 0.4, 0.6], 2, False),
         ([0.5, 0.4], 2, False),  # nothing is known of a second half yet
-        ([0.5, None, "failed"], 2, True),  # pruned and failed trials are tries too
+        ([0.5, None, "failed"], 2, True),  # pruned and failed trials count too
         (["failed", "failed", "failed"], 2, False),  # nothing to fall short of
-        ([0.5, "asked again", 0.4], 2, False),
+        ([0.5, "requeued", 0.4], 2, False),
         ([0.5, 0.4, 0.3], None, False),
     ],
 )
-def test_patience_ends_with_the_last_trials_no_better_than_those_before(
+def test_patience_ends_after_trials_without_a_better_score(
     scores: list[Any], patience: int | None, exhausted: bool, search: Search
 ) -> None:
     study = optuna.create_study(direction="maximize")
-    states = {"failed": "FAIL", "asked again": "FAIL", None: "PRUNED"}
+    states = {"failed": "FAIL", "requeued": "FAIL", None: "PRUNED"}
     for score in scores:
         state = optuna.trial.TrialState[states.get(score, "COMPLETE")]
         value = score if isinstance(score, float) else None
-        attributes = {"asked_again": True} if score == "asked again" else {}
+        attributes = {"requeued": True} if score == "requeued" else {}
         study.add_trial(optuna.trial.create_trial(state=state, value=value, user_attrs=attributes))
     assert replace(search, patience=patience).is_exhausted(study) is exhausted

@@ -20,7 +20,7 @@ from pipeline.search.study import FOLDER, Search, Study, available, load_study
 
 
 @pytest.mark.parametrize("name", available())
-def test_trial_0_is_the_base_itself(name: str) -> None:
+def test_control_is_the_base_recipe(name: str) -> None:
     study = load_study(name)
     params = control(study.space, study.base)
     assert study.base.changed(params).digest() == study.base.digest()
@@ -74,17 +74,17 @@ def settable(base: Recipe) -> list[dict[str, Any]]:
 
 def drawn(search: Search) -> Iterator[Recipe]:
     """The recipes of the control and of random trials."""
-    chance = random.Random(0)
+    rng = random.Random(0)
     yield search.recipe(search.control())
     for _ in range(DRAWS):
-        trial = ScriptedTrial({}, lambda name, distribution: chance.choice(extremes(distribution)))
+        trial = ScriptedTrial({}, lambda name, distribution: rng.choice(extremes(distribution)))
         search.ask(trial)
         yield search.recipe(trial.params)
 
 
-def search_with(study: Study, said: Mapping[str, Any]) -> Search:
-    """With what suits digits, too."""
-    return Search("any", study, study.settings({"data.dataset": "digits", **said}), 1, 8, None)
+def search_with(study: Study, settings: Mapping[str, Any]) -> Search:
+    """With the settings that suit digits, too."""
+    return Search("any", study, study.settings({"data.dataset": "digits", **settings}), 1, 8, None)
 
 
 def check_that_settings_hold(search: Search) -> set[str]:
@@ -103,7 +103,7 @@ def check_that_settings_hold(search: Search) -> set[str]:
 
 
 @pytest.mark.parametrize("name", available())
-def test_what_is_set_is_in_the_recipe_of_every_trial_that_can_have_it(name: str) -> None:
+def test_settings_are_in_all_recipes_that_can_have_them(name: str) -> None:
     study, seen = load_study(name), set()
     for said in settable(study.base):
         seen |= check_that_settings_hold(search_with(study, said))
@@ -113,7 +113,7 @@ def test_what_is_set_is_in_the_recipe_of_every_trial_that_can_have_it(name: str)
 
 
 @pytest.mark.parametrize("name", available())
-def test_a_kind_that_is_set_is_every_trials_and_the_rest_is_asked_or_the_bases(name: str) -> None:
+def test_set_kind_is_in_all_trials(name: str) -> None:
     study = load_study(name)
     for section, field in KIND.items():
         for kind in kinds_of(section):
@@ -128,7 +128,7 @@ def test_a_kind_that_is_set_is_every_trials_and_the_rest_is_asked_or_the_bases(n
 
 
 @pytest.mark.parametrize(
-    ("name", "said", "remarks"),
+    ("name", "settings", "remarks"),
     [
         ("attention", {"optimizer.weight_decay": 0.001}, []),
         (
@@ -149,15 +149,17 @@ def test_a_kind_that_is_set_is_every_trials_and_the_rest_is_asked_or_the_bases(n
         ),
     ],
 )
-def test_what_settings_do_not_do_is_said(name: str, said: dict[str, Any], remarks: list[str]) -> None:
-    search = search_with(load_study(name), said)
+def test_settings_that_do_not_apply_to_all_are_reported(
+    name: str, settings: dict[str, Any], remarks: list[str]
+) -> None:
+    search = search_with(load_study(name), settings)
     search.check()
     lines = search.remarks()
     assert len(lines) == len(remarks)
     assert all(line.startswith(start) for line, start in zip(lines, remarks, strict=True)), lines
 
 
-def test_what_no_trial_can_have_is_refused() -> None:
+def test_setting_that_no_trial_can_have_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         search_with(load_study("attention"), {"optimizer.sgd_momentum": 0.5, "model.dilation": 2}).check()
     assert caught.value.lines == [
@@ -167,7 +169,7 @@ def test_what_no_trial_can_have_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", available())
-def test_the_search_is_over_augmentation_optimizer_and_schedule(name: str) -> None:
+def test_augmentation_optimizer_and_schedule_are_searched(name: str) -> None:
     study = load_study(name)
     space = explore(study.space, study.base.changed)
     assert {"augmentation", "optimizer", "schedule"} <= {parameter.partition(".")[0] for parameter in space}
@@ -178,7 +180,7 @@ def test_the_search_is_over_augmentation_optimizer_and_schedule(name: str) -> No
 
 
 @pytest.mark.parametrize("name", available())
-def test_the_docstring_states_question_command_cost_and_result(name: str) -> None:
+def test_docstring_states_question_command_cost_and_result(name: str) -> None:
     text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) or ""
     assert text.splitlines()[0].endswith("?")
     assert f"make study NAME={name}" in text
@@ -186,7 +188,7 @@ def test_the_docstring_states_question_command_cost_and_result(name: str) -> Non
     assert "result" in text.lower()
 
 
-def test_attention_asks_only_what_applies_to_the_chosen_kind() -> None:
+def test_only_parameters_of_the_chosen_kind_are_searched() -> None:
     study = load_study("attention")
 
     def asked(**choices: str) -> set[str]:
@@ -207,7 +209,7 @@ def test_attention_asks_only_what_applies_to_the_chosen_kind() -> None:
     assert {"schedule.interval", "schedule.gamma"} <= asked(schedule_name="step") - asked(schedule_name="cosine")
 
 
-def test_plain_asks_whether_its_authors_lessons_are_true() -> None:
+def test_plain_searches_around_its_authors_lessons() -> None:
     study = load_study("plain")
     space = explore(study.space, study.base.changed)
     rotation_more_dropout_longer = {
@@ -222,7 +224,7 @@ def test_plain_asks_whether_its_authors_lessons_are_true() -> None:
         assert low == lowest and high > low, name
 
 
-def test_attention_begins_with_the_published_recipe() -> None:
+def test_control_of_attention_is_the_published_recipe() -> None:
     flat = load_study("attention").base.flat()
     published = {
         "model.widths": (31, 62, 124, 248),

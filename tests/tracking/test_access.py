@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking.access import Door
+from pipeline.tracking.access import AccessControl
 from pipeline.tracking.server import HOST, start_server, stop_server
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -98,7 +98,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         "127.0.0.1:5000.evil.example",
     ],
 )
-def test_a_forged_host_is_refused(host: str, target: Target) -> None:
+def test_forged_host_is_refused(host: str, target: Target) -> None:
     for path in ("/", "/health", "/get-artifact?path=inside.txt&run_uuid=" + target.run):
         request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
         assert target.raw(request.encode()) == b"HTTP/1.1 403 Forbidden"
@@ -116,7 +116,7 @@ def test_a_forged_host_is_refused(host: str, target: Target) -> None:
         ("GET / HTTP/1.1\r\nHost: 127.0.0.1:5000\r\nOrigin: http://127.0.0.1:5000", b"200"),
     ],
 )
-def test_requests_as_only_a_socket_sends_them(request_lines: str, answer: bytes, target: Target) -> None:
+def test_raw_requests_are_controlled_too(request_lines: str, answer: bytes, target: Target) -> None:
     status = target.raw(f"{request_lines}\r\nConnection: close\r\n\r\n".encode()).split()[1]
     assert status in {b"400", b"403"} if answer == b"40[03]" else status == answer
 
@@ -133,7 +133,7 @@ def test_requests_as_only_a_socket_sends_them(request_lines: str, answer: bytes,
         "",
     ],
 )
-def test_a_page_of_another_server_neither_reads_nor_writes(origin: str, target: Target) -> None:
+def test_page_of_another_server_neither_reads_nor_writes(origin: str, target: Target) -> None:
     headers = {"Origin": origin.format(port=target.port)}
     made = target.ask("POST", f"{API}/experiments/create", {"name": f"by {origin}"}, headers)
     assert made[0] == 403
@@ -159,26 +159,26 @@ def test_a_page_of_another_server_neither_reads_nor_writes(origin: str, target: 
         "/ajax-api/3.0/mlflow/jobs/1",
     ],
 )
-def test_what_runs_programs_or_calls_other_servers_is_closed(path: str, target: Target) -> None:
+def test_endpoints_that_run_programs_are_closed(path: str, target: Target) -> None:
     for method in ("GET", "POST", "PUT"):
         assert target.ask(method, path, {})[0] == 403
 
 
-def test_a_websocket_goes_through_the_same_door() -> None:
-    let_in, sent = [], []
+def test_websocket_is_controlled_too() -> None:
+    passed, sent = [], []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        let_in.append(scope["type"])
+        passed.append(scope["type"])
 
     async def send(message: Any) -> None:
         sent.append(message["type"])
 
     async def ask(kind: str, host: bytes) -> None:
-        await Door(app)({"type": kind, "path": "/", "headers": [(b"host", host)]}, None, send)  # type: ignore[arg-type]
+        await AccessControl(app)({"type": kind, "path": "/", "headers": [(b"host", host)]}, None, send)  # type: ignore[arg-type]
 
     for kind, host in (("websocket", b"evil.example"), ("websocket", b"localhost:1"), ("lifespan", b"")):
         asyncio.run(ask(kind, host))
-    assert let_in == ["websocket", "lifespan"] and sent == ["websocket.close"]
+    assert passed == ["websocket", "lifespan"] and sent == ["websocket.close"]
 
 
 # ------------------------------------------------------------------------------------------------------------- paths
@@ -210,8 +210,8 @@ SPELLINGS = {
     "fragment": "inside.txt%23/{up}{up}canary.txt",
     "home": "~/canary.txt",
 }
-# Where a path goes in: method, address, and how often ../ leads to mlruns/.
-DOORS = {
+# The endpoints that take a path: method, address, and how often ../ leads to mlruns/.
+ENDPOINTS = {
     "get-artifact": ("GET", "/get-artifact?run_uuid={run}&path={path}", 3),
     "list": ("GET", f"{API}/artifacts/list?run_id={{run}}&path={{path}}", 3),
     "upload": ("POST", "/ajax-api/2.0/mlflow/upload-artifact?run_uuid={run}&path={path}", 3),
@@ -238,7 +238,7 @@ def spelled(spelling: str, root: Path, levels: int) -> str:
     return spelling
 
 
-def test_the_doors_open_for_what_is_inside(target: Target) -> None:
+def test_endpoints_serve_files_inside_the_artifacts(target: Target) -> None:
     inside = f"{target.run}/artifacts/inside.txt"
     assert target.ask("GET", f"/get-artifact?run_uuid={target.run}&path=inside.txt") == (200, b"inside")
     assert target.ask("GET", f"/api/2.0/mlflow-artifacts/artifacts/{inside}") == (200, b"inside")
@@ -249,10 +249,10 @@ def test_the_doors_open_for_what_is_inside(target: Target) -> None:
     assert target.ask("GET", f"/get-artifact?run_uuid={target.run}&path=new.txt")[0] == 404
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_no_path_leads_out_of_the_artifacts(spelling: str, door: str, target: Target) -> None:
-    method, address, levels = DOORS[door]
+def test_no_path_leads_out_of_the_artifacts(spelling: str, endpoint: str, target: Target) -> None:
+    method, address, levels = ENDPOINTS[endpoint]
     before = target.outside()
     for there in ("mlruns", "mlruns/elsewhere", ""):  # as absolute paths
         path = spelled(SPELLINGS[spelling], target.root / there, levels)
@@ -274,7 +274,7 @@ LOCATIONS = [
 
 
 @pytest.mark.parametrize("location", LOCATIONS)
-def test_no_location_that_a_client_chooses_leads_out(location: str, target: Target) -> None:
+def test_no_location_of_a_client_leads_out(location: str, target: Target) -> None:
     before = target.outside()
     location = location.replace("{root}", str(target.root))
     status, made = target.ask("POST", f"{API}/experiments/create", {"name": location, "artifact_location": location})
@@ -293,13 +293,13 @@ def test_no_location_that_a_client_chooses_leads_out(location: str, target: Targ
 
 
 @pytest.mark.parametrize("location", ["{root}", "file://{root}/mlruns/elsewhere", "{root}/mlruns", "s3://b/x"])
-def test_a_location_that_stands_in_the_database_is_not_followed(location: str, target: Target) -> None:
+def test_location_in_the_database_is_not_followed(location: str, target: Target) -> None:
     """As one that came there by another way, or another server's."""
     location = location.replace("{root}", str(target.root))
     client = MlflowTracker(target.root / "mlruns").client
     run = client.create_run(client.create_experiment(f"old {location}", location)).info.run_id
     before = target.outside()
-    for method, address, _ in list(DOORS.values())[:3]:
+    for method, address, _ in list(ENDPOINTS.values())[:3]:
         status, content = target.ask(method, address.format(run=run, path="canary.txt"), b"overwritten")
         assert status >= 400 and CANARY.encode() not in content
     status, content = target.ask("GET", f"{API}/artifacts/list?run_id={run}")

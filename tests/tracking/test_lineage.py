@@ -71,7 +71,7 @@ def test_clean_code_is_its_commit_without_a_difference(project: Path) -> None:
     assert not lineage.code().dirty
 
 
-def test_the_patch_applied_to_a_clean_clone_of_the_commit_gives_the_same_code(project: Path, tmp_path: Path) -> None:
+def test_patch_on_a_clean_clone_gives_the_same_code(project: Path, tmp_path: Path) -> None:
     loop = project / "pipeline" / "loop.py"
     loop.write_bytes(loop.read_bytes().replace(b"line 50\n", b"line 50\r\n") + b"no line end")
     (project / "pipeline" / "gone.py").unlink()
@@ -94,7 +94,7 @@ def test_the_patch_applied_to_a_clean_clone_of_the_commit_gives_the_same_code(pr
     assert tree(clone) == tree(project)
 
 
-def test_the_code_is_the_same_where_nothing_in_its_folder_changed_and_nothing_is_uncommitted(project: Path) -> None:
+def test_code_is_the_same_when_its_folder_is_unchanged(project: Path) -> None:
     first = git(project, "rev-parse", "HEAD")
     assert lineage.same_code(first, b"")
     assert not lineage.same_code(first, b"some difference")
@@ -113,7 +113,7 @@ def test_the_code_is_the_same_where_nothing_in_its_folder_changed_and_nothing_is
 
 
 @pytest.mark.parametrize("file", ["pipeline/server.log", "notes.txt", "mlruns/mlflow.db"])
-def test_untracked_files_that_are_ignored_or_no_code_are_no_difference(file: str, project: Path) -> None:
+def test_ignored_files_and_other_files_are_no_difference(file: str, project: Path) -> None:
     (project / file).parent.mkdir(exist_ok=True)
     (project / file).write_text("not code\n")
     assert not lineage.code().dirty
@@ -125,9 +125,7 @@ def test_the_code_is_read_once_a_process(project: Path) -> None:
     assert lineage.code() == before
 
 
-def test_without_a_repository_or_a_commit_or_git_the_commit_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commit_is_none_without_repository_commit_or_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "unpacked"
     (folder / "pipeline").mkdir(parents=True)
     (folder / "pipeline" / "loop.py").write_text("pass\n")
@@ -142,7 +140,7 @@ def test_without_a_repository_or_a_commit_or_git_the_commit_is_none(
     assert lineage.code() == nothing
 
 
-def test_the_environment_lists_python_the_machine_and_every_version() -> None:
+def test_environment_lists_python_machine_and_versions() -> None:
     lines = lineage.environment().splitlines()
     assert lines[0] == "# python " + sys.version.splitlines()[0]
     assert f"torch=={version('torch')}" in lines

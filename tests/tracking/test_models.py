@@ -1,4 +1,4 @@
-"""Which model is meant is found in a real MLflow store, and said."""
+"""Which model is meant, found in a real MLflow store, and its files, verified."""
 
 import dataclasses
 import shutil
@@ -11,8 +11,10 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import Recipe
 from pipeline.registry.package import Package
+from pipeline.tracking import queries
 from pipeline.tracking.models import digests, find_model
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import RECORD, amend, read_checkpoint
 
 
@@ -22,27 +24,27 @@ def refusal(home: Path, wanted: str | None) -> str:
     return caught.value.lines[0]
 
 
-def test_a_run_is_found_by_its_id_and_its_files_go_with_the_block(trained: Trained) -> None:
+def test_run_is_found_by_id_and_its_files_go_with_the_block(trained: Trained) -> None:
     with find_model(trained.home, None, trained.finished) as model:
-        assert model.what == f"trial 0 of tiny-v1-digits, run {trained.finished}"
+        assert model.label == f"trial 0 of tiny-v1-digits, run {trained.finished}"
         assert read_checkpoint(model.folder)["run_id"] == trained.finished
     assert not model.folder.exists()
 
 
-def test_what_has_no_model_is_told_with_its_state(trained: Trained) -> None:
+def test_run_without_a_model_is_refused_with_its_state(trained: Trained) -> None:
     assert refusal(trained.home, trained.pruned) == (
         f"trial 1 of tiny-v1-digits, run {trained.pruned}: pruned, without a model; only a finished run has one"
     )
-    parent = MlflowTracker(trained.home).studies()[0].parent
-    assert "a whole study, not one of its trials" in refusal(trained.home, parent)
+    parent = queries.studies(MlflowTracker(trained.home))[0].parent
+    assert "a study, not one of its trials" in refusal(trained.home, parent)
     assert refusal(trained.home, "0" * 32).startswith(f"{'0' * 32}: no such run")
     assert refusal(trained.home, "best").startswith("best: neither a folder, nor a run's id")
-    assert "no champion; make promote" in refusal(trained.home, "models:/image-classifier@champion")
+    assert "no champion; `promote" in refusal(trained.home, "models:/image-classifier@champion")
     for name in ("models:/image-classifier@other", "models:/x/3", "models:/x", "models:/a/b@c", "models:/"):
         assert refusal(trained.home, name).startswith(f"{name}: no such registered model")
 
 
-def test_a_recipe_that_is_not_known_here_is_refused_before_the_weights_are_read(
+def test_unknown_recipe_is_refused_before_weights_are_read(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained.copy(home := tmp_path / "mlruns")
@@ -57,18 +59,18 @@ def test_a_recipe_that_is_not_known_here_is_refused_before_the_weights_are_read(
     with pytest.raises(UserError) as caught, find_model(home, None, trained.finished):
         pass
     assert caught.value.lines[0].endswith(
-        "its recipe can't be read by this code; the commit that it was trained with can"
+        "its recipe can't be read by this code; use the commit that it was trained with"
     )
     assert "model.network = vit: not one of attention," in caught.value.lines[1]
     assert downloaded == [RECORD]
 
 
-def test_no_store_is_told_and_not_made(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "mlruns", None).startswith("no finished run yet: make study")
+def test_missing_store_is_refused_and_not_created(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "mlruns", None).startswith("no finished run yet; `study")
     assert not (tmp_path / "mlruns").exists()
 
 
-def test_a_store_without_a_finished_run_is_told(tmp_path: Path) -> None:
+def test_store_without_a_finished_run_is_refused(tmp_path: Path) -> None:
     tracker = MlflowTracker(tmp_path)
     tracker.open_study("s", "?", "val/accuracy", []).end(State.FINISHED)
     assert tracker.flush(30)
@@ -87,7 +89,7 @@ def scored(
     return tracker.id_of(run.key)
 
 
-def test_the_default_is_the_best_run_of_all_studies_on_the_last_ones_data(
+def test_default_is_the_best_run_on_the_last_studys_data(
     tmp_path: Path, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     tracker = MlflowTracker(tmp_path)
@@ -107,9 +109,9 @@ def test_the_default_is_the_best_run_of_all_studies_on_the_last_ones_data(
     assert "val/accuracy 0.9900" in refusal(tmp_path, None), last
 
 
-def test_the_champion_comes_before_the_best_run(trained: Trained, packed: Package) -> None:
+def test_champion_comes_before_the_best_run(trained: Trained, packed: Package) -> None:
     with find_model(trained.home, None, None) as model:
-        assert model.what.startswith("the best finished run (no champion), trial 0 of tiny-v1-digits")
+        assert model.label.startswith("the best finished run (no champion), trial 0 of tiny-v1-digits")
     with registered(trained, packed) as version:
         name = f"image-classifier version {version}, trial 0 of tiny-v1-digits, run {trained.finished}"
         for wanted, what in {
@@ -118,7 +120,7 @@ def test_the_champion_comes_before_the_best_run(trained: Trained, packed: Packag
             f"models:/image-classifier/{version}": name,
         }.items():
             with find_model(trained.home, None, wanted) as model:
-                assert model.what == what
+                assert model.label == what
                 assert read_checkpoint(model.folder)["run_id"] == trained.finished
                 assert set(packed.sha256) <= set(digests(model.folder)), "its own files, not the run's"
                 assert model.folder != packed.folder
@@ -142,9 +144,7 @@ def damaged(packed: Package, folder: Path, name: str) -> Package:
 @pytest.mark.parametrize(
     "name", ["model.onnx", "MLmodel", "weights.safetensors", "card.md", "-checkpoint.json", "+more.py"]
 )
-def test_a_version_whose_files_are_not_those_registered_is_refused(
-    name: str, trained: Trained, packed: Package, tmp_path: Path
-) -> None:
+def test_version_with_changed_files_is_refused(name: str, trained: Trained, packed: Package, tmp_path: Path) -> None:
     with registered(trained, damaged(packed, tmp_path / "model", name)):
         for wanted in (None, "models:/image-classifier@champion"):
             with pytest.raises(DataError) as caught, find_model(trained.home, None, wanted):
@@ -155,22 +155,22 @@ def test_a_version_whose_files_are_not_those_registered_is_refused(
             assert others == [f"  {name.strip('+-')}: {fault}"]
 
 
-def test_a_version_without_digests_is_refused_and_not_replaced(trained: Trained, packed: Package) -> None:
+def test_version_without_digests_is_refused(trained: Trained, packed: Package) -> None:
     with registered(trained, dataclasses.replace(packed, sha256={})):
         for wanted in (None, "models:/image-classifier@champion"):
-            with pytest.raises(DataError, match=r"has no tags sha256\.<file> to check its files by"):
+            with pytest.raises(DataError, match=r"has no tags sha256\.<file> to verify its files by"):
                 find_model(trained.home, None, wanted).__enter__()
 
 
-def test_a_version_outlives_its_run_but_not_its_files(trained: Trained, packed: Package, tmp_path: Path) -> None:
+def test_version_outlives_its_run_but_not_its_files(trained: Trained, packed: Package, tmp_path: Path) -> None:
     elsewhere = dataclasses.replace(packed, folder=tmp_path / "nowhere")
     with registered(trained, elsewhere):
         assert "its files can't be read" in refusal(trained.home, None)
     nobody = dataclasses.replace(trained, finished="0" * 32)
     with registered(nobody, packed), find_model(trained.home, None, None) as model:
-        assert model.what == "the champion, image-classifier version 1, of a run that is gone"
+        assert model.label == "the champion, image-classifier version 1, of a run that was removed"
 
 
-def test_a_run_whose_files_are_gone_is_told(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
+def test_run_whose_files_are_missing_is_refused(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
     run = scored(MlflowTracker(tmp_path), "a-v1-digits", small_recipe, digits, 0.5)
     assert "finished, but its model is not at " in refusal(tmp_path, run)

@@ -1,14 +1,22 @@
+"""Which studies, runs and points MLflow holds, and which study a name means."""
+
+import time
 from pathlib import Path
 
 import pytest
+from tracking_stores import stored, trial_tags
 
+from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
+from pipeline.recipe import Recipe, parse_recipe
+from pipeline.tracking import queries
 from pipeline.tracking.queries import find_studies, find_study
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 
 @pytest.fixture
-def tracker(tmp_path: Path) -> MlflowTracker:
+def three_studies(tmp_path: Path) -> MlflowTracker:
     tracker = MlflowTracker(tmp_path / "mlruns")
     for name in ("attention-v1-digits", "attention-v2-digits", "attention_two-v1-digits"):
         tracker.open_study(name, "?", "val/accuracy", []).end(State.FINISHED)
@@ -16,20 +24,85 @@ def tracker(tmp_path: Path) -> MlflowTracker:
     return tracker
 
 
-def test_a_modules_name_means_all_its_studies_the_last_run_first(tracker: MlflowTracker) -> None:
-    assert [study.name for study in find_studies(tracker, "attention")] == [
+def test_module_name_means_all_its_studies_last_run_first(three_studies: MlflowTracker) -> None:
+    assert [study.name for study in find_studies(three_studies, "attention")] == [
         "attention-v2-digits",
         "attention-v1-digits",
     ]
-    study, said = find_study(tracker, "attention")
-    assert study.name == "attention-v2-digits" and "attention-v1-digits" in said and "two" not in said
+    study, line = find_study(three_studies, "attention")
+    assert study.name == "attention-v2-digits" and "attention-v1-digits" in line and "two" not in line
 
 
-def test_a_whole_name_means_one(tracker: MlflowTracker) -> None:
-    study, said = find_study(tracker, "attention-v1-digits")
-    assert study.name == "attention-v1-digits" and not said
+def test_complete_name_means_one_study(three_studies: MlflowTracker) -> None:
+    study, line = find_study(three_studies, "attention-v1-digits")
+    assert study.name == "attention-v1-digits" and not line
 
 
-def test_no_such_study_names_those_there_are(tracker: MlflowTracker) -> None:
-    with pytest.raises(UserError, match=r"no study attention-v3-digits .*there: attention-v1-digits"):
-        find_study(tracker, "attention-v3-digits")
+def test_unknown_study_names_the_known_ones(three_studies: MlflowTracker) -> None:
+    with pytest.raises(UserError, match=r"no study attention-v3-digits .*the studies are: attention-v1-digits"):
+        find_study(three_studies, "attention-v3-digits")
+
+
+def test_studies_are_listed_by_last_run(tmp_path: Path) -> None:
+    tracker = MlflowTracker(tmp_path)
+    assert queries.studies(tracker) == []
+    parents = {}
+    for name in ("a-v1-digits", "b-v1-digits", "c-v1-digits"):
+        parents[name] = tracker.open_study(name, "Why?", "val/accuracy", [])
+        parents[name].end(State.FINISHED)
+        assert tracker.flush(30)
+        time.sleep(0.01)  # MLflow counts milliseconds
+    tracker.experiment("no-study")
+    assert [study.name for study in queries.studies(tracker)] == ["c-v1-digits", "b-v1-digits", "a-v1-digits"]
+    reopened = tracker.open_study("a-v1-digits", "Why?", "val/accuracy", [], parents["a-v1-digits"].id)
+    assert [study.name for study in queries.studies(tracker)] == ["a-v1-digits", "c-v1-digits", "b-v1-digits"]
+    reopened.end(State.FINISHED)
+    assert tracker.flush(30)
+    assert [study.name for study in queries.studies(tracker)] == ["a-v1-digits", "c-v1-digits", "b-v1-digits"]
+    study = queries.studies(tracker)[0]
+    assert (study.experiment, study.objective) == (tracker.experiment("a-v1-digits"), "val/accuracy")
+
+
+def test_best_runs_are_finished_trials_best_first(
+    sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    parent = sqlite_tracker.open_study("best-v1-digits", "Why?", "val/accuracy", [])
+    ids = {}
+    trials = [(0.2, State.FINISHED), (0.9, State.FINISHED), (0.99, State.PRUNED), (0.5, State.FINISHED)]
+    for number, (accuracy, state) in enumerate([*trials, (0.98, State.FAILED), (0.97, State.INTERRUPTED)]):
+        with sqlite_tracker.run("trial", small_recipe, digits, parent.id, trial_tags("best-v1-digits", number)) as run:
+            run.log_metrics({"val/accuracy": accuracy, "val/loss": 1 - accuracy}, 1)
+            run.end(state)
+        ids[stored(sqlite_tracker, run).info.run_id] = accuracy
+    parent.log_metrics({"val/accuracy": 1.0}, 1)
+    parent.end(State.FINISHED)
+    assert sqlite_tracker.flush(30)
+    [study] = [study for study in queries.studies(sqlite_tracker) if study.name == "best-v1-digits"]
+    assert [ids[run_id] for run_id in queries.best_run_ids(sqlite_tracker, study, 10)] == [0.9, 0.5, 0.2]
+    assert [ids[run_id] for run_id in queries.best_run_ids(sqlite_tracker, study, 2)] == [0.9, 0.5]
+
+
+def test_finals_and_reproductions_are_no_best_trials(
+    sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    parent = sqlite_tracker.open_study("roles-v1-digits", "Why?", "val/accuracy", [])
+    study = next(study for study in queries.studies(sqlite_tracker) if study.parent == parent.id)
+    tags = trial_tags("roles-v1-digits", 0)
+    ids = {}
+    for role, score in (("trial", 0.5), ("final", 0.9), ("reproduction", 0.8)):
+        with sqlite_tracker.run(role, small_recipe, digits, parent.id, tags | {"role": role}) as run:
+            run.log_metrics({"val/accuracy": score}, 1)
+            run.end(State.FINISHED)
+        ids[role] = sqlite_tracker.id_of(run.key)
+        assert [child.info.run_id for child in queries.children(sqlite_tracker, study, role)] == [ids[role]]
+    assert queries.best_run_ids(sqlite_tracker, study, 10) == [ids["trial"]]
+
+
+def test_read_file_is_none_for_a_missing_artifact(
+    sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    with sqlite_tracker.run("run", small_recipe, digits) as run:
+        run.end(State.FINISHED)
+    run_id = sqlite_tracker.id_of(run.key)
+    assert parse_recipe(queries.read_file(sqlite_tracker, run_id, "recipe.json") or "") == small_recipe
+    assert queries.read_file(sqlite_tracker, run_id, "weights.safetensors") is None

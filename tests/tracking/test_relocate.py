@@ -15,9 +15,11 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.registry.package import Package
+from pipeline.tracking import queries
 from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.relocate import _COLUMNS, relocate
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 
 def cells_with(database: Path, text: str) -> set[tuple[str, str]]:
@@ -62,16 +64,16 @@ def moved(old: Path, new: Path) -> Path:
     return new
 
 
-def test_a_moved_folder_is_refused_in_a_line_and_nothing_is_written_to_the_old_place(old: Path, tmp_path: Path) -> None:
+def test_moved_folder_is_refused_and_nothing_is_written(old: Path, tmp_path: Path) -> None:
     new = moved(old, tmp_path / "mlruns")
     with pytest.raises(UserError) as caught:
         MlflowTracker(new)
     [line] = caught.value.lines
-    assert str(new) in line and str(old) in line and "make relocate" in line
+    assert str(new) in line and str(old) in line and "`relocate` writes" in line
     assert not old.exists()
 
 
-def test_after_one_command_a_moved_folder_works_as_before(
+def test_relocated_folder_works_as_before(
     old: Path,
     tmp_path: Path,
     trained: Trained,
@@ -85,10 +87,10 @@ def test_after_one_command_a_moved_folder_works_as_before(
     there = cells_with(new / "mlflow.db", old.parent.as_uri()) | cells_with(new / "mlflow.db", str(old.parent))
     assert not there, "no other column names a place of files"
     tracker = MlflowTracker(new)
-    assert tracker.read_file(trained.finished, "recipe.json")
+    assert queries.read_file(tracker, trained.finished, "recipe.json")
     assert tracker.client.get_run(trained.finished).info.artifact_uri.startswith(f"{new.as_uri()}/")
     with find_model(new, None, None) as model:
-        assert model.what.startswith("the champion")
+        assert model.label.startswith("the champion")
         assert (model.folder / "model.onnx").exists()
     with tracker.run("new", small_recipe, digits) as run:
         run.end(State.FINISHED)
@@ -99,7 +101,7 @@ def test_after_one_command_a_moved_folder_works_as_before(
     assert relocate(new) == {}, "once is enough"
 
 
-def test_every_column_that_can_name_a_place_is_known(old: Path) -> None:
+def test_every_column_with_locations_is_known(old: Path) -> None:
     """Of MLflow's tables; a later version may have more."""
     with sqlite3.connect(old / "mlflow.db") as connection:
         tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
@@ -117,20 +119,18 @@ def test_every_column_that_can_name_a_place_is_known(old: Path) -> None:
     assert columns == {*_COLUMNS, *of_other_things}
 
 
-def test_a_folder_on_which_a_command_runs_is_not_relocated(
-    old: Path, tmp_path: Path, small_recipe: Recipe, digits: TrainingData
-) -> None:
+def test_folder_in_use_is_not_relocated(old: Path, tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
     new = moved(old, tmp_path / "mlruns")
     relocate(new)
     with (
         MlflowTracker(new).run("running", small_recipe, digits) as run,
-        pytest.raises(UserError, match="a command still writes runs here"),
+        pytest.raises(UserError, match="another command is writing runs here"),
     ):
         relocate(new)
     assert run.key
 
 
-def test_commands_say_so(old: Path, tmp_path: Path, trained: Trained) -> None:
+def test_commands_name_relocate(old: Path, tmp_path: Path, trained: Trained) -> None:
     new = moved(old, tmp_path / "mlruns")
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "pipeline", "compare", "tiny"]
@@ -143,4 +143,4 @@ def test_commands_say_so(old: Path, tmp_path: Path, trained: Trained) -> None:
         env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "was moved here from" in done.stderr and "make relocate" in done.stderr
+    assert "was moved here from" in done.stderr and "relocate` writes" in done.stderr

@@ -10,8 +10,10 @@ from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError
 from pipeline.recipe import Recipe
-from pipeline.tracking.run_data import MOST_PLACES, Seen, find_data, newest_first
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking import queries
+from pipeline.tracking.run_data import MAX_PLACES, RunData, find_data, newest_first
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 
 def pets(root: Path, shade: int) -> str:
@@ -23,14 +25,14 @@ def pets(root: Path, shade: int) -> str:
 
 
 @pytest.fixture
-def seen(tmp_path: Path) -> Seen:
+def seen(tmp_path: Path) -> RunData:
     """It lay in `first`, then in `second`; both are gone, and it is in `third`."""
     place = pets(tmp_path / "third", 9)
     digest = load(place, 8, tmp_path).digest
-    return Seen("run 1", "pets", 8, digest, [str(tmp_path / "second"), str(tmp_path / "first")])
+    return RunData("run 1", "pets", 8, digest, [str(tmp_path / "second"), str(tmp_path / "first")])
 
 
-def test_the_newest_place_with_the_same_images_is_taken(seen: Seen, tmp_path: Path) -> None:
+def test_newest_place_with_the_same_images_is_used(seen: RunData, tmp_path: Path) -> None:
     pets(tmp_path / "second", 10)
     (tmp_path / "third").rename(tmp_path / "first")
     found = find_data(seen, tmp_path)
@@ -39,15 +41,13 @@ def test_the_newest_place_with_the_same_images_is_taken(seen: Seen, tmp_path: Pa
     assert find_data(newest, tmp_path).dataset == str(tmp_path / "fourth")
 
 
-def test_the_place_that_the_recipe_names_is_looked_at_too(
-    seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_place_in_the_recipe_is_tried_too(seen: RunData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "third").rename(tmp_path / "pets")
     monkeypatch.chdir(tmp_path)
     assert find_data(replace(seen, places=[]), tmp_path).dataset == str(tmp_path / "pets")
 
 
-def test_where_none_fits_every_place_and_the_option_are_named(seen: Seen, tmp_path: Path) -> None:
+def test_failure_names_every_place_and_the_option(seen: RunData, tmp_path: Path) -> None:
     pets(tmp_path / "second", 10)
     with pytest.raises(DataError) as caught:
         find_data(seen, tmp_path)
@@ -55,47 +55,47 @@ def test_where_none_fits_every_place_and_the_option_are_named(seen: Seen, tmp_pa
     here = Path("pets").absolute()
     assert first == (
         f"run 1: its data set, digest {seen.digest[:12]}, is not in {tmp_path}/second or {tmp_path}/first or {here}; "
-        "DATASET= names the folder where it lies now"
+        "name the folder where it lies now by `--dataset`"
     )
     assert lines[0].startswith(f"  {tmp_path}/second: holds other images, digest ")
     assert lines[1:] == [f"  {tmp_path}/first: no such folder", f"  {here}: no such folder"]
 
 
-def test_the_option_is_the_only_place_and_must_fit(seen: Seen, tmp_path: Path) -> None:
+def test_option_is_the_only_place_and_must_match(seen: RunData, tmp_path: Path) -> None:
     assert find_data(seen, tmp_path, str(tmp_path / "third")).images.digest == seen.digest
     (tmp_path / "third").rename(tmp_path / "first")
     with pytest.raises(DataError, match=f"is not in {tmp_path}/other;(.|\n)*holds other images"):
         find_data(seen, tmp_path, pets(tmp_path / "other", 10))
 
 
-def test_a_data_set_of_its_own_is_found_by_name_or_by_data_dir(tmp_path: Path) -> None:
+def test_named_data_set_is_found_by_name_or_data_dir(tmp_path: Path) -> None:
     digits = load("digits", 8, tmp_path)
-    assert find_data(Seen("run 1", "digits", 8, digits.digest, []), tmp_path).images.name == "digits"
+    assert find_data(RunData("run 1", "digits", 8, digits.digest, []), tmp_path).images.name == "digits"
     elsewhere = str(tmp_path / "b" / "cifar-10-batches-py")
-    with pytest.raises(DataError, match=rf"is not in {tmp_path}/a or {tmp_path}/b; DATA_DIR= says where"):
-        find_data(Seen("run 1", "cifar10", 8, "0" * 64, [elsewhere]), tmp_path / "a", download=False)
+    with pytest.raises(DataError, match=rf"is not in {tmp_path}/a or {tmp_path}/b; name its folder by `--data-dir`"):
+        find_data(RunData("run 1", "cifar10", 8, "0" * 64, [elsewhere]), tmp_path / "a", download=False)
 
 
 def test_cifar10_is_found_where_the_study_had_it(cifar10_dir: Path, tmp_path: Path) -> None:
     digest = load("cifar10", 8, cifar10_dir).digest
-    seen = Seen("run 1", "cifar10", 8, digest, [str(cifar10_dir / "cifar-10-batches-py")])
+    seen = RunData("run 1", "cifar10", 8, digest, [str(cifar10_dir / "cifar-10-batches-py")])
     assert find_data(seen, tmp_path, download=False).data_dir == cifar10_dir
 
 
-def test_a_run_knows_its_studys_places_and_its_own(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
+def test_run_knows_its_studys_places_and_its_own(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
     tracker = MlflowTracker(tmp_path / "mlruns")
     parent = tracker.open_study("tiny-v1-pets-3fa9c1", "?", "val/accuracy", [], places=["/second"])
     with tracker.run("trial 0", small_recipe, replace(digits, source="/first"), parent.id) as run:
         run.end(State.FINISHED)
-    assert tracker.places_of(tracker.id_of(run.key)) == ["/second", "/first"]
-    assert tracker.places_of("0" * 32) == []
+    assert queries.data_places(tracker, tracker.id_of(run.key)) == ["/second", "/first"]
+    assert queries.data_places(tracker, "0" * 32) == []
     parent.end(State.FINISHED)
     tracker.flush(30)
-    tracker.keep_places(str(parent.id), ["/third", "x" * 8_000])
-    assert [study.places for study in tracker.studies()] == [["/third"]], "as many as a tag holds"
+    tracker.set_data_places(str(parent.id), ["/third", "x" * 8_000])
+    assert [study.places for study in queries.studies(tracker)] == [("/third",)], "as many as a tag holds"
 
 
 def test_places_are_kept_newest_first_and_each_once() -> None:
     assert newest_first(["b", "a"], "a") == ["a", "b"]
     assert newest_first(["b", "a"], None) == ["b", "a"]
-    assert len(newest_first(list("abcdefghijklm"), "n")) == MOST_PLACES
+    assert len(newest_first(list("abcdefghijklm"), "n")) == MAX_PLACES

@@ -23,9 +23,12 @@ from playwright.sync_api import Page, expect, sync_playwright
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
+from pipeline.experiment import ExperimentRequest
 from pipeline.recipe import Recipe
+from pipeline.tracking import queries
 from pipeline.tracking.server import HOST, shared_view, start_server, stop_server, study_links
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tracker import MlflowTracker
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = ["no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "disable-component-update"]
@@ -51,15 +54,15 @@ def site(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits:
     parent = tracker.open_study("tiny-v1-digits", "Which rate is best?", "val/accuracy", ["optimizer.lr"])
     accuracies = {}
     for trial, rate in enumerate([0.0001, 0.1]):  # the better one last
-        outcome = experiment.run(
-            small_recipe.changed({"optimizer.lr": rate}),
-            digits,
-            torch.device("cpu"),
-            tracker,
+        request = ExperimentRequest(
+            recipe=small_recipe.changed({"optimizer.lr": rate}),
+            data=digits,
+            device=torch.device("cpu"),
             name=f"trial {trial}",
-            parent=parent.id,
-            tags={"role": "trial", "study": "tiny-v1-digits", "trial": str(trial)},
+            parent_run=parent.id,
+            tags=RunTags(role="trial", study="tiny-v1-digits", trial=trial),
         )
+        outcome = experiment.run(request, tracker)
         assert outcome.state is State.FINISHED
         accuracies[tracker.id_of(outcome.run_key)] = outcome.metrics["val/accuracy"]
     parent.end(State.FINISHED)
@@ -70,9 +73,9 @@ def site(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits:
 
     port = free_port()
     server = start_server(tracker.uri, home, port)
-    [study] = tracker.studies()
+    [study] = queries.studies(tracker)
     links = study_links(
-        f"http://{HOST}:{port}", study.experiment, study.objective, study.view, tracker.best_run_ids(study, 10)
+        f"http://{HOST}:{port}", study.experiment, study.objective, study.view, queries.best_run_ids(tracker, study, 10)
     )
     yield Site(tracker.uri, server, port, study.experiment, links, accuracies)
     stop_server(server)
@@ -115,7 +118,7 @@ def family(leader: int) -> list[psutil.Process]:
     return found
 
 
-def test_the_view_shows_trials_only_best_first_with_scores_and_searched_parameters() -> None:
+def test_view_shows_trials_best_first_with_searched_params() -> None:
     key, value = shared_view("val/f1_macro", ["optimizer.lr", "schedule.name"])
     form, _, packed = value.partition(";")
     view = json.loads(zlib.decompress(base64.b64decode(packed)))
@@ -155,7 +158,7 @@ def test_fewer_than_two_runs_are_not_compared(runs: list[str]) -> None:
     assert "comparison" not in study_links("http://here:1", "7", "val/accuracy", "abc", runs)
 
 
-def test_the_trials_link_lists_the_trials_best_first_with_their_accuracy(site: Site, page: Page) -> None:
+def test_trials_link_lists_trials_best_first(site: Site, page: Page) -> None:
     page.goto(site.links["trials"])
     scores = page.locator('[role=gridcell][col-id="metrics.`val/accuracy`"]')
     expect(scores).to_have_count(2)
@@ -174,7 +177,7 @@ def test_the_charts_link_draws_the_validation_scores(site: Site, page: Page) -> 
     expect(page.locator(".js-plotly-plot").first).to_be_visible()
 
 
-def test_the_comparison_link_sets_the_best_trials_side_by_side(site: Site, page: Page) -> None:
+def test_comparison_link_compares_the_best_trials(site: Site, page: Page) -> None:
     page.goto(site.links["comparison"])
     expect(page.get_by_text("Comparing 2 Runs")).to_be_visible()
     for run_id in site.accuracies:
@@ -182,7 +185,7 @@ def test_the_comparison_link_sets_the_best_trials_side_by_side(site: Site, page:
     expect(page.get_by_text("optimizer.lr").first).to_be_visible()
 
 
-def test_a_runs_picture_is_seen_on_its_page(site: Site, page: Page) -> None:
+def test_runs_figure_is_shown_on_its_page(site: Site, page: Page) -> None:
     best = next(iter(site.accuracies))
     page.goto(f"http://{HOST}:{site.port}/#/experiments/{site.experiment}/runs/{best}/artifacts/confusion_matrix.png")
     page.wait_for_function("[...document.images].some(i => i.src.startsWith('blob:') && i.naturalWidth > 300)")
@@ -199,12 +202,12 @@ def test_the_server_listens_on_this_machine_only(site: Site) -> None:
     assert listening == {(HOST, site.port)}
 
 
-def test_the_databases_address_is_not_among_the_processes_arguments(site: Site) -> None:
+def test_database_address_is_in_no_process_argument(site: Site) -> None:
     assert "mlflow.db" not in " ".join(word for process in family(site.server.pid) for word in process.cmdline())
 
 
 @pytest.mark.parametrize("talks", [True, False])
-def test_a_port_in_use_is_refused_by_name_at_once(talks: bool, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_port_in_use_is_refused_at_once(talks: bool, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     with socket.socket() as other:
         if talks:
             port = request.getfixturevalue("site").port
@@ -213,13 +216,13 @@ def test_a_port_in_use_is_refused_by_name_at_once(talks: bool, request: pytest.F
             other.listen()
             port = other.getsockname()[1]
         started = time.monotonic()
-        with pytest.raises(UserError, match=rf"^PORT {port}: .*PORT="):
+        with pytest.raises(UserError, match=rf"^`--port {port}`: .*choose another port"):
             start_server(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, port)
         assert time.monotonic() - started < 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_server_that_cannot_start_is_told_with_the_reason_and_leaves_nothing(tmp_path: Path) -> None:
+def test_server_that_cannot_start_leaves_nothing(tmp_path: Path) -> None:
     port = free_port()
     with pytest.raises(UserError, match=rf"did not start on port {port}: .*server\.log") as caught:
         start_server("nosuch://maria:hunter2@127.0.0.1/runs", tmp_path, port)
@@ -240,7 +243,7 @@ start_server(f"sqlite:///{sys.argv[1]}/mlflow.db", Path(sys.argv[1]), int(sys.ar
 """
 
 
-def test_ctrl_c_while_the_server_starts_leaves_no_process(tmp_path: Path) -> None:
+def test_ctrl_c_during_start_leaves_no_process(tmp_path: Path) -> None:
     command = [sys.executable, "-c", START, str(tmp_path), str(free_port())]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as starting:
         while not ((tmp_path / "server.log").exists() and (tmp_path / "server.log").stat().st_size):
@@ -252,9 +255,7 @@ def test_ctrl_c_while_the_server_starts_leaves_no_process(tmp_path: Path) -> Non
     assert family(leader.pid) == []
 
 
-def test_a_server_that_was_killed_leaves_nothing_and_is_quiet(
-    site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_killed_server_leaves_nothing(site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     port = free_port()
     server = start_server(site.uri, tmp_path, port)
     assert capfd.readouterr() == ("", "")
@@ -265,7 +266,7 @@ def test_a_server_that_was_killed_leaves_nothing_and_is_quiet(
     assert family(server.pid) == [] and not listens(port)
 
 
-def test_stop_leaves_no_process_behind_though_a_browser_is_still_connected(site: Site, page: Page) -> None:
+def test_stop_leaves_no_process_with_a_browser_connected(site: Site, page: Page) -> None:
     """The last test of the site."""
     page.goto(site.links["trials"])
     stop_server(site.server)

@@ -19,7 +19,7 @@ from pipeline.tracking.tracker import MlflowTracker
 NORMAL = 1
 
 
-def test_both_stores_write_ahead_and_do_not_wait_for_the_disk(tmp_path: Path) -> None:
+def test_both_stores_use_the_log_and_do_not_wait_for_disk(tmp_path: Path) -> None:
     tracker, storage = MlflowTracker(tmp_path), open_storage(tmp_path)
     store = tracker.client._tracking_client.store
     assert isinstance(store, mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore)
@@ -30,7 +30,7 @@ def test_both_stores_write_ahead_and_do_not_wait_for_the_disk(tmp_path: Path) ->
             assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-def test_what_was_committed_outlives_a_killed_process(tmp_path: Path) -> None:
+def test_committed_rows_outlive_a_killed_process(tmp_path: Path) -> None:
     script = """
 import os, signal, sys
 from pathlib import Path

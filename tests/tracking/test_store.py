@@ -18,10 +18,12 @@ from mlflow.protos import databricks_pb2 as codes
 from requests import ConnectionError
 
 from pipeline.errors import UserError
+from pipeline.tracking import queries
 from pipeline.tracking.journal import DiskFault
 from pipeline.tracking.server import HOST
-from pipeline.tracking.store import is_for_good
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.store import is_permanent
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
 
 
 def open_at_once(home: Path, batch_writes: Barrier, number: int, parents: Any) -> None:
@@ -33,7 +35,7 @@ def open_at_once(home: Path, batch_writes: Barrier, number: int, parents: Any) -
     tracker.open_study(f"own{number}-v1-digits", "Why?", "val/accuracy", []).end(State.FINISHED)
 
 
-def test_processes_that_open_a_fresh_store_at_once_all_succeed_and_share_an_experiment(tmp_path: Path) -> None:
+def test_processes_can_open_a_new_store_at_once(tmp_path: Path) -> None:
     # The server of forks imports once for all four, so that they start within milliseconds of each other.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.tracking.tracker"])
@@ -45,7 +47,7 @@ def test_processes_that_open_a_fresh_store_at_once_all_succeed_and_share_an_expe
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0, 0, 0]
     assert len({parents.get(timeout=5) for _ in workers}) == 1
-    names = {study.name for study in MlflowTracker(tmp_path).studies()}
+    names = {study.name for study in queries.studies(MlflowTracker(tmp_path))}
     assert names == {"shared-v1-digits", *(f"own{i}-v1-digits" for i in range(4))}
 
 
@@ -66,9 +68,9 @@ BAD_ADDRESSES = [
 
 
 @pytest.mark.parametrize("uri", BAD_ADDRESSES)
-def test_an_address_that_cannot_be_opened_is_one_line_without_the_password_soon(uri: str, tmp_path: Path) -> None:
+def test_unusable_address_is_one_line_without_the_password(uri: str, tmp_path: Path) -> None:
     started = time.monotonic()
-    with pytest.raises(UserError, match=r"^TRACKING_URI .*can't be opened") as caught:
+    with pytest.raises(UserError, match=r"^`--tracking-uri` .*can't be opened") as caught:
         MlflowTracker(tmp_path, uri)
     assert time.monotonic() - started < 40
     assert len(caught.value.lines) == 1
@@ -76,14 +78,14 @@ def test_an_address_that_cannot_be_opened_is_one_line_without_the_password_soon(
     assert "mlruns/mlflow.db" in str(caught.value)
 
 
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"not a database " * 1000)
     with pytest.raises(UserError, match="not a database"):
         MlflowTracker(tmp_path)
 
 
 @pytest.mark.parametrize("statement", ["", "CREATE TABLE metrics", "DROP TABLE metrics"])
-def test_a_first_start_that_is_killed_while_it_makes_the_tables_is_no_hindrance(statement: str, tmp_path: Path) -> None:
+def test_first_start_can_be_killed_while_it_creates_tables(statement: str, tmp_path: Path) -> None:
     """The last of them leaves a table behind that its migration makes, and can't make again."""
     script = f"""
 import os, signal, sys
@@ -107,30 +109,30 @@ MlflowTracker(Path(sys.argv[1]))
     }
 
 
-def test_a_silent_server_is_told_in_good_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_server_is_refused_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tracking.store._PROBE_S", 1.0)
     with socket.create_server((HOST, 0)) as silent:
         began = time.monotonic()
-        with pytest.raises(UserError, match=r"^TRACKING_URI .*can't be opened.*Read timed"):
+        with pytest.raises(UserError, match=r"^`--tracking-uri` .*can't be opened.*Read timed"):
             MlflowTracker(tmp_path, f"http://{HOST}:{silent.getsockname()[1]}")
     assert time.monotonic() - began < 10, "asked once"
 
 
-def test_a_deleted_experiment_is_refused_in_a_line_that_tells_the_way_out(tmp_path: Path) -> None:
+def test_deleted_experiment_is_refused_with_a_remedy(tmp_path: Path) -> None:
     tracker = MlflowTracker(tmp_path)
     tracker.client.delete_experiment(tracker.experiment("deleted-v1-digits"))
-    with pytest.raises(UserError, match=r"deleted-v1-digits was deleted.*restore.*VERSION") as caught:
+    with pytest.raises(UserError, match=r"deleted-v1-digits: was deleted.*restore.*`--version`") as caught:
         tracker.open_study("deleted-v1-digits", "Why?", "val/accuracy", [])
     assert len(caught.value.lines) == 1
 
 
-def test_a_disk_fault_is_tried_again_and_a_run_that_mlflow_does_not_know_is_not() -> None:
-    assert not is_for_good(DiskFault("full"))
-    assert not is_for_good(ConnectionError("no"))
-    assert not is_for_good(MlflowException("503", codes.TEMPORARILY_UNAVAILABLE))
-    assert not is_for_good(MlflowException("slow down", codes.REQUEST_LIMIT_EXCEEDED))
-    assert not is_for_good(MlflowException("(Background on: https://sqlalche.me/e/20/rvf5)", codes.BAD_REQUEST))
-    assert is_for_good(MlflowException("no such run", codes.RESOURCE_DOES_NOT_EXIST))
-    assert is_for_good(UserError("deleted"))
-    assert is_for_good(PermissionError("artifacts"))
-    assert is_for_good(TypeError("a bug"))
+def test_outages_are_retried_and_rejections_are_not() -> None:
+    assert not is_permanent(DiskFault("full"))
+    assert not is_permanent(ConnectionError("no"))
+    assert not is_permanent(MlflowException("503", codes.TEMPORARILY_UNAVAILABLE))
+    assert not is_permanent(MlflowException("slow down", codes.REQUEST_LIMIT_EXCEEDED))
+    assert not is_permanent(MlflowException("(Background on: https://sqlalche.me/e/20/rvf5)", codes.BAD_REQUEST))
+    assert is_permanent(MlflowException("no such run", codes.RESOURCE_DOES_NOT_EXIST))
+    assert is_permanent(UserError("deleted"))
+    assert is_permanent(PermissionError("artifacts"))
+    assert is_permanent(TypeError("a bug"))

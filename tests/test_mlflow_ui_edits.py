@@ -1,6 +1,6 @@
-"""What people do in MLflow's pages between two commands: each command works and says what is left out, or says the way out.
+"""What people change in MLflow's UI between two commands: each command works and reports what it omits, or names a remedy.
 
-The acts are those of the pages, by MLflow's client; the store, the commands and the trainings are real, only short.
+The edits are those of the UI, by MLflow's client; the store, the commands and the trainings are real, only short.
 """
 
 import contextlib
@@ -38,18 +38,18 @@ HISTORY, EXPORT, SYNC, AUDIT, FIX = ("history",), ("export",), ("sync",), ("audi
 ROLES = ("study", "trial", "final")
 
 
-def call(*words: str) -> tuple[int, str]:
+def call(*arguments: str) -> tuple[int, str]:
     """A command's exit code, and what it prints; in the current folder, in this process."""
     out, root = io.StringIO(), logging.getLogger()
-    handlers, arguments = root.handlers[:], sys.argv
-    root.handlers[:], sys.argv = [], ["pipeline", *words]
+    handlers, argv = root.handlers[:], sys.argv
+    root.handlers[:], sys.argv = [], ["pipeline", *arguments]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             main()
     except SystemExit as ended:
         return int(ended.code or 0), out.getvalue()
     finally:
-        root.handlers[:], sys.argv = handlers, arguments
+        root.handlers[:], sys.argv = handlers, argv
     raise AssertionError("typer always exits")
 
 
@@ -72,7 +72,7 @@ class Store:
             self.client.restore_run(run_id)
 
 
-def opened(home: Path) -> Store:
+def open_store(home: Path) -> Store:
     client = MlflowTracker(home).client
     (experiment,) = [found.experiment_id for found in client.search_experiments() if found.name == NAME]
     runs = client.search_runs([experiment], order_by=["attributes.start_time ASC"])
@@ -81,67 +81,67 @@ def opened(home: Path) -> Store:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    home = tmp_path_factory.mktemp("made") / "mlruns"
+def finished_study(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    home = tmp_path_factory.mktemp("finished") / "mlruns"
     with contextlib.chdir(home.parent):
         for command in (STUDY, FINALS):
-            code, said = call(*command)
-            assert code == 0, said
-        for which in (("--run", opened(home).trials[0]), ("attention",)):
-            code, said = call("promote", *which, *LENIENT)
-            assert code == 0, said
+            code, output = call(*command)
+            assert code == 0, output
+        for which in (("--run", open_store(home).trials[0]), ("attention",)):
+            code, output = call("promote", *which, *LENIENT)
+            assert code == 0, output
     return Trained(home, "", "")
 
 
 @pytest.fixture
-def store(made: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    made.copy(tmp_path / "mlruns")
+def store(finished_study: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    finished_study.copy(tmp_path / "mlruns")
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save("picture.png")
-    return opened(tmp_path / "mlruns")
+    return open_store(tmp_path / "mlruns")
 
 
-def expect(command: Sequence[str], code: int, *words: str) -> str:
-    """A command that ends so, with these words in what it says, and never with a traceback."""
-    ended, said = call(*command)
-    told = " ".join(said.split())
-    assert "Traceback" not in said, said
-    assert ended == code, said
-    for phrase in words:
-        assert phrase in told, f"{phrase!r} is not in:\n{said}"
-    return told
+def expect(command: Sequence[str], code: int, *texts: str) -> str:
+    """Run a command that ends with this exit code and prints these texts, and never a traceback; its output."""
+    exit_code, output = call(*command)
+    line = " ".join(output.split())
+    assert "Traceback" not in output, output
+    assert exit_code == code, output
+    for text in texts:
+        assert text in line, f"{text!r} is not in:\n{output}"
+    return line
 
 
-# Act -> what is done, and then command after command: its exit code, and what it has to say.
+# Edit -> how it is made, and then command after command: its exit code, and what its output contains.
 Step = tuple[Sequence[str], int, *tuple[str, ...]]
-TABLE: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
+EDITS: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
     "a trial is deleted": (
         lambda s: s.delete(s.trials[1]),
-        [(AUDIT, 0, f"left out, deleted in MLflow: trial 1 of {NAME}; to have it back, restore it in MLflow"),
-         (STUDY, 0, "left out, deleted in MLflow: trial 1;", "best 2 of 3 trials"),
-         (COMPARE, 0, "left out, deleted in MLflow: trial 1;", "best 2 of 2 trials"),
-         (PROMOTE, 0, "left out, deleted in MLflow: trial 1;", "nothing to do"),
+        [(AUDIT, 0, f"omitted, deleted in MLflow: trial 1 of {NAME}; restore it in MLflow"),
+         (STUDY, 0, "omitted, deleted in MLflow: trial 1;", "best 2 of 3 trials"),
+         (COMPARE, 0, "omitted, deleted in MLflow: trial 1;", "best 2 of 2 trials"),
+         (PROMOTE, 0, "omitted, deleted in MLflow: trial 1;", "nothing to do"),
          (MORE, 0, "best 3 of 4 trials"),
          (FIX, 0, "nothing found")],
     ),
     "the control is deleted": (
         lambda s: s.delete(s.trials[0]),
-        [(FINALS, 0, "left out, deleted in MLflow: trial 0 (control);", "2 candidates and the control", "winner: "),
+        [(FINALS, 0, "omitted, deleted in MLflow: trial 0 (control);", "2 candidates and the control", "winner: "),
          (PREDICT, 0, "the champion, image-classifier version 2"), (ROLLBACK, 0, "version 1"), (PREDICT, 0, "version 1"),
          (AUDIT, 0, "nothing found")],
     ),
     "all trials are deleted": (
         lambda s: s.delete(*s.trials),
-        [(STUDY, 0, "trial 0 (control), trial 1, trial 2; to have them back, restore them in MLflow"),
-         (FINALS, 2, "left out, deleted", "no finished trial yet"),
-         (COMPARE, 0, "left out, deleted", "no trial finished"), (AUDIT, 0, "trials 0, 1, 2 of")],
+        [(STUDY, 0, "trial 0 (control), trial 1, trial 2; restore them in MLflow"),
+         (FINALS, 2, "omitted, deleted", "no finished trial yet"),
+         (COMPARE, 0, "omitted, deleted", "no trial finished"), (AUDIT, 0, "trials 0, 1, 2 of")],
     ),
     "a final is deleted": (
         lambda s: s.delete(s.finals[0]),
         [(PROMOTE, 2, "1 of the runs that decided them are gone, deleted in MLflow", f"make finals NAME={NAME}"),
-         (COMPARE, 0, "left out, deleted in MLflow: final of trial 0 (control), seed 1;"),
+         (COMPARE, 0, "omitted, deleted in MLflow: final of trial 0 (control), seed 1;"),
          (EXPORT, 0, "image-classifier version 2"),
-         (FINALS, 0, "make finals trains a final anew", "1 of them done", "winner: "),
+         (FINALS, 0, "finals` trains a final again", "1 of them done", "winner: "),
          (AUDIT, 0, "nothing found"), (COMPARE, 0, "Finals: the winner is")],
     ),
     "a final is deleted and restored": (
@@ -150,24 +150,24 @@ TABLE: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
     ),
     "the study's own run is deleted": (
         lambda s: s.delete(s.study),
-        [(COMPARE, 2, f"study {NAME}: was deleted in MLflow; restore it in MLflow", "or make study NAME=attention"),
+        [(COMPARE, 2, f"study {NAME}: was deleted in MLflow; restore it in MLflow", "study attention` resumes what remains"),
          (FINALS, 2, "was deleted in MLflow"), (PROMOTE, 2, "was deleted in MLflow"),
          (AUDIT, 0, f"{NAME}: was deleted in MLflow"),
-         (STUDY, 0, "another takes its place", "has 5 runs of one that was deleted", "best 3 of 3 trials"),
+         (STUDY, 0, " replaces it", "adopts 5 runs of one that was deleted", "best 3 of 3 trials"),
          (AUDIT, 0, "nothing found"), (COMPARE, 0, "best 3 of 3 trials"), (FINALS, 0, "2 of them done", "winner: "),
          (PROMOTE, 0, "nothing to do")],
     ),
     "the study is deleted with all its runs, and these are restored": (
         lambda s: s.delete(s.study, *s.trials, *s.finals),
-        [(STUDY, 0, "left out, deleted in MLflow: ", "best 0 of 3 trials"), (AUDIT, 0, "trials 0, 1, 2 of")],
+        [(STUDY, 0, "omitted, deleted in MLflow: ", "best 0 of 3 trials"), (AUDIT, 0, "trials 0, 1, 2 of")],
     ),
     "the study is deleted, then its trials' runs too, which are restored": (
         lambda s: (s.delete(s.study, *s.trials, *s.finals), call(*STUDY), s.restore(*s.trials, *s.finals)),
-        [(STUDY, 0, "has 5 runs of one that was deleted", "best 3 of 3 trials"), (FINALS, 0, "2 of them done")],
+        [(STUDY, 0, "adopts 5 runs of one that was deleted", "best 3 of 3 trials"), (FINALS, 0, "2 of them done")],
     ),
     "the experiment is deleted": (
         lambda s: s.client.delete_experiment(s.experiment),
-        [(STUDY, 2, "was deleted: MLFLOW_TRACKING_URI=sqlite:", "mlflow experiments restore --experiment-id 1"),
+        [(STUDY, 2, "was deleted; MLFLOW_TRACKING_URI=sqlite:", "mlflow experiments restore --experiment-id 1"),
          (COMPARE, 2, "was deleted in MLflow", "mlflow experiments restore"), (FINALS, 2, "mlflow experiments restore"),
          (PREDICT, 0, "version 2"), (AUDIT, 0, "was deleted in MLflow", "mlflow experiments restore"), (SYNC, 0,)],
     ),
@@ -181,7 +181,7 @@ TABLE: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
     ),
     "the registered model is deleted": (
         lambda s: s.client.delete_registered_model(MODEL),
-        [(AUDIT, 1, "version 1, 2 was deleted in MLflow; make audit FIX=1 takes it out"),
+        [(AUDIT, 1, "version 1, 2 was deleted in MLflow; "),
          (FIX, 0, "version 2, the champion, was deleted in MLflow: the ledger has it as gone"),
          (HISTORY, 0, "gone", "no champion"), (ROLLBACK, 2, "has no champion; there is nothing to go back to"),
          (PROMOTE, 5, "which was deleted in MLflow; FORCE=1"), (PREDICT, 0, "no champion"),
@@ -195,7 +195,7 @@ TABLE: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
     "the champion's version is deleted": (
         lambda s: s.client.delete_model_version(MODEL, "2"),
         [(PROMOTE, 2, "version 2, the champion, was deleted in MLflow", "make rollback VERSION=1"),
-         (AUDIT, 1, "make rollback VERSION=1"), ((*ROLLBACK, "--version", "1"), 0, "version 1"),
+         (AUDIT, 1, "rollback --version 1` restores it"), ((*ROLLBACK, "--version", "1"), 0, "version 1"),
          (AUDIT, 0, "nothing found"), (PREDICT, 0, "the champion, image-classifier version 1")],
     ),
     "the former champion's version is deleted": (
@@ -214,13 +214,13 @@ TABLE: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
     ),
     "a final loses a tag": (
         lambda s: s.client.delete_tag(s.finals[1], "recipe_digest"),
-        [(AUDIT, 1, "tags were removed or changed in MLflow: recipe_digest", "can be deleted"),
-         (FINALS, 0, "left out, tags were removed or changed in MLflow", "1 of them done", "winner: ")],
+        [(AUDIT, 1, "tags were removed or changed in MLflow: recipe_digest", "delete another run without its tags"),
+         (FINALS, 0, "omitted, tags were removed or changed in MLflow", "1 of them done", "winner: ")],
     ),
     "a trial loses its key": (
         lambda s: s.client.delete_tag(s.trials[2], "run_key"),
         [(COMPARE, 0, "best 3 of 3 trials"), (AUDIT, 1, "tags were removed or changed in MLflow: run_key"),
-         (FIX, 0, "tags written again: run_key", "nothing found")],
+         (FIX, 0, "tags restored: run_key", "nothing found")],
     ),
     "a version is registered by hand": (
         lambda s: s.client.create_model_version(MODEL, f"runs:/{s.trials[1]}/model", s.trials[1]),
@@ -228,32 +228,32 @@ TABLE: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
     ),
 }  # fmt: skip
 for _tag in ("role", "study", "trial", "state", "recipe_digest", "data_digest"):
-    TABLE[f"a trial loses its tag {_tag}"] = (
+    EDITS[f"a trial loses its tag {_tag}"] = (
         lambda s, tag=_tag: s.client.delete_tag(s.trials[2], tag),  # type: ignore[misc]
-        [(AUDIT, 1, f"tags were removed or changed in MLflow: {_tag}; make audit FIX=1 writes"),
-         (COMPARE, 0, "left out, tags were removed or changed in MLflow: trial 2", "best 2 of 2 trials"),
-         (FIX, 0, f"tags written again: {_tag}", "nothing found"), (STUDY, 0, "best 3 of 3 trials")],
+        [(AUDIT, 1, f"tags were removed or changed in MLflow: {_tag}; `", "audit --fix` restores"),
+         (COMPARE, 0, "omitted, tags were removed or changed in MLflow: trial 2", "best 2 of 2 trials"),
+         (FIX, 0, f"tags restored: {_tag}", "nothing found"), (STUDY, 0, "best 3 of 3 trials")],
     )  # fmt: skip
 for _tag, _value in (("role", ""), ("study", ""), ("objective", ""), ("objective", "loss")):
-    TABLE[f"the study's {_tag} becomes {_value or 'nothing'}"] = (
+    EDITS[f"the study's {_tag} becomes {_value or 'nothing'}"] = (
         lambda s, tag=_tag, value=_value: (  # type: ignore[misc]
             s.client.set_tag(s.study, tag, value) if value else s.client.delete_tag(s.study, tag)
         ),
         [(COMPARE, 2, "no study attention in the tracking store", "whose tags were removed"),
-         (AUDIT, 1, f"tags were removed or changed in MLflow: {_tag}; make audit FIX=1 writes"),
+         (AUDIT, 1, f"tags were removed or changed in MLflow: {_tag}; `", "audit --fix` restores"),
          (STUDY, 0, "best 3 of 3 trials"), (AUDIT, 0, "nothing found"), (COMPARE, 0, "best 3 of 3 trials")],
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("act", TABLE)
-def test_after_each_act_every_command_works_or_says_the_way_out(act: str, store: Store) -> None:
-    do, steps = TABLE[act]
-    do(store)
-    for command, code, *words in steps:
-        expect(command, code, *words)
+@pytest.mark.parametrize("edit", EDITS)
+def test_every_command_works_or_names_a_remedy_after_an_edit(edit: str, store: Store) -> None:
+    change, steps = EDITS[edit]
+    change(store)
+    for command, code, *texts in steps:
+        expect(command, code, *texts)
 
 
-def test_a_deleted_run_is_no_candidate_but_can_be_looked_at(store: Store) -> None:
+def test_deleted_run_is_no_candidate_but_can_be_used(store: Store) -> None:
     store.delete(store.trials[2])
     expect(("promote", "--run", store.trials[2], *LENIENT), 2, "was deleted in MLflow; restore it in MLflow", "or take")
     expect((*PREDICT, "--model", store.trials[2]), 0, "which was deleted in MLflow")
@@ -265,11 +265,11 @@ def delete_when_measured(store: Store, monkeypatch: pytest.MonkeyPatch, view: st
     from pipeline.cli import views
 
     shown = getattr(views, view)
-    whole = shown.epoch
+    original = shown.epoch
     deleted: list[str] = []
 
     def epoch(self: Any, *what: Any) -> None:
-        whole(self, *what)
+        original(self, *what)
         limit = time.monotonic() + 60
         while not deleted and time.monotonic() < limit:
             for run in store.client.search_runs([store.experiment], f"attributes.status = 'RUNNING' and {query}"):
@@ -280,31 +280,25 @@ def delete_when_measured(store: Store, monkeypatch: pytest.MonkeyPatch, view: st
     monkeypatch.setattr(shown, "epoch", epoch)
 
 
-def test_a_trial_that_is_deleted_while_it_runs_is_left_out_and_what_waits_can_be_dropped(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trial_deleted_while_it_runs_is_omitted_and_droppable(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     delete_when_measured(store, monkeypatch, "StudyView", "tags.role = 'trial'")
-    expect(
-        MORE, 0, "MLflow refuses this run (it was deleted in MLflow)", "make sync DROP=1 throws that away", "trial 3;"
-    )
+    expect(MORE, 0, "(it was deleted in MLflow)", "make sync DROP=1 throws that away", "trial 3;")
     (journal,) = journals(Path("mlruns"))
-    expect(AUDIT, 1, f"{journal}: its run was deleted in MLflow; restored there, make sync sends")
+    expect(AUDIT, 1, f"{journal}: is pending, and its run was deleted in MLflow; restore the run there")
     expect(SYNC, 4, "sent 0 runs", "it was deleted in MLflow", "make sync DROP=1")
     expect(FIX, 1, "its run was deleted in MLflow")
     expect(FINALS, 0, "2 of them done", "winner: ")
     assert journal.exists(), "nothing is thrown away by itself"
     expect((*SYNC, "--drop-deleted"), 0, "sent 0 runs", "thrown away, as they were deleted in MLflow: 1 run")
     assert not list(Path("mlruns", FOLDER).glob("*"))
-    expect(AUDIT, 0, "left out, deleted in MLflow: trial 3", "nothing found")
+    expect(AUDIT, 0, "omitted, deleted in MLflow: trial 3", "nothing found")
 
 
-def test_a_final_that_is_deleted_while_it_runs_is_trained_anew_by_the_same_command(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_final_deleted_while_it_runs_is_trained_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.delete(store.finals[1])
     with monkeypatch.context() as patches:
         delete_when_measured(store, patches, "FinalsView", "tags.role = 'final'")
-        expect(FINALS, 2, "it was deleted in MLflow before it was whole; the same command makes it anew")
+        expect(FINALS, 2, "it was deleted in MLflow before it was complete; the same command trains it again")
     expect(FINALS, 0, "1 of them done", "winner: ")
     deleted = store.client.search_runs([store.experiment], "", run_view_type=2)
     (live,) = [run.info.run_id for run in deleted if run.info.run_id not in store.finals]
@@ -313,20 +307,16 @@ def test_a_final_that_is_deleted_while_it_runs_is_trained_anew_by_the_same_comma
     assert store.client.get_run(live).data.tags["state"] == "finished", "what waited for it was not lost"
 
 
-def test_the_studys_run_that_is_deleted_while_it_runs_has_another_in_its_place(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_study_run_deleted_while_it_runs_is_replaced(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patches:
         delete_when_measured(store, patches, "StudyView", "tags.role = 'study'")
         expect(MORE, 0, "it was deleted in MLflow", "best 4 of 4 trials")
-    expect(MORE, 0, "another takes its place", "has 6 runs of one that was deleted")
+    expect(MORE, 0, " replaces it", "adopts 6 runs of one that was deleted")
     expect((*SYNC, "--drop-deleted"), 0)
     expect(AUDIT, 0, "nothing found")
 
 
-def test_an_interrupted_trial_whose_run_is_deleted_begins_anew_with_another(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_trial_with_deleted_run_starts_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.cli import views
 
     def stop(self: Any, *what: Any) -> None:
@@ -342,10 +332,12 @@ def test_an_interrupted_trial_whose_run_is_deleted_begins_anew_with_another(
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("act", TABLE)
-def test_no_act_makes_any_command_a_traceback(act: str, store: Store, made: Trained, tmp_path: Path) -> None:
-    TABLE[act][0](store)
+@pytest.mark.parametrize("edit", EDITS)
+def test_no_edit_makes_any_command_a_traceback(
+    edit: str, store: Store, finished_study: Trained, tmp_path: Path
+) -> None:
+    EDITS[edit][0](store)
     commands = [STUDY, COMPARE, FINALS, PROMOTE, HISTORY, ROLLBACK, PREDICT, EXPORT, SYNC, AUDIT, FIX]
     for command in [*commands, ("reproduce", store.trials[1]), ("reproduce", store.finals[0])]:
-        _, said = call(*command)
-        assert "Traceback" not in said, (command, said)
+        _, output = call(*command)
+        assert "Traceback" not in output, (command, output)

@@ -1,17 +1,22 @@
-"""Ways of pruning replayed on whole learning curves: what each would have cost, and what it would have found.
+"""Ways of pruning replayed on complete learning curves: what each would have cost, and what it would have found.
 
-Every epoch costs 1 and the workers take the next recipe as soon as they are free, in lockstep; as in a study, the first
-WHOLE recipes are not pruned. Our pruner and Optuna's are replayed by the same rules on plain lists, a few hundred times
-faster; the tests hold the two to the same verdicts.
+    python studies/pruning/replay.py studies/pruning/baseline.csv
+
+Every epoch takes the same time and a free worker starts the next recipe; as in a study, the first MIN_UNPRUNED_TRIALS
+recipes are never pruned. Our pruner and Optuna's are replayed by the same rules on plain lists, a few hundred times
+faster; tests/studies/test_pruning.py holds the two to the same decisions.
 """
 
+import argparse
 from bisect import insort
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
+from curves import load_curves, scores_of
 from optuna.pruners import (
     BasePruner,
     HyperbandPruner,
@@ -21,7 +26,7 @@ from optuna.pruners import (
     SuccessiveHalvingPruner,
 )
 
-from pipeline.search.pruner import MIN_UNPRUNED_TRIALS, WINDOW, RecentTrialsPruner, goes_on
+from pipeline.search.pruner import MIN_UNPRUNED_TRIALS, WINDOW, RecentTrialsPruner, continues
 
 # Name -> the pruner for so many trials of so many epochs; the fraction is when it first decides.
 STRATEGIES: Mapping[str, Callable[[int, int], BasePruner]] = {
@@ -39,18 +44,18 @@ STRATEGIES: Mapping[str, Callable[[int, int], BasePruner]] = {
     "Hyperband by 3 from 1/9": lambda trials, epochs: HyperbandPruner(max(1, epochs // 9), epochs, 3),
 }
 WORKERS = (1, 2, 4)
-JUDGES = ("plain", "averaged")
-ORDERS_EACH = 10  # of a resample
+WEIGHTS = ("plain", "averaged")
+ORDERS_PER_RESAMPLE = 10
 
 
 class Rule(Protocol):
-    """A pruner, told what a study's trials do; they are numbered in the order in which they start."""
+    """A pruner that follows a study's trials, numbered in the order in which they start."""
 
     def prune(self, trial: int, epoch: int, score: float) -> bool:
-        """A trial scored after an epoch (from 1), not its last: is it to end here?"""
+        """Whether a trial with this score after an epoch, from 1 and not its last, is pruned."""
 
     def complete(self, trial: int) -> None:
-        """A trial reached its last epoch. One that diverges or is pruned just isn't heard of again."""
+        """A trial reached its last epoch. Nothing more is reported of one that diverged or was pruned."""
 
 
 class Never:
@@ -91,7 +96,7 @@ class Percentile:
 
 
 class Halving:
-    """SuccessiveHalvingPruner (ASHA, arXiv 1810.05934): at each rung only the best 1/eta of those who came goes on."""
+    """SuccessiveHalvingPruner (ASHA, arXiv 1810.05934): at each rung only the best 1/eta of those that reached it continue."""
 
     def __init__(self, pruner: SuccessiveHalvingPruner):
         assert pruner._min_resource is not None and not pruner._bootstrap_count
@@ -115,7 +120,7 @@ class Halving:
 
 
 class Recent:
-    """RecentTrialsPruner: at each rung only the best of the last few who came goes on."""
+    """RecentTrialsPruner: at each rung only the best of the last few that reached it continue."""
 
     def __init__(self, pruner: RecentTrialsPruner):
         self.first_decision = pruner.rungs[0]
@@ -127,14 +132,14 @@ class Recent:
             return False
         others = [other for _, other in self._scores[epoch][1 - WINDOW :]]
         insort(self._scores[epoch], (trial, score))
-        return not goes_on(score, others)
+        return not continues(score, others)
 
     def complete(self, trial: int) -> None:
         """See Rule."""
 
 
 class Hyperband:
-    """HyperbandPruner (arXiv 1603.06560): successive halving in brackets that begin to judge at different epochs."""
+    """HyperbandPruner (arXiv 1603.06560): successive halving in brackets whose first decisions are at different epochs."""
 
     def __init__(self, pruner: HyperbandPruner, name: str):
         pruner._try_initialization(None)  # type: ignore[arg-type]
@@ -178,11 +183,11 @@ def rule(pruner: BasePruner, name: str) -> AnyRule:
     return Never()
 
 
-def simulate(curves: Sequence[Sequence[float]], rule: Rule, workers: int, whole: int = 0) -> tuple[int, list[int]]:
+def simulate(curves: Sequence[Sequence[float]], rule: Rule, workers: int, unpruned: int = 0) -> tuple[int, list[int]]:
     """A study of these recipes in this order, one curve of scores each; NaN where it diverged.
 
-    The first `whole` are judged, and go on all the same. Returns the epochs that were trained, the one in which a recipe
-    diverged included, and who came to the last one.
+    The first `unpruned` recipes are compared, and always continue. Returns the epochs that were trained, including the
+    one in which a recipe diverged, and the recipes that were completed.
     """
     waiting = iter(range(workers, len(curves)))
     running = deque((trial, 1) for trial in range(min(workers, len(curves))))  # and the epoch that comes next
@@ -196,7 +201,7 @@ def simulate(curves: Sequence[Sequence[float]], rule: Rule, workers: int, whole:
                 rule.complete(trial)
                 completed.append(trial)
             else:
-                if not rule.prune(trial, epoch, score) or trial < whole:
+                if not rule.prune(trial, epoch, score) or trial < unpruned:
                     running.append((trial, epoch + 1))
                     continue
         if (new := next(waiting, None)) is not None:
@@ -217,17 +222,13 @@ class Estimate:
 class Replayed:
     """What a strategy did with the scores of one kind of weights, on average over many random orders of the recipes."""
 
-    judged_by: str  # the plain or the averaged weights
+    weights: str  # whose scores decide: plain or averaged
     strategy: str
     workers: int
     first_decision: int  # epoch
     rank_correlation: Estimate  # Spearman's, of the scores at the first decision and at the end
     epochs_used: Estimate  # share of those without pruning
-    regret: Estimate  # final score of the best recipe less that of the best completed one, as judged
-
-    def as_json(self) -> dict[str, Any]:
-        """Nested dictionaries."""
-        return asdict(self)
+    regret: Estimate  # final score of the best recipe less that of the best completed one
 
 
 def replay_all(
@@ -238,25 +239,25 @@ def replay_all(
     trials: int | None = None,
     rise: float = 0.0,
 ) -> list[Replayed]:
-    """Every strategy on the curves of each judge, (num_recipes, num_epochs), NaN where a recipe had diverged.
+    """Every strategy on the scores of each kind of weights, (num_recipes, num_epochs), NaN where a recipe had diverged.
 
     Values are means over `orders` random orders, the same for all, of all recipes or of `trials` drawn ones. With `rise`
     the later ones tend to be better, as in a search that learns: by so many widths of the spread of a uniform distribution
     from the first to the last. The intervals are percentile bootstraps over recipes:
-    as many recipes are drawn with replacement, `resamples` times, and each time the mean is over ORDERS_EACH orders.
-    Regret is in the terms of the judge's own last score; a study that completes nothing is counted as scoring 0.
+    as many recipes are drawn with replacement, `resamples` times, and each time the mean is over ORDERS_PER_RESAMPLE orders.
+    Regret is in the last score of the same weights; a study that completes nothing counts as scoring 0.
     """
     return [
         line
-        for judge, curves in scores.items()
+        for weights, curves in scores.items()
         for name, make in STRATEGIES.items()
-        for line in _replay(curves, judge, name, make, orders, seed, resamples, trials, rise)
+        for line in _replay(curves, weights, name, make, orders, seed, resamples, trials, rise)
     ]
 
 
 def _replay(
     curves: np.ndarray,
-    judge: str,
+    weights: str,
     name: str,
     make: Callable[[int, int], BasePruner],
     orders: int,
@@ -277,17 +278,17 @@ def _replay(
 
     given = [order(np.arange(num_recipes)) for _ in range(orders)]
     choices = [np.asarray(random.randint(num_recipes, size=num_recipes)) for _ in range(resamples)]
-    drawn = [[order(those) for _ in range(ORDERS_EACH)] for those in choices]
+    drawn = [[order(those) for _ in range(ORDERS_PER_RESAMPLE)] for those in choices]
     correlation = _estimate(
         _rank_correlation(curves, first), [_rank_correlation(curves[chosen], first) for chosen in choices]
     )
-    found = []
+    results = []
     for workers in WORKERS:
         mean = _mean_outcome(curves, given, make, workers)
         means = np.array([_mean_outcome(curves, those, make, workers) for those in drawn])
         used, regret = (_estimate(mean[i], list(means[:, i])) for i in (0, 1))
-        found.append(Replayed(judge, name, workers, first, correlation, used, regret))
-    return found
+        results.append(Replayed(weights, name, workers, first, correlation, used, regret))
+    return results
 
 
 def _mean_outcome(
@@ -333,3 +334,31 @@ def quantile(ascending: Sequence[float], share: float) -> float:
         return ascending[-1]
     low, high, part = ascending[below], ascending[below + 1], place - below
     return high - (high - low) * (1 - part) if part >= 0.5 else low + (high - low) * part
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="a table of learning curves, as curves.py writes")
+    parser.add_argument("--orders", type=int, default=500, help="random orders of the recipes")
+    parser.add_argument("--seed", type=int, default=0, help="of the orders")
+    parser.add_argument("--trials", type=int, help="of a study: so many recipes, drawn anew for each order")
+    parser.add_argument("--rise", type=float, default=0.0, help="later trials tend to be better, by so many widths")
+    options = parser.parse_args()
+    curves = load_curves(Path(options.file))
+    if options.trials and options.trials > len(curves):
+        parser.error(f"--trials {options.trials}: {options.file} has {len(curves)} recipes")
+    scores = {weights: scores_of(curves, weights) for weights in WEIGHTS}
+    print("weights | strategy | workers | first at epoch | rank correlation | epochs used, % | regret, points")  # noqa: T201
+    for line in replay_all(scores, options.orders, options.seed, trials=options.trials, rise=options.rise):
+        cells = (line.weights, line.strategy, line.workers, line.first_decision)
+        estimates = (_text(line.rank_correlation, 1), _text(line.epochs_used, 100), _text(line.regret, 100))
+        print(" | ".join(map(str, (*cells, *estimates))))  # noqa: T201
+
+
+def _text(estimate: Estimate, scale: float) -> str:
+    value, low, high = (f"{scale * number:.2f}" for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value} ({low} to {high})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,19 @@
-"""Whole learning curves of random recipes of a study, kept as a table, so that ways of pruning can be replayed on them."""
+"""Complete learning curves of random recipes of a study, kept as a table, on which replay.py replays ways of pruning.
 
+    python studies/pruning/curves.py baseline --output studies/pruning/baseline.csv --recipes 60 \\
+        --set training.epochs=18 data.train_fraction=0.3333333
+
+The table is resumed if it exists; Ctrl-C loses one recipe.
+"""
+
+import argparse
 import contextlib
 import csv
 import io
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +23,11 @@ import numpy as np
 import optuna
 import torch
 
-from pipeline.data.prepare import TrainingData
+from pipeline.data.datasets import load
+from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import Recipe
-from pipeline.search.study import Search
+from pipeline.search.study import Search, load_study
 from pipeline.training.loop import Diverged, EpochReport, train
 
 COLUMNS = ("recipe", "epoch", "score_plain", "score_averaged", "digest", "params")
@@ -30,17 +39,17 @@ class Curve:
     """One recipe's validation scores by epoch, of the trained and of the averaged weights; NaN once it had diverged."""
 
     recipe: int
-    digest: str  # of the whole recipe
+    digest: str  # of the recipe
     params: dict[str, Any]
     plain: list[float]
     averaged: list[float]
 
 
 def averaging(search: Search, data: TrainingData) -> Search:
-    """The same search with all recipes averaging their weights: over half an epoch, where its base doesn't average.
+    """The same search with averaged weights in all recipes: over half an epoch, where its base doesn't average.
 
-    Half an epoch is long beside the noise from batch to batch, and short beside the schedule: an average over more
-    would lag behind weights that still move, most of all in the first epochs, where a pruner decides.
+    Half an epoch is long compared with the noise of batches, and short compared with the schedule: an average over more
+    would lag behind weights that still change, most of all in the first epochs, where a pruner decides.
     """
     steps = max(4, len(data.train.labels) // search.base.training.batch_size)
     decay = search.base.training.ema_decay or 1 - 2 / steps
@@ -62,7 +71,8 @@ def draw(search: Search, count: int) -> list[dict[str, Any]]:
 def check_length(search: Search) -> None:
     """UserError where the space asks for the number of epochs."""
     if "training.epochs" in search.space():
-        raise UserError("the study asks for training.epochs, but curves need one length: --epochs N gives all the same")
+        rule = "the study searches it, but curves need one length"
+        raise UserError("training.epochs", rule, "`--set training.epochs=N` gives all recipes the same")
 
 
 def collect(
@@ -73,15 +83,14 @@ def collect(
     count: int,
     on_epoch: Callable[[int, EpochReport], None] = lambda recipe, report: None,
 ) -> Iterator[Curve]:
-    """Train `count` recipes of a search to the end, each that `file` does not hold yet; yields each as it is written.
+    """Train `count` recipes of a search to the end, except those in `file`; yields each after it was written.
 
-    A recipe is written whole, when it is done. Raises UserError where the space asks for the number of epochs, as
-    curves need one length, and where the file holds other recipes.
+    Raises UserError where the space asks for the number of epochs, and where the file holds other recipes.
     """
     check_length(search)
     drawn = draw(search, count)
     recipes = [search.recipe(params) for params in drawn]
-    done = _begun(file, recipes)
+    done = _num_stored(file, recipes)
     with file.open("a", encoding="utf-8", newline="") as table:
         for number in range(done, count):
             curve = _train(number, recipes[number], drawn[number], search.study.objective, data, device, on_epoch)
@@ -92,16 +101,16 @@ def collect(
 
 
 def load_curves(file: Path) -> list[Curve]:
-    """The whole curves in a table that `collect` wrote, without a torn end; DataError where it is none."""
+    """The complete curves in a table that `collect` wrote; DataError where it is no such table."""
     curves, _ = _read(file)
     if len(curves) < 2:
-        raise DataError(f"{file}: {len(curves)} whole learning curves; a replay needs at least 2")
+        raise DataError(str(file), f"{len(curves)} complete learning curves; a replay needs at least 2")
     return curves
 
 
-def scores(curves: list[Curve], which: str) -> np.ndarray:
+def scores_of(curves: list[Curve], weights: str) -> np.ndarray:
     """(num_recipes, num_epochs) float64 of the "plain" or the "averaged" weights."""
-    return np.array([getattr(curve, which) for curve in curves])
+    return np.array([getattr(curve, weights) for curve in curves])
 
 
 def _train(
@@ -115,18 +124,18 @@ def _train(
 ) -> Curve:
     plain, averaged = [NO_SCORE] * recipe.training.epochs, [NO_SCORE] * recipe.training.epochs
 
-    def note(report: EpochReport) -> None:
+    def record(report: EpochReport) -> None:
         averaged[report.epoch - 1] = report.metrics[objective]
         plain[report.epoch - 1] = report.metrics[objective.replace("val/", "plain/")]
         on_epoch(number, report)
 
     with contextlib.suppress(Diverged):  # a curve that ends early, as a search meets it
-        train(recipe, data, device, note, score_plain=True)
+        train(recipe, data, device, record, score_plain=True)
     return Curve(number, recipe.digest(), params, plain, averaged)
 
 
 def _rows(curve: Curve) -> str:
-    """A line for each epoch; digest and parameters stand in the first."""
+    """A line for each epoch; the first also holds digest and parameters."""
     text = io.StringIO()
     about = [curve.digest, json.dumps(curve.params, separators=(",", ":"))]
     for epoch, pair in enumerate(zip(curve.plain, curve.averaged, strict=True), 1):
@@ -137,10 +146,10 @@ def _rows(curve: Curve) -> str:
 
 
 def _parse(text: str, epochs: int | None = None) -> tuple[list[Curve], int]:
-    """The whole curves of a table, and how many characters hold them; ValueError where it is no such table.
+    """The complete curves of a table, and how many characters they take; ValueError where it is no such table.
 
-    What comes after the last whole curve was being written when the command ended. `epochs` is the length of a curve,
-    without it that of the longest.
+    A curve after the last complete one was being written when the command ended. `epochs` is the length of a curve, by
+    default that of the longest.
     """
     header = ",".join(COLUMNS) + "\n"
     if not text.startswith(header):
@@ -158,21 +167,16 @@ def _parse(text: str, epochs: int | None = None) -> tuple[list[Curve], int]:
     return curves, len(header) + sum(map(len, lines[: epochs * len(curves)]))
 
 
-def _begun(file: Path, recipes: list[Recipe]) -> int:
-    """How many of the recipes `file` holds; it is made where it isn't there, and freed of a torn end."""
+def _num_stored(file: Path, recipes: list[Recipe]) -> int:
+    """How many of the recipes `file` holds. It is made if it is missing, and an incomplete curve at its end is removed."""
     if not file.exists():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"OUTPUT {file}: can't be written ({error.strerror})") from None
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
     curves, end = _read(file, recipes[0].training.epochs)
     for curve, recipe in zip(curves, recipes, strict=False):
         if curve.digest != recipe.digest():
-            raise UserError(
-                f"OUTPUT {file}: its recipe {curve.recipe} is another than this command's; the former options go on "
-                "with it, another file begins anew"
-            )
+            rule = f"its recipe {curve.recipe} is not the one of this command"
+            raise UserError(f"`--output` {file}", rule, "resume it with the former options, or use another file")
     with file.open("r+", encoding="utf-8") as table:
         table.truncate(end)
     return len(curves)
@@ -182,4 +186,29 @@ def _read(file: Path, epochs: int | None = None) -> tuple[list[Curve], int]:
     try:
         return _parse(file.read_text(encoding="utf-8"), epochs)
     except (OSError, ValueError, IndexError) as error:
-        raise DataError(f"{file}: no table of learning curves ({error}); python -m pipeline curves makes one") from None
+        raise DataError(str(file), f"no table of learning curves ({error})", "curves.py makes one") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", help="a module of studies/, e.g. baseline")
+    parser.add_argument("--output", type=Path, required=True, help="the table, a CSV")
+    parser.add_argument("--recipes", type=int, default=60, help="in all; the first is the control")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="for all recipes")
+    options = parser.parse_args()
+    pairs = (change.split("=", 1) for change in options.set)
+    changes = {field: json.loads(value) if value[:1] in "[-.0123456789" else value for field, value in pairs}
+    study = load_study(options.study)
+    search = Search(options.study, study, study.settings(changes), study.version, options.recipes, None)
+    search.check()
+    device, base = torch.device("cuda" if torch.cuda.is_available() else "cpu"), search.base
+    data = prepare(load(base.data.dataset, base.data.image_size, options.data_dir), base.data, device)
+    start = time.monotonic()
+    for curve in collect(averaging(search, data), data, device, options.output, options.recipes):
+        scores = f"plain {curve.plain[-1]:.4f}, averaged {curve.averaged[-1]:.4f}"
+        print(f"recipe {curve.recipe}: {scores}, after {time.monotonic() - start:.0f} s")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
-"""Starts the pipeline's processes in a moment each, so that many can be killed: all is imported once, then forked.
+"""Starts the pipeline's processes in a moment each, so that many can be killed: everything is imported once, then forked.
 
-A program, run by `plant.Zygote`. A request on its socket is a line of JSON with the files for stdin, stdout and stderr; the
-answers are the new process's id, and later the code that it ended with. The supervisor asks for its workers here too,
-in place of subprocess.Popen. What is run are the real `main` functions, with the real pipes, signals, files and databases.
+A program, run by `harness.ForkServer`. A request on its socket is a line of JSON with the files for stdin, stdout and
+stderr; the answers are the new process's id, and later its exit code. The supervisor's workers are started here too, in
+place of subprocess.Popen. The processes run the real `main` functions, with real pipes, signals, files and databases.
 """
 
 import contextlib
@@ -25,22 +25,21 @@ PRELOADED = (
         "pipeline.audit",
         "pipeline.cli.views",
         "pipeline.search.run_study",
-        "pipeline.search.curves",
     ),
 )
 
 
 class Forked:
-    """What the supervisor sees of a worker that the zygote forked; the part of subprocess.Popen that it uses."""
+    """What the supervisor sees of a worker that the fork server forked; the part of subprocess.Popen that it uses."""
 
     def __init__(self, command: list[str], **options: Any):
-        from pipeline.search import supervisor
+        from pipeline.search import local_pool
 
-        assert command[1:] == ["-c", supervisor.WORKER], command
+        assert command[1:] == ["-c", local_pool.WORKER], command
         stdin, mine = os.pipe()
         yours, stdout = os.pipe()
         self._talk = socket.socket(socket.AF_UNIX)
-        self._talk.connect(os.environ["ZYGOTE"])
+        self._talk.connect(os.environ["FORK_SERVER"])
         request = {"role": "worker", "env": dict(options["env"]), "cwd": os.getcwd()}
         socket.send_fds(self._talk, [json.dumps(request).encode() + b"\n"], [stdin, stdout, 2])
         os.close(stdin)
@@ -106,10 +105,12 @@ def tune(limits: dict[str, float]) -> None:
     from pipeline.training.resume import Resume
 
     initial: Any = worker.Limits.__init__
-    initial.__defaults__ = tuple(limits[name] for name in ("beat_s", "grace_s", "hang_s", "term_s"))
+    initial.__defaults__ = tuple(
+        limits[name] for name in ("heartbeat_s", "heartbeat_timeout_s", "stall_timeout_s", "term_s")
+    )
     saving: Any = Resume.__init__
     saving.__defaults__ = (limits["every_s"],)
-    uploader._INTERVAL_S, uploader._LONGEST_PAUSE_S = 0.5, 1.0
+    uploader._INTERVAL_S, uploader._MAX_PAUSE_S = 0.5, 1.0
 
 
 def jump(draw: random.Random) -> None:
@@ -130,7 +131,7 @@ def jump(draw: random.Random) -> None:
     system.boot_time = lambda: started() + offset()
 
 
-LIMITS = {"beat_s": 0.3, "grace_s": 30.0, "hang_s": 900.0, "term_s": 7.0, "every_s": 0.0}
+LIMITS = {"heartbeat_s": 0.3, "heartbeat_timeout_s": 30.0, "stall_timeout_s": 900.0, "term_s": 7.0, "every_s": 0.0}
 
 
 def begin(request: dict[str, Any], files: list[int], hook: dict[str, Any] | None) -> None:
@@ -158,10 +159,10 @@ def begin(request: dict[str, Any], files: list[int], hook: dict[str, Any] | None
             from pipeline.search.worker import main
         else:
             from pipeline.cli.main import main
-            from pipeline.search import supervisor
+            from pipeline.search import local_pool
 
-            places: Any = supervisor
-            places.subprocess = type("Spawning", (), {"Popen": Forked, "PIPE": -1})
+            module: Any = local_pool
+            module.subprocess = type("Spawning", (), {"Popen": Forked, "PIPE": -1})
             sys.argv = ["pipeline", *request["words"]]
         main()
         code = 0

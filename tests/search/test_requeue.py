@@ -1,0 +1,55 @@
+"""Which trials are requeued, and what their successors know."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from optuna.trial import TrialState
+from study_harness import StudyHarness, rates
+
+from pipeline.processes import this_process
+from pipeline.search.requeue import reconcile, requeue
+from pipeline.search.storage import num_finished
+from pipeline.search.study_attributes import StudyAttributes
+from pipeline.search.trial_attributes import TrialAttributes
+
+
+def test_reconcile_requeues_trials_of_exited_processes_only(
+    harness: StudyHarness, caplog: pytest.LogCaptureFixture
+) -> None:
+    harness.run(1)
+    study = harness.study()
+    code = "import json; from pipeline.processes import this_process; print(json.dumps(this_process()))"
+    exited = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+    dead, alive = study.ask(), study.ask()
+    rates(dead)
+    rates(alive)
+    dead.set_user_attr("worker", exited)
+    alive.set_user_attr("worker", this_process())
+
+    parent = StudyAttributes.of(study).mlflow_run_id
+    caplog.set_level("INFO", "pipeline")
+    assert reconcile(study, harness.tracker, parent, harness.home) == [dead.number]
+    assert caplog.messages == [f"trial {dead.number}, whose process has exited, is requeued"]
+    trials = harness.trials()
+    assert trials[dead.number].state == TrialState.FAIL
+    assert trials[alive.number].state == TrialState.RUNNING
+    waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+    assert [TrialAttributes.of(trial).retry_of for trial in waiting] == [dead.number]
+    assert num_finished(harness.study()) == 1
+    assert reconcile(study, harness.tracker, parent, harness.home) == []
+
+
+def test_trial_that_died_inside_its_space_is_requeued_once(harness: StudyHarness) -> None:
+    study = harness.run(1)
+    study.enqueue_trial({"optimizer.lr": 0.5, "optimizer.momentum": 0.7}, user_attrs={"control": True})
+    trial = study.ask()
+    trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)  # killed before it asks for the momentum
+    requeue(study, trial)
+    requeue(study, trial)
+    waiting = study.get_trials(states=(TrialState.WAITING,))
+    assert [successor.system_attrs["fixed_params"] for successor in waiting] == [
+        {"optimizer.lr": 0.5, "optimizer.momentum": 0.7}
+    ]
+    assert waiting[0].user_attrs == {"retry_of": trial.number, "control": True, "unpruned": True}

@@ -1,0 +1,109 @@
+"""What becomes of one trial: its parameters, reports and end; real stores, real trainings."""
+
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import TrialState
+from study_harness import RecordingObserver, StudyHarness
+
+from pipeline.search.optuna_internals import fail_trial
+from pipeline.search.requeue import requeue
+from pipeline.search.storage import num_finished
+from pipeline.search.trial_attributes import TrialAttributes
+from pipeline.tracking.tracker import State
+from pipeline.training.loop import EpochReport
+
+
+def lengths(trial: Any) -> None:
+    trial.suggest_int("training.epochs", 2, 4, step=2)
+
+
+def test_short_trial_reports_on_the_scale_of_the_longest(harness: StudyHarness) -> None:
+    study = harness.run(4, space=lengths)
+    reported = {trial.params["training.epochs"]: list(trial.intermediate_values) for trial in study.trials}
+    assert reported[2] == [2, 4], "trial 0, the control, has two epochs"
+    assert reported.get(4, [1, 2, 3, 4])[:2] == [1, 2]
+
+
+def test_claimed_trials_draw_what_optunas_ask_draws(harness: StudyHarness) -> None:
+    def wide(trial: Any) -> None:
+        trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)
+        trial.suggest_float("optimizer.momentum", 0.5, 0.99)
+
+    short = {"training.epochs": 1}
+    done = harness.run(7, wide, changes=short)
+    plain = optuna.create_study(direction="maximize", sampler=harness.search(7, wide).sampler(1))
+    plain.enqueue_trial(done.trials[0].params)
+    for trial in done.trials:
+        asked = plain.ask()
+        wide(asked)
+        assert asked.params == trial.params
+        plain.tell(asked, trial.value)
+
+
+def test_trial_declared_dead_reports_and_logs_nothing_more(harness: StudyHarness) -> None:
+    def declare_dead(number: int, report: EpochReport) -> None:
+        if number == 1 and report.epoch == 1:
+            study = harness.study()
+            requeue(study, study.trials[1], died=True)
+            fail_trial(study, study.trials[1])
+
+    study = harness.run(3, observer=RecordingObserver(declare_dead))
+    dead = study.trials[1]
+    assert (dead.state, dead.value, dead.intermediate_values) == (TrialState.FAIL, None, {})
+    runs = harness.runs_by_trial()
+    assert set(runs) == {0, 2, 3}, "its run is the retry's"
+    assert runs[2].data.tags["run_key"] == TrialAttributes.of(dead).run_key and runs[2].info.status == "FINISHED"
+    epochs = harness.tracker.client.get_metric_history(runs[2].info.run_id, "val/accuracy")
+    assert [point.step for point in epochs] == [1, 2]
+    assert TrialAttributes.of(study.trials[2]).retry_of == 1 and study.trials[2].state is TrialState.COMPLETE
+    assert num_finished(study) == 3
+
+
+def test_poor_trial_is_pruned_and_its_run_ends_killed(harness: StudyHarness) -> None:
+    def any_rate(trial: Any) -> None:
+        trial.suggest_float("optimizer.lr", 1e-7, 0.2, log=True)
+
+    base = {"training.epochs": 4}  # the pruner decides after each but the last
+    study = harness.run(1, any_rate, changes=base)
+    for rate in (1e-7, 1e-7, 0.15, 1e-7):  # what the search would hardly choose by itself
+        study.enqueue_trial({"optimizer.lr": rate})
+    harness.run(5, any_rate, changes=base)
+    pruned = [trial for trial in harness.trials() if trial.state == TrialState.PRUNED]
+    assert 4 in {trial.number for trial in pruned}
+    assert not {0, 1, 2} & {trial.number for trial in pruned}, "the first three are never pruned"
+    for trial in pruned:
+        run = harness.runs_by_trial()[trial.number]
+        assert run.info.status == "KILLED"
+        assert run.data.tags["state"] == State.PRUNED
+        assert "not among the best quarter after epoch" in run.data.tags["reason"]
+        assert 1 <= max(trial.intermediate_values) < 4, "not before a sixth of the epochs, nor after the last"
+    harness.assert_nothing_runs()
+
+
+def test_diverged_trial_fails_and_the_study_continues(harness: StudyHarness) -> None:
+    def wild(trial: Any) -> None:
+        trial.suggest_float("optimizer.weight_decay", 5e-4, 10)
+
+    base = {"optimizer.lr": 99, "training.clip_norm": 0}
+    study = harness.run(3, wild, changes=base)
+    failed = [trial for trial in study.trials if trial.state == TrialState.FAIL]
+    assert failed
+    assert len(study.trials) == 3
+    for trial in failed:
+        run = harness.runs_by_trial()[trial.number]
+        assert run.info.status == "FAILED"
+        assert run.data.tags["reason"].startswith("diverged: loss is")
+    harness.assert_nothing_runs()
+
+
+def test_out_of_memory_fails_the_trial_and_the_study_continues(harness: StudyHarness) -> None:
+    def huge(number: int, report: EpochReport) -> None:
+        if number == 1:
+            torch.empty(2**50)  # torch's own error, from its own allocator
+
+    study = harness.run(3, observer=RecordingObserver(huge))
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    assert harness.runs_by_trial()[1].data.tags["reason"].startswith("out of memory")
+    harness.assert_nothing_runs()
