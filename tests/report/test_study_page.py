@@ -144,6 +144,7 @@ def halved(trained: Trained, tmp_path_factory: pytest.TempPathFactory, small_rec
         epochs = 18 if number in (0, 1, 5, 11, 13, 15) else 6 if number in (3, 7, 9) else 2
         state = State.FINISHED if epochs == 18 else State.PRUNED
         tags = {"mlflow.parentRunId": parent.id, "role": "trial", "trial": str(number), "state": str(state)}
+        tags |= {"study": "halved-v1-digits", "recipe_digest": "0", "data_digest": "0", "split_digest": "0"}
         name = f"trial {number}{' (control)' if number == 0 else ''}"
         run_id = tracker.client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
         early = 0.5 + 0.2 * adam + 0.01 * dice.standard_normal()
