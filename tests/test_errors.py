@@ -86,7 +86,7 @@ def test_control_characters_are_escaped() -> None:
 
 def test_first_line_is_the_class_where_there_is_no_message() -> None:
     assert first_line(ValueError()) == "ValueError"
-    assert first_line(ValueError("\n one \n two")) == "one"
+    assert first_line(ValueError("\n one\ntwo")) == "one"
     assert first_line(OSError("host hunter2 refused"), "db://ann:hunter2@host/x") == "host *** refused"
 
 

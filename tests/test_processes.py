@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.processes import StopOnSignal, process_has_exited, study_lock, this_process
 
 
-def test_the_first_signal_asks_and_a_second_one_ends_at_once() -> None:
+def test_first_signal_requests_a_stop_and_the_second_interrupts() -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopOnSignal() as stop:
         assert not stop.requested
@@ -25,7 +25,7 @@ def test_the_first_signal_asks_and_a_second_one_ends_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_one_at_a_time_for_a_study_and_others_beside_it(tmp_path: Path) -> None:
+def test_study_lock_excludes_the_same_study_only(tmp_path: Path) -> None:
     with study_lock("a", tmp_path / "mlruns"):
         with (
             pytest.raises(UserError, match="study a: another command is running it"),
@@ -38,7 +38,7 @@ def test_one_at_a_time_for_a_study_and_others_beside_it(tmp_path: Path) -> None:
         pass
 
 
-def test_a_process_is_known_to_live_to_be_gone_or_not_to_be_ours_to_judge() -> None:
+def test_process_has_exited_only_where_it_is_known() -> None:
     me = this_process()
     assert not process_has_exited(me)
     assert process_has_exited(me | {"started": me["started"] - 60}), "its number was given to another process"
@@ -48,7 +48,7 @@ def test_a_process_is_known_to_live_to_be_gone_or_not_to_be_ours_to_judge() -> N
     assert not process_has_exited(json.loads(ended) | {"host": "elsewhere"})
 
 
-def test_a_clock_that_is_set_kills_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_clock_does_not_make_a_process_exited(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel tells when the machine started by today's clock, so that every process seems to have started then too."""
     me = this_process()
     system = psutil._pslinux if psutil.LINUX else psutil

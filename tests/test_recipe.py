@@ -24,7 +24,7 @@ def lines_of(changes: dict) -> list[str]:
     return caught.value.lines
 
 
-def test_json_brings_back_the_same_recipe_and_digest() -> None:
+def test_json_round_trip_keeps_recipe_and_digest() -> None:
     again = parse_recipe(RECIPE.to_json())
     assert again == RECIPE
     assert again.digest() == RECIPE.digest()
@@ -43,7 +43,7 @@ def test_the_digest_changes_with_any_number(name: str, value: float) -> None:
     assert RECIPE.changed({name: value}).digest() != RECIPE.digest()
 
 
-def test_a_recipe_cannot_be_changed_in_place() -> None:
+def test_recipe_is_immutable() -> None:
     with pytest.raises(ValidationError):
         RECIPE.training.epochs = 5  # type: ignore[misc]
 
@@ -55,14 +55,14 @@ def test_every_field_has_its_dotted_name() -> None:
     assert set(Recipe.model_fields) == {name.partition(".")[0] for name in flat}
 
 
-def test_a_change_of_kind_starts_from_its_defaults() -> None:
+def test_change_of_kind_starts_from_its_defaults() -> None:
     adam = RECIPE.changed({"optimizer.name": "adam", "optimizer.lr": 0.01})
     assert adam.optimizer.weight_decay == 0.0
     assert "optimizer.momentum" not in adam.flat()
     assert RECIPE.changed({"optimizer.name": "sgd", "optimizer.momentum": 0.8}).optimizer.lr == 0.1
 
 
-def test_a_change_of_kind_keeps_what_has_no_default_and_asks_for_what_is_not_there() -> None:
+def test_change_of_kind_keeps_fields_without_default() -> None:
     assert RECIPE.changed({"optimizer.name": "adam"}).optimizer.lr == 0.1
     assert lines_of({"optimizer.name": "muon"}) == [
         "optimizer.bias_lr: needs a value",
@@ -70,7 +70,7 @@ def test_a_change_of_kind_keeps_what_has_no_default_and_asks_for_what_is_not_the
     ]
 
 
-def test_all_faults_are_told_at_once_with_field_value_and_rule() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     lines = lines_of(
         {"optimizer.lr": -0.1, "training.epochs": 0, "model.network": "atention", "augmentation.mixup": 1.5}
     )
@@ -119,12 +119,12 @@ def test_all_faults_are_told_at_once_with_field_value_and_rule() -> None:
         ({"optimizer.momentum": 0, "optimizer.nesterov": True}, "optimizer: nesterov needs a momentum above 0"),
     ],
 )
-def test_each_fault_is_one_line(changes: dict, line: str) -> None:
+def test_each_problem_is_one_line(changes: dict, line: str) -> None:
     assert lines_of(changes) == [line]
 
 
 @given(st.text(max_size=30), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary()))
-def test_any_name_and_value_is_taken_or_refused_in_lines(name: str, value: object) -> None:
+def test_any_name_and_value_is_accepted_or_refused_in_lines(name: str, value: object) -> None:
     for field in (name, "optimizer.lr", "model.widths", "schedule.name", "training.seed"):
         lines: list[str] = []
         try:
@@ -134,7 +134,7 @@ def test_any_name_and_value_is_taken_or_refused_in_lines(name: str, value: objec
         assert not any(re.search(r"[\n\r]", line) for line in lines)
 
 
-def test_difference_names_what_differs() -> None:
+def test_difference_lists_what_differs() -> None:
     other = RECIPE.changed({"optimizer.name": "adam", "optimizer.lr": 0.01})
     difference = other.difference(RECIPE)
     assert difference["optimizer.lr"] == (0.01, 0.1)
@@ -143,6 +143,6 @@ def test_difference_names_what_differs() -> None:
     assert not RECIPE.difference(RECIPE)
 
 
-def test_every_section_that_comes_in_kinds_is_known_as_such() -> None:
+def test_every_section_with_kinds_is_known() -> None:
     for section, field in KIND.items():
         assert f"{section}.{field}" in RECIPE.flat()

@@ -1,4 +1,4 @@
-"""Variables, homes, proxies and encodings that users have, and that no command may stumble over."""
+"""Environment variables, homes, proxies, encodings, garbage collection and memory, as commands set them."""
 
 import contextlib
 import http.server
@@ -59,7 +59,7 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     os.environ.update(before)
 
 
-def test_every_variable_of_mlflow_and_optuna_is_obeyed_or_ignored(variables: pytest.MonkeyPatch) -> None:
+def test_every_variable_of_mlflow_is_obeyed_or_ignored(variables: pytest.MonkeyPatch) -> None:
     theirs = {
         value.name
         for value in vars(mlflow.environment_variables).values()
@@ -82,14 +82,14 @@ def test_every_variable_of_mlflow_and_optuna_is_obeyed_or_ignored(variables: pyt
         *((name, False) for name in ("TORCHINDUCTOR_CACHE_DIR", "TORCH_HOME", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES")),
     ],
 )
-def test_what_changes_the_computation_is_kept_with_the_run(
+def test_variables_of_the_computation_are_stored_with_the_run(
     name: str, counts: bool, variables: pytest.MonkeyPatch
 ) -> None:
     variables.setenv(name, "x=1")
-    found = runtime._computing()
-    assert found.get(name) == ("x=1" if counts else None)
-    variables.setattr(lineage, "COMPUTING", found)
-    assert reproduce._facts(lineage.environment()).get(f"variable {name}") == found.get(name)
+    stored = runtime._computing()
+    assert stored.get(name) == ("x=1" if counts else None)
+    variables.setattr(lineage, "COMPUTING", stored)
+    assert reproduce._facts(lineage.environment()).get(f"variable {name}") == stored.get(name)
 
 
 def test_models_are_registered_where_the_runs_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_models_are_registered_where_the_runs_are(tmp_path: Path, monkeypatch: p
     assert tracker.client._registry_uri == tracker.uri
 
 
-NOBODY = """
+WITHOUT_USER = """
 import os, pwd
 def unknown(uid): raise KeyError(uid)
 pwd.getpwuid = unknown
@@ -110,17 +110,15 @@ print(pathlib.Path.home(), matplotlib.get_configdir(), getpass.getuser())
 """
 
 
-def test_a_user_without_a_name_and_a_home_can_import_the_libraries(tmp_path: Path) -> None:
+def test_libraries_import_without_user_name_and_home(tmp_path: Path) -> None:
     settings = {n: v for n, v in os.environ.items() if n not in ("MPLCONFIGDIR", "XDG_CONFIG_HOME")}
     settings["TMPDIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", NOBODY], capture_output=True, text=True, env=settings)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_USER], capture_output=True, text=True, env=settings)
     folder = f"{tmp_path}/pipeline-{os.getuid()}"
     assert (done.stdout, done.stderr) == (f"{folder} {folder}/matplotlib {os.getuid()}\n", "")
 
 
-def test_a_home_that_cannot_be_written_to_stays_and_caches_go_elsewhere(
-    tmp_path: Path, variables: pytest.MonkeyPatch
-) -> None:
+def test_caches_go_elsewhere_where_home_is_read_only(tmp_path: Path, variables: pytest.MonkeyPatch) -> None:
     variables.setattr("tempfile.tempdir", str(tmp_path))
     variables.setenv("HOME", "/proc/self/nowhere")
     variables.delenv("MPLCONFIGDIR", raising=False)
@@ -134,7 +132,7 @@ def test_a_home_that_cannot_be_written_to_stays_and_caches_go_elsewhere(
     assert runtime._private_folder() != str(folder)
 
 
-def test_a_token_of_ray_that_cannot_be_written_is_one_line(variables: pytest.MonkeyPatch) -> None:
+def test_unwritable_ray_token_is_a_user_error(variables: pytest.MonkeyPatch) -> None:
     variables.delenv("RAY_AUTH_TOKEN", raising=False)
     variables.setenv("RAY_AUTH_TOKEN_PATH", "/proc/self/nowhere/token")
     with pytest.raises(UserError, match=r"^/proc/self/nowhere/token: .* RAY_AUTH_TOKEN_PATH names another place$"):
@@ -171,7 +169,7 @@ def test_this_machine_is_reached_without_the_proxy(given: str, variables: pytest
     assert bool(away) == (given != "*"), "others are reached through it"
 
 
-def test_a_dead_proxy_is_told_by_its_address_without_its_password(variables: pytest.MonkeyPatch) -> None:
+def test_dead_proxy_is_reported_without_its_password(variables: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         variables.delenv(name)
     variables.setenv("http_proxy", "http://ann:secret@127.0.0.1:9")
@@ -182,7 +180,7 @@ def test_a_dead_proxy_is_told_by_its_address_without_its_password(variables: pyt
     )
 
 
-def test_names_that_the_output_cannot_spell_are_escaped(
+def test_names_that_the_output_cannot_encode_are_escaped(
     tmp_path: Path, variables: pytest.MonkeyPatch, handlers: None
 ) -> None:
     table = pd.DataFrame({"id": ["a"], "label": ["cat"], "p_cat": [1.0], "p_dog": [0.0]})
@@ -219,15 +217,15 @@ import {start}
 
 
 @pytest.mark.parametrize("start", [COMMAND, WORKER.removesuffix("; main()")])
-def test_nothing_looks_for_garbage_among_what_imports_leave(start: str) -> None:
-    def collections_after(words: str) -> list[str]:
-        command = [sys.executable, "-c", f"{words}; {COUNT}"]
+def test_imports_run_no_full_garbage_collection(start: str) -> None:
+    def collections_after(imports: str) -> list[str]:
+        command = [sys.executable, "-c", f"{imports}; {COUNT}"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
     assert collections_after(start) == ["0", "100000"]
 
 
-def test_a_training_leaves_no_garbage_and_no_complaint_at_its_end() -> None:
+def test_frozen_imports_leave_garbage_collection_working() -> None:
     training = """
 import gc
 usual = gc.get_threshold()
@@ -267,7 +265,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
-def test_a_large_tensor_takes_the_memory_of_the_one_before_it() -> None:
+def test_large_tensor_reuses_freed_memory() -> None:
     def faults(keep: bool) -> int:
         code = FAULTS.format(keep=keep)
         return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)

@@ -1,4 +1,4 @@
-"""The pictures of a run, for MLflow: matplotlib's figures without pyplot, so that no state outlives a call.
+"""The figures of a run, for MLflow: made by matplotlib without pyplot, so that no state outlives a call.
 
 Every trial draws five, however short it is. Most of what matplotlib costs is layout engines, axes and images that it
 resamples, so there are none: positions are counted out in pixels from the top left, what is made of rectangles is an
@@ -6,8 +6,8 @@ array of pixels, and matplotlib draws the text and the curves over it. Ordinary 
 places, no tick marks, one collection for bars, one image for a gallery): 1.7 times the CPU time of the five pictures
 (median of n = 12 ratios in turn, one thread, CIFAR-10's validation split; 1.4 by the fastest of each; matplotlib 3.11).
 
-Names hold anything: they are cut to the room there is, and "$" is no mathematics. A script that its font lacks shows
-as boxes unless `font.family` in a matplotlibrc names a font that has it.
+Names may hold anything: they are cut to the space available, and "$" starts no mathematics. Characters that the font lacks
+show as boxes unless `font.family` in a matplotlibrc names a font that has them.
 """
 
 import os
@@ -33,13 +33,13 @@ from pipeline.evaluation.scores import Reliability, Scores
 
 _TRAIN, _VAL, _F1, _RIGHT, _WRONG, _FAINT = "#7f7f7f", "#1f77b4", "#e07b00", "#1a7f37", "#c62828", "#b0b0b0"
 _GRID = "#e8e8e8"
-warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the boxes say so
+warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the boxes show it
 _DPI = 100
-_MOST_NUMBERED = 25  # classes whose confusion matrix has room for a number in each cell
-_MOST_NAMED = 100  # classes that have room for their names
-_SHADES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)  # named beside a confusion matrix
+_MAX_NUMBERED = 25  # classes whose confusion matrix has space for a number in each cell
+_MAX_NAMED = 100  # classes that have space for their names
+_SHADES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)  # labelled next to a confusion matrix
 _COLUMNS, _ROWS = 4, 4  # of a gallery
-_MOST_PREDICTED, _MOST_LIKELY = 12, 10  # images of a prediction figure, classes of each
+_MAX_PREDICTED, _MAX_LIKELIEST = 12, 10  # images of a prediction figure, classes of each
 
 # Panel title, then (metric, legend, colour) of each curve.
 _PANELS = (
@@ -154,7 +154,7 @@ class _Panel:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all; OSError where that fails."""
+    """Write a figure as PNG, complete or not at all; OSError where that fails."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with new.open("wb") as file:
@@ -170,7 +170,7 @@ def confusion_matrix_figure(scores: Scores, classes: Sequence[str], split: str =
     support = confusion.sum(axis=1)
     share = confusion / np.maximum(support, 1)[:, None]
     side = min(600 + 3 * size, 900)
-    cell, step = side / size, -(-size // _MOST_NAMED)
+    cell, step = side / size, -(-size // _MAX_NAMED)
     font = float(np.clip(0.6 * cell * step, 5.5, 10))
     names = [_fitted(name, min(12 * font * _DPI / 72, 140), font) for name in classes[::step]]
     longest = _widest(names, font)
@@ -185,7 +185,7 @@ def confusion_matrix_figure(scores: Scores, classes: Sequence[str], split: str =
     below = top + side + 8
     page = _Page(width, below + (20 if level else longest) + 40)
     page.headline("\n".join(title))
-    # A square root, as the errors are small beside the diagonal and are what one looks for.
+    # A square root, because the errors are small next to the diagonal and are what one looks for.
     page.paste(left, top, side, side, _shade(np.sqrt(share)))
     for place, name in enumerate(names):
         middle = (place * step + 0.5) * cell
@@ -196,7 +196,7 @@ def confusion_matrix_figure(scores: Scores, classes: Sequence[str], split: str =
         page.write(left - 8, top + middle, name, font, ha="right", va="center")
     page.write(left + side / 2, page.high - 12, "predicted class", 10, ha="center", va="bottom")
     page.write(left - longest - 30, top + side / 2, "true class", 10, ha="left", va="center", rotation=90)
-    if size <= _MOST_NUMBERED:
+    if size <= _MAX_NUMBERED:
         digits = len(str(confusion.max()))
         font = min(12, 0.36 * cell, (cell - 4) / digits * 1.1)  # a digit is 0.64 em wide
         for row, column in np.argwhere(confusion):
@@ -224,7 +224,7 @@ def learning_curves_figure(history: Sequence[Mapping[str, float]]) -> Figure:
         rate, share = "optimizer/lr" in drawn, "val/accuracy" in drawn
         low, high = _range(np.array(list(drawn.values())))
         panel = _Panel(page, 75 + 390 * place, 86, 315, 300, _range(np.array(epochs)), (0 if rate else low, high))
-        panel.grid(_ticks(epochs[0], epochs[-1], whole=True), _ticks(*panel.y, percent=share))
+        panel.grid(_ticks(epochs[0], epochs[-1], integers=True), _ticks(*panel.y, percent=share))
         middle = panel.left + panel.width / 2
         page.write(middle, 44, title, 10, ha="center", va="top")
         page.write(middle, panel.top + panel.height + 24, "epoch", 10, ha="center", va="top")
@@ -298,11 +298,11 @@ def prediction_figure(
     """
     assert probabilities.shape == (len(images), len(classes)), "each image has a probability of each class"
     assert len(images) == len(ids) > 0, "each image has its id"
-    size, bars = images.shape[-1], min(len(classes), _MOST_LIKELY)
+    size, bars = images.shape[-1], min(len(classes), _MAX_LIKELIEST)
     side = min(size * max(1, round(190 / size)), 256)
     pitch = min(max(side, 180) // bars, 32)
     height = max(side, bars * pitch)
-    highest = np.argsort(-probabilities[:_MOST_PREDICTED], axis=1, kind="stable")[:, :bars]
+    highest = np.argsort(-probabilities[:_MAX_PREDICTED], axis=1, kind="stable")[:, :bars]
     names = {index: _fitted(classes[index], 170, 9) for index in np.unique(highest)}
     start = 20 + side + 30 + _widest(names.values(), 9)
     page = _Page(900, 50 + len(highest) * (height + 50))
@@ -352,9 +352,9 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     return low - more, high + more
 
 
-def _ticks(low: float, high: float, percent: bool = False, whole: bool = False, most: int = 5) -> dict[float, str]:
+def _ticks(low: float, high: float, percent: bool = False, integers: bool = False, most: int = 5) -> dict[float, str]:
     """Round numbers in [low, high] and how they are written."""
-    values = MaxNLocator(most, steps=(1, 2, 2.5, 5, 10), integer=whole, min_n_ticks=1).tick_values(low, high)
+    values = MaxNLocator(most, steps=(1, 2, 2.5, 5, 10), integer=integers, min_n_ticks=1).tick_values(low, high)
     return {float(x): f"{100 * x:g}%" if percent else f"{x:g}" for x in values if low <= x <= high}
 
 
@@ -386,14 +386,14 @@ def _line(text: str) -> str:
     return " ".join(text.split()).encode(errors="replace").decode()
 
 
-def _fitted(name: str, room: float, font: float) -> str:
+def _fitted(name: str, width: float, font: float) -> str:
     """A name on one line of so many pixels, its middle cut out if need be: long names often differ at either end."""
     line = shown = _line(name)
     kept = len(line)
-    if kept * font * _DPI / 72 <= room:  # hardly a letter is wider than the font is high: saves measuring
+    if kept * font * _DPI / 72 <= width:  # hardly a letter is wider than the font is high: saves measuring
         return line
-    while kept > 3 and (width := _widest([shown], font)) > room:
-        kept = min(kept - 1, int(kept * room / width))
+    while kept > 3 and (shown_width := _widest([shown], font)) > width:
+        kept = min(kept - 1, int(kept * width / shown_width))
         shown = f"{line[: kept // 2]}…{line[kept // 2 + 1 - kept :]}"
     return shown
 

@@ -9,7 +9,7 @@ from pipeline.data.augment import normalise
 
 
 def bf16_supported(device: torch.device) -> bool:
-    """Whether bfloat16 is fast here, not merely possible: emulated on older CPUs it loses to float32."""
+    """Whether the device computes in bfloat16 itself: emulated, as on older CPUs, it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     flags: list[Callable[[], bool]] = [

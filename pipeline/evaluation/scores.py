@@ -1,4 +1,4 @@
-"""What a model's probabilities are worth: loss, accuracy, per-class precision, recall and F1, calibration.
+"""Scores of a model's probabilities: loss, accuracy, per-class precision, recall and F1, calibration.
 
 Throughout, `probabilities` is (N, C) float, each row summing to 1, and `labels` is (N,) int in [0, C). A class is
 counted whether or not it occurs: where a precision, recall or F1 would divide by zero it is 0 (scikit-learn's
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 BINS = 15  # of the calibration error: Guo et al. 2017, section 4
 _SMALLEST = float(np.finfo(np.float32).tiny)  # a float32 softmax underflows to 0 below it; its log is -87.3
 _SUM_TOLERANCE = 1e-3  # of a row of probabilities, as float16 rounds it
-_LONGEST = 200  # characters: MLflow's limit of 250 for a metric name, less room for what stands around the class
+_MAX_LENGTH = 200  # characters: MLflow's limit of 250 for a metric name, less what is put around the class
 
 
 @dataclass(frozen=True, eq=False)
 class Reliability:
-    """How often a model is right, by how sure it is: one entry per bin of confidence, 0 where a bin is empty."""
+    """Accuracy by confidence: one entry per bin of confidence, 0 where a bin is empty."""
 
     count: np.ndarray  # (bins,) int64
     confidence: np.ndarray  # (bins,) float64, mean
@@ -38,7 +38,7 @@ class Reliability:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How good one model is on one split; all in [0, 1] but the loss (mean negative log-likelihood, nats)."""
+    """The scores of a model on a split; all in [0, 1] but the loss (mean negative log-likelihood, nats)."""
 
     loss: float
     accuracy: float
@@ -52,13 +52,13 @@ class Scores:
     def metrics(self, classes: Sequence[str], prefix: str = "val") -> dict[str, float]:
         """MLflow metric name -> value: `val/loss`, `val/f1/<class>` and the others."""
         names = metric_names(classes)
-        whole = {name: getattr(self, name) for name in ("loss", "accuracy", "f1_macro", "ece")}
+        overall = {name: getattr(self, name) for name in ("loss", "accuracy", "f1_macro", "ece")}
         by_class = {
             f"{score}/{name}": float(value)
             for score in ("f1", "precision", "recall")
             for name, value in zip(names, getattr(self, score), strict=True)
         }
-        return {f"{prefix}/{name}": value for name, value in (whole | by_class).items()}
+        return {f"{prefix}/{name}": value for name, value in (overall | by_class).items()}
 
 
 def score(probabilities: np.ndarray, labels: np.ndarray) -> Scores:
@@ -70,9 +70,11 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> Scores:
         raise ValueError(f"probabilities {probabilities.shape} and labels {labels.shape}: should be (N, C) and (N,)")
     if not labels.size:
         raise ValueError("no images to score")
-    off = np.abs(probabilities.sum(axis=1, dtype=np.float64) - 1)
-    if not (off.max() <= _SUM_TOLERANCE and probabilities.min() >= 0):  # also catches NaN
-        raise ValueError(f"not probabilities: rows sum to 1 within {off.max():.3g}, smallest {probabilities.min():.3g}")
+    deviation = np.abs(probabilities.sum(axis=1, dtype=np.float64) - 1)
+    if not (deviation.max() <= _SUM_TOLERANCE and probabilities.min() >= 0):  # also catches NaN
+        raise ValueError(
+            f"not probabilities: rows sum to 1 within {deviation.max():.3g}, smallest {probabilities.min():.3g}"
+        )
     confusion = confusion_matrix(labels, probabilities.argmax(axis=1), probabilities.shape[1])
     precision, recall, f1 = _per_class(confusion)
     likelihood = probabilities[np.arange(len(labels)), labels].astype(np.float64)
@@ -123,8 +125,8 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS)
 def most_confident(probabilities: np.ndarray, labels: np.ndarray, correct: bool, count: int) -> np.ndarray:
     """(at most count,) int64 indices of the rightly (or wrongly) predicted images, the most confident first."""
     chosen = np.flatnonzero((probabilities.argmax(axis=1) == labels) == correct)
-    falling = np.argsort(-probabilities.max(axis=1)[chosen], kind="stable")
-    return chosen[falling[:count]]
+    most_confident_first = np.argsort(-probabilities.max(axis=1)[chosen], kind="stable")
+    return chosen[most_confident_first[:count]]
 
 
 def per_class_table(scores: Scores, classes: Sequence[str]) -> "pd.DataFrame":
@@ -143,8 +145,8 @@ def per_class_table(scores: Scores, classes: Sequence[str]) -> "pd.DataFrame":
 
 
 def metric_name(name: str) -> str:
-    """A class as a part of an MLflow metric name, which refuses most signs and what isn't a normal path."""
-    clean = re.sub(r"[^\w.\- :]", "_", name[:_LONGEST])
+    """A class as a part of an MLflow metric name, which takes few signs and only normalised paths."""
+    clean = re.sub(r"[^\w.\- :]", "_", name[:_MAX_LENGTH])
     return clean if clean.strip(".") else "_" * max(len(clean), 1)
 
 
@@ -168,6 +170,6 @@ def _per_class(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return _ratio(hits, predicted), _ratio(hits, true), _ratio(2 * hits, predicted + true)
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Element by element, 0 where the whole is 0."""
-    return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Element by element, 0 where the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.zeros(len(denominator)), where=denominator > 0)

@@ -1,4 +1,4 @@
-"""Is a difference more than chance? Methods are compared on the same images, so what counts is where they disagree.
+"""Whether a difference is more than chance. Methods are compared on the same images, so only those count where they differ.
 
 Trainings that differ by their seed are a sample: means of them have an interval, and recipes are compared seed by seed.
 """
@@ -11,7 +11,7 @@ from itertools import count as count_from
 import numpy as np
 
 LEVEL = 0.95  # of intervals
-WIDEST = 0.2  # of the interval of an accuracy, before it is said that the images are too few
+MAX_WIDTH = 0.2  # of the interval of an accuracy; where it is wider, a caution says that the images are too few
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def wilson(right: float, images: int) -> tuple[float, float]:
 
 
 def small_split_line(images: int, fraction: float) -> str | None:
-    """What to know of a validation split so small that its scores say little, and how many images would do; else None.
+    """A caution about a validation split whose scores are too uncertain, with how many images suffice; else None.
 
-    Too small: the interval of an accuracy of 50 %, the widest that there is, is wider than WIDEST. `fraction` is the
+    Too small: the interval of an accuracy of 50 %, the widest that there is, is wider than MAX_WIDTH. `fraction` is the
     recipe's validation_fraction.
     """
 
@@ -74,7 +74,7 @@ def small_split_line(images: int, fraction: float) -> str | None:
 
     def is_wide(count: int) -> bool:
         low, high = interval(count)
-        return high - low > WIDEST
+        return high - low > MAX_WIDTH
 
     if not is_wide(images):
         return None
@@ -82,7 +82,7 @@ def small_split_line(images: int, fraction: float) -> str | None:
     low, high = interval(images)
     return (
         f"caution: {images} validation images say little: an accuracy of 50 % among them has a 95 % interval from "
-        f"{100 * low:.0f} to {100 * high:.0f} % (Wilson); {needed} narrow it to {100 * WIDEST:.0f} points, at "
+        f"{100 * low:.0f} to {100 * high:.0f} % (Wilson); {needed} narrow it to {100 * MAX_WIDTH:.0f} points, at "
         f"data.validation_fraction = {fraction:g} that takes {math.ceil(needed / fraction):,} images in all"
     )
 

@@ -95,9 +95,7 @@ def alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_parts_are_independent_keep_their_rows_and_end_in_time(
-    tiny: GpuBenchmark, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_are_independent_and_keep_their_rows(tiny: GpuBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {"rows": (three_rows, 60), "breaks": (breaks, 60), "slow": (never_ends, 2), "dies": (dies, 60)}
     monkeypatch.setattr(gpu_module, "PARTS", parts)
     seen: list[tuple[str, Row]] = []
@@ -143,7 +141,7 @@ def test_all_parts_together_are_done_in_eight_minutes() -> None:
     assert sum(limits.values()) <= 540
 
 
-def test_a_fault_is_told_and_the_report_is_kept(
+def test_failure_is_reported_and_the_report_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -164,7 +162,7 @@ def test_a_fault_is_told_and_the_report_is_kept(
     assert "can't be written" in str(refused.exception)
 
 
-def test_without_a_gpu_it_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_it_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["bench-gpu"])
@@ -180,13 +178,13 @@ def rows_of(part: str, benchmark: GpuBenchmark) -> dict[str, Row]:
     json.dumps(rows, allow_nan=False)
     for what, row in rows.items():
         if "graphed" in what and "by the peer" not in what:
-            assert "a graph needs a GPU" in row["error"], "told, and the others go on"
+            assert "a graph needs a GPU" in row["error"], "reported, and the others are measured"
         else:
             assert "error" not in row, row
     return rows
 
 
-def test_networks_are_measured_beside_a_peers_script(
+def test_networks_are_compared_with_a_peers_script(
     tiny: GpuBenchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_module, "NETWORKS", ("plain",))
@@ -227,17 +225,17 @@ def test_several_trainings_at_once_are_compared_with_one(tiny: GpuBenchmark) -> 
     assert two["ratio"] == pytest.approx(two["images_per_second"] / one["images_per_second"], abs=0.01)
 
 
-def test_the_speed_runs_are_repeated_with_tracking_on(tiny: GpuBenchmark) -> None:
+def test_speed_runs_are_repeated_with_tracking(tiny: GpuBenchmark) -> None:
     rows = rows_of("fast", tiny)
     row = rows["94 %, eager"]
     assert (row["n"], len(row["runs"]), row["scored_on"]) == (1, 1, "validation split")
     assert 0 < row["of_that_tracking_s"] < row["seconds"] < row["trial_s"]
     assert row["accuracy"] == row["runs"][0]["accuracy"]
     assert list(rows) == ["94 %, graphed", "94 %, eager", "95 %, graphed"]
-    assert not tiny.home.exists(), "no look at a test split"
+    assert not tiny.home.exists(), "no test evaluation"
 
 
-def test_the_original_script_is_run_as_it_is_until_there_are_enough_runs(tiny: GpuBenchmark, tmp_path: Path) -> None:
+def test_original_script_runs_until_there_are_enough_runs(tiny: GpuBenchmark, tmp_path: Path) -> None:
     data = tmp_path / "data" / "cifar-10-batches-py"
     data.mkdir(parents=True)
     lines = [
@@ -268,7 +266,7 @@ def test_attentions_speed_and_short_recipe_are_measured(tiny: GpuBenchmark) -> N
     assert row["accuracy"] == pytest.approx(row["by_epoch"][-1], abs=1e-4)
 
 
-def test_a_short_study_is_run_and_a_long_one_forecast(tiny: GpuBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_study_is_run_and_a_long_one_forecast(tiny: GpuBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast_module, "CONTROL_S", 0)
     monkeypatch.setattr(forecast_module, "OTHERS", 1)
     rows = rows_of("study", tiny)
@@ -280,7 +278,7 @@ def test_a_short_study_is_run_and_a_long_one_forecast(tiny: GpuBenchmark, monkey
     assert rows["tracking, eager"]["trial_s"] >= gpu_module.TRIAL_S
 
 
-def test_the_aims_of_fast_are_those_of_its_study() -> None:
+def test_aims_of_fast_are_those_of_its_study() -> None:
     """Its text says them as commands; here they are fields."""
     import sys
 

@@ -18,7 +18,7 @@ from pipeline.training.loop import PARTS
 CPU = torch.device("cpu")
 
 
-def test_the_command_prints_one_json_object_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_prints_one_json_object_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks_module, "SECONDS", 0.0)
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["bench", "--model", "baseline", "--dataset", "digits", "--json"])
@@ -33,7 +33,7 @@ def test_the_command_prints_one_json_object_and_leaves_nothing(tmp_path: Path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_a_steps_work_is_counted_by_hand(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_step_work_equals_the_count_by_hand(small_recipe: Recipe, digits: TrainingData) -> None:
     """A multiply-add is two operations; backward does a layer's work twice, but for the image's own gradient."""
     model = {"model.network": "baseline", "model.widths": (4,), "model.hidden": 3}
     recipe = small_recipe.changed(model | {"training.precision": "fp32"})
@@ -47,7 +47,7 @@ def test_a_steps_work_is_counted_by_hand(small_recipe: Recipe, digits: TrainingD
     assert work.bytes / 2 < half.bytes < work.bytes, "the weights are moved once a step whatever the batch"
 
 
-def test_bytes_are_those_of_inputs_and_outputs_and_views_move_none() -> None:
+def test_bytes_are_of_inputs_and_outputs_but_not_views() -> None:
     a, b = torch.zeros(10, 10), torch.zeros(10, 10)
     with networks_module._Traffic() as traffic:
         a.view(4, 25).t()
@@ -64,13 +64,13 @@ def peer(folder: Path, body: str) -> Path:
     return script
 
 
-def test_a_peers_speed_is_in_the_last_line_it_prints(tmp_path: Path) -> None:
+def test_peers_speed_is_in_its_last_line(tmp_path: Path) -> None:
     script = peer(tmp_path, 'print("hello"); print(json.dumps({"images_per_second": 7, "words": sys.argv[1:]}))')
     assert networks_module.peer_speed(script, ["--model", "plain"]) == 7
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ('raise SystemExit("no such model")', "exit code 1, and no images_per_second in its last line: no such model"),
         ("print('done')", "exit code 0, and no images_per_second in its last line: done"),
@@ -78,14 +78,12 @@ def test_a_peers_speed_is_in_the_last_line_it_prints(tmp_path: Path) -> None:
         ("", "last line: it printed nothing"),
     ],
 )
-def test_a_peer_that_fails_is_told_with_its_last_line(body: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said.replace("[", r"\[")):
+def test_failed_peer_is_reported_with_its_last_line(body: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
         networks_module.peer_speed(peer(tmp_path, body), [])
 
 
-def test_a_peer_and_we_run_in_turn_and_the_ratio_is_by_round(
-    small_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ratio_to_a_peer_is_by_round(small_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks_module, "ROUNDS", 1)
     monkeypatch.setattr(networks_module, "SECONDS", 0.0)
     script = peer(

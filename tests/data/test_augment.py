@@ -129,7 +129,7 @@ def test_each_operation_at_its_neutral_parameter_is_the_identity(size: int) -> N
 
 @sizes
 @pytest.mark.parametrize("changes", [{}, {"perspective": 1.0, "crop_mode": "constant", "rotation": 180.0, "hue": 0.5}])
-def test_with_every_step_on_batches_are_finite_and_targets_are_distributions(size: int, changes: Any) -> None:
+def test_batches_with_all_steps_on_are_finite(size: int, changes: Any) -> None:
     made = augmenter(random_images(300, size), **({"crop_padding": 4, "horizontal_flip": 0.5} | EVERYTHING | changes))
     images, targets = made.batch(torch.arange(300), generator())
     assert images.shape == (300, 3, size, size)
@@ -218,7 +218,7 @@ def test_a_crop_is_the_window_mirrored_where_asked(size: int) -> None:
     assert result.dtype == torch.uint8
 
 
-def test_crops_start_anywhere_alike_and_half_of_them_are_mirrored() -> None:
+def test_crops_are_uniform_and_half_of_them_mirrored() -> None:
     places = torch.arange(1, 17, dtype=torch.uint8).expand(16, 16)
     image = torch.stack([places.t(), places, torch.full_like(places, 255)])[None]
     centre = (colours(image, 8100, crop_padding=4, crop_mode="constant")[:, :2, 8, 8] * 255).round().long() - 9
@@ -244,7 +244,7 @@ def mirrored_by_epoch(count: int, epochs: int, seed: int = 0, indices: Tensor | 
     return torch.stack(seen)
 
 
-def test_an_alternating_flip_shows_every_image_both_ways_in_two_epochs() -> None:
+def test_alternating_flip_shows_both_ways_in_two_epochs() -> None:
     first, *others = mirrored_by_epoch(4000, 5)
     assert stats.binomtest(int(first.sum()), 4000, 0.5).pvalue > 0.01
     for epoch, mirrored in enumerate(others, start=2):
@@ -382,7 +382,7 @@ def test_hue_is_torchvisions(seed: int, turns: list[float]) -> None:
         torch.testing.assert_close(augment.adjust_hue(images, shift), expected, rtol=0, atol=1e-4)
 
 
-def test_the_jitter_runs_in_the_order_of_the_recipe_and_before_normalising() -> None:
+def test_colours_change_in_recipe_order_before_normalising() -> None:
     images = random_images(30)
     made = augmenter(images, brightness=0.5, contrast=0.6, saturation=0.7, hue=0.3)
     result, _ = made.batch(torch.arange(30), generator())
@@ -417,7 +417,7 @@ def test_jitter_is_distributed_as_torchvisions(step: str) -> None:
 
 
 @sizes
-def test_erasing_puts_the_mean_colour_into_the_rectangle_and_nowhere_else(size: int) -> None:
+def test_erasing_fills_only_the_rectangle_with_the_mean(size: int) -> None:
     images = torch.randn(3, 3, size, size, generator=generator())
     box = [torch.tensor(values) for values in ([0, 5, 3], [2, 0, 8], [4, size - 5, 0], [3, 7, 6])]
     expected = images.clone()
@@ -497,7 +497,7 @@ def test_mixups_blend_is_beta(alpha: float) -> None:
     assert stats.kstest(targets.diagonal().numpy(), stats.beta(alpha, alpha).cdf).pvalue > 0.01
 
 
-def test_cutmix_pastes_a_square_of_the_drawn_area_cut_at_the_border() -> None:
+def test_cutmix_pastes_a_square_of_the_drawn_area() -> None:
     kept, centre = torch.tensor([0.75, 0.75, 0.0, 1.0]), torch.tensor([8, 1, 15, 3])
     pasted = 1 - augment.cutmix_share(kept, centre, centre, 16)
     expected = torch.zeros(4, 1, 16, 16)
@@ -517,7 +517,7 @@ def test_cutmix_squares_are_distributed_as_torchvisions(alpha: float) -> None:
         assert_same_distribution(share[area].flatten(1).mean(1), expected[area].flatten(1).mean(1))
 
 
-def test_an_image_is_blended_or_pasted_or_left_at_the_rates_of_the_recipe() -> None:
+def test_mixup_and_cutmix_occur_at_the_recipes_rates() -> None:
     share, _ = mixed(3000, mixup=0.3, mixup_alpha=2.0, cutmix=0.5, cutmix_alpha=2.0)
     blended = ((share > 1e-3) & (share < 1 - 1e-3)).flatten(1)
     assert torch.equal(blended.any(1), blended.all(1))  # never both
@@ -527,7 +527,7 @@ def test_an_image_is_blended_or_pasted_or_left_at_the_rates_of_the_recipe() -> N
     assert stats.binomtest(int(pasted.sum()), 3000, 0.5).pvalue > 0.01
 
 
-def test_images_are_padded_once_for_all_trainings_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_padded_once_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
     padded: list[Tensor] = []
 
     def pad(*arguments: Any) -> Tensor:
@@ -551,7 +551,7 @@ def test_images_are_padded_once_for_all_trainings_until_they_change(monkeypatch:
     assert augmenter(images, crop_padding=3, crop_mode="constant")._padded.data_ptr() == padded[4].data_ptr()
 
 
-def test_padded_images_live_as_long_as_their_images_and_one_set_at_a_time() -> None:
+def test_padded_images_live_as_long_as_their_images() -> None:
     images = random_images(20)
     first = weakref.ref(augmenter(images, crop_padding=2)._padded)
     assert first() is not None

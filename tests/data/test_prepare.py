@@ -22,10 +22,10 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero() -> None:
 
 
 def test_training_and_validation_are_disjoint_parts_of_the_data_set(digits: TrainingData, tmp_path) -> None:
-    whole = load("digits", 8, tmp_path)
-    assert len(digits.train.labels) + len(digits.validation.labels) == len(whole.train.labels)
-    assert torch.equal(whole.train.images[digits.validation_ids], digits.validation.images)
-    assert torch.equal(whole.train.labels[digits.validation_ids], digits.validation.labels)
+    dataset = load("digits", 8, tmp_path)
+    assert len(digits.train.labels) + len(digits.validation.labels) == len(dataset.train.labels)
+    assert torch.equal(dataset.train.images[digits.validation_ids], digits.validation.images)
+    assert torch.equal(dataset.train.labels[digits.validation_ids], digits.validation.labels)
 
 
 def test_the_statistics_are_of_the_training_images_alone(digits: TrainingData) -> None:
@@ -35,16 +35,16 @@ def test_the_statistics_are_of_the_training_images_alone(digits: TrainingData) -
 
 
 def test_the_split_seed_changes_the_split_and_its_digest(digits: TrainingData, tmp_path) -> None:
-    whole = load("digits", 8, tmp_path)
-    other = prepare(whole, Data(dataset="digits", image_size=8, split_seed=1), torch.device("cpu"))
-    again = prepare(whole, Data(dataset="digits", image_size=8), torch.device("cpu"))
+    dataset = load("digits", 8, tmp_path)
+    other = prepare(dataset, Data(dataset="digits", image_size=8, split_seed=1), torch.device("cpu"))
+    again = prepare(dataset, Data(dataset="digits", image_size=8), torch.device("cpu"))
     assert other.split_digest != digits.split_digest == again.split_digest
     assert not torch.equal(other.validation_ids, digits.validation_ids)
 
 
-def test_part_of_the_training_images_is_judged_by_the_same_validation_images(digits: TrainingData, tmp_path) -> None:
-    whole = load("digits", 8, tmp_path)
-    third = prepare(whole, Data(dataset="digits", image_size=8, train_fraction=1 / 3), torch.device("cpu"))
+def test_train_fraction_keeps_the_validation_images(digits: TrainingData, tmp_path) -> None:
+    dataset = load("digits", 8, tmp_path)
+    third = prepare(dataset, Data(dataset="digits", image_size=8, train_fraction=1 / 3), torch.device("cpu"))
     assert len(third.train.labels) == round(len(digits.train.labels) / 3)
     assert torch.equal(third.validation.images, digits.validation.images)
     assert torch.equal(third.mean, pixel_statistics(third.train.images)[0])

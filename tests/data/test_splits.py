@@ -35,7 +35,7 @@ def test_every_image_is_on_one_side_and_every_class_on_both(counts: list[int], f
         assert all(abs(share - quota) < 1 for share, quota in zip(shares, quotas, strict=True))
 
 
-def test_images_left_over_go_to_the_largest_remainders() -> None:
+def test_remaining_images_go_to_the_largest_remainders() -> None:
     labels = torch.repeat_interleave(torch.arange(4), torch.tensor([14, 18, 16, 12]))  # 60 images; quotas of 0.25:
     split = partition(labels, 0.25, 0)  # 3.5, 4.5, 4, 3: one more for the first of the two halves
     assert labels[split.validation].bincount().tolist() == [4, 4, 4, 3]
@@ -43,7 +43,7 @@ def test_images_left_over_go_to_the_largest_remainders() -> None:
     assert labels[partition(labels, 0.25, 0).validation].bincount().tolist() == [3, 4, 3]
 
 
-def test_cifar10_sizes_give_500_of_each_class_and_a_digest_that_never_changes() -> None:
+def test_split_of_cifar10s_sizes_never_changes() -> None:
     labels = torch.arange(50_000) % 10
     split = partition(labels, 0.1, 0)
     assert labels[split.validation].bincount().tolist() == [500] * 10
@@ -58,14 +58,14 @@ def test_a_seed_repeats_its_split_and_another_changes_it() -> None:
     assert not torch.equal(again.validation, other.validation)
 
 
-def test_each_class_is_drawn_apart_so_that_neither_side_is_the_front_of_the_files() -> None:
+def test_validation_is_drawn_from_all_over_each_class() -> None:
     labels = torch.arange(2).repeat_interleave(500)
     chosen = partition(labels, 0.2, 0).validation
     assert chosen[:100].float().mean() == pytest.approx(249.5, abs=45)  # a mean of 100 uniform draws, 3 sigma
     assert (chosen[100:] - 500).tolist() != chosen[:100].tolist()
 
 
-def test_a_class_with_one_image_can_not_be_split() -> None:
+def test_class_with_one_image_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         partition(torch.tensor([0, 0, 0, 0, 1, 3, 3]), 0.3, 0)
     assert caught.value.lines == [
@@ -74,7 +74,7 @@ def test_a_class_with_one_image_can_not_be_split() -> None:
     ]
 
 
-def test_a_fraction_too_small_for_the_classes_says_what_fits() -> None:
+def test_too_small_a_fraction_is_refused_with_the_limits() -> None:
     with pytest.raises(UserError) as caught:
         partition(torch.arange(30) % 10, 0.1, 0)
     assert caught.value.lines == [
@@ -83,7 +83,7 @@ def test_a_fraction_too_small_for_the_classes_says_what_fits() -> None:
     ]
 
 
-def test_a_sealed_part_is_a_stratified_part_that_training_never_sees() -> None:
+def test_sealed_part_is_stratified_and_disjoint() -> None:
     labels = torch.arange(100) % 5
     usable, test = sealed(labels, 0.2, 9)
     assert labels[test].bincount().tolist() == [4] * 5
@@ -91,7 +91,7 @@ def test_a_sealed_part_is_a_stratified_part_that_training_never_sees() -> None:
     assert not set(usable.tolist()) & set(test.tolist())
 
 
-def test_fewer_training_images_keep_the_shares_of_the_classes_and_leave_validation_alone() -> None:
+def test_train_fraction_keeps_class_shares_and_validation() -> None:
     labels = torch.arange(3000) % 3
     whole = partition(labels, 0.1, 0)
     third = thinned(whole, labels, 1 / 3, 0)

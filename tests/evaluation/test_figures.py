@@ -166,7 +166,7 @@ def test_class_names_stay_in_the_picture_and_off_each_other(size: int, name: str
     assert not any(box.overlaps(other) for box in boxes for other in across_boxes + down_boxes)
 
 
-def test_confusion_shows_each_count_its_share_and_the_worst_error() -> None:
+def test_confusion_shows_counts_shares_and_the_worst_error() -> None:
     labels = np.array([0] * 10 + [1] * 30)
     predictions = np.array([0] * 9 + [1] + [0] * 7 + [1] * 23)
     figure = confusion_matrix_figure(score(np.eye(3)[predictions], labels), ["ape", "bee", "cow"], "test")
@@ -195,7 +195,7 @@ def cells(figure: Figure, names: list[str]) -> tuple[list[int], list[int]]:
     return rows, [round((box.x0 + box.x1) / 2) for box in across]
 
 
-def test_the_scale_beside_a_confusion_matrix_has_the_shades_of_its_shares() -> None:
+def test_scale_of_a_confusion_matrix_has_its_shades() -> None:
     figure = ALL["confusion"]()
     image = pixels(figure)
     for text in written(figure):
@@ -225,7 +225,7 @@ def test_a_model_without_errors_says_so() -> None:
     assert "no errors" in confusion_matrix_figure(score(np.eye(2), np.array([0, 1])), ["a", "b"]).get_suptitle()
 
 
-def test_learning_curves_name_the_best_and_the_last_epoch_and_agree_with_their_axes() -> None:
+def test_learning_curves_name_best_and_last_epoch() -> None:
     history = run_of(5)
     for row, accuracy in zip(history, (0.1, 0.5, 0.91, 0.7, 0.8), strict=True):
         row["val/accuracy"] = accuracy
@@ -267,7 +267,7 @@ def test_learning_curves_outlive_any_number(loss: float, rate: float) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_curves_without_a_finite_or_a_second_value_are_drawn() -> None:
+def test_curves_without_a_finite_or_second_value_are_drawn() -> None:
     level = [row | {"train/loss": float("nan"), "val/loss": float("nan")} for row in run_of(1) * 3]
     assert collisions(learning_curves_figure(level)) == []
     close = [row | {"train/loss": 0.6931471, "val/loss": 0.6931472} for row in run_of(3)]
@@ -305,7 +305,7 @@ SEEN = {
 }
 
 
-def test_reliability_draws_accuracy_and_gap_of_the_full_bins_before_and_after() -> None:
+def test_reliability_draws_accuracy_and_gap_of_full_bins() -> None:
     figure = calibration("test")
     seen = texts(figure)
     assert "Calibration on test (4 images, 10 bins): accuracy 75.00%" in seen
@@ -322,7 +322,7 @@ def test_reliability_draws_accuracy_and_gap_of_the_full_bins_before_and_after() 
     assert colours_at(figure, 1, 0.85, 0.3) == {white}
 
 
-def test_reliability_draws_the_share_of_images_with_a_confidence_on_a_common_axis() -> None:
+def test_reliability_draws_confidences_on_a_common_axis() -> None:
     figure = calibration()
     (half, _), (whole, _) = [text.get_position()[::-1] for text in written(figure) if text.get_text() == "50%"]
     assert half == whole
@@ -336,7 +336,7 @@ def test_reliability_draws_the_share_of_images_with_a_confidence_on_a_common_axi
 
 @pytest.mark.parametrize(("count", "shown"), [(1, 1), (5, 5), (20, 16)])
 @pytest.mark.parametrize("name", [LONG, WIDE, "cat {}"])
-def test_a_gallery_shows_up_to_sixteen_images_with_their_classes(count: int, shown: int, name: str) -> None:
+def test_gallery_shows_up_to_16_images_with_their_classes(count: int, shown: int, name: str) -> None:
     figure = gallery(count, name.format(1), name.format(2), name.format(3) * 5)
     true, predicted = ([text for text in texts(figure) if mark in text] for mark in ("true: ", ", 98.7%"))
     assert len(true) == len(predicted) == shown
@@ -346,7 +346,7 @@ def test_a_gallery_shows_up_to_sixteen_images_with_their_classes(count: int, sho
         assert set(true + predicted) == {"true: cat 1", "cat 2, 98.7%"}
 
 
-def test_a_gallery_shows_the_pixels_right_way_up_and_colours_the_verdict() -> None:
+def test_gallery_shows_pixels_upright_and_colours_correctness() -> None:
     image = np.zeros((1, 3, 8, 6), np.uint8)
     image[0, 0, :4] = 255  # the upper half is red
     image[0, 1, :4, 3:] = 255  # and on the right yellow
@@ -371,7 +371,7 @@ def test_a_gallery_of_nothing_says_so() -> None:
     assert sorted(texts(gallery(0, title="Most confident wrong: 0"))) == ["Most confident wrong: 0", "no such image"]
 
 
-def test_a_prediction_ranks_the_classes_by_bars_as_long_as_their_probability() -> None:
+def test_prediction_bars_are_as_long_as_probabilities() -> None:
     probabilities = np.array([[0.1, 0.25, 0.65, 0.0], [0.4, 0.3, 0.2, 0.1]])
     colours = np.array([[10, 200, 30], [200, 10, 30]], np.uint8)
     images = np.tile(colours[:, :, None, None], (1, 1, 8, 8))
@@ -424,7 +424,7 @@ def test_a_prediction_has_room_for_twelve_images_and_ten_classes(
     assert collisions(figure) == []
 
 
-def test_a_prediction_cuts_long_ids_and_titles_in_the_middle() -> None:
+def test_prediction_cuts_long_ids_and_titles_in_the_middle() -> None:
     image, probabilities = np.zeros((1, 3, 8, 8), np.uint8), np.array([[1.0, 0.0]])
     figure = prediction_figure(image, ["/start" + "/folder" * 40 + "/end.png"], probabilities, ["a", "b"], "T" * 500)
     (cut,) = [text for text in texts(figure) if text.startswith("/start/folder")]

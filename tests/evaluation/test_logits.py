@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
 
 
-def test_logits_are_those_of_the_normalised_images_in_evaluation_mode() -> None:
+def test_logits_are_of_normalised_images_in_evaluation_mode() -> None:
     network = build_network(Attention(widths=(4, 8), reduction=4), 5, 8, seed=0).train()
     images = torch.randint(0, 256, (23, 3, 8, 8), dtype=torch.uint8)
     logits = predict_logits(network, images, MEAN, STD, "fp32", batch_size=10)
@@ -28,7 +28,7 @@ def test_logits_are_those_of_the_normalised_images_in_evaluation_mode() -> None:
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_a_recipes_precision_is_what_the_network_computes_in(precision: str, expected: torch.dtype) -> None:
+def test_precision_is_what_the_network_computes_in(precision: str, expected: torch.dtype) -> None:
     layer = nn.Linear(4, 4)
     with autocast(CPU, precision):
         assert layer(torch.zeros(2, 4)).dtype == expected

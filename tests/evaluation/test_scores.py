@@ -69,7 +69,7 @@ def test_all_scores_agree_with_scikit_learn(seed: int) -> None:
 
 
 @given(seeds)
-def test_loss_agrees_with_scikit_learn_where_nothing_is_clipped(seed: int) -> None:
+def test_loss_agrees_with_scikit_learn_where_not_clipped(seed: int) -> None:
     probabilities, labels = drawn(seed)
     wide = probabilities.astype(np.float64)
     wide = (wide + 1e-9) / (wide + 1e-9).sum(axis=1, keepdims=True)  # scikit-learn clips at 2e-16, we at 1e-38
@@ -99,7 +99,7 @@ def test_a_confidence_on_an_edge_belongs_to_the_bin_below() -> None:
     assert measured.accuracy.tolist() == [0, 1, 1, 0]
 
 
-def test_a_calibrated_model_has_almost_no_calibration_error_and_a_boastful_one_has_its_gap() -> None:
+def test_ece_is_the_gap_between_confidence_and_accuracy() -> None:
     rng = np.random.default_rng(0)
     sure = rng.uniform(0.5, 1, 200_000)
     probabilities = np.stack([sure, 1 - sure], axis=1)
@@ -167,7 +167,7 @@ def test_metrics_have_the_names_that_runs_log() -> None:
     assert "test/loss" in scores.metrics(["cat", "dog"], prefix="test")
 
 
-def test_a_class_that_may_keep_its_name_does_and_clashes_are_numbered() -> None:
+def test_metric_names_keep_valid_names_and_number_clashes() -> None:
     assert metric_names(["a/b", "a%b", "a_b", "a_b_2", "50%", "é 1.5-2:3"]) == [
         *("a_b_3", "a_b_4", "a_b", "a_b_2", "50_", "é 1.5-2:3"),
     ]

@@ -17,7 +17,7 @@ def test_wilson_is_scipys(right: int, images: int) -> None:
     assert wilson(right, images) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_a_split_is_too_small_until_the_interval_is_20_points_wide() -> None:
+def test_split_is_too_small_until_its_interval_is_20_points() -> None:
     assert small_split_line(2, 0.1) == (
         "caution: 2 validation images say little: an accuracy of 50 % among them has a 95 % interval from 9 to 91 % "
         "(Wilson); 93 narrow it to 20 points, at data.validation_fraction = 0.1 that takes 930 images in all"
@@ -37,7 +37,7 @@ def test_mcnemar_by_hand() -> None:
     assert mcnemar(2, 10) == mcnemar(10, 2)
 
 
-def test_methods_that_never_or_equally_often_beat_each_other_dont_differ() -> None:
+def test_methods_that_win_equally_often_do_not_differ() -> None:
     assert mcnemar(0, 0) == mcnemar(1, 1) == mcnemar(50, 50) == mcnemar(1, 0) == 1.0
 
 
@@ -60,7 +60,7 @@ def f1_difference(labels: np.ndarray, first: np.ndarray, second: np.ndarray, cla
     return next(scores) - next(scores)
 
 
-def test_the_error_of_a_macro_f1_difference_is_that_of_the_bootstrap() -> None:
+def test_macro_f1_error_agrees_with_the_bootstrap() -> None:
     labels, first, second = predictions(0, 800, 5)
     rng = np.random.default_rng(1)
     drawn = [rng.integers(len(labels), size=len(labels)) for _ in range(500)]
@@ -68,7 +68,7 @@ def test_the_error_of_a_macro_f1_difference_is_that_of_the_bootstrap() -> None:
     assert f1_macro_error(labels, first, second, 5) == pytest.approx(np.std(differences), rel=0.1)
 
 
-def test_the_error_of_a_macro_f1_difference_is_that_of_the_jackknife() -> None:
+def test_macro_f1_error_agrees_with_the_jackknife() -> None:
     """Closer than the bootstrap's own chance allows."""
     labels, first, second = predictions(0, 500, 5)
     whole = np.arange(len(labels))
@@ -77,7 +77,7 @@ def test_the_error_of_a_macro_f1_difference_is_that_of_the_jackknife() -> None:
     assert f1_macro_error(labels, first, second, 5) == pytest.approx(jackknife, rel=0.02)
 
 
-def test_equally_good_predictions_rarely_seem_to_differ_in_macro_f1() -> None:
+def test_equally_good_predictions_rarely_differ_in_macro_f1() -> None:
     alarms = 0
     for seed in range(300):
         labels, first, second = predictions(seed, 600, 4)
@@ -85,12 +85,12 @@ def test_equally_good_predictions_rarely_seem_to_differ_in_macro_f1() -> None:
     assert 3 <= alarms <= 30  # 15 expected at 5 %
 
 
-def test_equal_predictions_have_no_error_even_where_a_class_never_occurs() -> None:
+def test_equal_predictions_have_no_macro_f1_error() -> None:
     labels, first, _ = predictions(0, 50, 3)
     assert f1_macro_error(labels, first, first, 7) == 0
 
 
-def test_the_mean_of_a_sample_has_the_interval_of_students_t() -> None:
+def test_sample_mean_has_the_interval_of_students_t() -> None:
     values = [0.91, 0.93, 0.92, 0.95]
     found, expected = sample(values), ttest_1samp(values, 0).confidence_interval(0.95)
     assert (found.n, found.mean, found.sd) == (4, pytest.approx(0.9275), pytest.approx(np.std(values, ddof=1)))
@@ -101,7 +101,7 @@ def test_the_mean_of_a_sample_has_the_interval_of_students_t() -> None:
     assert sample([0.5]).sd is None and sample([0.5]).low is None
 
 
-def test_the_paired_t_test_is_that_of_scipy_down_to_the_least_deviation() -> None:
+def test_paired_t_test_equals_scipys_above_the_least_deviation() -> None:
     differences = np.random.default_rng(0).normal(0.002, 0.003, 6)
     p = paired_t(differences.tolist(), 1e-9)
     assert p == pytest.approx(ttest_1samp(differences, 0).pvalue)

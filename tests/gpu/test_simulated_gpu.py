@@ -143,7 +143,7 @@ def test_an_augmentation_that_copies_a_constant_fails(tiny: Recipe, monkeypatch:
         trained(tiny)
 
 
-def test_gradients_have_the_shapes_and_types_of_torchs_own_engine() -> None:
+def test_gradients_have_shapes_and_types_of_torchs_engine() -> None:
     """Broadcast, cast, used twice, cut off and unused."""
 
     def network(device: str) -> tuple[list[Tensor], Tensor]:
@@ -307,7 +307,7 @@ class Pruned(Exception):
     pass
 
 
-def test_both_streams_wait_for_each_other_also_after_a_pruned_training(tiny: Recipe) -> None:
+def test_streams_wait_for_each_other_after_a_pruned_training(tiny: Recipe) -> None:
     def prune(report: object) -> None:
         raise Pruned
 

@@ -27,7 +27,7 @@ def a_step(network, generator):
     ("dtype", "on_device"), [(torch.float32, False), (torch.float64, False), (torch.float32, True)]
 )
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
-def test_fifty_updates_are_those_of_a_slow_loop_over_tensors(dtype, on_device, decay):
+def test_fifty_updates_equal_a_plain_loop_over_tensors(dtype, on_device, decay):
     network, generator = convnet(dtype), torch.Generator().manual_seed(1)
     average = WeightAverage(network, decay, on_device)
     expected = {name: tensor.double().clone() for name, tensor in network.state_dict().items()}
@@ -58,7 +58,7 @@ def test_decay_0_follows_the_network_bit_for_bit():
         assert torch.equal(average.network.state_dict()[name], tensor), name
 
 
-def test_the_averaged_network_is_a_frozen_copy_in_eval_mode_and_the_same_memory_format():
+def test_averaged_network_is_a_frozen_copy_in_eval_mode():
     network = convnet().train()
     average = WeightAverage(network, 0.9)
     average.update(network)
@@ -85,7 +85,7 @@ def test_tied_weights_are_averaged_once():
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-def test_an_average_that_is_loaded_goes_on_as_if_never_interrupted(on_device):
+def test_loaded_average_continues_as_if_uninterrupted(on_device):
     network, generator = convnet(), torch.Generator().manual_seed(1)
     average = WeightAverage(network, 0.999, on_device)
     for _ in range(4):

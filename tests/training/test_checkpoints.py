@@ -39,7 +39,7 @@ def loaded(path):
     return network
 
 
-def test_weights_come_back_bit_for_bit_into_the_memory_format_of_the_network(tmp_path):
+def test_weights_load_bit_for_bit_in_the_networks_memory_format(tmp_path):
     network = convnet(1)
     with torch.no_grad():
         network[0].weight[0, :, 0, 0] = torch.tensor([float("nan"), -0.0, 1e-42])
@@ -55,7 +55,7 @@ def test_weights_come_back_bit_for_bit_into_the_memory_format_of_the_network(tmp
             assert there.contiguous().numpy().tobytes() == tensor.contiguous().numpy().tobytes(), name
 
 
-def test_the_file_holds_float32_whatever_the_network_is_in_and_keeps_integers(tmp_path):
+def test_file_holds_float32_and_keeps_integers(tmp_path):
     path = tmp_path / "w.safetensors"
     network = convnet(1)
     for dtype in (torch.bfloat16, torch.float64):
@@ -75,7 +75,7 @@ def test_tied_weights_are_saved_and_come_back(tmp_path):
     assert same(network, other)
 
 
-def test_equal_weights_and_metadata_give_equal_bytes_and_safetensors_reads_them(tmp_path):
+def test_equal_weights_and_metadata_give_equal_bytes(tmp_path):
     metadata = {f"key {number}": f"välue {number}" for number in range(20)}
     contents = set()
     for round_ in range(5):
@@ -103,7 +103,7 @@ def test_equal_weights_and_metadata_give_equal_bytes_and_safetensors_reads_them(
         (convnet()[:3], "3.bias has shape (5,) in the file and no entry in the network"),
     ],
 )
-def test_the_first_tensor_that_differs_is_named_and_the_network_stays(tmp_path, network, message):
+def test_first_tensor_that_differs_is_named(tmp_path, network, message):
     path = tmp_path / "w.safetensors"
     save_weights(path, convnet(1), {})
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -113,7 +113,7 @@ def test_the_first_tensor_that_differs_is_named_and_the_network_stays(tmp_path, 
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-def test_a_missing_or_cut_weights_file_is_the_users_error(tmp_path):
+def test_missing_or_truncated_weights_are_a_user_error(tmp_path):
     path = tmp_path / "w.safetensors"
     with pytest.raises(UserError, match=r"w\.safetensors: can't be read as weights"):
         load_weights(path, convnet())
@@ -128,7 +128,7 @@ def test_a_missing_or_cut_weights_file_is_the_users_error(tmp_path):
 FACTS = {"epoch": 3, "recipe": {"widths": (4, 8)}, 7: None, 10: 0.1, "loss": float("inf"), "name": "Größe"}
 
 
-def test_a_checkpoint_holds_the_averaged_weights_the_plain_ones_and_the_facts(tmp_path):
+def test_checkpoint_holds_averaged_and_plain_weights_and_facts(tmp_path):
     folder = tmp_path / "deep" / "er" / "best.1"
     save_checkpoint(folder, convnet(1), convnet(2), FACTS)
     assert read_checkpoint(folder) == json.loads(json.dumps(FACTS))
@@ -145,7 +145,7 @@ def test_a_checkpoint_holds_the_averaged_weights_the_plain_ones_and_the_facts(tm
     assert [path.name for path in folder.parent.iterdir()] == ["best.1"]
 
 
-def test_a_checkpoint_without_averages_replaces_one_with_them_whole(tmp_path):
+def test_checkpoint_without_averages_replaces_one_with_them(tmp_path):
     save_checkpoint(tmp_path / "last", convnet(1), convnet(2), {"epoch": 1})
     save_checkpoint(tmp_path / "last", convnet(3), None, {"epoch": 2})
     assert read_checkpoint(tmp_path / "last") == {"epoch": 2}
@@ -153,7 +153,7 @@ def test_a_checkpoint_without_averages_replaces_one_with_them_whole(tmp_path):
     assert {path.name for path in (tmp_path / "last").iterdir()} == {"weights.safetensors", "checkpoint.json"}
 
 
-def test_a_folder_that_is_no_checkpoint_is_never_replaced(tmp_path):
+def test_folder_that_is_no_checkpoint_is_never_replaced(tmp_path):
     (tmp_path / "photos").mkdir()
     save_checkpoint(tmp_path / "photos", convnet(), None, {})  # an empty folder may become one
     (tmp_path / "thesis").mkdir()
@@ -173,7 +173,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
             read_checkpoint(tmp_path / name)
 
 
-def test_every_flipped_byte_is_found_in_the_file_where_it_lies(tmp_path):
+def test_every_flipped_byte_is_detected_in_its_file(tmp_path):
     folder = tmp_path / "c"
     save_checkpoint(folder, convnet(1), convnet(2), FACTS)
     for name in ("weights.safetensors", "weights_plain.safetensors", "checkpoint.json"):
@@ -206,7 +206,7 @@ def test_each_damaged_or_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "null", '{"format": 2}'])
-def test_a_record_of_another_format_is_refused(tmp_path, content):
+def test_record_of_another_format_is_refused(tmp_path, content):
     (tmp_path / "checkpoint.json").write_text(content)
     with pytest.raises(UserError, match=r"checkpoint\.json: not of format 1"):
         read_checkpoint(tmp_path)
@@ -263,7 +263,7 @@ def visible(folder):
     return [path.name for path in folder.parent.iterdir() if not path.name.startswith(".")]
 
 
-def test_a_kill_at_any_act_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
+def test_kill_during_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path):
     found = []
     for at in itertools.count(1):
         folder = tmp_path / str(at) / "best"
@@ -284,7 +284,7 @@ def test_a_kill_at_any_act_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
     assert set(found) == {1, 2}
 
 
-def test_a_kill_at_any_act_of_the_first_save_leaves_nothing_that_looks_like_a_checkpoint_or_all_of_it(tmp_path):
+def test_kill_during_the_first_save_leaves_all_or_nothing(tmp_path):
     found = []
     for at in itertools.count(1):
         folder = tmp_path / str(at) / "best"
@@ -303,7 +303,7 @@ def test_a_kill_at_any_act_of_the_first_save_leaves_nothing_that_looks_like_a_ch
     assert set(found) == {0, 1}
 
 
-def test_writers_killed_again_and_again_never_lose_the_last_whole_checkpoint(tmp_path):
+def test_repeatedly_killed_writers_never_lose_a_checkpoint(tmp_path):
     folder = tmp_path / "best"
     save_checkpoint(folder, convnet(1), convnet(-1), {"number": 1})
     last = 1
@@ -318,7 +318,7 @@ def test_writers_killed_again_and_again_never_lose_the_last_whole_checkpoint(tmp
     assert last > 1
 
 
-def test_a_reader_that_puts_the_old_one_back_does_not_stop_the_writer(tmp_path, monkeypatch):
+def test_reader_that_restores_the_old_one_does_not_stop_a_writer(tmp_path, monkeypatch):
     folder = tmp_path / "best"
     save_checkpoint(folder, convnet(1), None, {"number": 1})
     replace, read = os.replace, []
@@ -335,7 +335,7 @@ def test_a_reader_that_puts_the_old_one_back_does_not_stop_the_writer(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
-def test_a_reader_whose_writer_finishes_just_now_reads_the_new_one(tmp_path, monkeypatch):
+def test_reader_reads_the_new_one_of_a_finishing_writer(tmp_path, monkeypatch):
     folder, aside, new = (tmp_path / name for name in ("best", ".best.old", ".best.new"))
     save_checkpoint(aside, convnet(1), None, {"number": 1})
     save_checkpoint(new, convnet(2), None, {"number": 2})
@@ -350,7 +350,7 @@ def test_a_reader_whose_writer_finishes_just_now_reads_the_new_one(tmp_path, mon
     assert read_checkpoint(folder) == {"number": 2}
 
 
-def test_all_is_on_the_disk_before_the_rename_and_the_rename_before_the_old_one_goes(tmp_path, monkeypatch):
+def test_files_are_synced_before_the_rename_and_removal(tmp_path, monkeypatch):
     folder = tmp_path / "best"
     save_checkpoint(folder, convnet(1), convnet(-1), {})
     log, fsync, replace, rmtree = [], os.fsync, os.replace, shutil.rmtree
@@ -385,13 +385,13 @@ def test_all_is_on_the_disk_before_the_rename_and_the_rename_before_the_old_one_
     ]
 
 
-def test_an_empty_folder_in_its_place_does_not_hide_the_one_that_stepped_aside(tmp_path):
+def test_empty_folder_does_not_hide_the_old_checkpoint(tmp_path):
     save_checkpoint(tmp_path / ".best.old", convnet(1), None, {"number": 1})
     (tmp_path / "best").mkdir()
     assert read_checkpoint(tmp_path / "best") == {"number": 1}
 
 
-def test_what_a_kill_left_of_the_old_one_does_not_come_back_when_the_new_one_is_removed(tmp_path, monkeypatch):
+def test_remains_of_an_old_checkpoint_do_not_come_back(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "best", convnet(1), None, {})
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.shutil, "rmtree", lambda *_, **__: None)  # as if killed there
@@ -404,7 +404,7 @@ def test_what_a_kill_left_of_the_old_one_does_not_come_back_when_the_new_one_is_
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
-def test_the_current_folder_is_read_as_any_other(tmp_path, monkeypatch):
+def test_current_folder_is_read_as_any_other(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "model", nn.Linear(2, 3), None, {"a": 1})
     monkeypatch.chdir(tmp_path / "model")
     assert read_checkpoint(Path(".")) == {"a": 1}

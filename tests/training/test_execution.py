@@ -156,7 +156,7 @@ def test_a_replayed_step_tells_no_parts_but_its_start_and_its_end(
     assert parts == ["data", *["forward", "tracking", "data"] * 10, "evaluation", "tracking", "data"]
 
 
-def test_a_step_is_captured_after_the_warm_up_and_anew_when_its_form_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_is_captured_after_warm_up_and_when_its_form_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
     def capture(step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:

@@ -22,7 +22,7 @@ def weights(network: torch.nn.Module) -> list[torch.Tensor]:
     return list(network.state_dict().values())
 
 
-def test_the_same_recipe_gives_the_same_weights_bit_for_bit(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_equal_recipes_give_equal_weights_bit_for_bit(small_recipe: Recipe, digits: TrainingData) -> None:
     first, second = train(small_recipe, digits, CPU), train(small_recipe, digits, CPU)
     assert first.plain
     assert second.plain
@@ -50,7 +50,7 @@ def test_it_learns_digits(small_recipe: Recipe, digits: TrainingData) -> None:
     assert history[-1].metrics["train/loss"] < history[0].metrics["train/loss"]
 
 
-def test_each_epoch_is_reported_with_every_metric_of_its_own(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_each_epoch_is_reported_with_all_metrics(small_recipe: Recipe, digits: TrainingData) -> None:
     seen: list[EpochReport] = []
     result = train(small_recipe, digits, CPU, seen.append)
     assert [report.epoch for report in seen] == [1, 2]
@@ -69,7 +69,7 @@ def test_each_epoch_is_reported_with_every_metric_of_its_own(small_recipe: Recip
     assert all(math.isfinite(value) for report in seen for value in report.metrics.values())
 
 
-def test_the_reported_scores_are_those_of_the_returned_network(small_recipe: Recipe, digits: TrainingData) -> None:
+def test_reported_scores_are_those_of_the_returned_network(small_recipe: Recipe, digits: TrainingData) -> None:
     result = train(small_recipe.changed({"training.precision": "fp32"}), digits, CPU)
     pixels = digits.validation.images.float() / 255
     with torch.no_grad():
@@ -93,9 +93,7 @@ def test_averaged_weights_are_what_is_judged(small_recipe: Recipe, digits: Train
     assert not torch.equal(averaged.validation_logits, plain.validation_logits)
 
 
-def test_the_trained_weights_are_scored_beside_the_averaged_ones_when_asked(
-    small_recipe: Recipe, digits: TrainingData
-) -> None:
+def test_score_plain_scores_the_trained_weights_too(small_recipe: Recipe, digits: TrainingData) -> None:
     both = train(small_recipe, digits, CPU, score_plain=True)
     alone = train(small_recipe.changed({"training.ema_decay": 0}), digits, CPU, score_plain=True)
     averaged = train(small_recipe, digits, CPU)
@@ -124,9 +122,7 @@ def test_on_epoch_ends_the_training_by_raising(small_recipe: Recipe, digits: Tra
         train(small_recipe, digits, CPU, stop)
 
 
-def test_steps_are_counted_and_a_batch_larger_than_the_data_is_the_data(
-    small_recipe: Recipe, digits: TrainingData
-) -> None:
+def test_steps_are_counted_and_a_large_batch_is_all_data(small_recipe: Recipe, digits: TrainingData) -> None:
     seen: list[tuple[int, int, int]] = []
     train(small_recipe, digits, CPU, on_step=lambda *at: seen.append(at))
     steps = len(digits.train.labels) // 64
@@ -148,9 +144,7 @@ FAST = {
 }
 
 
-def test_the_speed_runs_recipe_repeats_bit_for_bit_and_its_first_layer_comes_from_the_data(
-    small_recipe: Recipe, digits: TrainingData
-) -> None:
+def test_fast_repeats_bit_for_bit_and_whitens_by_the_data(small_recipe: Recipe, digits: TrainingData) -> None:
     recipe = small_recipe.changed(FAST)
     first, second = train(recipe, digits, CPU), train(recipe, digits, CPU)
     assert all(torch.equal(a, b) for a, b in zip(weights(first.network), weights(second.network), strict=True))

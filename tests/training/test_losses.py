@@ -22,14 +22,14 @@ def by_hand(logits, targets, smoothing):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
-def test_it_is_the_mean_of_the_sum_over_classes(smoothing):
+def test_loss_is_the_mean_of_the_sum_over_classes(smoothing):
     logits, targets = batch()
     loss = soft_cross_entropy(logits, targets, smoothing)
     assert loss.shape == ()
     assert loss.item() == pytest.approx(by_hand(logits, targets, smoothing), rel=1e-6)
 
 
-def test_one_hot_targets_give_the_cross_entropy_of_class_numbers():
+def test_one_hot_targets_give_the_cross_entropy_of_labels():
     logits, _ = batch()
     labels = torch.arange(64) % 10
     one_hot = torch.nn.functional.one_hot(labels, 10).float()
@@ -39,7 +39,7 @@ def test_one_hot_targets_give_the_cross_entropy_of_class_numbers():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_it_is_computed_in_float32_whatever_the_logits_are_in(dtype, autocast):
+def test_loss_is_computed_in_float32(dtype, autocast):
     logits, targets = batch(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = soft_cross_entropy(logits, targets.to(dtype), 0.1)
@@ -47,7 +47,7 @@ def test_it_is_computed_in_float32_whatever_the_logits_are_in(dtype, autocast):
     assert loss.item() == pytest.approx(by_hand(logits, targets.to(dtype), 0.1), rel=1e-6)
 
 
-def test_the_gradient_is_probabilities_less_smoothed_targets_over_the_batch():
+def test_gradient_is_probabilities_minus_smoothed_targets():
     logits, targets = batch()
     logits.requires_grad_()
     soft_cross_entropy(logits, targets, 0.1).backward()

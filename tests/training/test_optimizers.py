@@ -56,7 +56,7 @@ def fit(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) ->
 
 
 @pytest.mark.parametrize(("section", "kind", "settings"), KINDS)
-def test_steps_as_torchs_plain_loop_with_the_same_settings(section, kind, settings):
+def test_steps_equal_torchs_plain_loop(section, kind, settings):
     ours = convnet()
     theirs = copy.deepcopy(ours)
     fit(ours, build_optimizer(ours, section, CPU))
@@ -66,7 +66,7 @@ def test_steps_as_torchs_plain_loop_with_the_same_settings(section, kind, settin
 
 
 @pytest.mark.parametrize("section", [*(section for section, _, _ in KINDS), MUON])
-def test_rates_on_the_device_step_as_rates_that_are_numbers(section: recipe.Optimizer) -> None:
+def test_rates_on_the_device_equal_rates_as_numbers(section: recipe.Optimizer) -> None:
     networks = [convnet(), convnet()]
     for network, on_device in zip(networks, (False, True), strict=True):
         optimizer = build_optimizer(network, section, CPU, on_device)
@@ -82,7 +82,7 @@ def test_rates_on_the_device_step_as_rates_that_are_numbers(section: recipe.Opti
 
 
 @pytest.mark.parametrize("section", [recipe.Sgd(lr=0.5, weight_decay=0.1), recipe.AdamW(lr=0.5, weight_decay=0.1)])
-def test_every_parameter_decays_batch_norm_and_biases_too(section):
+def test_every_parameter_decays(section):
     network = convnet()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -129,7 +129,7 @@ def muon_by_hand(network: nn.Module, section: recipe.Muon, steps: int) -> None:
             parameter.data -= rate * step
 
 
-def test_muon_steps_as_written_out_by_hand() -> None:
+def test_muon_steps_equal_those_by_hand() -> None:
     ours = convnet()
     theirs = copy.deepcopy(ours)
     fit(ours, build_optimizer(ours, MUON, CPU))
@@ -140,7 +140,7 @@ def test_muon_steps_as_written_out_by_hand() -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 64 * 9), (64, 27), (8, 8), (16, 4)])
-def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int, int]) -> None:
+def test_orthogonalised_matrices_have_singular_values_near_1(shape: tuple[int, int]) -> None:
     left, _, right = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), False)
     values = torch.linspace(1, 0.3, min(shape))
     result = orthogonalise(1e-3 * left * values @ right).float()
@@ -150,7 +150,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int,
     assert (result * rotation).sum() / result.norm() / rotation.norm() > 0.98, "the directions stay"
 
 
-def test_muons_steps_are_as_long_whatever_the_gradients_size() -> None:
+def test_muons_step_length_is_independent_of_the_gradient() -> None:
     def moved(scale: float) -> torch.Tensor:
         network = nn.Conv2d(8, 16, 3, bias=False)
         optimizer = build_optimizer(network, MUON, CPU)
@@ -169,7 +169,7 @@ def with_whitening() -> nn.Sequential:
     return nn.Sequential(Whitening(2), nn.Conv2d(24, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(100, 5))
 
 
-def test_each_group_has_its_own_rate_times_the_schedules_factor() -> None:
+def test_each_group_has_its_rate_times_the_factor() -> None:
     network = with_whitening()
     optimizer = build_optimizer(network, MUON, CPU)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
@@ -186,7 +186,7 @@ def test_each_group_has_its_own_rate_times_the_schedules_factor() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.15, "the first group's rate is the one that is logged"
 
 
-def test_a_whitening_bias_has_the_schedule_in_its_share_and_is_frozen_then() -> None:
+def test_whitening_bias_learns_in_its_share_and_is_frozen_then() -> None:
     network = with_whitening()
     optimizer = build_optimizer(network, MUON.model_copy(update={"whitening_share": 0.4}), CPU)
     bias, group = network[0].bias, optimizer.param_groups[1]
@@ -207,7 +207,7 @@ def test_a_whitening_bias_has_the_schedule_in_its_share_and_is_frozen_then() -> 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("section", "kind", "settings"), KINDS)
-def test_steps_on_a_gpu_as_on_the_cpu(section, kind, settings):
+def test_steps_on_a_gpu_equal_those_on_the_cpu(section, kind, settings):
     ours, theirs = convnet().cuda(), convnet()
     fit(ours, build_optimizer(ours, section, torch.device("cuda")))
     fit(theirs, kind(theirs.parameters(), foreach=False, **settings))

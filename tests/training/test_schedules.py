@@ -66,19 +66,19 @@ def torch_rates(scheduler, total, **settings):
         (Step(interval=1.0), [1, 1, 1]),
     ],
 )
-def test_the_factors_are_those_worked_out_by_hand(schedule, expected):
+def test_factors_equal_those_by_hand(schedule, expected):
     assert factors(schedule, len(expected)) == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize("final", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("total", [2, 3, 50])
-def test_cosine_is_torchs_cosine_annealing(final, total):
+def test_cosine_equals_torchs_cosine_annealing(final, total):
     expected = torch_rates(lr_scheduler.CosineAnnealingLR, total, T_max=total - 1, eta_min=final)
     assert factors(Cosine(final_fraction=final), total) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(("total", "peak"), [(10, 0.3), (50, 0.3), (50, 0.5), (200, 0.04), (60, 0.9)])
-def test_one_cycle_is_torchs_where_the_peak_falls_on_a_step(total, peak):
+def test_one_cycle_equals_torchs(total, peak):
     settings = {
         "total_steps": total,
         "pct_start": peak,
@@ -92,13 +92,13 @@ def test_one_cycle_is_torchs_where_the_peak_falls_on_a_step(total, peak):
 
 
 @pytest.mark.parametrize("total", [10, 97, 100])
-def test_step_is_torchs_step_for_every_interval_of_whole_steps(total):
+def test_step_equals_torchs_step_at_every_interval(total):
     for interval in range(1, total + 1):
         expected = torch_rates(lr_scheduler.StepLR, total, step_size=interval, gamma=0.5)
         assert factors(Step(interval=interval / total, gamma=0.5), total) == pytest.approx(expected), interval
 
 
-def test_warm_up_then_decay_is_torchs_sequence():
+def test_warm_up_then_decay_equals_torchs_sequence():
     def sequence(optimizer):
         rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / 11, total_iters=10)
         fall = lr_scheduler.CosineAnnealingLR(optimizer, T_max=29)
@@ -109,7 +109,7 @@ def test_warm_up_then_decay_is_torchs_sequence():
 
 @unhurried
 @given(schedules, lengths)
-def test_every_factor_lies_between_0_and_1_and_the_highest_is_reached(schedule, total):
+def test_factors_lie_in_0_to_1_and_reach_1(schedule, total):
     values = factors(schedule, total)
     assert all(0 <= value <= 1 for value in values)
     assert max(values) == 1
@@ -117,13 +117,13 @@ def test_every_factor_lies_between_0_and_1_and_the_highest_is_reached(schedule, 
 
 @unhurried
 @given(to_a_final_rate, lengths)
-def test_the_last_step_has_exactly_the_final_fraction(schedule, total):
+def test_last_step_has_exactly_the_final_fraction(schedule, total):
     assert lr_factor(schedule, total - 1, total) == schedule.final_fraction
 
 
 @unhurried
 @given(schedules, lengths)
-def test_the_rate_only_rises_before_the_peak_and_only_falls_after_it(schedule, total):
+def test_rate_rises_to_the_peak_and_falls_after_it(schedule, total):
     values = factors(schedule, total)
     peak = values.index(1.0)
     rounding = 1e-12
@@ -154,18 +154,18 @@ def test_no_step_jumps_by_more_than_the_slope(schedule, total):
 
 @unhurried
 @given(st.sampled_from([Constant, Cosine, Linear, Step]), warmups, lengths)
-def test_the_first_step_is_never_wasted_at_rate_0(kind, warmup, total):
+def test_first_step_has_a_rate_above_0(kind, warmup, total):
     assert lr_factor(kind(warmup=warmup), 0, total) > 0
 
 
 @unhurried
 @given(schedules)
-def test_a_training_of_one_step_has_the_highest_rate(schedule):
+def test_training_of_one_step_has_the_highest_rate(schedule):
     assert factors(schedule, 1) == [1.0]
 
 
 @pytest.mark.parametrize("step", [-1, 5])
-def test_a_step_outside_the_training_is_our_own_mistake(step):
+def test_step_outside_the_training_is_an_assertion(step):
     with pytest.raises(AssertionError, match=f"step {step} of 5"):
         lr_factor(Constant(), step, 5)
 
