@@ -40,13 +40,9 @@ class Problem:
 class UserError(Exception):
     """Bad input: one problem, or several at once by `many`. The command line prints them and ends with an exit code."""
 
-    def __init__(self, subject: str | Sequence[str], rule: str = "", remedy: str = "", details: Sequence[str] = ()):
+    def __init__(self, subject: str, rule: str = "", remedy: str = "", details: Sequence[str] = ()):
         super().__init__(subject, rule, remedy, details)
-        self.problems: tuple[Problem, ...] = (
-            (Problem(subject, rule, remedy, tuple(details)),)
-            if isinstance(subject, str)
-            else tuple(_from_lines(subject))  # TRANSITION: lines as text
-        )
+        self.problems: tuple[Problem, ...] = (Problem(subject, rule, remedy, tuple(details)),)
 
     @classmethod
     def many(cls, problems: Sequence[Problem]) -> Self:
@@ -62,16 +58,6 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
-
-
-def _from_lines(lines: Sequence[str]) -> list[Problem]:
-    found: list[Problem] = []
-    for line in lines:
-        if line.startswith("  ") and found:
-            found[-1] = Problem(found[-1].subject, details=(*found[-1].details, line[2:]))
-        else:
-            found.append(Problem(line))
-    return found
 
 
 class DataError(UserError):
