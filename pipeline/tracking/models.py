@@ -26,7 +26,7 @@ CHAMPION = "models:/image-classifier@champion"
 DIGEST_TAG = "sha256."  # prefix of a registered version's tags; the name of a file follows
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias that isn't set
 _NO_RUN = Problem(
-    "no finished run yet", "", "`study attention --dataset digits` trains some; or name a model's folder by `--model`"
+    "no finished run yet", "", "`study NAME --dataset digits` trains some; or name a model's folder by `--model`"
 )
 
 
@@ -177,7 +177,7 @@ def _resolve(tracker: MlflowTracker, wanted: str | None) -> tuple[Run | ModelVer
     if wanted.startswith("models:/"):
         version = _registered(tracker, wanted)
         if version is None and wanted == CHAMPION:
-            raise UserError(wanted, "no champion", "`promote attention` chooses one")
+            raise UserError(wanted, "no champion", "`promote NAME` chooses one")
         if version is None:
             rule = "no such registered model"
             raise UserError(wanted, rule, "name one as models:/NAME@ALIAS or models:/NAME/VERSION")
