@@ -138,7 +138,7 @@ class Plain(Section):
         (32, 64, 128, 256), min_length=1, max_length=6, description="channels of each block"
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="before the classifier")
-    convolution_dropout: float = Field(0.0, ge=0, lt=1, description="of whole channels, behind each block")
+    convolution_dropout: float = Field(0.0, ge=0, lt=1, description="of entire channels, after each block")
 
     @property
     def halvings(self) -> int:
@@ -261,7 +261,7 @@ class Muon(Section):
 
 
 class Schedule(Section):
-    """Every schedule: fractions are of the whole training, so that a change of length keeps its shape."""
+    """Fields of most schedules. Fractions are of all steps of the training, so a change of length keeps the shape."""
 
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the steps in which the rate rises linearly from 0")
 
@@ -315,7 +315,7 @@ class Training(Section):
     epochs: int = Field(ge=1, le=10_000)
     batch_size: int = Field(128, ge=2, le=65_536)
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
-    clip_norm: float = Field(0.0, ge=0, description="largest norm of the whole gradient; 0: not clipped")
+    clip_norm: float = Field(0.0, ge=0, description="largest norm of the gradient of all weights; 0: not clipped")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="exponential moving average of the weights; 0: none")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="initial weights, data order, augmentation, dropout")
     deterministic: bool = Field(False, description="on a GPU: bit for bit the same run again, slower; a CPU always is")
@@ -394,7 +394,7 @@ class Recipe(Section):
         return self
 
     def flat(self) -> dict[str, Any]:
-        """Dotted field name -> value, the whole recipe."""
+        """Dotted field name -> value, of every field."""
         return {
             f"{section}.{field}": value
             for section, fields in self.model_dump().items()
@@ -402,7 +402,7 @@ class Recipe(Section):
         }
 
     def changed(self, changes: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> "Recipe":
-        """A copy with some dotted fields changed, validated as a whole.
+        """A copy with some dotted fields changed, validated together.
 
         Changing a section's kind (`optimizer.name`) starts that section from the new kind's defaults; a field without
         one keeps its value, where it has any. `settings` override `changes`: they are applied last, as far as the
@@ -443,12 +443,12 @@ class Recipe(Section):
         return replace(problem, rule=problem.rule + hint)
 
     def difference(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
-        """Dotted field -> (value here, value there), where they differ; None where a kind has no such field."""
-        mine, theirs = self.flat(), other.flat()
+        """Dotted field -> (this recipe's value, the other's) where they differ; None where a kind has no such field."""
+        fields, others = self.flat(), other.flat()
         return {
-            name: (mine.get(name), theirs.get(name))
-            for name in mine | theirs
-            if mine.get(name) != theirs.get(name) or (name in mine) != (name in theirs)
+            name: (fields.get(name), others.get(name))
+            for name in fields | others
+            if fields.get(name) != others.get(name) or (name in fields) != (name in others)
         }
 
     def to_json(self) -> str:

@@ -66,7 +66,7 @@ Row = dict[str, Any]
 START = "spawn"  # of processes: a fork may not use a GPU that its parent has used
 NETWORKS = ("improved", "plain")
 COMPILED = ("attention", "improved")  # each takes half a minute to compile
-# `attention` as published, and with widths that tensor cores take whole.
+# `attention` as published, and with widths that fill tensor cores.
 WIDTHS: dict[str, dict[str, Any]] = {"": {}, " of 32 to 256": {"model.widths": (32, 64, 128, 256)}}
 # What small networks are: `baseline` made wider, and `improved` made wider, with all of its augmentation.
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
@@ -126,7 +126,7 @@ class GpuBenchmark:
     batch_sizes: tuple[int, ...] = (128, 512, 2000)
     executions: tuple[str, ...] = ("eager", "graphed", "compiled", "compiled_graphed")
     at_once: tuple[int, ...] = (1, 2, 4, 8)
-    rounds: int = 3  # beside the peer
+    rounds: int = 3  # against the peer
     eager_runs: int = 3  # of `fast`
     fast_runs: Mapping[str, int] = field(default_factory=lambda: {"94 %": 10, "95 %": 3, "96 %": 2})
     airbench_runs: int = 10
@@ -196,7 +196,7 @@ def networks(benchmark: GpuBenchmark) -> Iterator[Row]:
                 yield row | {"peer_images_per_second": peers[-1]}
                 speeds.append(row.get("images_per_second", 0.0))
         for execution, speeds in ours.items():
-            ratios = [mine / theirs for mine, theirs in zip(speeds, peers, strict=True) if mine]
+            ratios = [our_speed / its_speed for our_speed, its_speed in zip(speeds, peers, strict=True) if our_speed]
             if ratios:
                 ratio = {f.__name__: round(f(ratios), 2) for f in (min, statistics.median, max)}
                 yield {"what": f"{name}, {execution}, by the peer's", "ratio": ratio}

@@ -51,8 +51,8 @@ def measure_networks(
 ) -> Iterator[dict[str, Any]]:
     """Each network's result, JSON; measured for `seconds` (default SECONDS), with runs in a temporary tracking store.
 
-    `images_per_second` is of training, augmentation included. `shares` are those of a whole trial of the recipe on the
-    whole data set (`speed.trial_seconds`), their sum is 1. `bf16_peak_share` and `bandwidth_share` are those of the
+    `images_per_second` is of training, augmentation included. `shares` are those of a complete trial of the recipe on the
+    complete data set (`speed.trial_seconds`), their sum is 1. `bf16_peak_share` and `bandwidth_share` are those of the
     training steps on a GPU whose peaks are known, else null: the matrix products' and convolutions' operations, and the
     bytes if every kernel of a step read its inputs and wrote its outputs once. Caches serve some of them, so the latter
     is what a step asks of the memory, not what the memory did.
@@ -163,7 +163,7 @@ def against(script: Path, name: str, recipe: Recipe, data_dir: Path, device: tor
         peer.append(peer_speed(script, arguments))
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             ours.append(process.submit(_our_speed, recipe, data_dir, str(device), SECONDS).result())
-    ratios = [mine / theirs for mine, theirs in zip(ours, peer, strict=True)]
+    ratios = [our_speed / its_speed for our_speed, its_speed in zip(ours, peer, strict=True)]
     return {
         "script": script.name,
         "peer_images_per_second": peer,

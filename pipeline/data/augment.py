@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the images' device: every image gets random parameters of its own.
+"""Augmentation of batches on the images' device, with random parameters drawn for each image.
 
 One pure function per operation takes explicit parameters per image; `Augmenter` draws them and applies the operations
 in the order of `recipe.Augmentation`. Nothing here waits for the device: no tensor's value reaches Python, and no
@@ -188,7 +188,7 @@ def _padded_once(images: Tensor, padding: int, mode: str) -> Tensor:
 
 
 class Augmenter:
-    """Training batches of one data set, augmented anew at each call.
+    """Training batches of one data set, augmented at random at each call.
 
     Holds the padded images on their device: N * 3 * (S + 2 * crop_padding)^2 bytes, shared with the next training's.
     """

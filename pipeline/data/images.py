@@ -23,7 +23,7 @@ from pipeline.errors import DataError, UserError
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 50_000_000
-MAX_SCANS = 100  # of a JPEG; programs write about ten, and each takes as long as the whole image
+MAX_SCANS = 100  # of a JPEG; programs write about ten, and each takes as long as the complete image
 MAX_BYTES = 16 * 2**30  # of a data set in memory
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # above our limit, which has its own error
 warnings.filterwarnings("ignore", module=r"PIL\.")  # a damaged TIFF has one for each of its tags
@@ -132,18 +132,20 @@ def _decode(path: Path, size: int) -> np.ndarray:
             _check_scans(path)
         image.draft(None, (4 * size, 4 * size))  # JPEG only: decodes at 1/2, 1/4 or 1/8, if still four times too large
         image.load()
-        with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the orientation, the pixels are whole
+        with contextlib.suppress(
+            Exception
+        ):  # unreadable EXIF says nothing about the orientation, the pixels are complete
             ImageOps.exif_transpose(image, in_place=True)
         rgb = _to_rgb(image)
     return np.ascontiguousarray(np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1))
 
 
 def _check_scans(path: Path) -> None:
-    """A few bytes are a scan of the whole image, so that a small file could take hours."""
+    """A few bytes are a scan of the full image, so that a small file could take hours."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         scans = sum(1 for _ in islice(re.finditer(rb"\xff\xda", content), MAX_SCANS + 1))  # nowhere else in image data
     if scans > MAX_SCANS:
-        raise ValueError(f"has more than {MAX_SCANS} scans: save it anew")
+        raise ValueError(f"has more than {MAX_SCANS} scans: save it again")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -37,7 +37,7 @@ def partition(labels: Tensor, fraction: float, seed: int) -> Partition:
 def thinned(parts: Partition, labels: Tensor, fraction: float, seed: int) -> Partition:
     """`parts` with round(fraction * N) of its N training images, drawn as `partition` draws; 1 leaves it as it is.
 
-    `labels` are those of the whole data set. UserError where a class would be left with none.
+    `labels` are those of the complete data set. UserError where a class would get none.
     """
     if fraction == 1:
         return parts

@@ -70,7 +70,7 @@ def _build(
 def set_lr(optimizer: torch.optim.Optimizer, schedule: recipe.AnySchedule, step: int, total_steps: int) -> None:
     """The rates of `step` (from 0) of `total_steps`: each group's own, times the schedule's factor.
 
-    A group that learns in a `share` of the training has the whole schedule in that share. Then its parameters are
+    A group that learns in a `share` of the training has the full schedule in that share. Then its parameters are
     frozen, and backward leaves them out.
     """
     for group in optimizer.param_groups:
