@@ -138,7 +138,7 @@ EDITS: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
     ),
     "a final is deleted": (
         lambda s: s.delete(s.finals[0]),
-        [(PROMOTE, 2, "1 of the runs that decided them are gone, deleted in MLflow", f"make finals NAME={NAME}"),
+        [(PROMOTE, 2, "1 of the runs that decided them are gone, deleted in MLflow", f"pipeline finals {NAME}`"),
          (COMPARE, 0, "omitted, deleted in MLflow: final of trial 0 (control), seed 1;"),
          (EXPORT, 0, "image-classifier version 2"),
          (FINALS, 0, "finals` trains a final again", "1 of them done", "winner: "),
@@ -177,24 +177,24 @@ EDITS: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
     ),
     "the control and the study are renamed": (
         lambda s: (s.client.update_run(s.trials[0], name="mine"), s.client.update_run(s.study, name="ours")),
-        [(STUDY, 0), (COMPARE, 0, "control 0"), (FINALS, 0, "2 of them done"), (AUDIT, 0, "nothing found")],
+        [(STUDY, 0), (COMPARE, 0, "0 (control)"), (FINALS, 0, "2 of them done"), (AUDIT, 0, "nothing found")],
     ),
     "the registered model is deleted": (
         lambda s: s.client.delete_registered_model(MODEL),
         [(AUDIT, 1, "version 1, 2 was deleted in MLflow; "),
-         (FIX, 0, "version 2, the champion, was deleted in MLflow: the ledger has it as gone"),
+         (FIX, 0, "version 2, the champion, was deleted in MLflow: the ledger has it as deleted"),
          (HISTORY, 0, "gone", "no champion"), (ROLLBACK, 2, "has no champion; there is nothing to go back to"),
          (PROMOTE, 5, "which was deleted in MLflow; FORCE=1"), (PREDICT, 0, "no champion"),
          ((*PROMOTE, "--force", "--reason", "deleted by mistake"), 0, "champion: image-classifier version 1")],
     ),
     "the registered model is renamed": (
         lambda s: s.client.rename_registered_model(MODEL, "other"),
-        [(PROMOTE, 2, "is called other in MLflow by now", "rename it back there, or MODEL=other"),
+        [(PROMOTE, 2, "is called other in MLflow", "rename it back there, or `--model other`"),
          (ROLLBACK, 2, "is called other"), (HISTORY, 2, "is called other"), (AUDIT, 1)],
     ),
     "the champion's version is deleted": (
         lambda s: s.client.delete_model_version(MODEL, "2"),
-        [(PROMOTE, 2, "version 2, the champion, was deleted in MLflow", "make rollback VERSION=1"),
+        [(PROMOTE, 2, "version 2, the champion, was deleted in MLflow", "rollback --version 1"),
          (AUDIT, 1, "rollback --version 1` restores it"), ((*ROLLBACK, "--version", "1"), 0, "version 1"),
          (AUDIT, 0, "nothing found"), (PREDICT, 0, "the champion, image-classifier version 1")],
     ),
@@ -205,7 +205,7 @@ EDITS: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
     ),
     "the aliases are deleted": (
         lambda s: [s.client.delete_registered_model_alias(MODEL, alias) for alias in ("champion", "previous")],
-        [(PROMOTE, 2, "make rollback VERSION=2"), (HISTORY, 2, "make rollback VERSION=2"),
+        [(PROMOTE, 2, "rollback --version 2"), (HISTORY, 2, "rollback --version 2"),
          ((*ROLLBACK, "--version", "2"), 0, "version 2"), (AUDIT, 0, "nothing found")],
     ),
     "the digests of the champion's files are removed": (
@@ -282,10 +282,10 @@ def delete_when_measured(store: Store, monkeypatch: pytest.MonkeyPatch, view: st
 
 def test_trial_deleted_while_it_runs_is_omitted_and_droppable(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     delete_when_measured(store, monkeypatch, "StudyView", "tags.role = 'trial'")
-    expect(MORE, 0, "(it was deleted in MLflow)", "make sync DROP=1 throws that away", "trial 3;")
+    expect(MORE, 0, "(it was deleted in MLflow)", "sync --drop-deleted", "trial 3;")
     (journal,) = journals(Path("mlruns"))
     expect(AUDIT, 1, f"{journal}: is pending, and its run was deleted in MLflow; restore the run there")
-    expect(SYNC, 4, "sent 0 runs", "it was deleted in MLflow", "make sync DROP=1")
+    expect(SYNC, 4, "sent 0 runs", "it was deleted in MLflow", "sync --drop-deleted")
     expect(FIX, 1, "its run was deleted in MLflow")
     expect(FINALS, 0, "2 of them done", "winner: ")
     assert journal.exists(), "nothing is thrown away by itself"
@@ -327,7 +327,7 @@ def test_interrupted_trial_with_deleted_run_starts_again(store: Store, monkeypat
         expect(MORE, 130, "interrupted")
     [run] = store.client.search_runs([store.experiment], "tags.state = 'interrupted' and tags.role = 'trial'")
     store.delete(run.info.run_id)
-    expect(MORE, 0, "trial 4: its run was deleted in MLflow; it begins anew, with another", "best 4 of 4 trials")
+    expect(MORE, 0, "trial 4: its run was deleted in MLflow; it starts at epoch 1 with a new run", "best 4 of 4 trials")
     expect(AUDIT, 0, "nothing found")
 
 

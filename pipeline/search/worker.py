@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from pipeline.runtime import freeze_imports  # before MLflow and torch
+
+# isort: split
 import cloudpickle
 import optuna
 import torch
@@ -25,7 +28,6 @@ from pipeline.errors import Problem, UserError, error_of
 from pipeline.experiment import Interrupted, Outcome
 from pipeline.processes import this_process
 from pipeline.recipe import Recipe
-from pipeline.runtime import freeze_imports
 from pipeline.search.storage import RetryingStorage, find_study, open_storage
 from pipeline.search.study import Search, StudyProgress
 from pipeline.search.trial import StudyContext, StudyInterrupted, claim_trial, run_trial

@@ -138,7 +138,7 @@ def test_study_on_a_folder_of_images(tmp_path: Path, cifar10_dir: Path) -> None:
         for i in np.flatnonzero(whole.train.labels.numpy() == label)[:60]:
             Image.fromarray(whole.train.images[i].permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     words = ("study", "attention", "--dataset", "pets", "--trials", "1", "--epochs", "1")
-    done = run_pipeline(*words, "--set", f"{TINY_NETWORK} data.image_size=24", cwd=tmp_path)
+    done = run_pipeline(*words, "--set", TINY_NETWORK.replace("image_size=8", "image_size=24"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search("attention-v1-pets-[0-9a-f]{6} on", done.stdout)
     keys = {key for (key,) in rows(tmp_path / "mlruns" / "mlflow.db", "select distinct key from metrics")}
@@ -162,7 +162,14 @@ def test_finals_find_a_folder_that_moved(tmp_path: Path) -> None:
         folder = tmp_path / "digits" / "train" / str(digits.target[number])
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((digits.images[number] * 15).astype(np.uint8)).save(folder / f"{number}.png")
-    words = ("--epochs", "1", "--trials", "1", "--set", f"{TINY_NETWORK} data.image_size=16 training.batch_size=8")
+    words = (
+        "--epochs",
+        "1",
+        "--trials",
+        "1",
+        "--set",
+        TINY_NETWORK.replace("image_size=8", "image_size=16") + " training.batch_size=8",
+    )
     done = run_pipeline("study", "attention", "--dataset", "./digits", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search("attention-v1-digits-[0-9a-f]{6} on", done.stdout), (

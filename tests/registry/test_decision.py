@@ -12,9 +12,9 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.registry.decision import FILE, FinalsDecision, decide, find_winner
 from pipeline.registry.racing import Candidate, Final, Racing
-from pipeline.tracking.queries import find_studies
+from pipeline.tracking.queries import StudyRuns, find_studies
 from pipeline.tracking.tags import RunTags, State
-from pipeline.tracking.tracker import MlflowTracker, StudyRuns
+from pipeline.tracking.tracker import MlflowTracker
 
 SCORES = {0: (0.5, 0.6), 1: (0.9, 0.7)}  # by trial, of two seeds
 

@@ -13,7 +13,7 @@ from pipeline.experiment import Outcome
 from pipeline.recipe import Recipe
 from pipeline.search.run_study import run_study
 from pipeline.search.storage import open_storage
-from pipeline.search.study import Search, Study
+from pipeline.search.study import Search, Study, StudyProgress
 from pipeline.search.trial import StudyContext
 from pipeline.search.trial_attributes import Progress, TrialAttributes
 from pipeline.search.worker_pool import WorkerPool
@@ -45,8 +45,8 @@ class RecordingObserver:
     def planned(self, forecast: Any) -> None:
         self.forecast = forecast
 
-    def study_progress(self, study: optuna.Study, finished: int) -> None:
-        self.finished.append(finished)
+    def study_progress(self, progress: StudyProgress) -> None:
+        self.finished.append(progress.finished)
 
     def trial_started(self, number: int, recipe: Recipe, params: Any) -> None: ...
 

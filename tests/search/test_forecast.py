@@ -288,7 +288,7 @@ def test_resumed_study_keeps_its_choice(small_recipe: Recipe, digits: TrainingDa
 def test_study_of_a_gpu_is_refused_on_a_cpu(small_recipe: Recipe, digits: TrainingData) -> None:
     study = stored([TrialState.COMPLETE])
     StudyAttributes.update(study, choice=Choice("graphed", 3, 0.9, "measured"))
-    with pytest.raises(UserError, match=r"a graph needs a GPU, and this is cpu; SET=training.execution=eager"):
+    with pytest.raises(UserError, match=r"a graph needs a GPU, and this is cpu; `--set training.execution=eager`"):
         decide(search_of(small_recipe, 2), digits, CPU, study)
 
 
