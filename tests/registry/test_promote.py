@@ -1,36 +1,25 @@
-"""Champions in a real MLflow store: evaluated, registered, moved, rolled back, interrupted and repaired."""
+"""Champions in a real MLflow store: registered, moved, rolled back, interrupted and repaired."""
 
 import importlib
 import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-import torch
 from mlflow import MlflowClient
 
-from pipeline import experiment
-from pipeline.cli.exit_codes import exit_code
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PromotionRefused, UserError
-from pipeline.experiment import ExperimentRequest
-from pipeline.inference.classifier import Classifier
 from pipeline.recipe import Recipe
-from pipeline.registry import candidate_evaluation, export
 from pipeline.registry import promote as module
 from pipeline.registry import test_split as opener
-from pipeline.registry.candidate_evaluation import TEST_EVALUATIONS, control_of
-from pipeline.registry.gate import GateRecord, Rules, Verdict
 from pipeline.registry.ledger import (
     PASSED,
     PROMOTED,
-    REFUSED,
     ROLLED_BACK,
     TEST_EVALUATION,
     UNDONE,
@@ -38,108 +27,12 @@ from pipeline.registry.ledger import (
     Ledger,
     VerdictEvidence,
 )
-from pipeline.registry.package import package
 from pipeline.registry.promote import Registry, promote, registry_lock, roll_back, settle
 from pipeline.tracking.models import digests, find_model
-from pipeline.tracking.tags import RunTags, State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tags import State
+from registry.helpers import DATA, RULES, RecordingObserver, Store, kinds, record
 
-DATA = Path("data")
-RULES = Rules(class_margin=100, ece_margin=100, latency_factor=1000)  # a clock decides nothing in a test
-
-
-@dataclass
-class RecordingObserver:
-    """Keeps the lines and verdicts."""
-
-    lines: list[str] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
-
-    def note(self, line: str) -> None:
-        self.lines.append(line)
-
-    def decided(self, verdict: Verdict, challenger: str, opponent: str) -> None:
-        self.verdicts.append(verdict)
-
-
-@dataclass(frozen=True)
-class Store:
-    """One study: the control worst, then a good run, the best, and one like it, which has a package."""
-
-    home: Path
-    control: str
-    good: str
-    best: str
-    rival: str
-    packed: Path
-
-    def registry(self, home: Path, model: str) -> Registry:
-        """With a ledger of its own, so that tests share MLflow's store and nothing else."""
-        return Registry(MlflowTracker(self.home), Ledger(home), model)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_export_a_model() -> Iterator[None]:
-    """An export takes seconds, and its file is the same each time."""
-    export_onnx, files = export.export_onnx, dict[str, bytes]()
-
-    def cached(classifier: Classifier, path: Path) -> None:
-        run = classifier.metadata.run_id
-        if run not in files:
-            export_onnx(classifier, path)
-            files[run] = path.read_bytes()
-        path.write_bytes(files[run])
-
-    export.export_onnx = cached
-    yield
-    export.export_onnx = export_onnx
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits: TrainingData) -> Store:
-    home = tmp_path_factory.mktemp("store") / "mlruns"
-    tracker = MlflowTracker(home)
-    parent = tracker.open_study("tiny-v1-digits", "?", "val/accuracy", [])
-    runs = []
-    base = small_recipe.changed({"augmentation.mixup": 0, "augmentation.cutmix": 0, "augmentation.crop_padding": 0})
-    for number, changes in enumerate([{"optimizer.lr": 1e-4}, {}, {"training.epochs": 8}, {"training.epochs": 9}]):
-        request = ExperimentRequest(
-            recipe=base.changed(changes),
-            data=digits,
-            device=torch.device("cpu"),
-            name=f"trial {number}" + " (control)" * (not number),
-            parent_run=parent.id,
-            tags=RunTags(role="trial", study="tiny-v1-digits", trial=number),
-        )
-        done = experiment.run(request, tracker)
-        runs.append(tracker.id_of(done.run_key))
-    parent.end(State.FINISHED)
-    assert tracker.flush(60)
-    packed = home.parent / "packed"
-    with find_model(home, None, runs[3]) as found:
-        package(tracker, runs[3], found.folder, packed)
-    return Store(home, *runs, packed)
-
-
-def record(**fields: Any) -> dict[str, Any]:
-    """The details of a verdict that no evaluation made."""
-    made = GateRecord(
-        opponent="champion",
-        opponent_run=None,
-        verdict=Verdict(results=()),
-        rules=RULES,
-        recipe_digest="",
-        images=0,
-        correct={},
-        onnx_sha256="",
-        predictions_sha256={},
-    )
-    return made.model_copy(update=fields).model_dump(mode="json")
-
-
-def kinds(registry: Registry) -> list[str]:
-    return [event.kind for event in registry.ledger.events(registry.model)]
-
+pytestmark = pytest.mark.usefixtures("one_export_a_model")
 
 # ------------------------------------------------------------------------------------------------- the way of a champion
 
@@ -204,81 +97,12 @@ def test_first_champion_second_champion_and_rollback(
     assert len(opened) == 3
 
 
-def test_model_that_is_not_better_is_refused_once(store: Store, tmp_path: Path) -> None:
-    registry, view = store.registry(tmp_path, "worse"), RecordingObserver()
-    promote(registry, store.best, RULES, DATA, view)
-    before = len(registry.ledger.events())
-    with pytest.raises(PromotionRefused) as caught:
-        promote(registry, store.good, RULES, DATA, view)
-    assert exit_code(caught.value) == 5
-    assert [line.split(":")[0] for line in caught.value.lines[:3]] == ["better", "gain", "beyond seeds"]
-    assert kinds(registry)[before:] == [TEST_EVALUATION, TEST_EVALUATION, REFUSED]
-    assert registry.alias("champion") == "1"
-    assert registry.tracker.client.list_artifacts(store.good, "gate")
-    with pytest.raises(
-        PromotionRefused, match=r"was evaluated on this test split by .*, and refused; `--force`"
-    ) as caught:
-        promote(registry, store.good, RULES, DATA, view)
-    assert caught.value.lines[1].startswith("  better: p = ")
-    with pytest.raises(PromotionRefused, match=r"^better"):
-        promote(registry, store.good, RULES, DATA, view, forced="to be sure")
-    last = registry.ledger.events()[-1]
-    assert (last.kind, last.reason) == (REFUSED, "to be sure")
-
-
-def test_control_as_first_champion_must_beat_constant_answer(store: Store, tmp_path: Path) -> None:
-    registry, view = store.registry(tmp_path, "control"), RecordingObserver()
-    with pytest.raises(PromotionRefused, match=r"^better: .* only the constant answer"):
-        promote(registry, store.control, RULES, DATA, view)
-    assert "must be better than a constant answer" in view.lines[0]
-
-
 def test_refusal_against_the_control_names_the_way_out(store: Store, tmp_path: Path) -> None:
     registry = store.registry(tmp_path, "unsure")
     with pytest.raises(PromotionRefused) as caught:
         promote(registry, store.good, RULES.changed(["least_gain=99"]), DATA, RecordingObserver())
     assert caught.value.lines[-1].endswith(f"`promote --run {store.control}` takes that one")
     assert registry.alias("champion") is None
-
-
-def test_other_onnx_than_was_evaluated_is_not_registered(store: Store, tmp_path: Path) -> None:
-    registry, view = store.registry(tmp_path, "other-bytes"), RecordingObserver()
-    evaluation = candidate_evaluation.CandidateEvaluation(
-        registry.tracker, registry.ledger, registry.model, RULES, DATA, tmp_path / "files", view
-    )
-    challenger = evaluation.model_of_run(store.best, "challenger")
-    split, details = opener.digest_of("digits", DATA), record(onnx_sha256="0" * 64)
-    verdict = registry.ledger.record(PASSED, registry.model, store.best, split=split, details=details)
-    with pytest.raises(PromotionRefused, match="exported now, its ONNX model isn't the one that was evaluated"):
-        evaluation.onnx_of_verdict(challenger, verdict)
-
-
-def test_first_champion_is_compared_with_a_control_alike(
-    tmp_path: Path, small_recipe: Recipe, digits: TrainingData
-) -> None:
-    """A trial meets the control's trial; the best of several seeds, in finals, the best of the control's seeds."""
-    tracker = MlflowTracker(tmp_path / "mlruns")
-    parent = tracker.open_study("fair-v1-digits", "?", "val/accuracy", [])
-
-    def made(name: str, score: float, epochs: int = 2, **tags: str) -> str:
-        tags |= {"study": "fair-v1-digits"}
-        recipe = small_recipe.changed({"training.epochs": epochs})
-        with tracker.run(name, recipe, digits, parent.id, tags) as run:
-            run.log_metrics({"val/accuracy": score}, 1)
-            run.end(State.FINISHED)
-        return tracker.id_of(run.key)
-
-    control = made("trial 0 (control)", 0.5, role="trial", trial="0")
-    trial = made("trial 1", 0.9, 1, role="trial", trial="1")
-    alone = made("final of trial 1, seed 1", 0.9, 1, role="final", trial="1", trial_run=trial)
-    assert control_of(tracker, trial) == control and control_of(tracker, control) is None
-    assert control_of(tracker, alone) == control, "where the control has no finals"
-    lucky = [made(f"seed {n}", score, role="final", trial="0", trial_run=control) for n, score in enumerate((0.6, 0.4))]
-    longer = made("seed 1", 0.8, 7, role="final", trial="0", trial_run=control)
-    rival = made("seed 1", 0.9, 7, role="final", trial="1", trial_run=trial)
-    assert control_of(tracker, alone) == lucky[0] and control_of(tracker, rival) == longer, "of finals as long"
-    assert control_of(tracker, trial) == control, "one seed against one"
-    assert [control_of(tracker, run) for run in (*lucky, longer)] == [None] * 3, "the control, whatever its seed"
 
 
 def test_reproduction_is_no_candidate(store: Store, tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
@@ -288,18 +112,6 @@ def test_reproduction_is_no_candidate(store: Store, tmp_path: Path, small_recipe
     with pytest.raises(UserError, match=rf"a reproduction, which is no candidate; `promote --run {store.good}`"):
         promote(registry, registry.tracker.id_of(run.key), RULES, DATA, RecordingObserver())
     assert not registry.ledger.events()
-
-
-def test_tampered_predictions_are_not_used(store: Store, tmp_path: Path) -> None:
-    registry = store.registry(tmp_path, "tampered")
-    promote(registry, store.good, RULES, DATA, RecordingObserver())
-    (kept,) = (tmp_path / TEST_EVALUATIONS).glob(f"{store.good}-*")
-    pq.write_table(pq.read_table(kept).slice(0, 100), kept)
-    promote(registry, store.best, RULES, DATA, RecordingObserver())
-    assert [e.details["source"] for e in registry.ledger.events() if e.kind == TEST_EVALUATION][-2:] == [
-        "images",
-        "images",
-    ]
 
 
 def test_moved_alias_is_reported_with_both_ways_out(store: Store, tmp_path: Path) -> None:

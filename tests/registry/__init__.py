@@ -1,0 +1,1 @@
+"""Tests of the registry; a package, as its modules share fixtures and helpers."""

@@ -1,0 +1,102 @@
+"""Candidates evaluated in a real MLflow store: the opponent, the verdict, the stored predictions."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.cli.exit_codes import exit_code
+from pipeline.data.prepare import TrainingData
+from pipeline.errors import PromotionRefused
+from pipeline.recipe import Recipe
+from pipeline.registry import candidate_evaluation
+from pipeline.registry import test_split as opener
+from pipeline.registry.candidate_evaluation import TEST_EVALUATIONS, control_of
+from pipeline.registry.ledger import PASSED, REFUSED, TEST_EVALUATION
+from pipeline.registry.promote import promote
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker
+from registry.helpers import DATA, RULES, RecordingObserver, Store, kinds, record
+
+pytestmark = pytest.mark.usefixtures("one_export_a_model")
+
+
+def test_model_that_is_not_better_is_refused_once(store: Store, tmp_path: Path) -> None:
+    registry, view = store.registry(tmp_path, "worse"), RecordingObserver()
+    promote(registry, store.best, RULES, DATA, view)
+    before = len(registry.ledger.events())
+    with pytest.raises(PromotionRefused) as caught:
+        promote(registry, store.good, RULES, DATA, view)
+    assert exit_code(caught.value) == 5
+    assert [line.split(":")[0] for line in caught.value.lines[:3]] == ["better", "gain", "beyond seeds"]
+    assert kinds(registry)[before:] == [TEST_EVALUATION, TEST_EVALUATION, REFUSED]
+    assert registry.alias("champion") == "1"
+    assert registry.tracker.client.list_artifacts(store.good, "gate")
+    with pytest.raises(
+        PromotionRefused, match=r"was evaluated on this test split by .*, and refused; `--force`"
+    ) as caught:
+        promote(registry, store.good, RULES, DATA, view)
+    assert caught.value.lines[1].startswith("  better: p = ")
+    with pytest.raises(PromotionRefused, match=r"^better"):
+        promote(registry, store.good, RULES, DATA, view, forced="to be sure")
+    last = registry.ledger.events()[-1]
+    assert (last.kind, last.reason) == (REFUSED, "to be sure")
+
+
+def test_control_as_first_champion_must_beat_constant_answer(store: Store, tmp_path: Path) -> None:
+    registry, view = store.registry(tmp_path, "control"), RecordingObserver()
+    with pytest.raises(PromotionRefused, match=r"^better: .* only the constant answer"):
+        promote(registry, store.control, RULES, DATA, view)
+    assert "must be better than a constant answer" in view.lines[0]
+
+
+def test_other_onnx_than_was_evaluated_is_not_registered(store: Store, tmp_path: Path) -> None:
+    registry, view = store.registry(tmp_path, "other-bytes"), RecordingObserver()
+    evaluation = candidate_evaluation.CandidateEvaluation(
+        registry.tracker, registry.ledger, registry.model, RULES, DATA, tmp_path / "files", view
+    )
+    challenger = evaluation.model_of_run(store.best, "challenger")
+    split, details = opener.digest_of("digits", DATA), record(onnx_sha256="0" * 64)
+    verdict = registry.ledger.record(PASSED, registry.model, store.best, split=split, details=details)
+    with pytest.raises(PromotionRefused, match="exported now, its ONNX model isn't the one that was evaluated"):
+        evaluation.onnx_of_verdict(challenger, verdict)
+
+
+def test_first_champion_is_compared_with_a_control_alike(
+    tmp_path: Path, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    """A trial meets the control's trial; the best of several seeds, in finals, the best of the control's seeds."""
+    tracker = MlflowTracker(tmp_path / "mlruns")
+    parent = tracker.open_study("fair-v1-digits", "?", "val/accuracy", [])
+
+    def made(name: str, score: float, epochs: int = 2, **tags: str) -> str:
+        tags |= {"study": "fair-v1-digits"}
+        recipe = small_recipe.changed({"training.epochs": epochs})
+        with tracker.run(name, recipe, digits, parent.id, tags) as run:
+            run.log_metrics({"val/accuracy": score}, 1)
+            run.end(State.FINISHED)
+        return tracker.id_of(run.key)
+
+    control = made("trial 0 (control)", 0.5, role="trial", trial="0")
+    trial = made("trial 1", 0.9, 1, role="trial", trial="1")
+    alone = made("final of trial 1, seed 1", 0.9, 1, role="final", trial="1", trial_run=trial)
+    assert control_of(tracker, trial) == control and control_of(tracker, control) is None
+    assert control_of(tracker, alone) == control, "where the control has no finals"
+    lucky = [made(f"seed {n}", score, role="final", trial="0", trial_run=control) for n, score in enumerate((0.6, 0.4))]
+    longer = made("seed 1", 0.8, 7, role="final", trial="0", trial_run=control)
+    rival = made("seed 1", 0.9, 7, role="final", trial="1", trial_run=trial)
+    assert control_of(tracker, alone) == lucky[0] and control_of(tracker, rival) == longer, "of finals as long"
+    assert control_of(tracker, trial) == control, "one seed against one"
+    assert [control_of(tracker, run) for run in (*lucky, longer)] == [None] * 3, "the control, whatever its seed"
+
+
+def test_tampered_predictions_are_not_used(store: Store, tmp_path: Path) -> None:
+    registry = store.registry(tmp_path, "tampered")
+    promote(registry, store.good, RULES, DATA, RecordingObserver())
+    (kept,) = (tmp_path / TEST_EVALUATIONS).glob(f"{store.good}-*")
+    pq.write_table(pq.read_table(kept).slice(0, 100), kept)
+    promote(registry, store.best, RULES, DATA, RecordingObserver())
+    assert [e.details["source"] for e in registry.ledger.events() if e.kind == TEST_EVALUATION][-2:] == [
+        "images",
+        "images",
+    ]

@@ -1,0 +1,1 @@
+"""Tests of the pages; a package, as some modules are named as those of other rooms are."""

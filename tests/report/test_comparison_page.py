@@ -1,0 +1,44 @@
+"""Several studies on one page, and who leads by how much."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from conftest import Trained
+from playwright.sync_api import Browser
+
+from pipeline.report.comparison_page import studies_page
+from pipeline.report.render import write
+from pipeline.report.trials import choose, table
+from pipeline.tracking.tracker import MlflowTracker
+from report.helpers import Store, body, opened, page_of
+
+
+def test_studies_stand_beside_each_other(store: Store, browser: Browser, tmp_path: Path) -> None:
+    file = tmp_path / "both.html"
+    write(page_of(store, "odd", "sad"), file)
+    page, heard = opened(browser, file, 390)
+    assert heard == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    cells = page.locator("#s1 td").all_inner_texts()
+    assert {"odd-v1-digits", "sad-v1-digits", "2 failed", "none"} <= set(cells)
+
+
+def test_a_control_that_is_the_best_stands_as_such_beside_other_studies(store: Store) -> None:
+    tracker = MlflowTracker(store.home)
+    studies = choose(tracker, ["odd", "sad"])
+    frame = table(tracker, studies)
+    frame.loc[frame["run_id"] == store.control, "score"] = 0.95
+    said = body(studies_page(tracker, studies, frame, {}))
+    assert "0.9500 (trial 0)" in said and "trial 0, val/accuracy 0.9500" in said
+
+
+def test_a_study_beside_itself_under_another_name_leads_by_nothing(trained: Trained) -> None:
+    tracker = MlflowTracker(trained.home)
+    [study] = choose(tracker, ["tiny"])
+    frame = table(tracker, [study])
+    twin = replace(study, name="twin-v1-digits")
+    both = pd.concat([frame, frame.assign(study=twin.name)], ignore_index=True)
+    said = body(studies_page(tracker, [study, twin], both, {}))
+    assert "tiny-v1-digits has the highest score, as high as that of twin-v1-digits" in said
+    assert "+0.00 points (95 % interval +0.00 to +0.00, n = 144 validation images" in said
