@@ -12,7 +12,7 @@ from pipeline.recipe import Recipe
 from pipeline.report.comparison_page import studies_page
 from pipeline.report.study_page import study_page
 from pipeline.report.trials import choose, table
-from pipeline.tracking.tags import State
+from pipeline.tracking.tags import Role, RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 
 ATTACK = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
@@ -31,17 +31,26 @@ def log(
     recipe: Recipe,
     data: TrainingData,
     number: int,
-    role: str,
+    role: Role,
     state: State,
     metrics: dict[str, float],
 ) -> None:
     """A run without a training, straight into the store."""
     client = tracker.client
-    tags = {"mlflow.parentRunId": parent, "role": role, "trial": str(number), "state": str(state)}
-    tags |= {"reason": ATTACK} if state in (State.FAILED, State.PRUNED) else {}
-    run_id = client.create_run(
-        client.get_run(parent).info.experiment_id, tags=tags, run_name=f"trial {number}"
-    ).info.run_id
+    study = client.get_run(parent)
+    tags = RunTags(
+        role=role,
+        study=RunTags.of(study).study,
+        parent_run=parent,
+        state=state,
+        reason=ATTACK if state in (State.FAILED, State.PRUNED) else None,
+        trial=number,
+        trial_run="0" * 32 if role == "final" else None,
+        recipe_digest=recipe.digest(),
+        data_digest=data.digest,
+        split_digest="0" * 64,
+    ).to_mlflow()
+    run_id = client.create_run(study.info.experiment_id, tags=tags, run_name=f"trial {number}").info.run_id
     client.log_batch(
         run_id,
         params=[Param(name, str(value)) for name, value in recipe.flat().items()],
