@@ -89,7 +89,7 @@ def test_variables_of_the_computation_are_stored_with_the_run(
     stored = runtime._computing()
     assert stored.get(name) == ("x=1" if counts else None)
     variables.setattr(lineage, "COMPUTING", stored)
-    assert reproduce._facts(lineage.environment()).get(f"variable {name}") == stored.get(name)
+    assert reproduce._parse_environment(lineage.environment()).get(f"variable {name}") == stored.get(name)
 
 
 def test_models_are_registered_where_the_runs_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_caches_go_elsewhere_where_home_is_read_only(tmp_path: Path, variables: 
 def test_unwritable_ray_token_is_a_user_error(variables: pytest.MonkeyPatch) -> None:
     variables.delenv("RAY_AUTH_TOKEN", raising=False)
     variables.setenv("RAY_AUTH_TOKEN_PATH", "/proc/self/nowhere/token")
-    with pytest.raises(UserError, match=r"^/proc/self/nowhere/token: .* RAY_AUTH_TOKEN_PATH names another place$"):
+    with pytest.raises(UserError, match=r"^/proc/self/nowhere/token: .*; set RAY_AUTH_TOKEN_PATH to another file$"):
         ray_pool._make_token()
 
 

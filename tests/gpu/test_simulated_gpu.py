@@ -295,7 +295,7 @@ def test_a_gpu_whose_driver_is_of_no_use_is_none(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert find_device("auto") == torch.device("cpu")
-    with pytest.raises(UserError, match="DEVICE cuda: torch sees 0 GPUs here"):
+    with pytest.raises(UserError, match="`--device cuda`: torch sees 0 GPUs here"):
         find_device("cuda")
     assert len(hardware()) == 1, "the processor"
 
