@@ -166,7 +166,7 @@ def test_without_a_gpu_it_is_a_user_error(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["bench-gpu"])
-    assert str(done.exception) == "bench-gpu: torch sees no GPU here; make bench measures on a CPU"
+    assert str(done.exception) == "`bench-gpu`: torch sees no GPU here; `bench` measures on a CPU"
     assert not list(tmp_path.iterdir())
 
 
