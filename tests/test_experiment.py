@@ -118,8 +118,8 @@ def test_methods_are_measured_on_the_stored_predictions(finished: tuple[FolderTr
     frame = pq.read_table(tracker.folder / "predictions.parquet").to_pandas()
     probabilities, labels = np.stack(frame.probabilities).astype(np.float64), frame.label.to_numpy()
     metadata = ModelMetadata.model_validate(read_checkpoint(tracker.folder))
-    assert metadata.fitted.temperature == outcome.metrics["calibration/temperature"]
-    assert metadata.fitted.temperature == pytest.approx(fit_temperature(np.log(probabilities), labels), rel=1e-3)
+    assert metadata.calibration.temperature == outcome.metrics["calibration/temperature"]
+    assert metadata.calibration.temperature == pytest.approx(fit_temperature(np.log(probabilities), labels), rel=1e-3)
     plain = score(out_of_fold(np.log(probabilities)[None], labels)["plain"], labels)
     assert outcome.metrics["calibration/ece"] == pytest.approx(plain.ece, rel=0.01)
     assert outcome.metrics["calibration/loss"] == pytest.approx(plain.loss, rel=0.01)

@@ -135,7 +135,7 @@ def test_caches_go_elsewhere_where_home_is_read_only(tmp_path: Path, variables: 
 def test_unwritable_ray_token_is_a_user_error(variables: pytest.MonkeyPatch) -> None:
     variables.delenv("RAY_AUTH_TOKEN", raising=False)
     variables.setenv("RAY_AUTH_TOKEN_PATH", "/proc/self/nowhere/token")
-    with pytest.raises(UserError, match=r"^/proc/self/nowhere/token: .* RAY_AUTH_TOKEN_PATH to another file$"):
+    with pytest.raises(UserError, match=r"^/proc/self/nowhere/token: .*; set RAY_AUTH_TOKEN_PATH to another file$"):
         ray_pool._make_token()
 
 

@@ -47,6 +47,7 @@ def bench_gpu(
     load("cifar10", 32, expand(data_dir))  # downloaded or refused before anything starts
 
     def write(report: "Mapping[str, object]") -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         complete = file.with_name(f"{file.name}.new")  # or a command that is stopped while it writes loses all
         complete.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         complete.replace(file)

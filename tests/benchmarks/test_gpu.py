@@ -166,7 +166,7 @@ def test_without_a_gpu_it_is_a_user_error(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["bench-gpu"])
-    assert str(done.exception) == "bench-gpu: torch sees no GPU here; make bench measures on a CPU"
+    assert str(done.exception) == "`bench-gpu`: torch sees no GPU here; `bench` measures on a CPU"
     assert not list(tmp_path.iterdir())
 
 
@@ -268,7 +268,7 @@ def test_attentions_speed_and_short_recipe_are_measured(tiny: GpuBenchmark) -> N
 
 def test_short_study_is_run_and_a_long_one_forecast(tiny: GpuBenchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast_module, "CONTROL_S", 0)
-    monkeypatch.setattr(forecast_module, "OTHERS", 1)
+    monkeypatch.setattr(forecast_module, "NUM_OTHER_RECIPES", 1)
     rows = rows_of("study", tiny)
     assert [*rows] == ["choice: eager", "forecast of 100 trials, eager", "2 trials, eager", "tracking, eager"]
     assert rows["choice: eager"]["workers"] == 1
