@@ -70,8 +70,8 @@ def page_of(store: Store, *names: str, data_dir: Path = Path("nowhere")) -> str:
 
 
 def body(page: str) -> str:
-    """What a reader sees, without plotly's code and the figures' data."""
-    return page.partition("</main>")[0].partition("<main>")[2]
+    """What a reader sees, without plotly's code and the figures' data; white space counts once, as in HTML."""
+    return " ".join(page.partition("</main>")[0].partition("<main>")[2].split())
 
 
 def opened(browser: Browser, file: Path, width: int, scheme: str = "light") -> tuple[Page, list[str]]:
