@@ -38,6 +38,8 @@ def log(
     """A run without a training, straight into the store."""
     client = tracker.client
     tags = {"mlflow.parentRunId": parent, "role": role, "trial": str(number), "state": str(state)}
+    tags |= {"study": client.get_run(parent).data.tags["study"]}
+    tags |= {"recipe_digest": "0", "data_digest": "0", "split_digest": "0"}  # without them a run is not read
     tags |= {"reason": ATTACK} if state in (State.FAILED, State.PRUNED) else {}
     run_id = client.create_run(
         client.get_run(parent).info.experiment_id, tags=tags, run_name=f"trial {number}"
