@@ -1,10 +1,12 @@
 """Fixtures of the tests of promotions."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Trained
 
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
@@ -43,7 +45,8 @@ def one_export_a_model(exports: dict[str, bytes]) -> Iterator[None]:
 
 
 @pytest.fixture(scope="package")
-def store(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits: TrainingData) -> Store:
+def candidates(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits: TrainingData) -> Store:
+    """Trained once; nothing is registered here."""
     home = tmp_path_factory.mktemp("store") / "mlruns"
     tracker = MlflowTracker(home)
     parent = tracker.open_study("tiny-v1-digits", "?", "val/accuracy", [])
@@ -66,3 +69,11 @@ def store(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits
     with find_model(home, None, runs[3]) as found:
         package(tracker, runs[3], found.folder, packed)
     return Store(home, *runs, packed)
+
+
+@pytest.fixture(scope="module")
+def store(candidates: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A copy for each file of tests: what a promotion puts into a run is never written again."""
+    home = tmp_path_factory.mktemp("copy") / "mlruns"
+    Trained(candidates.home, candidates.best, "").copy(home)
+    return replace(candidates, home=home)

@@ -64,7 +64,7 @@ def test_a_schedule_is_asked_for_its_own_parameters_only(kind: str, own: set[str
     assert found["schedule.name"] == CategoricalDistribution(kinds)
 
 
-def test_the_usual_kinds_of_schedule_end_lower_than_they_began() -> None:
+def test_without_kinds_a_schedule_is_not_constant() -> None:
     assert asked(suggest_schedule)["schedule.name"] == CategoricalDistribution(("cosine", "one_cycle", "step"))
 
 
