@@ -298,7 +298,7 @@ def test_trial_deleted_while_it_runs_is_omitted_and_droppable(store: Store, monk
     expect(FIX, 1, "its run was deleted in MLflow")
     expect(FINALS, 0, "2 of them done", "winner: ")
     assert journal.exists(), "nothing is thrown away by itself"
-    expect((*SYNC, "--drop-deleted"), 0, "sent 0 runs", "thrown away, as they were deleted in MLflow: 1 run")
+    expect((*SYNC, "--drop-deleted"), 0, "sent 0 runs", "discarded, as they were deleted in MLflow: 1 run")
     assert not list(Path("mlruns", FOLDER).glob("*"))
     expect(AUDIT, 0, "omitted, deleted in MLflow: trial 3", "nothing found")
 
