@@ -54,7 +54,18 @@ hypothesis.settings.register_profile("anew", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
 # Settings of `attention` that train in a second.
+@pytest.fixture(autouse=True)
+def _environment_of_a_training_ends_with_its_test() -> Iterator[None]:
+    """A deterministic training sets a variable for its process; the commands that later tests start would report it."""
+    before = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    if before is None:
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
 TINY_NETWORK = (
     "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 augmentation.crop_padding=2"
 )

@@ -44,7 +44,7 @@ from pipeline.registry.package import Package
 from pipeline.tracking.models import find_model
 from pipeline.training import checkpoints
 
-LIMIT_S, LIMIT_MB = 1.0, 200
+LIMIT_S, LIMIT_MB = 3.0, 200
 CPU = torch.device("cpu")
 Act = Callable[[Path], Any]
 

@@ -114,7 +114,7 @@ def test_full_disk_costs_no_point(place: str, injector: FaultInjector, check: Ch
         if place == "checkpoints":
             assert code == 0, "a training needs no state to go on from"
         if place == "journal":
-            assert code == 2 and "No space left" in said and "the same command goes on" in said, injector.tail()
+            assert code == 2 and "No space left" in said and "the same command resumes" in said, injector.tail()
         if place == "artifacts":
             assert code == 0 and "make sync sends them" in said, injector.tail()
         make("50m")

@@ -45,8 +45,8 @@ AIMS = {
         ("pipeline.search.requeue:requeue", "command", 1),
         ("pipeline.search.run_study:reconcile", "command", 1),
         ("pipeline.tracking.tracker:MlflowTracker.open_study", "command", 1),
-        ("pipeline.tracking.store:RunStore.make", "command", 1),
-        ("pipeline.tracking.tracker:MlflowTracker.adopt_journals", "command", 1),
+        ("pipeline.tracking.store:RunStore.create_run", "command", 1),
+        ("pipeline.tracking.recovery:adopt_journals", "command", 1),
     ],
 }
 RANDOM = ("a worker, at a random moment", "the supervisor, at a random moment")

@@ -17,7 +17,7 @@ def test_promote_history_and_rollback_of_the_first_champion(trained: Trained, tm
     assert "ignored in the environment: MLFLOW_REGISTRY_URI, MLFLOW_RUN_ID; only options choose" in done.stderr
     assert not (tmp_path / "other.db").exists()
     with find_model(tmp_path / "mlruns", None, None) as model:  # what predict takes
-        assert model.what.startswith("the champion, image-classifier version 1")
+        assert model.label.startswith("the champion, image-classifier version 1")
     said = " ".join(done.stdout.split())
     assert f"its best trial, run {trained.finished}; one seed can't tell the best from the lucky" in said
     assert "against the constant answer, on the test split" in said and "at most 0.4" in said

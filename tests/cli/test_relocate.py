@@ -10,7 +10,7 @@ from cli.helpers import assert_refused
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
-        (["relocate"], ["there is no mlflow.db here"]),
+        (["relocate"], ["has no mlflow.db"]),
     ],
 )
 def test_bad_input_is_refused(words: list[str], lines: list[str], tmp_path: Path) -> None:

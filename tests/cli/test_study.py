@@ -185,7 +185,7 @@ def test_finals_find_a_folder_that_moved(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "caution: 2 validation images say little" in done.stdout
     [study] = queries.studies(MlflowTracker(tmp_path / "mlruns"))
-    assert study.places == [str(moved), str(tmp_path / "digits")], "where it is found without the option"
+    assert list(study.places) == [str(moved), str(tmp_path / "digits")], "where it is found without the option"
 
 
 def test_cifar10_that_cannot_be_downloaded_is_one_message(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_cifar10_that_cannot_be_downloaded_is_one_message(tmp_path: Path) -> Non
             ["NAME: needs a value: a module of studies/", "type `python -m pipeline study NAME`; studies: attention"],
         ),
         (["study", "atention"], ["error: no study atention", "(did you mean attention?)", "attention, baseline"]),
-        (["study", "../attention"], ["'../attention'", "must be small letters"]),
+        (["study", "../attention"], ["'../attention'", "must be lower-case letters"]),
         (
             [
                 "study",

@@ -280,7 +280,7 @@ def test_killed_finals_resume_under_the_same_run(harness: StudyHarness) -> None:
     code, output = until_the_long_one_runs(signal.SIGTERM)
     assert code == 130, output
     assert "2 trainings, 1 of them done" in output
-    assert "interrupted; the same command goes on" in output
+    assert "interrupted; the same command resumes" in output
     ended = [(run.info.status, run.data.tags.get("reason")) for run in harness.runs()]
     assert ended == [("FINISHED", None), ("KILLED", "stopped by the user")], "the same run, gone on with"
     epochs = harness.tracker.client.get_metric_history(harness.runs()[1].info.run_id, "val/accuracy")

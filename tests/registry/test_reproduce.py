@@ -112,7 +112,7 @@ def test_run_of_two_threads_is_trained_with_two(
     seen, before = [], torch.get_num_threads()
     short = small_recipe.changed({"training.epochs": 1})
     with reproduce.use_threads(2):
-        first = experiment.run(short, digits, CPU, tracker, "two threads")
+        first = experiment.run(ExperimentRequest(recipe=short, data=digits, device=CPU, name="two threads"), tracker)
     original = find_original(tracker, tracker.id_of(first.run_key))
     assert original.threads == 2
     repeated = reproduce.reproduce(tracker, original, digits, CPU, lambda report: seen.append(torch.get_num_threads()))

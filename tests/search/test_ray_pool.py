@@ -169,10 +169,10 @@ def test_options_that_a_cluster_lacks_are_all_reported(tmp_path: Path, monkeypat
         return result.exception.lines
 
     first = lines("--cluster", "auto", "--device", "cuda:1")
-    assert [line.split(":")[0] for line in first] == ["STORAGE", "TRACKING_URI", "DEVICE cuda"]
+    assert [line.split(":")[0] for line in first] == ["`--storage`", "`--tracking-uri`", "`--device cuda"]
     assert "an SQLite file is for one machine" in first[0]
     second = lines("--cluster", "ray://nobody", *SERVERS)
-    assert second == ["CLUSTER = ray://nobody: should be auto, HOST:PORT or ray://HOST:PORT"]
+    assert second == ["`--cluster ray://nobody`: should be auto, HOST:PORT or ray://HOST:PORT"]
     assert not (tmp_path / "mlruns").exists()
 
 

@@ -88,7 +88,9 @@ def test_sync_sends_reports_rejections_and_can_be_repeated(
     local_tracker.client.delete_run(deleted.info.run_id)
     with (
         local_tracker.run("living", small_recipe, digits),
-        pytest.raises(PartialFailure, match=rf"{'b' * 32}: MLflow refuses it \(it was deleted in MLflow\)") as caught,
+        pytest.raises(
+            PartialFailure, match=rf"{'b' * 32}: MLflow refuses this run \(it was deleted in MLflow\)"
+        ) as caught,
     ):
         sync()
     assert len(caught.value.lines) == 1 and exit_code(caught.value) == 4
@@ -102,7 +104,7 @@ def test_sync_sends_reports_rejections_and_can_be_repeated(
     assert capsys.readouterr().out == "sent 1 run\n"
     assert [run.info.run_id for run in runs_of(local_tracker, "b" * 32)] == [deleted.info.run_id]
     sync()
-    assert capsys.readouterr().out == "nothing waits in mlruns/journal\n"
+    assert capsys.readouterr().out == "nothing is pending in mlruns/journal\n"
 
 
 def test_only_abandoned_trials_are_closed(
