@@ -24,7 +24,7 @@ from pipeline.recipe import Recipe
 from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import Run, State, Tracker
 from pipeline.training.checkpoints import save_checkpoint
-from pipeline.training.loop import Diverged, EpochReport, Result, train
+from pipeline.training.loop import Diverged, EpochReport, Result, normalised_for, train
 from pipeline.training.resume import Resume
 
 SCORES_OF_METHODS = ("accuracy", "f1_macro")  # that are logged for each prediction method
@@ -129,6 +129,7 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
 
 def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) -> dict[str, float]:
     """Score a finished training on the validation split; log the scores and everything that explains them."""
+    data = normalised_for(recipe, data)
     labels = data.validation.labels.cpu().numpy()
     logits = _logits_of_views(recipe, data, result)
     probabilities = torch.from_numpy(logits[0]).softmax(1).numpy()

@@ -6,12 +6,24 @@ A section that comes in kinds (`model.network`, `optimizer.name`, `schedule.name
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.errors import NO_SUCH_FIELD, Problem, UserError, did_you_mean, validation_problems
 
@@ -159,6 +171,60 @@ class Fast(Section):
     def halvings(self) -> int:
         """How often the image is halved."""
         return len(self.widths)
+
+
+# Weights that need no file of the user's: none, timm's own download, and those of a package of that name.
+NAMED_WEIGHTS = ("none", "default", "efficientnet-lite0")
+_PINNED = re.compile(r"(?P<path>.+)#sha256=(?P<sha256>[0-9a-f]{64})")
+
+
+class Timm(Section):
+    """Any network of timm, with or without weights to start from, `pipeline/models/timm.py`."""
+
+    network: Literal["timm"] = "timm"
+    backbone: str = Field(
+        "tf_efficientnet_lite0",
+        pattern=r"^\w+(\.\w+)?$",  # no path or address, as timm's names of hubs and folders are
+        description="timm's name, such as resnet18 or resnet18.a1_in1k",
+    )
+    weights: str = Field(
+        "none",
+        description="none; default (timm downloads them); efficientnet-lite0 (from a package, for that backbone); or a "
+        "file, .safetensors or .pth, kept with its digest: path#sha256=...",
+    )
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: probability that a block is left out")
+    dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier")
+
+    @field_validator("weights")
+    @classmethod
+    def _file_is_pinned(cls, value: str) -> str:
+        """The digest of a file's content belongs to the recipe; one that was pinned need not be here any more."""
+        if value in NAMED_WEIGHTS or _PINNED.fullmatch(value):
+            return value
+        path = os.path.abspath(os.path.expanduser(value))
+        if not os.path.isfile(path):  # opening a pipe would wait for ever
+            known = f"{', '.join(NAMED_WEIGHTS)} or a file{did_you_mean(value, NAMED_WEIGHTS)}"
+            raise ValueError(f"should be {known}; there is no such file")
+        stat = os.stat(path)
+        return f"{path}#sha256={_file_digest(path, stat.st_size, stat.st_mtime_ns)}"
+
+    @property
+    def weights_file(self) -> tuple[str, str] | None:
+        """(path, SHA-256) where the weights are a file of the user's."""
+        pinned = _PINNED.fullmatch(self.weights)
+        return (pinned["path"], pinned["sha256"]) if pinned else None
+
+    @property
+    def halvings(self) -> int:
+        """Unknown here: `models.build.check_network` asks the network itself."""
+        return 0
+
+
+@cache
+def _file_digest(path: str, size: int, changed_ns: int) -> str:
+    """SHA-256 of a file; a space is explored with hundreds of recipes of the same weights."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # A probability, or the one mode that needs none.
@@ -325,7 +391,7 @@ class Training(Section):
 
 
 Model = Annotated[
-    Attention | Baseline | Efficient | Expert | Fast | Improved | Plain,
+    Attention | Baseline | Efficient | Expert | Fast | Improved | Plain | Timm,
     Field(discriminator="network"),
 ]
 Optimizer = Annotated[Sgd | Adam | AdamW | Muon, Field(discriminator="name")]

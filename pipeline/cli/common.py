@@ -96,10 +96,13 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
     """The search's data set, split and on the device, which can execute the steps of all trials if it has to."""
     from pipeline.data.datasets import load
     from pipeline.data.prepare import prepare
+    from pipeline.models.build import initial_network
     from pipeline.training.execution import check_execution
 
     for recipe in search.executed() if execute else ():
         check_execution(recipe, device)
+    for recipe in search.networks():  # weights that can't be read or downloaded, before anything starts
+        initial_network(recipe.model, 2, recipe.data.image_size, seed=0)
     about = search.base.data
     data = prepare(load(about.dataset, about.image_size, expand(data_dir)), about, device)
     freeze_imports()

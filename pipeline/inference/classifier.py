@@ -31,7 +31,7 @@ class ModelMetadata(BaseModel):
     data_digest: str
     split_digest: str
     classes: tuple[str, ...]
-    mean: _Channels = Field(description="of the training images' pixels, in [0, 1], by channel")
+    mean: _Channels = Field(description="of pixels in [0, 1]: the training images', or what initial weights expect")
     std: _Channels
     run_id: str = Field(
         description="MLflow's; empty where it was not known yet, and filled in by who reads it from the run"

@@ -13,6 +13,7 @@ from mlflow.entities import Run
 
 from pipeline.evaluation.scores import confusion_matrix
 from pipeline.inference.classifier import ModelMetadata
+from pipeline.models.build import weights_origin
 from pipeline.recipe import KIND, Recipe
 from pipeline.registry.ledger import VerdictEvidence
 from pipeline.tracking.tags import RunTags
@@ -65,6 +66,7 @@ def model_card(
         "Calibration": _calibration(metadata, run),
         "Known weaknesses": _weaknesses(metadata.classes, confusion, ids, labels, predicted, confidence),
         "Data": _data(metadata),
+        **({"Weights": f"Started from {origin}"} if (origin := weights_origin(metadata.recipe.model)) else {}),
         "Recipe": f"Digest `{metadata.recipe_digest}`. What differs from the defaults:\n\n{_recipe(metadata.recipe)}",
         "Cost": _cost(metadata, run, costs),
         "Reproduce": _reproduce(run),

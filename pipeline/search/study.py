@@ -195,6 +195,7 @@ class Search:
         """UserError with all problems where a setting or the space is invalid, or the space can't give the base recipe."""
         self.recipe({})
         space = self.space()
+        self._check_networks(space)
         if problems := [
             Problem(
                 f"{name} = {self.settings[name]}",
@@ -206,6 +207,30 @@ class Search:
         ]:
             raise UserError.many(problems)
         self.control()
+
+    def _check_networks(self, space: Mapping[str, BaseDistribution]) -> None:
+        """UserError where a network of timm, the control's or one that is searched, is not known or can't be built."""
+        problems: dict[Problem, None] = {}
+        for recipe in self.networks(space):
+            from pipeline.models.build import check_network  # imports torch and timm, for these networks alone
+
+            try:
+                check_network(recipe.model, recipe.data.image_size)
+            except UserError as error:
+                problems.update(dict.fromkeys(error.problems))
+        if problems:
+            raise UserError.many(list(problems))
+
+    def networks(self, space: Mapping[str, BaseDistribution] | None = None) -> list[Recipe]:
+        """The control, and it with each backbone of timm that a trial may have; none where there is no such network."""
+        space = self.space() if space is None else space
+        base = self.recipe({})
+        if base.model.network != "timm":
+            return []
+        name = "model.backbone"
+        return [
+            base.changed({name: value}) for value in (extremes(space[name]) if name in space else [base.model.backbone])
+        ]
 
     def space(self) -> dict[str, BaseDistribution]:
         """Every parameter that the space can ask for, with its range."""

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from pipeline.data.datasets import Split
 from pipeline.data.prepare import TrainingData
 from pipeline.evaluation.logits import autocast, predict_logits
 from pipeline.evaluation.scores import accuracy_from, f1_macro_from
-from pipeline.models.build import build_network
+from pipeline.models.build import initial_network, pixel_statistics_of
 from pipeline.models.layers import FitsFirstLayer
 from pipeline.recipe import Recipe
 from pipeline.runtime import keep_freed_memory
@@ -89,6 +89,7 @@ def train(
     `training.execution`, or where the saved state belongs to another recipe or other data.
     """
     check_execution(recipe, device)
+    data = normalised_for(recipe, data)
     settings, graphed = recipe.training, is_graphed(recipe)
     history: list[EpochReport] = []
     on_part("data")
@@ -124,6 +125,15 @@ def train(
     return Result(learner.scored_network, plain, logits, history, time.perf_counter() - started)
 
 
+def normalised_for(recipe: Recipe, data: TrainingData) -> TrainingData:
+    """`data` with the mean and deviation of pixels that the network's initial weights expect, where there are any."""
+    statistics = pixel_statistics_of(recipe.model)
+    if statistics is None:
+        return data
+    mean, std = (torch.tensor(values, device=data.mean.device) for values in statistics)
+    return replace(data, mean=mean, std=std)
+
+
 class _Learner:
     """The network in training, with all that a step reads and changes.
 
@@ -137,7 +147,7 @@ class _Learner:
         self._recipe, self._data, self._device = recipe, data, device
         self._batch_size = min(settings.batch_size, len(images))
         self._steps = len(images) // self._batch_size  # of an epoch; images that don't fill a batch are left out of it
-        network = build_network(recipe.model, len(data.classes), data.image_size, settings.seed)
+        network = initial_network(recipe.model, len(data.classes), data.image_size, settings.seed)
         network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if isinstance(network, FitsFirstLayer):
             stride = math.ceil(len(images) / FIRST_LAYER_IMAGES)  # a folder's images come class by class
