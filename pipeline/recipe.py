@@ -216,8 +216,10 @@ class Timm(Section):
 
     @property
     def halvings(self) -> int:
-        """Unknown here: `models.build.check_network` asks the network itself."""
-        return 0
+        """As most networks for photos; on maps of one pixel torch's bf16 gradients of strided depthwise convolutions are
+        not numbers on a CPU (seen in 2.15). `models.build.check_network` asks the network itself.
+        """
+        return 5
 
 
 @cache
@@ -375,6 +377,19 @@ class Loss(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
 
 
+class Transfer(Section):
+    """Which layers learn, and how fast: for networks that start from weights. Layers are counted from the image.
+
+    A layer is what timm takes for one, in networks of our own a convolution or linear layer with its norm; the last one,
+    the head, always learns.
+    """
+
+    frozen_epochs: int = Field(0, ge=0, le=10_000, description="epochs at the start in which only the head learns")
+    frozen_share: Fraction = Field(0.0, description="share of the layers below the head that never learn")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's rate, as a fraction of that of the next one")
+    head_multiple: float = Field(1.0, gt=0, le=1000, description="the head's rate, as a multiple of the optimizer's")
+
+
 class Training(Section):
     """Length, batch, precision, seed and execution of a training."""
 
@@ -426,7 +441,14 @@ def has_default(name: str, kind: str) -> bool:
 
 
 # Fields added later, with the value that equals the behaviour before: with it they are left out of the digest.
-_LATER = {"data.train_fraction": 1.0, "training.execution": "eager"}
+_LATER = {
+    "data.train_fraction": 1.0,
+    "training.execution": "eager",
+    "transfer.frozen_epochs": 0,
+    "transfer.frozen_share": 0.0,
+    "transfer.layer_decay": 1.0,
+    "transfer.head_multiple": 1.0,
+}
 
 
 class Recipe(Section):
@@ -438,6 +460,7 @@ class Recipe(Section):
     optimizer: Optimizer
     schedule: AnySchedule = Cosine()
     loss: Loss = Loss()
+    transfer: Transfer = Transfer()
     training: Training
 
     @model_validator(mode="after")
@@ -446,7 +469,7 @@ class Recipe(Section):
         if size < 2**halvings:
             raise ValueError(
                 f"model.network {self.model.network} halves images {halvings} times: data.image_size {size} must be at "
-                f"least {2**halvings}, or model.widths fewer"
+                f"least {2**halvings}" + (", or model.widths fewer" if hasattr(self.model, "widths") else "")
             )
         return self
 
@@ -456,6 +479,16 @@ class Recipe(Section):
         if self.augmentation.crop_mode == "reflect" and padding >= size:
             raise ValueError(
                 f"augmentation.crop_padding {padding} mirrors images of data.image_size {size}: must be smaller"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rates_are_the_optimizers(self) -> Self:
+        rates = (self.transfer.layer_decay, self.transfer.head_multiple)
+        if isinstance(self.optimizer, Muon) and rates != (1, 1):
+            raise ValueError(
+                f"transfer.layer_decay {rates[0]} and transfer.head_multiple {rates[1]}: muon has groups of its own; "
+                "leave both at 1, or choose sgd, adam or adamw"
             )
         return self
 
@@ -521,11 +554,18 @@ class Recipe(Section):
         """Readable JSON; `parse_recipe` takes it back."""
         return self.model_dump_json(indent=2)
 
+    def as_before(self) -> list[str]:
+        """Fields that were added later and have the value that equals the behaviour before."""
+        flat = self.flat()
+        return [name for name, before in _LATER.items() if flat.get(name) == before]
+
     def digest(self) -> str:
         """64 hexadecimal digits that change with any field."""
         sections = self.model_dump(mode="json")
-        for section, field in (name.split(".") for name, before in _LATER.items() if self.flat().get(name) == before):
+        for section, field in (name.split(".") for name in self.as_before()):
             del sections[section][field]
+            if not sections[section]:
+                del sections[section]
         canonical = json.dumps(sections, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

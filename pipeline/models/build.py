@@ -64,6 +64,22 @@ def pixel_statistics_of(model: recipe.Model) -> tuple[Sequence[float], Sequence[
     return _timm().statistics(model) if isinstance(model, recipe.Timm) and model.weights != "none" else None
 
 
+def layer_ids(network: nn.Module) -> dict[str, int]:
+    """Each parameter's layer, from 0 at the image; the last one is the head.
+
+    In networks of our own a layer begins at each convolution or linear layer and ends with the norm behind it.
+    """
+    if hasattr(network, "group_matcher"):
+        return _timm().layer_ids(network)
+    ids: dict[str, int] = {}
+    layer = -1
+    for prefix, module in network.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        layer += any(parameter.ndim > 1 for parameter in own.values()) or (layer < 0 and bool(own))
+        ids |= {f"{prefix}.{name}".removeprefix("."): layer for name in own}
+    return ids
+
+
 def weights_origin(model: recipe.Model) -> str | None:
     """Where a pretrained network's weights are from, with their licence and data; None where it starts from random ones."""
     return _timm().origin(model) if isinstance(model, recipe.Timm) and model.weights != "none" else None

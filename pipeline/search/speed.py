@@ -122,7 +122,7 @@ def measure(
 
     try:
         train(
-            recipe.changed({"training.epochs": _MANY_EPOCHS, "optimizer.lr": 1e-9}),
+            recipe.changed({"training.epochs": _MANY_EPOCHS, "optimizer.lr": 1e-9, "transfer.frozen_epochs": 0}),
             part,
             device,
             on_epoch,

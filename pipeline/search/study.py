@@ -181,8 +181,9 @@ class Search:
         """All that the scores of one search have in common, as JSON."""
         space, base = self.space(), {**self.settings, **self.base.flat()}
         del base["data.dataset"]  # the data's path; the digest says what the data is
-        del base["data.train_fraction"]  # part of the split's digest
-        del base["training.execution"]  # depends on the device, and changes no result
+        # train_fraction is part of the split's digest; execution depends on the device, and changes no result.
+        for name in {"data.train_fraction", "training.execution", *self.base.as_before()}:
+            del base[name]
         return {
             "objective": self.study.objective,
             "data": data.digest,

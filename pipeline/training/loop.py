@@ -23,6 +23,7 @@ from pipeline.recipe import Recipe
 from pipeline.runtime import keep_freed_memory
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
+from pipeline.training.freezing import Freezing
 from pipeline.training.losses import soft_cross_entropy
 from pipeline.training.optimizers import build_optimizer, set_lr
 from pipeline.training.resume import Parts, Resume
@@ -142,7 +143,7 @@ class _Learner:
     """
 
     def __init__(self, recipe: Recipe, data: TrainingData, device: torch.device):
-        settings, images = recipe.training, data.train.images
+        settings, transfer, images = recipe.training, recipe.transfer, data.train.images
         graphed = is_graphed(recipe)
         self._recipe, self._data, self._device = recipe, data, device
         self._batch_size = min(settings.batch_size, len(images))
@@ -153,9 +154,10 @@ class _Learner:
             stride = math.ceil(len(images) / FIRST_LAYER_IMAGES)  # a folder's images come class by class
             network.fit_first_layer(normalise(images[::stride], data.mean, data.std))
         average = WeightAverage(network, settings.ema_decay, graphed) if settings.ema_decay else None
-        self.parts = Parts(network, build_optimizer(network, recipe.optimizer, device, graphed), average)
+        self.parts = Parts(network, build_optimizer(network, recipe.optimizer, device, graphed, transfer), average)
         self.scored_network = average.network if average else network
         self._parameters = list(network.parameters())
+        self._freezing = Freezing(network, transfer) if transfer.frozen_epochs or transfer.frozen_share else None
         self._augmenter = Augmenter(
             images,
             data.train.labels,
@@ -188,6 +190,8 @@ class _Learner:
         self._num_correct.zero_()
         self._augmenter.start_epoch(epoch)
         self.parts.network.train()
+        if self._freezing:
+            self._freezing.start_epoch(epoch)
         for step in range(steps):
             set_lr(self.parts.optimizer, self._recipe.schedule, (epoch - 1) * steps + step, settings.epochs * steps)
             self._indices.copy_(order[step * self._batch_size : (step + 1) * self._batch_size])
@@ -241,8 +245,9 @@ class _Learner:
 
     def costs(self, seconds: float) -> dict[str, float]:
         """Rate, time, throughput and memory of an epoch that took `seconds`, by MLflow name."""
+        group = self.parts.optimizer.param_groups[0]
         return {
-            "optimizer/lr": float(self.parts.optimizer.param_groups[0]["lr"]),
+            "optimizer/lr": float(group["lr"]) / group["scale"],
             "time/epoch_s": seconds,
             "throughput/images_per_s": self._steps * self._batch_size / seconds,
             "memory/peak_gib": _peak_gib(self._device),

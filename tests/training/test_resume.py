@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 from test_checkpoints import killed_at
+from training_cases import at_size
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
@@ -47,6 +48,18 @@ KINDS = {
     "adam, step, fp32": {"optimizer.name": "adam", "training.precision": "fp32", **ADAPTIVE, **STEP},
     "adamw, no average": {"optimizer.name": "adamw", "training.ema_decay": 0, **ADAPTIVE},
     "muon, whitening that freezes, alternating flip": FAST,
+    "adamw, frozen layers and epochs, rates by layer, stochastic depth": {
+        "data.image_size": 32,
+        "model.network": "timm",
+        "model.backbone": "test_efficientnet",
+        "model.drop_path": 0.3,
+        "optimizer.name": "adamw",
+        "transfer.frozen_epochs": 2,
+        "transfer.frozen_share": 0.5,
+        "transfer.layer_decay": 0.7,
+        "transfer.head_multiple": 10,
+        **ADAPTIVE,
+    },
     "adam, dropout of whole maps": {
         "model.network": "plain",
         "model.widths": (4, 8),
@@ -108,6 +121,7 @@ def test_resume_after_many_stops_equals_an_uninterrupted_training(
     changes: dict, recipe: Recipe, few: TrainingData, tmp_path: Path
 ) -> None:
     recipe = recipe.changed(changes)
+    few = at_size(few, recipe.data.image_size)
     uninterrupted = train(recipe, few, CPU)
     assert len({str(metrics["val/loss"]) for metrics in untimed(uninterrupted.history)}) > 1, "it must learn something"
     folder, draw, done = tmp_path / "a" / "key", random.Random(str(changes)), 0
