@@ -86,7 +86,8 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
     reports: list[EpochReport] = []
     resume = Resume(request.resume_dir) if request.resume_dir else None
     tags = replace(request.tags, device=str(request.device)).to_mlflow()
-    arguments = (request.name, request.recipe, request.data, request.parent_run, tags, request.run_key)
+    data = request.data.at(request.recipe.data)
+    arguments = (request.name, request.recipe, data, request.parent_run, tags, request.run_key)
     with tracker.run(*arguments, check_ownership=request.check_ownership) as tracked:
 
         def on_epoch(report: EpochReport) -> None:
@@ -96,8 +97,8 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
 
         state, reason, final_metrics = State.FINISHED, "", {}
         try:
-            result = train(request.recipe, request.data, request.device, on_epoch, request.on_step, resume=resume)
-            final_metrics = publish(tracked, request.recipe, request.data, result)
+            result = train(request.recipe, data, request.device, on_epoch, request.on_step, resume=resume)
+            final_metrics = publish(tracked, request.recipe, data, result)
         except Prune as error:
             state, reason = State.PRUNED, str(error)
         except Diverged as error:

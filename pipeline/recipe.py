@@ -6,13 +6,14 @@ A section that comes in kinds (`model.network`, `optimizer.name`, `schedule.name
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -36,16 +37,43 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
+class Form(NamedTuple):
+    """How an image of any shape becomes the square that a network sees: with the file, all that its pixels depend on."""
+
+    size: int  # height and width, pixels
+    geometry: str = "squash"  # or crop (to the centre, by the shorter side), pad (by the longer side, mean colour)
+    held: int | None = None  # of training images, which random crops are cut from: squashed to so many pixels
+
+
+# What of `data` the form depends on. It may differ between the trials of a study, which share their data set and split.
+FORM_FIELDS = ("data.image_size", "data.geometry", "data.crop_scale")
+
+
 class Data(Section):
-    """The data set, and how it is split."""
+    """The data set, what the network sees of its images, and how it is split."""
 
     dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, or a folder with train/<class>/*")
     image_size: int = Field(32, ge=8, le=512, description="height and width in pixels that the network sees")
+    geometry: Literal["squash", "crop", "pad", "random_resized_crop"] = Field(
+        "squash",
+        description="how images become square: squash changes their aspect, crop keeps the centre, pad adds their mean "
+        "colour; random_resized_crop cuts training images at random, in place of crop_padding, and crops all others",
+    )
+    crop_scale: float = Field(
+        0.35, ge=0.01, le=1, description="least share of an image's area that random_resized_crop keeps"
+    )
     validation_fraction: float = Field(
         0.1, gt=0, lt=0.5, description="share of the training images held out for validation"
     )
     train_fraction: float = Field(1.0, gt=0, le=1, description="share of the other training images that is used")
     split_seed: int = Field(0, ge=0, le=2**32 - 1, description="draws the stratified split, and which images are used")
+
+    @property
+    def form(self) -> Form:
+        """What is read of each image. The smallest random crop keeps its detail, as far as twice the size reaches."""
+        if self.geometry != "random_resized_crop":
+            return Form(self.image_size, self.geometry)
+        return Form(self.image_size, "crop", math.ceil(self.image_size * min(2.0, self.crop_scale**-0.5)))
 
 
 class Attention(Section):
@@ -443,6 +471,8 @@ def has_default(name: str, kind: str) -> bool:
 # Fields added later, with the value that equals the behaviour before: with it they are left out of the digest.
 _LATER = {
     "data.train_fraction": 1.0,
+    "data.geometry": "squash",
+    "data.crop_scale": 0.35,
     "training.execution": "eager",
     "transfer.frozen_epochs": 0,
     "transfer.frozen_share": 0.0,

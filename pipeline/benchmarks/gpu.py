@@ -155,7 +155,7 @@ class GpuBenchmark:
 @functools.lru_cache(maxsize=1)
 def _prepared(recipe: Data, data_dir: Path, device: torch.device) -> TrainingData:
     """Cached for all rows of a part: reading the data takes longer than most of them."""
-    return prepare(load(recipe.dataset, recipe.image_size, data_dir), recipe, device)
+    return prepare(load(recipe.dataset, recipe.form, data_dir), recipe, device)
 
 
 def _attempt(what: str, measure_row: Callable[..., Row], *arguments: Any) -> Row:

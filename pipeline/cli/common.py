@@ -104,7 +104,7 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
     for recipe in search.networks():  # weights that can't be read or downloaded, before anything starts
         initial_network(recipe.model, 2, recipe.data.image_size, seed=0)
     about = search.base.data
-    data = prepare(load(about.dataset, about.image_size, expand(data_dir)), about, device)
+    data = prepare(load(about.dataset, about.form, expand(data_dir)), about, device)
     freeze_imports()
     return data
 
@@ -131,7 +131,7 @@ def load_data_of_run(
         check_execution(recipe, device)
     about = recipes[0].data
     digest = tracker.client.get_run(run_id).data.tags["data_digest"]
-    seen = RunData(what, about.dataset, about.image_size, digest, queries.data_places(tracker, run_id))
+    seen = RunData(what, about.dataset, about.form, digest, queries.data_places(tracker, run_id))
     data = prepare(find_data(seen, expand(data_dir), dataset).images, about, device)
     freeze_imports()
     return data

@@ -35,7 +35,7 @@ def serve(
         server = scoring.start(folder, port, HOME / "serving.log")
         try:
             say(console, f"probabilities of {', '.join(served.classes)}, in this order, for uint8 images:")
-            say(console, scoring.curl_line(port, served.image_size))
+            say(console, scoring.curl_line(port, served.form))
             say(console, f"ready on http://{HOST}:{port}/invocations, this machine only; Ctrl-C ends it")
             with contextlib.suppress(KeyboardInterrupt):
                 server.wait()

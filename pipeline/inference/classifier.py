@@ -15,7 +15,7 @@ from pipeline.evaluation.calibration import Calibration
 from pipeline.evaluation.logits import predict_logits
 from pipeline.inference.methods import METHODS, MethodScores, combine, views, views_of
 from pipeline.models.build import build_network
-from pipeline.recipe import Recipe
+from pipeline.recipe import Form, Recipe
 from pipeline.training.checkpoints import RECORD, WEIGHTS, check_weights, load_weights, read_checkpoint
 
 _Channels = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
@@ -87,6 +87,11 @@ class Classifier:
     def image_size(self) -> int:
         """Height and width in pixels that it takes."""
         return self.metadata.recipe.data.image_size
+
+    @property
+    def form(self) -> Form:
+        """How it takes images: what `read_image` makes of a file."""
+        return self.metadata.recipe.data.form
 
     def probabilities(self, images: Tensor, method: str = "plain") -> np.ndarray:
         """uint8 images (N, 3, S, S) -> float64 (N, C), by one of `methods.METHODS`; the highest is the prediction."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, UserError
+from pipeline.recipe import Form
 from pipeline.registry.export import session
 from pipeline.registry.package import MODEL
 from pipeline.tracking.server import HOST, launch
@@ -22,10 +23,10 @@ PYTHON = ".venv/bin/python"
 
 @dataclass(frozen=True)
 class Served:
-    """What a client needs to know: the classes in the order of their probabilities, and the images' height and width."""
+    """What a client needs to know: the classes in the order of their probabilities, and the form of images."""
 
     classes: tuple[str, ...]
-    image_size: int
+    form: Form
 
 
 def check(folder: Path) -> Served:
@@ -39,7 +40,9 @@ def check(folder: Path) -> Served:
     try:
         model = Model.load(str(folder))
         flavors: dict[str, dict[str, Any]] = {name: dict(settings) for name, settings in model.flavors.items()}
-        served = Served(tuple((model.metadata or {})["classes"]), model.get_input_schema().inputs[0].shape[1])
+        about, size = model.metadata or {}, model.get_input_schema().inputs[0].shape[1]
+        # A package of earlier days says nothing of its geometry: there was only one.
+        served = Served(tuple(about["classes"]), Form(size, about.get("geometry", "squash")))
     except Exception:  # whatever MLflow raises on a file that isn't there, or is no MLmodel
         raise UserError(str(folder), f"no packed model ({MLMODEL})", "`export` makes one") from None
     if other := _unlike_ours(flavors):
@@ -70,7 +73,7 @@ def _check_onnx(path: Path, served: Served) -> None:
     except Exception as error:  # onnxruntime has no common class
         reason = str(error).splitlines()[0][:200]
         raise DataError(str(path), f"onnxruntime can't use it, so it is not served ({reason})") from None
-    size = served.image_size
+    size = served.form.size
     tensors = [(tensor.name, tensor.type, tensor.shape[1:]) for tensor in (*model.get_inputs(), *model.get_outputs())]
     images, probabilities = ("images", "tensor(uint8)", [size, size, 3]), ("probabilities", "tensor(float)")
     if tensors != [images, (*probabilities, [len(served.classes)])]:
@@ -87,10 +90,12 @@ def start(folder: Path, port: int, log_file: Path) -> subprocess.Popen[bytes]:
     return launch("the scoring server", "pipeline.registry.serve_app", settings, port, log_file)
 
 
-def curl_line(port: int, image_size: int) -> str:
+def curl_line(port: int, form: Form) -> str:
     """What sends cat.jpg to the server, for a shell in the project's folder; read as `predict` reads it."""
+    shown = f"Form({form.size}, '{form.geometry}')"
     return (
         f'{PYTHON} -c "import json; from pathlib import Path; from pipeline.data.images import read_image; '
-        f"print(json.dumps({{'inputs': [read_image(Path('cat.jpg'), {image_size}).transpose(1, 2, 0).tolist()]}}))\" | "
+        f"from pipeline.recipe import Form; pixels = read_image(Path('cat.jpg'), {shown}); "
+        f"print(json.dumps({{'inputs': [pixels.transpose(1, 2, 0).tolist()]}}))\" | "
         f"curl -s http://{HOST}:{port}/invocations -H 'Content-Type: application/json' -d @-"
     )

@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 from PIL import Image
 
 from pipeline.errors import UserError, escape_control
+from pipeline.recipe import Data
 from pipeline.registry.decision import FinalsDecision, find_winner
 from pipeline.report import figures
 from pipeline.report.analysis import Lead, effects, finals, importances, lead
@@ -250,8 +251,11 @@ def _images(tracker: MlflowTracker, run: pd.Series, stored: Predictions, find: _
     run_id = str(run["run_id"])
     try:
         digest = tracker.client.get_run(run_id).data.tags["data_digest"]
-        names = (str(run["data.dataset"]), int(run["data.image_size"]))
-        data = find(RunData(f"run {run_id}", *names, digest, queries.data_places(tracker, run_id))).images
+        known = {name: run[f"data.{name}"] for name in ("image_size", "geometry") if pd.notna(run.get(f"data.{name}"))}
+        form = Data.model_validate(known).form
+        data = find(
+            RunData(f"run {run_id}", str(run["data.dataset"]), form, digest, queries.data_places(tracker, run_id))
+        ).images
     except (UserError, KeyError, ValueError) as error:
         reason = error.lines[0] if isinstance(error, UserError) else "the run does not say which"
         return f"The images can't be shown, only their numbers in the training part: {reason}."

@@ -13,7 +13,7 @@ from optuna.distributions import (
 )
 
 from pipeline.errors import Problem, UserError
-from pipeline.recipe import Recipe
+from pipeline.recipe import FORM_FIELDS, Recipe
 from pipeline.search.optuna_internals import contains
 
 Space = Callable[[Any], None]
@@ -169,7 +169,7 @@ def _ask(
             f"`--set {name}=...` changes it for all",
         )
         for name in trial.params
-        if name.startswith("data.")
+        if name.startswith("data.") and name not in FORM_FIELDS
     ]
     try:
         recipe(trial.params)

@@ -108,6 +108,7 @@ def measure(
     The epochs are of a few batches and validation images; both are scaled to the complete splits. `on_step` may raise to
     end it. The learning rate is almost zero, which changes no time and lets nothing diverge.
     """
+    data = data.at(recipe.data)
     batch_size = min(recipe.training.batch_size, len(data.train.images))
     steps = len(data.train.images) // batch_size
     part = few_images(data, min(steps, _STEPS[device.type]) * batch_size, _VALIDATION[device.type])
@@ -150,6 +151,7 @@ def measure_overhead(
 
     The process should be warm: the first figures and the first run of a process take seconds more.
     """
+    data = data.at(recipe.data)
     part = few_images(data, speed.batch_size, _VALIDATION[device.type])
     epoch_s = 0.0
     start = time.perf_counter()
@@ -195,7 +197,7 @@ def few_images(data: TrainingData, num_train: int, num_validation: int) -> Train
 
     def few(split: Split, count: int) -> Split:
         stride = max(1, len(split.images) // count)
-        return Split(split.images[::stride][:count].contiguous(), split.labels[::stride][:count].contiguous())
+        return split.at(slice(0, stride * count, stride))
 
     validation = few(data.validation, num_validation)
     ids = data.validation_ids[: len(validation.images)]

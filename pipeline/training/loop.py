@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pipeline.data.augment import Augmenter, normalise
+from pipeline.data.augment import Augmenter, RandomCrop, normalise
 from pipeline.data.datasets import Split
+from pipeline.data.images import resized
 from pipeline.data.prepare import TrainingData
 from pipeline.evaluation.logits import autocast, predict_logits
 from pipeline.evaluation.scores import accuracy_from, f1_macro_from
 from pipeline.models.build import initial_network, pixel_statistics_of
 from pipeline.models.layers import FitsFirstLayer
-from pipeline.recipe import Recipe
+from pipeline.recipe import Form, Recipe
 from pipeline.runtime import keep_freed_memory
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
@@ -152,12 +153,14 @@ class _Learner:
         network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if isinstance(network, FitsFirstLayer):
             stride = math.ceil(len(images) / FIRST_LAYER_IMAGES)  # a folder's images come class by class
-            network.fit_first_layer(normalise(images[::stride], data.mean, data.std))
+            seen = resized(images[::stride].cpu(), Form(data.image_size)).to(device)
+            network.fit_first_layer(normalise(seen, data.mean, data.std))
         average = WeightAverage(network, settings.ema_decay, graphed) if settings.ema_decay else None
         self.parts = Parts(network, build_optimizer(network, recipe.optimizer, device, graphed, transfer), average)
         self.scored_network = average.network if average else network
         self._parameters = list(network.parameters())
         self._freezing = Freezing(network, transfer) if transfer.frozen_epochs or transfer.frozen_share else None
+        aspects = data.train.aspects
         self._augmenter = Augmenter(
             images,
             data.train.labels,
@@ -166,6 +169,7 @@ class _Learner:
             data.std,
             recipe.augmentation,
             _seed_of(settings.seed, 0, "flip"),
+            None if aspects is None else RandomCrop(data.image_size, recipe.data.crop_scale, aspects),
         )
         self.generator = torch.Generator(device)
         self._loss_watch = _LossWatch(device)

@@ -203,7 +203,7 @@ def main() -> None:
     search = Search(options.study, study, study.settings(changes), study.version, options.recipes, None)
     search.check()
     device, base = torch.device("cuda" if torch.cuda.is_available() else "cpu"), search.base
-    data = prepare(load(base.data.dataset, base.data.image_size, options.data_dir), base.data, device)
+    data = prepare(load(base.data.dataset, base.data.form, options.data_dir), base.data, device)
     start = time.monotonic()
     for curve in collect(averaging(search, data), data, device, options.output, options.recipes):
         scores = f"plain {curve.plain[-1]:.4f}, averaged {curve.averaged[-1]:.4f}"

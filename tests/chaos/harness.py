@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.recipe import Form, Recipe, parse_recipe
 from pipeline.search.study import counts_toward_budget
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.training.loop import train
@@ -271,4 +271,4 @@ class FaultInjector:
 
 
 def _data(recipe: Recipe) -> TrainingData:
-    return prepare(load("digits", 8, Path("data")), recipe.data, torch.device("cpu"))
+    return prepare(load("digits", Form(8), Path("data")), recipe.data, torch.device("cpu"))

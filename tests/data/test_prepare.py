@@ -4,7 +4,7 @@ import torch
 
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, pixel_statistics, prepare
-from pipeline.recipe import Data
+from pipeline.recipe import Data, Form
 
 
 def test_pixel_statistics_equal_those_of_the_floats() -> None:
@@ -22,7 +22,7 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero() -> None:
 
 
 def test_training_and_validation_are_disjoint_parts_of_the_data_set(digits: TrainingData, tmp_path) -> None:
-    dataset = load("digits", 8, tmp_path)
+    dataset = load("digits", Form(8), tmp_path)
     assert len(digits.train.labels) + len(digits.validation.labels) == len(dataset.train.labels)
     assert torch.equal(dataset.train.images[digits.validation_ids], digits.validation.images)
     assert torch.equal(dataset.train.labels[digits.validation_ids], digits.validation.labels)
@@ -35,7 +35,7 @@ def test_the_statistics_are_of_the_training_images_alone(digits: TrainingData) -
 
 
 def test_the_split_seed_changes_the_split_and_its_digest(digits: TrainingData, tmp_path) -> None:
-    dataset = load("digits", 8, tmp_path)
+    dataset = load("digits", Form(8), tmp_path)
     other = prepare(dataset, Data(dataset="digits", image_size=8, split_seed=1), torch.device("cpu"))
     again = prepare(dataset, Data(dataset="digits", image_size=8), torch.device("cpu"))
     assert other.split_digest != digits.split_digest == again.split_digest
@@ -43,7 +43,7 @@ def test_the_split_seed_changes_the_split_and_its_digest(digits: TrainingData, t
 
 
 def test_train_fraction_keeps_the_validation_images(digits: TrainingData, tmp_path) -> None:
-    dataset = load("digits", 8, tmp_path)
+    dataset = load("digits", Form(8), tmp_path)
     third = prepare(dataset, Data(dataset="digits", image_size=8, train_fraction=1 / 3), torch.device("cpu"))
     assert len(third.train.labels) == round(len(digits.train.labels) / 3)
     assert torch.equal(third.validation.images, digits.validation.images)
