@@ -244,10 +244,8 @@ class Timm(Section):
 
     @property
     def halvings(self) -> int:
-        """As most networks for photos; on maps of one pixel torch's bf16 gradients of strided depthwise convolutions are
-        not numbers on a CPU (seen in 2.15). `models.build.check_network` asks the network itself.
-        """
-        return 5
+        """Unknown here: `models.build.check_network` asks the network itself."""
+        return 0
 
 
 @cache
@@ -499,7 +497,7 @@ class Recipe(Section):
         if size < 2**halvings:
             raise ValueError(
                 f"model.network {self.model.network} halves images {halvings} times: data.image_size {size} must be at "
-                f"least {2**halvings}" + (", or model.widths fewer" if hasattr(self.model, "widths") else "")
+                f"least {2**halvings}, or model.widths fewer"
             )
         return self
 
@@ -509,16 +507,6 @@ class Recipe(Section):
         if self.augmentation.crop_mode == "reflect" and padding >= size:
             raise ValueError(
                 f"augmentation.crop_padding {padding} mirrors images of data.image_size {size}: must be smaller"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _rates_are_the_optimizers(self) -> Self:
-        rates = (self.transfer.layer_decay, self.transfer.head_multiple)
-        if isinstance(self.optimizer, Muon) and rates != (1, 1):
-            raise ValueError(
-                f"transfer.layer_decay {rates[0]} and transfer.head_multiple {rates[1]}: muon has groups of its own; "
-                "leave both at 1, or choose sgd, adam or adamw"
             )
         return self
 

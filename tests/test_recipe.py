@@ -150,12 +150,6 @@ def test_every_section_with_kinds_is_known() -> None:
         assert f"{section}.{field}" in RECIPE.flat()
 
 
-def test_muon_has_no_rates_by_layer() -> None:
-    muon = {"optimizer.name": "muon", "optimizer.bias_lr": 1, "optimizer.head_lr": 1}
-    assert "muon has groups of its own" in lines_of({**muon, "transfer.layer_decay": 0.9})[0]
-    RECIPE.changed({**muon, "transfer.frozen_epochs": 1})
-
-
 def test_weights_file_is_kept_with_its_digest(tmp_path: Path) -> None:
     """So the recipe of equal bytes is equal, and a stored one needs no file."""
     file = tmp_path / "own.pth"

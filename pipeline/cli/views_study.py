@@ -172,8 +172,10 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
         others = forecast["measured"] - 1
         recipes = f" and of {others} other recipe{'s' * (others != 1)}" if others else ""
         console.print(f"from a few steps of the control{recipes}; other work on the machine changes it")
-        choice = forecast.get("choice")
-        if choice and choice["why"]:
+        choice = forecast.get("choice") or {}
+        if precision := choice.get("precision"):
+            say(console, f"training.precision {precision}: faster here for this network (`--set training.precision=`)")
+        if choice.get("why"):
             workers = f"{choice['workers']} worker{'s' * (choice['workers'] != 1)}"
             say(
                 console,

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,13 @@ from pipeline.data.images import (
     check_memory,
     image_files,
     read_images,
+    shown_size,
 )
 from pipeline.errors import DataError, Problem, did_you_mean
 from pipeline.recipe import Form
 
 MAX_LISTED = 20  # problems that an error lists
+MAX_LOOKED_AT = 200  # images whose sizes a default goes by
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,27 @@ def read(root: Path, form: Form) -> LabelledImages:
     images, held, content = decoded(paths, form)
     digest = hashlib.sha256(json.dumps([list(files), labels.tolist()]).encode() + content).hexdigest()
     return LabelledImages(images, torch.from_numpy(labels), tuple(files), str(root), digest, held)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the images of a folder, as far as they were looked at; medians, in pixels as they are shown."""
+
+    num_images: int
+    width: int
+    height: int
+    elongation: float  # long side by short side
+
+
+def look(root: Path) -> Sizes | None:
+    """The sizes of some of the training images, without decoding them; None where none can be read."""
+    paths = [path for class_paths in _files_by_class(root).values() for path in class_paths]
+    sizes = list(filter(None, map(shown_size, paths[:: math.ceil(len(paths) / MAX_LOOKED_AT)])))
+    if not sizes:
+        return None
+    widths, heights = np.array(sizes).T
+    elongation = np.median(np.maximum(widths, heights) / np.minimum(widths, heights))
+    return Sizes(len(sizes), int(np.median(widths)), int(np.median(heights)), float(elongation))
 
 
 def short_name(root: Path) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, ImageStat, UnidentifiedImageError
 from torch import Tensor
 
 from pipeline.errors import DataError, UserError
@@ -210,7 +210,8 @@ def _decode(path: Path, form: Form, digest: bool) -> FileImage:
 
 def _shaped(rgb: Image.Image, form: Form) -> Image.Image:
     (top, left, bottom, right), (height, width) = _box_and_size(rgb.height, rgb.width, form)
-    small = rgb.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    # Cut first: `resize` with a box would mix in what lies around it.
+    small = rgb.crop((left, top, right, bottom)).resize((width, height), Image.Resampling.BILINEAR)
     if small.size == (form.size, form.size):
         return small
     red, green, blue = (round(mean) for mean in ImageStat.Stat(small).mean)
@@ -222,6 +223,16 @@ def _shaped(rgb: Image.Image, form: Form) -> Image.Image:
 def _pixels(image: Image.Image) -> np.ndarray:
     """(3, S, S)"""
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def shown_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) of an image file by its header, turned as EXIF says; None where it can't be read."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if is_turned else image.size
+    except Exception:  # see `read_file`; who reads the images will say it
+        return None
 
 
 def _check_scans(path: Path) -> None:

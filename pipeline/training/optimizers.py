@@ -49,12 +49,13 @@ def build_optimizer(
 def _build(
     network: nn.Module, optimizer: recipe.Optimizer, transfer: recipe.Transfer, fused: bool | None, capturable: bool
 ) -> torch.optim.Optimizer:
+    all_parameters = [{"params": list(network.parameters()), "lr": optimizer.lr}]
     match optimizer:
         case recipe.Muon():
-            return Muon(_muon_groups(network, optimizer))
+            return Muon(_by_layer(_muon_groups(network, optimizer), network, transfer))
         case recipe.Sgd():
             return torch.optim.SGD(
-                _layer_groups(network, optimizer.lr, transfer),
+                _by_layer(all_parameters, network, transfer),
                 lr=optimizer.lr,
                 momentum=optimizer.momentum,
                 nesterov=optimizer.nesterov,
@@ -64,7 +65,7 @@ def _build(
         case recipe.Adam() | recipe.AdamW():
             kind = torch.optim.Adam if isinstance(optimizer, recipe.Adam) else torch.optim.AdamW
             return kind(
-                _layer_groups(network, optimizer.lr, transfer),
+                _by_layer(all_parameters, network, transfer),
                 lr=optimizer.lr,
                 betas=(optimizer.beta1, optimizer.beta2),
                 weight_decay=optimizer.weight_decay,
@@ -74,27 +75,30 @@ def _build(
     raise TypeError(f"no optimizer is known for a section of type {type(optimizer).__name__}")
 
 
-def _layer_groups(network: nn.Module, lr: float, transfer: recipe.Transfer) -> list[dict[str, Any]]:
-    """All parameters in one group; or a group for each layer, where layers differ in rate or in when they learn.
-
-    torch's fused SGD refuses a group of which some parameters have momentum and others, frozen so far, have none.
+def _by_layer(groups: list[dict[str, Any]], network: nn.Module, transfer: recipe.Transfer) -> list[dict[str, Any]]:
+    """The groups as they are; or divided by layer, where layers differ in rate or in when they learn.
 
     timm's `param_groups_layer_decay` would also take weight decay from biases and norms, for these networks alone; so
-    only its division into layers is used (`models.build.layer_ids`).
+    only its division into layers is used (`models.build.layer_ids`). torch's fused SGD refuses a group of which some
+    parameters have momentum and others, frozen so far, have none.
     """
     if transfer == recipe.Transfer():
-        return [{"params": list(network.parameters())}]
+        return groups
     layers = layer_ids(network)
+    of_parameter = {parameter: layers[name] for name, parameter in network.named_parameters()}
     head = max(layers.values())
     scales = [transfer.layer_decay ** (head - layer) for layer in range(head)] + [transfer.head_multiple]
-    members: list[list[nn.Parameter]] = [[] for _ in scales]
-    for name, parameter in network.named_parameters():
-        members[layers[name]].append(parameter)
-    return [
-        {"params": parameters, "lr": lr * scale, "scale": scale}
-        for parameters, scale in zip(members, scales, strict=True)
-        if parameters
+    divided = [
+        {
+            **group,
+            "params": [parameter for parameter in group["params"] if of_parameter[parameter] == layer],
+            "lr": group["lr"] * scale,
+            "scale": scale,
+        }
+        for group in groups
+        for layer, scale in enumerate(scales)
     ]
+    return [group for group in divided if group["params"]]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, schedule: recipe.AnySchedule, step: int, total_steps: int) -> None:

@@ -105,6 +105,14 @@ def test_layers_have_rates_that_fall_towards_the_image(section: recipe.Optimizer
     assert by_name == convolutions | {"3.weight": 0.125, "3.bias": 0.125, "5.weight": 2.5, "5.bias": 2.5}
 
 
+def test_muons_groups_are_divided_by_layer_too() -> None:
+    plain, divided = (
+        build_optimizer(convnet(), MUON, CPU, transfer=recipe.Transfer(layer_decay=decay)) for decay in (1.0, 0.5)
+    )
+    assert sorted({group["lr"] for group in plain.param_groups}) == [0.3, 2, 5]
+    assert sorted({group["lr"] for group in divided.param_groups}) == [0.075, 0.15, 0.5, 1, 2, 5]
+
+
 def test_a_set_rate_holds_from_the_next_step():
     network = nn.Linear(1, 1, bias=False)
     optimizer = build_optimizer(network, recipe.Sgd(lr=0.5, momentum=0.0, weight_decay=0.0), CPU)
