@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from data_cases import NO_DATA_DIR, add_image, lines_of, make_pets
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from pipeline.data import folder as folder_module
@@ -154,3 +155,12 @@ def test_folder_with_too_many_pixels_is_refused(pets: Path, monkeypatch: pytest.
     monkeypatch.setattr(images, "MAX_BYTES", 5 * 3 * 64**2)
     assert len(load(str(pets), Form(64), NO_DATA_DIR).train.labels) == 5
     assert lines_of(UserError, str(pets), 65)[0].startswith("data.image_size = 65: 5 images take")
+
+
+def test_sizes_are_looked_at_as_images_are_shown(pets: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for index in range(9):
+        Image.new("RGB", (30, 20)).save(pets / "train" / "cat" / f"turned{index}.jpg", exif=turned)
+    (pets / "train" / "cat" / "broken.png").write_bytes(b"")
+    assert folder_module.look(pets) == folder_module.Sizes(14, 20, 30, 1.5)

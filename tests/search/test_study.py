@@ -8,6 +8,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.cli.common import load_data
 from pipeline.data.datasets import load
@@ -231,3 +232,39 @@ def test_patience_ends_after_trials_without_a_better_score(
         attributes = {"requeued": True} if score == "requeued" else {}
         study.add_trial(optuna.trial.create_trial(state=state, value=value, user_attrs=attributes))
     assert replace(search, patience=patience).is_exhausted(study) is exhausted
+
+
+@pytest.mark.parametrize(
+    ("size", "network", "chosen"),
+    [
+        ((100, 99), "plain", (64, "squash")),
+        ((40, 30), "plain", (32, "crop")),
+        ((100, 75), "plain", (64, "crop")),
+        ((100, 300), "timm", (96, "pad")),
+    ],
+)
+def test_base_suits_a_folder_by_a_look_at_its_images(
+    size: tuple[int, int], network: str, chosen: tuple[int, str], small_recipe: Recipe, tmp_path: Path
+) -> None:
+    for name in ("a/1", "a/2", "b/1", "b/2"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size).save(tmp_path / "train" / f"{name}.png")
+    base = small_recipe.changed({"model.network": network, "data.image_size": 96 if network == "timm" else 32})
+    study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=8)
+    suited, line = study.suited_to(tmp_path)
+    assert (suited.base.data.image_size, suited.base.data.geometry) == chosen
+    assert f"{size[0]} x {size[1]}" in line and f"data.geometry={chosen[1]}" in line
+
+
+def test_networks_of_timm_are_checked_with_the_search(small_recipe: Recipe) -> None:
+    def backbones(trial: Any) -> None:
+        trial.suggest_categorical("model.backbone", ["test_resnet", "test_resnot", "resnet19"])
+
+    base = small_recipe.changed({"model.network": "timm", "model.backbone": "test_resnet", "data.image_size": 32})
+    study = Study(question="?", base=base, space=backbones, objective="val/accuracy", trials=8)
+    with pytest.raises(UserError) as caught:
+        Search("tiny", study, {}, 1, 8, None).check()
+    assert [line.partition(":")[0] for line in caught.value.lines] == [
+        "model.backbone = test_resnot",
+        "model.backbone = resnet19",
+    ]
