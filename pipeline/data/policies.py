@@ -120,9 +120,19 @@ class _Magnitudes:
         }
 
 
-_NARROW = _Magnitudes(31, 0.3, lambda size: 150 / 331 * size, 30, 0.9, (8, 4))
-_WIDE = _Magnitudes(31, 0.99, lambda size: 32, 135, 0.99, (8, 2))
-_MIXED = _Magnitudes(10, 0.3, lambda size: size / 3, 30, 0.9, (4, 0), OPERATIONS[1:])
+_NARROW = _Magnitudes(
+    bins=31, shear=0.3, translation=lambda size: 150 / 331 * size, rotation=30, colour=0.9, bits=(8, 4)
+)
+_WIDE = _Magnitudes(bins=31, shear=0.99, translation=lambda size: 32, rotation=135, colour=0.99, bits=(8, 2))
+_MIXED = _Magnitudes(
+    bins=10,
+    shear=0.3,
+    translation=lambda size: size / 3,
+    rotation=30,
+    colour=0.9,
+    bits=(4, 0),
+    operations=OPERATIONS[1:],
+)
 
 
 class _Space:
