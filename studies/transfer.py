@@ -19,7 +19,7 @@ BASE = parse_recipe(
     {
         "data": {"image_size": 128, "geometry": "crop"},
         "model": {"network": "timm", "backbone": "tf_efficientnet_lite0", "weights": "efficientnet-lite0"},
-        "augmentation": {"crop_padding": 8, "crop_mode": "reflect", "horizontal_flip": 0.5},
+        "augmentation": {"policy": "trivialaugment", "crop_padding": 8, "crop_mode": "reflect", "horizontal_flip": 0.5},
         "optimizer": {"name": "adamw", "lr": 4e-4, "weight_decay": 1e-3},
         "schedule": {"name": "cosine", "warmup": 0.1},
         "transfer": {"layer_decay": 0.9},
@@ -49,7 +49,7 @@ def space(trial: Trial) -> None:
     trial.suggest_float("model.drop_path", 0, 0.3, step=0.1)
     trial.suggest_float("model.dropout", 0, 0.4, step=0.2)
     trial.suggest_float("augmentation.horizontal_flip", 0, 0.5, step=0.5)
-    trial.suggest_float("augmentation.rotation", 0, 30, step=15)
+    trial.suggest_categorical("augmentation.policy", ["trivialaugment", "none", "randaugment"])
     trial.suggest_float("augmentation.erasing", 0, 0.5, step=0.25)
     trial.suggest_float("augmentation.mixup", 0, 0.5, step=0.25)
     trial.suggest_float("augmentation.cutmix", 0, 0.5, step=0.25)
