@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,7 +25,6 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -208,6 +208,25 @@ NAMED_WEIGHTS = ("none", "default", "efficientnet-lite0")
 _PINNED = re.compile(r"(?P<path>.+)#sha256=(?P<sha256>[0-9a-f]{64})")
 
 
+@cache
+def _file_digest(path: str, size: int, changed_ns: int) -> str:
+    """SHA-256 of a file; a space is explored with hundreds of recipes of the same weights."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _pinned(value: str) -> str:
+    """A file's name with the digest of its content, which belongs to the recipe; a pinned one need not be here any more."""
+    if value in NAMED_WEIGHTS or _PINNED.fullmatch(value):
+        return value
+    path = os.path.abspath(os.path.expanduser(value))
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
+        known = f"{', '.join(NAMED_WEIGHTS)} or a file{did_you_mean(value, NAMED_WEIGHTS)}"
+        raise ValueError(f"should be {known}; there is no such file")
+    stat = os.stat(path)
+    return f"{path}#sha256={_file_digest(path, stat.st_size, stat.st_mtime_ns)}"
+
+
 class Timm(Section):
     """Any network of timm, with or without weights to start from, `pipeline/models/timm.py`."""
 
@@ -217,26 +236,13 @@ class Timm(Section):
         pattern=r"^\w+(\.\w+)?$",  # no path or address, as timm's names of hubs and folders are
         description="timm's name, such as resnet18 or resnet18.a1_in1k",
     )
-    weights: str = Field(
+    weights: Annotated[str, AfterValidator(_pinned)] = Field(
         "none",
         description="none; default (timm downloads them); efficientnet-lite0 (from a package, for that backbone); or a "
         "file, .safetensors or .pth, kept with its digest: path#sha256=...",
     )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: probability that a block is left out")
     dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier")
-
-    @field_validator("weights")
-    @classmethod
-    def _file_is_pinned(cls, value: str) -> str:
-        """The digest of a file's content belongs to the recipe; one that was pinned need not be here any more."""
-        if value in NAMED_WEIGHTS or _PINNED.fullmatch(value):
-            return value
-        path = os.path.abspath(os.path.expanduser(value))
-        if not os.path.isfile(path):  # opening a pipe would wait for ever
-            known = f"{', '.join(NAMED_WEIGHTS)} or a file{did_you_mean(value, NAMED_WEIGHTS)}"
-            raise ValueError(f"should be {known}; there is no such file")
-        stat = os.stat(path)
-        return f"{path}#sha256={_file_digest(path, stat.st_size, stat.st_mtime_ns)}"
 
     @property
     def weights_file(self) -> tuple[str, str] | None:
@@ -248,13 +254,6 @@ class Timm(Section):
     def halvings(self) -> int:
         """Unknown here: `models.build.check_network` asks the network itself."""
         return 0
-
-
-@cache
-def _file_digest(path: str, size: int, changed_ns: int) -> str:
-    """SHA-256 of a file; a space is explored with hundreds of recipes of the same weights."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # A probability, or the one mode that needs none.

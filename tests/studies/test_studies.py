@@ -50,7 +50,7 @@ VALUES = [
     "bf16",
     "compiled",
     "default",
-    "crop",
+    "pad",
 ]
 DRAWS = 24
 
