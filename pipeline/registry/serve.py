@@ -1,16 +1,25 @@
 """MLflow's own scoring server for a packed model, on this machine only."""
 
+import base64
+import binascii
 import subprocess
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from pipeline.data.images import BadImage, read_image
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import Form
-from pipeline.registry.export import session
+from pipeline.registry.export import GEOMETRIES, session
 from pipeline.registry.package import MODEL
 from pipeline.tracking.server import HOST, launch
+
+if TYPE_CHECKING:
+    from mlflow.models import Model
 
 MLMODEL = "MLmodel"
 _FLAVORS: Mapping[str, Mapping[str, Any]] = {  # as export writes them, but for the versions
@@ -18,7 +27,6 @@ _FLAVORS: Mapping[str, Mapping[str, Any]] = {  # as export writes them, but for 
     "python_function": {"data": MODEL, "loader_module": "mlflow.onnx"},
 }
 _VERSIONS = ("onnx_version", "python_version", "env")  # `env` is not made: the server runs in this environment
-PYTHON = ".venv/bin/python"
 
 
 @dataclass(frozen=True)
@@ -40,9 +48,7 @@ def check(folder: Path) -> Served:
     try:
         model = Model.load(str(folder))
         flavors: dict[str, dict[str, Any]] = {name: dict(settings) for name, settings in model.flavors.items()}
-        about, size = model.metadata or {}, model.get_input_schema().inputs[0].shape[1]
-        # A package of earlier days says nothing of its geometry: there was only one.
-        served = Served(tuple(about["classes"]), Form(size, about.get("geometry", "squash")))
+        served = Served(tuple((model.metadata or {})["classes"]), form_of(model))
     except Exception:  # whatever MLflow raises on a file that isn't there, or is no MLmodel
         raise UserError(str(folder), f"no packed model ({MLMODEL})", "`export` makes one") from None
     if other := _unlike_ours(flavors):
@@ -50,6 +56,13 @@ def check(folder: Path) -> Served:
         raise DataError(str(folder / MLMODEL), rule)
     _check_onnx(folder / MODEL, served)
     return served
+
+
+def form_of(model: "Model") -> Form:
+    """In which form a package takes images; KeyError for a geometry that there is not."""
+    geometry = (model.metadata or {}).get("geometry", "squash")  # a package of earlier days names none: there was one
+    GEOMETRIES[geometry]
+    return Form(model.get_input_schema().inputs[0].shape[1], geometry)
 
 
 def _unlike_ours(flavors: Mapping[str, Mapping[str, Any]]) -> str:
@@ -90,12 +103,25 @@ def start(folder: Path, port: int, log_file: Path) -> subprocess.Popen[bytes]:
     return launch("the scoring server", "pipeline.registry.serve_app", settings, port, log_file)
 
 
-def curl_line(port: int, form: Form) -> str:
-    """What sends cat.jpg to the server, for a shell in the project's folder; read as `predict` reads it."""
-    shown = f"Form({form.size}, '{form.geometry}')"
+def decoded(images: Sequence[str], form: Form) -> np.ndarray:
+    """Image files in base64 -> uint8 (N, S, S, 3), read as `predict` reads a file; UserError names what is none."""
+    pixels = []
+    for number, text in enumerate(images):
+        with tempfile.NamedTemporaryFile() as file:
+            try:
+                file.write(base64.b64decode(text, validate=True))
+                file.flush()
+                pixels.append(read_image(Path(file.name), form).transpose(1, 2, 0))
+            except binascii.Error:
+                raise UserError(f"images.{number}", "is not base64") from None
+            except BadImage as error:
+                raise UserError(f"images.{number}", error.reason) from None
+    return np.stack(pixels)
+
+
+def curl_line(port: int) -> str:
+    """What sends cat.jpg to the server, for a shell."""
     return (
-        f'{PYTHON} -c "import json; from pathlib import Path; from pipeline.data.images import read_image; '
-        f"from pipeline.recipe import Form; pixels = read_image(Path('cat.jpg'), {shown}); "
-        f"print(json.dumps({{'inputs': [pixels.transpose(1, 2, 0).tolist()]}}))\" | "
-        f"curl -s http://{HOST}:{port}/invocations -H 'Content-Type: application/json' -d @-"
+        """(printf '{"images": ["'; base64 < cat.jpg | tr -d '\\n'; printf '"]}') | """
+        f"curl -s http://{HOST}:{port}/images -H 'Content-Type: application/json' -d @-"
     )
