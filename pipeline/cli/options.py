@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -77,6 +77,7 @@ class StudyOptions(BaseModel):
     epochs: int | None = Field(None, ge=1, le=10_000)
     timeout: float | None = Field(None, gt=0)
     patience: int | None = Field(None, ge=1, le=1_000_000)
+    start: Literal["all", "portfolio", "winners", "none"] = "all"
     seed: int | None = Field(None, ge=0, le=2**32 - 1)
     version: int | None = Field(None, ge=1, le=1_000_000)
     workers: int | None = Field(None, ge=1, le=1_000)
@@ -136,6 +137,7 @@ def resolve(
         trials=options.trials or (variant or definition).trials,
         timeout_s=options.timeout,
         patience=options.patience or definition.patience,
+        start_from=options.start,
     )
     try:
         search.check()

@@ -64,6 +64,14 @@ def study(
     patience: Annotated[
         str | None, typer.Option(metavar="N", help="Stop when N trials in a row gave no better score.")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM",
+            help="What a new study's first trials after the control are given: portfolio (strong recipes), winners (of "
+            "earlier studies), all (both; the default), or none.",
+        ),
+    ] = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = Path("data"),
     device: DeviceOption = "auto",
@@ -87,7 +95,7 @@ def study(
     """Run or resume a study: search, train, track, and show the best trials."""
     typed = {"trials": trials, "epochs": epochs, "timeout": timeout, "patience": patience, "seed": seed}
     typed |= {"version": version, "device": device, "workers": workers, "cluster": cluster}
-    typed |= {"stall_timeout": stall_timeout}
+    typed |= {"stall_timeout": stall_timeout, "start": start}
     problems: list[Problem] = database_problems(storage, tracking_uri)
     problems += cluster_problems(storage, tracking_uri, device) if cluster is not None else []
     options = StudyOptions.parse(typed, problems)

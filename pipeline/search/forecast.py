@@ -143,7 +143,7 @@ def decide(
     device can't do what was set.
     """
     own, stored = search.base.training.execution, StudyAttributes.of(study).choice if study else None
-    is_set = "training.execution" in {*search.settings, *search.space()} or own != "eager"
+    is_set = "training.execution" in search.settings or search.values("training.execution") or own != "eager"
     executions = EXECUTIONS[device.type]
     if is_set:
         choice = Choice(own, workers or 1)
@@ -313,7 +313,7 @@ def _mean_epoch_s(trials: list[TrialAttributes]) -> float:
 def _random_recipes(search: Search) -> list[Recipe]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=search.base.training.seed))
     recipes = []
-    for _ in range(NUM_DRAWN_RECIPES if "training.epochs" in search.space() else NUM_OTHER_RECIPES):
+    for _ in range(NUM_DRAWN_RECIPES if search.values("training.epochs") else NUM_OTHER_RECIPES):
         trial = study.ask()
         search.ask(trial)
         recipes.append(search.recipe(trial.params))

@@ -124,7 +124,13 @@ def run_name(number: int, attributes: TrialAttributes) -> str:
 
 def run_tags(study: optuna.Study, number: int, attributes: TrialAttributes) -> RunTags:
     """The tags that say which trial a run in MLflow is."""
-    return RunTags(role="trial", study=study.study_name, trial=number, control=attributes.control or None)
+    return RunTags(
+        role="trial",
+        study=study.study_name,
+        trial=number,
+        control=attributes.control or None,
+        start=attributes.start or None,
+    )
 
 
 def requeue(study: optuna.Study, trial: FrozenTrial | optuna.Trial, died: bool = False) -> bool:
@@ -148,6 +154,7 @@ def requeue(study: optuna.Study, trial: FrozenTrial | optuna.Trial, died: bool =
         retry_of=frozen.number,
         deaths=deaths,
         control=attributes.control,
+        start=attributes.start,
         run_key=attributes.run_key,
         unpruned=attributes.unpruned or frozen.number < MIN_UNPRUNED_TRIALS,
     )

@@ -19,6 +19,15 @@ from pipeline.search.optuna_internals import contains
 Space = Callable[[Any], None]
 
 
+def field_of(parameter: str) -> str:
+    """The recipe field that a parameter sets: its name, up to an `@`.
+
+    `optimizer.lr@sgd` and `optimizer.lr@adamw` both set `optimizer.lr`, with ranges and a history of their own: what is
+    learnt of one says nothing of the other.
+    """
+    return parameter.partition("@")[0]
+
+
 class ScriptedTrial:
     """Gives the values of `answers`, or else of `choose(name, distribution)`, and records all parameters.
 
@@ -59,29 +68,30 @@ class ScriptedTrial:
 
 
 class FixedFields:
-    """A trial as a space sees it, with some values given: the trial is never asked for those.
+    """A trial as a space sees it, with some fields given: the trial is never asked for those.
 
-    Nor for parameters for which `is_void(name)`, as no trial of the study can have such a field; they get the base
-    recipe's value, or the lowest, and their names are in `voided`.
+    Nor for fields for which `is_void(name)`, as no trial of the study can have such a field; they get the base recipe's
+    value, or the lowest, and their names are in `voided`.
     """
 
     def __init__(self, trial: Any, given: Mapping[str, Any], is_void: Callable[[str], bool], base: Recipe):
         self._trial, self._given, self._is_void = trial, given, is_void
-        self._void_trial = ScriptedTrial(base.flat(), lowest)
+        flat = base.flat()
+        self._void_trial = ScriptedTrial({}, lambda name, range_: flat.get(field_of(name), lowest(name, range_)))
 
     @property
     def voided(self) -> list[str]:
         """In the order in which the space asked."""
-        return list(self._void_trial.params)
+        return list(dict.fromkeys(map(field_of, self._void_trial.params)))
 
     def __getattr__(self, attribute: str) -> Any:
         if not attribute.startswith("suggest_"):
             return getattr(self._trial, attribute)
 
         def suggest(name: str, *arguments: Any, **options: Any) -> Any:
-            if name in self._given:
-                return self._given[name]
-            trial = self._void_trial if self._is_void(name) else self._trial
+            if field_of(name) in self._given:
+                return self._given[field_of(name)]
+            trial = self._void_trial if self._is_void(field_of(name)) else self._trial
             return getattr(trial, attribute)(name, *arguments, **options)
 
         return suggest
@@ -126,17 +136,17 @@ def control(space: Space, base: Recipe, *others: Recipe) -> dict[str, Any]:
     flats = [recipe.flat() for recipe in (base, *others)]
 
     def choose(name: str, distribution: BaseDistribution) -> Any:
-        values = [flat[name] for flat in flats if name in flat] or extremes(distribution)
+        values = [flat[field_of(name)] for flat in flats if field_of(name) in flat] or extremes(distribution)
         return next((value for value in values if contains(distribution, value)), values[0])
 
     trial = ScriptedTrial({}, choose)
     space(trial)
     problems = []
     for name, distribution in trial.distributions.items():
-        if name not in flats[0]:
+        if field_of(name) not in flats[0]:
             problems.append(Problem(name, "asked for, but the base recipe has no such field"))
         elif not contains(distribution, trial.params[name]):
-            subject = f"{name} = {flats[0][name]} in the base recipe"
+            subject = f"{name} = {flats[0][field_of(name)]} in the base recipe"
             problems.append(Problem(subject, f"outside the space, {describe(distribution)}"))
     if problems:
         raise UserError.many(problems)
@@ -162,6 +172,12 @@ def _ask(
         frame = traceback.extract_tb(error.__traceback__)[-1]
         rule = f"space: {type(error).__name__}: {error}"
         raise UserError(f"{frame.filename}, line {frame.lineno}", rule) from error
+    set_by = [field_of(name) for name in trial.params]
+    trial.problems += [
+        Problem(name, "asked twice in a trial, under two names")
+        for name in dict.fromkeys(set_by)
+        if set_by.count(name) > 1
+    ]
     trial.problems += [
         Problem(
             name,

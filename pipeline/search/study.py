@@ -18,14 +18,26 @@ from optuna.samplers import TPESampler
 
 from pipeline.errors import Problem, UserError, did_you_mean
 from pipeline.recipe import KIND, Recipe, has_default, kind_field, kinds_with
+from pipeline.search.portfolio import PORTFOLIO
 from pipeline.search.pruner import RecentTrialsPruner
-from pipeline.search.space_check import FixedFields, ScriptedTrial, Space, control, describe, explore, extremes, lowest
+from pipeline.search.space_check import (
+    FixedFields,
+    ScriptedTrial,
+    Space,
+    control,
+    describe,
+    explore,
+    extremes,
+    field_of,
+    lowest,
+)
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking.study_key import StudyKey
 
 if TYPE_CHECKING:  # importing it imports torch, and a wrong name has to be refused at once
     from pipeline.data.prepare import TrainingData
 
+StartFrom = Literal["all", "portfolio", "winners", "none"]
 OBJECTIVES = ("val/accuracy", "val/f1_macro")
 FOLDER = Path(__file__).resolve().parents[2] / "studies"
 
@@ -46,7 +58,8 @@ DEMONSTRATION = Variant(changes={"training.epochs": 8, "training.batch_size": 64
 class Study:
     """What a module in studies/ defines.
 
-    `space(trial)` asks an Optuna trial for values; a parameter's name is the recipe field that it sets in `base`.
+    `space(trial)` asks an Optuna trial for values; a parameter's name is the recipe field that it sets in `base`, or the
+    field and a label: `optimizer.lr@adamw` gives AdamW a range of rates of its own.
     `version` goes up when space or base change, so that scores of different questions don't mix in one search.
     """
 
@@ -57,6 +70,9 @@ class Study:
     trials: int
     patience: int | None = None  # trials without a better score after which the study stops
     version: int = 1
+    # The first trials after the control: a name and the fields that differ from `base`. What the space can't give becomes
+    # the nearest that it can.
+    starts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: PORTFOLIO)
     variants: Mapping[str, Variant] = field(default_factory=lambda: {"digits": DEMONSTRATION})
 
     def __post_init__(self) -> None:
@@ -77,8 +93,21 @@ class Study:
             for name, (is_valid, rule) in rules.items()
             if not is_valid
         ]
+        if not problems:
+            problems = self._problems_of_starts()
         if problems:
             raise UserError.many(problems)
+
+    def _problems_of_starts(self) -> list[Problem]:
+        problems = []
+        for name, changes in self.starts.items():
+            try:
+                self.base.changed(changes)
+            except UserError as error:
+                problems += [
+                    replace(problem, subject=f"starts, {name}: {problem.subject}") for problem in error.problems
+                ]
+        return problems
 
     def settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Fields that all trials share: the changes, and what suits the data set that they name."""
@@ -111,6 +140,7 @@ class Search:
     trials: int
     timeout_s: float | None
     patience: int | None = None
+    start_from: StartFrom = "all"  # what a new study's first trials after the control are given
     # Both are set by `storage.resolved`.
     stored_key: str | None = None  # the study's name in Optuna and MLflow
     dataset_path: str | None = None  # the data set as `load` takes it here, where `base` has the name that it had first
@@ -121,7 +151,7 @@ class Search:
 
     def recipe(self, params: Mapping[str, Any]) -> Recipe:
         """The recipe of a trial with these parameters."""
-        return self.study.base.changed(params, self.settings)
+        return self.study.base.changed({field_of(name): value for name, value in params.items()}, self.settings)
 
     @cached_property
     def base(self) -> Recipe:
@@ -169,8 +199,8 @@ class Search:
     @cached_property
     def max_epochs(self) -> int:
         """The number of epochs of the longest trial that the space can give."""
-        searched = self.space().get("training.epochs")
-        return max(extremes(searched)) if searched else self.base.training.epochs
+        searched = self.values("training.epochs")
+        return max(searched) if searched else self.base.training.epochs
 
     def sampler(self, num_trials: int, worker: int = 0) -> TPESampler:
         """TPE with another seed at each resume and for each worker, so that no draw is repeated."""
@@ -194,22 +224,30 @@ class Search:
     def check(self) -> None:
         """UserError with all problems where a setting or the space is invalid, or the space can't give the base recipe."""
         self.recipe({})
-        space = self.space()
+        self.space()
         if problems := [
             Problem(
                 f"{name} = {self.settings[name]}",
                 f"no such field where {kind_field(name)} is {_listed(kinds, 'or')}",
                 f"{_listed(kinds_with(name), 'and')} can have it",
             )
-            for name, kinds in self._kinds_without(space).items()
-            if len(kinds) == len(self._kinds(name, space))
+            for name, kinds in self._kinds_without().items()
+            if len(kinds) == len(self._kinds(name))
         ]:
             raise UserError.many(problems)
         self.control()
 
     def space(self) -> dict[str, BaseDistribution]:
         """Every parameter that the space can ask for, with its range."""
+        return self._space.copy()
+
+    @cached_property
+    def _space(self) -> dict[str, BaseDistribution]:
         return explore(self.ask, self.recipe)
+
+    def values(self, field: str) -> list[Any]:
+        """Every choice, or both ends, of what the space asks for a field; none where it doesn't."""
+        return [value for name, asked in self.space().items() if field_of(name) == field for value in extremes(asked)]
 
     def control(self) -> dict[str, Any]:
         """The parameters of trial 0; where a kind was set whose default the space doesn't hold, the study's own value."""
@@ -217,19 +255,19 @@ class Search:
 
     def executed(self) -> list[Recipe]:
         """The control, with each way of executing a step that a trial may have."""
-        name, space = "training.execution", self.space()
-        ways = extremes(space[name]) if name in space else [self.base.training.execution]
+        name = "training.execution"
+        ways = self.values(name) or [self.base.training.execution]
         return [self.recipe({**self.control(), name: way}) for way in ways]
 
     def remarks(self) -> list[str]:
         """A line for each setting that does not apply to all trials, and each parameter or value that settings change."""
-        space, original, current = self.space(), self.study.base.flat(), self.base.flat()
+        original, current = self.study.base.flat(), self.base.flat()
         trial = self._with_settings(ScriptedTrial(self.control(), lowest))
         self.study.space(trial)
         lines = [
             f"{name} = {self.settings[name]}: not where {kind_field(name)} is {_listed(kinds, 'or')}, "
             "which can't have it; it applies to all other trials"
-            for name, kinds in self._kinds_without(space).items()
+            for name, kinds in self._kinds_without().items()
         ]
         for section in KIND:
             kind = current[kind_field(section)]
@@ -239,26 +277,23 @@ class Search:
                 lines.append(f"{_listed(void, 'and')}: not searched, as {kind} can't have that")
             lines += [
                 f"{name} = {current[name]}: the study's value, as {kind} has no default"
-                + ("; other trials search it" if name in space else "")
+                + ("; other trials search it" if self.values(name) else "")
                 for name in original
                 if name.startswith(f"{section}.") and name in current and name not in self.settings
                 if not has_default(name, kind)
             ]
         return lines
 
-    def _kinds(self, name: str, space: Mapping[str, BaseDistribution]) -> list[str]:
+    def _kinds(self, name: str) -> list[str]:
         """The kinds that a field's section has in any trial; none where the section has no kinds."""
         if not kinds_with(name):
             return []
-        field = kind_field(name)
-        kinds = [self.recipe({}).flat()[field], *(extremes(space[field]) if field in space else [])]
+        kinds = [self.recipe({}).flat()[kind_field(name)], *self.values(kind_field(name))]
         return list(dict.fromkeys(kinds))
 
-    def _kinds_without(self, space: Mapping[str, BaseDistribution]) -> dict[str, list[str]]:
+    def _kinds_without(self) -> dict[str, list[str]]:
         """Setting -> those kinds of any trial that have no such field, where there are any."""
-        without = {
-            name: [kind for kind in self._kinds(name, space) if kind not in kinds_with(name)] for name in self.settings
-        }
+        without = {name: [kind for kind in self._kinds(name) if kind not in kinds_with(name)] for name in self.settings}
         return {name: kinds for name, kinds in without.items() if kinds}
 
 

@@ -40,6 +40,7 @@ class TrialAttributes:
     """The user attributes of a trial. A field has its default where the trial has no such attribute."""
 
     control: bool = False  # the base recipe: trial 0
+    start: str = ""  # where its parameters come from, if they were given; see search.starts
     released: bool = False  # a worker may claim it
     unpruned: bool = False  # a retry of one of the first trials, which are never pruned
     run_key: str | None = None  # of its run in MLflow; a retry has that of the trial whose place it takes
@@ -73,6 +74,11 @@ class TrialAttributes:
     def is_requeued(trial: FrozenTrial) -> bool:
         """`of(trial).requeued`, for those who ask all the thousands of trials of a study several times a second."""
         return trial.user_attrs.get("requeued", False)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether its parameters were given, not drawn by the sampler."""
+        return self.control or bool(self.start)
 
     @property
     def worker_id(self) -> str | None:

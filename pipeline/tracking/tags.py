@@ -42,6 +42,7 @@ class RunTags:
     reason: str | None = None  # why it ended so
     trial: int | None = None  # the trial's number, also of a final
     control: bool | None = None  # of the trial of the base recipe
+    start: str | None = None  # of a trial whose parameters were given: where they come from
     trial_run: str | None = None  # of a final: the run of the trial that is trained again
     candidate: str | None = None  # of a final: the recipe's digest without its seed
     seed: int | None = None  # of a final

@@ -262,7 +262,7 @@ class NearestTrial:
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
         """As optuna.Trial.suggest_float."""
-        value = min(max(self._wanted.get(name, low), low), high)
+        value = min(max(self._wanted_for(name, low), low), high)
         self.params[name] = min(low + round((value - low) / step) * step, high) if step else value
         return self.params[name]
 
@@ -272,7 +272,7 @@ class NearestTrial:
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
         """As optuna.Trial.suggest_categorical; of numbers the one with the nearest logarithm."""
-        wanted = self._wanted.get(name, choices[0])
+        wanted = self._wanted_for(name, choices[0])
         if wanted not in choices:
             numbers = [choice for choice in choices if isinstance(choice, (int, float))]
             assert numbers and isinstance(wanted, (int, float)), f"{name} = {wanted}: not one of {choices}"
@@ -280,9 +280,14 @@ class NearestTrial:
         self.params[name] = wanted
         return wanted
 
+    def _wanted_for(self, name: str, default: Any) -> Any:
+        return self._wanted.get(name.partition("@")[0], default)
+
 
 def nearest(search: Search, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters that give the recipe with these changes, or the one nearest to it that the space has."""
+    if isinstance(search, KindedSearch):
+        return search.near(changes)
     flat = search.base.changed(changes).flat()
     trial = NearestTrial(search.params_of(flat) if isinstance(search, OneScaleSearch) else flat)
     search.ask(trial)
@@ -352,6 +357,83 @@ def with_smoothing(search: Search) -> Search:
     return replace(search, study=replace(search.study, space=space))
 
 
+class KindedSearch(Search):
+    """A space whose names may end in `@kind`, so that each kind has a range of its own; and with a policy of strengths.
+
+    `augmentation.policy` none: no strength; custom: those of the base recipe, or asked.
+    """
+
+    def recipe(self, params: Mapping[str, Any]) -> Recipe:
+        """See Search."""
+        changes = {name.partition("@")[0]: value for name, value in params.items()}
+        if changes.pop("augmentation.policy", "custom") == "none":
+            changes |= NO_COLOUR
+        return super().recipe(changes)
+
+    def control(self) -> dict[str, Any]:
+        """See Search."""
+        trial = NearestTrial(self._flat({}))
+        self.ask(trial)
+        return trial.params
+
+    def near(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters nearest to the base recipe with these changes."""
+        trial = NearestTrial(self._flat(changes))
+        self.ask(trial)
+        return trial.params
+
+    def _flat(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        flat = Search.recipe(self, {}).changed(changes).flat()
+        is_custom = any(flat[name] for name in NO_COLOUR)
+        return {**flat, "augmentation.policy": "custom" if is_custom else "none"}
+
+
+COLOUR = ("rotation", "perspective", "brightness", "contrast", "saturation", "hue")
+NO_COLOUR = {f"augmentation.{name}": 0 for name in COLOUR}
+
+
+def kinded(search: Search) -> Search:
+    """A smaller space: ranges by kind of optimizer, strengths only under a policy, label smoothing and batch size."""
+
+    base = search.study.base
+
+    def space(trial: Any) -> None:
+        trial.suggest_int("augmentation.crop_padding", 0, 4, step=2)
+        trial.suggest_float("augmentation.horizontal_flip", 0, 0.5, step=0.5)
+        trial.suggest_float("augmentation.erasing", 0, 0.5, step=0.25)
+        trial.suggest_float("augmentation.cutmix", 0, 0.5, step=0.25)
+        if trial.suggest_categorical("augmentation.policy", ["none", "custom"]) == "custom":
+            trial.suggest_float("augmentation.rotation", 0, 15, step=5)
+            for name in ("brightness", "contrast", "saturation"):
+                trial.suggest_float(f"augmentation.{name}", 0, 0.4, step=0.1)
+            trial.suggest_float("augmentation.hue", 0, 0.1, step=0.05)
+        optimizers = ["sgd", "adamw"] + (["adam"] if base.optimizer.name == "adam" else [])
+        optimizer = trial.suggest_categorical("optimizer.name", optimizers)
+        if optimizer == "sgd":
+            trial.suggest_float("optimizer.lr@sgd", 5e-3, 0.5, log=True)
+            trial.suggest_categorical("optimizer.weight_decay@sgd", [0, 1e-4, 5e-4, 2e-3])
+            trial.suggest_categorical("optimizer.nesterov", [False, True])
+        else:
+            trial.suggest_float(f"optimizer.lr@{optimizer}", 3e-4, 1e-2, log=True)
+            decays = [0, 1e-4, 5e-4, 2e-3] if optimizer == "adam" else [0, 1e-2, 5e-2, 0.2]
+            trial.suggest_categorical(f"optimizer.weight_decay@{optimizer}", decays)
+        kinds = ["one_cycle", "cosine"] + (["constant"] if base.schedule.name == "constant" else [])
+        schedule = trial.suggest_categorical("schedule.name", kinds)
+        if schedule == "one_cycle":
+            trial.suggest_float("schedule.peak", 0.1, 0.4)
+        elif schedule == "cosine":
+            trial.suggest_float("schedule.warmup", 0, 0.2, step=0.05)
+        trial.suggest_float("loss.label_smoothing", 0, 0.1, step=0.05)
+        trial.suggest_categorical("training.batch_size", [64, 128, 256])
+        for name, high in (("model.dropout", 0.5), ("model.convolution_dropout", 0.2)):
+            if name in base.flat():
+                trial.suggest_float(name, 0, high, step=0.1)
+
+    study = replace(search.study, space=space)
+    values = {each.name: getattr(search, each.name) for each in fields(search)}
+    return KindedSearch(**{**values, "study": study})
+
+
 # --- Samplers and pruners ---
 
 
@@ -396,5 +478,20 @@ VARIANTS: Mapping[str, Strategy] = {
     "lean": replace(DEFAULT, space=lean),
     "portfolio-lean": replace(DEFAULT, portfolio=PORTFOLIO, space=lean),
     "portfolio-lean-annealed-halving": AnnealedHalving(sampler=ours, portfolio=PORTFOLIO, space=lean),
+    "kinded": replace(DEFAULT, space=kinded),
+    "portfolio-kinded": replace(DEFAULT, portfolio=PORTFOLIO, space=kinded),
+    "portfolio-kinded-multivariate": replace(
+        DEFAULT,
+        portfolio=PORTFOLIO,
+        space=kinded,
+        sampler=seeded(TPESampler, multivariate=True, group=True, n_startup_trials=5),
+    ),
+    "portfolio-kinded-early": replace(
+        DEFAULT, portfolio=PORTFOLIO, space=kinded, sampler=seeded(TPESampler, n_startup_trials=5)
+    ),
+    "kinded-random": replace(DEFAULT, space=kinded, sampler=seeded(RandomSampler), pruner=lambda search: NopPruner()),
+    "kinded-optuna": OptunaSearch(
+        sampler=seeded(TPESampler), pruner=lambda search: MedianPruner(), starts_with_control=False, space=kinded
+    ),
     "gp": replace(DEFAULT, sampler=seeded(GPSampler)),
 }

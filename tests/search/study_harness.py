@@ -73,7 +73,9 @@ class StudyHarness:
         self.storage, self.tracker = open_storage(home, storage), MlflowTracker(home)
 
     def search(self, trials: int, space: Any = rates, base: Recipe | None = None, **limits: Any) -> Search:
-        study = Study(question="?", base=base or self.base, space=space, objective="val/accuracy", trials=trials)
+        study = Study(
+            question="?", base=base or self.base, space=space, objective="val/accuracy", trials=trials, starts={}
+        )
         return Search("tiny", study, {}, 1, trials, limits.get("timeout_s"), limits.get("patience"))
 
     def context(self, search: Search, observer: Any = None) -> StudyContext:
