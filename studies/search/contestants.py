@@ -239,6 +239,52 @@ class AnnealedHalving:
         return Step(recipe, "complete", length, score, best.recipe, best.score), best
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShortFirst:
+    """Every recipe is trained for a share of the length first, with its whole schedule; the best 1/eta of them in full.
+
+    As asynchronous successive halving with two rungs, but no schedule is judged before its end. The control is trained in
+    full. The sampler learns from the short trainings.
+    """
+
+    sampler: Callable[[Search], BaseSampler]
+    portfolio: tuple[Mapping[str, Any], ...] = ()
+    space: Callable[[Search], Search] = lambda search: search
+    share: float = 1 / 4
+    eta: int = 4
+
+    def __call__(self, search: Search, meter: Meter) -> Iterator[Step]:
+        """See Strategy."""
+        search = self.space(search)
+        study = optuna.create_study(direction="maximize", sampler=self.sampler(search))
+        for params in OptunaSearch(sampler=self.sampler, portfolio=self.portfolio).starts(search):
+            study.enqueue_trial(params)
+        full = search.base.training.epochs
+        short = math.ceil(full * self.share)
+        train, best = AnnealedHalving(sampler=self.sampler)._train, Best()
+        step, best = train(search.base, full, meter, best)
+        yield step
+        scored: dict[int, float] = {}
+        recipes: list[Recipe] = []
+        promoted: set[int] = set()
+        while True:
+            trial = study.ask()
+            search.ask(trial)
+            recipes.append(search.recipe(trial.params))
+            step, best = train(recipes[-1], short, meter, best)
+            if step.score is None:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            else:
+                study.tell(trial, step.score)
+                scored[len(recipes) - 1] = step.score
+            yield step
+            chosen = sorted(scored, key=lambda place: -scored[place])[: len(scored) // self.eta]
+            for place in [place for place in chosen if place not in promoted]:
+                promoted.add(place)
+                step, best = train(recipes[place], full, meter, best)
+                yield step
+
+
 @dataclass(frozen=True)
 class Line:
     """No search: one recipe, for nothing."""
@@ -458,6 +504,16 @@ def recent(*shares: float) -> Callable[[Search], BasePruner]:
     return make
 
 
+MULTIVARIATE = seeded(TPESampler, multivariate=True, group=True, n_startup_trials=5)
+# Nearer to the best quarter: what is not known yet counts as a fifth of a trial.
+LOCAL = seeded(
+    TPESampler,
+    multivariate=True,
+    group=True,
+    n_startup_trials=5,
+    prior_weight=0.2,
+    gamma=lambda n: max(1, math.ceil(n / 4)),
+)
 DEFAULT = OptunaSearch(sampler=ours, pruner=lambda search: search.pruner(), never_pruned=MIN_UNPRUNED_TRIALS)
 VARIANTS: Mapping[str, Strategy] = {
     "control": Line(lambda search: search.base),
@@ -484,11 +540,15 @@ VARIANTS: Mapping[str, Strategy] = {
         DEFAULT,
         portfolio=PORTFOLIO,
         space=kinded,
-        sampler=seeded(TPESampler, multivariate=True, group=True, n_startup_trials=5),
+        sampler=MULTIVARIATE,
     ),
     "portfolio-kinded-early": replace(
         DEFAULT, portfolio=PORTFOLIO, space=kinded, sampler=seeded(TPESampler, n_startup_trials=5)
     ),
+    "short-first": ShortFirst(sampler=MULTIVARIATE, portfolio=PORTFOLIO, space=kinded),
+    "short-first-third": ShortFirst(sampler=MULTIVARIATE, portfolio=PORTFOLIO, space=kinded, share=1 / 3, eta=3),
+    "portfolio-kinded-local": replace(DEFAULT, portfolio=PORTFOLIO, space=kinded, sampler=LOCAL),
+    "short-first-local": ShortFirst(sampler=LOCAL, portfolio=PORTFOLIO, space=kinded),
     "kinded-random": replace(DEFAULT, space=kinded, sampler=seeded(RandomSampler), pruner=lambda search: NopPruner()),
     "kinded-optuna": OptunaSearch(
         sampler=seeded(TPESampler), pruner=lambda search: MedianPruner(), starts_with_control=False, space=kinded
