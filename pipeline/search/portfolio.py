@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _LIGHT = {
+    "augmentation.policy": "none",
     "augmentation.crop_padding": 4,
     "augmentation.crop_mode": "reflect",
     "augmentation.horizontal_flip": 0.5,

@@ -1,9 +1,10 @@
 """The search space of a `space(trial)` function, explored and checked before anything runs."""
 
+import math
 import random
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from optuna.distributions import (
     BaseDistribution,
@@ -13,7 +14,7 @@ from optuna.distributions import (
 )
 
 from pipeline.errors import Problem, UserError
-from pipeline.recipe import Recipe
+from pipeline.recipe import KIND, Recipe
 from pipeline.search.optuna_internals import contains
 
 Space = Callable[[Any], None]
@@ -128,16 +129,21 @@ def explore(space: Space, recipe: Callable[[Mapping[str, Any]], Recipe]) -> dict
     return distributions
 
 
-def control(space: Space, base: Recipe, *others: Recipe) -> dict[str, Any]:
+def control(space: Space, base: Recipe, original: Recipe | None = None) -> dict[str, Any]:
     """The parameters with which the space gives the base recipe itself; UserError where it can't.
 
-    A value of `base` outside the space is replaced by that of the first of the `others` whose value is inside.
+    `base` was made from the `original` by settings. Where they changed a section's kind, a value outside the space is
+    replaced by the original's, or by the one nearest to it.
     """
-    flats = [recipe.flat() for recipe in (base, *others)]
+    flats = [recipe.flat() for recipe in (base, original) if recipe]
+    adapted = [section for section, kind in KIND.items() if len({flat[f"{section}.{kind}"] for flat in flats}) > 1]
 
     def choose(name: str, distribution: BaseDistribution) -> Any:
         values = [flat[field_of(name)] for flat in flats if field_of(name) in flat] or extremes(distribution)
-        return next((value for value in values if contains(distribution, value)), values[0])
+        inside = [value for value in values if contains(distribution, value)]
+        if not inside and name.partition(".")[0] in adapted:
+            return nearest_value(distribution, values[-1])
+        return [*inside, values[0]][0]
 
     trial = ScriptedTrial({}, choose)
     space(trial)
@@ -206,3 +212,26 @@ def extremes(distribution: BaseDistribution) -> list[Any]:
 def lowest(name: str, distribution: BaseDistribution) -> Any:
     """Of a range its lower end, of choices the first."""
     return extremes(distribution)[0]
+
+
+def nearest_value(asked: BaseDistribution, value: Any) -> Any:
+    """The value of a range that is nearest to this one: an end, a step, of numbers the choice with the nearest logarithm.
+
+    The first choice where nothing can be near.
+    """
+    if contains(asked, value):
+        return value
+    if isinstance(asked, CategoricalDistribution):
+        numbers = [choice for choice in asked.choices if _is_number(choice)]
+        if not (numbers and _is_number(value)):
+            return asked.choices[0]
+        return min(numbers, key=lambda choice: abs(math.log((choice + 1e-9) / (value + 1e-9))))
+    assert isinstance(asked, (FloatDistribution, IntDistribution))
+    inside = min(max(value, asked.low), asked.high) if _is_number(value) else asked.low
+    if not asked.step:
+        return inside
+    return min(asked.low + round((inside - asked.low) / asked.step) * asked.step, asked.high)
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,18 +1,15 @@
 """The trials that a new study is given before its sampler draws any: strong recipes, and winners of earlier studies."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import UserError
 from pipeline.recipe import kind_field, kinds_with
-from pipeline.search.optuna_internals import contains
-from pipeline.search.space_check import ScriptedTrial, field_of, lowest
+from pipeline.search.space_check import ScriptedTrial, field_of, lowest, nearest_value
 from pipeline.search.study import Search, StartFrom
 from pipeline.search.study_attributes import StudyAttributes
 
@@ -59,30 +56,9 @@ def nearest(search: Search, changes: Mapping[str, Any]) -> dict[str, Any] | None
         wanted = search.recipe({}).changed(changes).flat()
     except UserError:
         return None
-    trial = ScriptedTrial(
-        {}, lambda name, asked: _nearest_value(asked, wanted.get(field_of(name), lowest(name, asked)))
-    )
+    trial = ScriptedTrial({}, lambda name, asked: nearest_value(asked, wanted.get(field_of(name), lowest(name, asked))))
     search.ask(trial)
     return trial.params if search.recipe(trial.params).optimizer.name == wanted["optimizer.name"] else None
-
-
-def _nearest_value(asked: BaseDistribution, value: Any) -> Any:
-    if contains(asked, value):
-        return value
-    if isinstance(asked, CategoricalDistribution):
-        numbers = [choice for choice in asked.choices if _is_number(choice)]
-        if not (numbers and _is_number(value)):
-            return asked.choices[0]
-        return min(numbers, key=lambda choice: abs(math.log((choice + 1e-9) / (value + 1e-9))))
-    assert isinstance(asked, (FloatDistribution, IntDistribution))
-    inside = min(max(value, asked.low), asked.high) if _is_number(value) else asked.low
-    if not asked.step:
-        return inside
-    return min(asked.low + round((inside - asked.low) / asked.step) * asked.step, asked.high)
-
-
-def _is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _winners(search: Search, earlier: Sequence[optuna.Study]) -> dict[str, Mapping[str, Any]]:

@@ -253,7 +253,7 @@ class Search:
         return [value for name, asked in self.space().items() if field_of(name) == field for value in extremes(asked)]
 
     def control(self) -> dict[str, Any]:
-        """The parameters of trial 0; where a kind was set whose default the space doesn't hold, the study's own value."""
+        """The parameters of trial 0; where a kind was set whose default the space doesn't hold, nearest to the study's."""
         return control(self.ask, self.recipe({}), self.study.base)
 
     def executed(self) -> list[Recipe]:
@@ -279,8 +279,8 @@ class Search:
             if void := [name for name in trial.voided if name.startswith(f"{section}.")]:
                 lines.append(f"{_listed(void, 'and')}: not searched, as {kind} can't have that")
             lines += [
-                f"{name} = {current[name]}: the study's value, as {kind} has no default"
-                + ("; other trials search it" if self.values(name) else "")
+                f"{name} = {current[name]}: {'' if current[name] == original[name] else 'nearest to '}the study's value, "
+                f"as {kind} has no default" + ("; other trials search it" if self.values(name) else "")
                 for name in original
                 if name.startswith(f"{section}.") and name in current and name not in self.settings
                 if not has_default(name, kind)
