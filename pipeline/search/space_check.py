@@ -1,5 +1,6 @@
 """The search space of a `space(trial)` function, explored and checked before anything runs."""
 
+import json
 import random
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -74,6 +75,10 @@ class FixedFields:
         """In the order in which the space asked."""
         return list(self._void_trial.params)
 
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """As optuna.Trial's; a choice may also be a list, as `model.widths` has."""
+        return from_choice(self.__getattr__("suggest_categorical")(name, [to_choice(choice) for choice in choices]))
+
     def __getattr__(self, attribute: str) -> Any:
         if not attribute.startswith("suggest_"):
             return getattr(self._trial, attribute)
@@ -85,6 +90,16 @@ class FixedFields:
             return getattr(trial, attribute)(name, *arguments, **options)
 
         return suggest
+
+
+def to_choice(value: Any) -> Any:
+    """A list as its JSON text, what else a recipe holds as it is: Optuna stores plain values only."""
+    return json.dumps(value) if isinstance(value, (list, tuple)) else value
+
+
+def from_choice(value: Any) -> Any:
+    """What `to_choice` was given."""
+    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
 
 
 def explore(space: Space, recipe: Callable[[Mapping[str, Any]], Recipe]) -> dict[str, BaseDistribution]:
@@ -123,7 +138,7 @@ def control(space: Space, base: Recipe, *others: Recipe) -> dict[str, Any]:
 
     A value of `base` outside the space is replaced by that of the first of the `others` whose value is inside.
     """
-    flats = [recipe.flat() for recipe in (base, *others)]
+    flats = [{name: to_choice(value) for name, value in recipe.flat().items()} for recipe in (base, *others)]
 
     def choose(name: str, distribution: BaseDistribution) -> Any:
         values = [flat[name] for flat in flats if name in flat] or extremes(distribution)
