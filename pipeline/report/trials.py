@@ -66,7 +66,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """See `trials`; a row may lack what was not measured."""
     frame = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
     frame = frame.reindex(columns=[*COLUMNS, *(name for name in frame.columns if name not in COLUMNS)])
-    frame["infeasible"] = frame["infeasible"].fillna("")
+    frame["infeasible"] = frame["infeasible"].astype(object).fillna("")
     params = sorted(name for name in frame.columns if "." in name and "/" not in name)
     metrics = sorted(name for name in frame.columns if "/" in name)
     frame = frame[[*COLUMNS, *params, *metrics]]

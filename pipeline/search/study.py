@@ -438,8 +438,8 @@ class StudyProgress:
     finished: int  # trials that count against the budget
     pruned: int
     failed: int  # or interrupted
-    infeasible: int  # whatever else they are
     best: tuple[int, float] | None  # number and score of a feasible one
+    infeasible: int = 0  # completed, or pruned before they were trained
 
 
 def study_progress(study: optuna.Study, finished: int) -> StudyProgress:
@@ -454,8 +454,8 @@ def study_progress(study: optuna.Study, finished: int) -> StudyProgress:
         finished=finished,
         pruned=sum(map(is_feasible, pruned)),
         failed=finished - len(completed) - len(pruned),
-        infeasible=len(infeasible),
         best=(best.number, best.value or 0.0) if best else None,
+        infeasible=len(infeasible),
     )
 
 
