@@ -60,6 +60,9 @@ TrackingOption = Annotated[
 ]
 
 
+PruneOption = Annotated[
+    bool, typer.Option("--prune/--no-prune", help="End poor trials early, or train every trial to its last epoch.")
+]
 WorkersOption = Annotated[
     str | None,
     typer.Option(
@@ -84,9 +87,10 @@ class StudyOptions(BaseModel):
     cluster: str | None = None
     stall_timeout: float | None = Field(None, gt=0)
     device: str = "auto"
+    prune: bool = True
 
     @classmethod
-    def parse(cls, typed: Mapping[str, str | None], problems: list[Problem]) -> Self:
+    def parse(cls, typed: Mapping[str, str | bool | None], problems: list[Problem]) -> Self:
         """Those that were typed; the defaults where any is wrong, with a line in `problems` for each that is."""
         try:
             return cls.model_validate({name: text for name, text in typed.items() if text is not None})
@@ -138,6 +142,7 @@ def resolve(
         timeout_s=options.timeout,
         patience=options.patience or definition.patience,
         start_from=options.start,
+        prune=options.prune,
     )
     try:
         search.check()

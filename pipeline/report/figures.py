@@ -22,6 +22,7 @@ from pipeline.report.trials import (
     Predictions,
     challenger,
     control,
+    feasible,
     finished,
     ranked,
     short,
@@ -53,11 +54,11 @@ def text(name: object, most: int = 26) -> str:
 
 
 def history(frame: pd.DataFrame) -> go.Figure:
-    """Score by trial, the best so far, and where pruned ones stood when they were stopped; failed ones at the foot."""
+    """Score by trial, the best so far, infeasible ones hollow, and where those stood that were stopped; failed at the foot."""
     figure, parts = go.Figure(), []
     several = frame["study"].nunique() > 1
     for colour, (study, runs) in zip(_colours(frame), _studies(frame), strict=True):
-        done = finished(runs).sort_values("trial")
+        done = feasible(runs).sort_values("trial")
         label = text(study) if several else "finished"
         figure.add_scatter(
             x=done["trial"],
@@ -77,8 +78,12 @@ def history(frame: pd.DataFrame) -> go.Figure:
             hoverinfo="skip",
         )
         if len(done):
-            top = finished(runs).iloc[0]
+            top = feasible(runs).iloc[0]
             parts.append(f"{study}: best {top['score']:.4f} at trial {top['trial']}" if several else _found(done, top))
+    done = finished(frame)
+    broken = done[done["infeasible"] != ""]
+    if len(broken):
+        figure.add_scatter(**_infeasible(broken, broken["trial"], "trial %{x}: %{y:.4f}"))
     unfinished = frame[(frame["role"] == "trial") & frame["score"].isna()]
     metric = unfinished["objective"].iloc[0] if len(unfinished) else ""
     stopped = unfinished[unfinished[metric].notna()] if metric in unfinished else unfinished[:0]
@@ -104,12 +109,27 @@ def history(frame: pd.DataFrame) -> go.Figure:
         parts.append(f"Lower values than {low:.3f} are cut off")
     if not parts:
         states = frame["state"].value_counts()
-        parts = [f"No trial finished: {_listed([f'{count} {state}' for state, count in states.items()])}"]
+        parts = [
+            f"No {'feasible ' * bool(len(broken))}trial finished: "
+            f"{_listed([f'{count} {state}' for state, count in states.items()])}"
+        ]
     if len(stopped):
         low, high = stopped["epochs"].min(), stopped["epochs"].max()
         when = f"after epoch {low}" if low == high else f"after epochs {low} to {high}"
         parts.append(f"Grey: where trials that did not finish stood when they ended, {when}: not yet a score")
     return _said(figure, ". ".join(parts) + ".")
+
+
+def _infeasible(rows: pd.DataFrame, x: pd.Series, hover: str) -> dict[str, Any]:
+    return {
+        "x": x,
+        "y": rows["score"],
+        "mode": "markers",
+        "name": "infeasible",
+        "marker": {"color": FAINT, "symbol": "circle-open", "size": 8},
+        "customdata": rows["infeasible"],
+        "hovertemplate": hover + ", %{customdata}<extra></extra>",
+    }
 
 
 def _found(done: pd.DataFrame, top: pd.Series) -> str:
@@ -427,13 +447,16 @@ def calibration(runs: dict[str, Predictions]) -> go.Figure:
 
 
 def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
-    """Score against one of COSTS; the trials that no other beats at less cost are joined (Pareto front)."""
-    done = finished(frame)
-    done = done[done[measure].notna()] if measure in done else done[:0]
+    """Score against one of COSTS; the feasible trials that no other beats at less cost are joined (Pareto front)."""
+    measured = finished(frame)
+    measured = measured[measured[measure].notna()] if measure in measured else measured[:0]
+    done, broken = feasible(measured), measured[measured["infeasible"] != ""]
     figure, base, several = go.Figure(), control(frame), frame["study"].nunique() > 1
     _axes(figure, COSTS.get(measure, measure), _objective(frame), 360)
+    if len(broken):
+        figure.add_scatter(**_infeasible(broken, broken[measure], "%{y:.4f} at %{x:,.4g}"))
     if done.empty:
-        return _said(figure, "No trial has this cost.")
+        return _said(figure, "No feasible trial has this cost.")
     for colour, (study, runs) in zip(_colours(frame) if several else [FAINT], _studies(done), strict=False):
         marker = {"color": colour, "size": 7, "opacity": 0.7}
         figure.add_scatter(**_dots(runs, measure), name=text(study) if several else "finished", marker=marker)

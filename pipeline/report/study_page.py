@@ -27,6 +27,7 @@ from pipeline.report.trials import (
     changes,
     control,
     early,
+    feasible,
     finished,
     histories,
     predictions,
@@ -90,6 +91,9 @@ def study_page(
         "champions": champions(tracker, frame),
         "links": links,
         "states": trials["state"].value_counts().to_dict(),
+        "num_infeasible": int((trials["infeasible"] != "").sum()),
+        "no_answer": "" if comparison else queries.no_best_run(tracker, study).problems[0].rule,
+        "objective": study.objective,
         "seconds": trials["seconds"].sum(),
         "decision": decision and _decision(frame, decision),
         "repeats": _repeats(frame),
@@ -109,8 +113,8 @@ def study_page(
 def _results(
     tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison, drawn: dict[str, go.Figure]
 ) -> dict[str, Any]:
-    """What needs at least one finished trial, but for the disagreement; its figures go to `drawn`."""
-    done, shares, order = finished(frame), importances(frame), ranked(frame)
+    """What needs at least one feasible trial, but for the disagreement; its figures go to `drawn`."""
+    done, shares, order = feasible(frame), importances(frame), ranked(frame)
     if len(shares):
         drawn["importance"] = figures.importance(shares)
         drawn["parallel"] = figures.parallel(frame, list(shares["parameter"][:MOST_AXES]))
@@ -138,11 +142,11 @@ def _results(
 
 
 def compare_with_control(tracker: MlflowTracker, frame: pd.DataFrame, runner_up: bool = True) -> Comparison | None:
-    """A study's best trial and its control; the best is its `runner_up` where the control is it. None: none finished."""
+    """A study's best trial and its control; the best is its `runner_up` where the control is it. None: none feasible."""
     chosen, base = challenger(frame), control(frame)
     if chosen is None:
         return None
-    best, label = chosen if runner_up else (finished(frame).iloc[0], "best")
+    best, label = chosen if runner_up else (feasible(frame).iloc[0], "best")
     is_control = base is not None and base["run_id"] == best["run_id"]
     one = predictions(tracker, best["run_id"])
     two = one if is_control else predictions(tracker, base["run_id"]) if base is not None else None
@@ -159,7 +163,7 @@ def finals_verdict(tracker: MlflowTracker, study: StudyRuns) -> tuple[FinalsDeci
         return None, f"{escape_control(error.lines[0])}."
     if chosen:
         return decision, f"Finals: the winner is {chosen.summary}."
-    return decision, "Finals: no winner, every recipe diverged with some seed." if decision else ""
+    return decision, "Finals: no winner, every recipe diverged or was infeasible with some seed." if decision else ""
 
 
 def champions(tracker: MlflowTracker, frame: pd.DataFrame) -> list[str]:

@@ -22,7 +22,7 @@ from pipeline.tracking.tracker import MlflowTracker
 log = logging.getLogger(__name__)
 
 COLUMNS = (
-    *("study", "trial", "run_id", "role", "state", "reason", "control", "objective", "score"),
+    *("study", "trial", "run_id", "role", "state", "reason", "infeasible", "control", "objective", "score"),
     *("started", "seconds", "epochs"),
 )
 F1 = "val/f1/"
@@ -32,10 +32,11 @@ def trials(*names: str, home: Path | str = "mlruns", uri: str | None = None) -> 
     """One row per run of the named studies, or of all in the store; `attention` means the last run of attention's.
 
     Columns: study, trial (number), run_id, role (`trial`, `final` for a repeat with another seed, or another), state
-    (finished, pruned, failed, interrupted, running), reason, control (the base recipe's trial), objective (a metric's
-    name), score (the objective of a finished run, else NaN), started (UTC), seconds (of the whole run), epochs (trained);
-    then every recipe field by its dotted name (`optimizer.lr`; NaN where its kind has none) and every metric's last value
-    (`val/f1_macro`). `home` is the folder mlruns, `uri` another MLflow database or server.
+    (finished, pruned, failed, interrupted, running), reason, infeasible (which constraints of its study it breaks; empty
+    for a feasible one), control (the base recipe's trial), objective (a metric's name), score (the objective of a finished
+    run, else NaN), started (UTC), seconds (of the whole run), epochs (trained); then every recipe field by its dotted name
+    (`optimizer.lr`; NaN where its kind has none) and every metric's last value (`val/f1_macro`). `home` is the folder
+    mlruns, `uri` another MLflow database or server.
     Raises UserError where there is no such store or study.
     """
     home = Path(home)
@@ -65,6 +66,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """See `trials`; a row may lack what was not measured."""
     frame = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
     frame = frame.reindex(columns=[*COLUMNS, *(name for name in frame.columns if name not in COLUMNS)])
+    frame["infeasible"] = frame["infeasible"].astype(object).fillna("")
     params = sorted(name for name in frame.columns if "." in name and "/" not in name)
     metrics = sorted(name for name in frame.columns if "/" in name)
     frame = frame[[*COLUMNS, *params, *metrics]]
@@ -91,6 +93,7 @@ def _row(run: Any, study: StudyRuns) -> dict[str, Any]:
         "role": role,
         "state": state,
         "reason": tags.get("reason", ""),
+        "infeasible": study.broken_by(run),
         "objective": study.objective,
         "score": score if abs(score) < 1e300 else np.nan,  # MLflow keeps infinity as 1.8e308
         "started": pd.Timestamp(info.start_time, unit="ms", tz="UTC"),
@@ -118,19 +121,27 @@ def _value(name: str, text: str) -> Any:
 
 
 def finished(frame: pd.DataFrame) -> pd.DataFrame:
-    """The trials that have a score, best first."""
+    """The trials that have a score: the feasible ones best first, then the others."""
     found = frame[(frame["role"] == "trial") & frame["score"].notna()]
-    return found.sort_values(["score", "trial"], ascending=[False, True], kind="stable")
+    order = found.assign(infeasible=found["infeasible"] != "")
+    order = order.sort_values(["infeasible", "score", "trial"], ascending=[True, False, True], kind="stable")
+    return found.loc[order.index]
+
+
+def feasible(frame: pd.DataFrame) -> pd.DataFrame:
+    """Those of the trials with a score that may win, best first."""
+    found = finished(frame)
+    return found[found["infeasible"] == ""]
 
 
 def ranked(frame: pd.DataFrame) -> pd.DataFrame:
-    """One study's finished and pruned trials, best first, as Optuna's sampler ranks them; with a column `rank`.
+    """One study's finished and pruned feasible trials, best first, as Optuna's sampler ranks them; with a column `rank`.
 
     Finished ones by their score, then pruned ones by the epochs that they reached, then by their last value. Most of a
     study's trials are pruned: what marks the good ones can't be seen without the others.
     """
-    done, metric = finished(frame), str(frame["objective"].iloc[0])
-    pruned = frame[(frame["role"] == "trial") & (frame["state"] == "pruned")]
+    done, metric = feasible(frame), str(frame["objective"].iloc[0])
+    pruned = frame[(frame["role"] == "trial") & (frame["state"] == "pruned") & (frame["infeasible"] == "")]
     pruned = pruned[pruned[metric].notna()] if metric in pruned else pruned[:0]
     if len(pruned):
         pruned = pruned.sort_values(["epochs", metric, "trial"], ascending=[False, False, True], kind="stable")
@@ -162,8 +173,11 @@ def control(frame: pd.DataFrame) -> pd.Series | None:
 
 
 def challenger(frame: pd.DataFrame) -> tuple[pd.Series, str] | None:
-    """What is set beside the control, and its name: the best trial, or the runner-up where the control is the best."""
-    done = finished(frame)
+    """What is set beside the control, and its name: the best trial, or the runner-up where the control is the best.
+
+    None where no trial is feasible.
+    """
+    done = feasible(frame)
     if done.empty:
         return None
     others = done[~done["control"]]
@@ -195,6 +209,7 @@ class BestTrial:
 
     number: int
     is_control: bool
+    infeasible: str  # the constraints that it breaks
     score: float
     lead: float  # over the control's score, in points; NaN where no control finished
     f1_macro: float
@@ -207,9 +222,15 @@ class BestTrial:
     latency_ms: float
     changes: str  # against the control
 
+    @property
+    def name(self) -> str:
+        """`3`, `0 (control, infeasible)`."""
+        marks = ["control"] * self.is_control + ["infeasible"] * bool(self.infeasible)
+        return f"{self.number}" + (f" ({', '.join(marks)})" if marks else "")
+
 
 def best_trials(frame: pd.DataFrame, most: int) -> list[BestTrial]:
-    """At most so many finished trials of one study, best first; below them the control, if it isn't among them."""
+    """At most so many finished trials of one study, feasible ones first and the best of them; below them the control."""
     base, names = control(frame), searched(frame)
     return [_best_trial(row, base, names) for _, row in with_control(finished(frame).head(most), base).iterrows()]
 
@@ -226,6 +247,7 @@ def _best_trial(row: pd.Series, base: pd.Series | None, names: Sequence[str]) ->
     return BestTrial(
         number=row["trial"],
         is_control=row["control"],
+        infeasible=row["infeasible"],
         score=row["score"],
         lead=np.nan if base is None else 100 * (row["score"] - base["score"]),
         f1_macro=row.get("val/f1_macro", np.nan),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
+from optuna.pruners import BasePruner, NopPruner
 from optuna.trial import TrialState
 
 from pipeline.data.prepare import TrainingData
@@ -182,6 +183,7 @@ class Forecast:
     memory_gib: float | None  # of a GPU; the maximum of the measured recipes
     measured: int  # recipes, including the control
     choice: Choice | None = None  # of execution and workers
+    unknown_pruner: str = ""  # a pruner whose effect is not known: none is assumed
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,8 @@ def forecast(
 
     Time: the mean of the measured epochs, times the mean number of epochs of random recipes of the space (which of them
     the search will prefer is not known), and what a trial takes besides. Pruned: what the pruner does with trials whose
-    scores are random and keep their order, which three live studies confirmed (studies/pruning/README.md). Other work on
+    scores are random and keep their order, which three live studies confirmed (studies/pruning/README.md); none where the
+    study has another pruner. Other work on
     the machine changes all of it. `on_step` may raise to end the measuring. Several `workers` share the work: on a CPU as
     far as there are cores, with one thread each, on a GPU as far as the `choice` found it free.
     """
@@ -275,6 +278,7 @@ def _forecast(
         disk_mib=((remaining - pruned) * counter.bytes + num_metrics * METRIC_BYTES) / 2**20,
         memory_gib=max(speed.memory_gib for speed in speeds) if device.type == "cuda" else None,
         measured=len(speeds),
+        unknown_pruner="" if _can_simulate(search.pruner()) else type(search.pruner()).__name__,
     )
 
 
@@ -322,8 +326,10 @@ def _random_recipes(search: Search) -> list[Recipe]:
 
 def _pruning(search: Search, done: int, workers: int = 1) -> tuple[float, float]:
     """(fraction of their epochs that the trials from number `done` on train, fraction of them that is pruned)."""
-    random = np.random.RandomState(0)
-    trials, pruner = min(search.trials, NUM_SIMULATED_TRIALS), search.pruner()
+    pruner = search.pruner()
+    if not isinstance(pruner, RecentTrialsPruner):
+        return 1.0, 0.0
+    random, trials = np.random.RandomState(0), min(search.trials, NUM_SIMULATED_TRIALS)
     first = done * trials // search.trials
     studies = NUM_SIMULATED_TRIALS // trials
     used, completed = 0, 0
@@ -335,6 +341,10 @@ def _pruning(search: Search, done: int, workers: int = 1) -> tuple[float, float]
             used, completed = used + sign * part_used, completed + sign * part_completed
     remaining = studies * (trials - first)
     return used / (remaining * search.max_epochs), 1 - completed / remaining
+
+
+def _can_simulate(pruner: BasePruner) -> bool:
+    return isinstance(pruner, (RecentTrialsPruner, NopPruner))
 
 
 def simulate_pruning(scores: Sequence[float], epochs: int, pruner: RecentTrialsPruner, workers: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pipeline.processes import process_has_exited
-from pipeline.search.optuna_internals import fail_trial, stored_trial
+from pipeline.search.optuna_internals import fail_trial, inherited_attributes, stored_trial
 from pipeline.search.pruner import MIN_UNPRUNED_TRIALS
 from pipeline.search.trial_attributes import TrialAttributes, update_attributes
 from pipeline.tracking import queries, recovery
@@ -42,7 +42,9 @@ def release_trials(study: optuna.Study, trials: list[FrozenTrial], count: int) -
             with contextlib.suppress(UpdateFinishedTrialError):
                 update_attributes(study, trial, released=position < count)
     for _ in range(count - len(waiting)):
-        study.enqueue_trial({}, user_attrs=TrialAttributes(released=True).to_optuna())
+        # Not by `enqueue_trial`: samplers take such a trial for one whose parameters are given.
+        attributes = TrialAttributes(released=True).to_optuna()
+        study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attributes))
 
 
 def reconcile(study: optuna.Study, tracker: MlflowTracker, parent_run: str, home: Path) -> list[int]:
@@ -159,12 +161,13 @@ def requeue(study: optuna.Study, trial: FrozenTrial | optuna.Trial, died: bool =
         unpruned=attributes.unpruned or frozen.number < MIN_UNPRUNED_TRIALS,
     )
     # Parameters that were fixed and not yet asked for belong to it too: its process may have died inside the space.
-    fixed: dict[str, Any] = {"fixed_params": frozen.system_attrs.get("fixed_params", {}) | frozen.params}
+    inherited = inherited_attributes(frozen)
+    fixed: dict[str, Any] = {"fixed_params": inherited.get("fixed_params", {}) | frozen.params}
     study.add_trial(
         create_trial(
             state=TrialState.WAITING,
             user_attrs=successor.to_optuna(),
-            system_attrs=fixed,
+            system_attrs=inherited | fixed,
             intermediate_values=frozen.intermediate_values,  # it resumes from the checkpoint
         )
     )

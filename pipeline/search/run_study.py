@@ -84,6 +84,7 @@ def _open_parent_run(study: optuna.Study, context: StudyContext, choice: Choice 
         stored.mlflow_run_id,
         stored.run_key,
         stored.places or [],
+        context.search.study.constraints,
     )
 
 
@@ -153,4 +154,5 @@ def _study_metrics(study: optuna.Study) -> dict[str, float]:
         f"study/{state.name.lower()}": float(states.count(state))
         for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
     }
-    return metrics | ({"study/best": study.best_value} if metrics["study/complete"] else {})
+    best = study_progress(study, 0).best
+    return metrics | ({"study/best": best[1]} if best else {})

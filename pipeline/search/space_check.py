@@ -1,5 +1,6 @@
 """The search space of a `space(trial)` function, explored and checked before anything runs."""
 
+import json
 import math
 import random
 import traceback
@@ -85,6 +86,10 @@ class FixedFields:
         """In the order in which the space asked."""
         return list(dict.fromkeys(map(field_of, self._void_trial.params)))
 
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """As optuna.Trial's; a choice may also be a list, as `model.widths` has."""
+        return from_choice(self.__getattr__("suggest_categorical")(name, [to_choice(choice) for choice in choices]))
+
     def __getattr__(self, attribute: str) -> Any:
         if not attribute.startswith("suggest_"):
             return getattr(self._trial, attribute)
@@ -96,6 +101,16 @@ class FixedFields:
             return getattr(trial, attribute)(name, *arguments, **options)
 
         return suggest
+
+
+def to_choice(value: Any) -> Any:
+    """A list as its JSON text, what else a recipe holds as it is: Optuna stores plain values only."""
+    return json.dumps(value) if isinstance(value, (list, tuple)) else value
+
+
+def from_choice(value: Any) -> Any:
+    """What `to_choice` was given."""
+    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
 
 
 def explore(space: Space, recipe: Callable[[Mapping[str, Any]], Recipe]) -> dict[str, BaseDistribution]:
@@ -135,7 +150,7 @@ def control(space: Space, base: Recipe, original: Recipe | None = None) -> dict[
     `base` was made from the `original` by settings. Where they changed a section's kind, a value outside the space is
     replaced by the original's, or by the one nearest to it.
     """
-    flats = [recipe.flat() for recipe in (base, original) if recipe]
+    flats = [{name: to_choice(value) for name, value in recipe.flat().items()} for recipe in (base, original) if recipe]
     adapted = [section for section, kind in KIND.items() if len({flat[f"{section}.{kind}"] for flat in flats}) > 1]
 
     def choose(name: str, distribution: BaseDistribution) -> Any:

@@ -1,5 +1,6 @@
 """A study: one question, asked by a search around a base recipe."""
 
+import copy
 import importlib.util
 import json
 import math
@@ -14,10 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
-from optuna.samplers import TPESampler
+from optuna.pruners import BasePruner, NopPruner
+from optuna.samplers import BaseSampler, GridSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
 
-from pipeline.errors import Problem, UserError, did_you_mean
+from pipeline.errors import Problem, UserError, did_you_mean, first_line
+from pipeline.evaluation.constraints import MEASURES, nearest, violations
 from pipeline.recipe import KIND, LATER, Recipe, has_default, kind_field, kinds_with
+from pipeline.search.optuna_internals import allow_stop, reseed
 from pipeline.search.portfolio import PORTFOLIO
 from pipeline.search.pruner import RecentTrialsPruner
 from pipeline.search.space_check import (
@@ -29,8 +34,10 @@ from pipeline.search.space_check import (
     explore,
     extremes,
     field_of,
+    from_choice,
     lowest,
 )
+from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking.study_key import StudyKey
 
@@ -61,6 +68,8 @@ class Study:
     `space(trial)` asks an Optuna trial for values; a parameter's name is the recipe field that it sets in `base`, or the
     field and a label: `optimizer.lr@adamw` gives AdamW a range of rates of its own.
     `version` goes up when space or base change, so that scores of different questions don't mix in one search.
+    `constraints` are upper bounds on what a run measures: a recipe that breaks one can't win, nor is it trained where that
+    is known before. `sampler` and `pruner` are Optuna's, or of its base classes, in place of the measured defaults.
     """
 
     question: str
@@ -74,6 +83,9 @@ class Study:
     # the nearest that it can.
     starts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: PORTFOLIO)
     variants: Mapping[str, Variant] = field(default_factory=lambda: {"digits": DEMONSTRATION})
+    constraints: Mapping[str, float] = field(default_factory=dict)  # one of MEASURES -> its upper bound
+    sampler: BaseSampler | None = None  # None: TPE
+    pruner: BasePruner | None = None  # None: see pruner.RecentTrialsPruner
 
     def __post_init__(self) -> None:
         """UserError with all problems."""
@@ -87,6 +99,8 @@ class Study:
                 "None or an integer of at least 1",
             ),
             "version": (isinstance(self.version, int) and self.version >= 1, "an integer of at least 1"),
+            "sampler": (_is_optional(self.sampler, BaseSampler), "a sampler of Optuna, as TPESampler(), or None"),
+            "pruner": (_is_optional(self.pruner, BasePruner), "a pruner of Optuna, as MedianPruner(), or None"),
         }
         problems = [
             Problem(f"{name} = {getattr(self, name)!r}", f"must be {rule}")
@@ -94,7 +108,7 @@ class Study:
             if not is_valid
         ]
         if not problems:
-            problems = self._problems_of_starts()
+            problems = [*_constraint_problems(self.constraints), *self._problems_of_starts()]
         if problems:
             raise UserError.many(problems)
 
@@ -141,6 +155,7 @@ class Search:
     timeout_s: float | None
     patience: int | None = None
     start_from: StartFrom = "all"  # what a new study's first trials after the control are given
+    prune: bool = True
     # Both are set by `storage.resolved`.
     stored_key: str | None = None  # the study's name in Optuna and MLflow
     dataset_path: str | None = None  # the data set as `load` takes it here, where `base` has the name that it had first
@@ -151,7 +166,8 @@ class Search:
 
     def recipe(self, params: Mapping[str, Any]) -> Recipe:
         """The recipe of a trial with these parameters."""
-        return self.study.base.changed({field_of(name): value for name, value in params.items()}, self.settings)
+        changes = {field_of(name): from_choice(value) for name, value in params.items()}
+        return self.study.base.changed(changes, self.settings)
 
     @cached_property
     def base(self) -> Recipe:
@@ -176,16 +192,30 @@ class Search:
         kinds = kinds_with(name)
         return bool(kinds) and self.settings.get(kind_field(name), kinds[0]) not in kinds
 
-    def pruner(self) -> RecentTrialsPruner:
-        """The pruner of the trials, except the first MIN_UNPRUNED_TRIALS."""
-        return RecentTrialsPruner(self.max_epochs)
+    def pruner(self) -> BasePruner:
+        """The study's pruner, or ours, which prunes none of the first MIN_UNPRUNED_TRIALS."""
+        if not self.prune:
+            return NopPruner()
+        return copy.deepcopy(self.study.pruner) or RecentTrialsPruner(self.max_epochs)
+
+    def sampler_is_done(self, study: optuna.Study) -> bool:
+        """Whether the study's sampler has nothing more to suggest, as a grid that was tried completely."""
+        sampler = self.study.sampler
+        if isinstance(sampler, GridSampler):  # it may have grown since it stopped
+            return sampler.is_exhausted(study)
+        return sampler is not None and StudyAttributes.of(study).stopped_by == type(sampler).__name__
 
     def is_exhausted(self, study: optuna.Study) -> bool:
-        """Whether the last `patience` trials that ended, in any state, gave no score above the best before them."""
+        """Whether the sampler is done, or the last `patience` trials that ended gave no score above the best before them.
+
+        They may have ended in any state; the score of an infeasible one is none.
+        """
+        if self.sampler_is_done(study):
+            return True
         ended = [trial for trial in study.get_trials(deepcopy=False) if counts_toward_budget(trial)]
         if self.patience is None or len(ended) <= self.patience:
             return False
-        scores = [trial.value if trial.value is not None else -math.inf for trial in ended]
+        scores = [trial.value if trial.value is not None and is_feasible(trial) else -math.inf for trial in ended]
         return max(scores[-self.patience :]) <= max(scores[: -self.patience]) > -math.inf
 
     def step(self, epoch: int, recipe: Recipe) -> int:
@@ -202,10 +232,11 @@ class Search:
         searched = self.values("training.epochs")
         return max(searched) if searched else self.base.training.epochs
 
-    def sampler(self, num_trials: int, worker: int = 0) -> TPESampler:
-        """TPE with another seed at each resume and for each worker, so that no draw is repeated."""
-        seed = self.base.training.seed * 1_000_003 + num_trials + worker * 15_485_863
-        return TPESampler(seed=seed % 2**32, n_startup_trials=min(10, self.trials // 2))
+    def sampler(self, num_trials: int, worker: int = 0) -> BaseSampler:
+        """The study's sampler, or TPE; seeded anew at each resume and for each worker, so that no draw is repeated."""
+        sampler = copy.deepcopy(self.study.sampler) or TPESampler(n_startup_trials=min(10, self.trials // 2))
+        reseed(sampler, (self.base.training.seed * 1_000_003 + num_trials + worker * 15_485_863) % 2**32)
+        return sampler
 
     def fingerprint(self, data: "TrainingData") -> dict[str, Any]:
         """All that the scores of one search have in common, as JSON."""
@@ -218,6 +249,7 @@ class Search:
         base = {name: flat[name] for name in flat if name not in elsewhere and (name, flat[name]) not in LATER.items()}
         return {
             "objective": self.study.objective,
+            "constraints": dict(self.study.constraints),
             "data": data.digest,
             "split": data.split_digest,
             "base": json.loads(json.dumps(base)),
@@ -239,6 +271,28 @@ class Search:
         ]:
             raise UserError.many(problems)
         self.control()
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """UserError where the study's own sampler or pruner fails with its space: three trials in memory, none trained."""
+        own = [part for part in (self.study.sampler, self.study.pruner) if part]
+        if not own:
+            return
+        try:
+            study = optuna.create_study(direction="maximize", sampler=self.sampler(0), pruner=self.pruner())
+            study.enqueue_trial(self.control())
+            allow_stop(study)
+            for score in (0.1, 0.2, 0.3):
+                trial = study.ask()
+                self.ask(trial)
+                self.recipe(trial.params)
+                trial.report(score, 1)
+                trial.should_prune()
+                study.tell(trial, score)
+        except Exception as error:  # whatever a sampler raises
+            rule = f"fails with this study's space ({type(error).__name__}: {first_line(error)})"
+            remedy = f"install {error.name}" if isinstance(error, ImportError) else ""
+            raise UserError(" and ".join(type(part).__name__ for part in own), rule, remedy) from error
 
     def space(self) -> dict[str, BaseDistribution]:
         """Every parameter that the space can ask for, with its range."""
@@ -346,8 +400,8 @@ def check_same(name: str, stored: Mapping[str, Any], current: Mapping[str, Any],
         for part in ("objective", "data", "split")
         if stored.get(part) != current.get(part)
     ]
-    for part, show in (("base", str), ("space", _describe_json)):
-        former, present = stored.get(part, {}), current[part]
+    for part, show in (("constraints", str), ("base", str), ("space", _describe_json)):
+        former, present = stored.get(part, {}), current.get(part, {})
         details += [
             f"{part} {key}: {show(former.get(key))} then, {show(present.get(key))} now"
             for key in sorted(former.keys() | present.keys())
@@ -374,9 +428,36 @@ def _line_of(error: BaseException, file: Path) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def counts_toward_budget(trial: optuna.trial.FrozenTrial) -> bool:
+def counts_toward_budget(trial: FrozenTrial) -> bool:
     """Whether a trial counts toward the budget: all that ended do, except requeued ones."""
     return trial.state.is_finished() and not TrialAttributes.is_requeued(trial)
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether no constraint is known to be broken."""
+    return all(value <= 0 for value in trial.constraints.values())
+
+
+def _is_optional(value: object, kind: type) -> bool:
+    return value is None or isinstance(value, kind)
+
+
+def _constraint_problems(constraints: Any) -> list[Problem]:
+    if not isinstance(constraints, Mapping):
+        return [Problem(f"constraints = {constraints!r}", 'must be upper bounds, e.g. {"model/parameters": 1_000_000}')]
+    return [
+        Problem(
+            f"constraints: {name}",
+            f"can't be bounded{did_you_mean(str(name), MEASURES)}",
+            f"there are {', '.join(MEASURES)}",
+        )
+        for name in constraints
+        if name not in MEASURES
+    ] + [
+        Problem(f"constraints: {name} = {bound!r}", "must be a number above 0")
+        for name, bound in constraints.items()
+        if type(bound) not in (int, float) or not 0 < bound < math.inf
+    ]
 
 
 @dataclass(frozen=True)
@@ -387,21 +468,24 @@ class StudyProgress:
     finished: int  # trials that count against the budget
     pruned: int
     failed: int  # or interrupted
-    best: tuple[int, float] | None  # number and score
+    best: tuple[int, float] | None  # number and score of a feasible one
+    infeasible: int = 0  # completed, or pruned before they were trained
 
 
 def study_progress(study: optuna.Study, finished: int) -> StudyProgress:
     """Of a study of which so many trials have ended."""
-    states = [trial.state for trial in study.get_trials(deepcopy=False)]
-    pruned = states.count(optuna.trial.TrialState.PRUNED)
+    infeasible = [trial for trial in study.get_trials(deepcopy=False) if not is_feasible(trial)]
+    pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
     completed = _completed(study)
-    best = min(completed, key=lambda trial: (-(trial.value or 0.0), trial.number), default=None)
+    feasible = (trial for trial in completed if is_feasible(trial))
+    best = min(feasible, key=lambda trial: (-(trial.value or 0.0), trial.number), default=None)
     return StudyProgress(
         name=study.study_name,
         finished=finished,
-        pruned=pruned,
-        failed=finished - len(completed) - pruned,
+        pruned=sum(map(is_feasible, pruned)),
+        failed=finished - len(completed) - len(pruned),
         best=(best.number, best.value or 0.0) if best else None,
+        infeasible=len(infeasible),
     )
 
 
@@ -420,6 +504,7 @@ def records(study: optuna.Study, search: Search, exclude: Collection[str] = ()) 
             "run_id": attributes.run_key,
             "role": "trial",
             "state": "finished",
+            "infeasible": violations(search.study.constraints, attributes.metrics),
             "control": attributes.control,
             "objective": search.study.objective,
             "score": trial.value,
@@ -436,5 +521,15 @@ def _as_text(value: Any) -> Any:
     return str(list(value)) if isinstance(value, tuple) else value
 
 
-def _completed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+def _completed(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def nearest_infeasible(study: optuna.Study, search: Search) -> str:
+    """Of infeasible trials the nearest to the bounds, as `constraints.nearest` words it; empty where there are none."""
+    measured = [
+        (f"trial {trial.number}", TrialAttributes.of(trial).metrics)
+        for trial in study.get_trials(deepcopy=False)
+        if not is_feasible(trial)
+    ]
+    return nearest(search.study.constraints, measured) if measured else ""

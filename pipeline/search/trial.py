@@ -15,13 +15,15 @@ from optuna.trial import TrialState
 
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
+from pipeline.evaluation.constraints import excess
 from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
 from pipeline.recipe import Recipe
-from pipeline.search.optuna_internals import claimed_trial, stored_trial, study_id, trial_id
-from pipeline.search.pruner import MIN_UNPRUNED_TRIALS
+from pipeline.search.optuna_internals import claimed_trial, stored_trial, study_id, trial_id, was_stopped
+from pipeline.search.pruner import MIN_UNPRUNED_TRIALS, RecentTrialsPruner
 from pipeline.search.requeue import requeue, run_name, run_tags
 from pipeline.search.storage import RetryingStorage, StorageUnavailable
 from pipeline.search.study import Search, StudyProgress
+from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import Progress, TrialAttributes, update_attributes
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost, State
 from pipeline.training.loop import EpochReport
@@ -111,6 +113,8 @@ def run_trial(trial: optuna.Trial, context: StudyContext) -> None:
         # A trial that was declared dead meanwhile has a successor, and its result is not wanted.
         if context.storage.state_of(trial_id(trial)) is TrialState.RUNNING:
             raise
+    if was_stopped(trial.study):
+        StudyAttributes.update(trial.study, stopped_by=type(trial.study.sampler).__name__)
     if failure:
         raise failure
 
@@ -156,12 +160,17 @@ def _run(trial: optuna.Trial, context: StudyContext) -> Outcome:
         parent_run=context.parent_run,
         tags=run_tags(trial.study, trial.number, attributes),
         run_key=key,
+        # The control is trained all the same: every other trial is compared with it.
+        constraints={} if attributes.control else context.search.study.constraints,
         resume_dir=context.home / CHECKPOINTS / key,
         on_epoch=reporter.on_epoch,
         on_step=reporter.on_step,
         check_ownership=check_ownership,
     )
     outcome = experiment.run(request, context.tracker)
+    if outcome.state is not State.INTERRUPTED:
+        for name, above in excess(context.search.study.constraints, outcome.metrics).items():
+            trial.set_constraint(name, above)
     with storage.batch_writes():
         update_attributes(
             trial.study,
@@ -195,7 +204,8 @@ class _Reporter:
 
     def __init__(self, trial: optuna.Trial, context: StudyContext, recipe: Recipe, unpruned: bool):
         self._trial, self._context, self._recipe = trial, context, recipe
-        self._may_prune = trial.number >= MIN_UNPRUNED_TRIALS and not unpruned
+        self._is_ours = isinstance(trial.study.pruner, RecentTrialsPruner)
+        self._may_prune = not self._is_ours or (trial.number >= MIN_UNPRUNED_TRIALS and not unpruned)
         # Of a retry: what was reported before its predecessor died.
         self._reported_steps = set(stored_trial(trial.study, trial).intermediate_values)
         self._clock = _Clock(recipe.training.batch_size)
@@ -209,7 +219,8 @@ class _Reporter:
                 self._trial.report(report.metrics[search.study.objective], step)
         is_last = report.epoch == self._recipe.training.epochs
         if self._may_prune and not is_last and self._trial.should_prune():
-            raise Prune(f"not among the best quarter after epoch {report.epoch}")
+            reason = "not among the best quarter" if self._is_ours else f"by {type(self._trial.study.pruner).__name__}"
+            raise Prune(f"{reason} after epoch {report.epoch}")
         self._check_stop()
 
     def on_step(self, epoch: int, step: int, steps: int) -> None:

@@ -61,6 +61,7 @@ class RunTags:
     # Of a study's own run.
     note: str | None = None  # its question, as MLflow shows it
     objective: str | None = None
+    constraints: Mapping[str, float] | None = None  # metric -> its upper bound
     view: str | None = None  # the key of its view in the UI
     data_places: tuple[str, ...] | None = None  # where its data set lay, the newest first
     replaces: tuple[str, ...] | None = None  # the study's runs before this one, which were deleted in MLflow
@@ -126,6 +127,11 @@ def _mapping(text: str) -> Mapping[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _bounds(text: str) -> Mapping[str, float] | None:
+    bounds = _mapping(text)
+    return bounds if bounds and all(type(bound) in (int, float) and bound > 0 for bound in bounds.values()) else None
+
+
 def _strings(text: str) -> tuple[str, ...] | None:
     value = _json(text)
     return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else None
@@ -140,6 +146,7 @@ _PARSERS: Mapping[str, Any] = {
     "trial_run": _hex_id,
     "reproduces": _hex_id,
     "objective": _objective,
+    "constraints": _bounds,
     "worker": _mapping,
     "data_places": _strings,
     "replaces": _strings,

@@ -483,7 +483,7 @@ def kinded(search: Search) -> Search:
 # --- Samplers and pruners ---
 
 
-def ours(search: Search) -> TPESampler:
+def ours(search: Search) -> BaseSampler:
     """The project's sampler."""
     return search.sampler(1)  # the control is there when it is made
 
@@ -497,7 +497,7 @@ def recent(*shares: float) -> Callable[[Search], BasePruner]:
     """The project's pruner with its decisions after these shares of the epochs."""
 
     def make(search: Search) -> RecentTrialsPruner:
-        pruner = search.pruner()
+        pruner = RecentTrialsPruner(search.max_epochs)
         pruner.rungs = sorted({math.ceil(search.max_epochs * share) for share in shares})
         return pruner
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,16 @@ def test_only_failures_make_a_page_that_says_why(store: Store, browser: Browser,
     assert "No trial finished, so there is no answer yet." in page.inner_text(".answer")
     assert page.locator("td", has_text="onerror").count() == 2
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_page_without_a_feasible_trial_names_the_nearest(trained: Trained) -> None:
+    tracker = MlflowTracker(trained.home)
+    [found] = choose(tracker, ["tiny"])
+    study = replace(found, constraints={"model/parameters": 1000})
+    said = body(study_page(tracker, study, table(tracker, [study]), Path("nowhere"), {}))
+    assert "No answer: no feasible trial; the nearest is trial 0 (model/parameters 1,770, at most 1,000)." in said
+    assert "Trial 0 is infeasible and can't win: model/parameters 1,770, at most 1,000." in said
+    assert "; 1 infeasible;" in said
 
 
 def test_one_finished_trial_without_a_control_is_enough(trained: Trained, browser: Browser, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from conftest import Trained
 
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
+from pipeline.report import figures
 from pipeline.report import trials as report
 from pipeline.tracking import queries
 from pipeline.tracking.tags import State
@@ -83,6 +84,7 @@ def frame(**columns: list[object]) -> pd.DataFrame:
         "trial": list(range(rows)),
         "run_id": [f"r{n}" for n in range(rows)],
         "role": ["trial"] * rows,
+        "infeasible": [""] * rows,
         "control": [n == 0 for n in range(rows)],
     }
     return pd.DataFrame(base | columns)
@@ -148,6 +150,27 @@ def test_the_best_trials_come_first_and_the_control_below_them_where_it_is_not_a
     assert [trial.changes for trial in found] == ["lr 0.125, optimizer adam", "the control, the base recipe"]
     assert np.isnan(found[0].latency_ms), "not measured"
     assert [trial.number for trial in report.best_trials(frame, 9)] == [1, 2, 0], "once, and no failed one"
+
+
+def test_infeasible_trials_come_last_and_win_nothing() -> None:
+    broken = {"infeasible": "model/parameters 9, at most 8", "model/parameters": 9.0}
+    rows = [made(0, 0.8, control=True, **broken), made(1, 0.5, **{"model/parameters": 7.0}), made(2, 0.9, **broken)]
+    rows += [made(3, np.nan, state="pruned", **broken, **{"val/accuracy": 0.7})]
+    frame = report.table_of(rows)
+    assert [trial.name for trial in report.best_trials(frame, 9)] == [
+        "1",
+        "2 (infeasible)",
+        "0 (control, infeasible)",
+    ]
+    best, label = report.challenger(frame) or ({}, "")
+    assert (best["trial"], label) == (1, "best")
+    assert list(report.ranked(frame)["trial"]) == [1]
+    assert report.challenger(frame[frame["infeasible"] != ""]) is None
+    history, cost = figures.history(frame), figures.cost(frame, "model/parameters")
+    assert "best of 1 finished trial, 0.5000, came at trial 1" in history.layout.meta
+    assert cost.layout.meta.startswith("Of 1 that finished trial 1 is both the best and the cheapest")
+    for figure in (history, cost):
+        assert [list(trace.y) for trace in figure.data if trace.name == "infeasible"] == [[0.9, 0.8]]
 
 
 def test_without_a_finished_control_there_is_no_lead() -> None:

@@ -72,10 +72,17 @@ class StudyHarness:
         self.home, self.base, self.data = home, base, data
         self.storage, self.tracker = open_storage(home, storage), MlflowTracker(home)
 
-    def search(self, trials: int, space: Any = rates, base: Recipe | None = None, **limits: Any) -> Search:
-        study = Study(
-            question="?", base=base or self.base, space=space, objective="val/accuracy", trials=trials, starts={}
-        )
+    def search(
+        self,
+        trials: int,
+        space: Any = rates,
+        base: Recipe | None = None,
+        fields: dict[str, Any] | None = None,
+        **limits: Any,
+    ) -> Search:
+        """`fields` are of the Study."""
+        base, fields = base or self.base, {"starts": {}, **(fields or {})}
+        study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=trials, **fields)
         return Search("tiny", study, {}, 1, trials, limits.get("timeout_s"), limits.get("patience"))
 
     def context(self, search: Search, observer: Any = None) -> StudyContext:

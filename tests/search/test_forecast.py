@@ -6,6 +6,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.pruners import MedianPruner
 from optuna.trial import TrialState
 from study_harness import RecordingObserver, StudyHarness
 
@@ -64,6 +65,14 @@ def test_pruning_is_simulated_by_the_pruners_rule(small_recipe: Recipe) -> None:
     share, pruned = forecast_module._pruning(search, 0)
     assert share == pytest.approx((3 + 3 / 4 + 6 / 16 + 6 / 64) / 18, rel=0.05)
     assert pruned == pytest.approx(63 / 64, abs=0.02)
+
+
+def test_no_pruning_is_assumed_of_another_pruner_and_known_of_none(small_recipe: Recipe) -> None:
+    search = search_of(small_recipe.changed({"training.epochs": 18}), 1000)
+    none = dataclasses.replace(search, prune=False)
+    other = dataclasses.replace(search, study=dataclasses.replace(search.study, pruner=MedianPruner()))
+    assert forecast_module._pruning(none, 0) == forecast_module._pruning(other, 0) == (1.0, 0.0)
+    assert [forecast_module._can_simulate(each.pruner()) for each in (search, none, other)] == [True, True, False]
 
 
 def test_first_trials_of_a_study_are_pruned_less(small_recipe: Recipe) -> None:

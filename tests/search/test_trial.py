@@ -4,6 +4,7 @@ from typing import Any
 
 import optuna
 import torch
+from optuna.pruners import ThresholdPruner
 from optuna.trial import TrialState
 from study_harness import RecordingObserver, StudyHarness
 
@@ -80,6 +81,13 @@ def test_poor_trial_is_pruned_and_its_run_ends_killed(harness: StudyHarness) -> 
         assert "not among the best quarter after epoch" in run.data.tags["reason"]
         assert 1 <= max(trial.intermediate_values) < 4, "not before a sixth of the epochs, nor after the last"
     harness.assert_nothing_runs()
+
+
+def test_own_pruner_decides_alone(harness: StudyHarness) -> None:
+    """Ours would leave the first three trials alone."""
+    harness.run(1, fields={"pruner": ThresholdPruner(lower=2)})
+    assert [trial.state for trial in harness.trials()] == [TrialState.PRUNED]
+    assert harness.runs_by_trial()[0].data.tags["reason"] == "by ThresholdPruner after epoch 1"
 
 
 def test_diverged_trial_fails_and_the_study_continues(harness: StudyHarness) -> None:
