@@ -61,6 +61,7 @@ class ExperimentRequest:
     run_key: str | None = None  # of the run that is to be resumed, or made with this key
     # Metric -> upper bound; a recipe that is known to break one before it is trained ends PRUNED.
     constraints: Mapping[str, float] = field(default_factory=dict)
+    pruned_at_end: str = ""  # the reason with which a short training ends PRUNED after its last epoch
     resume_dir: Path | None = None  # where the training's state is kept, and resumed from where there is one
     on_epoch: Callable[[EpochReport], None] = lambda report: None
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
@@ -109,6 +110,8 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
         try:
             _check_feasible(request)
             result = train(request.recipe, request.data, request.device, on_epoch, request.on_step, resume=resume)
+            if request.pruned_at_end:
+                raise Prune(request.pruned_at_end)
             final_metrics = publish(tracked, request.recipe, request.data, result)
         except Prune as error:
             state, reason = State.PRUNED, str(error)

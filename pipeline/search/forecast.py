@@ -5,8 +5,6 @@ import math
 import os
 import statistics
 import time
-from bisect import insort
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +13,12 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
-from optuna.pruners import BasePruner, NopPruner
 from optuna.trial import TrialState
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line
 from pipeline.recipe import Recipe
-from pipeline.search.pruner import MIN_UNPRUNED_TRIALS, WINDOW, RecentTrialsPruner, continues
+from pipeline.search.short_trials import short_epochs, simulate
 from pipeline.search.speed import measure, measure_overhead, trial_seconds
 from pipeline.search.storage import num_finished
 from pipeline.search.study import Search
@@ -43,7 +40,7 @@ WORKER_START_S = 6.0  # from a process's start until its first trial; measured: 
 METRIC_BYTES = 330
 METRICS_PER_EPOCH = 9
 SYSTEM_METRICS_PER_S = 1.5
-NUM_SIMULATED_TRIALS = 1000  # at most, in one study or several
+NUM_SIMULATED_TRIALS, NUM_SIMULATED_STUDIES = 100, 10  # at most
 
 # What may be chosen without being asked for. A graph replays the kernels of eager execution, while a compiled step rounds
 # differently and draws other numbers for its dropout: scores would depend on a stopwatch.
@@ -260,7 +257,7 @@ def _forecast(
     epoch_s = statistics.mean(speed.epoch_s for speed in speeds) + overhead.epoch_s
     end_s = trial_s - control.training.epochs * (speeds[0].epoch_s + overhead.epoch_s)
     parallel = min(workers, remaining, (os.cpu_count() or 1) if device.type == "cpu" else workers)
-    used_fraction, pruned_fraction = _pruning(search, done, parallel)
+    used_fraction, pruned_fraction = _pruning(search, search.trials, done)
     all_epochs, pruned = remaining * epochs, remaining * pruned_fraction
     used_epochs = used_fraction * all_epochs
     work_s = used_epochs * epoch_s + (remaining - pruned) * end_s
@@ -278,7 +275,7 @@ def _forecast(
         disk_mib=((remaining - pruned) * counter.bytes + num_metrics * METRIC_BYTES) / 2**20,
         memory_gib=max(speed.memory_gib for speed in speeds) if device.type == "cuda" else None,
         measured=len(speeds),
-        unknown_pruner="" if _can_simulate(search.pruner()) else type(search.pruner()).__name__,
+        unknown_pruner=type(search.study.pruner).__name__ if search.prune and search.study.pruner else "",
     )
 
 
@@ -324,53 +321,15 @@ def _random_recipes(search: Search) -> list[Recipe]:
     return recipes
 
 
-def _pruning(search: Search, done: int, workers: int = 1) -> tuple[float, float]:
-    """(fraction of their epochs that the trials from number `done` on train, fraction of them that is pruned)."""
-    pruner = search.pruner()
-    if not isinstance(pruner, RecentTrialsPruner):
+def _pruning(search: Search, trials: int, done: int) -> tuple[float, float]:
+    """Of the trials from number `done` up to `trials`: (fraction of their epochs that is trained, fraction pruned)."""
+    if not search.shortens:
         return 1.0, 0.0
-    random, trials = np.random.RandomState(0), min(search.trials, NUM_SIMULATED_TRIALS)
-    first = done * trials // search.trials
-    studies = NUM_SIMULATED_TRIALS // trials
-    used, completed = 0, 0
-    for _ in range(studies):
-        scores = random.rand(trials).tolist()
-        # What the first trials alone do is subtracted; with one worker they don't know those after them.
-        for sign, part in ((1, scores), (-1, scores[:first])):
-            part_used, part_completed = simulate_pruning(part, search.max_epochs, pruner, workers)
-            used, completed = used + sign * part_used, completed + sign * part_completed
-    remaining = studies * (trials - first)
-    return used / (remaining * search.max_epochs), 1 - completed / remaining
-
-
-def _can_simulate(pruner: BasePruner) -> bool:
-    return isinstance(pruner, (RecentTrialsPruner, NopPruner))
-
-
-def simulate_pruning(scores: Sequence[float], epochs: int, pruner: RecentTrialsPruner, workers: int) -> tuple[int, int]:
-    """(epochs that are trained, trials that are completed) in a study whose trials have these scores in every epoch.
-
-    Every epoch takes the same time, and a free worker starts the next trial. The first trials are never pruned.
-    """
-    waiting = iter(range(workers, len(scores)))
-    running = deque((trial, 1) for trial in range(min(workers, len(scores))))  # and its next epoch
-    at_rung: dict[int, list[int]] = {rung: [] for rung in pruner.rungs}  # trials that reached it, ascending
-    used, completed = 0, 0
-    while running:
-        trial, epoch = running.popleft()
-        used += 1
-        is_pruned = False
-        if epoch in at_rung and epoch < epochs:
-            others = [scores[other] for other in at_rung[epoch][1 - WINDOW :]]
-            is_pruned = trial >= MIN_UNPRUNED_TRIALS and not continues(scores[trial], others)
-            insort(at_rung[epoch], trial)
-        if epoch < epochs and not is_pruned:
-            running.append((trial, epoch + 1))
-            continue
-        completed += not is_pruned
-        if (new := next(waiting, None)) is not None:
-            running.append((new, 1))
-    return used, completed
+    random, simulated = np.random.RandomState(0), min(trials, NUM_SIMULATED_TRIALS)
+    first = done * simulated // trials
+    studies = [[True, *simulate(random.rand(simulated - 1).tolist())][first:] for _ in range(NUM_SIMULATED_STUDIES)]
+    in_full = statistics.mean(statistics.mean(study) for study in studies)
+    return in_full + (1 - in_full) * short_epochs(search.max_epochs) / search.max_epochs, 1 - in_full
 
 
 class _FileCounter(NullTracker):

@@ -141,7 +141,7 @@ def _run_trials(study: optuna.Study, context: StudyContext, lock: StudyLock) -> 
             break
         if search.is_exhausted(study):
             break
-        release_trials(study, study.get_trials(deepcopy=False), 1)
+        release_trials(study, search, study.get_trials(deepcopy=False), 1, search.trials - finished)
         if trial := claim_trial(study, context.storage, worker):
             run_trial(trial, context)
             context.observer.study_progress(study_progress(study, finished + 1))

@@ -10,11 +10,10 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline.errors import UserError
 from pipeline.recipe import kind_field, kinds_with
 from pipeline.search.space_check import ScriptedTrial, field_of, lowest, nearest_value
-from pipeline.search.study import Search, StartFrom
+from pipeline.search.study import MAX_STARTS, Search, StartFrom
 from pipeline.search.study_attributes import StudyAttributes
 
-MAX_STARTS = 4
-MAX_WINNERS = 2  # of them
+MAX_WINNERS = 2  # of MAX_STARTS
 
 _OWN_FIELDS = ("training.epochs", "training.seed", "training.execution")  # each study has its own
 

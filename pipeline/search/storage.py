@@ -317,7 +317,7 @@ def _give_first_trials(study: optuna.Study, search: Search, storage: RDBStorage)
         return
     given = starts(search, search.start_from, our_studies(storage))
     first = [(search.control(), TrialAttributes(control=True))]
-    first += [(dict(start.params), TrialAttributes(start=start.source)) for start in given]
+    first += [(dict(start.params), TrialAttributes(start=start.source, short=search.shortens)) for start in given]
     for params, attributes in first[len(trials) :]:
         study.enqueue_trial(params, user_attrs=attributes.to_optuna())
     if given and not trials:

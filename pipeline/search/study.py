@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, GridSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
@@ -24,7 +26,7 @@ from pipeline.evaluation.constraints import MEASURES, nearest, violations
 from pipeline.recipe import KIND, LATER, Recipe, has_default, kind_field, kinds_with
 from pipeline.search.optuna_internals import allow_stop, reseed
 from pipeline.search.portfolio import PORTFOLIO
-from pipeline.search.pruner import RecentTrialsPruner
+from pipeline.search.short_trials import MIN_EPOCHS, MIN_TRIALS, short_epochs
 from pipeline.search.space_check import (
     FixedFields,
     ScriptedTrial,
@@ -38,12 +40,13 @@ from pipeline.search.space_check import (
     lowest,
 )
 from pipeline.search.study_attributes import StudyAttributes
-from pipeline.search.trial_attributes import TrialAttributes
+from pipeline.search.trial_attributes import TrialAttributes, is_feasible
 from pipeline.tracking.study_key import StudyKey
 
 if TYPE_CHECKING:  # importing it imports torch, and a wrong name has to be refused at once
     from pipeline.data.prepare import TrainingData
 
+MAX_STARTS = 4  # trials of a new study that are given, besides the control
 StartFrom = Literal["all", "portfolio", "winners", "none"]
 OBJECTIVES = ("val/accuracy", "val/f1_macro")
 FOLDER = Path(__file__).resolve().parents[2] / "studies"
@@ -85,7 +88,7 @@ class Study:
     variants: Mapping[str, Variant] = field(default_factory=lambda: {"digits": DEMONSTRATION})
     constraints: Mapping[str, float] = field(default_factory=dict)  # one of MEASURES -> its upper bound
     sampler: BaseSampler | None = None  # None: TPE
-    pruner: BasePruner | None = None  # None: see pruner.RecentTrialsPruner
+    pruner: BasePruner | None = None  # None: no trial is pruned; most are short ones, see short_trials
 
     def __post_init__(self) -> None:
         """UserError with all problems."""
@@ -192,11 +195,19 @@ class Search:
         kinds = kinds_with(name)
         return bool(kinds) and self.settings.get(kind_field(name), kinds[0]) not in kinds
 
+    @property
+    def shortens(self) -> bool:
+        """Whether most trials are short ones: see `short_trials`."""
+        is_long = self.max_epochs >= MIN_EPOCHS and self.trials >= MIN_TRIALS
+        return self.prune and self.study.pruner is None and is_long
+
+    def short(self, recipe: Recipe) -> Recipe:
+        """The recipe of the short trial."""
+        return recipe.changed({"training.epochs": short_epochs(recipe.training.epochs)})
+
     def pruner(self) -> BasePruner:
-        """The study's pruner, or ours, which prunes none of the first MIN_UNPRUNED_TRIALS."""
-        if not self.prune:
-            return NopPruner()
-        return copy.deepcopy(self.study.pruner) or RecentTrialsPruner(self.max_epochs)
+        """The study's pruner, or none."""
+        return (copy.deepcopy(self.study.pruner) if self.prune else None) or NopPruner()
 
     def sampler_is_done(self, study: optuna.Study) -> bool:
         """Whether the study's sampler has nothing more to suggest, as a grid that was tried completely."""
@@ -218,13 +229,14 @@ class Search:
         scores = [trial.value if trial.value is not None and is_feasible(trial) else -math.inf for trial in ended]
         return max(scores[-self.patience :]) <= max(scores[: -self.patience]) > -math.inf
 
-    def step(self, epoch: int, recipe: Recipe) -> int:
-        """A trial's epoch as the pruner sees it: in epochs of the study's longest trial.
+    def step(self, epoch: int, recipe: Recipe, short: bool = False) -> int:
+        """A trial's epoch as sampler and pruner see it: in epochs of the study's longest trial, or of its longest short one.
 
-        A short training is ahead of a long one at the same epoch, as its learning rate has fallen further; so the same
-        fraction of both is compared.
+        Where lengths are searched, a training of fewer epochs is ahead of one of more at the same epoch, as its learning
+        rate has fallen further; so the same fraction of both is compared.
         """
-        return round(epoch * self.max_epochs / recipe.training.epochs)
+        longest = short_epochs(self.max_epochs) if short else self.max_epochs
+        return round(epoch * longest / recipe.training.epochs)
 
     @cached_property
     def max_epochs(self) -> int:
@@ -234,7 +246,7 @@ class Search:
 
     def sampler(self, num_trials: int, worker: int = 0) -> BaseSampler:
         """The study's sampler, or TPE; seeded anew at each resume and for each worker, so that no draw is repeated."""
-        sampler = copy.deepcopy(self.study.sampler) or TPESampler(n_startup_trials=min(10, self.trials // 2))
+        sampler = copy.deepcopy(self.study.sampler) or _default_sampler()
         reseed(sampler, (self.base.training.seed * 1_000_003 + num_trials + worker * 15_485_863) % 2**32)
         return sampler
 
@@ -428,14 +440,16 @@ def _line_of(error: BaseException, file: Path) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
+def _default_sampler() -> TPESampler:
+    """TPE that draws parameters together, so near a good trial, after the control and the starts (studies/search)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return TPESampler(multivariate=True, group=True, constant_liar=True, n_startup_trials=MAX_STARTS + 1)
+
+
 def counts_toward_budget(trial: FrozenTrial) -> bool:
     """Whether a trial counts toward the budget: all that ended do, except requeued ones."""
     return trial.state.is_finished() and not TrialAttributes.is_requeued(trial)
-
-
-def is_feasible(trial: FrozenTrial) -> bool:
-    """Whether no constraint is known to be broken."""
-    return all(value <= 0 for value in trial.constraints.values())
 
 
 def _is_optional(value: object, kind: type) -> bool:

@@ -19,7 +19,6 @@ from pipeline.evaluation.constraints import excess
 from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
 from pipeline.recipe import Recipe
 from pipeline.search.optuna_internals import claimed_trial, stored_trial, study_id, trial_id, was_stopped
-from pipeline.search.pruner import MIN_UNPRUNED_TRIALS, RecentTrialsPruner
 from pipeline.search.requeue import requeue, run_name, run_tags
 from pipeline.search.storage import RetryingStorage, StorageUnavailable
 from pipeline.search.study import Search, StudyProgress
@@ -28,6 +27,8 @@ from pipeline.search.trial_attributes import Progress, TrialAttributes, update_a
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost, State
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import CHECKPOINTS
+
+SHORT = "a short trial"  # why it ends as one that was pruned
 
 
 class StudyObserver(Protocol):
@@ -144,6 +145,7 @@ def _run(trial: optuna.Trial, context: StudyContext) -> Outcome:
     with storage.batch_writes():
         context.search.ask(trial)
         recipe = context.search.recipe(trial.params)
+        recipe = context.search.short(recipe) if attributes.short else recipe
         update_attributes(trial.study, trial, recipe_digest=recipe.digest(), run_key=key)
     observer.trial_started(trial.number, recipe, trial.params)
 
@@ -151,7 +153,7 @@ def _run(trial: optuna.Trial, context: StudyContext) -> Outcome:
         if storage.state_of(trial_id(trial)) is not TrialState.RUNNING:
             raise OwnershipLost
 
-    reporter = _Reporter(trial, context, recipe, attributes.unpruned)
+    reporter = _Reporter(trial, context, recipe, attributes.short)
     request = ExperimentRequest(
         recipe=recipe,
         data=context.data,
@@ -163,6 +165,7 @@ def _run(trial: optuna.Trial, context: StudyContext) -> Outcome:
         # The control is trained all the same: every other trial is compared with it.
         constraints={} if attributes.control else context.search.study.constraints,
         resume_dir=context.home / CHECKPOINTS / key,
+        pruned_at_end=SHORT if attributes.short else "",
         on_epoch=reporter.on_epoch,
         on_step=reporter.on_step,
         check_ownership=check_ownership,
@@ -202,10 +205,8 @@ def _value_of(outcome: Outcome, objective: str) -> float:
 class _Reporter:
     """The hooks of a trial's training: they report to Optuna and the observer, prune, and stop."""
 
-    def __init__(self, trial: optuna.Trial, context: StudyContext, recipe: Recipe, unpruned: bool):
-        self._trial, self._context, self._recipe = trial, context, recipe
-        self._is_ours = isinstance(trial.study.pruner, RecentTrialsPruner)
-        self._may_prune = not self._is_ours or (trial.number >= MIN_UNPRUNED_TRIALS and not unpruned)
+    def __init__(self, trial: optuna.Trial, context: StudyContext, recipe: Recipe, short: bool):
+        self._trial, self._context, self._recipe, self._short = trial, context, recipe, short
         # Of a retry: what was reported before its predecessor died.
         self._reported_steps = set(stored_trial(trial.study, trial).intermediate_values)
         self._clock = _Clock(recipe.training.batch_size)
@@ -214,13 +215,12 @@ class _Reporter:
         self._clock.epoch_ended()
         self._context.observer.epoch(self._trial.number, report)
         search = self._context.search
-        if (step := search.step(report.epoch, self._recipe)) not in self._reported_steps:
+        if (step := search.step(report.epoch, self._recipe, self._short)) not in self._reported_steps:
             with _ownership_required():
                 self._trial.report(report.metrics[search.study.objective], step)
         is_last = report.epoch == self._recipe.training.epochs
-        if self._may_prune and not is_last and self._trial.should_prune():
-            reason = "not among the best quarter" if self._is_ours else f"by {type(self._trial.study.pruner).__name__}"
-            raise Prune(f"{reason} after epoch {report.epoch}")
+        if not is_last and self._trial.should_prune():
+            raise Prune(f"by {type(self._trial.study.pruner).__name__} after epoch {report.epoch}")
         self._check_stop()
 
     def on_step(self, epoch: int, step: int, steps: int) -> None:

@@ -15,9 +15,9 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.search.portfolio import PORTFOLIO
 from pipeline.search.run_study import run_study
-from pipeline.search.starts import MAX_STARTS, nearest, starts
+from pipeline.search.starts import nearest, starts
 from pipeline.search.storage import open_study
-from pipeline.search.study import Search, Study
+from pipeline.search.study import MAX_STARTS, Search, Study
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes
 
