@@ -108,6 +108,10 @@ class StudyHarness:
         search = self.search(trials, space, self.base.changed(changes or {}), **limits)
         return run_study(self.context(search, observer), pool)
 
+    def empty_study(self) -> optuna.Study:
+        """The study without the control."""
+        return optuna.create_study(study_name=self.key, storage=self.storage, direction="maximize")
+
     def study(self) -> optuna.Study:
         return optuna.load_study(study_name=self.key, storage=self.storage)
 
