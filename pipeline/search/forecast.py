@@ -207,10 +207,8 @@ def forecast(
     """Measure the control and a few random recipes; None where no trial remains. `study` is what is stored so far.
 
     Time: the mean of the measured epochs, times the mean number of epochs of random recipes of the space (which of them
-    the search will prefer is not known), and what a trial takes besides. Pruned: what the pruner does with trials whose
-    scores are random and keep their order, which three live studies confirmed (studies/pruning/README.md); none where the
-    study has another pruner. Other work on
-    the machine changes all of it. `on_step` may raise to end the measuring. Several `workers` share the work: on a CPU as
+    the search will prefer is not known), and what a trial takes besides. Pruned: short trials, as many as there are
+    where scores are random; none where the study has a pruner. Other work on the machine changes all of it. `on_step` may raise to end the measuring. Several `workers` share the work: on a CPU as
     far as there are cores, with one thread each, on a GPU as far as the `choice` found it free.
     """
     with _one_thread() if workers > 1 and device.type == "cpu" else contextlib.nullcontext():

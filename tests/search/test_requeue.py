@@ -57,4 +57,4 @@ def test_trial_that_died_inside_its_space_is_requeued_once(harness: StudyHarness
     ]
     assert waiting[0].system_attrs["grid_id"] == 3, "what the sampler knows it by"
     assert not waiting[0].constraints, "measured anew"
-    assert waiting[0].user_attrs == {"retry_of": trial.number, "control": True, "unpruned": True}
+    assert waiting[0].user_attrs == {"retry_of": trial.number, "control": True}

@@ -155,7 +155,8 @@ def test_trials_are_compared_at_equal_fractions_of_their_epochs(small_recipe: Re
     assert search.max_epochs == 8
     assert [search.step(epoch, short) for epoch in (1, 2)] == [4, 8]
     assert [search.step(epoch, long) for epoch in (1, 4, 8)] == [1, 4, 8]
-    assert search.pruner().rungs == [2, 3, 6]
+    assert [search.step(1, search.short(recipe), short=True) for recipe in (short, long)] == [2, 1]
+    assert search.step(2, search.short(long), short=True) == 2
 
 
 def test_settings_are_not_searched(small_recipe: Recipe) -> None:
@@ -221,8 +222,13 @@ def test_a_samplers_own_seed_counts_too(search: Search) -> None:
     assert draws[0] != draws[1]
 
 
-def test_own_pruner_replaces_ours_and_no_pruning_both(search: Search) -> None:
-    own = with_fields(search, pruner=MedianPruner(n_startup_trials=9))
+def test_own_pruner_replaces_short_trials_and_no_pruning_both(search: Search) -> None:
+    longer = with_fields(search, base=search.study.base.changed({"training.epochs": 4}))
+    assert longer.shortens and longer.short(longer.base).training.epochs == 1
+    own = with_fields(longer, pruner=MedianPruner(n_startup_trials=9))
+    assert not own.shortens and not replace(longer, prune=False).shortens
+    assert not search.shortens, "of two epochs"
+    assert not replace(longer, trials=5).shortens, "too few trials to compare"
     assert vars(own.pruner()) == vars(own.study.pruner) and isinstance(own.pruner(), MedianPruner)
     assert isinstance(replace(own, prune=False).pruner(), NopPruner)
     assert isinstance(replace(search, prune=False).pruner(), NopPruner)
