@@ -147,13 +147,7 @@ def _run(
         except BaseException:
             tracker.flush(5)
             raise
-    if search.is_exhausted(done) and num_finished(done) < search.trials:
-        reason = (
-            f"the sampler, {type(search.study.sampler).__name__}, has nothing more to suggest"
-            if search.sampler_is_done(done)
-            else f"the last {search.patience} gave no better score (`--patience`); the same command with more patience "
-            "resumes"
-        )
+    if num_finished(done) < search.trials and (reason := search.why_exhausted(done)):
         say(console, f"stopped after {num_finished(done)} trials: {reason}")
     _finish(console, search, done, tracker, tracking_uri)
 
@@ -207,7 +201,7 @@ def _finish(console: Console, search: "Search", done: Any, tracker: "MlflowTrack
     headings = ("trial", "score", "macro-F1", "weakest class (F1)", "epochs", "time")
     print_best_trials(console, title, search.study.objective, best_trials(completed, _MOST_BEST), headings)
     if nearest:
-        say(console, f"no trial was feasible: the nearest is {nearest}; `--trials` adds some")
+        say(console, f"no trial was feasible: the nearest is {nearest}")
         raise typer.Exit(1)
     links = _links(console, tracker, done.study_name) if is_settled else {}
     steps = {

@@ -338,14 +338,14 @@ def test_patience_ends_after_trials_without_a_better_score(
         value = score if isinstance(score, float) else None
         attributes = {"requeued": True} if score == "requeued" else {}
         study.add_trial(optuna.trial.create_trial(state=state, value=value, user_attrs=attributes))
-    assert replace(search, patience=patience).is_exhausted(study) is exhausted
+    assert bool(replace(search, patience=patience).why_exhausted(study)) is exhausted
 
 
 def test_score_of_an_infeasible_trial_does_not_prolong_a_study(search: Search) -> None:
     study = optuna.create_study(direction="maximize")
     for score, above in ((0.5, 0.0), (0.4, -1.0), (0.9, 1.0)):
         study.add_trial(create_trial(value=score, system_attrs={"constraints:model/parameters": above}))
-    assert replace(search, patience=2).is_exhausted(study)
+    assert replace(search, patience=2).why_exhausted(study)
     progress = study_progress(study, 3)
     assert (progress.best, progress.infeasible, progress.failed) == ((0, 0.5), 1, 0)
 
@@ -365,6 +365,6 @@ def test_pruned_and_infeasible_trials_are_counted_apart(search: Search) -> None:
 def test_sampler_that_stopped_ends_the_study_and_another_one_continues(search: Search) -> None:
     study = optuna.create_study()
     StudyAttributes.update(study, stopped_by="BruteForceSampler")
-    assert with_fields(search, sampler=BruteForceSampler()).is_exhausted(study)
-    assert not with_fields(search, sampler=RandomSampler()).is_exhausted(study)
-    assert not search.is_exhausted(study)
+    assert with_fields(search, sampler=BruteForceSampler()).why_exhausted(study)
+    assert not with_fields(search, sampler=RandomSampler()).why_exhausted(study)
+    assert not search.why_exhausted(study)
