@@ -204,7 +204,8 @@ def _decision(frame: pd.DataFrame, decision: FinalsDecision) -> dict[str, Any]:
 
 def _effects(tracker: MlflowTracker, frame: pd.DataFrame, drawn: dict[str, go.Figure]) -> dict[str, Any]:
     """What each choice adds: to the score, or where most were pruned to the score after `early_epoch`."""
-    num_pruned, epoch, measure = int((frame["state"] == "pruned").sum()), None, "the score"
+    trained = frame[frame["epochs"] > 0]  # an infeasible trial may have been refused before
+    num_pruned, epoch, measure = int((trained["state"] == "pruned").sum()), None, "the score"
     if num_pruned > len(finished(frame)):  # the few that finished were selected by what is to be explained
         epoch, frame = early(tracker, frame)
         measure = f"{frame['objective'].iloc[0]} after epoch {epoch}"
