@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import Problem, UserError, did_you_mean, first_line
 from pipeline.evaluation.constraints import MEASURES, nearest, violations
-from pipeline.recipe import KIND, Recipe, has_default, kind_field, kinds_with
+from pipeline.recipe import KIND, LATER, Recipe, has_default, kind_field, kinds_with
 from pipeline.search.optuna_internals import allow_stop, reseed
 from pipeline.search.pruner import RecentTrialsPruner
 from pipeline.search.space_check import (
@@ -222,10 +222,13 @@ class Search:
 
     def fingerprint(self, data: "TrainingData") -> dict[str, Any]:
         """All that the scores of one search have in common, as JSON."""
-        space, base = self.space(), {**self.settings, **self.base.flat()}
-        del base["data.dataset"]  # the data's path; the digest says what the data is
-        del base["data.train_fraction"]  # part of the split's digest
-        del base["training.execution"]  # depends on the device, and changes no result
+        elsewhere = (
+            "data.dataset",  # the data's path; the digest says what the data is
+            "data.train_fraction",  # part of the split's digest
+            "training.execution",  # depends on the device, and changes no result
+        )
+        space, flat = self.space(), {**self.settings, **self.base.flat()}
+        base = {name: flat[name] for name in flat if name not in elsewhere and (name, flat[name]) not in LATER.items()}
         return {
             "objective": self.study.objective,
             "constraints": dict(self.study.constraints),
