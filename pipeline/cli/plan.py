@@ -58,5 +58,7 @@ def plan(
     say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
     if costs := forecast(search, data, torch_device, stored, workers=choice.workers, choice=choice):
         print_forecast(console, asdict(costs))
+    elif stored and (reason := search.why_exhausted(stored)):
+        say(console, f"{search.key(data)}: nothing is left to run: {reason}")
     else:
         say(console, f"{search.key(data)}: its {search.trials} trials are done; `--trials` adds some")

@@ -155,13 +155,7 @@ def _run(
         except BaseException:
             tracker.flush(5)
             raise
-    if search.is_exhausted(done) and num_finished(done) < search.trials:
-        reason = (
-            f"the sampler, {type(search.study.sampler).__name__}, has nothing more to suggest"
-            if search.sampler_is_done(done)
-            else f"the last {search.patience} gave no better score (`--patience`); the same command with more patience "
-            "resumes"
-        )
+    if num_finished(done) < search.trials and (reason := search.why_exhausted(done)):
         say(console, f"stopped after {num_finished(done)} trials: {reason}")
     _finish(console, search, done, tracker, tracking_uri)
 
@@ -192,7 +186,8 @@ def _finish(console: Console, search: "Search", done: Any, tracker: "MlflowTrack
     """The table of the best trials, and what to do next."""
     from pipeline.cli.views import print_best_trials
     from pipeline.cli.views_study import print_forecast
-    from pipeline.report.trials import best_trials, table_of
+    from pipeline.report.best_trials import best_trials
+    from pipeline.report.trials import table_of
     from pipeline.search.storage import num_finished
     from pipeline.search.study import nearest_infeasible, records, study_progress
 
@@ -215,7 +210,7 @@ def _finish(console: Console, search: "Search", done: Any, tracker: "MlflowTrack
     headings = ("trial", "score", "macro-F1", "weakest class (F1)", "epochs", "time")
     print_best_trials(console, title, search.study.objective, best_trials(completed, _MOST_BEST), headings)
     if nearest:
-        say(console, f"no trial was feasible: the nearest is {nearest}; `--trials` adds some")
+        say(console, f"no trial was feasible: the nearest is {nearest}")
         raise typer.Exit(1)
     links = _links(console, tracker, done.study_name) if is_settled else {}
     steps = {
@@ -233,14 +228,17 @@ def _deleted(console: Console, tracker: "MlflowTracker", done: Any) -> set[str]:
 
     The sampler still uses what they measured, and they count: that was true, and to search there again would be a waste.
     """
+    from pipeline.search.study_attributes import StudyAttributes
     from pipeline.tracking import queries
 
+    parent = StudyAttributes.of(done).mlflow_run_id
+    assert parent, "it has trials"
     try:
         for study in queries.studies(tracker):
-            if study.parent == done.user_attrs["mlflow_run_id"]:
+            if study.parent == parent:
                 for line in queries.omitted_lines(tracker, study):
                     say(console, line)
-        return queries.deleted_keys(tracker, done.user_attrs["mlflow_run_id"])
+        return queries.deleted_keys(tracker, parent)
     except Exception as error:
         if not is_away(error):
             raise

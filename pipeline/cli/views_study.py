@@ -118,9 +118,9 @@ class StudyView:
         score = outcome.metrics.get(self._search.study.objective)
         reason = f" ({outcome.reason})" if outcome.reason else ""
         scored = f", {self._search.study.objective} {score:.4f}" if score is not None else ""
-        if outcome.epochs and (broken := violations(self._search.study.constraints, outcome.metrics)):
-            scored += f", infeasible: {broken}"
         line = f"trial {number} {outcome.state}{reason}{scored}, {outcome.epochs} epochs in {duration(outcome.seconds)}"
+        if outcome.epochs and (broken := violations(self._search.study.constraints, outcome.metrics)):
+            line += f"; infeasible: {broken}"
         self._trials.pop(number, None)
         for text in (line, *(f"  {note}" for note in outcome.notes)):
             say(self._console, text)
@@ -168,7 +168,10 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
     for name, (key, show) in rows.items():
         cells = [show(forecast[key])]
         if actual:
-            cells += [show(actual[key]), f"{actual[key] / forecast[key]:.2f}" if forecast[key] else ""]
+            taken = actual[key]  # NaN is the time of no epoch
+            cells += (
+                ["", ""] if taken != taken else [show(taken), f"{taken / forecast[key]:.2f}" if forecast[key] else ""]
+            )
         elif (unpruned := forecast.get(f"unpruned_{key}")) is not None:
             cells.append(show(unpruned))
         table.add_row(name, *cells)

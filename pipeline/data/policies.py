@@ -29,7 +29,7 @@ from pipeline.data.operations import (
     solarize,
     warp,
 )
-from pipeline.recipe import AnyAugmentation, AugMix, Custom, RandAugment, TrivialAugment
+from pipeline.recipe import AnyAugmentation, AugMix, Custom, NoPolicy, RandAugment, TrivialAugment
 
 # Images float32 (B, 3, S, S) in [0, 1], which it may change in place, and draws for them -> images.
 Policy = Callable[[Tensor, Draws], Tensor]
@@ -58,9 +58,10 @@ def policy_of(augmentation: AnyAugmentation, size: int, device: torch.device) ->
         case RandAugment(operations=count, magnitude=magnitude):
             return partial(_in_turn, count, _Space(_NARROW, slice(magnitude, magnitude + 1), size, device))
         case AugMix(severity=severity):
-            quantiles = [of(augmentation.alpha, device) for of in (beta_quantiles, log_gamma_quantiles)]
-            return partial(_mixture, augmentation, _Space(_MIXED, slice(severity), size, device), *quantiles)
-    return lambda images, draw: images
+            own, chains = beta_quantiles(augmentation.alpha, device), log_gamma_quantiles(augmentation.alpha, device)
+            return partial(_mixture, augmentation, _Space(_MIXED, slice(severity), size, device), own, chains)
+        case NoPolicy():
+            return lambda images, draw: images
 
 
 def _custom(a: Custom, size: int, images: Tensor, draw: Draws) -> Tensor:
@@ -119,9 +120,19 @@ class _Magnitudes:
         }
 
 
-_NARROW = _Magnitudes(31, 0.3, lambda size: 150 / 331 * size, 30, 0.9, (8, 4))
-_WIDE = _Magnitudes(31, 0.99, lambda size: 32, 135, 0.99, (8, 2))
-_MIXED = _Magnitudes(10, 0.3, lambda size: size / 3, 30, 0.9, (4, 0), OPERATIONS[1:])
+_NARROW = _Magnitudes(
+    bins=31, shear=0.3, translation=lambda size: 150 / 331 * size, rotation=30, colour=0.9, bits=(8, 4)
+)
+_WIDE = _Magnitudes(bins=31, shear=0.99, translation=lambda size: 32, rotation=135, colour=0.99, bits=(8, 2))
+_MIXED = _Magnitudes(
+    bins=10,
+    shear=0.3,
+    translation=lambda size: size / 3,
+    rotation=30,
+    colour=0.9,
+    bits=(4, 0),
+    operations=OPERATIONS[1:],
+)
 
 
 class _Space:
@@ -171,8 +182,8 @@ def operate(images: Tensor, operation: Tensor, parameter: Tensor) -> Tensor:
     apply = _to_chosen if images.device.type == "cpu" else _to_all
     first_colour = 1 + len(_GEOMETRIC)
     places = torch.arange(1, first_colour, device=images.device)
-    *shears_and_moves, degrees = (parameter[:, None] * (operation[:, None] == places)).unbind(1)
-    matrices = compose(rotation(degrees), shear_and_move(*shears_and_moves, images.shape[-1]))
+    shear_x, shear_y, right, down, degrees = (parameter[:, None] * (operation[:, None] == places)).unbind(1)
+    matrices = compose(rotation(degrees), shear_and_move(shear_x, shear_y, right, down, images.shape[-1]))
     images = apply(warp, images, (operation > 0) & (operation < first_colour), matrices)
     for place, function in enumerate(_COLOUR.values(), start=first_colour):
         images = apply(function, images, operation == place, parameter)

@@ -16,8 +16,9 @@ ALPHA = 0.05
 RULES = (
     f"stopped early: worse than the best mean so far by a paired t test over at least {MIN_SEEDS} seeds, one-sided, its "
     f"level {ALPHA} shared among all pairs and tests; the control never",
-    f"winner: the highest mean; what a two-sided paired t test ({ALPHA}; none under {MIN_SEEDS} seeds) can't tell from "
-    "it ties with it; a tie goes to the cheapest: FLOP of a prediction, then epochs, then the control, then the mean",
+    "winner: the highest mean of the feasible recipes; what a two-sided paired t test "
+    f"({ALPHA}; none under {MIN_SEEDS} seeds) can't tell from it ties with it; a tie goes to the cheapest: FLOP of a "
+    "prediction, then epochs, then the control, then the mean",
 )
 
 

@@ -21,7 +21,7 @@ from pipeline.recipe import Recipe
 from pipeline.search.short_trials import short_epochs, simulate
 from pipeline.search.speed import measure, measure_overhead, trial_seconds
 from pipeline.search.storage import num_finished
-from pipeline.search.study import Search
+from pipeline.search.study import Search, is_feasible
 from pipeline.search.study_attributes import Choice, StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking.sqlite import checkpoint
@@ -204,7 +204,7 @@ def forecast(
     workers: int = 1,
     choice: Choice | None = None,
 ) -> Forecast | None:
-    """Measure the control and a few random recipes; None where no trial remains. `study` is what is stored so far.
+    """Measure the control and a few random recipes; None where no trial remains to be run. `study` is what is stored so far.
 
     Time: the mean of the measured epochs, times the mean number of epochs of random recipes of the space (which of them
     the search will prefer is not known), and what a trial takes besides. Pruned: short trials, as many as there are
@@ -237,7 +237,7 @@ def _forecast(
 ) -> Forecast | None:
     done = num_finished(study) if study else 0
     remaining = search.trials - done
-    if remaining <= 0:
+    if remaining <= 0 or (study and search.why_exhausted(study)):
         return None
     counter = _FileCounter()
     start = time.perf_counter()
@@ -284,7 +284,7 @@ def actual(study: optuna.Study, first: int, seconds: float, disk_mib: float) -> 
         trials=len(trials),
         seconds=seconds,
         epochs=sum(TrialAttributes.of(trial).epochs for trial in trials),
-        pruned=sum(trial.state is TrialState.PRUNED for trial in trials),
+        pruned=sum(trial.state is TrialState.PRUNED and is_feasible(trial) for trial in trials),
         epoch_s=_mean_epoch_s([TrialAttributes.of(trial) for trial in trials]),
         disk_mib=disk_mib,
     )

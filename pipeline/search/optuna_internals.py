@@ -20,6 +20,8 @@ from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
 
 def trial_id(trial: FrozenTrial | optuna.Trial) -> int:
     """A trial's id in its storage, which is not its number in the study."""

@@ -139,7 +139,7 @@ def _run_trials(study: optuna.Study, context: StudyContext, lock: StudyLock) -> 
         lock.check()
         if search.timeout_s is not None and time.monotonic() - start >= search.timeout_s:
             break
-        if search.is_exhausted(study):
+        if search.why_exhausted(study):
             break
         release_trials(study, search, study.get_trials(deepcopy=False), 1, search.trials - finished)
         if trial := claim_trial(study, context.storage, worker):

@@ -32,7 +32,6 @@ from pipeline.tracking.run_data import newest_first
 from pipeline.tracking.sqlite import use_write_ahead_log
 from pipeline.tracking.study_key import StudyKey
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)
 log = logging.getLogger(__name__)
 
 MAX_WAIT_S = 600.0  # for a database that is away

@@ -209,25 +209,29 @@ class Search:
         """The study's pruner, or none."""
         return (copy.deepcopy(self.study.pruner) if self.prune else None) or NopPruner()
 
-    def sampler_is_done(self, study: optuna.Study) -> bool:
-        """Whether the study's sampler has nothing more to suggest, as a grid that was tried completely."""
+    def why_exhausted(self, study: optuna.Study) -> str:
+        """Why the study stops before its last trial; empty where it doesn't.
+
+        The sampler has nothing more to suggest, or the last `patience` trials that ended, in any state, gave no score
+        above the best before them. The score of an infeasible trial is none.
+        """
+        if self._sampler_is_done(study):
+            return f"the sampler, {type(self.study.sampler).__name__}, has nothing more to suggest"
+        ended = [trial for trial in study.get_trials(deepcopy=False) if counts_toward_budget(trial)]
+        if self.patience is None or len(ended) <= self.patience:
+            return ""
+        scores = [trial.value if trial.value is not None and is_feasible(trial) else -math.inf for trial in ended]
+        if not max(scores[-self.patience :]) <= max(scores[: -self.patience]) > -math.inf:
+            return ""
+        return (
+            f"the last {self.patience} gave no better score (`--patience`); the same command with more patience resumes"
+        )
+
+    def _sampler_is_done(self, study: optuna.Study) -> bool:
         sampler = self.study.sampler
         if isinstance(sampler, GridSampler):  # it may have grown since it stopped
             return sampler.is_exhausted(study)
         return sampler is not None and StudyAttributes.of(study).stopped_by == type(sampler).__name__
-
-    def is_exhausted(self, study: optuna.Study) -> bool:
-        """Whether the sampler is done, or the last `patience` trials that ended gave no score above the best before them.
-
-        They may have ended in any state; the score of an infeasible one is none.
-        """
-        if self.sampler_is_done(study):
-            return True
-        ended = [trial for trial in study.get_trials(deepcopy=False) if counts_toward_budget(trial)]
-        if self.patience is None or len(ended) <= self.patience:
-            return False
-        scores = [trial.value if trial.value is not None and is_feasible(trial) else -math.inf for trial in ended]
-        return max(scores[-self.patience :]) <= max(scores[: -self.patience]) > -math.inf
 
     def step(self, epoch: int, recipe: Recipe, short: bool = False) -> int:
         """A trial's epoch as sampler and pruner see it: in epochs of the study's longest trial, or of its longest short one.

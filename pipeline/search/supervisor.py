@@ -124,7 +124,7 @@ class Supervisor:
         """How many more trials may start."""
         search = self.context.search
         is_late = search.timeout_s is not None and elapsed_s >= search.timeout_s
-        return 0 if is_late or search.is_exhausted(self.study) else max(search.trials - started, 0)
+        return 0 if is_late or search.why_exhausted(self.study) else max(search.trials - started, 0)
 
     def _check_stop(self) -> None:
         if self.stop.requested:

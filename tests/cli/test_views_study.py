@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -42,7 +43,7 @@ def test_infeasible_trials_are_named_with_what_they_break(search: Search, capsys
         view.trial_ended(1, Outcome(State.FINISHED, "k", None, "", {"model/latency_ms": 6.25}, 1, 2.0))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("0 pruned, 0 failed, 1 infeasible")
-    assert lines[1] == "trial 1 finished, infeasible: model/latency_ms 6.25, at most 5, 1 epochs in 2.0 s"
+    assert lines[1] == "trial 1 finished, 1 epochs in 2.0 s; infeasible: model/latency_ms 6.25, at most 5"
 
 
 def test_infeasible_control_is_said_before_the_start(
@@ -65,6 +66,7 @@ def test_forecast_is_compared_with_what_it_cost() -> None:
     console = Console(file=io.StringIO(), width=100)
     print_forecast(console, FORECAST | {"measured": 1}, FORECAST | {"seconds": 180})
     assert "2.00" in console.file.getvalue()  # type: ignore[attr-defined]
+    print_forecast(console, FORECAST | {"measured": 1}, FORECAST | {"epoch_s": math.nan})  # all were refused
     assert "truth / forecast" in console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -134,6 +134,55 @@ def test_sampler_and_pruning_are_not_part_of_the_question(search: Search, digits
     assert other.fingerprint(digits) == search.fingerprint(digits)
 
 
+def test_fields_of_later_days_are_not_in_the_fingerprint_at_first(search: Search, digits: TrainingData) -> None:
+    """A study of before there were policies is resumed."""
+    assert "augmentation.policy" not in search.fingerprint(digits)["base"]
+    other = Search("tiny", search.study, {"augmentation.policy": "augmix"}, 1, 8, None)
+    assert "  base augmentation.policy: None then, augmix now" in refusal(search, other, digits)
+
+
+def searched_policies(trial: Any) -> None:
+    if trial.suggest_categorical("augmentation.policy", ["custom", "randaugment", "augmix"]) == "custom":
+        trial.suggest_float("augmentation.rotation", 0, 30)
+
+
+def custom_policy(trial: Any) -> None:
+    trial.suggest_float("augmentation.rotation", 0, 30)
+    trial.suggest_float("augmentation.erasing", 0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("space", "settings", "remarks"),
+    [
+        (searched_policies, {"augmentation.crop_padding": 2, "augmentation.erasing": 0.1}, []),
+        (
+            searched_policies,
+            {"augmentation.rotation": 10},
+            [
+                "augmentation.rotation = 10: not where augmentation.policy is randaugment or augmix, which can't have it; "
+                "it applies to all other trials"
+            ],
+        ),
+        (
+            custom_policy,
+            {"augmentation.policy": "trivialaugment"},
+            ["augmentation.rotation: not searched, as trivialaugment can't have that"],
+        ),
+    ],
+)
+def test_policies_are_searched_and_set(
+    space: Any, settings: dict[str, Any], remarks: list[str], small_recipe: Recipe
+) -> None:
+    study = Study(question="?", base=small_recipe, space=space, objective="val/accuracy", trials=8)
+    search = Search("tiny", study, settings, 1, 8, None)
+    search.check()
+    assert search.remarks() == remarks
+    drawn = search.recipe({"augmentation.policy": "augmix"}).flat()
+    assert drawn["augmentation.policy"] == settings.get("augmentation.policy", "augmix")
+    assert drawn["augmentation.crop_padding"] == settings.get("augmentation.crop_padding", 1)
+    assert "augmentation.rotation" not in drawn
+
+
 def test_the_number_of_trials_may_change(search: Search, digits: TrainingData) -> None:
     more = Search("tiny", search.study, {}, 1, trials=99, timeout_s=5)
     check_same("tiny", search.fingerprint(digits), more.fingerprint(digits), 1)
@@ -344,14 +393,14 @@ def test_patience_ends_after_trials_without_a_better_score(
         value = score if isinstance(score, float) else None
         attributes = {"requeued": True} if score == "requeued" else {}
         study.add_trial(optuna.trial.create_trial(state=state, value=value, user_attrs=attributes))
-    assert replace(search, patience=patience).is_exhausted(study) is exhausted
+    assert bool(replace(search, patience=patience).why_exhausted(study)) is exhausted
 
 
 def test_score_of_an_infeasible_trial_does_not_prolong_a_study(search: Search) -> None:
     study = optuna.create_study(direction="maximize")
     for score, above in ((0.5, 0.0), (0.4, -1.0), (0.9, 1.0)):
         study.add_trial(create_trial(value=score, system_attrs={"constraints:model/parameters": above}))
-    assert replace(search, patience=2).is_exhausted(study)
+    assert replace(search, patience=2).why_exhausted(study)
     progress = study_progress(study, 3)
     assert (progress.best, progress.infeasible, progress.failed) == ((0, 0.5), 1, 0)
 
@@ -371,6 +420,6 @@ def test_pruned_and_infeasible_trials_are_counted_apart(search: Search) -> None:
 def test_sampler_that_stopped_ends_the_study_and_another_one_continues(search: Search) -> None:
     study = optuna.create_study()
     StudyAttributes.update(study, stopped_by="BruteForceSampler")
-    assert with_fields(search, sampler=BruteForceSampler()).is_exhausted(study)
-    assert not with_fields(search, sampler=RandomSampler()).is_exhausted(study)
-    assert not search.is_exhausted(study)
+    assert with_fields(search, sampler=BruteForceSampler()).why_exhausted(study)
+    assert not with_fields(search, sampler=RandomSampler()).why_exhausted(study)
+    assert not search.why_exhausted(study)
