@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from pipeline.evaluation import figures
 from pipeline.evaluation.calibration import fit_calibration
 from pipeline.evaluation.latency import latency_ms
 from pipeline.evaluation.logits import predict_logits
-from pipeline.evaluation.scores import most_confident, per_class_table, reliability, score
+from pipeline.evaluation.scores import CLASS_F1, most_confident, per_class_table, reliability, score
 from pipeline.inference.classifier import ModelMetadata
 from pipeline.inference.methods import measure, methods_table, out_of_fold, views, views_of
 from pipeline.models.build import num_parameters
@@ -28,6 +28,7 @@ from pipeline.training.loop import Diverged, EpochReport, Result, train
 from pipeline.training.resume import Resume
 
 SCORES_OF_METHODS = ("accuracy", "f1_macro")  # that are logged for each prediction method
+MAX_CLASSES_BY_EPOCH = 50  # with more, each class's F1 is logged when the run ends, and not after every epoch
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")
 
 
@@ -91,6 +92,7 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
 
         def on_epoch(report: EpochReport) -> None:
             reports.append(report)
+            report = replace(report, metrics=_split(report.metrics, request.data)[0])
             tracked.log_metrics(report.metrics, report.epoch)
             request.on_epoch(report)
 
@@ -108,6 +110,8 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
             state, reason = State.FAILED, f"out of memory: {error}"
         except (Interrupted, KeyboardInterrupt):
             state, reason = State.INTERRUPTED, "stopped by the user"
+        if reports and (at_the_end := _split(reports[-1].metrics, request.data)[1]):
+            tracked.log_metrics(at_the_end, reports[-1].epoch)
         tracked.end(state, reason)
 
     if request.resume_dir and state is not State.INTERRUPTED:
@@ -125,6 +129,16 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
         seconds=time.perf_counter() - start + (resume.seconds if resume else 0),
         notes=tuple(resume.notes) if resume else (),
     )
+
+
+def _split(metrics: Mapping[str, float], data: TrainingData) -> tuple[dict[str, float], dict[str, float]]:
+    """What is logged after each epoch, and what only when the run ends, in whatever state: F1 of many classes."""
+    at_the_end = {
+        name: value
+        for name, value in metrics.items()
+        if name.startswith(CLASS_F1) and len(data.classes) > MAX_CLASSES_BY_EPOCH
+    }
+    return {name: value for name, value in metrics.items() if name not in at_the_end}, at_the_end
 
 
 def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) -> dict[str, float]:
@@ -160,7 +174,7 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
         "model/latency_ms": latency_ms(result.network, data.image_size, recipe.training.precision),
         "time/training_s": result.seconds,
     }
-    logged_names = result.history[-1].metrics.keys()  # by the loop, of the same logits: a point is logged once
+    logged_names = result.history[-1].metrics.keys()  # by `run`, of the same logits: a point is logged once
     final_metrics = {name: value for name, value in metrics.items() if name not in logged_names}
     tracked.log_metrics(final_metrics, len(result.history))
 
