@@ -17,7 +17,7 @@ from pipeline.evaluation.calibration import fit_calibration
 from pipeline.evaluation.constraints import violations
 from pipeline.evaluation.latency import latency_ms
 from pipeline.evaluation.logits import predict_logits
-from pipeline.evaluation.scores import most_confident, per_class_table, reliability, score
+from pipeline.evaluation.scores import CLASS_F1, most_confident, per_class_table, reliability, score
 from pipeline.inference.classifier import ModelMetadata
 from pipeline.inference.methods import measure, methods_table, out_of_fold, views, views_of
 from pipeline.models.build import build_network, num_parameters
@@ -29,6 +29,7 @@ from pipeline.training.loop import Diverged, EpochReport, Result, train
 from pipeline.training.resume import Resume
 
 SCORES_OF_METHODS = ("accuracy", "f1_macro")  # that are logged for each prediction method
+MAX_CLASSES_BY_EPOCH = 50  # with more, each class's F1 is logged when the run ends, and not after every epoch
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")
 
 
@@ -103,6 +104,7 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
 
         def on_epoch(report: EpochReport) -> None:
             reports.append(report)
+            report = replace(report, metrics=_split(report.metrics, request.data)[0])
             tracked.log_metrics(report.metrics, report.epoch)
             request.on_epoch(report)
 
@@ -126,6 +128,8 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
             state, reason = State.FAILED, f"out of memory: {error}"
         except (Interrupted, KeyboardInterrupt):
             state, reason = State.INTERRUPTED, "stopped by the user"
+        if reports and (at_the_end := _split(reports[-1].metrics, request.data)[1]):
+            tracked.log_metrics(at_the_end, reports[-1].epoch)
         tracked.end(state, reason)
 
     if request.resume_dir and state is not State.INTERRUPTED:
@@ -157,6 +161,16 @@ def _check_feasible(request: ExperimentRequest) -> None:
     metrics = known_before(request.constraints, request.recipe, request.data)
     if broken := violations(request.constraints, metrics):
         raise Infeasible(broken, metrics)
+
+
+def _split(metrics: Mapping[str, float], data: TrainingData) -> tuple[dict[str, float], dict[str, float]]:
+    """What is logged after each epoch, and what only when the run ends, in whatever state: F1 of many classes."""
+    at_the_end = {
+        name: value
+        for name, value in metrics.items()
+        if name.startswith(CLASS_F1) and len(data.classes) > MAX_CLASSES_BY_EPOCH
+    }
+    return {name: value for name, value in metrics.items() if name not in at_the_end}, at_the_end
 
 
 def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) -> dict[str, float]:
@@ -192,7 +206,7 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
         "model/latency_ms": latency_ms(result.network, data.image_size, recipe.training.precision),
         "time/training_s": result.seconds,
     }
-    logged_names = result.history[-1].metrics.keys()  # by the loop, of the same logits: a point is logged once
+    logged_names = result.history[-1].metrics.keys()  # by `run`, of the same logits: a point is logged once
     final_metrics = {name: value for name, value in metrics.items() if name not in logged_names}
     tracked.log_metrics(final_metrics, len(result.history))
 

@@ -40,6 +40,7 @@ Section = tuple[dict[str, Any], dict[str, go.Figure]]  # what the template knows
 MAX_BEST = 10  # trials that are listed
 MAX_UNFINISHED = 40
 MAX_REASONS = 5
+MAX_PRUNED_BY_CLASS = 20  # curves, the last ones: each costs a request for each class
 MAX_PARALLEL_AXES = 8
 
 
@@ -168,6 +169,7 @@ def _results(tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison
     run_ids = list(dict.fromkeys([*comparison.run_ids, *pruned]))
     curves = histories(tracker, run_ids, str(comparison.best["objective"]))
     figures = {"learning_curves": scores.learning_curves(frame, curves), "per_class": classes.per_class(frame)}
+    figures |= _class_curves(tracker, frame, comparison)
     if comparison.stored_predictions:
         figures["calibration"] = classes.calibration(comparison.stored_predictions)
     sizes_differ = "model/parameters" in done and done["model/parameters"].nunique() > 1
@@ -175,6 +177,16 @@ def _results(tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison
     figures |= {name: scores.cost(frame, measure) for name, measure in costs.items()}
     num_equal = int((done["score"] == done["score"].max()).sum()) - 1
     return {"num_finished": len(done), "num_equal": num_equal, "costs": list(costs)}, figures
+
+
+def _class_curves(tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison) -> dict[str, go.Figure]:
+    """F1 by class and epoch; none where the best trial has it of its last epoch alone."""
+    best = comparison.best
+    pruned = trial_rows(frame, State.PRUNED)["run_id"].tail(MAX_PRUNED_BY_CLASS)
+    run_ids = [*comparison.run_ids, *pruned]
+    curves = {metric: histories(tracker, run_ids, metric) for metric in classes.weakest_metrics(best)}
+    is_complete = [(curve["run_id"] == best["run_id"]).sum() == best["epochs"] for curve in curves.values()]
+    return {"class_curves": classes.curves(frame, best, curves)} if curves and all(is_complete) else {}
 
 
 def _disagreement(tracker: MlflowTracker, comparison: Comparison, find: FindData) -> Section:

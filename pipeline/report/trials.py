@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.errors import UserError
+from pipeline.evaluation.scores import CLASS_F1
 from pipeline.report.stored import histories
 from pipeline.tracking import queries
 from pipeline.tracking.intact import control_runs
@@ -23,7 +24,6 @@ COLUMNS = (
     *("study", "trial", "run_id", "role", "state", "reason", "infeasible", "control", "objective", "score"),
     *("started", "seconds", "epochs"),
 )
-F1 = "val/f1/"
 INFINITE = 1e300  # MLflow stores infinity as 1.8e308
 
 
@@ -216,10 +216,15 @@ def searched(frame: pd.DataFrame) -> list[str]:
     return [name for name in param_names(frame) if rows[name].nunique() > 1]
 
 
+def class_f1(row: pd.Series) -> pd.Series:
+    """A run's F1 by class, by metric; empty where it has none."""
+    return row[[name for name in row.index if str(name).startswith(CLASS_F1)]].astype(float).dropna()
+
+
 def weakest_class(row: pd.Series) -> tuple[str, float]:
     """The class with the lowest F1, and it; ("", NaN) where the run has none."""
-    f1 = row[[name for name in row.index if str(name).startswith(F1)]].astype(float).dropna()
-    return (str(f1.idxmin()).removeprefix(F1), float(f1.min())) if len(f1) else ("", float("nan"))
+    f1 = class_f1(row)
+    return (str(f1.idxmin()).removeprefix(CLASS_F1), float(f1.min())) if len(f1) else ("", float("nan"))
 
 
 def with_control(rows: pd.DataFrame, base: pd.Series | None) -> pd.DataFrame:

@@ -208,8 +208,9 @@ def forecast(
 
     Time: the mean of the measured epochs, times the mean number of epochs of random recipes of the space (which of them
     the search will prefer is not known), and what a trial takes besides. Pruned: short trials, as many as there are
-    where scores are random; none where the study has a pruner. Other work on the machine changes all of it. `on_step` may raise to end the measuring. Several `workers` share the work: on a CPU as
-    far as there are cores, with one thread each, on a GPU as far as the `choice` found it free.
+    where scores are random; none where the study has a pruner. Other work on the machine changes all of it. `on_step` may
+    raise to end the measuring. Several `workers` share the work: on a CPU as far as there are cores, with one thread each,
+    on a GPU as far as the `choice` found it free.
     """
     with _one_thread() if workers > 1 and device.type == "cpu" else contextlib.nullcontext():
         result = _forecast(search, data, device, study, on_step, workers, choice.taken if choice else 0.0)

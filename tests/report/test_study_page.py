@@ -93,6 +93,12 @@ def test_where_most_are_pruned_they_count_too_and_it_is_said_how(
     assert float(re.findall(r">([^<>]+)</td>", adam)[5]) == pytest.approx(20, abs=1)
 
 
+def test_f1_by_epoch_is_drawn_of_pruned_trials_too(store: Store) -> None:
+    """`tiny` has a trial that finished two epochs, and one that was pruned after the first."""
+    [caption] = re.findall(r"Trial 0's weakest class, \d, has F1 [^<]*", page_of(store, "tiny").replace("&#39;", "'"))
+    assert "after epoch 1 and" in caption and caption.endswith("Grey: 1 pruned trial.")
+
+
 def test_what_finals_decided_comes_first(halved: Store) -> None:
     tracker = MlflowTracker(halved.home)
     [study] = choose(tracker, ["halved"])

@@ -152,11 +152,34 @@ def _progress(done: pd.DataFrame) -> str:
 
 def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
     """The objective by epoch, from `stored.histories`: the best trial, the control, and pruned ones in grey."""
-    figure, base = go.Figure(), control(frame)
-    curves = dict(iter(histories.groupby("run_id")))
-    num_pruned = _add_pruned_curves(
-        figure, [curves[run_id] for run_id in frame["run_id"][frame["state"] == State.PRUNED] if run_id in curves]
-    )
+    figure = go.Figure()
+    named, num_pruned = add_curves(figure, frame, histories)
+    set_axes(figure, "epoch", objective_label(frame), 360)
+    set_integer_ticks(figure, histories["epoch"])
+    caption = f"Grey: {num_pruned} pruned trial{'s' * (num_pruned != 1)}" if num_pruned else "No trial was pruned"
+    if len(named) == 2:
+        of_control, of_other = (curve.set_index("epoch")["value"] for curve in named.values())
+        difference = (of_other - of_control).dropna()
+        epochs = f"{int((difference > 0).sum())} of {len(difference)} epochs"
+        caption = f"The {list(named)[1]} was ahead of the control in {epochs}. {caption}"
+    return with_caption(figure, f"{caption}.")
+
+
+def add_curves(
+    figure: go.Figure, frame: pd.DataFrame, histories: pd.DataFrame, **options: Any
+) -> tuple[dict[str, pd.DataFrame], int]:
+    """Draw a metric by epoch: pruned trials in grey, the control, and the best or the runner-up; `options` of each trace.
+
+    Returns what is drawn of the last two by name, and how many are grey.
+    """
+    base, curves = control(frame), dict(iter(histories.groupby("run_id")))
+    pruned = [curves[run_id] for run_id in frame["run_id"][frame["state"] == State.PRUNED] if run_id in curves]
+    if pruned:
+        x = [epoch for curve in pruned for epoch in [*curve["epoch"], None]]
+        y = [value for curve in pruned for value in [*curve["value"], None]]
+        line, marker = {"color": FAINT, "width": 1}, {"size": 3}
+        grey = {"name": "pruned", "legendgroup": "pruned", "opacity": 0.6, "line": line, "marker": marker}
+        figure.add_scatter(x=x, y=y, mode="lines+markers", **grey, **options)
     named = {} if base is None else {"control": (base, CONTROL)}
     if (other := challenger(frame)) and (base is None or other[0]["run_id"] != base["run_id"]):
         named[other[1]] = (other[0], BEST)
@@ -167,31 +190,13 @@ def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
             y=curves[row["run_id"]]["value"],
             mode="lines+markers",
             name=f"{label} (trial {row['trial']})",
+            legendgroup=label,
             line={"color": colour, "width": 2.5},
             marker={"size": 5},
             hovertemplate="epoch %{x}: %{y:.4f}<extra></extra>",
+            **options,
         )
-    set_axes(figure, "epoch", objective_label(frame), 360)
-    set_integer_ticks(figure, histories["epoch"])
-    caption = f"Grey: {num_pruned} pruned trial{'s' * (num_pruned != 1)}" if num_pruned else "No trial was pruned"
-    if len(named) == 2:
-        of_control, of_other = (curves[row["run_id"]].set_index("epoch")["value"] for row, _ in named.values())
-        difference = (of_other - of_control).dropna()
-        epochs = f"{int((difference > 0).sum())} of {len(difference)} epochs"
-        caption = f"The {list(named)[1]} was ahead of the control in {epochs}. {caption}"
-    return with_caption(figure, f"{caption}.")
-
-
-def _add_pruned_curves(figure: go.Figure, curves: list[pd.DataFrame]) -> int:
-    """How many there are."""
-    x, y = [], []
-    for curve in curves:
-        x += [*curve["epoch"], None]
-        y += [*curve["value"], None]
-    if curves:
-        line = {"color": FAINT, "width": 1}
-        figure.add_scatter(x=x, y=y, mode="lines+markers", name="pruned", opacity=0.6, line=line, marker={"size": 3})
-    return len(curves)
+    return {label: curves[row["run_id"]] for label, (row, _) in named.items()}, len(pruned)
 
 
 # ------------------------------------------------------------------------------------------------------------- by cost
