@@ -14,6 +14,7 @@ from optuna import Trial
 
 from pipeline.recipe import parse_recipe
 from pipeline.search.study import Study, Variant
+from pipeline.search.suggest import LR
 
 BASE = parse_recipe(
     {
@@ -27,6 +28,8 @@ BASE = parse_recipe(
     }
 )
 
+RATES = {**LR, "adamw": (1e-5, 1e-2), "sgd": (1e-3, 0.1)}  # lower than from random weights
+
 
 def space(trial: Trial) -> None:
     """What is seen of an image, what learns and how fast, regularisation."""
@@ -39,12 +42,9 @@ def space(trial: Trial) -> None:
     trial.suggest_float("transfer.frozen_share", 0, 0.75, step=0.25)
     trial.suggest_categorical("transfer.layer_decay", [0.65, 0.75, 0.9, 1.0])
     trial.suggest_float("transfer.head_multiple", 1, 100, log=True)
-    # One range for both: good rates of SGD are in its upper part, AdamW's in the middle.
     optimizer = trial.suggest_categorical("optimizer.name", ["adamw", "sgd"])
-    trial.suggest_float("optimizer.lr", 1e-5, 0.1, log=True)
-    trial.suggest_float("optimizer.weight_decay", 1e-5, 0.1, log=True)
-    if optimizer == "sgd":
-        trial.suggest_categorical("optimizer.nesterov", [False, True])
+    trial.suggest_float(f"optimizer.lr@{optimizer}", *RATES[optimizer], log=True)
+    trial.suggest_categorical("optimizer.weight_decay", [0.0, 1e-4, 1e-3, 1e-2, 0.1])
     trial.suggest_float("schedule.warmup", 0, 0.2, step=0.1)
     trial.suggest_float("model.drop_path", 0, 0.3, step=0.1)
     trial.suggest_float("model.dropout", 0, 0.4, step=0.2)
@@ -63,6 +63,15 @@ STUDY = Study(
     space=space,
     objective="val/accuracy",
     trials=20,
+    starts={  # as fastai's fine_tune and as big_vision begin
+        "head first": {"transfer.frozen_epochs": 1, "transfer.head_multiple": 10},
+        "larger, sgd": {
+            "data.image_size": 160,
+            "optimizer.name": "sgd",
+            "optimizer.lr": 0.01,
+            "optimizer.weight_decay": 0.0,
+        },
+    },
     variants={
         "digits": Variant(changes={"data.image_size": 32, "training.epochs": 2, "training.batch_size": 64}, trials=8)
     },
