@@ -488,6 +488,7 @@ class StudyProgress:
     failed: int  # or interrupted
     best: tuple[int, float] | None  # number and score of a feasible one
     infeasible: int = 0  # completed, or pruned before they were trained
+    short: int = 0  # of which none is counted as pruned
 
 
 def study_progress(study: optuna.Study, finished: int) -> StudyProgress:
@@ -495,15 +496,17 @@ def study_progress(study: optuna.Study, finished: int) -> StudyProgress:
     infeasible = [trial for trial in study.get_trials(deepcopy=False) if not is_feasible(trial)]
     pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
     completed = _completed(study)
+    short = [trial for trial in pruned if TrialAttributes.of(trial).short and is_feasible(trial)]
     feasible = (trial for trial in completed if is_feasible(trial))
     best = min(feasible, key=lambda trial: (-(trial.value or 0.0), trial.number), default=None)
     return StudyProgress(
         name=study.study_name,
         finished=finished,
-        pruned=sum(map(is_feasible, pruned)),
+        pruned=sum(map(is_feasible, pruned)) - len(short),
         failed=finished - len(completed) - len(pruned),
         best=(best.number, best.value or 0.0) if best else None,
         infeasible=len(infeasible),
+        short=len(short),
     )
 
 
