@@ -424,7 +424,13 @@ def _restore_tags(
 ) -> Iterator[str]:
     """Write what Optuna knows of a study's run and of its trials' runs, where their tags were removed or changed."""
     ids_by_key = {RunTags.of(run).run_key: run_id for run_id, run in runs.items()}
-    own_tags = RunTags(role="study", study=study.name, objective=study.objective, run_key=study.run_key)
+    own_tags = RunTags(
+        role="study",
+        study=study.name,
+        objective=study.objective,
+        constraints=study.constraints or None,
+        run_key=study.run_key,
+    )
     known = {study.run_id: own_tags.to_mlflow()}
     for trial in study.counted:
         if trial.run_key and trial.attributes.recipe_digest:

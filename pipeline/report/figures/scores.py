@@ -21,7 +21,7 @@ from pipeline.report.figures.layout import (
     study_colours,
     with_caption,
 )
-from pipeline.report.trials import challenger, control, finished, last_values, trial_rows
+from pipeline.report.trials import challenger, control, feasible, finished, infeasible, last_values, trial_rows
 from pipeline.tracking.tags import State
 
 MAX_PRUNED_CURVES = 60
@@ -36,10 +36,12 @@ _SYMBOLS = {State.PRUNED: "x-thin", State.FAILED: "triangle-down", State.INTERRU
 
 
 def history(frame: pd.DataFrame) -> go.Figure:
-    """Score by trial, the best so far, and in grey where trials that did not finish stood when they ended."""
+    """Score by trial, the best so far, and in grey infeasible ones and where those stood that did not finish."""
     figure, several, unfinished = go.Figure(), frame["study"].nunique() > 1, _unfinished(frame)
     for colour, (study, runs) in zip(study_colours(frame), by_study(frame), strict=True):
         _add_finished(figure, runs, as_label(study) if several else "finished", colour, with_best=not several)
+    broken = infeasible(frame)
+    _add_infeasible(figure, broken, broken["trial"], "trial %{x}: %{y:.4f}")
     _add_unfinished(figure, unfinished)
     if not several and (base := control(frame)) is not None:
         line = {"color": CONTROL, "dash": "dash", "width": 1}
@@ -54,8 +56,8 @@ def history(frame: pd.DataFrame) -> go.Figure:
 
 
 def _add_finished(figure: go.Figure, runs: pd.DataFrame, name: str, colour: str, with_best: bool) -> None:
-    """One study's scores, and the best so far, which the legend names if `with_best`."""
-    done = finished(runs).sort_values("trial")
+    """One study's feasible scores, and the best so far, which the legend names if `with_best`."""
+    done = feasible(runs).sort_values("trial")
     figure.add_scatter(
         x=done["trial"],
         y=done["score"],
@@ -73,6 +75,19 @@ def _add_finished(figure: go.Figure, runs: pd.DataFrame, name: str, colour: str,
         line={"color": colour, "shape": "hv", "width": 1.5},
         hoverinfo="skip",
     )
+
+
+def _add_infeasible(figure: go.Figure, rows: pd.DataFrame, x: pd.Series, hover: str) -> None:
+    if len(rows):
+        figure.add_scatter(
+            x=x,
+            y=rows["score"],
+            mode="markers",
+            name="infeasible",
+            marker={"color": FAINT, "symbol": "circle-open", "size": 8},
+            customdata=rows["infeasible"],
+            hovertemplate=hover + ", %{customdata}<extra></extra>",
+        )
 
 
 def _unfinished(frame: pd.DataFrame) -> pd.DataFrame:
@@ -98,7 +113,7 @@ def _add_unfinished(figure: go.Figure, unfinished: pd.DataFrame) -> None:
 
 
 def _history_caption(frame: pd.DataFrame, unfinished: pd.DataFrame, floor: float | None) -> str:
-    scored = {study: done for study, runs in by_study(frame) if len(done := finished(runs))}
+    scored = {study: done for study, runs in by_study(frame) if len(done := feasible(runs))}
     if frame["study"].nunique() > 1:
         tops = {study: done.iloc[0] for study, done in scored.items()}
         parts = [f"{study}: best {top['score']:.4f} at trial {top['trial']}" for study, top in tops.items()]
@@ -108,7 +123,8 @@ def _history_caption(frame: pd.DataFrame, unfinished: pd.DataFrame, floor: float
         parts.append(f"Lower values than {floor:.3f} are cut off")
     if not parts:
         states = joined([f"{count} {state}" for state, count in frame["state"].value_counts().items()])
-        parts = [f"No trial finished: {states}" if states else "No trial finished"]
+        none = f"No {'feasible ' * bool(len(infeasible(frame)))}trial finished"
+        parts = [f"{none}: {states}" if states else none]
     if len(unfinished):
         low, high = unfinished["epochs"].min(), unfinished["epochs"].max()
         when = f"after epoch {low}" if low == high else f"after epochs {low} to {high}"
@@ -187,13 +203,15 @@ def add_curves(
 
 
 def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
-    """Score against one of COSTS; the trials that no other beats at less cost are joined (Pareto front)."""
-    done = finished(frame)
-    done = done[done[measure].notna()] if measure in done else done[:0]
+    """Score against one of COSTS; the feasible trials that no other beats at less cost are joined (Pareto front)."""
+    measured = frame[frame[measure].notna()] if measure in frame else frame[:0]
+    done, broken = feasible(measured), infeasible(measured)
     figure, base, several = go.Figure(), control(frame), frame["study"].nunique() > 1
     set_axes(figure, COSTS.get(measure, measure), objective_label(frame), 360)
+    if len(broken):
+        _add_infeasible(figure, broken, broken[measure], "%{y:.4f} at %{x:,.4g}")
     if done.empty:
-        return with_caption(figure, "No trial has this cost.")
+        return with_caption(figure, "No feasible trial has this cost.")
     for colour, (study, runs) in zip(study_colours(frame) if several else [FAINT], by_study(done), strict=False):
         marker = {"color": colour, "size": 7, "opacity": 0.7}
         figure.add_scatter(**_dots(runs, measure), name=as_label(study) if several else "finished", marker=marker)
