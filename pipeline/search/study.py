@@ -110,8 +110,8 @@ class Study:
             for name, (is_valid, rule) in rules.items()
             if not is_valid
         ]
-        if not problems:
-            problems = [*_constraint_problems(self.constraints), *self._problems_of_starts()]
+        problems += _constraint_problems(self.constraints)
+        problems += self._problems_of_starts() if isinstance(self.base, Recipe) else []
         if problems:
             raise UserError.many(problems)
 
