@@ -1,10 +1,12 @@
 """`plan`: what a study will cost."""
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.cli.common import HOME, find_device, load_data, make_console, say, say_remarks, say_small_split
 from pipeline.cli.options import (
+    BudgetOption,
     ChangeOption,
     DataDirOption,
     DatasetOption,
@@ -16,6 +18,7 @@ from pipeline.cli.options import (
     TrialsOption,
     VersionOption,
     WorkersOption,
+    budget_of,
     resolve,
 )
 from pipeline.errors import Problem
@@ -25,6 +28,7 @@ def plan(
     name: StudyArgument,
     trials: TrialsOption = None,
     epochs: EpochsOption = None,
+    budget: BudgetOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = Path("data"),
     device: DeviceOption = "auto",
@@ -34,25 +38,29 @@ def plan(
     workers: WorkersOption = None,
 ) -> None:
     """Forecast what a study, or the rest of it, costs: time, epochs, disk, GPU memory. Measures some steps; runs no trial."""
+    started = time.monotonic()
     typed = {"trials": trials, "epochs": epochs, "seed": seed, "version": version, "device": device, "workers": workers}
     problems: list[Problem] = []
-    options = StudyOptions.parse(typed, problems)
+    options = StudyOptions.parse(typed | {"budget": budget}, problems)
     search = resolve(name, options, dataset, change or [], problems)
 
-    from pipeline.cli.views_study import print_forecast
-    from pipeline.search.forecast import decide, forecast
-    from pipeline.search.storage import find_study, open_storage, resolved
+    from pipeline.cli.views_study import print_forecast, say_budget
+    from pipeline.search.budget import prepare
+    from pipeline.search.forecast import forecast
+    from pipeline.search.storage import open_storage, resolved
 
     say_remarks(console := make_console(), search)
     torch_device = find_device(device)
     data = load_data(search, data_dir, torch_device)
-    stored = None
-    if (HOME / "optuna.db").exists():
-        search = resolved(search, data, storage := open_storage(HOME))
-        stored = find_study(search, data, storage)
-    search, choice = decide(search, data, torch_device, stored, options.workers)
+    storage = open_storage(HOME) if (HOME / "optuna.db").exists() else None
+    if storage:
+        search = resolved(search, data, storage)
+    own_epochs, budgeted = search.max_epochs, budget_of(options, change or [], started)
+    search, choice, planned, stored = prepare(search, data, torch_device, storage, options.workers, budgeted)
     say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
-    if costs := forecast(search, data, torch_device, stored, workers=choice.workers, choice=choice):
+    say_budget(console, planned, own_epochs)
+    costs = planned.forecast if planned else forecast(search, data, torch_device, stored, choice)
+    if costs:
         print_forecast(console, asdict(costs))
-    else:
+    elif not planned:
         say(console, f"{search.key(data)}: its {search.trials} trials are done; `--trials` adds some")

@@ -114,6 +114,7 @@ class Search:
     # Both are set by `storage.resolved`.
     stored_key: str | None = None  # the study's name in Optuna and MLflow
     dataset_path: str | None = None  # the data set as `load` takes it here, where `base` has the name that it had first
+    deadline: float | None = None  # time.monotonic(): later no trial goes on where another is complete; see budget
 
     def key(self, data: "TrainingData") -> str:
         """The name in Optuna and MLflow: study, version, data set."""
@@ -349,11 +350,12 @@ class StudyProgress:
     finished: int  # trials that count against the budget
     pruned: int
     failed: int  # or interrupted
+    trials: int  # that there will be in all, as it looks now
     best: tuple[int, float] | None  # number and score
 
 
-def study_progress(study: optuna.Study, finished: int) -> StudyProgress:
-    """Of a study of which so many trials have ended."""
+def study_progress(study: optuna.Study, finished: int, in_all: int) -> StudyProgress:
+    """Of a study of which so many trials have ended, of so many."""
     states = [trial.state for trial in study.get_trials(deepcopy=False)]
     pruned = states.count(optuna.trial.TrialState.PRUNED)
     completed = _completed(study)
@@ -363,6 +365,7 @@ def study_progress(study: optuna.Study, finished: int) -> StudyProgress:
         finished=finished,
         pruned=pruned,
         failed=finished - len(completed) - pruned,
+        trials=in_all,
         best=(best.number, best.value or 0.0) if best else None,
     )
 

@@ -23,6 +23,7 @@ from pipeline.search.trial import StudyInterrupted
 from pipeline.tracking import queries
 
 CPU = torch.device("cpu")
+ONE = Choice("eager", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -50,27 +51,27 @@ def stored(states: list[TrialState]) -> optuna.Study:
 
 def test_forecast_is_for_the_remaining_trials(small_recipe: Recipe, digits: TrainingData) -> None:
     search = search_of(small_recipe, 6)
-    found = forecast(search, digits, CPU, stored([TrialState.COMPLETE] * 4))
+    found = forecast(search, digits, CPU, stored([TrialState.COMPLETE] * 4), ONE)
     assert found
     assert (found.trials, found.unpruned_epochs) == (2, 4)
     assert found.seconds > found.unpruned_epochs * found.epoch_s * 0.5
     assert found.memory_gib is None, "there is no GPU"
-    assert forecast(search, digits, CPU, stored([TrialState.COMPLETE] * 6)) is None
+    assert forecast(search, digits, CPU, stored([TrialState.COMPLETE] * 6), ONE) is None
 
 
 def test_pruning_is_simulated_by_the_pruners_rule(small_recipe: Recipe) -> None:
     """Of exchangeable trials a quarter goes on at each rung, which are 3, 6 and 12 of 18 epochs."""
     search = search_of(small_recipe.changed({"training.epochs": 18}), 1000)
-    share, pruned = forecast_module._pruning(search, 0)
+    share, pruned = forecast_module._pruning(search, 1000, 0)
     assert share == pytest.approx((3 + 3 / 4 + 6 / 16 + 6 / 64) / 18, rel=0.05)
     assert pruned == pytest.approx(63 / 64, abs=0.02)
 
 
 def test_first_trials_of_a_study_are_pruned_less(small_recipe: Recipe) -> None:
     search = search_of(small_recipe.changed({"training.epochs": 18}), 20)
-    (all_used, all_pruned), (rest_used, rest_pruned) = (forecast_module._pruning(search, done) for done in (0, 10))
+    (all_used, all_pruned), (rest_used, rest_pruned) = (forecast_module._pruning(search, 20, done) for done in (0, 10))
     assert rest_used < all_used and rest_pruned > all_pruned
-    begun, begun_pruned = forecast_module._pruning(dataclasses.replace(search, trials=10), 0)
+    begun, begun_pruned = forecast_module._pruning(search, 10, 0)
     assert all_used == pytest.approx((begun + rest_used) / 2, abs=0.03)
     assert all_pruned == pytest.approx((begun_pruned + rest_pruned) / 2, abs=0.03)
 
@@ -78,24 +79,24 @@ def test_first_trials_of_a_study_are_pruned_less(small_recipe: Recipe) -> None:
 @pytest.mark.parametrize(("epochs", "ended"), [(348, 54), (342, 53), (366, 51)])
 def test_forecast_agrees_with_three_live_studies(epochs: int, ended: int, small_recipe: Recipe) -> None:
     """Of 60 trials of 18 epochs on CIFAR-10, seeds 0 to 2; see studies/pruning/README.md."""
-    share, pruned = forecast_module._pruning(search_of(small_recipe.changed({"training.epochs": 18}), 60), 0)
+    share, pruned = forecast_module._pruning(search_of(small_recipe.changed({"training.epochs": 18}), 60), 60, 0)
     assert share == pytest.approx(epochs / 1080, rel=0.1)
     assert pruned == pytest.approx(ended / 60, rel=0.1)
 
 
 def test_trials_of_one_epoch_are_not_pruned(small_recipe: Recipe) -> None:
-    assert forecast_module._pruning(search_of(small_recipe.changed({"training.epochs": 1}), 30), 0) == (1, 0)
+    assert forecast_module._pruning(search_of(small_recipe.changed({"training.epochs": 1}), 30), 30, 0) == (1, 0)
 
 
 def test_searched_epochs_are_averaged(small_recipe: Recipe, digits: TrainingData) -> None:
-    found = forecast(search_of(small_recipe, 10, asks_epochs=True), digits, CPU, None)
+    found = forecast(search_of(small_recipe, 10, asks_epochs=True), digits, CPU, None, ONE)
     assert found
     assert found.unpruned_epochs == pytest.approx(10 * 4, rel=0.15)
     assert found.epochs < found.unpruned_epochs
 
 
 def test_time_and_disk_grow_with_the_trials(small_recipe: Recipe, digits: TrainingData) -> None:
-    one, many = (forecast(search_of(small_recipe, trials), digits, CPU, None) for trials in (1, 10_000))
+    one, many = (forecast(search_of(small_recipe, trials), digits, CPU, None, ONE) for trials in (1, 10_000))
     assert one and many
     assert one.measured == 1, "a short study is measured by its control alone"
     assert many.measured == 1 + forecast_module.NUM_OTHER_RECIPES
@@ -137,7 +138,7 @@ def test_stop_ends_the_measuring(small_recipe: Recipe, digits: TrainingData) -> 
         raise StudyInterrupted
 
     with pytest.raises(StudyInterrupted):
-        forecast(search_of(small_recipe, 2), digits, CPU, None, stop)
+        forecast(search_of(small_recipe, 2), digits, CPU, None, ONE, stop)
 
 
 def test_actual_counts_what_ended_since_a_trial(small_recipe: Recipe) -> None:
@@ -160,7 +161,7 @@ def test_workers_share_the_time_up_to_the_number_of_cores(
 ) -> None:
     monkeypatch.setattr(forecast_module.os, "cpu_count", lambda: 2)
     search, threads = search_of(small_recipe, 40), torch.get_num_threads()
-    one, many = (forecast(search, digits, CPU, None, workers=workers) for workers in (1, 8))
+    one, many = (forecast(search, digits, CPU, None, Choice("eager", workers)) for workers in (1, 8))
     assert one and many and torch.get_num_threads() == threads
     per_epoch = [found.unpruned_seconds / found.epoch_s for found in (one, many)]  # the machine may be busier meanwhile
     start = forecast_module.WORKER_START_S / many.epoch_s
@@ -295,7 +296,7 @@ def test_study_of_a_gpu_is_refused_on_a_cpu(small_recipe: Recipe, digits: Traini
 def test_device_in_use_is_not_shared_further(small_recipe: Recipe, digits: TrainingData) -> None:
     """A forecast for several workers on one device."""
     search = search_of(small_recipe, 10)
-    found = forecast(search, digits, CPU, None, choice=Choice("eager", 1, taken=3.0))
+    found = forecast(search, digits, CPU, None, Choice("eager", 1, taken=3.0))
     assert found and found.choice and found.choice.taken == 3.0
     free = found.unpruned_epochs * found.epoch_s
     assert found.unpruned_seconds > 3 * free, "three times what one worker takes"
