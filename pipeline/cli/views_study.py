@@ -190,9 +190,11 @@ def say_budget(console: Console, plan: "BudgetPlan | None", own_epochs: int) -> 
     top, seeds = plan.finals
     shorter = f", not its {own_epochs}" if plan.epochs < own_epochs else ""
     search_s = plan.forecast.seconds if plan.forecast else 0.0
+    trials = f"{plan.trials} trial{'s' * (plan.trials != 1)}"
+    epochs = f"{plan.epochs} epoch{'s' * (plan.epochs != 1)}"
     say(
         console,
-        f"a budget of {duration(plan.budget.seconds)}: {plan.trials} trials of {plan.epochs} epochs{shorter} ({duration(search_s)}), "
+        f"a budget of {duration(plan.budget.seconds)}: {trials} of {epochs}{shorter} ({duration(search_s)}), "
         f"then finals of the best {top} and the control with {seeds} seeds ({duration(plan.finals_s)}); both follow the "
         "time that is left",
     )

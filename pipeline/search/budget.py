@@ -157,8 +157,7 @@ def plan_budget(search: Search, costs: Costs, budget: Budget, done: int, now: fl
         finals_s=finals_s(finals, length.training_s),
         forecast=length.forecast(trials),
     )
-    latest = budget.limit.deadline - finals_s(FINALS[-1], length.training_s)
-    return replace(length.search, trials=trials, deadline=latest), plan
+    return replace(length.search, trials=trials, deadline=budget.limit.deadline), plan
 
 
 @dataclass(frozen=True)

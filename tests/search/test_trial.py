@@ -1,5 +1,6 @@
 """What becomes of one trial: its parameters, reports and end; real stores, real trainings."""
 
+import dataclasses
 from typing import Any
 
 import optuna
@@ -9,6 +10,7 @@ from study_harness import RecordingObserver, StudyHarness
 
 from pipeline.search.optuna_internals import fail_trial
 from pipeline.search.requeue import requeue
+from pipeline.search.run_study import run_study
 from pipeline.search.storage import num_finished
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking.tracker import State
@@ -80,6 +82,16 @@ def test_poor_trial_is_pruned_and_its_run_ends_killed(harness: StudyHarness) -> 
         assert "not among the best quarter after epoch" in run.data.tags["reason"]
         assert 1 <= max(trial.intermediate_values) < 4, "not before a sixth of the epochs, nor after the last"
     harness.assert_nothing_runs()
+
+
+def test_trial_stops_when_the_time_is_up_and_another_is_complete(harness: StudyHarness) -> None:
+    search = dataclasses.replace(harness.search(2), deadline=0.0)
+    study = run_study(harness.context(search))
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.PRUNED], (
+        "the control always ends"
+    )
+    stopped = TrialAttributes.of(study.trials[1])
+    assert (stopped.epochs, stopped.reason) == (1, "the time of the search was up after epoch 1")
 
 
 def test_diverged_trial_fails_and_the_study_continues(harness: StudyHarness) -> None:
