@@ -17,6 +17,9 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks gain nothing from more; read when torch is imported
 
+import pipeline.runtime  # noqa: F401, before MLflow, whose telemetry would leave a variable to the commands under test
+
+# isort: split
 import torch
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from tracking_stores import (  # noqa: F401, fixtures

@@ -90,11 +90,12 @@ def page_name(studies: Sequence[str]) -> str:
 def _print_trials(console: Console, frame: "pd.DataFrame", most: int = 8) -> None:
     """The best trials of a study and its control."""
     from pipeline.cli.views import print_best_trials
-    from pipeline.report.trials import best_trials, finished
+    from pipeline.report.best_trials import best_trials
+    from pipeline.report.trials import finished, trial_rows
 
     objective, num_finished, states = frame["objective"].iloc[0], len(finished(frame)), frame["state"].value_counts()
     title = (
-        f"{frame['study'].iloc[0]}: best {min(num_finished, most)} of {(frame['role'] == 'trial').sum()} trials, "
+        f"{frame['study'].iloc[0]}: best {min(num_finished, most)} of {len(trial_rows(frame))} trials, "
         f"{num_finished} finished; {objective} and F1 on the validation split, lead over the control in points"
     )
     headings = ("trial", "score", "lead", "weakest class (F1)", "training", "parameters", "latency")

@@ -221,7 +221,8 @@ def _show_best(console: Console, search: "Search", done: Any, tracker: "MlflowTr
     """The table of the best trials; whether MLflow has all that was measured. Ends the command where there is no best."""
     from pipeline.cli.views import print_best_trials
     from pipeline.cli.views_study import print_forecast
-    from pipeline.report.trials import best_trials, table_of
+    from pipeline.report.best_trials import best_trials
+    from pipeline.report.trials import table_of
     from pipeline.search.storage import num_finished
     from pipeline.search.study import records
     from pipeline.search.study_attributes import StudyAttributes
@@ -263,14 +264,17 @@ def _deleted(console: Console, tracker: "MlflowTracker", done: Any) -> set[str]:
 
     The sampler still uses what they measured, and they count: that was true, and to search there again would be a waste.
     """
+    from pipeline.search.study_attributes import StudyAttributes
     from pipeline.tracking import queries
 
+    parent = StudyAttributes.of(done).mlflow_run_id
+    assert parent, "it has trials"
     try:
         for study in queries.studies(tracker):
-            if study.parent == done.user_attrs["mlflow_run_id"]:
+            if study.parent == parent:
                 for line in queries.omitted_lines(tracker, study):
                     say(console, line)
-        return queries.deleted_keys(tracker, done.user_attrs["mlflow_run_id"])
+        return queries.deleted_keys(tracker, parent)
     except Exception as error:
         if not is_away(error):
             raise

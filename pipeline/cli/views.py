@@ -13,7 +13,7 @@ from pipeline.cli.common import say
 from pipeline.errors import escape_control
 
 if TYPE_CHECKING:
-    from pipeline.report.trials import BestTrial
+    from pipeline.report.best_trials import BestTrial
 
 PLAIN_INTERVAL_S = 30.0  # between lines, where nothing can be redrawn
 

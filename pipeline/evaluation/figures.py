@@ -62,15 +62,15 @@ class _Page(Figure):
     def __init__(self, width: int, height: int) -> None:
         # A hundredth more: Agg rounds sizes down, and 2.3 inches are 229.99... pixels.
         super().__init__(figsize=((width + 0.01) / _DPI, (height + 0.01) / _DPI), dpi=_DPI, facecolor="white")
-        self.wide, self.high = width, height
+        self.width_px, self.height_px = width, height
         self.pixels = np.full((height, width, 4), 255, np.uint8)
         self.add_artist(_Backdrop(self.pixels))
 
     def write(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
-        self.text(x / self.wide, 1 - y / self.high, text, fontsize=size, parse_math=False, **style)
+        self.text(x / self.width_px, 1 - y / self.height_px, text, fontsize=size, parse_math=False, **style)
 
     def headline(self, text: str) -> None:
-        self.suptitle(text, y=1 - 10 / self.high, va="top", fontsize=11, parse_math=False)
+        self.suptitle(text, y=1 - 10 / self.height_px, va="top", fontsize=11, parse_math=False)
 
     def fill(self, x: float, y: float, width: float, height: float, colour: str, alpha: float = 1) -> None:
         area = self._area(x, y, width, height)
@@ -145,7 +145,7 @@ class _Panel:
 
     def curve(self, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
         across, down = self.at(np.array(x, float), np.array(y, float))
-        self.page.add_artist(Line2D(across / self.page.wide, 1 - down / self.page.high, **style))
+        self.page.add_artist(Line2D(across / self.page.width_px, 1 - down / self.page.height_px, **style))
 
     def box(self, middle: float, width: float, low: float, high: float) -> tuple[float, float, float, float]:
         """A bar from low to high, as the page takes it."""
@@ -174,7 +174,7 @@ def confusion_matrix_figure(scores: Scores, classes: Sequence[str], split: str =
     font = float(np.clip(0.6 * cell * step, 5.5, 10))
     names = [_fitted(name, min(12 * font * _DPI / 72, 140), font) for name in classes[::step]]
     longest = _widest(names, font)
-    level = longest < cell * step - 6
+    horizontal = longest < cell * step - 6
     title = (
         f"Confusion on {_line(split)}: {np.trace(confusion):,} of {support.sum():,} images right "
         f"({scores.accuracy:.2%}), macro-F1 {scores.f1_macro:.2%}",
@@ -183,18 +183,18 @@ def confusion_matrix_figure(scores: Scores, classes: Sequence[str], split: str =
     width = max(longest + side + 160, _widest(title, 11) + 40, 800)
     left, top = longest + 40 + (width - longest - side - 160) // 2, 70
     below = top + side + 8
-    page = _Page(width, below + (20 if level else longest) + 40)
+    page = _Page(width, below + (20 if horizontal else longest) + 40)
     page.headline("\n".join(title))
     # A square root, because the errors are small next to the diagonal and are what one looks for.
     page.paste(left, top, side, side, _shade(np.sqrt(share)))
     for place, name in enumerate(names):
         middle = (place * step + 0.5) * cell
-        if level:
+        if horizontal:
             page.write(left + middle, below + 12, name, font, ha="center")
         else:
             page.write(left + middle, below, name, font, ha="center", va="top", rotation=90)
         page.write(left - 8, top + middle, name, font, ha="right", va="center")
-    page.write(left + side / 2, page.high - 12, "predicted class", 10, ha="center", va="bottom")
+    page.write(left + side / 2, page.height_px - 12, "predicted class", 10, ha="center", va="bottom")
     page.write(left - longest - 30, top + side / 2, "true class", 10, ha="left", va="center", rotation=90)
     if size <= _MAX_NUMBERED:
         digits = len(str(confusion.max()))
@@ -220,19 +220,19 @@ def learning_curves_figure(history: Sequence[Mapping[str, float]]) -> Figure:
         f"macro-F1 {last['val/f1_macro']:.2%}, loss {last['val/loss']:.4g}"
     )
     for place, (title, curves) in enumerate(_PANELS):
-        drawn = {key: [row[key] for row in history] for key, _, _ in curves}
-        rate, share = "optimizer/lr" in drawn, "val/accuracy" in drawn
-        low, high = _range(np.array(list(drawn.values())))
-        panel = _Panel(page, 75 + 390 * place, 86, 315, 300, _range(np.array(epochs)), (0 if rate else low, high))
-        panel.grid(_ticks(epochs[0], epochs[-1], integers=True), _ticks(*panel.y, percent=share))
+        series = {key: [row[key] for row in history] for key, _, _ in curves}
+        is_rate, is_share = "optimizer/lr" in series, "val/accuracy" in series
+        low, high = _range(np.array(list(series.values())))
+        panel = _Panel(page, 75 + 390 * place, 86, 315, 300, _range(np.array(epochs)), (0 if is_rate else low, high))
+        panel.grid(_ticks(epochs[0], epochs[-1], integers=True), _ticks(*panel.y, percent=is_share))
         middle = panel.left + panel.width / 2
         page.write(middle, 44, title, 10, ha="center", va="top")
         page.write(middle, panel.top + panel.height + 24, "epoch", 10, ha="center", va="top")
         page.key(middle, 72, [(colour, label) for _, label, colour in curves if label])
         for key, _, colour in curves:
             marker = "o" if len(history) <= 20 else None
-            panel.curve(epochs, drawn[key], label=key, color=colour, marker=marker, markersize=3)
-        if share:
+            panel.curve(epochs, series[key], label=key, color=colour, marker=marker, markersize=3)
+        if is_share:
             panel.curve(epochs[best : best + 1], accuracies[best : best + 1], color=_VAL, marker="o", mfc="none", ms=9)
     return page
 
@@ -333,10 +333,10 @@ def _calibration(page: _Page, x: int, measured: Reliability, title: str, tallest
     histogram = _Panel(page, x, 470, 470, 110, (0, 1), (0, tallest))
     fifths = _ticks(0, 1, percent=True)
     bars.grid(dict.fromkeys(fifths, ""), fifths)
-    histogram.grid(fifths, _ticks(0, tallest, percent=True, most=3))
-    for middle, right, sure, share in zip(centres, accuracy, confidence, count / images, strict=True):
-        page.fill(*bars.box(middle, width, 0, right), _VAL, 0.6)
-        page.hatch(*bars.box(middle, width, min(right, sure), max(right, sure)), _WRONG)
+    histogram.grid(fifths, _ticks(0, tallest, percent=True, max_ticks=3))
+    for middle, correct, claimed, share in zip(centres, accuracy, confidence, count / images, strict=True):
+        page.fill(*bars.box(middle, width, 0, correct), _VAL, 0.6)
+        page.hatch(*bars.box(middle, width, min(correct, claimed), max(correct, claimed)), _WRONG)
         page.fill(*histogram.box(middle, width, 0, share), _FAINT)
     bars.curve([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
     histogram.curve([mean_confidence] * 2, [0, tallest], color=_F1)
@@ -348,13 +348,15 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     """What a panel shows of an axis: the finite values and a little more."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    more = max(0.05 * (high - low), 1e-4 * abs(high)) or 1.0  # numbers have six digits
-    return low - more, high + more
+    margin = max(0.05 * (high - low), 1e-4 * abs(high)) or 1.0  # numbers have six digits
+    return low - margin, high + margin
 
 
-def _ticks(low: float, high: float, percent: bool = False, integers: bool = False, most: int = 5) -> dict[float, str]:
+def _ticks(
+    low: float, high: float, percent: bool = False, integers: bool = False, max_ticks: int = 5
+) -> dict[float, str]:
     """Round numbers in [low, high] and how they are written."""
-    values = MaxNLocator(most, steps=(1, 2, 2.5, 5, 10), integer=integers, min_n_ticks=1).tick_values(low, high)
+    values = MaxNLocator(max_ticks, steps=(1, 2, 2.5, 5, 10), integer=integers, min_n_ticks=1).tick_values(low, high)
     return {float(x): f"{100 * x:g}%" if percent else f"{x:g}" for x in values if low <= x <= high}
 
 
@@ -389,12 +391,12 @@ def _line(text: str) -> str:
 def _fitted(name: str, width: float, font: float) -> str:
     """A name on one line of so many pixels, its middle cut out if need be: long names often differ at either end."""
     line = shown = _line(name)
-    kept = len(line)
-    if kept * font * _DPI / 72 <= width:  # hardly a letter is wider than the font is high: saves measuring
+    length = len(line)
+    if length * font * _DPI / 72 <= width:  # hardly a letter is wider than the font is high: saves measuring
         return line
-    while kept > 3 and (shown_width := _widest([shown], font)) > width:
-        kept = min(kept - 1, int(kept * width / shown_width))
-        shown = f"{line[: kept // 2]}…{line[kept // 2 + 1 - kept :]}"
+    while length > 3 and (shown_width := _widest([shown], font)) > width:
+        length = min(length - 1, int(length * width / shown_width))
+        shown = f"{line[: length // 2]}…{line[length // 2 + 1 - length :]}"
     return shown
 
 

@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.evaluation.significance import f1_macro_error, mcnemar
-from pipeline.report.trials import Predictions, control, finished, param_names, ranked, searched, show
+from pipeline.evaluation.significance import Sample, f1_macro_error, mcnemar, sample
+from pipeline.report.best_trials import value_label
+from pipeline.report.stored import Predictions
+from pipeline.report.trials import control, finished, param_names, ranked, searched, trial_rows, with_role
 from pipeline.search.importances import importance_function
+from pipeline.tracking.tags import State
 
 Z95 = 1.96
-MOST_LEVELS = 4  # distinct numbers of a parameter that stay levels of their own; more are cut into thirds
-FEWEST = 8  # finished trials from which effects are estimated
-FEWEST_OF_LEVEL = 3
+MAX_LEVELS = 4  # distinct numbers of a parameter that stay levels of their own; more are cut into thirds
+MIN_TRIALS = 8  # finished ones, from which effects are estimated
+MIN_TRIALS_OF_LEVEL = 3
 PENALTIES = np.logspace(-0.5, 2, 11)  # residual variance over that of the effects: effects of 0.1 to 1.8 residuals
 SHUFFLES = 40
 
@@ -57,15 +60,15 @@ def lead(first: Predictions, second: Predictions, objective: str, trials: int = 
     if not (np.array_equal(first.ids, second.ids) and np.array_equal(first.labels, second.labels)):
         return None
     labels, one, two, classes = first.labels, first.answers, second.answers, len(first.classes)
-    right, other = one == labels, two == labels
+    first_right, second_right = one == labels, two == labels
     if objective == "val/f1_macro":
         from pipeline.evaluation.scores import confusion_matrix, f1_macro_from
 
         scores = [f1_macro_from(confusion_matrix(labels, answers, classes)) for answers in (one, two)]
         difference, error = scores[0] - scores[1], f1_macro_error(labels, two, one, classes)
     else:
-        moves = right.astype(float) - other
-        difference, error = float(moves.mean()), float(moves.std() / np.sqrt(len(labels)))
+        differences = first_right.astype(float) - second_right
+        difference, error = float(differences.mean()), float(differences.std() / np.sqrt(len(labels)))
     from scipy.special import ndtri
 
     highest = float(ndtri((trials - 0.375) / (trials + 0.25))) if trials > 1 else 0.0
@@ -73,8 +76,8 @@ def lead(first: Predictions, second: Predictions, objective: str, trials: int = 
         difference=difference,
         low=difference - Z95 * error,
         high=difference + Z95 * error,
-        only_first=int((right & ~other).sum()),
-        only_second=int((other & ~right).sum()),
+        only_first=int((first_right & ~second_right).sum()),
+        only_second=int((second_right & ~first_right).sum()),
         images=len(labels),
         luck=highest * error / np.sqrt(2),
         trials=trials,
@@ -97,55 +100,47 @@ def effects(frame: pd.DataFrame) -> Effects | None:
     how wide is averaged over, by its marginal likelihood (Lindley and Smith 1972; ridge regression is its mode). A
     level is a value, or a third of a number's tried values. The interval is the 95 % one of the posterior. Trials are
     chosen by the search and not randomised one parameter at a time, and what two choices do together is left out: the
-    numbers describe these trials, and the prior draws them towards 0. Levels of fewer than three trials aren't told.
+    numbers describe these trials, and the prior draws them towards 0. Levels of fewer than three trials are left out.
     """
     frame = frame.reset_index(drop=True)
-    done, base = finished(frame), control(frame)
+    done, base, trials = finished(frame), control(frame), trial_rows(frame)
     names = [name for name in searched(frame) if done[name].nunique() > 1]
-    if len(done) < FEWEST or not names or done["score"].nunique() < 2:
+    if len(done) < MIN_TRIALS or not names or done["score"].nunique() < 2:
         return None
-    trials = frame[frame["role"] == "trial"]
     levels = {name: _levels(trials[name]) for name in names}
     columns = [(name, level) for name in names for level in levels[name].dropna().unique()]
     columns = sorted(columns, key=lambda column: (names.index(column[0]), _order(trials, levels, column)))
     matrix = np.array([(levels[name][done.index] == level).to_numpy(float) for name, level in columns]).T
-    score = done["score"].to_numpy(float)
-    weights, covariance, explained = _posterior(matrix, score)
+    posterior, counts = _posterior(matrix, done["score"].to_numpy(float)), matrix.sum(axis=0).astype(int)
     rows = []
     for name in names:
-        own = [index for index, (of, _) in enumerate(columns) if of == name]
-        counts = {index: int(matrix[:, index].sum()) for index in own}
-        reference = max(own, key=lambda index: counts[index])
-        known = base is not None and pd.notna(base[name])
-        if base is not None and known:
-            reference = columns.index((name, levels[name].loc[base.name]))  # type: ignore[call-overload]
-        for index in own:
-            if index == reference or counts[index] < FEWEST_OF_LEVEL:
-                continue
-            effect = weights[index] - weights[reference]
-            pair = np.ix_([index, reference], [index, reference])
-            error = Z95 * float(np.sqrt(np.array([1, -1]) @ covariance[pair] @ np.array([1, -1])))
-            level = columns[index][1]
-            pruned = int(((levels[name] == level) & (trials["state"] == "pruned")).sum())
-            beside = columns[reference][1] + ("" if known else " (the most frequent)")
-            rows.append((name, level, beside, counts[index], pruned, effect, effect - error, effect + error))
+        of_name = [index for index, (parameter, _) in enumerate(columns) if parameter == name]
+        reference, suffix = max(of_name, key=lambda index: counts[index]), " (the most frequent)"
+        if base is not None and pd.notna(base[name]):
+            reference, suffix = columns.index((name, levels[name].at[base.name])), ""
+        for index in of_name:
+            if index != reference and counts[index] >= MIN_TRIALS_OF_LEVEL:
+                level, (effect, error) = columns[index][1], posterior.difference(index, reference)
+                pruned = int(((levels[name] == level) & (trials["state"] == State.PRUNED)).sum())
+                compared = (name, level, columns[reference][1] + suffix, counts[index], pruned)
+                rows.append((*compared, effect, effect - error, effect + error))
     heads = ["parameter", "level", "reference", "n", "pruned", "effect", "low", "high"]
-    return Effects(pd.DataFrame(rows, columns=heads), explained, len(done)) if rows else None
+    return Effects(pd.DataFrame(rows, columns=heads), posterior.explained, len(done)) if rows else None
 
 
 def _levels(values: pd.Series) -> pd.Series:
     """Each value's level, as it is shown; None where the trial has no such parameter."""
     known = values.dropna()
-    if known.nunique() > MOST_LEVELS and all(_is_number(value) for value in known):
+    if known.nunique() > MAX_LEVELS and all(_is_number(value) for value in known):
         numbers = known.astype(float)
         thirds = pd.qcut(numbers, 3, labels=False, duplicates="drop")
         spans = {third: _span(part.min(), part.max()) for third, part in numbers.groupby(thirds)}
         return thirds.map(spans).reindex(values.index)
-    return values.map(show, na_action="ignore")
+    return values.map(value_label, na_action="ignore")
 
 
 def _span(low: float, high: float) -> str:
-    return show(low) if show(low) == show(high) else f"{show(low)} to {show(high)}"
+    return " to ".join(dict.fromkeys([value_label(low), value_label(high)]))
 
 
 def _is_number(value: Any) -> bool:
@@ -153,36 +148,45 @@ def _is_number(value: Any) -> bool:
 
 
 def _order(trials: pd.DataFrame, levels: dict[str, pd.Series], column: tuple[str, str]) -> Any:
-    """Numbers rise, words go by the alphabet."""
+    """Numbers ascend, other values are in alphabetical order."""
     name, level = column
     first = trials[name][levels[name] == level].iloc[0]
     return (0, float(first), "") if _is_number(first) else (1, 0.0, str(first))
 
 
-def _posterior(matrix: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Mean (P,) and covariance (P, P) of the effects of a matrix (N, P), averaged over PENALTIES.
+@dataclass(frozen=True, eq=False)
+class _Posterior:
+    mean: np.ndarray  # (P,), of the effects
+    covariance: np.ndarray  # (P, P)
+    explained: float  # share of the scores' variance that the mean explains in trials left out, one at a time
 
-    And what share of the scores' variance the mean explains in trials left out of it, one at a time.
-    """
+    def difference(self, one: int, two: int) -> tuple[float, float]:
+        """Of two effects, and half its 95 % interval."""
+        pair, signs = np.ix_([one, two], [one, two]), np.array([1, -1])
+        return self.mean[one] - self.mean[two], Z95 * float(np.sqrt(signs @ self.covariance[pair] @ signs))
+
+
+def _posterior(matrix: np.ndarray, score: np.ndarray) -> _Posterior:
+    """Of the effects of a matrix (N, P) on (N,) scores, averaged over PENALTIES."""
     u, s, v = np.linalg.svd(matrix - matrix.mean(axis=0), full_matrices=False)
     target = score - score.mean()
-    count, seen = len(score), u.T @ target
+    count, projected = len(score), u.T @ target
     likelihoods, means, covariances, left_out = [], [], [], []
     for penalty in PENALTIES:
         shrunk = s**2 / (s**2 + penalty)
-        variance = float(target @ target - seen @ (shrunk * seen)) / (count - 1)
+        variance = float(target @ target - projected @ (shrunk * projected)) / (count - 1)
         likelihoods.append(-0.5 * ((count - 1) * np.log(variance) + np.log1p(s**2 / penalty).sum()))
-        means.append(v.T @ (s / (s**2 + penalty) * seen))
+        means.append(v.T @ (s / (s**2 + penalty) * projected))
         covariances.append(variance / penalty * (np.eye(matrix.shape[1]) - (v.T * shrunk) @ v))
         leverage = u**2 @ shrunk + 1 / count
-        left_out.append((target - u @ (shrunk * seen)) / (1 - leverage).clip(1e-6))
+        left_out.append((target - u @ (shrunk * projected)) / (1 - leverage).clip(1e-6))
     share = np.exp(np.array(likelihoods) - max(likelihoods))
     share /= share.sum()
     mean = share @ np.array(means)
-    off = np.array(means) - mean
-    covariance = np.einsum("k,kij->ij", share, np.array(covariances)) + (off.T * share) @ off
-    errors, alone = share @ np.array(left_out), target * count / (count - 1)  # the mean of the others, as a forecast
-    return mean, covariance, 1 - float(errors @ errors) / float(alone @ alone)
+    deviations = np.array(means) - mean
+    covariance = np.einsum("k,kij->ij", share, np.array(covariances)) + (deviations.T * share) @ deviations
+    errors, baseline = share @ np.array(left_out), target * count / (count - 1)  # of the mean of the others
+    return _Posterior(mean, covariance, 1 - float(errors @ errors) / float(baseline @ baseline))
 
 
 def importances(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -191,26 +195,25 @@ def importances(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     One study's finished and pruned trials by their rank (PED-ANOVA asks for no more, `search.importances`). With few
     trials chance alone gives large shares, the larger the rarer a parameter is asked.
     """
-    done = ranked(frame)
-    names = searched(frame)
-    rows = [
-        {str(name): value for name, value in row.items() if pd.notna(value)} for row in done[names].to_dict("records")
+    rows, names = ranked(frame), searched(frame)
+    params = [
+        {str(name): value for name, value in row.items() if pd.notna(value)} for row in rows[names].to_dict("records")
     ]
-    scores = [-float(rank) for rank in done["rank"]]
-    importances_by = importance_function(rows)
-    found = importances_by(scores)
-    shuffled, dice = [], random.Random(seed)
-    for _ in range(min(SHUFFLES, max(8, 20_000 // max(len(scores), 1))) if found else 0):
-        dice.shuffle(scores)
+    scores = [-float(rank) for rank in rows["rank"]]
+    importances_by = importance_function(params)
+    shares = importances_by(scores)
+    shuffled, rng = [], random.Random(seed)
+    for _ in range(min(SHUFFLES, max(8, 20_000 // max(len(scores), 1))) if shares else 0):
+        rng.shuffle(scores)
         shuffled.append(importances_by(scores))
-    chance = pd.DataFrame(shuffled, columns=list(found)).quantile(0.95)
+    chance = pd.DataFrame(shuffled, columns=list(shares)).quantile(0.95)
     return pd.DataFrame(
-        [(name, share, chance[name]) for name, share in found.items()], columns=["parameter", "importance", "chance"]
+        [(name, share, chance[name]) for name, share in shares.items()], columns=["parameter", "importance", "chance"]
     )
 
 
 def pareto(cost: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """bool (N,): which are not beaten, no other being as good at less cost, or better at no more."""
+    """bool (N,): which are on the front, no other being as good at less cost, or better at no more."""
     front, best = np.zeros(len(cost), bool), -np.inf
     for index in np.lexsort((-score, cost)):
         if score[index] > best:
@@ -218,21 +221,22 @@ def pareto(cost: np.ndarray, score: np.ndarray) -> np.ndarray:
     return front
 
 
-def finals(frame: pd.DataFrame) -> pd.DataFrame:
-    """The repeats with fresh seeds, a row per recipe: name, n, mean, deviation, low, high (95 %, Student's t), seconds.
+@dataclass(frozen=True)
+class Repeats:
+    """One recipe trained with fresh seeds."""
 
-    Best mean first; empty where there are none. Repeats of one recipe differ in nothing but `training.seed`.
-    """
-    from scipy.special import stdtrit
+    run_id: str  # of one of them
+    score: Sample
+    seconds: float  # mean of the runs
 
-    runs = frame[(frame["role"] == "final") & frame["score"].notna()]
+
+def finals(frame: pd.DataFrame) -> list[Repeats]:
+    """The repeats of each recipe, the best mean first; they differ in nothing but `training.seed`."""
+    runs = with_role(frame, "final").dropna(subset="score")
     names = [name for name in param_names(frame) if name != "training.seed"]
-    rows = []
-    for _, group in runs.groupby([runs[name].map(str) for name in names]) if len(runs) else []:
-        scores, first = group["score"], group.iloc[0]
-        spread = float(scores.std())  # NaN of one
-        half = float(stdtrit(len(group) - 1, 0.975)) * spread / np.sqrt(len(group)) if len(group) > 1 else np.nan
-        mean = float(scores.mean())
-        rows.append((first["run_id"], len(group), mean, spread, mean - half, mean + half, group["seconds"].mean()))
-    found = pd.DataFrame(rows, columns=["run_id", "n", "mean", "deviation", "low", "high", "seconds"])
-    return found.sort_values("mean", ascending=False, kind="stable", ignore_index=True)
+    groups = [group for _, group in runs.groupby([runs[name].map(str) for name in names])] if len(runs) else []
+    repeats = [
+        Repeats(group["run_id"].iloc[0], sample(list(group["score"])), float(group["seconds"].mean()))
+        for group in groups
+    ]
+    return sorted(repeats, key=lambda repeat: -repeat.score.mean)

@@ -6,11 +6,13 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.report import figures
 from pipeline.report.analysis import Lead, lead
+from pipeline.report.best_trials import value_label
+from pipeline.report.control_comparison import Comparison, compare_with_control
+from pipeline.report.figures import scores
 from pipeline.report.render import render
-from pipeline.report.study_page import Comparison, compare_with_control, finals_verdict
-from pipeline.report.trials import finished, param_names, searched, show, weakest_class
+from pipeline.report.study_page import finals_verdict
+from pipeline.report.trials import finished, param_names, searched, trial_rows, weakest_class
 from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -25,33 +27,33 @@ def studies_page(
     """The HTML of several studies, compared; `word` as `render` takes it."""
     groups = {study.name: frame[frame["study"] == study.name] for study in studies}
     comparisons = {name: compare_with_control(tracker, runs, runner_up=False) for name, runs in groups.items()}
-    known = {name: comparison for name, comparison in comparisons.items() if comparison}
-    leader = max(known, key=lambda name: known[name].best["score"], default=None)
+    scored = {name: comparison for name, comparison in comparisons.items() if comparison}
+    leader = max(scored, key=lambda name: scored[name].best["score"], default=None)
     verdicts = [f"{study.name}: {verdict}" for study in studies if (verdict := finals_verdict(tracker, study)[1])]
-    drawn = {"scores": figures.spread(frame), "history": figures.history(frame), "cost": figures.cost(frame)}
+    figures = {"scores": scores.spread(frame), "history": scores.history(frame), "cost": scores.cost(frame)}
     return render(
         "comparison.html",
-        drawn,
+        figures,
         word,
         title=" and ".join(groups),
         leader=leader,
-        top=known[leader].best if leader else None,
-        rivals=_rivals(known, leader) if leader else [],
+        top=scored[leader].best if leader else None,
+        rivals=_rivals(scored, leader) if leader else [],
         verdicts=verdicts,
         links=links,
         studies=[_study(name, groups[name], comparison) for name, comparison in comparisons.items()],
-        leads=list(_leads(known)),
-        compared=list(known),
-        fields=dict(_fields(groups, known)),
+        leads=list(_leads(scored)),
+        compared=list(scored),
+        fields=dict(_fields(groups, scored)),
         num_fields=len(param_names(frame)),
     )
 
 
-def _rivals(known: Mapping[str, Comparison], leader: str) -> list[dict[str, Any]]:
+def _rivals(scored: Mapping[str, Comparison], leader: str) -> list[dict[str, Any]]:
     """The other studies' best trials, with the leader's lead over each, None where they can't be compared."""
     return [
-        {"name": name, "best": other.best, "lead": _lead(known[leader], other)}
-        for name, other in known.items()
+        {"name": name, "best": other.best, "lead": _lead(scored[leader], other)}
+        for name, other in scored.items()
         if name != leader
     ]
 
@@ -64,7 +66,7 @@ def _lead(first: Comparison, second: Comparison) -> Lead | None:
 
 
 def _study(name: str, runs: pd.DataFrame, comparison: Comparison | None) -> dict[str, Any]:
-    trials = runs[runs["role"] == "trial"]
+    trials = trial_rows(runs)
     weakest, f1 = weakest_class(comparison.best) if comparison else ("", float("nan"))
     return {
         "name": name,
@@ -77,17 +79,19 @@ def _study(name: str, runs: pd.DataFrame, comparison: Comparison | None) -> dict
     }
 
 
-def _leads(known: Mapping[str, Comparison]) -> Iterator[dict[str, Any]]:
+def _leads(scored: Mapping[str, Comparison]) -> Iterator[dict[str, Any]]:
     """How far each study's best trial is before each later one's."""
-    for one, two in combinations(known, 2):
-        yield {"first": one, "second": two, "lead": _lead(known[one], known[two])}
+    for one, two in combinations(scored, 2):
+        yield {"first": one, "second": two, "lead": _lead(scored[one], scored[two])}
 
 
-def _fields(groups: Mapping[str, pd.DataFrame], known: Mapping[str, Comparison]) -> Iterator[tuple[str, list[str]]]:
+def _fields(groups: Mapping[str, pd.DataFrame], scored: Mapping[str, Comparison]) -> Iterator[tuple[str, list[str]]]:
     """Each field that two studies searched, or in which their best recipes differ, with its value in each study."""
-    search_spaces = [set(searched(groups[name])) for name in known]
+    search_spaces = [set(searched(groups[name])) for name in scored]
     for name in param_names(pd.concat(groups.values())):
-        values = {study: "" if pd.isna(value := other.best[name]) else show(value) for study, other in known.items()}
+        values = {
+            study: "" if pd.isna(value := other.best[name]) else value_label(value) for study, other in scored.items()
+        }
         if len(set(values.values())) > 1 or sum(name in space for space in search_spaces) > 1:
             yield name, [value + _values_of_best_quarter(groups[study], name) for study, value in values.items()]
 
@@ -98,6 +102,6 @@ def _values_of_best_quarter(runs: pd.DataFrame, name: str) -> str:
     if name not in searched(runs) or values.empty:
         return ""
     if all(type(value) in (int, float) for value in values):
-        ends = [show(values.min()), show(values.max())]
+        ends = [value_label(values.min()), value_label(values.max())]
         return f" ({' to '.join(dict.fromkeys(ends))})"
-    return f" ({', '.join(f'{show(value)} {count}x' for value, count in values.value_counts().items())})"
+    return f" ({', '.join(f'{value_label(value)} {count}x' for value, count in values.value_counts().items())})"

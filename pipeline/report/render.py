@@ -15,7 +15,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pipeline.errors import UserError, escape_control
-from pipeline.report.figures import template as figure_template
+from pipeline.report.figures.layout import template as figure_template
 
 
 def render(template: str, figures: Mapping[str, go.Figure], word: Callable[[str], str] = str, **data: Any) -> str:
@@ -48,9 +48,9 @@ def _finalize(value: object, word: Callable[[str], str]) -> object:
 
 
 def _plain(figure: go.Figure) -> dict[str, Any]:
-    """A figure as JSON holds it; what is to be seen, and its height, stand beside it."""
-    drawn = json.loads(str(go.Figure(figure).update_layout(template=None, meta=None).to_json()))
-    return {"caption": figure.layout.meta, "height": figure.layout.height, **drawn}
+    """A figure as JSON holds it, with its caption and its height."""
+    traces = json.loads(str(go.Figure(figure).update_layout(template=None, meta=None).to_json()))
+    return {"caption": figure.layout.meta, "height": figure.layout.height, **traces}
 
 
 def number(value: object, form: str) -> str:
@@ -69,7 +69,7 @@ def hours(seconds: float) -> str:
 
 
 def write(page: str, file: Path) -> None:
-    """Whole or not at all; UserError where it can't be written."""
+    """Complete or not at all; UserError where it can't be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent, suffix=".html")

@@ -1,70 +1,44 @@
 """A study as one page: its answer, and everything that it rests on; templates/study.html has its order and its words."""
 
-import base64
-import io
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from PIL import Image
 
 from pipeline.errors import UserError, escape_control
 from pipeline.registry.decision import FinalsDecision, find_winner
-from pipeline.report import figures
-from pipeline.report.analysis import Lead, effects, finals, importances, lead
+from pipeline.report.analysis import effects, finals, importances
+from pipeline.report.best_trials import best_trials, changes
+from pipeline.report.control_comparison import Comparison, compare_with_control
+from pipeline.report.disagreement import FindData, disagreement
+from pipeline.report.figures import classes, parameters, scores
 from pipeline.report.render import render
+from pipeline.report.stored import aliases, histories
 from pipeline.report.trials import (
-    Predictions,
-    aliases,
-    best_trials,
-    challenger,
-    changes,
     control,
     early,
     finished,
-    histories,
-    predictions,
+    last_values,
     ranked,
     searched,
+    trial_rows,
 )
 from pipeline.search.importances import num_top
-from pipeline.tracking import queries
 from pipeline.tracking.queries import StudyRuns
-from pipeline.tracking.run_data import LocatedData, RunData, find_data
+from pipeline.tracking.run_data import find_data
+from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 
-_Find = Callable[[RunData], LocatedData]  # `run_data.find_data`, with where to look
+Section = tuple[dict[str, Any], dict[str, go.Figure]]  # what the template knows by name, and the figures
 
-MOST_BEST = 10  # trials that are listed
-MOST_UNFINISHED = 40
-MOST_IMAGES = 12  # of each kind of disagreement
-MOST_REASONS = 5
-MOST_AXES = 8  # of the parallel coordinates
-_TAGS = {"commit": "mlflow.source.git.commit", "torch": "torch", "hardware": "hardware"}
-_TAGS |= {"data": "data_digest", "split": "split_digest"}
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """A study's best trial, or its runner-up, and its control; with the predictions of both, None where they are gone."""
-
-    best: pd.Series
-    label: str  # best or runner-up
-    control: pd.Series | None
-    best_predictions: Predictions | None
-    control_predictions: Predictions | None
-    lead: Lead | None
-
-    @property
-    def has_control(self) -> bool:
-        """Whether there is a control, and another trial than it to compare with it."""
-        return self.control is not None and self.control["run_id"] != self.best["run_id"]
+MAX_BEST = 10  # trials that are listed
+MAX_UNFINISHED = 40
+MAX_REASONS = 5
+MAX_PARALLEL_AXES = 8
 
 
 def study_page(
@@ -81,11 +55,10 @@ def study_page(
     """
     comparison = compare_with_control(tracker, frame)
     decision, verdict = finals_verdict(tracker, study)
-    trials = frame[frame["role"] == "trial"]
-    drawn = {"history": figures.history(frame)}
-    data: dict[str, Any] = {
+    trials = trial_rows(frame)
+    values: dict[str, Any] = {
         "title": study.name,
-        "question": tracker.client.get_run(study.parent).data.tags.get("mlflow.note.content", ""),
+        "question": RunTags.of(tracker.client.get_run(study.parent)).note or "",
         "verdict": verdict,
         "champions": champions(tracker, frame),
         "links": links,
@@ -93,215 +66,142 @@ def study_page(
         "seconds": trials["seconds"].sum(),
         "decision": decision and _decision(frame, decision),
         "repeats": _repeats(frame),
-        "best_trials": best_trials(frame, MOST_BEST),
+        "best_trials": best_trials(frame, MAX_BEST),
         "comparison": comparison,
         "unfinished": _unfinished(frame),
-        "provenance": _provenance(tracker, comparison),
+        "provenance": _provenance(tracker, comparison) if comparison else {},
         "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
     }
+    figures = {"history": scores.history(frame)}
     if comparison:
-        data |= _results(tracker, frame, comparison, drawn)
         find = partial(find_data, data_dir=data_dir, dataset=dataset, download=False)
-        data |= _disagreement(tracker, comparison, find, drawn)
-    return render("study.html", drawn, word, **data)
-
-
-def _results(
-    tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison, drawn: dict[str, go.Figure]
-) -> dict[str, Any]:
-    """What needs at least one finished trial, but for the disagreement; its figures go to `drawn`."""
-    done, shares, order = finished(frame), importances(frame), ranked(frame)
-    if len(shares):
-        drawn["importance"] = figures.importance(shares)
-        drawn["parallel"] = figures.parallel(frame, list(shares["parameter"][:MOST_AXES]))
-    compared = [comparison.best, *([] if comparison.control is None else [comparison.control])]
-    pruned = frame[frame["state"] == "pruned"]["run_id"].tail(figures.LINES)
-    run_ids = list(dict.fromkeys([*(run["run_id"] for run in compared), *pruned]))
-    curves = histories(tracker, run_ids, str(comparison.best["objective"]))
-    drawn["learning_curves"] = figures.learning_curves(frame, curves)
-    drawn["per_class"] = figures.per_class(frame)
-    known = {f"the {comparison.label}": comparison.best_predictions}
-    known |= {"the control": comparison.control_predictions} if comparison.has_control else {}
-    if stored := {label: run for label, run in known.items() if run is not None}:
-        drawn["calibration"] = figures.calibration(stored)
-    sized = "model/parameters" in done and done["model/parameters"].nunique() > 1
-    costs = {f"cost{place}": measure for place, measure in enumerate(figures.COSTS if sized else ["time/training_s"])}
-    drawn |= {name: figures.cost(frame, measure) for name, measure in costs.items()}
-    return {
-        "num_ranked": len(order),
-        "num_finished": len(done),
-        "num_equal": int((done["score"] == done["score"].max()).sum()) - 1,
-        "num_top": num_top(len(order)),
-        "costs": list(costs),
-        **_effects(tracker, frame, drawn),
-    }
-
-
-def compare_with_control(tracker: MlflowTracker, frame: pd.DataFrame, runner_up: bool = True) -> Comparison | None:
-    """A study's best trial and its control; the best is its `runner_up` where the control is it. None: none finished."""
-    chosen, base = challenger(frame), control(frame)
-    if chosen is None:
-        return None
-    best, label = chosen if runner_up else (finished(frame).iloc[0], "best")
-    is_control = base is not None and base["run_id"] == best["run_id"]
-    one = predictions(tracker, best["run_id"])
-    two = one if is_control else predictions(tracker, base["run_id"]) if base is not None else None
-    others = len(ranked(frame)) - 1  # pruned ones were candidates too
-    gap = lead(one, two, best["objective"], others) if one and two and not is_control else None
-    return Comparison(best, label, base, one, two, gap)
+        for more_values, more_figures in (
+            _parameters(tracker, frame),
+            _results(tracker, frame, comparison),
+            _disagreement(tracker, comparison, find),
+        ):
+            values |= more_values
+            figures |= more_figures
+    return render("study.html", figures, word, **values)
 
 
 def finals_verdict(tracker: MlflowTracker, study: StudyRuns) -> tuple[FinalsDecision | None, str]:
     """What a study's finals decided, and that in a line: a winner or a tie; no decision where it no longer holds."""
     try:
-        decision, chosen = FinalsDecision.load(tracker, study), find_winner(tracker, study)
+        decision, winner = FinalsDecision.load(tracker, study), find_winner(tracker, study)
     except UserError as error:
         return None, f"{escape_control(error.lines[0])}."
-    if chosen:
-        return decision, f"Finals: the winner is {chosen.summary}."
+    if winner:
+        return decision, f"Finals: the winner is {winner.summary}."
     return decision, "Finals: no winner, every recipe diverged with some seed." if decision else ""
 
 
 def champions(tracker: MlflowTracker, frame: pd.DataFrame) -> list[str]:
-    """A line for each run of these that the registry has under an alias."""
-    known = aliases(tracker)
+    """A line for each run of the table that the registry has under an alias."""
+    names = aliases(tracker)
     return [
-        f"{known[row['run_id']]} is a run of this study: "
+        f"{names[row['run_id']]} is a run of this study: "
         f"{'final of ' if row['role'] == 'final' else ''}trial {row['trial']}, {row['run_id']}."
-        for _, row in frame[frame["run_id"].isin(list(known))].iterrows()
+        for _, row in frame[frame["run_id"].isin(list(names))].iterrows()
     ]
 
 
 # ----------------------------------------------------------------------------------------------------------- sections
 
 
-def _repeats(frame: pd.DataFrame) -> list[dict[Hashable, Any]]:
-    """The rows of `analysis.finals`, each with its trial's number and what it changes in the control."""
-    base, runs = control(frame), frame.set_index("run_id", drop=False)
+def _repeats(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """What finals measured of each recipe, with its trial's number and what it changes in the control."""
+    base, runs = control(frame), {row["run_id"]: row for _, row in frame.iterrows()}
     names = [name for name in searched(frame) if name != "training.seed"]
-    return [
-        row.to_dict()
-        | {"trial": runs["trial"][row["run_id"]], "changes": changes(runs.loc[row["run_id"]], base, names)}
-        for _, row in finals(frame).iterrows()
-    ]
+    rows = [(repeats, runs[repeats.run_id]) for repeats in finals(frame)]
+    return [{"repeats": repeats, "trial": run["trial"], "changes": changes(run, base, names)} for repeats, run in rows]
 
 
 def _decision(frame: pd.DataFrame, decision: FinalsDecision) -> dict[str, Any]:
     """What finals measured and decided: the rules, and the candidates, best mean first."""
-    base, names, chosen, rows = control(frame), searched(frame), decision.winner, []
-    for row in decision.ranked:
-        tied = "ties with the winner" if chosen and row.trial in chosen.tied else "behind"
-        verdict = "winner" if chosen and row.digest == chosen.digest else row.stopped or tied
-        trial = frame[frame["run_id"] == row.trial_run]
-        recipe = row.name + "".join(f": {changes(run, base, names)}" for _, run in trial.iterrows())
-        rows.append({"result": row, "verdict": verdict, "recipe": recipe})
-    return {"candidates": rows, "rules": decision.rules}
+    base, names, winner, candidates = control(frame), searched(frame), decision.winner, []
+    for result in decision.ranked:
+        tied = "ties with the winner" if winner and result.trial in winner.tied else "behind"
+        verdict = "winner" if winner and result.digest == winner.digest else result.stopped or tied
+        trial = frame[frame["run_id"] == result.trial_run]
+        recipe = result.name + "".join(f": {changes(run, base, names)}" for _, run in trial.iterrows())
+        candidates.append({"result": result, "verdict": verdict, "recipe": recipe})
+    return {"candidates": candidates, "rules": decision.rules}
 
 
-def _effects(tracker: MlflowTracker, frame: pd.DataFrame, drawn: dict[str, go.Figure]) -> dict[str, Any]:
-    """What each choice adds: to the score, or where most were pruned to the score after `early_epoch`."""
-    num_pruned, epoch, measure = int((frame["state"] == "pruned").sum()), None, "the score"
-    if num_pruned > len(finished(frame)):  # the few that finished were selected by what is to be explained
+def _parameters(tracker: MlflowTracker, frame: pd.DataFrame) -> Section:
+    """Which parameters matter, and what each choice adds: to the score, or where most were pruned to an early one."""
+    figures, shares, rank = {}, importances(frame), ranked(frame)
+    if len(shares):
+        figures["importance"] = parameters.importance(shares)
+        figures["parallel"] = parameters.parallel(frame, list(shares["parameter"][:MAX_PARALLEL_AXES]))
+    num_pruned, num_finished = len(trial_rows(frame, State.PRUNED)), len(finished(frame))
+    epoch, measure = None, "the score"
+    if num_pruned > num_finished:  # the few that finished were selected by what is to be explained
         epoch, frame = early(tracker, frame)
         measure = f"{frame['objective'].iloc[0]} after epoch {epoch}"
-    found = effects(frame)
-    if found:
-        drawn["effects"] = figures.effect(found, measure)
+    estimated = effects(frame)
+    if estimated:
+        figures["effects"] = parameters.effect(estimated, measure)
     return {
-        "effects": found,
-        "choices": found.table.to_dict("records") if found else [],
+        "num_ranked": len(rank),
+        "num_top": num_top(len(rank)),
+        "effects": estimated,
+        "choices": estimated.table.to_dict("records") if estimated else [],
         "early_epoch": epoch,
         "effects_measure": measure,
         "num_measured": len(finished(frame)),
         "num_pruned": num_pruned,
-    }
+    }, figures
 
 
-def _disagreement(
-    tracker: MlflowTracker, comparison: Comparison, find: _Find, drawn: dict[str, go.Figure]
-) -> dict[str, Any]:
-    """How many images both, one or none have right, and those that only one has; {} where they can't be compared."""
+def _results(tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison) -> Section:
+    """Learning curves, classes, calibration and cost."""
+    done = finished(frame)
+    pruned = trial_rows(frame, State.PRUNED)["run_id"].tail(scores.MAX_PRUNED_CURVES)
+    run_ids = list(dict.fromkeys([*comparison.run_ids, *pruned]))
+    curves = histories(tracker, run_ids, str(comparison.best["objective"]))
+    figures = {"learning_curves": scores.learning_curves(frame, curves), "per_class": classes.per_class(frame)}
+    if comparison.stored_predictions:
+        figures["calibration"] = classes.calibration(comparison.stored_predictions)
+    sizes_differ = "model/parameters" in done and done["model/parameters"].nunique() > 1
+    costs = {f"cost{n}": measure for n, measure in enumerate(scores.COSTS if sizes_differ else ["time/training_s"])}
+    figures |= {name: scores.cost(frame, measure) for name, measure in costs.items()}
+    num_equal = int((done["score"] == done["score"].max()).sum()) - 1
+    return {"num_finished": len(done), "num_equal": num_equal, "costs": list(costs)}, figures
+
+
+def _disagreement(tracker: MlflowTracker, comparison: Comparison, find: FindData) -> Section:
     best, base = comparison.best_predictions, comparison.control_predictions
-    if not comparison.has_control or best is None or base is None or comparison.lead is None:
-        return {"right": {}}
-    drawn["confusion"] = figures.confusion_difference(best, base)
-    best_right, base_right = best.answers == best.labels, base.answers == base.labels
-    images = _images(tracker, comparison.best, best, find)
-    groups = {f"Right by the {comparison.label} alone": best_right & ~base_right}
-    groups["Right by the control alone"] = base_right & ~best_right
-    confidence = np.maximum(best.probabilities.max(1), base.probabilities.max(1))
-    runs, shown = {comparison.label: best, "control": base}, {}
-    for title, chosen in groups.items():
-        places = np.flatnonzero(chosen)
-        surest = places[np.argsort(-confidence[places], kind="stable")][:MOST_IMAGES]
-        if len(places):
-            pictures = list(_pictures(surest, runs, None if isinstance(images, str) else images))
-            shown[title] = {"count": len(places), "pictures": pictures}
-    both, either = int((best_right & base_right).sum()), int((best_right | base_right).sum())
-    return {
-        "right": {"images": len(best_right), "both": both, "neither": len(best_right) - either},
-        "images_missing": images if isinstance(images, str) else "",
-        "disagreements": shown,
-    }
-
-
-def _images(tracker: MlflowTracker, run: pd.Series, stored: Predictions, find: _Find) -> np.ndarray | str:
-    """uint8 (N, S, S, 3) of a run's validation images, in the order of its predictions; or why there are none."""
-    run_id = str(run["run_id"])
-    try:
-        digest = tracker.client.get_run(run_id).data.tags["data_digest"]
-        names = (str(run["data.dataset"]), int(run["data.image_size"]))
-        data = find(RunData(f"run {run_id}", *names, digest, queries.data_places(tracker, run_id))).images
-    except (UserError, KeyError, ValueError) as error:
-        reason = error.lines[0] if isinstance(error, UserError) else "the run does not say which"
-        return f"The images can't be shown, only their numbers in the training part: {reason}."
-    return data.train.images[stored.ids].permute(0, 2, 3, 1).numpy()
-
-
-def _pictures(
-    places: np.ndarray, runs: Mapping[str, Predictions], images: np.ndarray | None
-) -> Iterator[dict[str, Any]]:
-    """The image at each place as a data URL, None without images, and the lines below it."""
-    for place in places:
-        first = next(iter(runs.values()))
-        lines = [f"{first.classes[first.labels[place]]} (no. {first.ids[place]})"]
-        for label, run in runs.items():
-            lines.append(f"{label}: {run.classes[run.answers[place]]} {run.probabilities[place].max():.0%}")
-        yield {"source": None if images is None else _png(images[place]), "lines": lines}
-
-
-def _png(image: np.ndarray) -> str:
-    out = io.BytesIO()
-    picture = Image.fromarray(image)
-    picture.thumbnail((96, 96))
-    picture.save(out, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+    disagreeing = disagreement(tracker, comparison, find)
+    figures = {"confusion": classes.confusion_difference(best, base)} if disagreeing and best and base else {}
+    return {"disagreement": disagreeing}, figures
 
 
 def _unfinished(frame: pd.DataFrame) -> dict[str, Any]:
     """The pruned, failed and interrupted trials, by state, and why they ended; {} where there are none."""
-    trials = frame[frame["role"] == "trial"]
-    rows = trials[~trials["state"].isin(["finished", "running"])].sort_values(["state", "trial"], kind="stable")
+    trials = trial_rows(frame)
+    rows = trials[~trials["state"].isin([State.FINISHED, "running"])].sort_values(["state", "trial"], kind="stable")
     if rows.empty:
         return {}
     base, names = control(frame), searched(frame)
     rows = rows.assign(
         reason=rows["reason"].replace("", "no reason given"),
-        value=rows.apply(lambda row: row.get(row["objective"], np.nan), axis=1),
+        value=last_values(rows),
         changes=rows.apply(changes, axis=1, args=(base, names)),
     )
     reasons = rows["reason"].value_counts()
     return {
-        "trials": rows.head(MOST_UNFINISHED).to_dict("records"),
+        "trials": rows.head(MAX_UNFINISHED).to_dict("records"),
         "states": rows["state"].value_counts().to_dict(),
         "time_share": rows["seconds"].sum() / frame["seconds"].sum() if frame["seconds"].sum() else None,
-        "reasons": reasons.head(MOST_REASONS).to_dict(),
-        "num_other_reasons": max(len(reasons) - MOST_REASONS, 0),
+        "reasons": reasons.head(MAX_REASONS).to_dict(),
+        "num_other_reasons": max(len(reasons) - MAX_REASONS, 0),
     }
 
 
-def _provenance(tracker: MlflowTracker, comparison: Comparison | None) -> dict[str, str]:
-    if comparison is None:
-        return {}
-    tags = tracker.client.get_run(comparison.best["run_id"]).data.tags
-    return {name: tags[tag][:60] for name, tag in _TAGS.items() if tags.get(tag)}
+def _provenance(tracker: MlflowTracker, comparison: Comparison) -> dict[str, str]:
+    tags = RunTags.of(tracker.client.get_run(comparison.best["run_id"]))
+    values = {"commit": tags.commit, "torch": tags.torch, "hardware": tags.hardware}
+    values |= {"data": tags.data_digest, "split": tags.split_digest}
+    return {name: value[:60] for name, value in values.items() if value}

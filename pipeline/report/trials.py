@@ -2,9 +2,7 @@
 
 import json
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from pipeline.errors import UserError
-from pipeline.recipe import KIND
+from pipeline.report.stored import histories
 from pipeline.tracking import queries
 from pipeline.tracking.intact import control_runs
 from pipeline.tracking.queries import StudyRuns, find_study
-from pipeline.tracking.tags import State
+from pipeline.tracking.tags import Role, RunTags, State, StoredRun
 from pipeline.tracking.tracker import MlflowTracker
 
 log = logging.getLogger(__name__)
@@ -26,6 +24,7 @@ COLUMNS = (
     *("started", "seconds", "epochs"),
 )
 F1 = "val/f1/"
+INFINITE = 1e300  # MLflow stores infinity as 1.8e308
 
 
 def trials(*names: str, home: Path | str = "mlruns", uri: str | None = None) -> pd.DataFrame:
@@ -47,13 +46,13 @@ def trials(*names: str, home: Path | str = "mlruns", uri: str | None = None) -> 
 
 def choose(tracker: MlflowTracker, names: Sequence[str]) -> list[StudyRuns]:
     """The study that each name means, each once; which of several is meant is logged. UserError where there is none."""
-    found: dict[str, StudyRuns] = {}
+    chosen: dict[str, StudyRuns] = {}
     for name in names:
         study, line = find_study(tracker, name)
-        found[study.parent] = study
+        chosen[study.parent] = study
         if line:
             log.warning(line)
-    return list(found.values())
+    return list(chosen.values())
 
 
 def table(tracker: MlflowTracker, studies: Sequence[StudyRuns]) -> pd.DataFrame:
@@ -72,27 +71,23 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return frame.astype(kinds).copy()  # in one piece, or pandas warns where a column is added
 
 
-def _rows(runs: Sequence[Any], study: StudyRuns) -> list[dict[str, Any]]:
-    """Of MLflow's runs; nothing of them is asked for again."""
-    base = {run.info.run_id for run in control_runs([run for run in runs if run.data.tags["role"] == "trial"])}
-    return [_row(run, study) | {"control": run.info.run_id in base} for run in runs]
+def _rows(runs: Sequence[StoredRun], study: StudyRuns) -> list[dict[str, Any]]:
+    controls = {run.info.run_id for run in control_runs([run for run in runs if RunTags.of(run).role == "trial"])}
+    return [_row(run, study) | {"control": run.info.run_id in controls} for run in runs]
 
 
-def _row(run: Any, study: StudyRuns) -> dict[str, Any]:
-    tags, info = run.data.tags, run.info
-    state = tags.get("state", info.status.lower())
-    trial = tags.get("trial", "")
-    role = tags["role"]
-    score = run.data.metrics.get(study.objective, np.nan) if state == State.FINISHED else np.nan
+def _row(run: StoredRun, study: StudyRuns) -> dict[str, Any]:
+    tags, info = RunTags.of(run), run.info
+    score = run.data.metrics.get(study.objective, np.nan) if tags.state == State.FINISHED else np.nan
     return {
         "study": study.name,
-        "trial": int(trial) if trial.isdecimal() else pd.NA,
+        "trial": pd.NA if tags.trial is None else tags.trial,
         "run_id": info.run_id,
-        "role": role,
-        "state": state,
-        "reason": tags.get("reason", ""),
+        "role": tags.role,
+        "state": str(tags.state or info.status.lower()),
+        "reason": tags.reason or "",
         "objective": study.objective,
-        "score": score if abs(score) < 1e300 else np.nan,  # MLflow keeps infinity as 1.8e308
+        "score": score if abs(score) < INFINITE else np.nan,
         "started": pd.Timestamp(info.start_time, unit="ms", tz="UTC"),
         "seconds": (info.end_time - info.start_time) / 1000 if info.end_time else np.nan,
         "epochs": max((m.step for m in run.data._metric_objs if m.key == study.objective), default=0),
@@ -114,13 +109,29 @@ def _value(name: str, text: str) -> Any:
     return value if isinstance(value, (int, float)) else text
 
 
-# ------------------------------------------------------------------------------------------- what the table says
+# ----------------------------------------------------------------------------------------------- rows of the table
+
+
+def trial_rows(frame: pd.DataFrame, state: State | None = None) -> pd.DataFrame:
+    """The trials of this state, or all; without finals and reproductions."""
+    rows = with_role(frame, "trial")
+    return rows if state is None else rows[rows["state"] == state]
+
+
+def with_role(frame: pd.DataFrame, role: Role) -> pd.DataFrame:
+    """The runs of this role."""
+    return frame[frame["role"] == role]
 
 
 def finished(frame: pd.DataFrame) -> pd.DataFrame:
     """The trials that have a score, best first."""
-    found = frame[(frame["role"] == "trial") & frame["score"].notna()]
-    return found.sort_values(["score", "trial"], ascending=[False, True], kind="stable")
+    rows = trial_rows(frame).dropna(subset="score")
+    return rows.sort_values(["score", "trial"], ascending=[False, True], kind="stable")
+
+
+def last_values(rows: pd.DataFrame) -> pd.Series:
+    """The objective as each run measured it last; NaN where it did not."""
+    return pd.Series([row.get(row["objective"], np.nan) for _, row in rows.iterrows()], rows.index, dtype=float)
 
 
 def ranked(frame: pd.DataFrame) -> pd.DataFrame:
@@ -130,14 +141,14 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     study's trials are pruned: what marks the good ones can't be seen without the others.
     """
     done, metric = finished(frame), str(frame["objective"].iloc[0])
-    pruned = frame[(frame["role"] == "trial") & (frame["state"] == "pruned")]
+    pruned = trial_rows(frame, State.PRUNED)
     pruned = pruned[pruned[metric].notna()] if metric in pruned else pruned[:0]
     if len(pruned):
         pruned = pruned.sort_values(["epochs", metric, "trial"], ascending=[False, False, True], kind="stable")
     rows = frame.loc[[*done.index, *pruned.index]]
-    missed = rows["score"].isna()
-    keys = pd.DataFrame({"epochs": rows["epochs"].where(missed, 0), "score": rows["score"]})
-    keys["score"] = rows["score"].fillna(rows[metric]) if missed.any() else rows["score"]
+    was_pruned = rows["score"].isna()
+    keys = pd.DataFrame({"epochs": rows["epochs"].where(was_pruned, 0), "score": rows["score"]})
+    keys["score"] = rows["score"].fillna(rows[metric]) if was_pruned.any() else rows["score"]
     return rows.assign(rank=(keys != keys.shift()).any(axis=1).cumsum())
 
 
@@ -146,23 +157,24 @@ def early(tracker: MlflowTracker, frame: pd.DataFrame) -> tuple[int, pd.DataFram
 
     Every trial that reached it has one, whatever became of it, so pruning leaves nothing out.
     """
-    trials, metric = frame[frame["role"] == "trial"], str(frame["objective"].iloc[0])
-    epoch = int(trials["epochs"][(trials["state"] == "pruned") & (trials["epochs"] > 0)].min())
-    found = histories(tracker, list(trials["run_id"][trials["epochs"] > epoch]), metric)
-    later = found[found["epoch"] == epoch].set_index("run_id")["value"]
-    score = trials["run_id"].map(later).fillna(trials[metric].where(trials["epochs"] == epoch))
-    return epoch, trials.assign(score=score.where(score.abs() < 1e300))
+    rows, metric = trial_rows(frame), str(frame["objective"].iloc[0])
+    pruned_after = trial_rows(frame, State.PRUNED)["epochs"]
+    epoch = int(pruned_after[pruned_after > 0].min())
+    curves = histories(tracker, list(rows["run_id"][rows["epochs"] > epoch]), metric)
+    values = curves[curves["epoch"] == epoch].set_index("run_id")["value"]
+    score = rows["run_id"].map(values).fillna(rows[metric].where(rows["epochs"] == epoch))
+    return epoch, rows.assign(score=score.where(score.abs() < INFINITE))
 
 
 def control(frame: pd.DataFrame) -> pd.Series | None:
     """The finished trial of the base recipe: what the others are compared with."""
-    found = finished(frame)
-    found = found[found["control"]]
-    return None if found.empty else found.iloc[0]
+    done = finished(frame)
+    controls = done[done["control"]]
+    return None if controls.empty else controls.iloc[0]
 
 
 def challenger(frame: pd.DataFrame) -> tuple[pd.Series, str] | None:
-    """What is set beside the control, and its name: the best trial, or the runner-up where the control is the best."""
+    """What is compared with the control, and its name: the best trial, or the runner-up where the control is the best."""
     done = finished(frame)
     if done.empty:
         return None
@@ -179,7 +191,7 @@ def param_names(frame: pd.DataFrame) -> list[str]:
 
 def searched(frame: pd.DataFrame) -> list[str]:
     """The recipe fields that differ between trials."""
-    rows = frame[frame["role"] == "trial"]
+    rows = trial_rows(frame)
     return [name for name in param_names(frame) if rows[name].nunique() > 1]
 
 
@@ -189,133 +201,8 @@ def weakest_class(row: pd.Series) -> tuple[str, float]:
     return (str(f1.idxmin()).removeprefix(F1), float(f1.min())) if len(f1) else ("", float("nan"))
 
 
-@dataclass(frozen=True)
-class BestTrial:
-    """A finished trial as the tables of the best show it; NaN where something was not measured."""
-
-    number: int
-    is_control: bool
-    score: float
-    lead: float  # over the control's score, in points; NaN where no control finished
-    f1_macro: float
-    weakest_class: str
-    weakest_f1: float
-    epochs: int
-    seconds: float  # of the whole trial
-    training_s: float
-    parameters: float
-    latency_ms: float
-    changes: str  # against the control
-
-
-def best_trials(frame: pd.DataFrame, most: int) -> list[BestTrial]:
-    """At most so many finished trials of one study, best first; below them the control, if it isn't among them."""
-    base, names = control(frame), searched(frame)
-    return [_best_trial(row, base, names) for _, row in with_control(finished(frame).head(most), base).iterrows()]
-
-
 def with_control(rows: pd.DataFrame, base: pd.Series | None) -> pd.DataFrame:
-    """These rows, and the control's below them where it isn't among them."""
+    """The rows, and the control's below them where it isn't among them."""
     if base is None or base["run_id"] in set(rows["run_id"]):
         return rows
     return pd.concat([rows, base.to_frame().T])
-
-
-def _best_trial(row: pd.Series, base: pd.Series | None, names: Sequence[str]) -> BestTrial:
-    weakest, f1 = weakest_class(row)
-    return BestTrial(
-        number=row["trial"],
-        is_control=row["control"],
-        score=row["score"],
-        lead=np.nan if base is None else 100 * (row["score"] - base["score"]),
-        f1_macro=row.get("val/f1_macro", np.nan),
-        weakest_class=weakest,
-        weakest_f1=f1,
-        epochs=row["epochs"],
-        seconds=row["seconds"],
-        training_s=row.get("time/training_s", np.nan),
-        parameters=row.get("model/parameters", np.nan),
-        latency_ms=row.get("model/latency_ms", np.nan),
-        changes=changes(row, base, names),
-    )
-
-
-def changes(row: pd.Series, base: pd.Series | None, names: Sequence[str]) -> str:
-    """What a run has of these fields and the control has not: `rotation 10, optimizer adam, lr 0.003`."""
-    if base is None:
-        listed = ", ".join(f"{short(name)} {show(row[name])}" for name in names if pd.notna(row[name]))
-        return listed or "no field differs between the trials"
-    if row["run_id"] == base["run_id"]:
-        return "the control, the base recipe"
-    changed = [name for name in names if pd.notna(row[name]) and row[name] != base[name]]
-    return ", ".join(f"{short(name)} {show(row[name])}" for name in changed) or "as the control"
-
-
-def short(name: str) -> str:
-    """A field without its section; a kind is called by its section: `optimizer.name` -> `optimizer`."""
-    section, _, field = name.partition(".")
-    return section if KIND.get(section) == field else field.replace("_", " ")
-
-
-def show(value: Any) -> str:
-    """A value in three digits; yes and no for flags."""
-    if isinstance(value, (bool, np.bool_)):
-        return "yes" if value else "no"
-    return f"{value:.3g}" if isinstance(value, (int, float, np.number)) else str(value)
-
-
-# ----------------------------------------------------------------------------- what only some runs are asked for
-
-
-def aliases(tracker: MlflowTracker) -> dict[str, str]:
-    """run id -> what the registry calls it: `image-classifier@champion`."""
-    client, found = tracker.client, dict[str, list[str]]()
-    for model in client.search_registered_models():
-        for alias, version in model.aliases.items():
-            run_id = client.get_model_version(model.name, version).run_id
-            found.setdefault(str(run_id), []).append(f"{model.name}@{alias}")
-    return {run_id: " and ".join(sorted(names)) for run_id, names in found.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """A run's answers on the validation split."""
-
-    ids: np.ndarray  # (N,) int64, places in the data set's training part
-    labels: np.ndarray  # (N,) int
-    probabilities: np.ndarray  # (N, C) float
-    classes: tuple[str, ...]
-
-    @property
-    def answers(self) -> np.ndarray:
-        """(N,) the likeliest class."""
-        return self.probabilities.argmax(axis=1)
-
-
-def predictions(tracker: MlflowTracker, run_id: str) -> Predictions | None:
-    """What a finished run stored; None where its file is gone or can't be read."""
-    import pyarrow.parquet as pq
-
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            found = pq.read_table(tracker.client.download_artifacts(run_id, "predictions.parquet", folder))
-            return Predictions(
-                found["id"].to_numpy().copy(),  # torch wants to be able to write
-                found["label"].to_numpy(),
-                np.stack(found["probabilities"].to_numpy()),
-                tuple(json.loads(found.schema.metadata[b"classes"])),
-            )
-        except Exception as error:  # whatever the store or the file's format raises: the page does without
-            log.warning("run %s: its predictions can't be read (%s)", run_id, str(error).splitlines()[0][:120])
-            return None
-
-
-def histories(tracker: MlflowTracker, run_ids: Sequence[str], metric: str) -> pd.DataFrame:
-    """Columns run_id, epoch (from 1), value: a metric's whole history for some runs, in their order."""
-    points = [
-        {"run_id": run_id, "epoch": point.step, "value": point.value}
-        for run_id in run_ids
-        for point in tracker.client.get_metric_history(run_id, metric)
-    ]
-    found = pd.DataFrame(points, columns=["run_id", "epoch", "value"])
-    return found.sort_values("epoch", kind="stable").drop_duplicates(["run_id", "epoch"], keep="last")

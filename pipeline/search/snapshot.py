@@ -1,6 +1,5 @@
 """Stored studies and their trials as values without types of Optuna, for whoever compares them with runs."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pipeline.processes import study_is_running, study_lock
 from pipeline.search.requeue import reconcile
 from pipeline.search.storage import RetryingStorage, StudyLock, our_studies
 from pipeline.search.study import counts_toward_budget
+from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker
@@ -62,12 +62,13 @@ def study_snapshots(storage: RetryingStorage | None, home: Path) -> list[StudySn
 
 
 def _snapshot(study: optuna.Study, storage: RetryingStorage, home: Path) -> StudySnapshot:
-    fingerprint = json.loads(study.user_attrs["fingerprint"])
+    attributes = StudyAttributes.of(study)
+    fingerprint = attributes.fingerprint
     return StudySnapshot(
         name=study.study_name,
         is_live=_is_live(study.study_name, storage, home),  # first: what ends from here on counts as running
-        run_id=study.user_attrs.get("mlflow_run_id", ""),
-        run_key=study.user_attrs.get("run_key", ""),
+        run_id=attributes.mlflow_run_id or "",
+        run_key=attributes.run_key or "",
         objective=fingerprint["objective"],
         data_digest=fingerprint["data"],
         split_digest=fingerprint["split"],

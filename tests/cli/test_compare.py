@@ -7,6 +7,7 @@ import pytest
 from conftest import NO_RETRIES, Trained, run_pipeline
 
 from cli.helpers import assert_refused
+from pipeline.cli.compare import page_name
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -36,6 +37,14 @@ def test_compare_prints_the_best_trials_and_writes_a_page(trained: Trained, tmp_
     folder = run_pipeline("compare", "tiny", "--output", str(tmp_path), cwd=trained.home.parent)
     assert folder.returncode == 2 and "is a folder; name a file" in folder.stderr
     assert not (trained.home / "reports").exists()
+
+
+def test_names_of_pages_are_legal_and_short() -> None:
+    assert page_name(["attention-v1-digits"]) == "attention-v1-digits.html"
+    assert page_name(["a-v1-x", "b-v1-x"]) == "a-v1-x+b-v1-x.html"
+    assert page_name(["../../etc/x y"]) == "etc-x-y.html"
+    long = [page_name([f"study{n}-v1-cifar10" for n in range(count)]) for count in (20, 21)]
+    assert len(set(long)) == 2 and all(len(name) < 130 for name in long)
 
 
 def test_compare_needs_trials(trained: Trained, tmp_path: Path) -> None:

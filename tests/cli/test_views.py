@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.cli.common import make_console
 from pipeline.cli.views import duration, format_value, print_best_trials
-from pipeline.report.trials import BestTrial
+from pipeline.report.best_trials import BestTrial
 
 
 def test_durations_have_two_units_at_most() -> None:

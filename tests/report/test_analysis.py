@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from pipeline.report.analysis import effects, finals, importances, lead, pareto
-from pipeline.report.trials import Predictions
+from pipeline.report.stored import Predictions
 
 RNG = np.random.default_rng(0)
 
@@ -145,9 +145,10 @@ def test_repeats_of_a_recipe_are_one_row_with_students_interval() -> None:
     runs["optimizer.name"] = ["adam"] * 3 + ["sgd"] * 2 + ["adamw"]
     runs[["optimizer.lr", "augmentation.rotation"]] = 0.1
     runs["training.seed"], runs["seconds"] = range(6), 2.0
-    found = finals(runs)
-    assert list(found["n"]) == [1, 3, 2] and list(found["mean"]) == pytest.approx([0.9, 0.82, 0.705])
-    assert np.isnan(found["low"][0])
+    repeats = finals(runs)
+    assert [repeat.score.n for repeat in repeats] == [1, 3, 2]
+    assert [repeat.score.mean for repeat in repeats] == pytest.approx([0.9, 0.82, 0.705])
+    assert repeats[0].score.low is None and repeats[1].seconds == 2
     half = 4.302653 * 0.02 / np.sqrt(3)  # t(0.975, 2 degrees)
-    assert (found["low"][1], found["high"][1]) == pytest.approx((0.82 - half, 0.82 + half))
-    assert finals(runs.assign(role="trial")).empty
+    assert (repeats[1].score.low, repeats[1].score.high) == pytest.approx((0.82 - half, 0.82 + half))
+    assert finals(runs.assign(role="trial")) == []

@@ -1,7 +1,5 @@
 """A study's page, in a real browser: its answer, its numbers and its images are those of the store."""
 
-import base64
-import io
 import re
 from pathlib import Path
 
@@ -9,11 +7,8 @@ import numpy as np
 import pytest
 from conftest import Trained
 from mlflow.entities import Metric, Param
-from PIL import Image
 from playwright.sync_api import Browser
 
-from pipeline.cli.compare import page_name
-from pipeline.data.prepare import TrainingData
 from pipeline.evaluation.significance import Sample
 from pipeline.recipe import Recipe
 from pipeline.registry.decision import CandidateResult, FinalsDecision, Winner
@@ -74,35 +69,6 @@ def test_the_answer_is_in_numbers_that_the_store_has(store: Store, odd: Path) ->
         assert f"<h2>{title}" in said
     assert 'href="http://127.0.0.1:5000/#/a?b=1&amp;c=2"' in said
     assert "0.4000" in said.split("<h2>Finals")[1].split("</section>")[0], "the mean of two seeds"
-
-
-def test_images_are_the_ones_that_the_caption_says(odd: Path, digits: TrainingData) -> None:
-    found = re.findall(r'base64,([^"]+)"><figcaption>.*?\(no\. (\d+)\)', body(odd.read_text()))
-    assert len(found) > 3
-    places = {int(number): place for place, number in enumerate(digits.validation_ids.tolist())}
-    for code, number in found:
-        image = np.asarray(Image.open(io.BytesIO(base64.b64decode(code))).convert("RGB"))
-        assert np.array_equal(image, digits.validation.images[places[int(number)]].permute(1, 2, 0).numpy())
-
-
-def test_images_of_other_data_are_not_shown_as_those(store: Store) -> None:
-    client = MlflowTracker(store.home).client
-    tag = client.get_run(store.best).data.tags["data_digest"]
-    client.set_tag(store.best, "data_digest", "0" * 64)
-    said = body(page_of(store, "odd"))
-    client.set_tag(store.best, "data_digest", tag)
-    assert "is not in" in said and "The images can&#39;t be shown" in said
-    assert "(no. " in said and "data:image/png" not in said
-
-
-def test_data_that_is_not_there_is_said_and_not_fetched(store: Store, tmp_path: Path) -> None:
-    tracker = MlflowTracker(store.home)
-    [study] = choose(tracker, ["odd"])
-    frame = table(tracker, [study])
-    frame["data.dataset"] = "cifar10"
-    said = body(study_page(tracker, study, frame, tmp_path, {}))
-    assert "The images can&#39;t be shown" in said and "--data-dir" in said
-    assert not list(tmp_path.iterdir())
 
 
 def test_where_most_are_pruned_they_count_too_and_it_is_said_how(
@@ -200,11 +166,3 @@ def test_one_finished_trial_without_a_control_is_enough(trained: Trained, browse
     assert heard == []
     assert "Trial 0 is the best of 1 finished trial: " in page.inner_text(".answer")
     assert "nothing to compare it with" in page.inner_text(".answer")
-
-
-def test_names_of_pages_are_legal_and_short() -> None:
-    assert page_name(["attention-v1-digits"]) == "attention-v1-digits.html"
-    assert page_name(["a-v1-x", "b-v1-x"]) == "a-v1-x+b-v1-x.html"
-    assert page_name(["../../etc/x y"]) == "etc-x-y.html"
-    long = [page_name([f"study{n}-v1-cifar10" for n in range(count)]) for count in (20, 21)]
-    assert len(set(long)) == 2 and all(len(name) < 130 for name in long)

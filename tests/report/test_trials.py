@@ -35,17 +35,6 @@ def test_each_run_is_a_row_with_its_recipe_and_its_last_metrics(trained: Trained
     assert report.trials(home=trained.home).equals(rows), "without a name: all studies"
 
 
-def test_a_pruned_runs_whole_history_and_a_finished_ones_predictions(trained: Trained) -> None:
-    tracker = MlflowTracker(trained.home)
-    found = report.histories(tracker, [trained.finished, trained.pruned], "val/accuracy")
-    assert found.groupby("run_id")["epoch"].apply(list).to_dict() == {trained.finished: [1, 2], trained.pruned: [1]}
-    frame = report.trials("tiny", home=trained.home)
-    answers = report.predictions(tracker, trained.finished)
-    assert answers is not None and answers.classes == tuple("0123456789")
-    assert np.mean(answers.answers == answers.labels) == pytest.approx(frame["score"][0])
-    assert report.predictions(tracker, trained.pruned) is None
-
-
 def test_names_that_mean_nothing_are_told(trained: Trained, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no study tinny in the tracking store"):
         report.trials("tinny", home=trained.home)
@@ -112,46 +101,3 @@ def test_pruned_trials_rank_behind_finished_ones_by_epochs_and_then_by_value() -
     found = report.ranked(runs)
     assert list(found["trial"]) == [3, 0, 2, 4, 1, 6]
     assert list(found["rank"]) == [1, 2, 3, 4, 5, 5], "equal ones have equal ranks"
-
-
-def test_changes_are_told_as_a_person_would() -> None:
-    runs = frame(
-        **{
-            "score": [0.5, 0.6],
-            "optimizer.name": ["sgd", "adam"],
-            "optimizer.lr": [0.1, 0.00312345],
-            "optimizer.momentum": [0.9, np.nan],
-            "training.epochs": [3, 3],
-            "model.batch_norm": [False, True],
-        }
-    )
-    names = report.searched(runs)
-    assert "training.epochs" not in names
-    text = report.changes(runs.iloc[1], runs.iloc[0], names)
-    assert text == "optimizer adam, lr 0.00312, batch norm yes"
-    assert report.changes(runs.iloc[0], runs.iloc[0], names) == "the control, the base recipe"
-
-
-def made(number: int, score: float, control: bool = False, **more: object) -> dict[str, object]:
-    row = {"study": "s", "trial": number, "run_id": f"run{number}", "role": "trial", "state": "finished"}
-    row |= {"control": control, "objective": "val/accuracy", "score": score, "epochs": 2, "seconds": 3.0}
-    return row | {"optimizer.name": "adam" if number % 2 else "sgd", "optimizer.lr": number / 8} | more
-
-
-def test_the_best_trials_come_first_and_the_control_below_them_where_it_is_not_among_them() -> None:
-    rows = [made(0, 0.5, control=True), made(1, 0.7), made(2, 0.6), made(3, np.nan, state="failed")]
-    frame = report.table_of([row | {"val/f1/cat": 0.9, "val/f1/dog": 0.25} for row in rows])
-    found = report.best_trials(frame, 1)
-    assert [(trial.number, trial.is_control, trial.score) for trial in found] == [(1, False, 0.7), (0, True, 0.5)]
-    assert found[0].lead == pytest.approx(20) and found[1].lead == 0
-    assert (found[0].weakest_class, found[0].weakest_f1) == ("dog", 0.25)
-    assert [trial.changes for trial in found] == ["lr 0.125, optimizer adam", "the control, the base recipe"]
-    assert np.isnan(found[0].latency_ms), "not measured"
-    assert [trial.number for trial in report.best_trials(frame, 9)] == [1, 2, 0], "once, and no failed one"
-
-
-def test_without_a_finished_control_there_is_no_lead() -> None:
-    frame = report.table_of([made(1, 0.7), made(2, 0.6)])
-    [best, other] = report.best_trials(frame, 5)
-    assert np.isnan(best.lead) and other.changes == "lr 0.25, optimizer sgd"
-    assert report.best_trials(report.table_of([]), 5) == []

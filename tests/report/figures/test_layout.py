@@ -1,14 +1,14 @@
-"""Every figure is drawn in a real browser, fits the window and says what is seen."""
+"""Every figure of a page is drawn in a real browser and fits the window."""
 
 from pathlib import Path
 
+import pandas as pd
+import plotly.graph_objects as go
 import pytest
 from playwright.sync_api import Browser
 
-from pipeline.report import figures
-from pipeline.report.trials import choose, table
-from pipeline.tracking.tracker import MlflowTracker
-from report.helpers import Store, opened, until
+from pipeline.report.figures.layout import as_label, joined, score_floor, set_integer_ticks
+from report.helpers import opened, until
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])
@@ -42,10 +42,21 @@ def test_a_figure_follows_the_window(odd: Path, browser: Browser) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-@pytest.mark.parametrize("name", ["history", "per_class", "cost", "spread"])
-def test_figures_take_the_table_and_say_what_is_seen(name: str, store: Store) -> None:
-    tracker = MlflowTracker(store.home)
-    frame = table(tracker, choose(tracker, ["odd", "sad"]))
-    for some in (frame, frame[frame["study"] == "odd-v1-digits"], frame[frame["study"] == "sad-v1-digits"]):
-        figure = getattr(figures, name)(some)
-        assert len(figure.layout.meta) > 15 and figure.layout.meta.endswith(".")
+def test_names_of_users_are_cut_and_are_no_html() -> None:
+    assert as_label("a<b>$x$\nc") == "a&lt;b&gt;&#36;x&#36;\\nc"
+    assert as_label("x" * 20 + "y" * 20, 9) == "xxxx…yyy"
+    assert [joined(list("abc"[:count])) for count in range(4)] == ["", "a", "a and b", "a, b and c"]
+
+
+def test_axis_of_scores_leaves_out_few_poor_ones() -> None:
+    good = [0.9 + n / 1000 for n in range(20)]
+    assert score_floor(pd.DataFrame({"score": [0.1, *good]})) == pytest.approx(0.9, abs=0.01)
+    assert score_floor(pd.DataFrame({"score": good})) is None
+    assert score_floor(pd.DataFrame({"score": [0.1, *good[:5]]})) is None, "too few to call one poor"
+
+
+def test_ticks_are_integers_up_to_ten() -> None:
+    figure = go.Figure()
+    for values, dtick in (([1, 10], 1), ([1, 11], None), ([pd.NA], 1)):
+        set_integer_ticks(figure, pd.Series(values, dtype="Int64"))
+        assert figure.layout.xaxis.dtick == dtick

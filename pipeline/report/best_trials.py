@@ -1,0 +1,78 @@
+"""The rows of the tables of best trials, and what a run changes, in words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.recipe import KIND
+from pipeline.report.trials import control, finished, searched, weakest_class, with_control
+
+
+@dataclass(frozen=True)
+class BestTrial:
+    """A finished trial as the tables of the best show it; NaN where something was not measured."""
+
+    number: int
+    is_control: bool
+    score: float
+    lead: float  # over the control's score, in points; NaN where no control finished
+    f1_macro: float
+    weakest_class: str
+    weakest_f1: float
+    epochs: int
+    seconds: float  # of the whole trial
+    training_s: float
+    parameters: float
+    latency_ms: float
+    changes: str  # against the control
+
+
+def best_trials(frame: pd.DataFrame, max_trials: int) -> list[BestTrial]:
+    """The best finished trials of one study, best first; below them the control, if it isn't among them."""
+    base, names = control(frame), searched(frame)
+    rows = with_control(finished(frame).head(max_trials), base)
+    return [_best_trial(row, base, names) for _, row in rows.iterrows()]
+
+
+def _best_trial(row: pd.Series, base: pd.Series | None, names: Sequence[str]) -> BestTrial:
+    weakest, f1 = weakest_class(row)
+    return BestTrial(
+        number=row["trial"],
+        is_control=row["control"],
+        score=row["score"],
+        lead=np.nan if base is None else 100 * (row["score"] - base["score"]),
+        f1_macro=row.get("val/f1_macro", np.nan),
+        weakest_class=weakest,
+        weakest_f1=f1,
+        epochs=row["epochs"],
+        seconds=row["seconds"],
+        training_s=row.get("time/training_s", np.nan),
+        parameters=row.get("model/parameters", np.nan),
+        latency_ms=row.get("model/latency_ms", np.nan),
+        changes=changes(row, base, names),
+    )
+
+
+def changes(row: pd.Series, base: pd.Series | None, names: Sequence[str]) -> str:
+    """What a run has of these fields and the control has not: `rotation 10, optimizer adam, lr 0.003`."""
+    if base is not None and row["run_id"] == base["run_id"]:
+        return "the control, the base recipe"
+    changed = [name for name in names if pd.notna(row[name]) and (base is None or row[name] != base[name])]
+    none = "no field differs between the trials" if base is None else "as the control"
+    return ", ".join(f"{field_label(name)} {value_label(row[name])}" for name in changed) or none
+
+
+def field_label(name: str) -> str:
+    """A field without its section; a kind is called by its section: `optimizer.name` -> `optimizer`."""
+    section, _, field = name.partition(".")
+    return section if KIND.get(section) == field else field.replace("_", " ")
+
+
+def value_label(value: Any) -> str:
+    """A value in three digits; yes and no for flags."""
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, (int, float, np.number)) else str(value)

@@ -1,0 +1,85 @@
+"""The images that the best trial or the control has right, and not the other."""
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.report.control_comparison import Comparison
+from pipeline.report.stored import Predictions
+from pipeline.tracking import queries
+from pipeline.tracking.run_data import LocatedData, RunData
+from pipeline.tracking.tags import RunTags
+from pipeline.tracking.tracker import MlflowTracker
+
+FindData = Callable[[RunData], LocatedData]  # `run_data.find_data`, with where to look
+
+MAX_IMAGES = 12  # of each kind of disagreement
+THUMBNAIL = (96, 96)  # pixels at most
+
+
+def disagreement(tracker: MlflowTracker, comparison: Comparison, find: FindData) -> dict[str, Any]:
+    """How many images both, one or none have right, and those that only one has; {} where they can't be compared."""
+    best, base = comparison.best_predictions, comparison.control_predictions
+    if best is None or base is None or comparison.lead is None:
+        return {}
+    best_right, base_right = best.answers == best.labels, base.answers == base.labels
+    images = _images(tracker, comparison.best, best, find)
+    groups = {f"Right by the {comparison.label} alone": best_right & ~base_right}
+    groups["Right by the control alone"] = base_right & ~best_right
+    confidence = np.maximum(best.probabilities.max(1), base.probabilities.max(1))
+    runs, shown = {comparison.label: best, "control": base}, {}
+    for title, in_group in groups.items():
+        indices = np.flatnonzero(in_group)
+        surest = indices[np.argsort(-confidence[indices], kind="stable")][:MAX_IMAGES]
+        if len(indices):
+            pictures = list(_pictures(surest, runs, None if isinstance(images, str) else images))
+            shown[title] = {"count": len(indices), "pictures": pictures}
+    both, either = int((best_right & base_right).sum()), int((best_right | base_right).sum())
+    return {
+        "num_images": len(best_right),
+        "both": both,
+        "neither": len(best_right) - either,
+        "images_missing": images if isinstance(images, str) else "",
+        "groups": shown,
+    }
+
+
+def _images(tracker: MlflowTracker, run: pd.Series, predictions: Predictions, find: FindData) -> np.ndarray | str:
+    """uint8 (N, S, S, 3) of a run's validation images, in the order of its predictions; or why there are none."""
+    run_id = str(run["run_id"])
+    try:
+        digest = RunTags.of(tracker.client.get_run(run_id)).data_digest
+        if digest is None:
+            raise KeyError("data_digest")
+        dataset, size = str(run["data.dataset"]), int(run["data.image_size"])
+        data = find(RunData(f"run {run_id}", dataset, size, digest, queries.data_places(tracker, run_id))).images
+    except (UserError, KeyError, ValueError) as error:
+        reason = error.lines[0] if isinstance(error, UserError) else "the run does not say which"
+        return f"The images can't be shown, only their numbers in the training part: {reason}."
+    return data.train.images[predictions.ids].permute(0, 2, 3, 1).numpy()
+
+
+def _pictures(
+    indices: np.ndarray, runs: Mapping[str, Predictions], images: np.ndarray | None
+) -> Iterator[dict[str, Any]]:
+    """Each image as a data URL, None without images, and the lines below it."""
+    first = next(iter(runs.values()))
+    for index in indices:
+        lines = [f"{first.classes[first.labels[index]]} (no. {first.ids[index]})"]
+        for label, run in runs.items():
+            lines.append(f"{label}: {run.classes[run.answers[index]]} {run.probabilities[index].max():.0%}")
+        yield {"source": None if images is None else _png(images[index]), "lines": lines}
+
+
+def _png(image: np.ndarray) -> str:
+    out = io.BytesIO()
+    picture = Image.fromarray(image)
+    picture.thumbnail(THUMBNAIL)
+    picture.save(out, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -1,0 +1,133 @@
+"""Classes and predictions: F1 by class, which confusions changed, and calibration."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from pipeline.evaluation.scores import confusion_matrix, reliability
+from pipeline.report.figures.layout import (
+    BEST,
+    CONTROL,
+    CYCLE,
+    FAINT,
+    as_label,
+    set_axes,
+    set_heatmap_labels,
+    with_caption,
+)
+from pipeline.report.stored import Predictions
+from pipeline.report.trials import F1, control, finished, weakest_class, with_control
+
+MAX_CLASSES = 20
+MAX_TRIALS = 10  # beside the control
+MIN_IMAGES_IN_BIN = 10
+
+
+def per_class(frame: pd.DataFrame) -> go.Figure:
+    """F1 of each class for the best trials and the control, the weakest class on top."""
+    base = control(frame)
+    rows = with_control(finished(frame).head(MAX_TRIALS), base)
+    names = [name for name in frame.columns if name.startswith(F1) and rows[name].notna().any()]
+    f1 = rows[names].astype(float)
+    names = list(f1.mean().sort_values().index)[:MAX_CLASSES]
+    columns = [f"{row['trial']}" + ("<br>control" if row["control"] else "") for _, row in rows.iterrows()]
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=f1[names].to_numpy().T,
+        x=list(range(len(columns))),
+        y=list(range(len(names))),
+        colorscale="Cividis",
+        texttemplate="%{z:.2f}",
+        textfont={"size": 10},
+        showscale=False,
+        xgap=1,
+        ygap=1,
+        hovertemplate="F1 %{z:.4f}<extra></extra>",
+    )
+    set_axes(figure, "trial, the best first", "", 75 + 28 * max(len(names), 3))
+    set_heatmap_labels(figure, columns, [as_label(name.removeprefix(F1), 16) for name in names])
+    if rows.empty or not names:
+        return with_caption(figure, "No run has F1 by class.")
+    weakest, lowest = weakest_class(best := rows.iloc[0])
+    caption = f"The best trial's weakest class is {weakest}, F1 {lowest:.3f}"
+    if base is not None and best["run_id"] != base["run_id"]:
+        gains = (best[names].astype(float) - base[names].astype(float)).sort_values()
+        least, most = (f"{gains.index[place].removeprefix(F1)} ({gains.iloc[place]:+.3f})" for place in (0, -1))
+        caption += f"; beside the control it gains most in {most} and "
+        caption += f"{'loses most' if gains.iloc[0] < 0 else 'least'} in {least}"
+    return with_caption(figure, f"{caption}.")
+
+
+def confusion_difference(best: Predictions, base: Predictions) -> go.Figure:
+    """The best's confusion matrix less the control's, in images; blue where the best does better."""
+    num_classes = len(best.classes)
+    change = confusion_matrix(best.labels, best.answers, num_classes)
+    change = change - confusion_matrix(base.labels, base.answers, num_classes)
+    moved = np.abs(change).sum(0) + np.abs(change).sum(1)
+    shown = np.sort(np.argsort(-moved, kind="stable")[:MAX_CLASSES])
+    cells = change[np.ix_(shown, shown)]
+    worse = np.where(np.eye(len(shown), dtype=bool), -cells, cells)
+    figure, labels = go.Figure(), [as_label(best.classes[index], 12) for index in shown]
+    axis, limit = list(range(len(shown))), max(int(np.abs(worse).max()), 1)
+    figure.add_heatmap(
+        z=worse,
+        x=axis,
+        y=axis,
+        text=np.where(cells == 0, "", np.char.mod("%+d", cells)),
+        texttemplate="%{text}",
+        customdata=cells,
+        hovertemplate="%{customdata:+d} images<extra></extra>",
+        colorscale=[[0, BEST], [0.5, "#f4f4f4"], [1, CONTROL]],
+        zmin=-limit,
+        zmax=limit,
+        showscale=False,
+        xgap=1,
+        ygap=1,
+    )
+    set_axes(figure, "predicted class", "true class", 110 + 27 * max(len(axis), 3))
+    set_heatmap_labels(figure, labels, labels, tickangle=-60)
+    return with_caption(figure, _confusion_caption(change, best))
+
+
+def _confusion_caption(change: np.ndarray, best: Predictions) -> str:
+    errors = change - np.diag(np.diag(change))
+    extremes = (np.unravel_index(errors.argmin(), errors.shape), np.unravel_index(errors.argmax(), errors.shape))
+    pairs = [
+        f"{best.classes[true]} taken for {best.classes[predicted]}: {errors[true, predicted]:+d}"
+        for true, predicted in extremes
+        if errors[true, predicted]
+    ]
+    if not pairs:
+        return "No confusion is more frequent by the one than by the other."
+    return f"Largest changes from the control, of {len(best.labels):,} images: {'; '.join(pairs)}."
+
+
+def calibration(predictions: Mapping[str, Predictions]) -> go.Figure:
+    """Accuracy by confidence in 15 bins, the size of a dot being its images; by label, the best first."""
+    figure, parts = go.Figure(), []
+    line = {"color": FAINT, "dash": "dash", "width": 1}
+    figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", showlegend=False, line=line, hoverinfo="skip")
+    for colour, (label, run) in zip(CYCLE, predictions.items(), strict=False):
+        bins = reliability(run.probabilities, run.labels)
+        full = bins.count >= min(MIN_IMAGES_IN_BIN, bins.count.max())
+        figure.add_scatter(
+            x=bins.confidence[full],
+            y=bins.accuracy[full],
+            mode="lines+markers",
+            name=as_label(label),
+            line={"color": colour, "width": 1.5},
+            marker={"size": 5 + 15 * np.sqrt(bins.count[full] / len(run.labels)), "opacity": 0.8},
+            customdata=bins.count[full],
+            hovertemplate="said %{x:.1%}, right %{y:.1%} of %{customdata} images<extra></extra>",
+        )
+        excess = float(run.probabilities.max(1).mean() - (run.answers == run.labels).mean())
+        direction = "overconfident" if excess > 0 else "underconfident"
+        parts.append(f"{label} is {direction} by {abs(100 * excess):.1f} points on average, ECE {bins.ece:.3f}")
+    set_axes(figure, "confidence", "accuracy", 360)
+    figure.update_xaxes(tickformat=".0%", range=[0, 1.04])
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.04])
+    caption, images = "; ".join(parts), len(next(iter(predictions.values())).labels)
+    omitted = f"{images:,} images in 15 bins, those with fewer than {MIN_IMAGES_IN_BIN} left out"
+    return with_caption(figure, f"{caption[:1].upper()}{caption[1:]} ({omitted}).")

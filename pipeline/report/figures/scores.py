@@ -1,0 +1,265 @@
+"""Scores: by trial, by epoch, by cost, and study beside study."""
+
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from pipeline.report.analysis import pareto
+from pipeline.report.figures.layout import (
+    BEST,
+    CONTROL,
+    FAINT,
+    as_label,
+    by_study,
+    joined,
+    objective_label,
+    score_floor,
+    set_axes,
+    set_integer_ticks,
+    set_named_rows,
+    study_colours,
+    with_caption,
+)
+from pipeline.report.trials import challenger, control, finished, last_values, trial_rows
+from pipeline.tracking.tags import State
+
+MAX_PRUNED_CURVES = 60
+COSTS = {
+    "time/training_s": "training time, s",
+    "model/parameters": "parameters",
+    "model/latency_ms": "latency of one image, ms",
+}
+_SYMBOLS = {State.PRUNED: "x-thin", State.FAILED: "triangle-down", State.INTERRUPTED: "square-open"}
+
+# ------------------------------------------------------------------------------------------------------------ by trial
+
+
+def history(frame: pd.DataFrame) -> go.Figure:
+    """Score by trial, the best so far, and in grey where trials that did not finish stood when they ended."""
+    figure, several, unfinished = go.Figure(), frame["study"].nunique() > 1, _unfinished(frame)
+    for colour, (study, runs) in zip(study_colours(frame), by_study(frame), strict=True):
+        _add_finished(figure, runs, as_label(study) if several else "finished", colour, with_best=not several)
+    _add_unfinished(figure, unfinished)
+    if not several and (base := control(frame)) is not None:
+        line = {"color": CONTROL, "dash": "dash", "width": 1}
+        annotation = {"text": "control", "font": {"color": CONTROL, "size": 11}}
+        figure.add_hline(y=base["score"], line=line, annotation=annotation, annotation_position="bottom right")
+    set_axes(figure, "trial", objective_label(frame), 360)
+    set_integer_ticks(figure, frame["trial"])
+    floor = None if several else score_floor(frame)
+    if floor is not None:
+        figure.update_yaxes(range=[floor, None], autorangeoptions=None)
+    return with_caption(figure, _history_caption(frame, unfinished, floor))
+
+
+def _add_finished(figure: go.Figure, runs: pd.DataFrame, name: str, colour: str, with_best: bool) -> None:
+    """One study's scores, and the best so far, which the legend names if `with_best`."""
+    done = finished(runs).sort_values("trial")
+    figure.add_scatter(
+        x=done["trial"],
+        y=done["score"],
+        mode="markers",
+        name=name,
+        marker={"color": colour, "size": 7, "opacity": 0.75},
+        hovertemplate="trial %{x}: %{y:.4f}<extra></extra>",
+    )
+    figure.add_scatter(
+        x=done["trial"],
+        y=done["score"].cummax(),
+        mode="lines",
+        name="best so far",
+        showlegend=with_best,
+        line={"color": colour, "shape": "hv", "width": 1.5},
+        hoverinfo="skip",
+    )
+
+
+def _unfinished(frame: pd.DataFrame) -> pd.DataFrame:
+    """The trials without a score whose objective was measured, with a column `value`: the last one."""
+    rows = trial_rows(frame)
+    rows = rows[rows["score"].isna()]
+    return rows.assign(value=last_values(rows)).dropna(subset="value")
+
+
+def _add_unfinished(figure: go.Figure, unfinished: pd.DataFrame) -> None:
+    for state, symbol in _SYMBOLS.items():
+        rows = unfinished[unfinished["state"] == state]
+        if len(rows):
+            figure.add_scatter(
+                x=rows["trial"],
+                y=rows["value"],
+                mode="markers",
+                name=str(state),
+                marker={"color": FAINT, "symbol": symbol, "size": 8, "line": {"width": 2, "color": FAINT}},
+                customdata=rows["epochs"],
+                hovertemplate="trial %{x}: %{y:.4f} after epoch %{customdata}<extra></extra>",
+            )
+
+
+def _history_caption(frame: pd.DataFrame, unfinished: pd.DataFrame, floor: float | None) -> str:
+    scored = {study: done for study, runs in by_study(frame) if len(done := finished(runs))}
+    if frame["study"].nunique() > 1:
+        tops = {study: done.iloc[0] for study, done in scored.items()}
+        parts = [f"{study}: best {top['score']:.4f} at trial {top['trial']}" for study, top in tops.items()]
+    else:
+        parts = [_progress(done) for done in scored.values()]
+    if floor is not None:
+        parts.append(f"Lower values than {floor:.3f} are cut off")
+    if not parts:
+        states = joined([f"{count} {state}" for state, count in frame["state"].value_counts().items()])
+        parts = [f"No trial finished: {states}" if states else "No trial finished"]
+    if len(unfinished):
+        low, high = unfinished["epochs"].min(), unfinished["epochs"].max()
+        when = f"after epoch {low}" if low == high else f"after epochs {low} to {high}"
+        parts.append(f"Grey: where trials that did not finish stood when they ended, {when}: not yet a score")
+    return ". ".join(parts) + "."
+
+
+def _progress(done: pd.DataFrame) -> str:
+    """How good the best of the finished trials is, best first, and whether the search improved."""
+    top, scores = done.iloc[0], done.sort_values("trial")["score"]
+    first, second = scores.iloc[: len(scores) // 2], scores.iloc[len(scores) // 2 :]
+    trials = f"{len(done)} finished trial{'s' * (len(done) != 1)}"
+    line = f"The best of {trials}, {top['score']:.4f}, came at trial {top['trial']}"
+    if len(first) < 3:
+        return line
+    verb = "fell" if second.median() < first.median() else "rose"
+    return (
+        f"{line}; the median {verb} from {first.median():.4f} in the first half of them to {second.median():.4f} in "
+        "the second"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ by epoch
+
+
+def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
+    """The objective by epoch, from `stored.histories`: the best trial, the control, and pruned ones in grey."""
+    figure, base = go.Figure(), control(frame)
+    curves = dict(iter(histories.groupby("run_id")))
+    num_pruned = _add_pruned_curves(
+        figure, [curves[run_id] for run_id in frame["run_id"][frame["state"] == State.PRUNED] if run_id in curves]
+    )
+    named = {} if base is None else {"control": (base, CONTROL)}
+    if (other := challenger(frame)) and (base is None or other[0]["run_id"] != base["run_id"]):
+        named[other[1]] = (other[0], BEST)
+    named = {label: (row, colour) for label, (row, colour) in named.items() if row["run_id"] in curves}
+    for label, (row, colour) in named.items():
+        figure.add_scatter(
+            x=curves[row["run_id"]]["epoch"],
+            y=curves[row["run_id"]]["value"],
+            mode="lines+markers",
+            name=f"{label} (trial {row['trial']})",
+            line={"color": colour, "width": 2.5},
+            marker={"size": 5},
+            hovertemplate="epoch %{x}: %{y:.4f}<extra></extra>",
+        )
+    set_axes(figure, "epoch", objective_label(frame), 360)
+    set_integer_ticks(figure, histories["epoch"])
+    caption = f"Grey: {num_pruned} pruned trial{'s' * (num_pruned != 1)}" if num_pruned else "No trial was pruned"
+    if len(named) == 2:
+        of_control, of_other = (curves[row["run_id"]].set_index("epoch")["value"] for row, _ in named.values())
+        difference = (of_other - of_control).dropna()
+        epochs = f"{int((difference > 0).sum())} of {len(difference)} epochs"
+        caption = f"The {list(named)[1]} was ahead of the control in {epochs}. {caption}"
+    return with_caption(figure, f"{caption}.")
+
+
+def _add_pruned_curves(figure: go.Figure, curves: list[pd.DataFrame]) -> int:
+    """How many there are."""
+    x, y = [], []
+    for curve in curves:
+        x += [*curve["epoch"], None]
+        y += [*curve["value"], None]
+    if curves:
+        line = {"color": FAINT, "width": 1}
+        figure.add_scatter(x=x, y=y, mode="lines+markers", name="pruned", opacity=0.6, line=line, marker={"size": 3})
+    return len(curves)
+
+
+# ------------------------------------------------------------------------------------------------------------- by cost
+
+
+def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
+    """Score against one of COSTS; the trials that no other beats at less cost are joined (Pareto front)."""
+    done = finished(frame)
+    done = done[done[measure].notna()] if measure in done else done[:0]
+    figure, base, several = go.Figure(), control(frame), frame["study"].nunique() > 1
+    set_axes(figure, COSTS.get(measure, measure), objective_label(frame), 360)
+    if done.empty:
+        return with_caption(figure, "No trial has this cost.")
+    for colour, (study, runs) in zip(study_colours(frame) if several else [FAINT], by_study(done), strict=False):
+        marker = {"color": colour, "size": 7, "opacity": 0.7}
+        figure.add_scatter(**_dots(runs, measure), name=as_label(study) if several else "finished", marker=marker)
+    front = done[pareto(done[measure].to_numpy(), done["score"].to_numpy())].sort_values(measure)
+    line, dots = {"color": FAINT if several else BEST, "width": 1.5, "shape": "hv"}, {"size": 9, "color": BEST}
+    if several:
+        dots = {"size": 12, "color": FAINT, "symbol": "circle-open"}
+    figure.add_scatter(**_dots(front, measure, "lines+markers"), name="Pareto front", marker=dots, line=line)
+    if not several and base is not None and base["run_id"] in set(done["run_id"]):
+        ring = {"color": CONTROL, "size": 14, "symbol": "circle-open", "line": {"width": 2}}
+        figure.add_scatter(**_dots(done[done["run_id"] == base["run_id"]], measure), name="control", marker=ring)
+    if done[measure].min() > 0 and done[measure].max() > 10 * done[measure].min():
+        figure.update_xaxes(type="log", dtick=1)
+    if not several and (floor := score_floor(frame)) is not None:
+        figure.update_yaxes(range=[floor, None])
+    return with_caption(figure, _front_caption(front, len(done), measure, several))
+
+
+def _front_caption(front: pd.DataFrame, num_finished: int, measure: str, several: bool) -> str:
+    """What the cheapest of the front, the first, has beside the best, the last."""
+    cheapest, best = front.iloc[0], front.iloc[-1]
+    names = [f"trial {row['trial']}{f' of {row.study}' if several else ''}" for row in (cheapest, best)]
+    if len(front) == 1:
+        return f"Of {num_finished} that finished {names[1]} is both the best and the cheapest."
+    return (
+        f"{len(front)} of {num_finished} finished trials are on the front. Its cheapest, {names[0]}, costs "
+        f"{cheapest[measure] / best[measure]:.0%} of what its best, {names[1]}, costs, and scores "
+        f"{100 * (best['score'] - cheapest['score']):.2f} points less."
+    )
+
+
+def _dots(rows: pd.DataFrame, measure: str, mode: str = "markers") -> dict[str, Any]:
+    return {
+        "x": rows[measure],
+        "y": rows["score"],
+        "mode": mode,
+        "customdata": [
+            f"{as_label(study, 40)}, trial {trial}" for study, trial in zip(rows["study"], rows["trial"], strict=True)
+        ],
+        "hovertemplate": "%{customdata}: %{y:.4f} at %{x:,.4g}<extra></extra>",
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ by study
+
+
+def spread(frame: pd.DataFrame) -> go.Figure:
+    """The finished scores of several studies side by side."""
+    figure = go.Figure()
+    groups = [(study, finished(runs)) for study, runs in by_study(frame)]
+    names: list[str] = []
+    for colour, (study, done) in reversed(list(zip(study_colours(frame), groups, strict=True))):  # the first on top
+        figure.add_box(
+            x=done["score"],
+            y=[len(names)] * len(done),
+            orientation="h",
+            boxpoints="all",
+            jitter=0.4,
+            pointpos=0,
+            width=0.4,
+            marker={"color": colour, "size": 5, "opacity": 0.6},
+            line={"width": 1.5},
+            fillcolor="rgba(0,0,0,0)",
+            showlegend=False,
+            customdata=done["trial"],
+            hovertemplate="trial %{customdata}: %{x:.4f}<extra></extra>",
+        )
+        names.append(f"{as_label(study, 40)}, n = {len(done)}")
+    set_named_rows(figure, names, 74)
+    figure.update_layout(margin_t=8)
+    figure.update_xaxes(title=objective_label(frame))
+    medians = {study: done["score"].median() for study, done in groups if len(done)}
+    parts = [f"{study}: median {median:.4f}" for study, median in medians.items()]
+    return with_caption(figure, f"{'; '.join(parts) or 'No trial finished'}.")

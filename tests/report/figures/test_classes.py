@@ -1,0 +1,46 @@
+"""Figures of classes and predictions say what the predictions hold."""
+
+import numpy as np
+
+from pipeline.report.figures import classes
+from pipeline.report.stored import Predictions
+from pipeline.report.trials import table_of
+from report.helpers import trial_row
+
+LABELS = np.repeat([0, 1, 2], 20)
+
+
+def predictions(answers: np.ndarray) -> Predictions:
+    return Predictions(np.arange(60), LABELS, np.eye(3)[answers] * 0.7 + 0.1, ("cat", "dog", "emu"))
+
+
+def test_f1_by_class_names_the_weakest_and_what_moved() -> None:
+    rows = [trial_row(0, 0.5, control=True), trial_row(1, 0.6)]
+    frame = table_of([row | {"val/f1/cat": [0.9, 0.8][n], "val/f1/dog": [0.2, 0.3][n]} for n, row in enumerate(rows)])
+    figure = classes.per_class(frame)
+    assert figure.data[0].z.tolist() == [[0.3, 0.2], [0.8, 0.9]]
+    assert figure.layout.meta == (
+        "The best trial's weakest class is dog, F1 0.300; beside the control it gains most in dog (+0.100) and loses "
+        "most in cat (-0.100)."
+    )
+    assert classes.per_class(table_of(rows)).layout.meta == "No run has F1 by class."
+
+
+def test_confusion_difference_is_the_best_less_the_control() -> None:
+    best, control = LABELS.copy(), LABELS.copy()
+    control[:7], best[20:22] = 1, 2  # the control takes cats for dogs, the best dogs for emus
+    figure = classes.confusion_difference(predictions(best), predictions(control))
+    assert figure.data[0].customdata.tolist() == [[7, -7, 0], [0, -2, 2], [0, 0, 0]]
+    assert figure.layout.meta == (
+        "Largest changes from the control, of 60 images: cat taken for dog: -7; dog taken for emu: +2."
+    )
+    same = classes.confusion_difference(predictions(best), predictions(best))
+    assert same.layout.meta == "No confusion is more frequent by the one than by the other."
+
+
+def test_calibration_says_which_way_a_model_errs() -> None:
+    figure = classes.calibration({"the best": predictions(LABELS), "the control": predictions((LABELS + 1) % 3)})
+    assert figure.layout.meta == (
+        "The best is underconfident by 20.0 points on average, ECE 0.200; the control is overconfident by 80.0 points on "
+        "average, ECE 0.800 (60 images in 15 bins, those with fewer than 10 left out)."
+    )

@@ -1,0 +1,61 @@
+"""Figures of scores take the table of any studies, and their captions say what is seen."""
+
+import pandas as pd
+import pytest
+
+from pipeline.report.figures import scores
+from pipeline.report.trials import choose, table, table_of
+from pipeline.tracking.tracker import MlflowTracker
+from report.helpers import Store, trial_row
+
+BOTH, ONE, FAILED = ["odd", "sad"], ["odd"], ["sad"]
+
+
+@pytest.mark.parametrize("studies", [BOTH, ONE, FAILED], ids=["both", "one", "failed"])
+def test_captions_are_sentences_for_any_studies(studies: list[str], store: Store) -> None:
+    tracker = MlflowTracker(store.home)
+    frame = table(tracker, choose(tracker, studies))
+    for figure in (scores.history(frame), scores.cost(frame), scores.spread(frame)):
+        assert len(figure.layout.meta) > 15 and figure.layout.meta.endswith(".")
+
+
+def test_history_shows_scores_and_where_others_ended() -> None:
+    rows = [trial_row(n, 0.5 + n / 100, control=n == 0) for n in range(6)]
+    pruned = {"state": "pruned", "epochs": 1, "val/accuracy": 0.4}
+    frame = table_of([*rows, trial_row(6, float("nan"), **pruned), trial_row(7, float("nan"), state="failed")])
+    figure = scores.history(frame)
+    by_name = {trace.name: trace for trace in figure.data}
+    assert list(by_name["finished"].x) == [0, 1, 2, 3, 4, 5]
+    assert (list(by_name["pruned"].x), list(by_name["pruned"].y)) == ([6], [0.4])
+    assert "failed" not in by_name, "it has no value"
+    assert figure.layout.meta.startswith(
+        "The best of 6 finished trials, 0.5500, came at trial 5; the median rose from 0.5100 in the first half of them "
+        "to 0.5400 in the second. Grey: where trials that did not finish stood when they ended, after epoch 1"
+    )
+
+
+@pytest.mark.parametrize("rows", [[], [trial_row(0, float("nan"), state="failed") | {"trial": pd.NA}]])
+def test_history_needs_no_trial_number(rows: list[dict[str, object]]) -> None:
+    figure = scores.history(table_of(rows))
+    assert figure.layout.meta == ("No trial finished: 1 failed." if rows else "No trial finished.")
+
+
+def test_front_joins_trials_that_none_beats_at_less_cost() -> None:
+    rows = [trial_row(n, score, control=n == 0) for n, score in enumerate([0.5, 0.7, 0.6, 0.8])]
+    frame = table_of([row | {"time/training_s": cost} for row, cost in zip(rows, [1.0, 2.0, 3.0, 4.0], strict=True)])
+    figure = scores.cost(frame)
+    [front] = [trace for trace in figure.data if trace.name == "Pareto front"]
+    assert list(front.x) == [1, 2, 4] and list(front.y) == [0.5, 0.7, 0.8]
+    assert figure.layout.meta == (
+        "3 of 4 finished trials are on the front. Its cheapest, trial 0, costs 25% of what its best, trial 3, costs, "
+        "and scores 30.00 points less."
+    )
+
+
+def test_learning_curves_count_the_epochs_ahead_of_the_control() -> None:
+    frame = table_of([trial_row(0, 0.5, control=True), trial_row(1, 0.6), trial_row(2, float("nan"), state="pruned")])
+    values = {"run0": [0.3, 0.4, 0.5], "run1": [0.2, 0.5, 0.6], "run2": [0.1]}
+    points = [(run, epoch, value) for run, curve in values.items() for epoch, value in enumerate(curve, 1)]
+    figure = scores.learning_curves(frame, pd.DataFrame(points, columns=["run_id", "epoch", "value"]))
+    assert [trace.name for trace in figure.data] == ["pruned", "control (trial 0)", "best (trial 1)"]
+    assert figure.layout.meta == "The best was ahead of the control in 2 of 3 epochs. Grey: 1 pruned trial."

@@ -1,0 +1,44 @@
+"""The images on which the best trial and the control differ are those of the data set, or there are none."""
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.data.prepare import TrainingData
+from pipeline.report.study_page import study_page
+from pipeline.report.trials import choose, table
+from pipeline.tracking.tracker import MlflowTracker
+from report.helpers import Store, body, page_of
+
+
+def test_images_are_the_ones_that_the_caption_says(odd: Path, digits: TrainingData) -> None:
+    found = re.findall(r'base64,([^"]+)"><figcaption>.*?\(no\. (\d+)\)', body(odd.read_text()))
+    assert len(found) > 3
+    places = {int(number): place for place, number in enumerate(digits.validation_ids.tolist())}
+    for code, number in found:
+        image = np.asarray(Image.open(io.BytesIO(base64.b64decode(code))).convert("RGB"))
+        assert np.array_equal(image, digits.validation.images[places[int(number)]].permute(1, 2, 0).numpy())
+
+
+def test_images_of_other_data_are_not_shown_as_those(store: Store) -> None:
+    client = MlflowTracker(store.home).client
+    tag = client.get_run(store.best).data.tags["data_digest"]
+    client.set_tag(store.best, "data_digest", "0" * 64)
+    said = body(page_of(store, "odd"))
+    client.set_tag(store.best, "data_digest", tag)
+    assert "is not in" in said and "The images can&#39;t be shown" in said
+    assert "(no. " in said and "data:image/png" not in said
+
+
+def test_data_that_is_not_there_is_said_and_not_fetched(store: Store, tmp_path: Path) -> None:
+    tracker = MlflowTracker(store.home)
+    [study] = choose(tracker, ["odd"])
+    frame = table(tracker, [study])
+    frame["data.dataset"] = "cifar10"
+    said = body(study_page(tracker, study, frame, tmp_path, {}))
+    assert "The images can&#39;t be shown" in said and "--data-dir" in said
+    assert not list(tmp_path.iterdir())
