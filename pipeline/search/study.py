@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, distribution_to_json, json_to
 from optuna.samplers import TPESampler
 
 from pipeline.errors import Problem, UserError, did_you_mean
-from pipeline.recipe import KIND, Recipe, has_default, kind_field, kinds_with
+from pipeline.recipe import KIND, LATER, Recipe, has_default, kind_field, kinds_with
 from pipeline.search.pruner import RecentTrialsPruner
 from pipeline.search.space_check import FixedFields, ScriptedTrial, Space, control, describe, explore, extremes, lowest
 from pipeline.search.trial_attributes import TrialAttributes
@@ -180,10 +180,13 @@ class Search:
 
     def fingerprint(self, data: "TrainingData") -> dict[str, Any]:
         """All that the scores of one search have in common, as JSON."""
-        space, base = self.space(), {**self.settings, **self.base.flat()}
-        del base["data.dataset"]  # the data's path; the digest says what the data is
-        del base["data.train_fraction"]  # part of the split's digest
-        del base["training.execution"]  # depends on the device, and changes no result
+        elsewhere = (
+            "data.dataset",  # the data's path; the digest says what the data is
+            "data.train_fraction",  # part of the split's digest
+            "training.execution",  # depends on the device, and changes no result
+        )
+        space, flat = self.space(), {**self.settings, **self.base.flat()}
+        base = {name: flat[name] for name in flat if name not in elsewhere and (name, flat[name]) not in LATER.items()}
         return {
             "objective": self.study.objective,
             "data": data.digest,

@@ -86,6 +86,55 @@ def test_execution_is_not_part_of_the_fingerprint(search: Search, digits: Traini
     assert graphed.fingerprint(digits) == search.fingerprint(digits)
 
 
+def test_fields_of_later_days_are_not_in_the_fingerprint_at_first(search: Search, digits: TrainingData) -> None:
+    """A study of before there were policies is resumed."""
+    assert "augmentation.policy" not in search.fingerprint(digits)["base"]
+    other = Search("tiny", search.study, {"augmentation.policy": "augmix"}, 1, 8, None)
+    assert "  base augmentation.policy: None then, augmix now" in refusal(search, other, digits)
+
+
+def searched_policies(trial: Any) -> None:
+    if trial.suggest_categorical("augmentation.policy", ["custom", "randaugment", "augmix"]) == "custom":
+        trial.suggest_float("augmentation.rotation", 0, 30)
+
+
+def custom_policy(trial: Any) -> None:
+    trial.suggest_float("augmentation.rotation", 0, 30)
+    trial.suggest_float("augmentation.erasing", 0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("space", "settings", "remarks"),
+    [
+        (searched_policies, {"augmentation.crop_padding": 2, "augmentation.erasing": 0.1}, []),
+        (
+            searched_policies,
+            {"augmentation.rotation": 10},
+            [
+                "augmentation.rotation = 10: not where augmentation.policy is randaugment or augmix, which can't have it; "
+                "it applies to all other trials"
+            ],
+        ),
+        (
+            custom_policy,
+            {"augmentation.policy": "trivialaugment"},
+            ["augmentation.rotation: not searched, as trivialaugment can't have that"],
+        ),
+    ],
+)
+def test_policies_are_searched_and_set(
+    space: Any, settings: dict[str, Any], remarks: list[str], small_recipe: Recipe
+) -> None:
+    study = Study(question="?", base=small_recipe, space=space, objective="val/accuracy", trials=8)
+    search = Search("tiny", study, settings, 1, 8, None)
+    search.check()
+    assert search.remarks() == remarks
+    drawn = search.recipe({"augmentation.policy": "augmix"}).flat()
+    assert drawn["augmentation.policy"] == settings.get("augmentation.policy", "augmix")
+    assert drawn["augmentation.crop_padding"] == settings.get("augmentation.crop_padding", 1)
+    assert "augmentation.rotation" not in drawn
+
+
 def test_the_number_of_trials_may_change(search: Search, digits: TrainingData) -> None:
     more = Search("tiny", search.study, {}, 1, trials=99, timeout_s=5)
     check_same("tiny", search.fingerprint(digits), more.fingerprint(digits), 1)

@@ -175,6 +175,12 @@ def test_every_precision_and_optimizer_trains(change: dict, small_recipe: Recipe
     assert math.isfinite(result.history[-1].metrics["train/loss"])
 
 
+@pytest.mark.parametrize("policy", ["trivialaugment", "randaugment", "augmix"])
+def test_every_policy_trains(policy: str, small_recipe: Recipe, digits: TrainingData) -> None:
+    result = train(small_recipe.changed({"augmentation.policy": policy, "training.epochs": 1}), digits, CPU)
+    assert math.isfinite(result.history[-1].metrics["train/loss"])
+
+
 def test_the_loop_knows_neither_mlflow_nor_optuna() -> None:
     source = inspect.getsource(loop)
     assert "mlflow" not in source.lower().replace("neither mlflow", "").replace("by mlflow name", "")
