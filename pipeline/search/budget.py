@@ -249,10 +249,11 @@ class Allowance:
         costs = learned(self._plan.costs, trials, self._before)
         training_s, left_s = costs.trial_s(self._search.max_epochs), budget.limit.deadline - self._clock()
         reserve_s = finals_s(largest_finals(training_s, FINALS_FRACTION * budget.seconds), training_s)
-        if reserve_s <= left_s + budget.limit.grace_s:  # else there will be no finals
-            left_s -= reserve_s
-        is_usable = any(trial.state is TrialState.COMPLETE for trial in trials) or started >= LEAST_TRIALS
-        if started >= most or (MARGIN * training_s > left_s and is_usable):
+        has_finals = reserve_s <= left_s + budget.limit.grace_s
+        search_s = left_s - reserve_s if has_finals else left_s
+        complete = sum(trial.state is TrialState.COMPLETE for trial in trials)
+        trial_s = search_s if complete > 1 else left_s  # finals need two recipes
+        if started >= most or (MARGIN * training_s > trial_s and (complete or started >= LEAST_TRIALS)):
             return started
         finished = sum(counts_toward_budget(trial) for trial in trials)
         known, in_all = self._forecast
@@ -260,7 +261,7 @@ class Allowance:
             others = max(in_all - finished, 1)  # of which it is known how many will be pruned
             found = estimate(self._search, costs, finished + others, finished, self._mean_epochs)
             mean_s = found.seconds / others
-            self._forecast = finished, finished + int(left_s / mean_s)
+            self._forecast = finished, finished + max(0, int(search_s / mean_s))
         return min(max(started + 1, self._forecast[1]), most)
 
 
@@ -272,10 +273,11 @@ def learned(costs: Costs, trials: Sequence[FrozenTrial], ignored: Collection[int
         return costs
     # A trial that is not complete has only its time in all, which is hardly more.
     trained_s = [attributes.metrics.get("time/training_s", attributes.seconds) for attributes in recent]
+    first = {attributes.worker_id: attributes for attributes in recent}  # a process's first figures take seconds more
     rests = [
         attributes.seconds - seconds + TRACKING_S
         for attributes, seconds in zip(recent, trained_s, strict=True)
-        if "time/training_s" in attributes.metrics
+        if "time/training_s" in attributes.metrics and attributes is not first[attributes.worker_id]
     ]
     epoch_s = sum(trained_s) / sum(attributes.epochs for attributes in recent)
     return replace(costs, epoch_s=epoch_s, end_s=median(rests) if rests else costs.end_s, start_s=0.0)
@@ -289,6 +291,8 @@ def finals_in_time(
     left_s = plan.budget.limit.deadline - time.monotonic()
     for top, seeds in FINALS:
         planned = plan_finals(tracker, runs, device, top, seeds)
+        if len(planned.candidates) <= top:  # the control is one of the best
+            planned = plan_finals(tracker, runs, device, top + 1, seeds)
         grace_s = plan.budget.limit.grace_s if (top, seeds) == FINALS[-1] else 0.0
         if planned.remaining_s + len(planned.remaining) * end_s <= left_s + grace_s:
             return planned

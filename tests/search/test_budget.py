@@ -224,6 +224,9 @@ def test_first_trials_run_until_one_is_complete(search: Search) -> None:
     assert allowed(search, [ended(5, 2.0)], late, plan) == 1, "it failed"
     assert allowed(search, [ended(5, 2.0)] * 3, late, plan) == 0, "this would go on for ever"
     assert allowed(search, [ended(30, 2.0)], late, plan) == 0
+    last = plan.budget.limit.deadline - plan.finals_s
+    assert allowed(search, [ended(30, 2.0)], last, plan) == 1, "finals need another recipe beside the control"
+    assert allowed(search, [ended(30, 2.0)] * 2, last, plan) == 0
 
 
 def test_no_trial_starts_that_cannot_end_before_the_finals(search: Search) -> None:
@@ -252,7 +255,9 @@ def test_no_budget_allows_what_was_asked_for(search: Search) -> None:
 def test_real_seconds_replace_measured_ones() -> None:
     study = optuna.create_study()
     assert learned(COSTS, study.trials) == COSTS
-    study.add_trials([ended(30, 9.0), ended(5, 4.0)])
+    study.add_trials([ended(30, 9.0, end_s=60.0)])
+    assert learned(COSTS, study.trials).trial_s(30) == 30 * 9 + COSTS.end_s, "a process's first trial ends slowly"
+    study.add_trials([ended(5, 4.0)])
     assert learned(COSTS, study.trials, ignored={0}).epoch_s == 4.0
     assert learned(COSTS, study.trials, ignored={0}).end_s == COSTS.end_s, "no trial was complete"
     study.add_trials([ended(30, 1.0, end_s=6.0)] * 20)
@@ -263,9 +268,12 @@ def test_real_seconds_replace_measured_ones() -> None:
 
 
 def test_finals_fit_into_what_is_left(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    control_is_best = False
+
     class Planned:
         def __init__(self, top: int, seeds: int):
-            self.size, self.remaining = (top, seeds), [None] * (top + 1) * seeds
+            self.candidates = range(top if control_is_best else top + 1)
+            self.size, self.remaining = (len(self.candidates) - 1, seeds), [None] * len(self.candidates) * seeds
             self.remaining_s = 60.0 * len(self.remaining)
 
     monkeypatch.setattr(budget_module, "plan_finals", lambda tracker, runs, device, top, seeds: Planned(top, seeds))
@@ -279,6 +287,8 @@ def test_finals_fit_into_what_is_left(search: Search, monkeypatch: pytest.Monkey
 
     sizes = {20: (3, 5), 19: (2, 5), 9: (1, 4), 6: (1, 3), 5.6: (1, 3), 4: None}
     assert {trainings: found(63.0 * trainings) for trainings in sizes} == sizes
+    control_is_best = True
+    assert found(63.0 * 6) == (1, 3), "there is another to compare it with"
 
 
 def test_limit_gives_grace_to_the_first_seeds_only(monkeypatch: pytest.MonkeyPatch) -> None:
