@@ -12,6 +12,7 @@ from pipeline.cli.options import (
     DatasetOption,
     DeviceOption,
     EpochsOption,
+    PruneOption,
     SeedOption,
     StudyArgument,
     StudyOptions,
@@ -36,15 +37,17 @@ def plan(
     version: VersionOption = None,
     change: ChangeOption = None,
     workers: WorkersOption = None,
+    prune: PruneOption = True,
 ) -> None:
     """Forecast what a study, or the rest of it, costs: time, epochs, disk, GPU memory. Measures some steps; runs no trial."""
     started = time.monotonic()
-    typed = {"trials": trials, "epochs": epochs, "seed": seed, "version": version, "device": device, "workers": workers}
+    typed: dict[str, str | bool | None] = {"trials": trials, "epochs": epochs, "seed": seed, "version": version}
+    typed |= {"device": device, "workers": workers, "prune": prune}
     problems: list[Problem] = []
     options = StudyOptions.parse(typed | {"budget": budget}, problems)
     search = resolve(name, options, dataset, change or [], problems)
 
-    from pipeline.cli.views_study import print_forecast, say_budget
+    from pipeline.cli.views_study import print_forecast, say_budget, say_infeasible_control
     from pipeline.search.budget import prepare
     from pipeline.search.forecast import forecast
     from pipeline.search.storage import open_storage, resolved
@@ -57,10 +60,13 @@ def plan(
         search = resolved(search, data, storage)
     own_epochs, budgeted = search.max_epochs, budget_of(options, change or [], started)
     search, choice, planned, stored = prepare(search, data, torch_device, storage, options.workers, budgeted)
+    say_infeasible_control(console, search, data)
     say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
     say_budget(console, planned, own_epochs)
     costs = planned.forecast if planned else forecast(search, data, torch_device, stored, choice)
     if costs:
         print_forecast(console, asdict(costs))
+    elif stored and (reason := search.why_exhausted(stored)):
+        say(console, f"{search.key(data)}: nothing is left to run: {reason}")
     elif not planned:
         say(console, f"{search.key(data)}: its {search.trials} trials are done; `--trials` adds some")

@@ -18,7 +18,10 @@ from pipeline.errors import UserError
 from pipeline.registry.finals import FinalsPlan, TimeLimit, plan_finals
 from pipeline.registry.racing import MIN_SEEDS
 from pipeline.search.forecast import TRACKING_S, Costs, Forecast, decide, estimate, mean_epochs, measure_costs
-from pipeline.search.pruner import MIN_UNPRUNED_TRIALS, WINDOW
+from pipeline.search.short_trials import MIN_EPOCHS as MIN_SHORTENED_EPOCHS
+from pipeline.search.short_trials import MIN_TRIALS as MIN_SHORTENED_TRIALS
+from pipeline.search.short_trials import short_epochs
+from pipeline.search.space_check import field_of
 from pipeline.search.storage import find_study, num_finished
 from pipeline.search.study import Search, counts_toward_budget
 from pipeline.search.study_attributes import Choice, StudyAttributes
@@ -28,7 +31,8 @@ from pipeline.tracking.tracker import MlflowTracker
 
 MIN_TRIALS = 10  # trainings are shortened rather than that there are fewer trials
 MIN_LENGTH = 0.25  # of the study's own epochs: much shorter trainings rank recipes in another order
-LEAST_TRIALS = MIN_UNPRUNED_TRIALS  # where even the shortest trainings take too long for MIN_TRIALS
+LEAST_TRIALS = 3  # where even the shortest trainings take too long for MIN_TRIALS, and all are in full
+WINDOW = 12  # trials whose seconds count
 MAX_TRIALS = 1_000_000
 # Finals, the largest first: (recipes besides the control, seeds). Rather fewer recipes than fewer seeds: what can't be
 # told from the control ties with it, and a paired t test needs an effect of 2.5 standard deviations with three seeds, of
@@ -116,7 +120,7 @@ def keep_length(search: Search, storage: RDBStorage, budget: Budget) -> tuple[Se
     fingerprint = StudyAttributes.of(optuna.load_study(study_name=search.stored_key, storage=storage)).fingerprint
     if not fingerprint:  # its first start was killed before it asked anything
         return search, budget
-    if "training.epochs" not in fingerprint["space"]:
+    if "training.epochs" not in map(field_of, fingerprint["space"]):
         search = _with_epochs(search, fingerprint["base"]["training.epochs"])
     return search, replace(budget, keeps_epochs=True)
 
@@ -137,12 +141,14 @@ def plan_budget(search: Search, costs: Costs, budget: Budget, done: int, now: fl
     wanted = max(done, budget.trials or MIN_TRIALS)
     length = of_length(search.max_epochs)
     if length.least_s(wanted) > left_s and not budget.keeps_epochs:
-        shortest = max(1, math.ceil(MIN_LENGTH * search.max_epochs))
+        # A study of fewer epochs has no short trials, and would take longer.
+        least = MIN_SHORTENED_EPOCHS if search.shortens_of(wanted) else 1
+        shortest = max(least, math.ceil(MIN_LENGTH * search.max_epochs))
         longest = max(shortest, min(search.max_epochs - 1, int(length.mean_epochs)))
         length = of_length(_most(lambda epochs: of_length(epochs).least_s(wanted) <= left_s, shortest, longest))
     trials = wanted
     if length.least_s(wanted) > left_s:
-        trials = max(done, budget.trials or LEAST_TRIALS)
+        trials = max(done, budget.trials or length.least_trials)
         if length.least_s(trials) > left_s:
             raise _too_little(budget, length, trials - done, length.least_s(trials) + budget.seconds - left_s)
     rest_s = left_s - length.search_s(trials)  # which finals may take
@@ -173,6 +179,11 @@ class _Length:
     @cached_property
     def mean_epochs(self) -> float:
         return mean_epochs(self.search)
+
+    @property
+    def least_trials(self) -> int:
+        """From here on more trials take more time: with so many most are short, with fewer all in full."""
+        return MIN_SHORTENED_TRIALS if self.search.shortens_of(MIN_SHORTENED_TRIALS) else LEAST_TRIALS
 
     @property
     def training_s(self) -> float:
@@ -235,13 +246,13 @@ class Allowance:
         """How many more may start, after so many that count or run."""
         search = self._search
         is_late = search.timeout_s is not None and self._clock() - self._start >= search.timeout_s
-        return 0 if is_late or search.is_exhausted(self._study) else max(self.total(trials, started) - started, 0)
+        return 0 if is_late or search.why_exhausted(self._study) else max(self.total(trials, started) - started, 0)
 
     def total(self, trials: Sequence[FrozenTrial], started: int) -> int:
         """How many there will be, as it looks now.
 
-        Within a budget no trial starts that could not end in time, finals included, by what the last trials took; but the
-        first few do as long as none is complete, so that there is a result.
+        Within a budget no trial starts that could not end in time, finals included, by what the last trials took, though it
+        were in full; but the first few do as long as none is complete, so that there is a result.
         """
         if self._plan is None:
             return self._search.trials
@@ -252,9 +263,13 @@ class Allowance:
         has_finals = reserve_s <= left_s + budget.limit.grace_s
         search_s = left_s - reserve_s if has_finals else left_s
         complete = sum(trial.state is TrialState.COMPLETE for trial in trials)
-        trial_s = search_s if complete > 1 else left_s  # finals need two recipes
-        if started >= most or (MARGIN * training_s > trial_s and (complete or started >= LEAST_TRIALS)):
+        may_take_s = search_s if complete > 1 else left_s  # finals need two recipes
+        if started >= most or (MARGIN * training_s > may_take_s and (complete or started >= LEAST_TRIALS)):
             return started
+        epochs = self._search.max_epochs
+        next_s = costs.trial_s(short_epochs(epochs) if self._search.shortens else epochs)
+        if MARGIN * (next_s + training_s) > search_s:
+            return started + 1  # the last one, so the best of the short ones in full
         finished = sum(counts_toward_budget(trial) for trial in trials)
         known, in_all = self._forecast
         if known != finished:
@@ -262,7 +277,7 @@ class Allowance:
             found = estimate(self._search, costs, finished + others, finished, self._mean_epochs)
             mean_s = found.seconds / others
             self._forecast = finished, finished + max(0, int(search_s / mean_s))
-        return min(max(started + 1, self._forecast[1]), most)
+        return min(max(started + 2, self._forecast[1]), most)
 
 
 def learned(costs: Costs, trials: Sequence[FrozenTrial], ignored: Collection[int] = ()) -> Costs:

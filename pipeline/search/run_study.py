@@ -91,6 +91,7 @@ def _open_parent_run(study: optuna.Study, context: StudyContext, choice: Choice 
         stored.mlflow_run_id,
         stored.run_key,
         stored.places or [],
+        context.search.study.constraints,
     )
 
 
@@ -152,7 +153,7 @@ def _run_trials(study: optuna.Study, context: StudyContext, lock: StudyLock, all
             break
         context.check_stop()
         lock.check()
-        release_trials(study, trials, 1)
+        release_trials(study, context.search, trials, 1, remaining)
         if trial := claim_trial(study, context.storage, worker):
             run_trial(trial, context)
 
@@ -164,4 +165,5 @@ def _study_metrics(study: optuna.Study) -> dict[str, float]:
         f"study/{state.name.lower()}": float(states.count(state))
         for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
     }
-    return metrics | ({"study/best": study.best_value} if metrics["study/complete"] else {})
+    best = study_progress(study, 0).best
+    return metrics | ({"study/best": best[1]} if best else {})

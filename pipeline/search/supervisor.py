@@ -113,13 +113,13 @@ class Supervisor:
         finished = sum(counts_toward_budget(trial) for trial in trials)
         remaining = self.allowance.remaining(trials, finished + len(running))
         if not remaining and not running:
-            release_trials(self.study, trials, 0)
+            release_trials(self.study, self.context.search, trials, 0, 0)
             return False
         for slot in dead_slots:
             self._note_death(slot, finished)
         capacity = self.pool.capacity()
         self._start_workers(remaining + len(running), finished, capacity)
-        release_trials(self.study, trials, min(remaining, capacity))
+        release_trials(self.study, self.context.search, trials, min(remaining, capacity), remaining)
         return True
 
     def _check_stop(self) -> None:

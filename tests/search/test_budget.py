@@ -15,7 +15,6 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.registry.finals import TimeLimit
 from pipeline.search import budget as budget_module
-from pipeline.search import forecast as forecast_module
 from pipeline.search.budget import (
     CLOSING_S,
     FINALS,
@@ -33,16 +32,12 @@ from pipeline.search.budget import (
     plan_budget,
 )
 from pipeline.search.forecast import TRACKING_S, Costs
+from pipeline.search.short_trials import short_epochs
 from pipeline.search.study import Search, Study
 from pipeline.search.trial_attributes import TrialAttributes
 
 COSTS = Costs(epoch_s=2.0, end_s=3.0)  # a complete trial of 30 epochs: 63 s
 HOUR = 3600.0
-
-
-@pytest.fixture(autouse=True)
-def rough_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast_module, "NUM_SIMULATED_TRIALS", 200)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +68,7 @@ def test_plan_fills_the_time_and_not_more(seconds: float, search: Search) -> Non
 
 def test_little_time_shortens_trainings_before_it_drops_trials(search: Search) -> None:
     plans = [planned(search, seconds) for seconds in (200, 400, 600, HOUR, 8 * HOUR)]
-    assert [plan.epochs for plan in plans] == [8, 15, 24, 30, 30]
+    assert [plan.epochs for plan in plans] == [8, 16, 25, 30, 30]
     assert LEAST_TRIALS <= plans[0].trials < MIN_TRIALS
     assert all(MIN_TRIALS <= plan.trials <= MIN_TRIALS + 2 for plan in plans[1:3])
     assert 30 < plans[3].trials < plans[4].trials, "more time is for more trials, not for longer ones"
@@ -109,7 +104,7 @@ def test_searched_epochs_are_set_only_where_they_are_too_many(small_recipe: Reci
 
     asked = search_of(small_recipe, space)
     assert plan_budget(asked, COSTS, Budget(HOUR, 0.0), 0, 0.0)[0].settings == {}
-    assert plan_budget(asked, COSTS, Budget(600, 0.0), 0, 0.0)[0].settings["training.epochs"] < 20
+    assert plan_budget(asked, COSTS, Budget(400, 0.0), 0, 0.0)[0].settings["training.epochs"] < 20
 
 
 @pytest.mark.parametrize(
@@ -118,9 +113,9 @@ def test_searched_epochs_are_set_only_where_they_are_too_many(small_recipe: Reci
         (
             100,
             {},
-            r"`--budget 100`: too little: 3 trials of 8 epochs, and finals of 2 recipes with 3 seeds, take 1\d\d s here",
+            r"`--budget 100`: too little: 6 trials of 8 epochs, and finals of 2 recipes with 3 seeds, take 1\d\d s here",
         ),
-        (400, {"keeps_epochs": True}, "too little: 3 trials of 30 epochs"),
+        (400, {"keeps_epochs": True}, "too little: 6 trials of 30 epochs"),
         (300, {"trials": 40}, "too little: 40 trials of 8 epochs"),
     ],
 )
@@ -138,7 +133,7 @@ def test_resumed_study_needs_time_for_finals_only(search: Search) -> None:
     assert planned(search, HOUR, done=9, keeps_epochs=True).trials > 30
 
 
-def test_stored_study_keeps_its_length(harness: StudyHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_study_keeps_its_length(harness: StudyHarness) -> None:
     from pipeline.search.storage import open_study, resolved
 
     base = harness.base.changed({"training.epochs": 30})
@@ -177,8 +172,9 @@ def simulate(search: Search, seconds: float, epoch_s: Callable[[float], float]) 
     study = optuna.create_study()
     allowance = Allowance(found, study, plan, lambda: clock[0])
     longest, count = plan.epochs, 0
-    while allowance.remaining(study.get_trials(deepcopy=False), count):
-        epochs = longest if count < 3 or rng.random() < 0.1 else max(1, longest // rng.choice((6, 6, 3)))
+    while remaining := allowance.remaining(study.get_trials(deepcopy=False), count):
+        in_full = not found.shortens or remaining == 1 or count % 5 == 0  # as `short_trials` chooses
+        epochs = longest if in_full else short_epochs(longest)
         count += 1
         assert count < 500, "it ends"
         trial = ended(epochs, epoch_s(clock[0]), longest=longest)
