@@ -1,6 +1,5 @@
 """A study within a given time: what is chosen before it starts, and how it follows the time; nothing is trained."""
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -167,7 +166,7 @@ def ended(epochs: int, epoch_s: float, end_s: float = 3.0, longest: int = 30) ->
 
 def simulate(search: Search, seconds: float, epoch_s: Callable[[float], float]) -> tuple[BudgetPlan, int, float]:
     """The plan, the trials and the end of a study whose epochs take `epoch_s(now)`, with the finals that fit."""
-    clock, rng = [0.0], random.Random(0)
+    clock = [0.0]
     found, plan = plan_budget(search, COSTS, Budget(seconds, 0.0), 0, 0.0)
     study = optuna.create_study()
     allowance = Allowance(found, study, plan, lambda: clock[0])
