@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich import box
 from rich.console import Console
@@ -23,6 +23,9 @@ from pipeline.search.study import Search, StudyProgress
 from pipeline.search.trial import SHORT
 from pipeline.search.trial_attributes import Progress
 from pipeline.training.loop import EpochReport
+
+if TYPE_CHECKING:
+    from pipeline.search.budget import BudgetPlan
 
 _BAR_WIDTH = 20
 
@@ -70,7 +73,7 @@ class StudyView:
         """See StudyObserver."""
         if self._finished_before is None:
             self._finished_before = progress.finished
-        parts = [f"{progress.finished} of {self._search.trials} trials"]
+        parts = [f"{progress.finished} of {progress.trials} trials"]
         parts += [f"{progress.short} short"] if self._search.shortens else []
         parts += [f"{progress.pruned} pruned"] if progress.pruned or not self._search.shortens else []
         parts += [f"{progress.failed} failed"]
@@ -78,10 +81,10 @@ class StudyView:
         if progress.best:
             number, score = progress.best
             parts.append(f"best {self._search.study.objective} {score:.4f} (trial {number})")
-        if seconds_left := self._seconds_left(progress.finished):
+        if seconds_left := self._seconds_left(progress):
             parts.append(f"about {duration(seconds_left)} left")
         self._study = f"{progress.name}: {', '.join(parts)}"
-        self._study_bar.update(progress.finished)
+        self._study_bar.update(progress.finished, total=progress.trials)
         self._show(self._study)
 
     def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any], full_of: int | None = None) -> None:
@@ -127,11 +130,11 @@ class StudyView:
         for text in (line, *(f"  {note}" for note in outcome.notes)):
             say(self._console, text)
 
-    def _seconds_left(self, finished: int) -> float | None:
-        num_new = finished - (self._finished_before or 0)
+    def _seconds_left(self, progress: StudyProgress) -> float | None:
+        num_new = progress.finished - (self._finished_before or 0)
         if not num_new:
             return None
-        return (time.monotonic() - self._started) / num_new * (self._search.trials - finished)
+        return (time.monotonic() - self._started) / num_new * (progress.trials - progress.finished)
 
     def _show(self, line: str) -> None:
         """Refresh the live lines, or print one."""
@@ -194,6 +197,23 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
                 f"training.execution {choice['execution']}, {workers}: {choice['why']} (`--set training.execution=` and "
                 "`--workers` change it)",
             )
+
+
+def say_budget(console: Console, plan: "BudgetPlan | None", own_epochs: int) -> None:
+    """What was chosen for a budget, where there is one; `own_epochs` are those that the study has by itself."""
+    if plan is None:
+        return
+    top, seeds = plan.finals
+    shorter = f", not its {own_epochs}" if plan.epochs < own_epochs else ""
+    search_s = plan.forecast.seconds if plan.forecast else 0.0
+    trials = f"{plan.trials} trial{'s' * (plan.trials != 1)}"
+    epochs = f"{plan.epochs} epoch{'s' * (plan.epochs != 1)}"
+    say(
+        console,
+        f"a budget of {duration(plan.budget.seconds)}: {trials} of {epochs}{shorter} ({duration(search_s)}), "
+        f"then finals of the best {top} and the control with {seeds} seeds ({duration(plan.finals_s)}); both follow the "
+        "time that is left",
+    )
 
 
 def say_infeasible_control(console: Console, search: Search, data: TrainingData) -> None:

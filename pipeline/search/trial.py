@@ -224,11 +224,19 @@ class _Reporter:
         is_last = report.epoch == self._recipe.training.epochs
         if not is_last and self._trial.should_prune():
             raise Prune(f"by {type(self._trial.study.pruner).__name__} after epoch {report.epoch}")
+        if not is_last and self._is_late():
+            raise Prune(f"the time of the search was up after epoch {report.epoch}")
         self._check_stop()
 
     def on_step(self, epoch: int, step: int, steps: int) -> None:
         self._context.observer.step(self._trial.number, self._clock.step(epoch, step, steps))
         self._check_stop()
+
+    def _is_late(self) -> bool:
+        deadline, study = self._context.search.deadline, self._trial.study
+        if deadline is None or time.monotonic() <= deadline:
+            return False
+        return bool(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
     def _check_stop(self) -> None:
         if self._context.stop_requested():

@@ -27,12 +27,12 @@ def search() -> Search:
 
 def test_progress_is_a_line_on_a_pipe(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
     with StudyView(make_console(), search) as view:
-        view.study_progress(StudyProgress("a-v1-digits", 2, 1, 0, (0, 0.5)))
+        view.study_progress(StudyProgress("a-v1-digits", 2, 1, 0, 7, (0, 0.5)))
         view.trial_started(3, search.base, {"optimizer.lr": 0.123456})
         metrics = {search.study.objective: 0.25}
         view.trial_ended(3, Outcome(State.FAILED, "k", None, "diverged", metrics, 1, 2.0, ("a note",)))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("a-v1-digits: 2 of ") and ", 0 short, 1 pruned, 0 failed, best " in lines[0]
+    assert lines[0].startswith("a-v1-digits: 2 of 7 ") and ", 0 short, 1 pruned, 0 failed, best " in lines[0]
     assert lines[1] == "trial 3: lr 0.123"
     assert lines[2].startswith("trial 3 failed (diverged), ") and lines[3] == "  a note"
 
