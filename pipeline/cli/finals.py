@@ -8,6 +8,7 @@ import typer
 from pipeline.cli.common import (
     HOME,
     find_device,
+    interruptible,
     load_data_of_run,
     make_console,
     next_command,
@@ -16,9 +17,7 @@ from pipeline.cli.common import (
     say,
     say_small_split,
     say_what_is_missing,
-    settle,
 )
-from pipeline.cli.exit_codes import INTERRUPTED
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
 
 SeedsOption = Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Fresh seeds of each recipe.")]
@@ -37,8 +36,7 @@ def finals(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Train a study's best recipes and its control again with fresh seeds, and choose the winner. The same command resumes."""
-    from pipeline.cli.views import duration
-    from pipeline.cli.views_finals import FinalsView, print_finals
+    from pipeline.cli.views_finals import FinalsView, print_finals, print_plan
     from pipeline.experiment import Interrupted
     from pipeline.registry.finals import check_data, plan_finals, run_finals
     from pipeline.tracking.queries import find_study
@@ -57,27 +55,15 @@ def finals(
     control, recipes = plan.candidates[0], [candidate.recipe for candidate in plan.candidates]
     data = load_data_of_run(tracker, control.trial_run, f"study {study.name}", recipes, data_dir, dataset, torch_device)
     check_data(plan, tracker, data)
-    others = len(plan.candidates) - 1
-    say(
-        console,
-        f"{study.name} on {torch_device}: {others} candidate{'s' * (others != 1)} and the control, seeds "
-        f"{', '.join(map(str, plan.seeds))}: {plan.num_trainings} trainings, {plan.num_done} of them done; "
-        f"about {duration(plan.remaining_s)} by what their trials took, if none stops early",
-    )
-    for line in plan.notes:
-        say(console, f"  {line}")
+    print_plan(console, plan, torch_device)
     say_small_split(console, len(data.validation.labels), control.recipe.data.validation_fraction)
     tracker.set_data_places(study.parent, newest_first(study.places, data.place))
-    try:
-        with FinalsView(console, plan.num_trainings - plan.num_done) as view:
-            decision = run_finals(tracker, plan, data, torch_device, view, HOME)
-    except (Interrupted, KeyboardInterrupt):
-        settle(console, tracker, timeout_s=5)
-        say(console, f"interrupted; the same command resumes the finals of {study.name}")
-        raise typer.Exit(INTERRUPTED) from None
-    except BaseException:
-        tracker.flush(5)
-        raise
+    line = f"interrupted; the same command resumes the finals of {study.name}"
+    with (
+        interruptible(console, tracker, (Interrupted, KeyboardInterrupt), line),
+        FinalsView(console, plan.num_trainings - plan.num_done) as view,
+    ):
+        decision = run_finals(tracker, plan, data, torch_device, view, HOME)
     print_finals(console, decision)
     if decision.winner is None:
         say(console, "no winner: every recipe diverged with some seed")

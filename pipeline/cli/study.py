@@ -13,6 +13,7 @@ from pipeline.cli.common import (
     UI_PORT,
     expand,
     find_device,
+    interruptible,
     is_away,
     is_new,
     load_data,
@@ -24,7 +25,6 @@ from pipeline.cli.common import (
     say_small_split,
     settle,
 )
-from pipeline.cli.exit_codes import INTERRUPTED
 from pipeline.cli.options import (
     ChangeOption,
     DataDirOption,
@@ -130,19 +130,15 @@ def _run(
             f"up to {search.trials} trials of {search.max_epochs} epochs",
         )
         say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
-        try:
-            with StudyView(console, search) as view:
-                context = StudyContext(
-                    search=search, data=data, device=device, storage=storage, tracker=tracker, observer=view
-                )
-                done = run_study(context, pool, choice, with_forecast=not options.cluster)
-        except StudyInterrupted:
-            settle(console, tracker, timeout_s=5)
-            say(console, f"interrupted; the same command resumes {search.key(data)}")
-            raise typer.Exit(INTERRUPTED) from None
-        except BaseException:
-            tracker.flush(5)
-            raise
+        line = f"interrupted; the same command resumes {search.key(data)}"
+        with (
+            interruptible(console, tracker, (StudyInterrupted,), line),
+            StudyView(console, search) as view,
+        ):
+            context = StudyContext(
+                search=search, data=data, device=device, storage=storage, tracker=tracker, observer=view
+            )
+            done = run_study(context, pool, choice, with_forecast=not options.cluster)
     if search.is_exhausted(done) and num_finished(done) < search.trials:
         say(
             console,
