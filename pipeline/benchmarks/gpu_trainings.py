@@ -31,7 +31,7 @@ from pipeline.search.storage import open_storage
 from pipeline.search.study import Search, load_study
 from pipeline.search.trial import StudyContext
 from pipeline.tracking.tags import State
-from pipeline.tracking.tracker import MlflowTracker, Tracker
+from pipeline.tracking.tracker import MlflowTracker, RunRequest, Tracker
 from pipeline.training.loop import train
 
 # `attention` as published, and with widths that fill tensor cores.
@@ -123,7 +123,7 @@ def _fast_run(
     recipe: Recipe, data: TrainingData, scored: Split, tracker: Tracker, seed: int, device: torch.device
 ) -> Row:
     recipe, watch, began = recipe.changed({"training.seed": seed}), Stopwatch(device), time.perf_counter()
-    with tracker.run(f"seed {seed}", recipe, data) as tracked:
+    with tracker.run(RunRequest(name=f"seed {seed}", recipe=recipe, data=data)) as tracked:
         result = train(
             recipe, data, device, lambda report: tracked.log_metrics(report.metrics, report.epoch), on_part=watch
         )

@@ -16,8 +16,8 @@ from pipeline.recipe import Recipe
 from pipeline.tracking import recovery
 from pipeline.tracking.journal import FOLDER, RECORDS, journals
 from pipeline.tracking.run import MlflowRun
-from pipeline.tracking.tags import State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
 
 def test_journals_of_dead_processes_are_adopted(
@@ -27,7 +27,7 @@ def test_journals_of_dead_processes_are_adopted(
     run_and_die(local_tracker.home, small_recipe, digits, finished, 2, State.FINISHED, False)
     run_and_die(local_tracker.home, small_recipe, digits, open_one, 3, None, True)
     assert runs_of(local_tracker, open_one)[0].info.status == "RUNNING"
-    with local_tracker.run("mine", small_recipe, digits) as living:
+    with local_tracker.run(RunRequest(name="mine", recipe=small_recipe, data=digits)) as living:
         other = MlflowTracker(local_tracker.home)
         journals_of_others = recovery.other_journals(other)
         assert (sorted(journals_of_others.orphaned), journals_of_others.busy, journals_of_others.other_tracker) == (
@@ -87,7 +87,7 @@ def test_sync_sends_reports_rejections_and_can_be_repeated(
     [deleted] = runs_of(local_tracker, "b" * 32)
     local_tracker.client.delete_run(deleted.info.run_id)
     with (
-        local_tracker.run("living", small_recipe, digits),
+        local_tracker.run(RunRequest(name="living", recipe=small_recipe, data=digits)),
         pytest.raises(
             PartialFailure, match=rf"{'b' * 32}: MLflow refuses this run \(it was deleted in MLflow\)"
         ) as caught,
@@ -170,7 +170,13 @@ def test_runs_of_dead_workers_are_closed(
         runs = {
             name: left_open.enter_context(
                 sqlite_tracker.run(
-                    name, small_recipe, digits, parent.id, {"role": "final", "worker": json.dumps(worker)}
+                    RunRequest(
+                        name=name,
+                        recipe=small_recipe,
+                        data=digits,
+                        parent_run=parent.id,
+                        tags=RunTags.parse({"role": "final", "worker": json.dumps(worker)}),
+                    )
                 )
             )
             for name, worker in workers.items()
