@@ -116,8 +116,9 @@ def test_only_abandoned_trials_are_closed(
     with ExitStack() as left_open:
 
         def run(of: MlflowRun, study: str, trial: int, at: MlflowTracker = elsewhere, role: str = "trial") -> MlflowRun:
-            tags = trial_tags(study, trial) | {"role": role}
-            opened = left_open.enter_context(at.run("trial", small_recipe, digits, of.id, tags))
+            tags = RunTags.parse(trial_tags(study, trial) | {"role": role})
+            request = RunRequest(name="trial", recipe=small_recipe, data=digits, parent_run=of.id, tags=tags)
+            opened = left_open.enter_context(at.run(request))
             at.id_of(opened.key)
             return opened
 
@@ -148,7 +149,9 @@ def test_run_of_a_dead_process_is_ended_without_its_journal(
     parent = sqlite_tracker.open_study("ended-v1-digits", "Why?", "val/accuracy", [])
     tags = trial_tags("ended-v1-digits", 7)
     elsewhere = MlflowTracker(tmp_path / "elsewhere", sqlite_tracker.uri)
-    with elsewhere.run("trial 7", small_recipe, digits, parent.id, tags) as run:
+    run_tags = RunTags.parse(tags)
+    request = RunRequest(name="trial 7", recipe=small_recipe, data=digits, parent_run=parent.id, tags=run_tags)
+    with elsewhere.run(request) as run:
         run.log_metrics({"val/accuracy": 0.5}, 1)
         elsewhere.id_of(run.key)
         run.disown()  # as one does whose trial was declared dead

@@ -123,7 +123,7 @@ def test_folder_in_use_is_not_relocated(old: Path, tmp_path: Path, small_recipe:
     new = moved(old, tmp_path / "mlruns")
     relocate(new)
     with (
-        MlflowTracker(new).run("running", small_recipe, digits) as run,
+        MlflowTracker(new).run(RunRequest(name="running", recipe=small_recipe, data=digits)) as run,
         pytest.raises(UserError, match="another command is writing runs here"),
     ):
         relocate(new)

@@ -149,7 +149,7 @@ def test_unwritable_journal_is_one_line_and_leaves_nothing(
     blocked = MlflowTracker(tmp_path, sqlite_tracker.uri)
     (tmp_path / "journal").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"can't be written.*free space") as caught:
-        blocked.run("run", small_recipe, digits).__enter__()
+        blocked.run(RunRequest(name="run", recipe=small_recipe, data=digits)).__enter__()
     assert len(caught.value.lines) == 1
     assert not blocked.pending
 

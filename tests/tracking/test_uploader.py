@@ -200,7 +200,7 @@ def test_interrupted_run_reopens_and_keeps_first_values(
     assert [step for step, _ in before] == list(range(len(before))) and before
 
     successor = MlflowTracker(local_tracker.home)
-    with successor.run("train again", small_recipe, digits, key=run.key) as again:
+    with successor.run(RunRequest(name="train again", recipe=small_recipe, data=digits, run_key=run.key)) as again:
         assert successor.id_of(run.key) == run_id == again.id
         stored = successor.client.get_run(run_id)
         assert (stored.info.status, stored.info.run_name) == ("RUNNING", "train again")
