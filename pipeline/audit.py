@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import Problem, PromotionRefused, UserError, redact_uri
+from pipeline.evaluation.scores import CLASS_F1
 from pipeline.processes import process_has_exited
 from pipeline.registry import ledger, promote
 from pipeline.registry.promote import CHAMPION, Registry
@@ -100,6 +101,7 @@ class _Auditor:
             self._check_study(study, runs_by_parent[study.run_id])
         trained_points = [self._points.get(run.info.run_id, {}) for run in self._trained]
         by_epoch = {name for metrics in trained_points for name, points in metrics.items() if points.steps > 1}
+        by_epoch = {name for name in by_epoch if not name.startswith(CLASS_F1)}
         for run in self._trained:
             self._check_trained_run(run, by_epoch)
         self._check_checkpoints()
@@ -321,13 +323,20 @@ class _Auditor:
 
 
 def point_faults(metrics: Mapping[str, Points], by_epoch: Collection[str]) -> list[str]:
-    """What is missing or doubled: a metric `by_epoch` has a point for each epoch from 1, any other one at the last epoch."""
+    """What is missing or doubled: a metric `by_epoch` has a point for each epoch from 1, any other one at the last epoch.
+
+    A class's F1 has what the other classes of the run have: of few classes a point for each epoch, of many one where the
+    run ended, and where it was interrupted before.
+    """
     epochs = max((points.last for points in metrics.values()), default=0)
+    of_classes = [points for name, points in metrics.items() if name.startswith(CLASS_F1)]
     faults = []
     for name, points in metrics.items():
         if points.points != points.steps:
             faults.append(f"{name} has {points.points} points for {points.steps} epochs")
         first, steps = (1, epochs) if name in by_epoch else (epochs, 1)
+        if name.startswith(CLASS_F1):
+            first, steps = min(other.first for other in of_classes), max(other.steps for other in of_classes)
         if (points.first, points.last, points.steps) != (first, epochs, steps):
             actual = f"{points.steps} from epoch {points.first} to {points.last}"
             faults.append(f"{name} has {actual}, and should have {steps} from {first} to {epochs}")
@@ -416,7 +425,13 @@ def _restore_tags(
 ) -> Iterator[str]:
     """Write what Optuna knows of a study's run and of its trials' runs, where their tags were removed or changed."""
     ids_by_key = {RunTags.of(run).run_key: run_id for run_id, run in runs.items()}
-    own_tags = RunTags(role="study", study=study.name, objective=study.objective, run_key=study.run_key)
+    own_tags = RunTags(
+        role="study",
+        study=study.name,
+        objective=study.objective,
+        constraints=study.constraints or None,
+        run_key=study.run_key,
+    )
     known = {study.run_id: own_tags.to_mlflow()}
     for trial in study.counted:
         if trial.run_key and trial.attributes.recipe_digest:

@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,12 +14,13 @@ import torch
 from pipeline.data.prepare import TrainingData
 from pipeline.evaluation import figures
 from pipeline.evaluation.calibration import fit_calibration
+from pipeline.evaluation.constraints import violations
 from pipeline.evaluation.latency import latency_ms
 from pipeline.evaluation.logits import predict_logits
-from pipeline.evaluation.scores import most_confident, per_class_table, reliability, score
+from pipeline.evaluation.scores import CLASS_F1, most_confident, per_class_table, reliability, score
 from pipeline.inference.classifier import ModelMetadata
 from pipeline.inference.methods import measure, methods_table, out_of_fold, views, views_of
-from pipeline.models.build import num_parameters
+from pipeline.models.build import build_network, num_parameters
 from pipeline.recipe import Recipe
 from pipeline.tracking.tracker import Run, RunRequest, State, Tracker
 from pipeline.training.checkpoints import save_checkpoint
@@ -27,11 +28,20 @@ from pipeline.training.loop import Diverged, EpochReport, Result, train
 from pipeline.training.resume import Resume
 
 SCORES_OF_METHODS = ("accuracy", "f1_macro")  # that are logged for each prediction method
+MAX_CLASSES_BY_EPOCH = 50  # with more, each class's F1 is logged when the run ends, and not after every epoch
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")
 
 
 class Prune(Exception):
     """Raised by `on_epoch`: the training is not worth continuing."""
+
+
+class Infeasible(Prune):
+    """The recipe is known to break a constraint: `metrics` are those that say so."""
+
+    def __init__(self, broken: str, metrics: dict[str, float]):
+        super().__init__(f"infeasible, not trained: {broken}")
+        self.metrics = metrics
 
 
 class Interrupted(Exception):
@@ -43,6 +53,9 @@ class ExperimentRequest(RunRequest):
     """A run whose recipe is to be trained, scored and tracked."""
 
     device: torch.device
+    # Metric -> upper bound; a recipe that is known to break one before it is trained ends PRUNED.
+    constraints: Mapping[str, float] = field(default_factory=dict)
+    pruned_at_end: str = ""  # the reason with which a short training ends PRUNED after its last epoch
     resume_dir: Path | None = None  # where the training's state is kept, and resumed from where there is one
     on_epoch: Callable[[EpochReport], None] = lambda report: None
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
@@ -81,15 +94,22 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
 
         def on_epoch(report: EpochReport) -> None:
             reports.append(report)
+            report = replace(report, metrics=_split(report.metrics, request.data)[0])
             tracked.log_metrics(report.metrics, report.epoch)
             request.on_epoch(report)
 
         state, reason, final_metrics = State.FINISHED, "", {}
         try:
+            _check_feasible(request)
             result = train(request.recipe, request.data, request.device, on_epoch, request.on_step, resume=resume)
+            if request.pruned_at_end:
+                raise Prune(request.pruned_at_end)
             final_metrics = publish(tracked, request.recipe, request.data, result)
         except Prune as error:
             state, reason = State.PRUNED, str(error)
+            if isinstance(error, Infeasible):
+                final_metrics = error.metrics
+                tracked.log_metrics(final_metrics, 1)
         except Diverged as error:
             state, reason = State.FAILED, f"diverged: {error}"
         except (MemoryError, RuntimeError) as error:
@@ -98,6 +118,8 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
             state, reason = State.FAILED, f"out of memory: {error}"
         except (Interrupted, KeyboardInterrupt):
             state, reason = State.INTERRUPTED, "stopped by the user"
+        if reports and (at_the_end := _split(reports[-1].metrics, request.data)[1]):
+            tracked.log_metrics(at_the_end, reports[-1].epoch)
         tracked.end(state, reason)
 
     if request.resume_dir and state is not State.INTERRUPTED:
@@ -115,6 +137,30 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
         seconds=time.perf_counter() - start + (resume.seconds if resume else 0),
         notes=tuple(resume.notes) if resume else (),
     )
+
+
+def known_before(constraints: Mapping[str, float], recipe: Recipe, data: TrainingData) -> dict[str, float]:
+    """Those of the constrained metrics that are known before the recipe is trained, as `publish` measures them."""
+    if "model/parameters" not in constraints:
+        return {}
+    network = build_network(recipe.model, len(data.classes), data.image_size, recipe.training.seed)
+    return {"model/parameters": float(num_parameters(network))}
+
+
+def _check_feasible(request: ExperimentRequest) -> None:
+    metrics = known_before(request.constraints, request.recipe, request.data)
+    if broken := violations(request.constraints, metrics):
+        raise Infeasible(broken, metrics)
+
+
+def _split(metrics: Mapping[str, float], data: TrainingData) -> tuple[dict[str, float], dict[str, float]]:
+    """What is logged after each epoch, and what only when the run ends, in whatever state: F1 of many classes."""
+    at_the_end = {
+        name: value
+        for name, value in metrics.items()
+        if name.startswith(CLASS_F1) and len(data.classes) > MAX_CLASSES_BY_EPOCH
+    }
+    return {name: value for name, value in metrics.items() if name not in at_the_end}, at_the_end
 
 
 def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) -> dict[str, float]:
@@ -150,7 +196,7 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
         "model/latency_ms": latency_ms(result.network, data.image_size, recipe.training.precision),
         "time/training_s": result.seconds,
     }
-    logged_names = result.history[-1].metrics.keys()  # by the loop, of the same logits: a point is logged once
+    logged_names = result.history[-1].metrics.keys()  # by `run`, of the same logits: a point is logged once
     final_metrics = {name: value for name, value in metrics.items() if name not in logged_names}
     tracked.log_metrics(final_metrics, len(result.history))
 

@@ -1,7 +1,8 @@
 """What a run is: an immutable, validated value, JSON both ways, with a digest.
 
 The dotted name of a field (`optimizer.lr`) is also the name of a search parameter and of an MLflow parameter column.
-A section that comes in kinds (`model.network`, `optimizer.name`, `schedule.name`) has just the fields of its kind.
+A section that comes in kinds (`model.network`, `augmentation.policy`, `optimizer.name`, `schedule.name`) has just the
+fields of its kind.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.errors import NO_SUCH_FIELD, Problem, UserError, did_you_mean, validation_problems
 
@@ -169,7 +170,10 @@ Flip = Annotated[
 
 
 class Augmentation(Section):
-    """Augmentation of a training image, drawn for each image and epoch, in this order; 0 switches a step off."""
+    """Augmentation of a training image, drawn for each image and epoch: crop, flip, the policy's part, erasing, mixing.
+
+    These are the fields that all policies have; 0 switches a step off.
+    """
 
     crop_padding: int = Field(4, ge=0, le=64, description="pixels; pad by so many, then crop at random")
     crop_mode: Literal["reflect", "constant"] = Field(
@@ -178,13 +182,6 @@ class Augmentation(Section):
     horizontal_flip: Flip = Field(
         0.5, description="probability; or alternating: at random in the first epoch, then the other way round each time"
     )
-    rotation: float = Field(0.0, ge=0, le=180, description="degrees; the angle is uniform in [-rotation, rotation]")
-    perspective: Fraction = Field(0.0, description="distortion scale, as in torchvision's RandomPerspective")
-    perspective_probability: Fraction = 0.5
-    brightness: Fraction = Field(0.0, description="the factor is uniform in [1 - b, 1 + b]")
-    contrast: Fraction = Field(0.0, description="the factor is uniform in [1 - c, 1 + c]")
-    saturation: Fraction = Field(0.0, description="the factor is uniform in [1 - s, 1 + s]")
-    hue: float = Field(0.0, ge=0, le=0.5, description="the shift is uniform in [-hue, hue] turns of the colour wheel")
     erasing: Fraction = Field(
         0.0, description="probability of a rectangle replaced by the mean colour (random erasing)"
     )
@@ -198,6 +195,51 @@ class Augmentation(Section):
         if self.mixup + self.cutmix > 1:
             raise ValueError(f"mixup {self.mixup} and cutmix {self.cutmix} exclude each other: their sum is at most 1")
         return self
+
+
+class Custom(Augmentation):
+    """Geometry and colours as these fields say, in this order; 0 switches a step off."""
+
+    policy: Literal["custom"] = "custom"
+    rotation: float = Field(0.0, ge=0, le=180, description="degrees; the angle is uniform in [-rotation, rotation]")
+    perspective: Fraction = Field(0.0, description="distortion scale, as in torchvision's RandomPerspective")
+    perspective_probability: Fraction = 0.5
+    brightness: Fraction = Field(0.0, description="the factor is uniform in [1 - b, 1 + b]")
+    contrast: Fraction = Field(0.0, description="the factor is uniform in [1 - c, 1 + c]")
+    saturation: Fraction = Field(0.0, description="the factor is uniform in [1 - s, 1 + s]")
+    hue: float = Field(0.0, ge=0, le=0.5, description="the shift is uniform in [-hue, hue] turns of the colour wheel")
+
+
+class NoPolicy(Augmentation):
+    """Nothing but what all policies have."""
+
+    policy: Literal["none"] = "none"
+
+
+class TrivialAugment(Augmentation):
+    """One of 14 operations at one of 31 magnitudes, all equally likely (TrivialAugment, wide, arXiv 2103.10158)."""
+
+    policy: Literal["trivialaugment"] = "trivialaugment"
+
+
+class RandAugment(Augmentation):
+    """Operations of 14, one after the other, at one magnitude (RandAugment, arXiv 1909.13719)."""
+
+    policy: Literal["randaugment"] = "randaugment"
+    operations: int = Field(2, ge=1, le=4, description="drawn for each image; one may come twice")
+    magnitude: int = Field(9, ge=0, le=30, description="of all operations; 30: shear 0.3, rotation 30 degrees ...")
+
+
+class AugMix(Augmentation):
+    """The image, blended with a mean of chains of 13 operations (AugMix, arXiv 1912.02781), without its loss."""
+
+    policy: Literal["augmix"] = "augmix"
+    severity: int = Field(3, ge=1, le=10, description="a magnitude is one of the lowest so many of 10")
+    width: int = Field(3, ge=1, le=8, description="chains")
+    depth: Literal[-1, 1, 2, 3] = Field(-1, description="operations of a chain; -1: one to three, at random")
+    alpha: float = Field(
+        1.0, ge=0.1, le=10, description="chains' parts: Dirichlet(alpha, ...); own: Beta(alpha, alpha)"
+    )
 
 
 class Sgd(Section):
@@ -331,13 +373,32 @@ Model = Annotated[
 Optimizer = Annotated[Sgd | Adam | AdamW | Muon, Field(discriminator="name")]
 AnySchedule = Annotated[Constant | Cosine | Linear | OneCycle | Step, Field(discriminator="name")]
 
+
+def _custom_by_default(section: Any) -> Any:
+    """Recipes of before there were policies name none."""
+    return {"policy": "custom", **section} if isinstance(section, Mapping) else section
+
+
+AnyAugmentation = Annotated[
+    Custom | NoPolicy | TrivialAugment | RandAugment | AugMix,
+    Field(discriminator="policy"),
+    BeforeValidator(_custom_by_default),
+]
+
 # The field of a section that says which kind it is; a change of kind starts from that kind's defaults.
-KIND = {"model": "network", "optimizer": "name", "schedule": "name"}
+KIND = {"model": "network", "augmentation": "policy", "optimizer": "name", "schedule": "name"}
 # Section -> kind -> the class that holds it.
 _KINDS: dict[str, dict[str, type[Section]]] = {
     section: {kind.model_fields[KIND[section]].default: kind for kind in get_args(get_args(union)[0])}
-    for section, union in {"model": Model, "optimizer": Optimizer, "schedule": AnySchedule}.items()
+    for section, union in {
+        "model": Model,
+        "augmentation": AnyAugmentation,
+        "optimizer": Optimizer,
+        "schedule": AnySchedule,
+    }.items()
 }
+# Section -> fields that mean the same in each of its kinds: a change of kind keeps their values.
+_KEPT = {"augmentation": frozenset(Augmentation.model_fields)}
 _TAGS = frozenset(kind for kinds in _KINDS.values() for kind in kinds) | {"probability", "alternating"}
 
 
@@ -360,7 +421,7 @@ def has_default(name: str, kind: str) -> bool:
 
 
 # Fields added later, with the value that equals the behaviour before: with it they are left out of the digest.
-_LATER = {"data.train_fraction": 1.0, "training.execution": "eager"}
+LATER = {"data.train_fraction": 1.0, "augmentation.policy": "custom", "training.execution": "eager"}
 
 
 class Recipe(Section):
@@ -368,7 +429,7 @@ class Recipe(Section):
 
     data: Data = Data()
     model: Model
-    augmentation: Augmentation = Augmentation()
+    augmentation: AnyAugmentation = Custom()
     optimizer: Optimizer
     schedule: AnySchedule = Cosine()
     loss: Loss = Loss()
@@ -404,9 +465,10 @@ class Recipe(Section):
     def changed(self, changes: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> "Recipe":
         """A copy with some dotted fields changed, validated together.
 
-        Changing a section's kind (`optimizer.name`) starts that section from the new kind's defaults; a field without
-        one keeps its value, where it has any. `settings` override `changes`: they are applied last, as far as the
-        section's kind then has such a field. Raises UserError with a problem for each fault.
+        Changing a section's kind (`optimizer.name`) starts that section from the new kind's defaults; a field keeps its
+        value, where it has any, if it has no default or is one that all policies of augmentation share. `settings`
+        override `changes`: they are applied last, as far as the section's kind then has such a field. Raises UserError
+        with a problem for each fault.
         """
         settings = settings or {}
         sections = self.model_dump()
@@ -431,9 +493,11 @@ class Recipe(Section):
         return recipe
 
     def _with_hint(self, problem: Problem) -> Problem:
-        """For an unknown field, the known one that may be meant: of its section, or of all where there is no section."""
+        """For an unknown field, the kinds that have it, or the known one that may be meant: of its section, or of all."""
         if problem.rule != NO_SUCH_FIELD:
             return problem
+        if kinds := kinds_with(problem.subject):
+            return replace(problem, remedy=f"{kind_field(problem.subject)} {' or '.join(kinds)} has it")
         section, _, field = problem.subject.partition(".")
         siblings = [name.partition(".")[2] for name in self.flat() if name.startswith(f"{section}.")]
         if siblings:
@@ -458,17 +522,19 @@ class Recipe(Section):
     def digest(self) -> str:
         """64 hexadecimal digits that change with any field."""
         sections = self.model_dump(mode="json")
-        for section, field in (name.split(".") for name, before in _LATER.items() if self.flat().get(name) == before):
+        for section, field in (name.split(".") for name, before in LATER.items() if self.flat().get(name) == before):
             del sections[section][field]
         canonical = json.dumps(sections, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _section_of_kind(section: str, kind: Any, before: Mapping[str, Any]) -> dict[str, Any]:
-    """A section of a new kind: its defaults, and from `before` the fields that have none."""
+    """A section of a new kind: its defaults, and from `before` the fields that have none or mean the same."""
     fields = _KINDS[section][kind].model_fields if isinstance(kind, str) and kind in _KINDS[section] else {}
     return {KIND[section]: kind} | {
-        name: before[name] for name, field in fields.items() if field.is_required() and name in before
+        name: before[name]
+        for name, field in fields.items()
+        if name in before and (field.is_required() or name in _KEPT.get(section, ()))
     }
 
 

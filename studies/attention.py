@@ -10,7 +10,7 @@ from optuna import Trial
 
 from pipeline.recipe import parse_recipe
 from pipeline.search.study import Study
-from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule
+from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule, suggest_training
 
 # The system's published recipe. Not published, and filled in with the usual values: the amount of label smoothing, the
 # clipping norm, the strengths of colour jitter and perspective, and the parameters of mixup's and CutMix's Beta.
@@ -43,10 +43,12 @@ BASE = parse_recipe(
 
 
 def space(trial: Trial) -> None:
-    """Augmentation, optimizer and schedule."""
+    """Augmentation, optimizer, schedule, label smoothing, batch size and dropout."""
     suggest_augmentation(trial)
     suggest_optimizer(trial)
     suggest_schedule(trial)
+    suggest_training(trial)
+    trial.suggest_float("model.dropout", 0, 0.3, step=0.1)
 
 
 STUDY = Study(
@@ -54,5 +56,5 @@ STUDY = Study(
     base=BASE,
     space=space,
     objective="val/accuracy",
-    trials=30,
+    trials=24,
 )

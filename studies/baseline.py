@@ -10,13 +10,13 @@ from optuna import Trial
 
 from pipeline.recipe import parse_recipe
 from pipeline.search.study import Study
-from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule
+from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule, suggest_training
 
 # Published: a compact network, SGD. Filled in with the usual values: its sizes, the rate, momentum, batch size, length.
 BASE = parse_recipe(
     {
         "model": {"network": "baseline"},
-        "augmentation": {"crop_padding": 0, "horizontal_flip": 0},
+        "augmentation": {"policy": "none", "crop_padding": 0, "horizontal_flip": 0},
         "optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.9, "weight_decay": 0},
         "schedule": {"name": "constant"},
         "training": {"epochs": 20, "batch_size": 128},
@@ -25,10 +25,11 @@ BASE = parse_recipe(
 
 
 def space(trial: Trial) -> None:
-    """Augmentation, optimizer and schedule; a constant rate is what the system has."""
+    """Augmentation, optimizer, schedule, smoothing and batch size; a constant rate is what the system has."""
     suggest_augmentation(trial)
-    suggest_optimizer(trial, weight_decays=(0, 1e-5, 1e-4, 1e-3, 1e-2))
-    suggest_schedule(trial, kinds=("constant", "cosine", "one_cycle", "step"))
+    suggest_optimizer(trial)
+    suggest_schedule(trial, kinds=("one_cycle", "cosine", "constant"))
+    suggest_training(trial)
 
 
 STUDY = Study(
@@ -36,5 +37,5 @@ STUDY = Study(
     base=BASE,
     space=space,
     objective="val/accuracy",
-    trials=30,
+    trials=24,
 )

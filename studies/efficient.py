@@ -10,13 +10,13 @@ from optuna import Trial
 
 from pipeline.recipe import parse_recipe
 from pipeline.search.study import Study
-from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule
+from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule, suggest_training
 
 # Published: SGD with momentum at 0.01, a schedule of its own. Filled in: which, the augmentation and the length.
 BASE = parse_recipe(
     {
         "model": {"network": "efficient", "dilation": 2, "dropout": 0.03},
-        "augmentation": {"crop_padding": 4, "crop_mode": "constant", "horizontal_flip": 0.5},
+        "augmentation": {"policy": "none", "crop_padding": 4, "crop_mode": "constant", "horizontal_flip": 0.5},
         "optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4},
         "schedule": {"name": "step", "interval": 0.3, "gamma": 0.1},
         "training": {"epochs": 30, "batch_size": 128},
@@ -25,10 +25,11 @@ BASE = parse_recipe(
 
 
 def space(trial: Trial) -> None:
-    """Augmentation, optimizer and schedule."""
+    """Augmentation, optimizer, schedule, label smoothing and batch size."""
     suggest_augmentation(trial)
     suggest_optimizer(trial)
-    suggest_schedule(trial)
+    suggest_schedule(trial, kinds=("one_cycle", "cosine", "step"))
+    suggest_training(trial)
 
 
 STUDY = Study(
@@ -36,5 +37,5 @@ STUDY = Study(
     base=BASE,
     space=space,
     objective="val/accuracy",
-    trials=30,
+    trials=24,
 )

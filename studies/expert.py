@@ -10,7 +10,7 @@ from optuna import Trial
 
 from pipeline.recipe import parse_recipe
 from pipeline.search.study import Study
-from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule
+from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule, suggest_training
 
 # Published: Adam, StepLR, weight decay, optional label smoothing, the operations. Filled in: all strengths and sizes.
 BASE = parse_recipe(
@@ -34,11 +34,11 @@ BASE = parse_recipe(
 
 
 def space(trial: Trial) -> None:
-    """Augmentation, optimizer, schedule and label smoothing."""
+    """Augmentation, optimizer, schedule, label smoothing and batch size."""
     suggest_augmentation(trial)
-    suggest_optimizer(trial)
-    suggest_schedule(trial)
-    trial.suggest_float("loss.label_smoothing", 0, 0.2, step=0.1)
+    suggest_optimizer(trial, kinds=("sgd", "adamw", "adam"))
+    suggest_schedule(trial, kinds=("one_cycle", "cosine", "step"))
+    suggest_training(trial)
 
 
 STUDY = Study(
@@ -46,5 +46,5 @@ STUDY = Study(
     base=BASE,
     space=space,
     objective="val/accuracy",
-    trials=30,
+    trials=24,
 )

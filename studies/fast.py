@@ -64,5 +64,5 @@ STUDY = Study(
     base=BASE,
     space=space,
     objective="val/accuracy",
-    trials=30,
+    trials=24,
 )

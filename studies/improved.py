@@ -10,7 +10,7 @@ from optuna import Trial
 
 from pipeline.recipe import parse_recipe
 from pipeline.search.study import Study
-from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule
+from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule, suggest_training
 
 # The published recipe; its strengths are not published, and filled in with the usual values.
 BASE = parse_recipe(
@@ -35,10 +35,12 @@ BASE = parse_recipe(
 
 
 def space(trial: Trial) -> None:
-    """Augmentation, optimizer and schedule."""
+    """Augmentation, optimizer, schedule, label smoothing, batch size and dropout."""
     suggest_augmentation(trial)
-    suggest_optimizer(trial)
+    suggest_optimizer(trial, kinds=("sgd", "adamw", "adam"))
     suggest_schedule(trial)
+    suggest_training(trial)
+    trial.suggest_float("model.dropout", 0, 0.5, step=0.1)
 
 
 STUDY = Study(
@@ -46,5 +48,5 @@ STUDY = Study(
     base=BASE,
     space=space,
     objective="val/accuracy",
-    trials=30,
+    trials=24,
 )

@@ -10,7 +10,7 @@ from optuna import Trial
 
 from pipeline.recipe import parse_recipe
 from pipeline.search.study import Study
-from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule
+from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule, suggest_training
 
 # The published recipe: no schedule, no weight decay. Its strengths are not published.
 BASE = parse_recipe(
@@ -35,8 +35,9 @@ BASE = parse_recipe(
 def space(trial: Trial) -> None:
     """Augmentation, optimizer and schedule, where dropout stands, and how long is best."""
     suggest_augmentation(trial)
-    suggest_optimizer(trial, weight_decays=(0, 1e-5, 1e-4, 1e-3, 1e-2))
-    suggest_schedule(trial, kinds=("constant", "cosine", "one_cycle", "step"))
+    suggest_optimizer(trial, kinds=("sgd", "adamw", "adam"))
+    suggest_schedule(trial, kinds=("one_cycle", "cosine", "constant"))
+    suggest_training(trial)
     trial.suggest_float("model.convolution_dropout", 0, 0.2, step=0.1)
     trial.suggest_float("model.dropout", 0, 0.5, step=0.1)
     trial.suggest_int("training.epochs", 15, 60, step=15)
@@ -47,5 +48,5 @@ STUDY = Study(
     base=BASE,
     space=space,
     objective="val/accuracy",
-    trials=30,
+    trials=24,
 )

@@ -102,6 +102,12 @@ def test_intact_store_has_no_findings(home: Path) -> None:
     assert check_databases(home) == []
 
 
+def test_f1_of_classes_at_the_end_only_is_no_fault(home: Path) -> None:
+    """As of many classes, or by an older version of this project, next to runs that have it at each epoch."""
+    change(home, "mlflow.db", f"DELETE FROM metrics WHERE key LIKE 'val/f1/%' AND step = 1 AND run_uuid = {RUN}")
+    assert findings(home) == []
+
+
 def test_trials_without_run_keys_are_unchecked_and_not_lost(home: Path) -> None:
     change(home, "optuna.db", "DELETE FROM trial_user_attributes WHERE key = 'run_key'")
     change(home, "mlflow.db", f"DELETE FROM tags WHERE key = 'run_key' AND run_uuid IN ({TRIALS})")
@@ -138,6 +144,10 @@ FAULTS = {
     "a point is lost": (
         ("mlflow.db", f"DELETE FROM metrics WHERE key = 'val/loss' AND step = 1 AND run_uuid = {RUN}"),
         ["val/loss has 1 from epoch 2 to 2, and should have 2 from 1 to 2"],
+    ),
+    "a point of a class is lost": (
+        ("mlflow.db", f"DELETE FROM metrics WHERE key = 'val/f1/7' AND step = 1 AND run_uuid = {RUN}"),
+        ["val/f1/7 has 1 from epoch 2 to 2, and should have 2 from 1 to 2"],
     ),
     "the last epoch is lost": (
         ("mlflow.db", f"DELETE FROM metrics WHERE step = 2 AND run_uuid = {RUN}"),

@@ -88,8 +88,9 @@ def test_every_number_of_a_run_is_logged_once(
     assert len(set(places)) == len(places)
     by_epoch = {name for name, step in places if step == 1}
     assert by_epoch >= {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "val/f1_macro", "optimizer/lr"}
+    assert by_epoch >= {"val/balanced_accuracy", *(f"val/f1/{name}" for name in digits.classes)}
     at_the_end = {name for name, step in places if step == 2}
-    per_class = {f"val/{score}/{name}" for score in ("f1", "precision", "recall") for name in digits.classes}
+    per_class = {f"val/{score}/{name}" for score in ("precision", "recall") for name in digits.classes}
     methods = {f"methods/{score}_{method}" for score in ("accuracy", "f1_macro") for method in METHODS}
     calibration = {"calibration/temperature", "calibration/ece", "calibration/loss"}
     others = {"val/ece", "model/parameters", "model/latency_ms", "time/training_s"}
@@ -191,7 +192,25 @@ def test_exceptions_become_states(
     assert (outcome.state, outcome.reason) == (state, reason)
     assert tracker.ended == [(state, reason)]
     assert outcome.epochs == 1
-    assert "val/accuracy" in outcome.metrics
+    assert {"val/accuracy", "val/f1/7"} <= outcome.metrics.keys()
+    assert [step for name, step, _ in tracker.points if name == "val/f1/7"] == [1]
+
+
+@pytest.mark.parametrize(("error", "state"), [(None, State.FINISHED), (Prune("poor"), State.PRUNED)])
+def test_of_many_classes_f1_is_logged_at_the_end_only(
+    error: Exception | None, state: State, tmp_path: Path, run_small: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_epoch(report: EpochReport) -> None:
+        assert "val/f1/7" not in report.metrics, "a heartbeat would carry them"
+        if error and report.epoch == 2:
+            raise error
+
+    monkeypatch.setattr(experiment, "MAX_CLASSES_BY_EPOCH", 9)
+    tracker = FolderTracker(tmp_path)
+    outcome = run_small(tracker, on_epoch=on_epoch)
+    assert outcome.state is state
+    points = [(step, value) for name, step, value in tracker.points if name == "val/f1/7"]
+    assert points == [(2, outcome.metrics["val/f1/7"])]
 
 
 def test_capture_ended_by_memory_is_out_of_memory(run_small: Train) -> None:

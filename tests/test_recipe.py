@@ -1,5 +1,6 @@
 """A recipe is one immutable, validated value."""
 
+import json
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.errors import UserError
-from pipeline.recipe import KIND, Recipe, parse_recipe
+from pipeline.recipe import KIND, Custom, RandAugment, Recipe, parse_recipe
 
 SMALL = {
     "model": {"network": "attention"},
@@ -70,6 +71,22 @@ def test_change_of_kind_keeps_fields_without_default() -> None:
     ]
 
 
+def test_change_of_policy_keeps_what_all_policies_have() -> None:
+    custom = RECIPE.changed({"augmentation.crop_padding": 2, "augmentation.mixup": 0.3, "augmentation.rotation": 15})
+    drawn = custom.changed({"augmentation.policy": "randaugment", "augmentation.erasing": 0.5})
+    assert drawn.augmentation == RandAugment(crop_padding=2, mixup=0.3, erasing=0.5)
+    back = drawn.changed({"augmentation.policy": "custom"}).augmentation
+    assert back == Custom(crop_padding=2, mixup=0.3, erasing=0.5)
+
+
+def test_a_recipe_without_a_policy_has_its_own_operations() -> None:
+    former = json.loads(RECIPE.to_json())
+    del former["augmentation"]["policy"]
+    for source in (former, json.dumps(former)):
+        assert parse_recipe(source) == RECIPE
+    assert RECIPE.changed({"augmentation.policy": "none"}).digest() != RECIPE.digest()
+
+
 def test_all_problems_are_reported_at_once() -> None:
     lines = lines_of(
         {"optimizer.lr": -0.1, "training.epochs": 0, "model.network": "atention", "augmentation.mixup": 1.5}
@@ -88,9 +105,19 @@ def test_all_problems_are_reported_at_once() -> None:
     [
         ({"optimzer.lr": 1}, "optimzer.lr: no such field (did you mean optimizer.lr?)"),
         ({"lr": 1}, "lr: no such field"),
-        ({"optimizer.beta1": 0.9}, "optimizer.beta1: no such field"),
+        ({"optimizer.beta1": 0.9}, "optimizer.beta1: no such field; optimizer.name adam or adamw has it"),
         ({"optimizer.name": "sgdd"}, "optimizer.name = sgdd: not one of sgd, adam, adamw, muon (did you mean sgd?)"),
         ({"augmentation.rotatoin": 3}, "augmentation.rotatoin: no such field (did you mean augmentation.rotation?)"),
+        (
+            {"augmentation.policy": "randaugment", "augmentation.hue": 0.1},
+            "augmentation.hue: no such field; augmentation.policy custom has it",
+        ),
+        (
+            {"augmentation.policy": "augment"},
+            "augmentation.policy = augment: not one of custom, none, trivialaugment, randaugment, augmix (did you mean "
+            "randaugment?)",
+        ),
+        ({"augmentation.policy": "augmix", "augmentation.depth": 0}, "augmentation.depth = 0: should be -1, 1, 2 or 3"),
         ({"optimizer.lr": float("nan")}, "optimizer.lr = nan: should be a finite number"),
         ({"optimizer.lr": float("inf")}, "optimizer.lr = inf: should be a finite number"),
         ({"augmentation.horizontal_flip": 2}, "augmentation.horizontal_flip = 2: should be less than or equal to 1"),

@@ -94,9 +94,13 @@ def _print_trials(console: Console, frame: "pd.DataFrame", most: int = 8) -> Non
     from pipeline.report.trials import finished, trial_rows
 
     objective, num_finished, states = frame["objective"].iloc[0], len(finished(frame)), frame["state"].value_counts()
+    trials = trial_rows(frame)
+    num_infeasible = (trials["infeasible"] != "").sum()
+    infeasible = f", {num_infeasible} infeasible" if num_infeasible else ""
     title = (
-        f"{frame['study'].iloc[0]}: best {min(num_finished, most)} of {len(trial_rows(frame))} trials, "
-        f"{num_finished} finished; {objective} and F1 on the validation split, lead over the control in points"
+        f"{frame['study'].iloc[0]}: best {min(num_finished, most)} of {len(trials)} trials, "
+        f"{num_finished} finished{infeasible}; {objective} and F1 on the validation split, lead over the control in "
+        "points"
     )
     headings = ("trial", "score", "lead", "weakest class (F1)", "training", "parameters", "latency")
     print_best_trials(console, title, objective, best_trials(frame, most), headings)

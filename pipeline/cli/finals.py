@@ -66,7 +66,7 @@ def finals(
         decision = run_finals(tracker, plan, data, torch_device, view, HOME)
     print_finals(console, decision)
     if decision.winner is None:
-        say(console, "no winner: every recipe diverged with some seed")
+        say(console, "no winner: every recipe diverged or was infeasible with some seed")
         raise typer.Exit(1)
     steps = {"evaluate the winner on the test split": "promote", "see all runs": "compare"}
     commands = [(what, next_command(f"{command} {study.name}", tracking_uri)) for what, command in steps.items()]

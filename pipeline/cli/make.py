@@ -95,7 +95,8 @@ def to_options(command: Any, words: Sequence[str], environment: Mapping[str, str
         elif is_flag(known[name]):
             if value not in ("", "0", "1"):
                 problems.append(Problem(f"{name}={value}", "should be 1 or 0"))
-            options += [known[name].opts[-1]] if value == "1" else []
+            parameter = known[name]
+            options += {"1": parameter.opts[-1:], "0": parameter.secondary_opts[-1:]}.get(value, [])
         elif value:
             if name in positional(command):
                 arguments[name] = value

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -60,6 +60,9 @@ TrackingOption = Annotated[
 ]
 
 
+PruneOption = Annotated[
+    bool, typer.Option("--prune/--no-prune", help="End poor trials early, or train every trial to its last epoch.")
+]
 WorkersOption = Annotated[
     str | None,
     typer.Option(
@@ -77,15 +80,17 @@ class StudyOptions(BaseModel):
     epochs: int | None = Field(None, ge=1, le=10_000)
     timeout: float | None = Field(None, gt=0)
     patience: int | None = Field(None, ge=1, le=1_000_000)
+    start: Literal["all", "portfolio", "winners", "none"] = "all"
     seed: int | None = Field(None, ge=0, le=2**32 - 1)
     version: int | None = Field(None, ge=1, le=1_000_000)
     workers: int | None = Field(None, ge=1, le=1_000)
     cluster: str | None = None
     stall_timeout: float | None = Field(None, gt=0)
     device: str = "auto"
+    prune: bool = True
 
     @classmethod
-    def parse(cls, typed: Mapping[str, str | None], problems: list[Problem]) -> Self:
+    def parse(cls, typed: Mapping[str, str | bool | None], problems: list[Problem]) -> Self:
         """Those that were typed; the defaults where any is wrong, with a line in `problems` for each that is."""
         try:
             return cls.model_validate({name: text for name, text in typed.items() if text is not None})
@@ -136,6 +141,8 @@ def resolve(
         trials=options.trials or (variant or definition).trials,
         timeout_s=options.timeout,
         patience=options.patience or definition.patience,
+        start_from=options.start,
+        prune=options.prune,
     )
     try:
         search.check()

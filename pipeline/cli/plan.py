@@ -10,6 +10,7 @@ from pipeline.cli.options import (
     DatasetOption,
     DeviceOption,
     EpochsOption,
+    PruneOption,
     SeedOption,
     StudyArgument,
     StudyOptions,
@@ -32,14 +33,16 @@ def plan(
     version: VersionOption = None,
     change: ChangeOption = None,
     workers: WorkersOption = None,
+    prune: PruneOption = True,
 ) -> None:
     """Forecast what a study, or the rest of it, costs: time, epochs, disk, GPU memory. Measures some steps; runs no trial."""
-    typed = {"trials": trials, "epochs": epochs, "seed": seed, "version": version, "device": device, "workers": workers}
+    typed: dict[str, str | bool | None] = {"trials": trials, "epochs": epochs, "seed": seed, "version": version}
+    typed |= {"device": device, "workers": workers, "prune": prune}
     problems: list[Problem] = []
     options = StudyOptions.parse(typed, problems)
     search = resolve(name, options, dataset, change or [], problems)
 
-    from pipeline.cli.views_study import print_forecast
+    from pipeline.cli.views_study import print_forecast, say_infeasible_control
     from pipeline.search.forecast import decide, forecast
     from pipeline.search.storage import find_study, open_storage, resolved
 
@@ -51,8 +54,11 @@ def plan(
         search = resolved(search, data, storage := open_storage(HOME))
         stored = find_study(search, data, storage)
     search, choice = decide(search, data, torch_device, stored, options.workers)
+    say_infeasible_control(console, search, data)
     say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
     if costs := forecast(search, data, torch_device, stored, workers=choice.workers, choice=choice):
         print_forecast(console, asdict(costs))
+    elif stored and (reason := search.why_exhausted(stored)):
+        say(console, f"{search.key(data)}: nothing is left to run: {reason}")
     else:
         say(console, f"{search.key(data)}: its {search.trials} trials are done; `--trials` adds some")

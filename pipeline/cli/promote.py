@@ -106,7 +106,7 @@ def _chosen(tracker: "MlflowTracker", name: str, say_line: Callable[[str], None]
         rule = f"one seed can't tell the best from the lucky, `finals {study.name}` can"
         why = f"{study.name}: its best trial, run {run}; {rule}"
     else:
-        raise UserError(study.name, "has no finished trial yet", f"`study {name}` makes some")
+        raise queries.no_best_run(tracker, study)
     return run, f"{note}; {why}" if note else why
 
 

@@ -31,6 +31,7 @@ from pipeline.cli.options import (
     DatasetOption,
     DeviceOption,
     EpochsOption,
+    PruneOption,
     SeedOption,
     StorageOption,
     StudyArgument,
@@ -64,6 +65,15 @@ def study(
     patience: Annotated[
         str | None, typer.Option(metavar="N", help="Stop when N trials in a row gave no better score.")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM",
+            help="What a new study's first trials after the control are given: portfolio (strong recipes), winners (of "
+            "earlier studies), all (both; the default), or none.",
+        ),
+    ] = None,
+    prune: PruneOption = True,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = Path("data"),
     device: DeviceOption = "auto",
@@ -85,9 +95,10 @@ def study(
     ] = None,
 ) -> None:
     """Run or resume a study: search, train, track, and show the best trials."""
-    typed = {"trials": trials, "epochs": epochs, "timeout": timeout, "patience": patience, "seed": seed}
+    typed: dict[str, str | bool | None] = {"trials": trials, "epochs": epochs, "timeout": timeout, "seed": seed}
+    typed |= {"patience": patience, "prune": prune}
     typed |= {"version": version, "device": device, "workers": workers, "cluster": cluster}
-    typed |= {"stall_timeout": stall_timeout}
+    typed |= {"stall_timeout": stall_timeout, "start": start}
     problems: list[Problem] = database_problems(storage, tracking_uri)
     problems += cluster_problems(storage, tracking_uri, device) if cluster is not None else []
     options = StudyOptions.parse(typed, problems)
@@ -104,7 +115,7 @@ def _run(
     storage_uri: str | None,
     tracking_uri: str | None,
 ) -> None:
-    from pipeline.cli.views_study import StudyView
+    from pipeline.cli.views_study import StudyView, say_infeasible_control
     from pipeline.search.forecast import decide
     from pipeline.search.run_study import run_study
     from pipeline.search.storage import find_study, num_finished, open_storage, resolved
@@ -129,6 +140,7 @@ def _run(
             f"and {len(data.validation.labels):,} validation images of {len(data.classes)} classes; "
             f"up to {search.trials} trials of {search.max_epochs} epochs",
         )
+        say_infeasible_control(console, search, data)
         say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
         line = f"interrupted; the same command resumes {search.key(data)}"
         with (
@@ -139,12 +151,8 @@ def _run(
                 search=search, data=data, device=device, storage=storage, tracker=tracker, observer=view
             )
             done = run_study(context, pool, choice, with_forecast=not options.cluster)
-    if search.is_exhausted(done) and num_finished(done) < search.trials:
-        say(
-            console,
-            f"stopped after {num_finished(done)} trials: the last {search.patience} gave no better score "
-            "(`--patience`); the same command with more patience resumes",
-        )
+    if num_finished(done) < search.trials and (reason := search.why_exhausted(done)):
+        say(console, f"stopped after {num_finished(done)} trials: {reason}")
     _finish(console, search, done, tracker, tracking_uri)
 
 
@@ -177,11 +185,13 @@ def _finish(console: Console, search: "Search", done: Any, tracker: "MlflowTrack
     from pipeline.report.best_trials import best_trials
     from pipeline.report.trials import table_of
     from pipeline.search.storage import num_finished
-    from pipeline.search.study import records
+    from pipeline.search.study import nearest_infeasible, records, study_progress
 
+    nearest = "" if study_progress(done, 0).best else nearest_infeasible(done, search)
     if not records(done, search):
         settle(console, tracker)
-        say(console, "no trial was completed: the lines above say why; `ui` shows what there is")
+        why = f"feasible: the nearest is {nearest}" if nearest else "completed: the lines above say why"
+        say(console, f"no trial was {why}; `ui` shows what there is")
         raise typer.Exit(1)
     from pipeline.search.study_attributes import StudyAttributes
 
@@ -195,6 +205,9 @@ def _finish(console: Console, search: "Search", done: Any, tracker: "MlflowTrack
     )
     headings = ("trial", "score", "macro-F1", "weakest class (F1)", "epochs", "time")
     print_best_trials(console, title, search.study.objective, best_trials(completed, _MOST_BEST), headings)
+    if nearest:
+        say(console, f"no trial was feasible: the nearest is {nearest}")
+        raise typer.Exit(1)
     links = _links(console, tracker, done.study_name) if is_settled else {}
     steps = {
         "compare the trials": f"compare {done.study_name}",

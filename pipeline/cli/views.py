@@ -19,7 +19,7 @@ PLAIN_INTERVAL_S = 30.0  # between lines, where nothing can be redrawn
 
 # Heading -> what a best trial has there.
 _BEST: Mapping[str, "Callable[[BestTrial], str]"] = {
-    "trial": lambda trial: f"{trial.number}{' (control)' if trial.is_control else ''}",
+    "trial": lambda trial: trial.name,
     "score": lambda trial: f"{trial.score:.4f}",
     "lead": lambda trial: _number(trial.lead, "{:+.2f}"),
     "macro-F1": lambda trial: _number(trial.f1_macro, "{:.4f}"),
@@ -37,7 +37,7 @@ _BEST: Mapping[str, "Callable[[BestTrial], str]"] = {
 def print_best_trials(
     console: Console, title: str, objective: str, trials: "Sequence[BestTrial]", headings: Sequence[str]
 ) -> None:
-    """These columns of the best trials under a title, then what the best three change in the control."""
+    """These columns of the best trials under a title, what the best three change in the control, and which are infeasible."""
     say(console, title)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for heading in headings:
@@ -48,6 +48,9 @@ def print_best_trials(
     console.print(table)
     for trial in trials[:3]:
         say(console, f"trial {trial.number}: {trial.changes}")
+    for trial in trials:
+        if trial.infeasible:
+            say(console, f"trial {trial.number} is infeasible: {trial.infeasible}")
 
 
 def _number(value: float, form: str) -> str:

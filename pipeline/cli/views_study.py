@@ -14,8 +14,11 @@ from rich.text import Text
 
 from pipeline.cli.common import say
 from pipeline.cli.views import PLAIN_INTERVAL_S, duration, format_value
-from pipeline.experiment import Outcome
+from pipeline.data.prepare import TrainingData
+from pipeline.evaluation.constraints import violations
+from pipeline.experiment import Outcome, known_before
 from pipeline.recipe import KIND, Recipe
+from pipeline.search.space_check import to_choice
 from pipeline.search.study import Search, StudyProgress
 from pipeline.search.trial import Progress
 from pipeline.training.loop import EpochReport
@@ -69,6 +72,8 @@ class StudyView:
         parts = [
             f"{progress.finished} of {self._search.trials} trials, {progress.pruned} pruned, {progress.failed} failed"
         ]
+        if progress.infeasible:
+            parts.append(f"{progress.infeasible} infeasible")
         if progress.best:
             number, score = progress.best
             parts.append(f"best {self._search.study.objective} {score:.4f} (trial {number})")
@@ -114,6 +119,8 @@ class StudyView:
         reason = f" ({outcome.reason})" if outcome.reason else ""
         scored = f", {self._search.study.objective} {score:.4f}" if score is not None else ""
         line = f"trial {number} {outcome.state}{reason}{scored}, {outcome.epochs} epochs in {duration(outcome.seconds)}"
+        if outcome.epochs and (broken := violations(self._search.study.constraints, outcome.metrics)):
+            line += f"; infeasible: {broken}"
         self._trials.pop(number, None)
         for text in (line, *(f"  {note}" for note in outcome.notes)):
             say(self._console, text)
@@ -161,7 +168,10 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
     for name, (key, show) in rows.items():
         cells = [show(forecast[key])]
         if actual:
-            cells += [show(actual[key]), f"{actual[key] / forecast[key]:.2f}" if forecast[key] else ""]
+            taken = actual[key]  # NaN is the time of no epoch
+            cells += (
+                ["", ""] if taken != taken else [show(taken), f"{taken / forecast[key]:.2f}" if forecast[key] else ""]
+            )
         elif (unpruned := forecast.get(f"unpruned_{key}")) is not None:
             cells.append(show(unpruned))
         table.add_row(name, *cells)
@@ -172,6 +182,8 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
         others = forecast["measured"] - 1
         recipes = f" and of {others} other recipe{'s' * (others != 1)}" if others else ""
         console.print(f"from a few steps of the control{recipes}; other work on the machine changes it")
+        if pruner := forecast.get("unknown_pruner"):
+            say(console, f"no pruning is assumed, as what {pruner} will do is not known")
         choice = forecast.get("choice")
         if choice and choice["why"]:
             workers = f"{choice['workers']} worker{'s' * (choice['workers'] != 1)}"
@@ -182,10 +194,17 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
             )
 
 
+def say_infeasible_control(console: Console, search: Search, data: TrainingData) -> None:
+    """A line where the control breaks a constraint that is known before it is trained."""
+    constraints = search.study.constraints
+    if broken := violations(constraints, known_before(constraints, search.base, data)):
+        say(console, f"the control is infeasible ({broken}): it is trained for comparison, and can't win")
+
+
 def changes_text(params: Mapping[str, Any], search: Search) -> str:
     """A trial's parameters that differ from the control's: `rotation 10, optimizer adam, lr 0.003`."""
     base = search.base.flat()
     kinds = {f"{section}.{field}": section for section, field in KIND.items()}
-    changed = {name: value for name, value in params.items() if base.get(name) != value}
+    changed = {name: value for name, value in params.items() if to_choice(base.get(name)) != value}
     shown = [f"{kinds.get(name, name.partition('.')[2])} {format_value(value)}" for name, value in changed.items()]
     return ", ".join(shown) or "the control, the base recipe"

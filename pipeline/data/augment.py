@@ -1,28 +1,27 @@
 """Augmentation of batches on the images' device, with random parameters drawn for each image.
 
-One pure function per operation takes explicit parameters per image; `Augmenter` draws them and applies the operations
-in the order of `recipe.Augmentation`. Nothing here waits for the device: no tensor's value reaches Python, and no
-constant is copied from the host while training. Images are square; colours are in [0, 1] unless they are uint8.
+One pure function per operation takes explicit parameters per image; `Augmenter` draws them: crop and flip, then the
+recipe's policy (`policies.py`), then erasing and mixing. Nothing here waits for the device: no tensor's value reaches
+Python, and no constant is copied from the host while training. Images are square; colours are in [0, 1] unless they are
+uint8.
 """
 
 import math
 from collections.abc import Callable
-from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pipeline.recipe import Augmentation
+from pipeline.data.draws import Draws, beta_quantiles
+from pipeline.data.operations import per_image
+from pipeline.data.policies import policy_of
+from pipeline.recipe import AnyAugmentation
 
 ERASED_AREA = (0.02, 0.33)  # share of the image, uniform
 ERASED_RATIO = (0.3, 3.3)  # height by width, log-uniform
 ERASING_TRIES = 10  # a rectangle must be smaller than the image in both directions
-
-_LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, rounded as torchvision rounds it
-_BETA_QUANTILES = 4096
-_OUTSIDE = 3.0  # a coordinate where bilinear sampling of [-1, 1] finds nothing, at any size
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -54,91 +53,6 @@ def crop(padded: Tensor, indices: Tensor, top: Tensor, left: Tensor, flip: Tenso
     pixels = rows[..., None] * side + columns[:, None, None]
     # index_select on the flat tensor is 3x faster on a CPU than take, 10x faster than indexing.
     return padded.view(-1).index_select(0, pixels.view(-1)).view(pixels.shape)
-
-
-def rotation(degrees: Tensor) -> Tensor:
-    """Matrices (B, 3, 3) for `warp` that turn what is seen anticlockwise about the centre, by `degrees` (B,)."""
-    angle = torch.deg2rad(degrees)
-    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    return torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], dim=1).view(-1, 3, 3)
-
-
-def perspective(moves: Tensor, size: int) -> Tensor:
-    """Matrices (B, 3, 3) for `warp` that move the corners of what is seen inwards by `moves` (B, 4, 2): x, y in pixels.
-
-    The corners are top left, top right, bottom right and bottom left, at 0 and size - 1 as in torchvision's
-    `perspective`. The homography from a quadrilateral to a square (Heckbert 1989) is written in cross products, which
-    join two points to a line and meet two lines in a point, so there is no linear system to solve. Where three corners
-    lie on one line there is none, and the matrix need not be finite; `warp` takes it all the same.
-    """
-    corner = torch.arange(4, device=moves.device)
-    far = torch.stack([(corner == 1) | (corner == 2), corner >= 2], dim=1).float()  # (4, 2): is x, y at size - 1?
-    width = 2 * (size - 1) / size  # from corner to corner, in the coordinates of `warp`, the first corner being at -1
-    corners = far * width - 1 + moves * (1 - 2 * far) * (2 / size)
-    points = torch.cat([corners, torch.ones_like(corners[..., :1])], dim=2)
-    edges = torch.linalg.cross(points, points.roll(-1, dims=1))  # top, right, bottom, left
-    vanishing = torch.linalg.cross(edges[:, :2], edges[:, 2:])  # where opposite edges meet
-    horizon = torch.linalg.cross(vanishing[:, :1], vanishing[:, 1:])
-    # x is 0 on the left edge and 1 at the top right corner; y is 0 on the top edge and 1 at the bottom left corner.
-    zero, one = edges.roll(1, dims=1)[:, :2], points[:, 1::2]
-    unit = zero * ((horizon * one).sum(2, keepdim=True) / (zero * one).sum(2, keepdim=True))
-    return torch.cat([unit * width - horizon, horizon], dim=1)
-
-
-def compose(first: Tensor, second: Tensor) -> Tensor:
-    """Matrices (B, 3, 3) for `warp` that do in one sampling what `first` and then `second` do."""
-    return (first[..., None] * second[:, None]).sum(2)  # no matmul: autocast or TF32 would round it to few bits
-
-
-def warp(images: Tensor, matrix: Tensor) -> Tensor:
-    """`images` (B, 3, S, S) seen through homographies (B, 3, 3), sampled bilinearly, black where nothing is seen.
-
-    A matrix takes a point (x, y, 1) of the result to its source; the image covers [-1, 1] in both directions. As in
-    torchvision's `rotate` and `perspective` with fill=None, the border blends into the black.
-    """
-    size = images.shape[-1]
-    centres = (torch.arange(size, device=images.device) * 2 + 1) / size - 1
-    x_part = matrix[..., 0, None] * centres + matrix[..., 2, None]
-    y_part = matrix[..., 1, None] * centres
-    sources = x_part[..., None, :] + y_part[..., None]  # (B, 3, S, S)
-    grid = (sources[:, :2] / sources[:, 2:]).nan_to_num_(nan=_OUTSIDE).clamp_(-_OUTSIDE, _OUTSIDE)
-    return functional.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="zeros", align_corners=False)
-
-
-def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """`images` (B, 3, S, S) blended with black: `factor` (B,) 0 is black, 1 the image; as in torchvision."""
-    return (images * _per_image(factor)).clamp_(0, 1)
-
-
-def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """`images` (B, 3, S, S) blended with their mean grey: `factor` (B,) 0 is grey, 1 the image; as in torchvision."""
-    factor, mean = _per_image(factor), _per_image(_grey(images.mean((2, 3))))
-    return (images * factor).add_(mean * (1 - factor)).clamp_(0, 1)
-
-
-def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """`images` (B, 3, S, S) blended with their grey images: `factor` (B,) 0 is grey, 1 the image; as in torchvision."""
-    factor = _per_image(factor)
-    return (images * factor).add_(_grey(images)[:, None].mul_(1 - factor)).clamp_(0, 1)
-
-
-def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """`images` (B, 3, S, S) with the hue of HSV shifted by `turns` (B,) of the colour wheel; equals torchvision's.
-
-    Value and saturation stay, so each channel is low + chroma * wave(hue), and HSV need not be computed in full.
-    """
-    red, green, blue = images.unbind(1)
-    high, low = images.amax(1), images.amin(1)
-    chroma = high - low
-    # torch.lerp by 0 or 1 chooses as torch.where does, 4x faster on a CPU.
-    is_red, is_green = (red == high).float(), (green == high).float()
-    sixths = torch.lerp((red - green).add_(chroma, alpha=4), (blue - red).add_(chroma, alpha=2), is_green)
-    sixths = torch.lerp(sixths, green - blue, is_red).div_(chroma.clamp_min(1e-12))  # the hue, in [-1, 5]
-    # A channel's wave, by sixths of a turn from its own hue, has period 6: 1 up to 1, down to 0 at 2, up from 4 to 5.
-    offset = -2 * torch.arange(3, device=images.device)  # -2 and -4: 4 and 2 sixths, for green and blue
-    offset = (6 * turns[:, None] + offset + 5).remainder_(6).sub_(5)  # so that the sum below stays in [-6, 6]
-    wave = (sixths[:, None] + offset[..., None, None]).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
-    return torch.addcmul(low[:, None], chroma[:, None], wave)
 
 
 def rectangle(top: Tensor, left: Tensor, height: Tensor, width: Tensor, size: int) -> Tensor:
@@ -200,7 +114,7 @@ class Augmenter:
         num_classes: int,
         mean: Tensor,
         std: Tensor,
-        augmentation: Augmentation,
+        augmentation: AnyAugmentation,
         seed: int = 0,
     ):
         """images uint8 (N, 3, S, S); labels int64 (N,); mean and std float32 (3,), colours in [0, 1]; on one device.
@@ -218,8 +132,9 @@ class Augmenter:
         coins = torch.rand(len(images), generator=torch.Generator().manual_seed(seed)) < 0.5
         self._mirrored_when_odd = coins.to(images.device)
         self._mirrored = self._mirrored_when_odd.clone()
-        self._mixup_quantiles = _beta_quantiles(augmentation.mixup_alpha, images.device)
-        self._cutmix_quantiles = _beta_quantiles(augmentation.cutmix_alpha, images.device)
+        self._policy = policy_of(augmentation, self._size, images.device)
+        self._mixup_quantiles = beta_quantiles(augmentation.mixup_alpha, images.device)
+        self._cutmix_quantiles = beta_quantiles(augmentation.cutmix_alpha, images.device)
 
     def start_epoch(self, epoch: int) -> None:
         """The next batches belong to `epoch`, from 1; only an alternating flip depends on it."""
@@ -233,49 +148,23 @@ class Augmenter:
         Returns images float32 (B, 3, S, S), normalised, in channels_last, and targets float32 (B, num_classes), rows
         summing to 1. Calls `on_part("augmentation")` when the pixels are gathered (`training.loop.PARTS`).
         """
-        draw = _Draws(len(indices), generator)
+        draw = Draws(len(indices), generator)
         pixels = self._cropped(indices, draw)
         on_part("augmentation")
-        images = self._warped(_unit(pixels), draw)
-        images = _standardise(self._jittered(images, draw), self._mean, self._std)
+        images = _standardise(self._policy(_unit(pixels), draw), self._mean, self._std)
         labels = self._labels.index_select(0, indices)
         targets = images.new_zeros(len(indices), self._num_classes).scatter_(1, labels[:, None], 1.0)
         images, targets = self._mixed(self._erased(images, draw), targets, draw)
         return images.contiguous(memory_format=torch.channels_last), targets
 
-    def _cropped(self, indices: Tensor, draw: "_Draws") -> Tensor:
+    def _cropped(self, indices: Tensor, draw: Draws) -> Tensor:
         offsets = 2 * self._augmentation.crop_padding + 1
         chance = self._augmentation.horizontal_flip
         # Alternating (Jordan 2024, arXiv 2404.00498): two epochs show both sides of an image, where chance repeats half.
         flip = self._mirrored.index_select(0, indices) if isinstance(chance, str) else draw.chance(chance)
         return crop(self._padded, indices, draw.integers(offsets), draw.integers(offsets), flip, self._size)
 
-    def _warped(self, images: Tensor, draw: "_Draws") -> Tensor:
-        """Rotation, then perspective, in one sampling; what the rotation turns out of sight can so come back."""
-        a = self._augmentation
-        matrices = []
-        if a.rotation:
-            matrices.append(rotation(draw.uniform(-a.rotation, a.rotation)))
-        if a.perspective:
-            stop = int(a.perspective * (self._size // 2)) + 1
-            moves = draw.integers(stop, 4, 2) * draw.chance(a.perspective_probability)[:, None, None]
-            matrices.append(perspective(moves, self._size))
-        return warp(images, reduce(compose, matrices)) if matrices else images
-
-    def _jittered(self, images: Tensor, draw: "_Draws") -> Tensor:
-        """Always in this order, as the recipe says; torchvision's ColorJitter draws an order."""
-        a = self._augmentation
-        if a.brightness:
-            images = adjust_brightness(images, draw.uniform(1 - a.brightness, 1 + a.brightness))
-        if a.contrast:
-            images = adjust_contrast(images, draw.uniform(1 - a.contrast, 1 + a.contrast))
-        if a.saturation:
-            images = adjust_saturation(images, draw.uniform(1 - a.saturation, 1 + a.saturation))
-        if a.hue:
-            images = adjust_hue(images, draw.uniform(-a.hue, a.hue))
-        return images
-
-    def _erased(self, images: Tensor, draw: "_Draws") -> Tensor:
+    def _erased(self, images: Tensor, draw: Draws) -> Tensor:
         if not self._augmentation.erasing:
             return images
         height, width = _erased_sizes(draw, self._size)
@@ -283,14 +172,14 @@ class Augmenter:
         top, left = draw.below(self._size + 1 - height), draw.below(self._size + 1 - width)
         return erase(images, top, left, height, width)
 
-    def _mixed(self, images: Tensor, targets: Tensor, draw: "_Draws") -> tuple[Tensor, Tensor]:
+    def _mixed(self, images: Tensor, targets: Tensor, draw: Draws) -> tuple[Tensor, Tensor]:
         a, size = self._augmentation, self._size
         if not a.mixup and not a.cutmix:
             return images, targets
         share = images.new_ones(len(images), 1, size, size)
-        choice = _per_image(draw.unit())
+        choice = per_image(draw.unit())
         if a.mixup:
-            share = torch.where(choice < a.mixup, _per_image(draw.of(self._mixup_quantiles)), share)
+            share = torch.where(choice < a.mixup, per_image(draw.of(self._mixup_quantiles)), share)
         if a.cutmix:
             kept = draw.of(self._cutmix_quantiles)
             pasted = cutmix_share(kept, draw.integers(size), draw.integers(size), size)
@@ -298,34 +187,7 @@ class Augmenter:
         return mix(images, targets, share)
 
 
-class _Draws:
-    """Random numbers for `count` images, each (count,) or (count, *shape), on the generator's device."""
-
-    def __init__(self, count: int, generator: torch.Generator):
-        self._count, self._generator = count, generator
-
-    def unit(self, *shape: int) -> Tensor:
-        """In [0, 1); without the two kernels that `uniform` takes to get there."""
-        return torch.rand(self._count, *shape, generator=self._generator, device=self._generator.device)
-
-    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        return self.unit(*shape).mul_(high - low).add_(low)
-
-    def integers(self, stop: int, *shape: int) -> Tensor:
-        return torch.randint(stop, (self._count, *shape), generator=self._generator, device=self._generator.device)
-
-    def below(self, stop: Tensor) -> Tensor:
-        """Whole numbers in [0, stop), as float32; `stop` (count,) is whole and has its own value for each image."""
-        return (self.unit() * stop).floor_()
-
-    def chance(self, probability: float) -> Tensor:
-        return self.unit() < probability
-
-    def of(self, values: Tensor) -> Tensor:
-        return values.index_select(0, self.integers(len(values)))
-
-
-def _erased_sizes(draw: _Draws, size: int) -> tuple[Tensor, Tensor]:
+def _erased_sizes(draw: Draws, size: int) -> tuple[Tensor, Tensor]:
     """Height and width (B,), float32, in pixels, as torchvision's RandomErasing draws them."""
     area = draw.uniform(*ERASED_AREA, ERASING_TRIES) * size**2
     ratio = draw.uniform(math.log(ERASED_RATIO[0]), math.log(ERASED_RATIO[1]), ERASING_TRIES).exp_()
@@ -335,27 +197,9 @@ def _erased_sizes(draw: _Draws, size: int) -> tuple[Tensor, Tensor]:
     return height.gather(1, first).view(-1), width.gather(1, first).view(-1)
 
 
-def _beta_quantiles(alpha: float, device: torch.device) -> Tensor:
-    """Beta(alpha, alpha) as a table of equally likely values; torch's own sampler takes no generator."""
-    from scipy.special import betaincinv  # scipy.stats.beta.ppf without the import of scipy.stats, which takes 0.4 s
-
-    probabilities = (torch.arange(_BETA_QUANTILES, dtype=torch.float64) + 0.5) / _BETA_QUANTILES
-    return torch.from_numpy(betaincinv(alpha, alpha, probabilities.numpy())).to(device, torch.float32)
-
-
 def _unit(images: Tensor) -> Tensor:
     return images.float().div_(255)
 
 
 def _standardise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images - mean[:, None, None]).div_(std[:, None, None])
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
-
-
-def _grey(images: Tensor) -> Tensor:
-    """(B, 3, ...) -> (B, ...)"""
-    red, green, blue = images.unbind(1)
-    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BINS = 15  # of the calibration error: Guo et al. 2017, section 4
+CLASS_F1 = "val/f1/"  # and `metric_name` of a class: its F1 on the validation split
 _SMALLEST = float(np.finfo(np.float32).tiny)  # a float32 softmax underflows to 0 below it; its log is -87.3
 _SUM_TOLERANCE = 1e-3  # of a row of probabilities, as float16 rounds it
 _MAX_LENGTH = 200  # characters: MLflow's limit of 250 for a metric name, less what is put around the class
@@ -104,9 +105,19 @@ def accuracy_from(confusion: np.ndarray) -> float:
     return float(np.trace(confusion) / confusion.sum())
 
 
+def balanced_accuracy_from(confusion: np.ndarray) -> float:
+    """Mean recall over the classes that have images, from (C, C) counts of at least one image."""
+    return float(_per_class(confusion)[1][confusion.sum(axis=1) > 0].mean())
+
+
+def f1_from(confusion: np.ndarray) -> np.ndarray:
+    """(C,) float64 F1 of each class, from (C, C) counts."""
+    return _per_class(confusion)[2]
+
+
 def f1_macro_from(confusion: np.ndarray) -> float:
     """Mean F1 over all C classes, from (C, C) counts."""
-    return float(_per_class(confusion)[2].mean())
+    return float(f1_from(confusion).mean())
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Reliability:

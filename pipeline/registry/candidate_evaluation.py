@@ -122,7 +122,7 @@ class CandidateEvaluation:
             opponent = self.model_of_run(opponent_run, CONTROL)
         else:
             self.observer.note(
-                "no champion yet and no control: the first champion must be better than a constant answer"
+                "no champion yet and no feasible control: the first champion must be better than a constant answer"
             )
         return self._new_verdict(challenger, opponent, data, split, forced, chosen)
 
@@ -286,10 +286,10 @@ def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
 
     It is the finished trial that is called so, else trial 0. What finals trained is the best of several seeds, and meets
     the best of the control's: against a single one, luck alone won in up to 9 % with 5 seeds, 19 % with 10, not in 5 %
-    (simulated). UserError where the study has no control.
+    (simulated). An infeasible control is none: it could not become champion either. UserError where the study has none.
     """
     run = tracker.client.get_run(run_id)
-    study, tags = _study_of(tracker, run), RunTags.of(run)
+    study, tags = study_of(tracker, run), RunTags.of(run)
     if study is None:
         return None
     finished = _finished(tracker, study)
@@ -297,7 +297,7 @@ def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
     deleted = [other for other in queries.deleted_children(tracker, study.parent) if _is_finished_trial(other)]
     controls = control_runs(trials)
     ids = {control.info.run_id for control in controls or control_runs(deleted)}
-    if ids & {run_id, tags.trial_run}:
+    if ids & {run_id, tags.trial_run} or any(study.broken_by(control) for control in controls):
         return None
     if tags.role != "final" and controls:
         return controls[0].info.run_id
@@ -319,7 +319,7 @@ def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
 def _seed_accuracies(tracker: MlflowTracker, run_id: str) -> list[float]:
     """Validation accuracies of the finished runs of the study that differ from this one by their seed at most."""
     run = tracker.client.get_run(run_id)
-    study = _study_of(tracker, run)
+    study = study_of(tracker, run)
     if study is None:
         return []
     by_seed = {
@@ -330,7 +330,8 @@ def _seed_accuracies(tracker: MlflowTracker, run_id: str) -> list[float]:
     return list(by_seed.values())
 
 
-def _study_of(tracker: MlflowTracker, run: Run) -> StudyRuns | None:
+def study_of(tracker: MlflowTracker, run: Run) -> StudyRuns | None:
+    """The study that a run belongs to."""
     name, experiment = RunTags.of(run).study, run.info.experiment_id
     return next((s for s in queries.studies(tracker) if (s.name, s.experiment) == (name, experiment)), None)
 

@@ -76,7 +76,7 @@ class FinalsDecision(_Stored):
     least_sd: float
     rules: tuple[str, ...]
     candidates: tuple[CandidateResult, ...]  # the control first
-    winner: Winner | None  # None: every recipe diverged with some seed
+    winner: Winner | None  # None: every recipe diverged or was infeasible with some seed
     evidence: frozenset[str]  # ids of all finals that had ended
 
     @property

@@ -16,6 +16,7 @@ from mlflow.entities import Run as StoredRun
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError
+from pipeline.evaluation.constraints import violations
 from pipeline.experiment import ExperimentRequest, Interrupted, Outcome
 from pipeline.processes import StopOnSignal, study_lock, this_process
 from pipeline.recipe import Recipe, parse_recipe
@@ -90,18 +91,19 @@ def plan_finals(
     num_seeds: int,
     epochs: int | None = None,
 ) -> FinalsPlan:
-    """The `top` best recipes of a study's finished trials and its control; `epochs` instead of their own, where given.
+    """The `top` best recipes of a study's feasible trials and its control; `epochs` instead of their own, where given.
 
     Seeds count up from 1, leaving out those of the study's trials, so a later command with more seeds continues with the
     same ones. What is captured as a graph is called step by step where the `device` has no graphs. UserError where no
-    trial finished, the control is missing, or the trials saw different data.
+    feasible trial finished, the control is missing, or the trials saw different data.
     """
     trials = queries.children(tracker, study, "trial")
     tags = {run.info.run_id: RunTags.of(run) for run in trials}
     finished = [run for run in trials if tags[run.info.run_id].state is State.FINISHED]
     finished.sort(key=lambda run: (-run.data.metrics[study.objective], tags[run.info.run_id].trial))
-    if not finished:
-        raise UserError(f"study {study.name}", "no finished trial yet", "`study NAME` resumes it, `--trials` adds some")
+    feasible = [run for run in finished if not study.broken_by(run)]
+    if not feasible:
+        raise queries.no_best_run(tracker, study)
     digests = {(of_run.data_digest, of_run.split_digest) for of_run in tags.values()}
     if len(digests) > 1:
         raise UserError(
@@ -127,7 +129,7 @@ def plan_finals(
 
     control = candidate(_control(tracker, study, trials), is_control=True)
     candidates, best = {control.digest: control}, set[str]()
-    for run in finished:
+    for run in feasible:
         if len(best) == top:
             break
         other = candidate(run)
@@ -196,7 +198,7 @@ def _finals_done(
             continue
         if tags.recipe_digest and (tags.state is State.FINISHED or diverged):
             score = None if diverged else run.data.metrics[study.objective]
-            final = Final(run.info.run_id, score, run.data.metrics.get("time/training_s", 0.0))
+            final = Final(run.info.run_id, score, run.data.metrics.get("time/training_s", 0.0), study.broken_by(run))
             done.setdefault(tags.recipe_digest, final)
     return done
 
@@ -310,7 +312,8 @@ class _Trainer:
         if outcome.state is State.FAILED and not outcome.reason.startswith("diverged"):
             raise UserError(name, outcome.reason, "with more memory the same command resumes")
         score = outcome.metrics[self.study.objective] if outcome.state is State.FINISHED else None
-        return Final(outcome.run_id, score, outcome.metrics.get("time/training_s", 0.0), outcome.run_key)
+        infeasible = violations(self.study.constraints, outcome.metrics)
+        return Final(outcome.run_id, score, outcome.metrics.get("time/training_s", 0.0), infeasible, outcome.run_key)
 
     def _check_stop(self, *progress: object) -> None:
         if self.stop.requested:

@@ -23,6 +23,7 @@ from pipeline.registry.candidate_evaluation import (
     CandidateEvaluation,
     EvaluatedModel,
     EvaluationObserver,
+    study_of,
 )
 from pipeline.registry.card import description
 from pipeline.registry.gate import Rules
@@ -299,9 +300,9 @@ def _pack(evaluation: CandidateEvaluation, challenger: EvaluatedModel, verdict: 
 
 
 def _check_candidate(tracker: MlflowTracker, run_id: str) -> None:
-    """UserError for a run that a person deleted, and for a reproduction.
+    """UserError for a run that a person deleted, for an infeasible one, and for a reproduction.
 
-    Its bits are another run's: under a second name one model would be evaluated twice on the test split.
+    A reproduction's bits are another run's: under a second name one model would be evaluated twice on the test split.
     """
     try:
         run = tracker.client.get_run(run_id)
@@ -313,6 +314,9 @@ def _check_candidate(tracker: MlflowTracker, run_id: str) -> None:
     if first := RunTags.of(run).reproduces:
         remedy = f"`promote --run {first}` evaluates the run"
         raise UserError(f"run {run_id}", "a reproduction, which is no candidate", remedy)
+    study = study_of(tracker, run)
+    if study and (broken := study.broken_by(run)):
+        raise PromotionRefused(f"run {run_id}", f"infeasible: {broken}", f"`promote {study.name}` takes a feasible one")
 
 
 def _refusal(verdict: Event) -> PromotionRefused:

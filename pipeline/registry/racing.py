@@ -16,8 +16,9 @@ ALPHA = 0.05
 RULES = (
     f"stopped early: worse than the best mean so far by a paired t test over at least {MIN_SEEDS} seeds, one-sided, its "
     f"level {ALPHA} shared among all pairs and tests; the control never",
-    f"winner: the highest mean; what a two-sided paired t test ({ALPHA}; none under {MIN_SEEDS} seeds) can't tell from "
-    "it ties with it; a tie goes to the cheapest: FLOP of a prediction, then epochs, then the control, then the mean",
+    "winner: the highest mean of the feasible recipes; what a two-sided paired t test "
+    f"({ALPHA}; none under {MIN_SEEDS} seeds) can't tell from it ties with it; a tie goes to the cheapest: FLOP of a "
+    "prediction, then epochs, then the control, then the mean",
 )
 
 
@@ -59,6 +60,7 @@ class Final:
     run_id: str | None  # None where MLflow had not answered yet
     score: float | None  # None where it diverged
     seconds: float
+    infeasible: str = ""  # the constraints of its study that it breaks
     run_key: str = ""  # of a training of this process
 
 
@@ -78,10 +80,12 @@ class Racing:
         return [c for c in self.candidates if c.is_control or c.digest not in self.stopped]
 
     def add(self, candidate: Candidate, seed: int, final: Final) -> None:
-        """A training ended. A recipe that diverges with some seed is stopped, as it isn't reliable."""
+        """A training ended. A recipe that diverges, or is infeasible, with some seed is stopped: it isn't reliable."""
         self.finals[candidate.digest][seed] = final
         if final.score is None:
             self.stopped.setdefault(candidate.digest, f"diverged with seed {seed}")
+        if final.infeasible:
+            self.stopped.setdefault(candidate.digest, f"infeasible with seed {seed}: {final.infeasible}")
 
     def learn_ids(self, id_of: Callable[[str], str]) -> None:
         """MLflow's ids of what this process trained, by their run keys."""
@@ -151,7 +155,9 @@ def choose(racing: Racing, flop: Mapping[str, int]) -> tuple[Candidate, list[Can
         return (
             leader,
             tied,
-            "beyond the noise" if len(eligible) > 1 else "every other recipe was stopped early or diverged",
+            "beyond the noise"
+            if len(eligible) > 1
+            else "every other recipe was stopped early, diverged or is infeasible",
         )
 
     def cost(c: Candidate) -> tuple[float, ...]:

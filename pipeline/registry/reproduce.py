@@ -262,7 +262,7 @@ def compare(
             lines.append(line)
             equal.append(same)
     then, now = _metrics(tracker, old), _metrics(tracker, new)
-    points = sorted(then.keys() | now.keys())
+    points = sorted(then)  # another version of this project may log others too
     differing = [point for point in points if then.get(point) != now.get(point)]
     line = f"metrics: {len(points)} numbers of {original.epochs} epochs, {len(points) - len(differing)} equal"
     if differing:
@@ -319,10 +319,18 @@ def _parse_environment(text: str) -> dict[str, str]:
 
 
 def _metrics(tracker: MlflowTracker, run_id: str) -> dict[tuple[int, str], float]:
-    """(epoch, name) -> value of all that the training alone decides."""
+    """(epoch, name) -> value of all that the training alone decides.
+
+    What is not measured at each epoch counts at the last one: F1 of many classes is also logged where a run is interrupted.
+    """
     names = [name for name in tracker.client.get_run(run_id).data.metrics if not name.startswith(MEASURED)]
     histories = {name: tracker.client.get_metric_history(run_id, name) for name in names}
-    return {(point.step, name): point.value for name, points in histories.items() for point in points}
+    epochs = max((len(points) for points in histories.values()), default=0)
+    return {
+        (point.step, name): point.value
+        for name, points in histories.items()
+        for point in (points if len(points) == epochs else points[-1:])
+    }
 
 
 def _weights(tracker: MlflowTracker, old: str, new: str) -> tuple[str, bool]:

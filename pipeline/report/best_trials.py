@@ -17,6 +17,7 @@ class BestTrial:
 
     number: int
     is_control: bool
+    infeasible: str  # the constraints that it breaks
     score: float
     lead: float  # over the control's score, in points; NaN where no control finished
     f1_macro: float
@@ -29,9 +30,15 @@ class BestTrial:
     latency_ms: float
     changes: str  # against the control
 
+    @property
+    def name(self) -> str:
+        """`3`, `0 (control, infeasible)`."""
+        marks = ["control"] * self.is_control + ["infeasible"] * bool(self.infeasible)
+        return f"{self.number}" + (f" ({', '.join(marks)})" if marks else "")
+
 
 def best_trials(frame: pd.DataFrame, max_trials: int) -> list[BestTrial]:
-    """The best finished trials of one study, best first; below them the control, if it isn't among them."""
+    """The best finished trials of one study, feasible ones first; below them the control, if it isn't among them."""
     base, names = control(frame), searched(frame)
     rows = with_control(finished(frame).head(max_trials), base)
     return [_best_trial(row, base, names) for _, row in rows.iterrows()]
@@ -42,6 +49,7 @@ def _best_trial(row: pd.Series, base: pd.Series | None, names: Sequence[str]) ->
     return BestTrial(
         number=row["trial"],
         is_control=row["control"],
+        infeasible=row["infeasible"],
         score=row["score"],
         lead=np.nan if base is None else 100 * (row["score"] - base["score"]),
         f1_macro=row.get("val/f1_macro", np.nan),

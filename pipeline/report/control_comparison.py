@@ -6,7 +6,7 @@ import pandas as pd
 
 from pipeline.report.analysis import Lead, lead
 from pipeline.report.stored import Predictions, predictions
-from pipeline.report.trials import challenger, control, finished, ranked
+from pipeline.report.trials import challenger, control, feasible, ranked
 from pipeline.tracking.tracker import MlflowTracker
 
 
@@ -40,11 +40,11 @@ class Comparison:
 
 
 def compare_with_control(tracker: MlflowTracker, frame: pd.DataFrame, runner_up: bool = True) -> Comparison | None:
-    """A study's best trial and its control; the best is its `runner_up` where the control is it. None: none finished."""
+    """A study's best trial and its control; the best is its `runner_up` where the control is it. None: none feasible."""
     challenging, base = challenger(frame), control(frame)
     if challenging is None:
         return None
-    best, label = challenging if runner_up else (finished(frame).iloc[0], "best")
+    best, label = challenging if runner_up else (feasible(frame).iloc[0], "best")
     of_best, of_control, best_lead = predictions(tracker, best["run_id"]), None, None
     if base is not None and base["run_id"] == best["run_id"]:
         of_control = of_best

@@ -21,6 +21,7 @@ from pipeline.report.stored import aliases, histories
 from pipeline.report.trials import (
     control,
     early,
+    feasible,
     finished,
     last_values,
     ranked,
@@ -28,6 +29,7 @@ from pipeline.report.trials import (
     trial_rows,
 )
 from pipeline.search.importances import num_top
+from pipeline.tracking import queries
 from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.run_data import find_data
 from pipeline.tracking.tags import RunTags, State
@@ -38,6 +40,7 @@ Section = tuple[dict[str, Any], dict[str, go.Figure]]  # what the template knows
 MAX_BEST = 10  # trials that are listed
 MAX_UNFINISHED = 40
 MAX_REASONS = 5
+MAX_PRUNED_BY_CLASS = 20  # curves, the last ones: each costs a request for each class
 MAX_PARALLEL_AXES = 8
 
 
@@ -63,6 +66,9 @@ def study_page(
         "champions": champions(tracker, frame),
         "links": links,
         "states": trials["state"].value_counts().to_dict(),
+        "num_infeasible": int((trials["infeasible"] != "").sum()),
+        "no_answer": "" if comparison else queries.no_best_run(tracker, study).problems[0].rule,
+        "objective": study.objective,
         "seconds": trials["seconds"].sum(),
         "decision": decision and _decision(frame, decision),
         "repeats": _repeats(frame),
@@ -93,7 +99,7 @@ def finals_verdict(tracker: MlflowTracker, study: StudyRuns) -> tuple[FinalsDeci
         return None, f"{escape_control(error.lines[0])}."
     if winner:
         return decision, f"Finals: the winner is {winner.summary}."
-    return decision, "Finals: no winner, every recipe diverged with some seed." if decision else ""
+    return decision, "Finals: no winner, every recipe diverged or was infeasible with some seed." if decision else ""
 
 
 def champions(tracker: MlflowTracker, frame: pd.DataFrame) -> list[str]:
@@ -135,7 +141,8 @@ def _parameters(tracker: MlflowTracker, frame: pd.DataFrame) -> Section:
     if len(shares):
         figures["importance"] = parameters.importance(shares)
         figures["parallel"] = parameters.parallel(frame, list(shares["parameter"][:MAX_PARALLEL_AXES]))
-    num_pruned, num_finished = len(trial_rows(frame, State.PRUNED)), len(finished(frame))
+    # An infeasible trial may have been refused before its first epoch.
+    num_pruned, num_finished = int((trial_rows(frame, State.PRUNED)["epochs"] > 0).sum()), len(finished(frame))
     epoch, measure = None, "the score"
     if num_pruned > num_finished:  # the few that finished were selected by what is to be explained
         epoch, frame = early(tracker, frame)
@@ -157,11 +164,12 @@ def _parameters(tracker: MlflowTracker, frame: pd.DataFrame) -> Section:
 
 def _results(tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison) -> Section:
     """Learning curves, classes, calibration and cost."""
-    done = finished(frame)
+    done = feasible(frame)
     pruned = trial_rows(frame, State.PRUNED)["run_id"].tail(scores.MAX_PRUNED_CURVES)
     run_ids = list(dict.fromkeys([*comparison.run_ids, *pruned]))
     curves = histories(tracker, run_ids, str(comparison.best["objective"]))
     figures = {"learning_curves": scores.learning_curves(frame, curves), "per_class": classes.per_class(frame)}
+    figures |= _class_curves(tracker, frame, comparison)
     if comparison.stored_predictions:
         figures["calibration"] = classes.calibration(comparison.stored_predictions)
     sizes_differ = "model/parameters" in done and done["model/parameters"].nunique() > 1
@@ -169,6 +177,16 @@ def _results(tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison
     figures |= {name: scores.cost(frame, measure) for name, measure in costs.items()}
     num_equal = int((done["score"] == done["score"].max()).sum()) - 1
     return {"num_finished": len(done), "num_equal": num_equal, "costs": list(costs)}, figures
+
+
+def _class_curves(tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison) -> dict[str, go.Figure]:
+    """F1 by class and epoch; none where the best trial has it of its last epoch alone."""
+    best = comparison.best
+    pruned = trial_rows(frame, State.PRUNED)["run_id"].tail(MAX_PRUNED_BY_CLASS)
+    run_ids = [*comparison.run_ids, *pruned]
+    curves = {metric: histories(tracker, run_ids, metric) for metric in classes.weakest_metrics(best)}
+    is_complete = [(curve["run_id"] == best["run_id"]).sum() == best["epochs"] for curve in curves.values()]
+    return {"class_curves": classes.curves(frame, best, curves)} if curves and all(is_complete) else {}
 
 
 def _disagreement(tracker: MlflowTracker, comparison: Comparison, find: FindData) -> Section:

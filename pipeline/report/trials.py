@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.errors import UserError
+from pipeline.evaluation.scores import CLASS_F1
 from pipeline.report.stored import histories
 from pipeline.tracking import queries
 from pipeline.tracking.intact import control_runs
@@ -20,10 +21,9 @@ from pipeline.tracking.tracker import MlflowTracker
 log = logging.getLogger(__name__)
 
 COLUMNS = (
-    *("study", "trial", "run_id", "role", "state", "reason", "control", "objective", "score"),
+    *("study", "trial", "run_id", "role", "state", "reason", "infeasible", "control", "objective", "score"),
     *("started", "seconds", "epochs"),
 )
-F1 = "val/f1/"
 INFINITE = 1e300  # MLflow stores infinity as 1.8e308
 
 
@@ -31,10 +31,11 @@ def trials(*names: str, home: Path | str = "mlruns", uri: str | None = None) -> 
     """One row per run of the named studies, or of all in the store; `attention` means the last run of attention's.
 
     Columns: study, trial (number), run_id, role (`trial`, `final` for a repeat with another seed, or another), state
-    (finished, pruned, failed, interrupted, running), reason, control (the base recipe's trial), objective (a metric's
-    name), score (the objective of a finished run, else NaN), started (UTC), seconds (of the whole run), epochs (trained);
-    then every recipe field by its dotted name (`optimizer.lr`; NaN where its kind has none) and every metric's last value
-    (`val/f1_macro`). `home` is the folder mlruns, `uri` another MLflow database or server.
+    (finished, pruned, failed, interrupted, running), reason, infeasible (which constraints of its study it breaks; empty
+    for a feasible one), control (the base recipe's trial), objective (a metric's name), score (the objective of a finished
+    run, else NaN), started (UTC), seconds (of the whole run), epochs (trained); then every recipe field by its dotted name
+    (`optimizer.lr`; NaN where its kind has none) and every metric's last value (`val/f1_macro`). `home` is the folder
+    mlruns, `uri` another MLflow database or server.
     Raises UserError where there is no such store or study.
     """
     home = Path(home)
@@ -64,6 +65,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """See `trials`; a row may lack what was not measured."""
     frame = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
     frame = frame.reindex(columns=[*COLUMNS, *(name for name in frame.columns if name not in COLUMNS)])
+    frame["infeasible"] = frame["infeasible"].astype(object).fillna("")
     params = sorted(name for name in frame.columns if "." in name and "/" not in name)
     metrics = sorted(name for name in frame.columns if "/" in name)
     frame = frame[[*COLUMNS, *params, *metrics]]
@@ -86,6 +88,7 @@ def _row(run: StoredRun, study: StudyRuns) -> dict[str, Any]:
         "role": tags.role,
         "state": str(tags.state or info.status.lower()),
         "reason": tags.reason or "",
+        "infeasible": study.broken_by(run),
         "objective": study.objective,
         "score": score if abs(score) < INFINITE else np.nan,
         "started": pd.Timestamp(info.start_time, unit="ms", tz="UTC"),
@@ -124,9 +127,23 @@ def with_role(frame: pd.DataFrame, role: Role) -> pd.DataFrame:
 
 
 def finished(frame: pd.DataFrame) -> pd.DataFrame:
-    """The trials that have a score, best first."""
+    """The trials that have a score: the feasible ones best first, then the others."""
     rows = trial_rows(frame).dropna(subset="score")
-    return rows.sort_values(["score", "trial"], ascending=[False, True], kind="stable")
+    order = rows.assign(infeasible=rows["infeasible"] != "")
+    order = order.sort_values(["infeasible", "score", "trial"], ascending=[True, False, True], kind="stable")
+    return rows.loc[order.index]
+
+
+def feasible(frame: pd.DataFrame) -> pd.DataFrame:
+    """Those of the trials with a score that may win, best first."""
+    rows = finished(frame)
+    return rows[rows["infeasible"] == ""]
+
+
+def infeasible(frame: pd.DataFrame) -> pd.DataFrame:
+    """Those that may not, best first."""
+    rows = finished(frame)
+    return rows[rows["infeasible"] != ""]
 
 
 def last_values(rows: pd.DataFrame) -> pd.Series:
@@ -140,8 +157,9 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     Finished ones by their score, then pruned ones by the epochs that they reached, then by their last value. Most of a
     study's trials are pruned: what marks the good ones can't be seen without the others.
     """
-    done, metric = finished(frame), str(frame["objective"].iloc[0])
+    done, metric = feasible(frame), str(frame["objective"].iloc[0])
     pruned = trial_rows(frame, State.PRUNED)
+    pruned = pruned[pruned["infeasible"] == ""]
     pruned = pruned[pruned[metric].notna()] if metric in pruned else pruned[:0]
     if len(pruned):
         pruned = pruned.sort_values(["epochs", metric, "trial"], ascending=[False, False, True], kind="stable")
@@ -174,8 +192,11 @@ def control(frame: pd.DataFrame) -> pd.Series | None:
 
 
 def challenger(frame: pd.DataFrame) -> tuple[pd.Series, str] | None:
-    """What is compared with the control, and its name: the best trial, or the runner-up where the control is the best."""
-    done = finished(frame)
+    """What is compared with the control, and its name: the best trial, or the runner-up where the control is the best.
+
+    None where no trial is feasible.
+    """
+    done = feasible(frame)
     if done.empty:
         return None
     others = done[~done["control"]]
@@ -195,10 +216,15 @@ def searched(frame: pd.DataFrame) -> list[str]:
     return [name for name in param_names(frame) if rows[name].nunique() > 1]
 
 
+def class_f1(row: pd.Series) -> pd.Series:
+    """A run's F1 by class, by metric; empty where it has none."""
+    return row[[name for name in row.index if str(name).startswith(CLASS_F1)]].astype(float).dropna()
+
+
 def weakest_class(row: pd.Series) -> tuple[str, float]:
     """The class with the lowest F1, and it; ("", NaN) where the run has none."""
-    f1 = row[[name for name in row.index if str(name).startswith(F1)]].astype(float).dropna()
-    return (str(f1.idxmin()).removeprefix(F1), float(f1.min())) if len(f1) else ("", float("nan"))
+    f1 = class_f1(row)
+    return (str(f1.idxmin()).removeprefix(CLASS_F1), float(f1.min())) if len(f1) else ("", float("nan"))
 
 
 def with_control(rows: pd.DataFrame, base: pd.Series | None) -> pd.DataFrame:

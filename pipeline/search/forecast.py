@@ -5,8 +5,6 @@ import math
 import os
 import statistics
 import time
-from bisect import insort
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +18,10 @@ from optuna.trial import TrialState
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line
 from pipeline.recipe import Recipe
-from pipeline.search.pruner import MIN_UNPRUNED_TRIALS, WINDOW, RecentTrialsPruner, continues
+from pipeline.search.short_trials import short_epochs, simulate
 from pipeline.search.speed import measure, measure_overhead, trial_seconds
 from pipeline.search.storage import num_finished
-from pipeline.search.study import Search
+from pipeline.search.study import Search, is_feasible
 from pipeline.search.study_attributes import Choice, StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking.sqlite import checkpoint
@@ -42,7 +40,7 @@ WORKER_START_S = 6.0  # from a process's start until its first trial; measured: 
 METRIC_BYTES = 330
 METRICS_PER_EPOCH = 9
 SYSTEM_METRICS_PER_S = 1.5
-NUM_SIMULATED_TRIALS = 1000  # at most, in one study or several
+NUM_SIMULATED_TRIALS, NUM_SIMULATED_STUDIES = 100, 10  # at most
 
 # What may be chosen without being asked for. A graph replays the kernels of eager execution, while a compiled step rounds
 # differently and draws other numbers for its dropout: scores would depend on a stopwatch.
@@ -143,7 +141,7 @@ def decide(
     device can't do what was set.
     """
     own, stored = search.base.training.execution, StudyAttributes.of(study).choice if study else None
-    is_set = "training.execution" in {*search.settings, *search.space()} or own != "eager"
+    is_set = "training.execution" in search.settings or search.values("training.execution") or own != "eager"
     executions = EXECUTIONS[device.type]
     if is_set:
         choice = Choice(own, workers or 1)
@@ -182,6 +180,7 @@ class Forecast:
     memory_gib: float | None  # of a GPU; the maximum of the measured recipes
     measured: int  # recipes, including the control
     choice: Choice | None = None  # of execution and workers
+    unknown_pruner: str = ""  # a pruner whose effect is not known: none is assumed
 
 
 @dataclass(frozen=True)
@@ -205,13 +204,13 @@ def forecast(
     workers: int = 1,
     choice: Choice | None = None,
 ) -> Forecast | None:
-    """Measure the control and a few random recipes; None where no trial remains. `study` is what is stored so far.
+    """Measure the control and a few random recipes; None where no trial remains to be run. `study` is what is stored so far.
 
     Time: the mean of the measured epochs, times the mean number of epochs of random recipes of the space (which of them
-    the search will prefer is not known), and what a trial takes besides. Pruned: what the pruner does with trials whose
-    scores are random and keep their order, which three live studies confirmed (studies/pruning/README.md). Other work on
-    the machine changes all of it. `on_step` may raise to end the measuring. Several `workers` share the work: on a CPU as
-    far as there are cores, with one thread each, on a GPU as far as the `choice` found it free.
+    the search will prefer is not known), and what a trial takes besides. Pruned: short trials, as many as there are
+    where scores are random; none where the study has a pruner. Other work on the machine changes all of it. `on_step` may
+    raise to end the measuring. Several `workers` share the work: on a CPU as far as there are cores, with one thread each,
+    on a GPU as far as the `choice` found it free.
     """
     with _one_thread() if workers > 1 and device.type == "cpu" else contextlib.nullcontext():
         result = _forecast(search, data, device, study, on_step, workers, choice.taken if choice else 0.0)
@@ -239,7 +238,7 @@ def _forecast(
 ) -> Forecast | None:
     done = num_finished(study) if study else 0
     remaining = search.trials - done
-    if remaining <= 0:
+    if remaining <= 0 or (study and search.why_exhausted(study)):
         return None
     counter = _FileCounter()
     start = time.perf_counter()
@@ -257,7 +256,7 @@ def _forecast(
     epoch_s = statistics.mean(speed.epoch_s for speed in speeds) + overhead.epoch_s
     end_s = trial_s - control.training.epochs * (speeds[0].epoch_s + overhead.epoch_s)
     parallel = min(workers, remaining, (os.cpu_count() or 1) if device.type == "cpu" else workers)
-    used_fraction, pruned_fraction = _pruning(search, done, parallel)
+    used_fraction, pruned_fraction = _pruning(search, search.trials, done)
     all_epochs, pruned = remaining * epochs, remaining * pruned_fraction
     used_epochs = used_fraction * all_epochs
     work_s = used_epochs * epoch_s + (remaining - pruned) * end_s
@@ -275,6 +274,7 @@ def _forecast(
         disk_mib=((remaining - pruned) * counter.bytes + num_metrics * METRIC_BYTES) / 2**20,
         memory_gib=max(speed.memory_gib for speed in speeds) if device.type == "cuda" else None,
         measured=len(speeds),
+        unknown_pruner=type(search.study.pruner).__name__ if search.prune and search.study.pruner else "",
     )
 
 
@@ -285,7 +285,7 @@ def actual(study: optuna.Study, first: int, seconds: float, disk_mib: float) -> 
         trials=len(trials),
         seconds=seconds,
         epochs=sum(TrialAttributes.of(trial).epochs for trial in trials),
-        pruned=sum(trial.state is TrialState.PRUNED for trial in trials),
+        pruned=sum(trial.state is TrialState.PRUNED and is_feasible(trial) for trial in trials),
         epoch_s=_mean_epoch_s([TrialAttributes.of(trial) for trial in trials]),
         disk_mib=disk_mib,
     )
@@ -313,54 +313,22 @@ def _mean_epoch_s(trials: list[TrialAttributes]) -> float:
 def _random_recipes(search: Search) -> list[Recipe]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=search.base.training.seed))
     recipes = []
-    for _ in range(NUM_DRAWN_RECIPES if "training.epochs" in search.space() else NUM_OTHER_RECIPES):
+    for _ in range(NUM_DRAWN_RECIPES if search.values("training.epochs") else NUM_OTHER_RECIPES):
         trial = study.ask()
         search.ask(trial)
         recipes.append(search.recipe(trial.params))
     return recipes
 
 
-def _pruning(search: Search, done: int, workers: int = 1) -> tuple[float, float]:
-    """(fraction of their epochs that the trials from number `done` on train, fraction of them that is pruned)."""
-    random = np.random.RandomState(0)
-    trials, pruner = min(search.trials, NUM_SIMULATED_TRIALS), search.pruner()
-    first = done * trials // search.trials
-    studies = NUM_SIMULATED_TRIALS // trials
-    used, completed = 0, 0
-    for _ in range(studies):
-        scores = random.rand(trials).tolist()
-        # What the first trials alone do is subtracted; with one worker they don't know those after them.
-        for sign, part in ((1, scores), (-1, scores[:first])):
-            part_used, part_completed = simulate_pruning(part, search.max_epochs, pruner, workers)
-            used, completed = used + sign * part_used, completed + sign * part_completed
-    remaining = studies * (trials - first)
-    return used / (remaining * search.max_epochs), 1 - completed / remaining
-
-
-def simulate_pruning(scores: Sequence[float], epochs: int, pruner: RecentTrialsPruner, workers: int) -> tuple[int, int]:
-    """(epochs that are trained, trials that are completed) in a study whose trials have these scores in every epoch.
-
-    Every epoch takes the same time, and a free worker starts the next trial. The first trials are never pruned.
-    """
-    waiting = iter(range(workers, len(scores)))
-    running = deque((trial, 1) for trial in range(min(workers, len(scores))))  # and its next epoch
-    at_rung: dict[int, list[int]] = {rung: [] for rung in pruner.rungs}  # trials that reached it, ascending
-    used, completed = 0, 0
-    while running:
-        trial, epoch = running.popleft()
-        used += 1
-        is_pruned = False
-        if epoch in at_rung and epoch < epochs:
-            others = [scores[other] for other in at_rung[epoch][1 - WINDOW :]]
-            is_pruned = trial >= MIN_UNPRUNED_TRIALS and not continues(scores[trial], others)
-            insort(at_rung[epoch], trial)
-        if epoch < epochs and not is_pruned:
-            running.append((trial, epoch + 1))
-            continue
-        completed += not is_pruned
-        if (new := next(waiting, None)) is not None:
-            running.append((new, 1))
-    return used, completed
+def _pruning(search: Search, trials: int, done: int) -> tuple[float, float]:
+    """Of the trials from number `done` up to `trials`: (fraction of their epochs that is trained, fraction pruned)."""
+    if not search.shortens:
+        return 1.0, 0.0
+    random, simulated = np.random.RandomState(0), min(trials, NUM_SIMULATED_TRIALS)
+    first = done * simulated // trials
+    studies = [[True, *simulate(random.rand(simulated - 1).tolist())][first:] for _ in range(NUM_SIMULATED_STUDIES)]
+    in_full = statistics.mean(statistics.mean(study) for study in studies)
+    return in_full + (1 - in_full) * short_epochs(search.max_epochs) / search.max_epochs, 1 - in_full
 
 
 class _FileCounter(NullTracker):

@@ -7,16 +7,20 @@ can be repeated safely. The private parts that give them are named here and nowh
 import datetime
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optuna
 from optuna.distributions import BaseDistribution, check_distribution_compatibility, distribution_to_json
+from optuna.samplers import BaseSampler
+from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 def trial_id(trial: FrozenTrial | optuna.Trial) -> int:
@@ -47,11 +51,48 @@ def fail_trial(study: optuna.Study, trial: FrozenTrial) -> None:
 def claimed_trial(study: optuna.Study, trial_id: int) -> optuna.Trial:
     """A trial that is RUNNING and ours, as `study.ask` would give it.
 
-    As there, the trials are read anew: the sampler has to see all results up to now, and this trial among them.
+    As there, the trials are read anew: the sampler has to see all results up to now, and this trial among them. As in
+    `study.optimize`, the sampler may stop the study.
     """
+    allow_stop(study)
     study._thread_local.cached_all_trials = None
     study.get_trials(deepcopy=False)
     return optuna.Trial(study, trial_id)
+
+
+def allow_stop(study: optuna.Study) -> None:
+    """Let this thread's samplers call `study.stop`, as a grid does that was tried completely; else it raises."""
+    study._thread_local.in_optimize_loop = True
+
+
+def was_stopped(study: optuna.Study) -> bool:
+    """Whether `study.stop` was called."""
+    return study._stop_flag
+
+
+def reseed(sampler: BaseSampler, seed: int) -> None:
+    """As `sampler.reseed_rng()`, where that draws from the system; here the seed that it had and this one decide."""
+    states = list(_random_states(sampler))
+    own = [int(state.rng.randint(2**31)) if state._rng is not None else 0 for state in states]
+    sampler.reseed_rng()
+    for state, former in zip(states, own, strict=True):
+        state.rng.seed((seed + former) % 2**32)
+
+
+def _random_states(sampler: BaseSampler) -> Iterator[LazyRandomState]:
+    for part in vars(sampler).values():
+        if isinstance(part, LazyRandomState):
+            yield part
+        elif isinstance(part, BaseSampler):
+            yield from _random_states(part)
+
+
+def inherited_attributes(trial: FrozenTrial) -> dict[str, Any]:
+    """What sampler and pruner keep at a trial, and parameters that are fixed, for the trial that takes its place.
+
+    Its constraints are measured anew.
+    """
+    return {name: value for name, value in trial.system_attrs.items() if not name.startswith("constraints:")}
 
 
 def contains(distribution: BaseDistribution, value: Any) -> bool:

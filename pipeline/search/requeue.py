@@ -17,8 +17,9 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pipeline.processes import process_has_exited
-from pipeline.search.optuna_internals import fail_trial, stored_trial
-from pipeline.search.pruner import MIN_UNPRUNED_TRIALS
+from pipeline.search.optuna_internals import fail_trial, inherited_attributes, stored_trial
+from pipeline.search.short_trials import next_in_full
+from pipeline.search.study import Search
 from pipeline.search.trial_attributes import TrialAttributes, update_attributes
 from pipeline.tracking import queries, recovery
 from pipeline.tracking.tags import RunTags
@@ -30,19 +31,33 @@ log = logging.getLogger(__name__)
 MAX_RETRIES = 2  # of a trial whose process died
 
 
-def release_trials(study: optuna.Study, trials: list[FrozenTrial], count: int) -> None:
+def release_trials(study: optuna.Study, search: Search, trials: list[FrozenTrial], count: int, remaining: int) -> None:
     """Let workers claim `count` of the waiting trials, the oldest first; new ones are made where there are too few.
 
-    Workers claim released trials and make none themselves. So the budget is kept exactly, however many workers there are,
-    if `count` was computed from the same `trials`: a trial that is claimed meanwhile was released before.
+    `remaining` trials are left to the study, these among them. Workers claim released trials and make none themselves. So
+    the budget is kept exactly, however many workers there are, if `count` was computed from the same `trials`: a trial
+    that is claimed meanwhile was released before.
     """
     waiting = [trial for trial in trials if trial.state is TrialState.WAITING]
     for position, trial in enumerate(waiting):
         if TrialAttributes.of(trial).released != (position < count):
             with contextlib.suppress(UpdateFinishedTrialError):
                 update_attributes(study, trial, released=position < count)
-    for _ in range(count - len(waiting)):
-        study.enqueue_trial({}, user_attrs=TrialAttributes(released=True).to_optuna())
+    for position in range(len(waiting), count):
+        _add_trial(study, search, is_last=position == remaining - 1)
+
+
+def _add_trial(study: optuna.Study, search: Search, is_last: bool) -> None:
+    """One that a worker may claim: a short one's recipe in full, or one for which the sampler is asked."""
+    full_of = next_in_full(study.get_trials(deepcopy=False), is_last) if search.shortens else None
+    if full_of:
+        start = TrialAttributes.of(full_of).start
+        attributes = TrialAttributes(released=True, full_of=full_of.number, start=start)
+        study.enqueue_trial(full_of.params, user_attrs=attributes.to_optuna())
+        return
+    # Not by `enqueue_trial`: samplers take such a trial for one whose parameters are given.
+    attributes = TrialAttributes(released=True, short=search.shortens)
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attributes.to_optuna()))
 
 
 def reconcile(study: optuna.Study, tracker: MlflowTracker, parent_run: str, home: Path) -> list[int]:
@@ -119,12 +134,20 @@ def _give_up(study: optuna.Study, trial: FrozenTrial, reason: str, tracker: Mlfl
 
 def run_name(number: int, attributes: TrialAttributes) -> str:
     """The name of a trial's run in MLflow."""
-    return f"trial {number}" + (" (control)" if attributes.control else "")
+    marks = ["control"] * attributes.control + ["short"] * attributes.short
+    marks += [f"{attributes.full_of} in full"] if attributes.full_of is not None else []
+    return f"trial {number}" + (f" ({', '.join(marks)})" if marks else "")
 
 
 def run_tags(study: optuna.Study, number: int, attributes: TrialAttributes) -> RunTags:
     """The tags that say which trial a run in MLflow is."""
-    return RunTags(role="trial", study=study.study_name, trial=number, control=attributes.control or None)
+    return RunTags(
+        role="trial",
+        study=study.study_name,
+        trial=number,
+        control=attributes.control or None,
+        start=attributes.start or None,
+    )
 
 
 def requeue(study: optuna.Study, trial: FrozenTrial | optuna.Trial, died: bool = False) -> bool:
@@ -148,16 +171,19 @@ def requeue(study: optuna.Study, trial: FrozenTrial | optuna.Trial, died: bool =
         retry_of=frozen.number,
         deaths=deaths,
         control=attributes.control,
+        start=attributes.start,
         run_key=attributes.run_key,
-        unpruned=attributes.unpruned or frozen.number < MIN_UNPRUNED_TRIALS,
+        short=attributes.short,
+        full_of=attributes.full_of,
     )
     # Parameters that were fixed and not yet asked for belong to it too: its process may have died inside the space.
-    fixed: dict[str, Any] = {"fixed_params": frozen.system_attrs.get("fixed_params", {}) | frozen.params}
+    inherited = inherited_attributes(frozen)
+    fixed: dict[str, Any] = {"fixed_params": inherited.get("fixed_params", {}) | frozen.params}
     study.add_trial(
         create_trial(
             state=TrialState.WAITING,
             user_attrs=successor.to_optuna(),
-            system_attrs=fixed,
+            system_attrs=inherited | fixed,
             intermediate_values=frozen.intermediate_values,  # it resumes from the checkpoint
         )
     )

@@ -84,6 +84,7 @@ def _open_parent_run(study: optuna.Study, context: StudyContext, choice: Choice 
         stored.mlflow_run_id,
         stored.run_key,
         stored.places or [],
+        context.search.study.constraints,
     )
 
 
@@ -138,9 +139,9 @@ def _run_trials(study: optuna.Study, context: StudyContext, lock: StudyLock) -> 
         lock.check()
         if search.timeout_s is not None and time.monotonic() - start >= search.timeout_s:
             break
-        if search.is_exhausted(study):
+        if search.why_exhausted(study):
             break
-        release_trials(study, study.get_trials(deepcopy=False), 1)
+        release_trials(study, search, study.get_trials(deepcopy=False), 1, search.trials - finished)
         if trial := claim_trial(study, context.storage, worker):
             run_trial(trial, context)
             context.observer.study_progress(study_progress(study, finished + 1))
@@ -153,4 +154,5 @@ def _study_metrics(study: optuna.Study) -> dict[str, float]:
         f"study/{state.name.lower()}": float(states.count(state))
         for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
     }
-    return metrics | ({"study/best": study.best_value} if metrics["study/complete"] else {})
+    best = study_progress(study, 0).best
+    return metrics | ({"study/best": best[1]} if best else {})

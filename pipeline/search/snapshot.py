@@ -1,6 +1,6 @@
 """Stored studies and their trials as values without types of Optuna, for whoever compares them with runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,7 @@ class StudySnapshot:
     run_id: str  # of its own run in MLflow; empty where it never started
     run_key: str
     objective: str
+    constraints: Mapping[str, float]
     data_digest: str
     split_digest: str
     trials: Sequence[TrialSnapshot]
@@ -70,6 +71,7 @@ def _snapshot(study: optuna.Study, storage: RetryingStorage, home: Path) -> Stud
         run_id=attributes.mlflow_run_id or "",
         run_key=attributes.run_key or "",
         objective=fingerprint["objective"],
+        constraints=fingerprint.get("constraints", {}),
         data_digest=fingerprint["data"],
         split_digest=fingerprint["split"],
         trials=[_trial_snapshot(trial) for trial in study.get_trials(deepcopy=False)],

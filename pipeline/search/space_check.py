@@ -1,9 +1,11 @@
 """The search space of a `space(trial)` function, explored and checked before anything runs."""
 
+import json
+import math
 import random
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from optuna.distributions import (
     BaseDistribution,
@@ -13,10 +15,19 @@ from optuna.distributions import (
 )
 
 from pipeline.errors import Problem, UserError
-from pipeline.recipe import Recipe
+from pipeline.recipe import KIND, Recipe
 from pipeline.search.optuna_internals import contains
 
 Space = Callable[[Any], None]
+
+
+def field_of(parameter: str) -> str:
+    """The recipe field that a parameter sets: its name, up to an `@`.
+
+    `optimizer.lr@sgd` and `optimizer.lr@adamw` both set `optimizer.lr`, with ranges and a history of their own: what is
+    learnt of one says nothing of the other.
+    """
+    return parameter.partition("@")[0]
 
 
 class ScriptedTrial:
@@ -59,32 +70,47 @@ class ScriptedTrial:
 
 
 class FixedFields:
-    """A trial as a space sees it, with some values given: the trial is never asked for those.
+    """A trial as a space sees it, with some fields given: the trial is never asked for those.
 
-    Nor for parameters for which `is_void(name)`, as no trial of the study can have such a field; they get the base
-    recipe's value, or the lowest, and their names are in `voided`.
+    Nor for fields for which `is_void(name)`, as no trial of the study can have such a field; they get the base recipe's
+    value, or the lowest, and their names are in `voided`.
     """
 
     def __init__(self, trial: Any, given: Mapping[str, Any], is_void: Callable[[str], bool], base: Recipe):
         self._trial, self._given, self._is_void = trial, given, is_void
-        self._void_trial = ScriptedTrial(base.flat(), lowest)
+        flat = base.flat()
+        self._void_trial = ScriptedTrial({}, lambda name, range_: flat.get(field_of(name), lowest(name, range_)))
 
     @property
     def voided(self) -> list[str]:
         """In the order in which the space asked."""
-        return list(self._void_trial.params)
+        return list(dict.fromkeys(map(field_of, self._void_trial.params)))
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """As optuna.Trial's; a choice may also be a list, as `model.widths` has."""
+        return from_choice(self.__getattr__("suggest_categorical")(name, [to_choice(choice) for choice in choices]))
 
     def __getattr__(self, attribute: str) -> Any:
         if not attribute.startswith("suggest_"):
             return getattr(self._trial, attribute)
 
         def suggest(name: str, *arguments: Any, **options: Any) -> Any:
-            if name in self._given:
-                return self._given[name]
-            trial = self._void_trial if self._is_void(name) else self._trial
+            if field_of(name) in self._given:
+                return self._given[field_of(name)]
+            trial = self._void_trial if self._is_void(field_of(name)) else self._trial
             return getattr(trial, attribute)(name, *arguments, **options)
 
         return suggest
+
+
+def to_choice(value: Any) -> Any:
+    """A list as its JSON text, what else a recipe holds as it is: Optuna stores plain values only."""
+    return json.dumps(value) if isinstance(value, (list, tuple)) else value
+
+
+def from_choice(value: Any) -> Any:
+    """What `to_choice` was given."""
+    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
 
 
 def explore(space: Space, recipe: Callable[[Mapping[str, Any]], Recipe]) -> dict[str, BaseDistribution]:
@@ -118,25 +144,30 @@ def explore(space: Space, recipe: Callable[[Mapping[str, Any]], Recipe]) -> dict
     return distributions
 
 
-def control(space: Space, base: Recipe, *others: Recipe) -> dict[str, Any]:
+def control(space: Space, base: Recipe, original: Recipe | None = None) -> dict[str, Any]:
     """The parameters with which the space gives the base recipe itself; UserError where it can't.
 
-    A value of `base` outside the space is replaced by that of the first of the `others` whose value is inside.
+    `base` was made from the `original` by settings. Where they changed a section's kind, a value outside the space is
+    replaced by the original's, or by the one nearest to it.
     """
-    flats = [recipe.flat() for recipe in (base, *others)]
+    flats = [{name: to_choice(value) for name, value in recipe.flat().items()} for recipe in (base, original) if recipe]
+    adapted = [section for section, kind in KIND.items() if len({flat[f"{section}.{kind}"] for flat in flats}) > 1]
 
     def choose(name: str, distribution: BaseDistribution) -> Any:
-        values = [flat[name] for flat in flats if name in flat] or extremes(distribution)
-        return next((value for value in values if contains(distribution, value)), values[0])
+        values = [flat[field_of(name)] for flat in flats if field_of(name) in flat] or extremes(distribution)
+        inside = [value for value in values if contains(distribution, value)]
+        if not inside and name.partition(".")[0] in adapted:
+            return nearest_value(distribution, values[-1])
+        return [*inside, values[0]][0]
 
     trial = ScriptedTrial({}, choose)
     space(trial)
     problems = []
     for name, distribution in trial.distributions.items():
-        if name not in flats[0]:
+        if field_of(name) not in flats[0]:
             problems.append(Problem(name, "asked for, but the base recipe has no such field"))
         elif not contains(distribution, trial.params[name]):
-            subject = f"{name} = {flats[0][name]} in the base recipe"
+            subject = f"{name} = {flats[0][field_of(name)]} in the base recipe"
             problems.append(Problem(subject, f"outside the space, {describe(distribution)}"))
     if problems:
         raise UserError.many(problems)
@@ -162,6 +193,12 @@ def _ask(
         frame = traceback.extract_tb(error.__traceback__)[-1]
         rule = f"space: {type(error).__name__}: {error}"
         raise UserError(f"{frame.filename}, line {frame.lineno}", rule) from error
+    set_by = [field_of(name) for name in trial.params]
+    trial.problems += [
+        Problem(name, "asked twice in a trial, under two names")
+        for name in dict.fromkeys(set_by)
+        if set_by.count(name) > 1
+    ]
     trial.problems += [
         Problem(
             name,
@@ -190,3 +227,26 @@ def extremes(distribution: BaseDistribution) -> list[Any]:
 def lowest(name: str, distribution: BaseDistribution) -> Any:
     """Of a range its lower end, of choices the first."""
     return extremes(distribution)[0]
+
+
+def nearest_value(asked: BaseDistribution, value: Any) -> Any:
+    """The value of a range that is nearest to this one: an end, a step, of numbers the choice with the nearest logarithm.
+
+    The first choice where nothing can be near.
+    """
+    if contains(asked, value):
+        return value
+    if isinstance(asked, CategoricalDistribution):
+        numbers = [choice for choice in asked.choices if _is_number(choice)]
+        if not (numbers and _is_number(value)):
+            return asked.choices[0]
+        return min(numbers, key=lambda choice: abs(math.log((choice + 1e-9) / (value + 1e-9))))
+    assert isinstance(asked, (FloatDistribution, IntDistribution))
+    inside = min(max(value, asked.low), asked.high) if _is_number(value) else asked.low
+    if not asked.step:
+        return inside
+    return min(asked.low + round((inside - asked.low) / asked.step) * asked.step, asked.high)
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

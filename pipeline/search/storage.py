@@ -24,6 +24,7 @@ from pipeline.data.datasets import SOURCES
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line, redact_uri
 from pipeline.search.optuna_internals import SqlStorage, TrialParam, check_compatible
+from pipeline.search.starts import starts
 from pipeline.search.study import Search, check_same, counts_toward_budget
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes
@@ -31,7 +32,6 @@ from pipeline.tracking.run_data import newest_first
 from pipeline.tracking.sqlite import use_write_ahead_log
 from pipeline.tracking.study_key import StudyKey
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)
 log = logging.getLogger(__name__)
 
 MAX_WAIT_S = 600.0  # for a database that is away
@@ -304,10 +304,23 @@ def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Pa
             check_same(key, stored.fingerprint, fingerprint, search.version)
         places = newest_first(stored.places or [], data.place)
         StudyAttributes.update(study, fingerprint=fingerprint, places=places, dataset=search.base.data.dataset)
-        if not study.get_trials(deepcopy=False):
-            study.enqueue_trial(search.control(), user_attrs=TrialAttributes(control=True).to_optuna())
+        _give_first_trials(study, search, storage)
     study.sampler = search.sampler(len(study.get_trials(deepcopy=False)))
     return study
+
+
+def _give_first_trials(study: optuna.Study, search: Search, storage: RDBStorage) -> None:
+    """Enqueue the control and the starts, where no trial has begun; those that are there already stay."""
+    trials = study.get_trials(deepcopy=False)
+    if any(trial.state is not TrialState.WAITING or not TrialAttributes.of(trial).is_given for trial in trials):
+        return
+    given = starts(search, search.start_from, our_studies(storage))
+    first = [(search.control(), TrialAttributes(control=True))]
+    first += [(dict(start.params), TrialAttributes(start=start.source, short=search.shortens)) for start in given]
+    for params, attributes in first[len(trials) :]:
+        study.enqueue_trial(params, user_attrs=attributes.to_optuna())
+    if given and not trials:
+        log.info("first trials after the control: %s", "; ".join(start.source for start in given))
 
 
 def find_study(search: Search, data: TrainingData, storage: RDBStorage) -> optuna.Study | None:

@@ -1,11 +1,13 @@
 """A study: one question, asked by a search around a base recipe."""
 
+import copy
 import importlib.util
 import json
 import math
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,18 +16,38 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
-from optuna.samplers import TPESampler
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import BasePruner, NopPruner
+from optuna.samplers import BaseSampler, GridSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
 
-from pipeline.errors import Problem, UserError, did_you_mean
-from pipeline.recipe import KIND, Recipe, has_default, kind_field, kinds_with
-from pipeline.search.pruner import RecentTrialsPruner
-from pipeline.search.space_check import FixedFields, ScriptedTrial, Space, control, describe, explore, extremes, lowest
-from pipeline.search.trial_attributes import TrialAttributes
+from pipeline.errors import Problem, UserError, did_you_mean, first_line
+from pipeline.evaluation.constraints import MEASURES, nearest, violations
+from pipeline.recipe import KIND, LATER, Recipe, has_default, kind_field, kinds_with
+from pipeline.search.optuna_internals import allow_stop, reseed
+from pipeline.search.portfolio import PORTFOLIO
+from pipeline.search.short_trials import MIN_EPOCHS, MIN_TRIALS, short_epochs
+from pipeline.search.space_check import (
+    FixedFields,
+    ScriptedTrial,
+    Space,
+    control,
+    describe,
+    explore,
+    extremes,
+    field_of,
+    from_choice,
+    lowest,
+)
+from pipeline.search.study_attributes import StudyAttributes
+from pipeline.search.trial_attributes import TrialAttributes, is_feasible
 from pipeline.tracking.study_key import StudyKey
 
 if TYPE_CHECKING:  # importing it imports torch, and a wrong name has to be refused at once
     from pipeline.data.prepare import TrainingData
 
+MAX_STARTS = 4  # trials of a new study that are given, besides the control
+StartFrom = Literal["all", "portfolio", "winners", "none"]
 OBJECTIVES = ("val/accuracy", "val/f1_macro")
 FOLDER = Path(__file__).resolve().parents[2] / "studies"
 
@@ -46,8 +68,11 @@ DEMONSTRATION = Variant(changes={"training.epochs": 8, "training.batch_size": 64
 class Study:
     """What a module in studies/ defines.
 
-    `space(trial)` asks an Optuna trial for values; a parameter's name is the recipe field that it sets in `base`.
+    `space(trial)` asks an Optuna trial for values; a parameter's name is the recipe field that it sets in `base`, or the
+    field and a label: `optimizer.lr@adamw` gives AdamW a range of rates of its own.
     `version` goes up when space or base change, so that scores of different questions don't mix in one search.
+    `constraints` are upper bounds on what a run measures: a recipe that breaks one can't win, nor is it trained where that
+    is known before. `sampler` and `pruner` are Optuna's, or of its base classes, in place of the measured defaults.
     """
 
     question: str
@@ -57,7 +82,13 @@ class Study:
     trials: int
     patience: int | None = None  # trials without a better score after which the study stops
     version: int = 1
+    # The first trials after the control: a name and the fields that differ from `base`. What the space can't give becomes
+    # the nearest that it can.
+    starts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: PORTFOLIO)
     variants: Mapping[str, Variant] = field(default_factory=lambda: {"digits": DEMONSTRATION})
+    constraints: Mapping[str, float] = field(default_factory=dict)  # one of MEASURES -> its upper bound
+    sampler: BaseSampler | None = None  # None: TPE
+    pruner: BasePruner | None = None  # None: no trial is pruned; most are short ones, see short_trials
 
     def __post_init__(self) -> None:
         """UserError with all problems."""
@@ -71,14 +102,29 @@ class Study:
                 "None or an integer of at least 1",
             ),
             "version": (isinstance(self.version, int) and self.version >= 1, "an integer of at least 1"),
+            "sampler": (_is_optional(self.sampler, BaseSampler), "a sampler of Optuna, as TPESampler(), or None"),
+            "pruner": (_is_optional(self.pruner, BasePruner), "a pruner of Optuna, as MedianPruner(), or None"),
         }
         problems = [
             Problem(f"{name} = {getattr(self, name)!r}", f"must be {rule}")
             for name, (is_valid, rule) in rules.items()
             if not is_valid
         ]
+        if not problems:
+            problems = [*_constraint_problems(self.constraints), *self._problems_of_starts()]
         if problems:
             raise UserError.many(problems)
+
+    def _problems_of_starts(self) -> list[Problem]:
+        problems = []
+        for name, changes in self.starts.items():
+            try:
+                self.base.changed(changes)
+            except UserError as error:
+                problems += [
+                    replace(problem, subject=f"starts, {name}: {problem.subject}") for problem in error.problems
+                ]
+        return problems
 
     def settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Fields that all trials share: the changes, and what suits the data set that they name."""
@@ -111,6 +157,8 @@ class Search:
     trials: int
     timeout_s: float | None
     patience: int | None = None
+    start_from: StartFrom = "all"  # what a new study's first trials after the control are given
+    prune: bool = True
     # Both are set by `storage.resolved`.
     stored_key: str | None = None  # the study's name in Optuna and MLflow
     dataset_path: str | None = None  # the data set as `load` takes it here, where `base` has the name that it had first
@@ -121,7 +169,8 @@ class Search:
 
     def recipe(self, params: Mapping[str, Any]) -> Recipe:
         """The recipe of a trial with these parameters."""
-        return self.study.base.changed(params, self.settings)
+        changes = {field_of(name): from_choice(value) for name, value in params.items()}
+        return self.study.base.changed(changes, self.settings)
 
     @cached_property
     def base(self) -> Recipe:
@@ -146,45 +195,77 @@ class Search:
         kinds = kinds_with(name)
         return bool(kinds) and self.settings.get(kind_field(name), kinds[0]) not in kinds
 
-    def pruner(self) -> RecentTrialsPruner:
-        """The pruner of the trials, except the first MIN_UNPRUNED_TRIALS."""
-        return RecentTrialsPruner(self.max_epochs)
+    @property
+    def shortens(self) -> bool:
+        """Whether most trials are short ones: see `short_trials`."""
+        is_long = self.max_epochs >= MIN_EPOCHS and self.trials >= MIN_TRIALS
+        return self.prune and self.study.pruner is None and is_long
 
-    def is_exhausted(self, study: optuna.Study) -> bool:
-        """Whether the last `patience` trials that ended, in any state, gave no score above the best before them."""
+    def short(self, recipe: Recipe) -> Recipe:
+        """The recipe of the short trial."""
+        return recipe.changed({"training.epochs": short_epochs(recipe.training.epochs)})
+
+    def pruner(self) -> BasePruner:
+        """The study's pruner, or none."""
+        return (copy.deepcopy(self.study.pruner) if self.prune else None) or NopPruner()
+
+    def why_exhausted(self, study: optuna.Study) -> str:
+        """Why the study stops before its last trial; empty where it doesn't.
+
+        The sampler has nothing more to suggest, or the last `patience` trials that ended, in any state, gave no score
+        above the best before them. The score of an infeasible trial is none.
+        """
+        if self._sampler_is_done(study):
+            return f"the sampler, {type(self.study.sampler).__name__}, has nothing more to suggest"
         ended = [trial for trial in study.get_trials(deepcopy=False) if counts_toward_budget(trial)]
         if self.patience is None or len(ended) <= self.patience:
-            return False
-        scores = [trial.value if trial.value is not None else -math.inf for trial in ended]
-        return max(scores[-self.patience :]) <= max(scores[: -self.patience]) > -math.inf
+            return ""
+        scores = [trial.value if trial.value is not None and is_feasible(trial) else -math.inf for trial in ended]
+        if not max(scores[-self.patience :]) <= max(scores[: -self.patience]) > -math.inf:
+            return ""
+        return (
+            f"the last {self.patience} gave no better score (`--patience`); the same command with more patience resumes"
+        )
 
-    def step(self, epoch: int, recipe: Recipe) -> int:
-        """A trial's epoch as the pruner sees it: in epochs of the study's longest trial.
+    def _sampler_is_done(self, study: optuna.Study) -> bool:
+        sampler = self.study.sampler
+        if isinstance(sampler, GridSampler):  # it may have grown since it stopped
+            return sampler.is_exhausted(study)
+        return sampler is not None and StudyAttributes.of(study).stopped_by == type(sampler).__name__
 
-        A short training is ahead of a long one at the same epoch, as its learning rate has fallen further; so the same
-        fraction of both is compared.
+    def step(self, epoch: int, recipe: Recipe, short: bool = False) -> int:
+        """A trial's epoch as sampler and pruner see it: in epochs of the study's longest trial, or of its longest short one.
+
+        Where lengths are searched, a training of fewer epochs is ahead of one of more at the same epoch, as its learning
+        rate has fallen further; so the same fraction of both is compared.
         """
-        return round(epoch * self.max_epochs / recipe.training.epochs)
+        longest = short_epochs(self.max_epochs) if short else self.max_epochs
+        return round(epoch * longest / recipe.training.epochs)
 
     @cached_property
     def max_epochs(self) -> int:
         """The number of epochs of the longest trial that the space can give."""
-        searched = self.space().get("training.epochs")
-        return max(extremes(searched)) if searched else self.base.training.epochs
+        searched = self.values("training.epochs")
+        return max(searched) if searched else self.base.training.epochs
 
-    def sampler(self, num_trials: int, worker: int = 0) -> TPESampler:
-        """TPE with another seed at each resume and for each worker, so that no draw is repeated."""
-        seed = self.base.training.seed * 1_000_003 + num_trials + worker * 15_485_863
-        return TPESampler(seed=seed % 2**32, n_startup_trials=min(10, self.trials // 2))
+    def sampler(self, num_trials: int, worker: int = 0) -> BaseSampler:
+        """The study's sampler, or TPE; seeded anew at each resume and for each worker, so that no draw is repeated."""
+        sampler = copy.deepcopy(self.study.sampler) or _default_sampler()
+        reseed(sampler, (self.base.training.seed * 1_000_003 + num_trials + worker * 15_485_863) % 2**32)
+        return sampler
 
     def fingerprint(self, data: "TrainingData") -> dict[str, Any]:
         """All that the scores of one search have in common, as JSON."""
-        space, base = self.space(), {**self.settings, **self.base.flat()}
-        del base["data.dataset"]  # the data's path; the digest says what the data is
-        del base["data.train_fraction"]  # part of the split's digest
-        del base["training.execution"]  # depends on the device, and changes no result
+        elsewhere = (
+            "data.dataset",  # the data's path; the digest says what the data is
+            "data.train_fraction",  # part of the split's digest
+            "training.execution",  # depends on the device, and changes no result
+        )
+        space, flat = self.space(), {**self.settings, **self.base.flat()}
+        base = {name: flat[name] for name in flat if name not in elsewhere and (name, flat[name]) not in LATER.items()}
         return {
             "objective": self.study.objective,
+            "constraints": dict(self.study.constraints),
             "data": data.digest,
             "split": data.split_digest,
             "base": json.loads(json.dumps(base)),
@@ -194,42 +275,72 @@ class Search:
     def check(self) -> None:
         """UserError with all problems where a setting or the space is invalid, or the space can't give the base recipe."""
         self.recipe({})
-        space = self.space()
+        self.space()
         if problems := [
             Problem(
                 f"{name} = {self.settings[name]}",
                 f"no such field where {kind_field(name)} is {_listed(kinds, 'or')}",
                 f"{_listed(kinds_with(name), 'and')} can have it",
             )
-            for name, kinds in self._kinds_without(space).items()
-            if len(kinds) == len(self._kinds(name, space))
+            for name, kinds in self._kinds_without().items()
+            if len(kinds) == len(self._kinds(name))
         ]:
             raise UserError.many(problems)
         self.control()
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """UserError where the study's own sampler or pruner fails with its space: three trials in memory, none trained."""
+        own = [part for part in (self.study.sampler, self.study.pruner) if part]
+        if not own:
+            return
+        try:
+            study = optuna.create_study(direction="maximize", sampler=self.sampler(0), pruner=self.pruner())
+            study.enqueue_trial(self.control())
+            allow_stop(study)
+            for score in (0.1, 0.2, 0.3):
+                trial = study.ask()
+                self.ask(trial)
+                self.recipe(trial.params)
+                trial.report(score, 1)
+                trial.should_prune()
+                study.tell(trial, score)
+        except Exception as error:  # whatever a sampler raises
+            rule = f"fails with this study's space ({type(error).__name__}: {first_line(error)})"
+            remedy = f"install {error.name}" if isinstance(error, ImportError) else ""
+            raise UserError(" and ".join(type(part).__name__ for part in own), rule, remedy) from error
 
     def space(self) -> dict[str, BaseDistribution]:
         """Every parameter that the space can ask for, with its range."""
+        return self._space.copy()
+
+    @cached_property
+    def _space(self) -> dict[str, BaseDistribution]:
         return explore(self.ask, self.recipe)
 
+    def values(self, field: str) -> list[Any]:
+        """Every choice, or both ends, of what the space asks for a field; none where it doesn't."""
+        return [value for name, asked in self.space().items() if field_of(name) == field for value in extremes(asked)]
+
     def control(self) -> dict[str, Any]:
-        """The parameters of trial 0; where a kind was set whose default the space doesn't hold, the study's own value."""
+        """The parameters of trial 0; where a kind was set whose default the space doesn't hold, nearest to the study's."""
         return control(self.ask, self.recipe({}), self.study.base)
 
     def executed(self) -> list[Recipe]:
         """The control, with each way of executing a step that a trial may have."""
-        name, space = "training.execution", self.space()
-        ways = extremes(space[name]) if name in space else [self.base.training.execution]
+        name = "training.execution"
+        ways = self.values(name) or [self.base.training.execution]
         return [self.recipe({**self.control(), name: way}) for way in ways]
 
     def remarks(self) -> list[str]:
         """A line for each setting that does not apply to all trials, and each parameter or value that settings change."""
-        space, original, current = self.space(), self.study.base.flat(), self.base.flat()
+        original, current = self.study.base.flat(), self.base.flat()
         trial = self._with_settings(ScriptedTrial(self.control(), lowest))
         self.study.space(trial)
         lines = [
             f"{name} = {self.settings[name]}: not where {kind_field(name)} is {_listed(kinds, 'or')}, "
             "which can't have it; it applies to all other trials"
-            for name, kinds in self._kinds_without(space).items()
+            for name, kinds in self._kinds_without().items()
         ]
         for section in KIND:
             kind = current[kind_field(section)]
@@ -238,27 +349,24 @@ class Search:
             if void := [name for name in trial.voided if name.startswith(f"{section}.")]:
                 lines.append(f"{_listed(void, 'and')}: not searched, as {kind} can't have that")
             lines += [
-                f"{name} = {current[name]}: the study's value, as {kind} has no default"
-                + ("; other trials search it" if name in space else "")
+                f"{name} = {current[name]}: {'' if current[name] == original[name] else 'nearest to '}the study's value, "
+                f"as {kind} has no default" + ("; other trials search it" if self.values(name) else "")
                 for name in original
                 if name.startswith(f"{section}.") and name in current and name not in self.settings
                 if not has_default(name, kind)
             ]
         return lines
 
-    def _kinds(self, name: str, space: Mapping[str, BaseDistribution]) -> list[str]:
+    def _kinds(self, name: str) -> list[str]:
         """The kinds that a field's section has in any trial; none where the section has no kinds."""
         if not kinds_with(name):
             return []
-        field = kind_field(name)
-        kinds = [self.recipe({}).flat()[field], *(extremes(space[field]) if field in space else [])]
+        kinds = [self.recipe({}).flat()[kind_field(name)], *self.values(kind_field(name))]
         return list(dict.fromkeys(kinds))
 
-    def _kinds_without(self, space: Mapping[str, BaseDistribution]) -> dict[str, list[str]]:
+    def _kinds_without(self) -> dict[str, list[str]]:
         """Setting -> those kinds of any trial that have no such field, where there are any."""
-        without = {
-            name: [kind for kind in self._kinds(name, space) if kind not in kinds_with(name)] for name in self.settings
-        }
+        without = {name: [kind for kind in self._kinds(name) if kind not in kinds_with(name)] for name in self.settings}
         return {name: kinds for name, kinds in without.items() if kinds}
 
 
@@ -308,8 +416,8 @@ def check_same(name: str, stored: Mapping[str, Any], current: Mapping[str, Any],
         for part in ("objective", "data", "split")
         if stored.get(part) != current.get(part)
     ]
-    for part, show in (("base", str), ("space", _describe_json)):
-        former, present = stored.get(part, {}), current[part]
+    for part, show in (("constraints", str), ("base", str), ("space", _describe_json)):
+        former, present = stored.get(part, {}), current.get(part, {})
         details += [
             f"{part} {key}: {show(former.get(key))} then, {show(present.get(key))} now"
             for key in sorted(former.keys() | present.keys())
@@ -336,9 +444,38 @@ def _line_of(error: BaseException, file: Path) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def counts_toward_budget(trial: optuna.trial.FrozenTrial) -> bool:
+def _default_sampler() -> TPESampler:
+    """TPE that draws parameters together, so near a good trial, after the control and the starts (studies/search)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return TPESampler(multivariate=True, group=True, constant_liar=True, n_startup_trials=MAX_STARTS + 1)
+
+
+def counts_toward_budget(trial: FrozenTrial) -> bool:
     """Whether a trial counts toward the budget: all that ended do, except requeued ones."""
     return trial.state.is_finished() and not TrialAttributes.is_requeued(trial)
+
+
+def _is_optional(value: object, kind: type) -> bool:
+    return value is None or isinstance(value, kind)
+
+
+def _constraint_problems(constraints: Any) -> list[Problem]:
+    if not isinstance(constraints, Mapping):
+        return [Problem(f"constraints = {constraints!r}", 'must be upper bounds, e.g. {"model/parameters": 1_000_000}')]
+    return [
+        Problem(
+            f"constraints: {name}",
+            f"can't be bounded{did_you_mean(str(name), MEASURES)}",
+            f"there are {', '.join(MEASURES)}",
+        )
+        for name in constraints
+        if name not in MEASURES
+    ] + [
+        Problem(f"constraints: {name} = {bound!r}", "must be a number above 0")
+        for name, bound in constraints.items()
+        if type(bound) not in (int, float) or not 0 < bound < math.inf
+    ]
 
 
 @dataclass(frozen=True)
@@ -349,21 +486,24 @@ class StudyProgress:
     finished: int  # trials that count against the budget
     pruned: int
     failed: int  # or interrupted
-    best: tuple[int, float] | None  # number and score
+    best: tuple[int, float] | None  # number and score of a feasible one
+    infeasible: int = 0  # completed, or pruned before they were trained
 
 
 def study_progress(study: optuna.Study, finished: int) -> StudyProgress:
     """Of a study of which so many trials have ended."""
-    states = [trial.state for trial in study.get_trials(deepcopy=False)]
-    pruned = states.count(optuna.trial.TrialState.PRUNED)
+    infeasible = [trial for trial in study.get_trials(deepcopy=False) if not is_feasible(trial)]
+    pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
     completed = _completed(study)
-    best = min(completed, key=lambda trial: (-(trial.value or 0.0), trial.number), default=None)
+    feasible = (trial for trial in completed if is_feasible(trial))
+    best = min(feasible, key=lambda trial: (-(trial.value or 0.0), trial.number), default=None)
     return StudyProgress(
         name=study.study_name,
         finished=finished,
-        pruned=pruned,
-        failed=finished - len(completed) - pruned,
+        pruned=sum(map(is_feasible, pruned)),
+        failed=finished - len(completed) - len(pruned),
         best=(best.number, best.value or 0.0) if best else None,
+        infeasible=len(infeasible),
     )
 
 
@@ -382,6 +522,7 @@ def records(study: optuna.Study, search: Search, exclude: Collection[str] = ()) 
             "run_id": attributes.run_key,
             "role": "trial",
             "state": "finished",
+            "infeasible": violations(search.study.constraints, attributes.metrics),
             "control": attributes.control,
             "objective": search.study.objective,
             "score": trial.value,
@@ -398,5 +539,15 @@ def _as_text(value: Any) -> Any:
     return str(list(value)) if isinstance(value, tuple) else value
 
 
-def _completed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+def _completed(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def nearest_infeasible(study: optuna.Study, search: Search) -> str:
+    """Of infeasible trials the nearest to the bounds, as `constraints.nearest` words it; empty where there are none."""
+    measured = [
+        (f"trial {trial.number}", TrialAttributes.of(trial).metrics)
+        for trial in study.get_trials(deepcopy=False)
+        if not is_feasible(trial)
+    ]
+    return nearest(search.study.constraints, measured) if measured else ""

@@ -28,6 +28,7 @@ class StudyAttributes:
     run_key: str | None = None  # of the study's own run in MLflow
     mlflow_run_id: str | None = None
     choice: Choice | None = None
+    stopped_by: str | None = None  # the class of the sampler that had nothing more to suggest
     forecast: Mapping[str, Any] | None = None  # see forecast.Forecast
     actual: Mapping[str, Any] | None = None  # see forecast.Actual
 

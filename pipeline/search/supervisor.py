@@ -111,20 +111,20 @@ class Supervisor:
         finished = sum(counts_toward_budget(trial) for trial in trials)
         remaining = self._remaining(finished + len(running), elapsed_s)
         if not remaining and not running:
-            release_trials(self.study, trials, 0)
+            release_trials(self.study, self.context.search, trials, 0, 0)
             return False
         for slot in dead_slots:
             self._note_death(slot, finished)
         capacity = self.pool.capacity()
         self._start_workers(remaining + len(running), finished, capacity)
-        release_trials(self.study, trials, min(remaining, capacity))
+        release_trials(self.study, self.context.search, trials, min(remaining, capacity), remaining)
         return True
 
     def _remaining(self, started: int, elapsed_s: float) -> int:
         """How many more trials may start."""
         search = self.context.search
         is_late = search.timeout_s is not None and elapsed_s >= search.timeout_s
-        return 0 if is_late or search.is_exhausted(self.study) else max(search.trials - started, 0)
+        return 0 if is_late or search.why_exhausted(self.study) else max(search.trials - started, 0)
 
     def _check_stop(self) -> None:
         if self.stop.requested:

@@ -15,17 +15,20 @@ from optuna.trial import TrialState
 
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
+from pipeline.evaluation.constraints import excess
 from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
 from pipeline.recipe import Recipe
-from pipeline.search.optuna_internals import claimed_trial, stored_trial, study_id, trial_id
-from pipeline.search.pruner import MIN_UNPRUNED_TRIALS
+from pipeline.search.optuna_internals import claimed_trial, stored_trial, study_id, trial_id, was_stopped
 from pipeline.search.requeue import requeue, run_name, run_tags
 from pipeline.search.storage import RetryingStorage, StorageUnavailable
 from pipeline.search.study import Search, StudyProgress
+from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import Progress, TrialAttributes, update_attributes
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost, State
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import CHECKPOINTS
+
+SHORT = "a short trial"  # why it ends as one that was pruned
 
 
 class StudyObserver(Protocol):
@@ -111,6 +114,8 @@ def run_trial(trial: optuna.Trial, context: StudyContext) -> None:
         # A trial that was declared dead meanwhile has a successor, and its result is not wanted.
         if context.storage.state_of(trial_id(trial)) is TrialState.RUNNING:
             raise
+    if was_stopped(trial.study):
+        StudyAttributes.update(trial.study, stopped_by=type(trial.study.sampler).__name__)
     if failure:
         raise failure
 
@@ -140,6 +145,7 @@ def _run(trial: optuna.Trial, context: StudyContext) -> Outcome:
     with storage.batch_writes():
         context.search.ask(trial)
         recipe = context.search.recipe(trial.params)
+        recipe = context.search.short(recipe) if attributes.short else recipe
         update_attributes(trial.study, trial, recipe_digest=recipe.digest(), run_key=key)
     observer.trial_started(trial.number, recipe, trial.params)
 
@@ -147,7 +153,7 @@ def _run(trial: optuna.Trial, context: StudyContext) -> Outcome:
         if storage.state_of(trial_id(trial)) is not TrialState.RUNNING:
             raise OwnershipLost
 
-    reporter = _Reporter(trial, context, recipe, attributes.unpruned)
+    reporter = _Reporter(trial, context, recipe, attributes.short)
     request = ExperimentRequest(
         recipe=recipe,
         data=context.data,
@@ -156,12 +162,18 @@ def _run(trial: optuna.Trial, context: StudyContext) -> Outcome:
         parent_run=context.parent_run,
         tags=run_tags(trial.study, trial.number, attributes),
         run_key=key,
+        # The control is trained all the same: every other trial is compared with it.
+        constraints={} if attributes.control else context.search.study.constraints,
         resume_dir=context.home / CHECKPOINTS / key,
+        pruned_at_end=SHORT if attributes.short else "",
         on_epoch=reporter.on_epoch,
         on_step=reporter.on_step,
         check_ownership=check_ownership,
     )
     outcome = experiment.run(request, context.tracker)
+    if outcome.state is not State.INTERRUPTED:
+        for name, above in excess(context.search.study.constraints, outcome.metrics).items():
+            trial.set_constraint(name, above)
     with storage.batch_writes():
         update_attributes(
             trial.study,
@@ -193,9 +205,8 @@ def _value_of(outcome: Outcome, objective: str) -> float:
 class _Reporter:
     """The hooks of a trial's training: they report to Optuna and the observer, prune, and stop."""
 
-    def __init__(self, trial: optuna.Trial, context: StudyContext, recipe: Recipe, unpruned: bool):
-        self._trial, self._context, self._recipe = trial, context, recipe
-        self._may_prune = trial.number >= MIN_UNPRUNED_TRIALS and not unpruned
+    def __init__(self, trial: optuna.Trial, context: StudyContext, recipe: Recipe, short: bool):
+        self._trial, self._context, self._recipe, self._short = trial, context, recipe, short
         # Of a retry: what was reported before its predecessor died.
         self._reported_steps = set(stored_trial(trial.study, trial).intermediate_values)
         self._clock = _Clock(recipe.training.batch_size)
@@ -204,12 +215,12 @@ class _Reporter:
         self._clock.epoch_ended()
         self._context.observer.epoch(self._trial.number, report)
         search = self._context.search
-        if (step := search.step(report.epoch, self._recipe)) not in self._reported_steps:
+        if (step := search.step(report.epoch, self._recipe, self._short)) not in self._reported_steps:
             with _ownership_required():
                 self._trial.report(report.metrics[search.study.objective], step)
         is_last = report.epoch == self._recipe.training.epochs
-        if self._may_prune and not is_last and self._trial.should_prune():
-            raise Prune(f"not among the best quarter after epoch {report.epoch}")
+        if not is_last and self._trial.should_prune():
+            raise Prune(f"by {type(self._trial.study.pruner).__name__} after epoch {report.epoch}")
         self._check_stop()
 
     def on_step(self, epoch: int, step: int, steps: int) -> None:

@@ -40,8 +40,10 @@ class TrialAttributes:
     """The user attributes of a trial. A field has its default where the trial has no such attribute."""
 
     control: bool = False  # the base recipe: trial 0
+    start: str = ""  # where its parameters come from, if they were given; see search.starts
     released: bool = False  # a worker may claim it
-    unpruned: bool = False  # a retry of one of the first trials, which are never pruned
+    short: bool = False  # trained for a share of its recipe's epochs; see search.short_trials
+    full_of: int | None = None  # the number of the short trial whose recipe it trains in full
     run_key: str | None = None  # of its run in MLflow; a retry has that of the trial whose place it takes
     recipe_digest: str | None = None
     worker: Mapping[str, Any] | None = None  # the process that claimed it; see processes.this_process
@@ -75,6 +77,11 @@ class TrialAttributes:
         return trial.user_attrs.get("requeued", False)
 
     @property
+    def is_given(self) -> bool:
+        """Whether its parameters were given, not drawn by the sampler."""
+        return self.control or bool(self.start)
+
+    @property
     def worker_id(self) -> str | None:
         """The id of the worker that claimed it."""
         return self.worker.get("id") if self.worker else None
@@ -87,6 +94,11 @@ class TrialAttributes:
 
 _NAMES = frozenset(part.name for part in fields(TrialAttributes))
 _DEFAULTS = TrialAttributes()
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether no constraint is known to be broken."""
+    return all(value <= 0 for value in trial.constraints.values())
 
 
 def update_attributes(study: optuna.Study, trial: FrozenTrial | Trial, **values: Any) -> None:

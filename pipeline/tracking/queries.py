@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from mlflow.utils.uri import is_local_uri
 from sqlalchemy import create_engine, text
 
 from pipeline.errors import Problem, UserError, did_you_mean
+from pipeline.evaluation.constraints import nearest, violations
 from pipeline.tracking.intact import describe_omitted, intact
 from pipeline.tracking.store import child_of, is_active
 from pipeline.tracking.study_key import StudyKey
@@ -43,6 +44,11 @@ class StudyRuns:
     objective: str
     view: str | None  # the key of its view in the UI
     places: Sequence[str] = ()  # where its data set lay, the newest first
+    constraints: Mapping[str, float] = field(default_factory=dict)  # metric -> its upper bound
+
+    def broken_by(self, run: StoredRun) -> str:
+        """The constraints that a run breaks, see `violations`; empty for a feasible one."""
+        return violations(self.constraints, run.data.metrics)
 
 
 class Points(NamedTuple):
@@ -67,7 +73,13 @@ def studies(tracker: MlflowTracker) -> list[StudyRuns]:
             # A study that was opened again is RUNNING, and still has an end.
             end = float("inf") if info.status == "RUNNING" else info.end_time
             study = StudyRuns(
-                tags.study, info.run_id, info.experiment_id, tags.objective, tags.view, tags.data_places or ()
+                tags.study,
+                info.run_id,
+                info.experiment_id,
+                tags.objective,
+                tags.view,
+                tags.data_places or (),
+                tags.constraints or {},
             )
             stored.append((end, study))
     return [study for _, study in sorted(stored, key=lambda item: -item[0])]
@@ -139,11 +151,26 @@ def children(tracker: MlflowTracker, study: StudyRuns, role: Role | None = None)
 
 
 def best_run_ids(tracker: MlflowTracker, study: StudyRuns, count: int) -> list[str]:
-    """The ids of the finished trials' runs, best first; not those of finals and reproductions."""
+    """The ids of the finished and feasible trials' runs, best first; not those of finals and reproductions."""
     query = f"{child_of(study.parent, 'trial')} and tags.state = 'finished'"
     order = [f"metrics.`{study.objective}` DESC"]
     ranked = intact(tracker.store.search([study.experiment], query, order, page_size=count + 10))
-    return [run.info.run_id for run in islice(ranked, count)]
+    return [run.info.run_id for run in islice((run for run in ranked if not study.broken_by(run)), count)]
+
+
+def no_best_run(tracker: MlflowTracker, study: StudyRuns) -> UserError:
+    """Why `best_run_ids` finds none: no trial finished, or which infeasible one is the nearest to the bounds."""
+    infeasible = [run for run in children(tracker, study, "trial") if study.broken_by(run)]
+    if not infeasible:
+        return UserError(
+            f"study {study.name}", "no finished trial yet", "`study NAME` resumes it, `--trials` adds some"
+        )
+    closest = nearest(study.constraints, [(str(run.info.run_name), run.data.metrics) for run in infeasible])
+    return UserError(
+        f"study {study.name}",
+        f"no feasible trial; the nearest is {closest}",
+        "`--trials` adds some; other bounds are another `--version`",
+    )
 
 
 def deleted_children(tracker: MlflowTracker, parent: str) -> list[StoredRun]:

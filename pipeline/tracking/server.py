@@ -21,15 +21,30 @@ from pipeline.errors import UserError
 HOST = "127.0.0.1"
 PROJECT = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 120
+# Sections of MLflow's page of charts, named as what stands before a metric's last slash. Without a view they are sorted by
+# name, calibration first.
+OPEN_SECTIONS = ("val", "val/f1", "train", "optimizer")
+FOLDED_SECTIONS = (
+    *("val/precision", "val/recall", "calibration", "methods", "model", "memory", "throughput", "time"),
+    *("Model metrics", "System metrics"),  # MLflow's own
+)
 
 
 def shared_view(objective: str, params: Sequence[str]) -> tuple[str, str]:
     """(key, value) of a view for MLflow's page of runs: only trials, best first, with scores and searched parameters.
 
-    The experiment's tag `mlflow.sharedViewState.<key>` keeps it, as by the page's own "share" button. MLflow doesn't
-    document it: where a version doesn't know it, the address that names it still opens the plain list.
+    Its charts begin with the scores and each class's F1 by epoch. The experiment's tag `mlflow.sharedViewState.<key>` keeps
+    it, as by the page's own "save view"; the page's menu lists it. MLflow doesn't document it: where a version doesn't know
+    it, the address that names it still opens the plain list.
     """
-    metrics = dict.fromkeys([objective, "val/f1_macro", "val/loss", "val/ece", "time/training_s"])
+    scores = dict.fromkeys([objective, "val/accuracy", "val/f1_macro", "val/balanced_accuracy", "val/loss"])
+    others = [name for name in (*scores, "val/ece", "time/training_s") if name != objective]
+    columns = [
+        *(f"metrics.`{objective}`", "tags.`state`"),
+        *(f"params.`{name}`" for name in params),
+        *(f"metrics.`{name}`" for name in others),
+        *("attributes.`Duration`", "tags.`reason`"),
+    ]
     state = {
         "searchFilter": "tags.role = 'trial'",
         "orderByKey": f"metrics.`{objective}`",
@@ -38,16 +53,34 @@ def shared_view(objective: str, params: Sequence[str]) -> tuple[str, str]:
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
-        "selectedColumns": [
-            "attributes.`Duration`",
-            *(f"metrics.`{name}`" for name in metrics),
-            *(f"params.`{name}`" for name in params),
-            "tags.`state`",
-            "tags.`reason`",
+        "selectedColumns": columns,
+        "columnOrder": columns,
+        "columnWidths": dict.fromkeys(columns, 110),  # pixels
+        # MLflow draws what isn't listed behind what is, in the order of these sections.
+        "compareRunCharts": [_line_chart(name) for name in scores],
+        "compareRunSections": [
+            {"uuid": name, "name": name, "display": name in OPEN_SECTIONS, "isReordered": True}
+            for name in (*OPEN_SECTIONS, *FOLDED_SECTIONS)
         ],
+        "isAccordionReordered": True,
     }
-    value = "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+    packed = "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+    value = json.dumps({"name": "Trials, best first", "createdAt": 0, "state": packed})
     return hashlib.md5(value.encode(), usedforsecurity=False).hexdigest(), value
+
+
+def _line_chart(metric: str) -> dict[str, object]:
+    """A metric by epoch on MLflow's page of charts."""
+    return {
+        "type": "LINE",
+        "uuid": metric,
+        "metricKey": metric,
+        "metricSectionId": metric.rpartition("/")[0],
+        "isGenerated": True,  # so that the page doesn't draw the metric a second time
+        "xAxisKey": "step",
+        "useGlobalXaxisKey": True,
+        "useGlobalLineSmoothing": True,
+    }
 
 
 def web_address(uri: str) -> str:
@@ -62,12 +95,12 @@ def study_links(
     """Addresses in the UI at `base`: the study's trials sorted by score, its charts, its best trials compared."""
     # Without the workflow type, MLflow 3 opens in its GenAI mode, which shows no runs.
     workflow = {"workflowType": "machine_learning"}
-    order = workflow | {"orderByKey": f"metrics.`{objective}`", "orderByAsc": "false"}
+    # An order in the address would override the view, which has its own.
+    order = {"viewStateShareKey": view} if view else {"orderByKey": f"metrics.`{objective}`", "orderByAsc": "false"}
     runs = f"{base}/#/experiments/{experiment}/runs?"
     links = {
-        # An order in the address would override the view, which has its own.
-        "trials": runs + urlencode(workflow | {"viewStateShareKey": view} if view else order),
-        "charts": runs + urlencode(order | {"compareRunsMode": "CHART"}),
+        "trials": runs + urlencode(workflow | order),
+        "charts": runs + urlencode(workflow | order | {"compareRunsMode": "CHART"}),
     }
     if len(best_run_ids) > 1:
         lists = {"runs": list(best_run_ids), "experiments": [experiment]}

@@ -42,6 +42,7 @@ class RunTags:
     reason: str | None = None  # why it ended so
     trial: int | None = None  # the trial's number, also of a final
     control: bool | None = None  # of the trial of the base recipe
+    start: str | None = None  # of a trial whose parameters were given: where they come from
     trial_run: str | None = None  # of a final: the run of the trial that is trained again
     candidate: str | None = None  # of a final: the recipe's digest without its seed
     seed: int | None = None  # of a final
@@ -60,6 +61,7 @@ class RunTags:
     # Of a study's own run.
     note: str | None = None  # its question, as MLflow shows it
     objective: str | None = None
+    constraints: Mapping[str, float] | None = None  # metric -> its upper bound
     view: str | None = None  # the key of its view in the UI
     data_places: tuple[str, ...] | None = None  # where its data set lay, the newest first
     replaces: tuple[str, ...] | None = None  # the study's runs before this one, which were deleted in MLflow
@@ -125,6 +127,11 @@ def _mapping(text: str) -> Mapping[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _bounds(text: str) -> Mapping[str, float] | None:
+    bounds = _mapping(text)
+    return bounds if bounds and all(type(bound) in (int, float) and bound > 0 for bound in bounds.values()) else None
+
+
 def _strings(text: str) -> tuple[str, ...] | None:
     value = _json(text)
     return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else None
@@ -139,6 +146,7 @@ _PARSERS: Mapping[str, Any] = {
     "trial_run": _hex_id,
     "reproduces": _hex_id,
     "objective": _objective,
+    "constraints": _bounds,
     "worker": _mapping,
     "data_places": _strings,
     "replaces": _strings,

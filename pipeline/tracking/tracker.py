@@ -157,6 +157,7 @@ class MlflowTracker:
         run_id: str | None = None,
         key: str | None = None,
         places: Sequence[str] = (),
+        constraints: Mapping[str, float] | None = None,
     ) -> MlflowRun:
         """A study's parent run, RUNNING: the one of this id or key, or a new one; `params` are those that it searches.
 
@@ -178,7 +179,8 @@ class MlflowTracker:
             if current is None and run_id:
                 key = None
             key = key or (current and RunTags.of(current).run_key) or uuid.uuid4().hex
-            tags = RunTags(study=name, role="study", objective=objective, view=view_key, run_key=key).to_mlflow()
+            own_tags = RunTags(study=name, role="study", objective=objective, view=view_key, run_key=key)
+            tags = replace(own_tags, constraints=constraints or None).to_mlflow()
             if current is None:
                 replaces = (run_id, *((former and RunTags.of(former).replaces) or ())) if run_id else None
                 first_tags = tags | _provenance() | RunTags(note=note, replaces=replaces).to_mlflow()

@@ -5,7 +5,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from pipeline.data.augment import Augmenter, normalise
 from pipeline.data.datasets import Split
 from pipeline.data.prepare import TrainingData
 from pipeline.evaluation.logits import autocast, predict_logits
-from pipeline.evaluation.scores import accuracy_from, f1_macro_from
+from pipeline.evaluation.scores import CLASS_F1, accuracy_from, balanced_accuracy_from, f1_from, metric_names
 from pipeline.models.build import build_network
 from pipeline.models.layers import FitsFirstLayer
 from pipeline.recipe import Recipe
@@ -146,6 +146,7 @@ class _Learner:
         self.parts = Parts(network, build_optimizer(network, recipe.optimizer, device, graphed), average)
         self.scored_network = average.network if average else network
         self._parameters = list(network.parameters())
+        self._f1_names = [f"{CLASS_F1}{name}" for name in metric_names(data.classes)]
         self._augmenter = Augmenter(
             images,
             data.train.labels,
@@ -217,9 +218,10 @@ class _Learner:
         """Validation logits (num_validation, num_classes), and the epoch's losses and scores by MLflow name."""
         means = torch.stack([self._loss_sum / self._steps, self._num_correct / (self._steps * self._batch_size)])
         logits = self._validation_logits(self.scored_network)
-        metrics = _metrics(means, logits, self._data.validation)
+        metrics = _metrics(means, logits, self._data.validation, self._f1_names)
         if score_plain and self.parts.average:
-            plain = _metrics(means, self._validation_logits(self.parts.network), self._data.validation)
+            plain_logits = self._validation_logits(self.parts.network)
+            plain = _metrics(means, plain_logits, self._data.validation, self._f1_names)
             metrics |= {
                 name.replace("val/", "plain/"): value for name, value in plain.items() if name.startswith("val/")
             }
@@ -239,11 +241,11 @@ class _Learner:
         }
 
 
-def _metrics(means: Tensor, logits: Tensor, validation: Split) -> dict[str, float]:
+def _metrics(means: Tensor, logits: Tensor, validation: Split, f1_names: Sequence[str]) -> dict[str, float]:
     """An epoch's losses and scores, in the epoch's one transfer from the device.
 
     means: (2,), the training's loss and accuracy. The latter is against each target's largest class, which mixing makes
-    hard to reach.
+    hard to reach. f1_names: of each class's F1.
     """
     classes = torch.arange(logits.shape[1], device=logits.device)
     true = (validation.labels[:, None] == classes).float()
@@ -252,12 +254,15 @@ def _metrics(means: Tensor, logits: Tensor, validation: Split) -> dict[str, floa
     loss = cross_entropy(logits, validation.labels)
     numbers = torch.cat([means, loss[None], confusion.flatten()]).double().cpu().numpy()
     matrix = numbers[3:].reshape(len(classes), -1).round().astype("int64")
+    f1 = f1_from(matrix)
     return {
         "train/loss": float(numbers[0]),
         "train/accuracy": float(numbers[1]),
         "val/loss": float(numbers[2]),
         "val/accuracy": accuracy_from(matrix),
-        "val/f1_macro": f1_macro_from(matrix),
+        "val/balanced_accuracy": balanced_accuracy_from(matrix),
+        "val/f1_macro": float(f1.mean()),
+        **dict(zip(f1_names, f1.tolist(), strict=True)),
     }
 
 

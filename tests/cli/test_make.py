@@ -35,6 +35,8 @@ MAKE_COMMANDS = re.findall(r"^COMMANDS := (.*)", MAKEFILE, re.MULTILINE)[0].spli
         ),
         ("study", ["NAME=attention", "STALL_TIMEOUT=15m", "EPOCHS="], "--stall-timeout=15m|--|attention"),
         ("study", ["NAME=-x", "TRIALS=-1"], "--trials=-1|--|-x"),
+        ("study", ["NAME=a", "PRUNE=0"], "--no-prune|--|a"),
+        ("plan", ["NAME=a", "PRUNE=1"], "--prune|--|a"),
         ("compare", ["NAME=a b", "OUTPUT=my page.html"], "--output=my page.html|--|a b"),
         ("promote", ["RUN=01", "FORCE=1", "REASON=it's", "RULES=a=1"], "--run=01|--force|--reason=it's|--rules=a=1"),
         ("promote", ["NAME=a", "FORCE=0"], "--|a"),

@@ -22,6 +22,7 @@ def test_best_trials_have_a_row_and_their_changes(capsys: pytest.CaptureFixture[
     trial = BestTrial(
         number=3,
         is_control=False,
+        infeasible="model/parameters 1,234, at most 1,000",
         score=0.91234,
         lead=math.nan,
         f1_macro=0.9,
@@ -37,6 +38,9 @@ def test_best_trials_have_a_row_and_their_changes(capsys: pytest.CaptureFixture[
     headings = ("trial", "score", "lead", "weakest class (F1)", "time")
     print_best_trials(make_console(), "title", "val/accuracy", [trial], headings)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "title" and lines[-1] == "trial 3: lr 0.1"
+    assert lines[0] == "title" and lines[-2:] == [
+        "trial 3: lr 0.1",
+        "trial 3 is infeasible: model/parameters 1,234, at most 1,000",
+    ]
     [row] = [line.split() for line in lines if "0.9123" in line]
-    assert row == ["3", "0.9123", "cat\\n", "(0.500)", "1", "min", "01", "s"]
+    assert row == ["3", "(infeasible)", "0.9123", "cat\\n", "(0.500)", "1", "min", "01", "s"]

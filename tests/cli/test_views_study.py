@@ -1,13 +1,17 @@
 """What a person sees of a study where nothing can be redrawn."""
 
 import io
+import json
+import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from pipeline.cli.common import make_console
 from pipeline.cli.options import StudyOptions, resolve
-from pipeline.cli.views_study import StudyView, changes_text, print_forecast
+from pipeline.cli.views_study import StudyView, changes_text, print_forecast, say_infeasible_control
+from pipeline.data.prepare import TrainingData
 from pipeline.experiment import Outcome
 from pipeline.search.study import Search, StudyProgress
 from pipeline.tracking.tags import State
@@ -32,12 +36,41 @@ def test_progress_is_a_line_on_a_pipe(search: Search, capsys: pytest.CaptureFixt
     assert lines[2].startswith("trial 3 failed (diverged), ") and lines[3] == "  a note"
 
 
+def test_infeasible_trials_are_named_with_what_they_break(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
+    bounded = replace(search, study=replace(search.study, constraints={"model/latency_ms": 5}))
+    with StudyView(make_console(), bounded) as view:
+        view.study_progress(StudyProgress("a-v1-digits", 2, 0, 0, None, 1))
+        view.trial_ended(1, Outcome(State.FINISHED, "k", None, "", {"model/latency_ms": 6.25}, 1, 2.0))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("0 pruned, 0 failed, 1 infeasible")
+    assert lines[1] == "trial 1 finished, 1 epochs in 2.0 s; infeasible: model/latency_ms 6.25, at most 5"
+
+
+def test_infeasible_control_is_said_before_the_start(
+    search: Search, digits: TrainingData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for bound, said in ((1e9, ""), (50, "the control is infeasible (model/parameters 2,")):
+        study = replace(search.study, constraints={"model/parameters": bound})
+        say_infeasible_control(make_console(), replace(search, study=study), digits)
+        assert capsys.readouterr().out.startswith(said) and bool(said) == (bound == 50)
+
+
 def test_changes_leave_out_what_the_control_has(search: Search) -> None:
+    widths = json.dumps(search.base.model.widths)
     assert changes_text({"optimizer.lr": search.base.optimizer.lr}, search) == "the control, the base recipe"
+    assert changes_text({"model.widths": widths}, search) == "the control, the base recipe"
+    assert changes_text({"model.widths": "[4, 8]"}, search) == "widths [4, 8]"
 
 
 def test_forecast_is_compared_with_what_it_cost() -> None:
     console = Console(file=io.StringIO(), width=100)
     print_forecast(console, FORECAST | {"measured": 1}, FORECAST | {"seconds": 180})
     assert "2.00" in console.file.getvalue()  # type: ignore[attr-defined]
+    print_forecast(console, FORECAST | {"measured": 1}, FORECAST | {"epoch_s": math.nan})  # all were refused
     assert "truth / forecast" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_forecast_says_that_it_assumes_no_pruning() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    print_forecast(console, FORECAST | {"measured": 1, "unknown_pruner": "MedianPruner"})
+    assert "no pruning is assumed, as what MedianPruner will do is not known" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """Scores against scikit-learn and slow references."""
 
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,9 @@ from sklearn import metrics
 
 from pipeline.evaluation.scores import (
     accuracy_from,
+    balanced_accuracy_from,
     confusion_matrix,
+    f1_from,
     f1_macro_from,
     metric_names,
     most_confident,
@@ -64,7 +67,12 @@ def test_all_scores_agree_with_scikit_learn(seed: int) -> None:
     np.testing.assert_allclose(scores.f1, f1)
     np.testing.assert_array_equal(scores.confusion, metrics.confusion_matrix(labels, predictions, labels=classes))
     np.testing.assert_array_equal(per_class_table(scores, [str(name) for name in classes])["support"], support)
+    np.testing.assert_array_equal(f1_from(scores.confusion), scores.f1)
     assert f1_macro_from(scores.confusion) == scores.f1_macro
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes that are predicted and have no image
+        expected = metrics.balanced_accuracy_score(labels, predictions)
+    assert balanced_accuracy_from(scores.confusion) == pytest.approx(expected)
     assert accuracy_from(scores.confusion) == scores.accuracy
 
 

@@ -233,6 +233,19 @@ def test_a_step_of_each_optimizer_is_the_devices_alone(optimizer: str, how: str,
     assert not gpu.kernels.steps[-2].launches("forward"), "a replay launches nothing but the graph"
 
 
+# Kernels of augmentation: of all operations for all images, RandAugment's twice, AugMix's three times.
+OF_POLICY = {"trivialaugment": 220, "randaugment": 345, "augmix": 490}
+
+
+@pytest.mark.parametrize("policy", OF_POLICY)
+def test_a_step_of_each_policy_is_the_devices_alone(policy: str, tiny: Recipe) -> None:
+    _, gpu = trained(tiny.changed({"augmentation.policy": policy}))
+    step = gpu.kernels.last
+    assert OF_POLICY[policy] * 0.9 < step.launches("augmentation") <= OF_POLICY[policy]
+    assert not list(filter(REFUSED.fullmatch, {name for of in step.kernels.values() for name in of}))
+    assert gpu.kernels.reads == 1
+
+
 def test_a_frozen_parameter_is_another_graph(tiny: Recipe) -> None:
     change = OPTIMIZERS["muon"] | {"optimizer.whitening_share": 0.5, "training.execution": "graphed"}
     fast = tiny.changed({"model.network": "fast", "model.widths": (4, 8)} | change)

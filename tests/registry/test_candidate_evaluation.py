@@ -90,6 +90,8 @@ def test_first_champion_is_compared_with_a_control_alike(
     assert control_of(tracker, alone) == lucky[0] and control_of(tracker, rival) == longer, "of finals as long"
     assert control_of(tracker, trial) == control, "one seed against one"
     assert [control_of(tracker, run) for run in (*lucky, longer)] == [None] * 3, "the control, whatever its seed"
+    tracker.client.set_tag(parent.id, "constraints", '{"val/accuracy": 0.4}')
+    assert control_of(tracker, trial) is None, "an infeasible control"
 
 
 def test_tampered_predictions_are_not_used(store: Store, tmp_path: Path) -> None:

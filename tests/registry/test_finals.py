@@ -67,7 +67,13 @@ class StudyHarness:
         return find_studies(self.tracker, self.name)[0]
 
     def trial(
-        self, number: int, score: float, state: State = State.FINISHED, control: bool = False, **changes: Any
+        self,
+        number: int,
+        score: float,
+        state: State = State.FINISHED,
+        control: bool = False,
+        seconds: float = 0.5,
+        **changes: Any,
     ) -> str:
         recipe = self.base.changed({name.replace("__", "."): value for name, value in changes.items()})
         tags = {"role": "trial", "study": self.name, "trial": str(number)}
@@ -75,7 +81,7 @@ class StudyHarness:
         with self.tracker.run(
             RunRequest(name=name, recipe=recipe, data=self.data, parent_run=self.study.parent, tags=RunTags.parse(tags))
         ) as run:
-            run.log_metrics({"val/accuracy": score, "time/training_s": 0.5}, 1)
+            run.log_metrics({"val/accuracy": score, "time/training_s": seconds}, 1)
             run.end(state)
         return self.tracker.id_of(run.key)
 
@@ -121,6 +127,17 @@ def finished(new_harness: Callable[[], StudyHarness]) -> StudyHarness:
 
 
 # ------------------------------------------------------------------------------------------------ who, with which seeds
+
+
+def test_candidates_are_feasible_except_the_control(new_harness: Callable[[], StudyHarness]) -> None:
+    harness = new_harness()
+    harness.trial(0, 0.5, control=True, seconds=9.0)
+    harness.trial(1, 0.7, optimizer__lr=0.05, seconds=8.0)
+    study = dataclasses.replace(harness.study, constraints={"time/training_s": 4})
+    with pytest.raises(UserError, match=r"no feasible trial; the nearest is trial 1 \(time/training_s 8, at most 4\)"):
+        plan_finals(harness.tracker, study, CPU, 3, 1)
+    harness.trial(2, 0.6, optimizer__lr=0.02)
+    assert [c.trial for c in plan_finals(harness.tracker, study, CPU, 3, 1).candidates] == [0, 2]
 
 
 def test_candidates_are_the_control_and_the_best_distinct_recipes(harness: StudyHarness) -> None:

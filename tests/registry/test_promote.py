@@ -119,6 +119,18 @@ def test_reproduction_is_no_candidate(store: Store, tmp_path: Path, small_recipe
     assert not registry.ledger.events()
 
 
+def test_infeasible_run_is_no_candidate(store: Store, tmp_path: Path) -> None:
+    registry = store.registry(tmp_path, "infeasible")
+    parent = registry.tracker.client.get_run(store.good).data.tags["mlflow.parentRunId"]
+    registry.tracker.client.set_tag(parent, "constraints", '{"model/parameters": 10}')
+    try:
+        with pytest.raises(PromotionRefused, match=r"infeasible: model/parameters 1,770, at most 10; `promote tiny-v1"):
+            promote(registry, store.good, RULES, DATA, RecordingObserver())
+    finally:
+        registry.tracker.client.delete_tag(parent, "constraints")
+    assert not registry.ledger.events()
+
+
 def test_moved_alias_is_reported_with_both_ways_out(store: Store, tmp_path: Path) -> None:
     registry = store.registry(tmp_path, "moved")
     promote(registry, store.good, RULES, DATA, RecordingObserver())

@@ -41,6 +41,18 @@ def test_recipe_far_behind_stops_and_the_control_never(small_recipe: Recipe) -> 
     assert candidates[0] not in racing.eligible() and candidates[0] in racing.running(), "not even one that diverged"
 
 
+def test_infeasible_final_stops_its_recipe_and_the_control_is_trained_on(small_recipe: Recipe) -> None:
+    candidates = candidates_of(small_recipe, 3)
+    racing = Racing(candidates, 1, 0.0002)
+    broken = ("model/parameters 9, at most 8", "model/latency_ms 2, at most 1", "")
+    for candidate, infeasible in zip(candidates, broken, strict=True):
+        racing.add(candidate, 0, Final("", 0.9 - 0.1 * candidate.trial, 1.0, infeasible))
+    assert racing.stopped[candidates[1].digest] == "infeasible with seed 0: model/latency_ms 2, at most 1"
+    assert racing.eligible() == [candidates[2]] and racing.running() == [candidates[0], candidates[2]]
+    choice = choose(racing, {candidate.digest: 1 for candidate in candidates})
+    assert choice and choice[0] is candidates[2], "though its score is the lowest"
+
+
 def test_best_recipe_is_stopped_in_at_most_5_percent_of_finals(small_recipe: Recipe) -> None:
     """All are equally good, so that each is the best one: the hardest case."""
     candidates = candidates_of(small_recipe, 4)

@@ -103,7 +103,7 @@ def test_pruned_run_is_compared_over_its_epochs(trained: Trained, tracker: Mlflo
     assert (outcome.state, outcome.epochs) == (State.PRUNED, 1)
     comparison = compare(tracker, original, tracker.id_of(outcome.run_key), 144, None)
     assert comparison.equal and comparison.points == 0
-    assert comparison.lines[0] == "metrics: 6 numbers of 1 epochs, 6 equal"
+    assert comparison.lines[0] == "metrics: 17 numbers of 1 epochs, 17 equal"
 
 
 def test_run_of_two_threads_is_trained_with_two(

@@ -28,6 +28,7 @@ def study(trials: int, seed: int, strength: float) -> pd.DataFrame:
             "run_id": [f"r{n}" for n in range(trials)],
             "role": "trial",
             "state": "finished",
+            "infeasible": "",
             "control": [n == 0 for n in range(trials)],
             "optimizer.name": name,
             "optimizer.lr": 10 ** dice.uniform(-4, -1, trials),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from pipeline.report.best_trials import best_trials, changes
-from pipeline.report.trials import searched, table_of
+from pipeline.report.figures import scores
+from pipeline.report.trials import challenger, ranked, searched, table_of
 from report.helpers import trial_row
 
 
@@ -30,6 +31,24 @@ def test_the_best_trials_come_first_and_the_control_below_them_where_it_is_not_a
     assert [trial.changes for trial in found] == ["lr 0.125, optimizer adam", "the control, the base recipe"]
     assert np.isnan(found[0].latency_ms), "not measured"
     assert [trial.number for trial in best_trials(frame, 9)] == [1, 2, 0], "once, and no failed one"
+
+
+def test_infeasible_trials_come_last_and_win_nothing() -> None:
+    broken = {"infeasible": "model/parameters 9, at most 8", "model/parameters": 9.0}
+    rows = [trial_row(0, 0.8, control=True, **broken), trial_row(1, 0.5, **{"model/parameters": 7.0})]
+    rows += [trial_row(2, 0.9, **broken), trial_row(3, np.nan, state="pruned", **broken, **{"val/accuracy": 0.7})]
+    frame = table_of(rows)
+    names = ["1", "2 (infeasible)", "0 (control, infeasible)"]
+    assert [trial.name for trial in best_trials(frame, 9)] == names
+    best, label = challenger(frame) or ({}, "")
+    assert (best["trial"], label) == (1, "best")
+    assert list(ranked(frame)["trial"]) == [1]
+    assert challenger(frame[frame["infeasible"] != ""]) is None
+    history, cost = scores.history(frame), scores.cost(frame, "model/parameters")
+    assert "best of 1 finished trial, 0.5000, came at trial 1" in history.layout.meta
+    assert cost.layout.meta.startswith("Of 1 that finished trial 1 is both the best and the cheapest")
+    for figure in (history, cost):
+        assert [list(trace.y) for trace in figure.data if trace.name == "infeasible"] == [[0.9, 0.8]]
 
 
 def test_without_a_finished_control_there_is_no_lead() -> None:

@@ -1,6 +1,7 @@
 """A study's page, in a real browser: its answer, its numbers and its images are those of the store."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from pipeline.evaluation.significance import Sample
 from pipeline.recipe import Recipe
 from pipeline.registry.decision import CandidateResult, FinalsDecision, Winner
 from pipeline.report.render import write
-from pipeline.report.study_page import study_page
-from pipeline.report.trials import choose, finished, table
+from pipeline.report.study_page import _parameters, study_page
+from pipeline.report.trials import choose, finished, table, table_of
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker
 from report.helpers import Store, body, opened, page_of
@@ -92,6 +93,12 @@ def test_where_most_are_pruned_they_count_too_and_it_is_said_how(
     assert float(re.findall(r">([^<>]+)</td>", adam)[5]) == pytest.approx(20, abs=1)
 
 
+def test_f1_by_epoch_is_drawn_of_pruned_trials_too(store: Store) -> None:
+    """`tiny` has a trial that finished two epochs, and one that was pruned after the first."""
+    [caption] = re.findall(r"Trial 0's weakest class, \d, has F1 [^<]*", page_of(store, "tiny").replace("&#39;", "'"))
+    assert "after epoch 1 and" in caption and caption.endswith("Grey: 1 pruned trial.")
+
+
 def test_what_finals_decided_comes_first(halved: Store) -> None:
     tracker = MlflowTracker(halved.home)
     [study] = choose(tracker, ["halved"])
@@ -153,6 +160,24 @@ def test_only_failures_make_a_page_that_says_why(store: Store, browser: Browser,
     assert "No trial finished, so there is no answer yet." in page.inner_text(".answer")
     assert page.locator("td", has_text="onerror").count() == 2
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_trials_refused_untrained_do_not_move_effects_to_an_early_epoch(trained: Trained) -> None:
+    row = {"study": "s", "role": "trial", "control": False, "objective": "val/accuracy", "val/accuracy": 0.5}
+    finished = [row | {"trial": 0, "run_id": "r0", "state": "finished", "score": 0.5, "epochs": 2}]
+    refused = [row | {"trial": n, "run_id": f"r{n}", "state": "pruned", "epochs": 0} for n in (1, 2)]
+    found = _parameters(MlflowTracker(trained.home), table_of([*finished, *refused]))[0]
+    assert (found["early_epoch"], found["num_pruned"], found["num_measured"]) == (None, 0, 1)
+
+
+def test_page_without_a_feasible_trial_names_the_nearest(trained: Trained) -> None:
+    tracker = MlflowTracker(trained.home)
+    [found] = choose(tracker, ["tiny"])
+    study = replace(found, constraints={"model/parameters": 1000})
+    said = body(study_page(tracker, study, table(tracker, [study]), Path("nowhere"), {}))
+    assert "No answer: no feasible trial; the nearest is trial 0 (model/parameters 1,770, at most 1,000)." in said
+    assert "Trial 0 is infeasible and can't win: model/parameters 1,770, at most 1,000." in said
+    assert "; 1 infeasible;" in said
 
 
 def test_one_finished_trial_without_a_control_is_enough(trained: Trained, browser: Browser, tmp_path: Path) -> None:

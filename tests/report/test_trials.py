@@ -72,6 +72,7 @@ def frame(**columns: list[object]) -> pd.DataFrame:
         "trial": list(range(rows)),
         "run_id": [f"r{n}" for n in range(rows)],
         "role": ["trial"] * rows,
+        "infeasible": [""] * rows,
         "control": [n == 0 for n in range(rows)],
     }
     return pd.DataFrame(base | columns)

@@ -72,8 +72,17 @@ class StudyHarness:
         self.home, self.base, self.data = home, base, data
         self.storage, self.tracker = open_storage(home, storage), MlflowTracker(home)
 
-    def search(self, trials: int, space: Any = rates, base: Recipe | None = None, **limits: Any) -> Search:
-        study = Study(question="?", base=base or self.base, space=space, objective="val/accuracy", trials=trials)
+    def search(
+        self,
+        trials: int,
+        space: Any = rates,
+        base: Recipe | None = None,
+        fields: dict[str, Any] | None = None,
+        **limits: Any,
+    ) -> Search:
+        """`fields` are of the Study."""
+        base, fields = base or self.base, {"starts": {}, **(fields or {})}
+        study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=trials, **fields)
         return Search("tiny", study, {}, 1, trials, limits.get("timeout_s"), limits.get("patience"))
 
     def context(self, search: Search, observer: Any = None) -> StudyContext:
@@ -98,6 +107,10 @@ class StudyHarness:
         """Run or resume the study; `changes` are of its base recipe."""
         search = self.search(trials, space, self.base.changed(changes or {}), **limits)
         return run_study(self.context(search, observer), pool)
+
+    def empty_study(self) -> optuna.Study:
+        """The study without the control."""
+        return optuna.create_study(study_name=self.key, storage=self.storage, direction="maximize")
 
     def study(self) -> optuna.Study:
         return optuna.load_study(study_name=self.key, storage=self.storage)

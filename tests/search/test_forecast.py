@@ -6,6 +6,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.pruners import MedianPruner
 from optuna.trial import TrialState
 from study_harness import RecordingObserver, StudyHarness
 
@@ -14,7 +15,6 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.search import forecast as forecast_module
 from pipeline.search.forecast import Choice, Way, actual, choose, decide, forecast, measure_ways
-from pipeline.search.pruner import RecentTrialsPruner
 from pipeline.search.run_study import run_study
 from pipeline.search.storage import find_study
 from pipeline.search.study import Search, Study
@@ -58,33 +58,23 @@ def test_forecast_is_for_the_remaining_trials(small_recipe: Recipe, digits: Trai
     assert forecast(search, digits, CPU, stored([TrialState.COMPLETE] * 6)) is None
 
 
-def test_pruning_is_simulated_by_the_pruners_rule(small_recipe: Recipe) -> None:
-    """Of exchangeable trials a quarter goes on at each rung, which are 3, 6 and 12 of 18 epochs."""
-    search = search_of(small_recipe.changed({"training.epochs": 18}), 1000)
-    share, pruned = forecast_module._pruning(search, 0)
-    assert share == pytest.approx((3 + 3 / 4 + 6 / 16 + 6 / 64) / 18, rel=0.05)
-    assert pruned == pytest.approx(63 / 64, abs=0.02)
+def test_most_trials_are_short_and_the_best_are_in_full(small_recipe: Recipe) -> None:
+    search = search_of(small_recipe.changed({"training.epochs": 20}), 24)
+    share, pruned = forecast_module._pruning(search, 24, 0)
+    assert pruned == pytest.approx(18.5 / 24, abs=0.05), "of 24 the control and four to six others are in full"
+    assert share == pytest.approx(1 - pruned + pruned * 5 / 20)
+    rest_share, rest_pruned = forecast_module._pruning(search, 24, 1)
+    assert rest_share < share and rest_pruned > pruned, "the control is in full"
 
 
-def test_first_trials_of_a_study_are_pruned_less(small_recipe: Recipe) -> None:
-    search = search_of(small_recipe.changed({"training.epochs": 18}), 20)
-    (all_used, all_pruned), (rest_used, rest_pruned) = (forecast_module._pruning(search, done) for done in (0, 10))
-    assert rest_used < all_used and rest_pruned > all_pruned
-    begun, begun_pruned = forecast_module._pruning(dataclasses.replace(search, trials=10), 0)
-    assert all_used == pytest.approx((begun + rest_used) / 2, abs=0.03)
-    assert all_pruned == pytest.approx((begun_pruned + rest_pruned) / 2, abs=0.03)
-
-
-@pytest.mark.parametrize(("epochs", "ended"), [(348, 54), (342, 53), (366, 51)])
-def test_forecast_agrees_with_three_live_studies(epochs: int, ended: int, small_recipe: Recipe) -> None:
-    """Of 60 trials of 18 epochs on CIFAR-10, seeds 0 to 2; see studies/pruning/README.md."""
-    share, pruned = forecast_module._pruning(search_of(small_recipe.changed({"training.epochs": 18}), 60), 0)
-    assert share == pytest.approx(epochs / 1080, rel=0.1)
-    assert pruned == pytest.approx(ended / 60, rel=0.1)
-
-
-def test_trials_of_one_epoch_are_not_pruned(small_recipe: Recipe) -> None:
-    assert forecast_module._pruning(search_of(small_recipe.changed({"training.epochs": 1}), 30), 0) == (1, 0)
+def test_no_pruning_is_assumed_where_trials_are_in_full(small_recipe: Recipe) -> None:
+    search = search_of(small_recipe.changed({"training.epochs": 20}), 24)
+    none = dataclasses.replace(search, prune=False)
+    other = dataclasses.replace(search, study=dataclasses.replace(search.study, pruner=MedianPruner()))
+    brief = search_of(small_recipe.changed({"training.epochs": 3}), 24)
+    few = dataclasses.replace(search, trials=5)
+    for each in (none, other, brief, few):
+        assert forecast_module._pruning(each, each.trials, 0) == (1.0, 0.0)
 
 
 def test_searched_epochs_are_averaged(small_recipe: Recipe, digits: TrainingData) -> None:
@@ -299,10 +289,3 @@ def test_device_in_use_is_not_shared_further(small_recipe: Recipe, digits: Train
     assert found and found.choice and found.choice.taken == 3.0
     free = found.unpruned_epochs * found.epoch_s
     assert found.unpruned_seconds > 3 * free, "three times what one worker takes"
-
-
-def test_simulated_pruning_counts_epochs_and_completed_trials() -> None:
-    """Rungs 1, 2 and 4 of 6 epochs; from the fourth trial on only the best quarter continues."""
-    pruner = RecentTrialsPruner(6)
-    assert forecast_module.simulate_pruning([0.9, 0.1, 0.2], 6, pruner, 1) == (18, 3), "the first three"
-    assert forecast_module.simulate_pruning([0.9, 0.1, 0.2, 0.3, 0.95], 6, pruner, 1) == (18 + 1 + 6, 4)

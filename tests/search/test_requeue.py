@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 from study_harness import StudyHarness, rates
 
 from pipeline.processes import this_process
+from pipeline.search.optuna_internals import storage_of, trial_id
 from pipeline.search.requeue import reconcile, requeue
 from pipeline.search.storage import num_finished
 from pipeline.search.study_attributes import StudyAttributes
@@ -46,10 +47,14 @@ def test_trial_that_died_inside_its_space_is_requeued_once(harness: StudyHarness
     study.enqueue_trial({"optimizer.lr": 0.5, "optimizer.momentum": 0.7}, user_attrs={"control": True})
     trial = study.ask()
     trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)  # killed before it asks for the momentum
+    trial.set_constraint("model/parameters", -5)
+    storage_of(study).set_trial_system_attr(trial_id(trial), "grid_id", 3)
     requeue(study, trial)
     requeue(study, trial)
     waiting = study.get_trials(states=(TrialState.WAITING,))
     assert [successor.system_attrs["fixed_params"] for successor in waiting] == [
         {"optimizer.lr": 0.5, "optimizer.momentum": 0.7}
     ]
-    assert waiting[0].user_attrs == {"retry_of": trial.number, "control": True, "unpruned": True}
+    assert waiting[0].system_attrs["grid_id"] == 3, "what the sampler knows it by"
+    assert not waiting[0].constraints, "measured anew"
+    assert waiting[0].user_attrs == {"retry_of": trial.number, "control": True}

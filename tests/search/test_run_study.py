@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.samplers import GridSampler
 from optuna.trial import TrialState
 from study_harness import RecordingObserver, StudyHarness, rates
 
@@ -108,6 +109,30 @@ def test_study_out_of_patience_stops_and_resumes_with_more(harness: StudyHarness
     assert len(harness.run(20, same, patience=3).trials) == 4
     assert len(harness.run(6, same).trials) == 6
     harness.assert_nothing_runs()
+
+
+def test_grid_under_a_constraint_ends_by_itself_and_trains_what_is_feasible(harness: StudyHarness) -> None:
+    """The control breaks it: it is trained for comparison, and is not the best."""
+    grid = {"model.widths": ["[4, 8]", "[8, 16]"]}
+
+    def widths(trial: Any) -> None:
+        trial.suggest_categorical("model.widths", [[4, 8], [8, 16]])
+
+    fields = {"sampler": GridSampler(grid), "constraints": {"model/parameters": 4000}}
+    changes = {"model.widths": (8, 16), "training.epochs": 1}
+    study = harness.run(20, widths, changes=changes, fields=fields)
+    trials = {(trial.params["model.widths"], trial.state.name, trial.number == 0) for trial in study.trials}
+    assert trials == {("[8, 16]", "COMPLETE", True), ("[4, 8]", "COMPLETE", False), ("[8, 16]", "PRUNED", False)}
+    runs, narrow = harness.runs_by_trial(), next(t for t in study.trials if t.params["model.widths"] == "[4, 8]")
+    refused = next(run for number, run in runs.items() if study.trials[number].state is TrialState.PRUNED)
+    assert refused.data.tags["reason"] == "infeasible, not trained: model/parameters 5,910, at most 4,000"
+    assert refused.data.metrics["model/parameters"] == 5910 and "val/accuracy" not in refused.data.metrics
+    assert study.best_trial.number == narrow.number, "Optuna's own best is feasible"
+    found = queries.studies(harness.tracker)[0]
+    assert found.constraints == {"model/parameters": 4000}
+    assert queries.best_run_ids(harness.tracker, found, 5) == [runs[narrow.number].info.run_id]
+    assert harness.tracker.client.get_run(found.parent).data.metrics["study/best"] == narrow.value
+    assert len(harness.run(20, widths, changes=changes, fields=fields).trials) == 3, "nothing is left of the grid"
 
 
 def test_finished_run_of_an_untold_trial_is_resumed(harness: StudyHarness) -> None:

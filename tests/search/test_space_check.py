@@ -9,7 +9,7 @@ from optuna.trial import FixedTrial
 
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.search.space_check import control, describe, explore
+from pipeline.search.space_check import FixedFields, ScriptedTrial, control, describe, explore, field_of, lowest
 
 
 def problems(space: Any, base: Recipe) -> list[str]:
@@ -131,3 +131,41 @@ def test_ranges_are_described_as_a_person_would() -> None:
     assert describe(FloatDistribution(0.001, 0.3, log=True)) == "0.001 to 0.3 (log)"
     assert describe(FloatDistribution(0, 30, step=5)) == "0 to 30 in steps of 5"
     assert describe(CategoricalDistribution(["a", True])) == "one of a, True"
+
+
+def test_a_field_may_be_asked_under_a_name_for_each_kind(small_recipe: Recipe) -> None:
+    def by_kind(trial: Any) -> None:
+        kind = trial.suggest_categorical("optimizer.name", ["sgd", "adamw"])
+        trial.suggest_float(f"optimizer.lr@{kind}", *((0.01, 1.0) if kind == "sgd" else (1e-4, 1e-2)), log=True)
+
+    def recipe(params: Any) -> Recipe:
+        return small_recipe.changed({field_of(name): value for name, value in params.items()})
+
+    space = explore(by_kind, recipe)
+    assert list(space) == ["optimizer.name", "optimizer.lr@sgd", "optimizer.lr@adamw"]
+    assert space["optimizer.lr@adamw"] == FloatDistribution(1e-4, 1e-2, log=True)
+    assert control(by_kind, small_recipe.changed({"optimizer.lr": 0.02}))["optimizer.lr@sgd"] == 0.02
+    with pytest.raises(UserError, match=r"optimizer\.lr@sgd = 3\.0 in the base recipe.*outside the space"):
+        control(by_kind, small_recipe.changed({"optimizer.lr": 3}))
+
+
+def test_a_field_asked_under_two_names_in_one_trial_is_refused(small_recipe: Recipe) -> None:
+    def twice(trial: Any) -> None:
+        trial.suggest_float("optimizer.lr", 0.01, 1)
+        trial.suggest_float("optimizer.lr@sgd", 0.01, 1)
+
+    def recipe(params: Any) -> Recipe:
+        return small_recipe.changed({field_of(name): value for name, value in params.items()})
+
+    with pytest.raises(UserError, match=r"optimizer\.lr: asked twice"):
+        explore(twice, recipe)
+
+
+def test_a_given_field_is_not_asked_under_any_name(small_recipe: Recipe) -> None:
+    trial = ScriptedTrial({}, lowest)
+    seen = FixedFields(trial, {"optimizer.lr": 0.5}, lambda name: name == "optimizer.nesterov", small_recipe)
+    assert seen.suggest_float("optimizer.lr@sgd", 0.01, 1) == 0.5
+    assert (
+        seen.suggest_categorical("optimizer.nesterov@sgd", [True, False]) is small_recipe.flat()["optimizer.nesterov"]
+    )
+    assert (trial.params, seen.voided) == ({}, ["optimizer.nesterov"])

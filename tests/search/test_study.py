@@ -8,6 +8,9 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.pruners import MedianPruner, NopPruner
+from optuna.samplers import BruteForceSampler, GridSampler, RandomSampler, TPESampler
+from optuna.trial import TrialState, create_trial
 
 from pipeline.cli.common import load_data
 from pipeline.data.datasets import load
@@ -15,7 +18,16 @@ from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.search import study as study_module
-from pipeline.search.study import Search, Study, available, check_same, load_study
+from pipeline.search.study import (
+    Search,
+    Study,
+    available,
+    check_same,
+    load_study,
+    nearest_infeasible,
+    study_progress,
+)
+from pipeline.search.study_attributes import StudyAttributes
 
 
 def space(trial: Any) -> None:
@@ -30,8 +42,29 @@ def search(small_recipe: Recipe) -> Search:
 
 def test_fields_of_a_study_are_checked_at_once(small_recipe: Recipe) -> None:
     with pytest.raises(UserError) as caught:
-        Study(question="?", base={}, space=3, objective="val/acc", trials=0, patience=0)  # type: ignore[arg-type]
-    assert [line.split(" = ")[0] for line in caught.value.lines] == ["base", "space", "objective", "trials", "patience"]
+        Study(
+            question="?",
+            base={},  # type: ignore[arg-type]
+            space=3,  # type: ignore[arg-type]
+            objective="val/acc",  # type: ignore[arg-type]
+            trials=0,
+            patience=0,
+            sampler=TPESampler,  # type: ignore[arg-type]
+            pruner="median",  # type: ignore[arg-type]
+            constraints={"model/params": 5, "model/latency_ms": 0},
+        )
+    names = [
+        *("base", "space", "objective", "trials", "patience", "sampler", "pruner"),
+        "constraints: model/latency_ms",
+    ]
+    assert [line.split(" = ")[0] for line in caught.value.lines if " = " in line] == names
+    assert "constraints: model/params: can't be bounded (did you mean model/parameters?)" in "\n".join(
+        caught.value.lines
+    )
+
+
+def with_fields(search: Search, **fields: Any) -> Search:
+    return replace(search, study=replace(search.study, **fields))
 
 
 def refusal(search: Search, other: Search, data: TrainingData) -> list[str]:
@@ -86,6 +119,70 @@ def test_execution_is_not_part_of_the_fingerprint(search: Search, digits: Traini
     assert graphed.fingerprint(digits) == search.fingerprint(digits)
 
 
+def test_changed_constraint_is_refused_and_none_equals_a_study_before_there_were_any(
+    search: Search, digits: TrainingData
+) -> None:
+    bounded = with_fields(search, constraints={"model/parameters": 9000})
+    assert "  constraints model/parameters: None then, 9000 now" in refusal(search, bounded, digits)
+    former = search.fingerprint(digits)
+    del former["constraints"]
+    check_same("tiny", former, search.fingerprint(digits), 1)
+
+
+def test_sampler_and_pruning_are_not_part_of_the_question(search: Search, digits: TrainingData) -> None:
+    other = replace(with_fields(search, sampler=RandomSampler(), pruner=MedianPruner()), prune=False)
+    assert other.fingerprint(digits) == search.fingerprint(digits)
+
+
+def test_fields_of_later_days_are_not_in_the_fingerprint_at_first(search: Search, digits: TrainingData) -> None:
+    """A study of before there were policies is resumed."""
+    assert "augmentation.policy" not in search.fingerprint(digits)["base"]
+    other = Search("tiny", search.study, {"augmentation.policy": "augmix"}, 1, 8, None)
+    assert "  base augmentation.policy: None then, augmix now" in refusal(search, other, digits)
+
+
+def searched_policies(trial: Any) -> None:
+    if trial.suggest_categorical("augmentation.policy", ["custom", "randaugment", "augmix"]) == "custom":
+        trial.suggest_float("augmentation.rotation", 0, 30)
+
+
+def custom_policy(trial: Any) -> None:
+    trial.suggest_float("augmentation.rotation", 0, 30)
+    trial.suggest_float("augmentation.erasing", 0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("space", "settings", "remarks"),
+    [
+        (searched_policies, {"augmentation.crop_padding": 2, "augmentation.erasing": 0.1}, []),
+        (
+            searched_policies,
+            {"augmentation.rotation": 10},
+            [
+                "augmentation.rotation = 10: not where augmentation.policy is randaugment or augmix, which can't have it; "
+                "it applies to all other trials"
+            ],
+        ),
+        (
+            custom_policy,
+            {"augmentation.policy": "trivialaugment"},
+            ["augmentation.rotation: not searched, as trivialaugment can't have that"],
+        ),
+    ],
+)
+def test_policies_are_searched_and_set(
+    space: Any, settings: dict[str, Any], remarks: list[str], small_recipe: Recipe
+) -> None:
+    study = Study(question="?", base=small_recipe, space=space, objective="val/accuracy", trials=8)
+    search = Search("tiny", study, settings, 1, 8, None)
+    search.check()
+    assert search.remarks() == remarks
+    drawn = search.recipe({"augmentation.policy": "augmix"}).flat()
+    assert drawn["augmentation.policy"] == settings.get("augmentation.policy", "augmix")
+    assert drawn["augmentation.crop_padding"] == settings.get("augmentation.crop_padding", 1)
+    assert "augmentation.rotation" not in drawn
+
+
 def test_the_number_of_trials_may_change(search: Search, digits: TrainingData) -> None:
     more = Search("tiny", search.study, {}, 1, trials=99, timeout_s=5)
     check_same("tiny", search.fingerprint(digits), more.fingerprint(digits), 1)
@@ -107,7 +204,8 @@ def test_trials_are_compared_at_equal_fractions_of_their_epochs(small_recipe: Re
     assert search.max_epochs == 8
     assert [search.step(epoch, short) for epoch in (1, 2)] == [4, 8]
     assert [search.step(epoch, long) for epoch in (1, 4, 8)] == [1, 4, 8]
-    assert search.pruner().rungs == [2, 3, 6]
+    assert [search.step(1, search.short(recipe), short=True) for recipe in (short, long)] == [2, 1]
+    assert search.step(2, search.short(long), short=True) == 2
 
 
 def test_settings_are_not_searched(small_recipe: Recipe) -> None:
@@ -155,12 +253,77 @@ def test_space_sees_the_setting_and_its_trial(small_recipe: Recipe) -> None:
     assert seen == [("sgd", 0)]
 
 
-def test_samplers_draw_other_values_after_a_resume(search: Search) -> None:
-    def first_draw(num_trials: int) -> float:
-        trial = optuna.create_study(sampler=search.sampler(num_trials)).ask()
-        return trial.suggest_float("x", 0, 1)
+@pytest.mark.parametrize("sampler", [None, TPESampler(), TPESampler(seed=7), RandomSampler(), BruteForceSampler()])
+def test_samplers_draw_other_values_after_a_resume_and_in_each_worker(sampler: Any, search: Search) -> None:
+    """And the same ones again where nothing differs: a sampler without a seed has the search's."""
 
-    assert first_draw(0) == first_draw(0) != first_draw(3)
+    def first_draw(num_trials: int, worker: int = 0) -> float:
+        trial = optuna.create_study(sampler=with_fields(search, sampler=sampler).sampler(num_trials, worker)).ask()
+        return trial.suggest_float("x", 0, 1, step=1e-6)
+
+    assert first_draw(0) == first_draw(0)
+    assert len({first_draw(0), first_draw(3), first_draw(0, 1)}) == 3
+
+
+def test_a_samplers_own_seed_counts_too(search: Search) -> None:
+    first, second = (with_fields(search, sampler=RandomSampler(seed=seed)).sampler(0) for seed in (1, 2))
+    draws = [optuna.create_study(sampler=sampler).ask().suggest_float("x", 0, 1) for sampler in (first, second)]
+    assert draws[0] != draws[1]
+
+
+def test_own_pruner_replaces_short_trials_and_no_pruning_both(search: Search) -> None:
+    longer = with_fields(search, base=search.study.base.changed({"training.epochs": 4}))
+    assert longer.shortens and longer.short(longer.base).training.epochs == 1
+    own = with_fields(longer, pruner=MedianPruner(n_startup_trials=9))
+    assert not own.shortens and not replace(longer, prune=False).shortens
+    assert not search.shortens, "of two epochs"
+    assert not replace(longer, trials=5).shortens, "too few trials to compare"
+    assert vars(own.pruner()) == vars(own.study.pruner) and isinstance(own.pruner(), MedianPruner)
+    assert isinstance(replace(own, prune=False).pruner(), NopPruner)
+    assert isinstance(replace(search, prune=False).pruner(), NopPruner)
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (
+            {"sampler": GridSampler({"optimizer.momentum": [0.5, 0.6]})},
+            "GridSampler: fails with this study's space (ValueError: The parameter name, optimizer.lr, is not found",
+        ),
+        (
+            {"sampler": BruteForceSampler(), "pruner": MedianPruner()},  # which asks for a step
+            "BruteForceSampler and MedianPruner: fails with this study's space (ValueError: FloatDistribution",
+        ),
+    ],
+)
+def test_sampler_that_does_not_fit_the_space_is_refused_before_the_start(
+    fields: dict[str, Any], line: str, search: Search
+) -> None:
+    with pytest.raises(UserError) as caught:
+        with_fields(search, **fields).check()
+    assert caught.value.lines[0].startswith(line)
+
+
+def test_lists_are_choices(small_recipe: Recipe) -> None:
+    """Optuna keeps plain values only, so their JSON text; the space sees lists."""
+    seen = []
+
+    def widths(trial: Any) -> None:
+        seen.append(trial.suggest_categorical("model.widths", [(4, 8), [8, 16]]))
+
+    search = Search(
+        "tiny", Study(question="?", base=small_recipe, space=widths, objective="val/accuracy", trials=3), {}, 1, 3, None
+    )
+    search.check()
+    assert search.control() == {"model.widths": "[4, 8]"}
+    study = optuna.create_study(storage="sqlite://", sampler=search.sampler(0))
+    for expected in ("[4, 8]", "[8, 16]"):
+        study.enqueue_trial({"model.widths": expected})
+        trial = study.ask()
+        search.ask(trial)
+        assert trial.params == {"model.widths": expected} and seen[-1] == json.loads(expected)
+        assert list(search.recipe(trial.params).model.widths) == json.loads(expected)
+        study.tell(trial, 0.5)
 
 
 @pytest.mark.parametrize("name", ["", "A", "../x", "a b", "a'b", "-a", "é", "a/b", "a.py", "$(x)", "a\nb", "_x"])
@@ -230,4 +393,33 @@ def test_patience_ends_after_trials_without_a_better_score(
         value = score if isinstance(score, float) else None
         attributes = {"requeued": True} if score == "requeued" else {}
         study.add_trial(optuna.trial.create_trial(state=state, value=value, user_attrs=attributes))
-    assert replace(search, patience=patience).is_exhausted(study) is exhausted
+    assert bool(replace(search, patience=patience).why_exhausted(study)) is exhausted
+
+
+def test_score_of_an_infeasible_trial_does_not_prolong_a_study(search: Search) -> None:
+    study = optuna.create_study(direction="maximize")
+    for score, above in ((0.5, 0.0), (0.4, -1.0), (0.9, 1.0)):
+        study.add_trial(create_trial(value=score, system_attrs={"constraints:model/parameters": above}))
+    assert replace(search, patience=2).why_exhausted(study)
+    progress = study_progress(study, 3)
+    assert (progress.best, progress.infeasible, progress.failed) == ((0, 0.5), 1, 0)
+
+
+def test_pruned_and_infeasible_trials_are_counted_apart(search: Search) -> None:
+    study = optuna.create_study(direction="maximize")
+    for above in (1.0, 400.0, -5.0):
+        metrics = {"metrics": {"model/parameters": 1000 + above}}
+        attributes = {"constraints:model/parameters": above}
+        study.add_trial(create_trial(state=TrialState.PRUNED, user_attrs=metrics, system_attrs=attributes))
+    progress = study_progress(study, 3)
+    assert (progress.pruned, progress.infeasible, progress.best) == (1, 2, None)
+    bounded = with_fields(search, constraints={"model/parameters": 1000})
+    assert nearest_infeasible(study, bounded) == "trial 0 (model/parameters 1,001, at most 1,000)"
+
+
+def test_sampler_that_stopped_ends_the_study_and_another_one_continues(search: Search) -> None:
+    study = optuna.create_study()
+    StudyAttributes.update(study, stopped_by="BruteForceSampler")
+    assert with_fields(search, sampler=BruteForceSampler()).why_exhausted(study)
+    assert not with_fields(search, sampler=RandomSampler()).why_exhausted(study)
+    assert not search.why_exhausted(study)

@@ -8,8 +8,16 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FixedTrial
 
 from pipeline.recipe import Recipe
-from pipeline.search.space_check import ScriptedTrial, explore, lowest
-from pipeline.search.suggest import suggest_augmentation, suggest_optimizer, suggest_schedule
+from pipeline.search.space_check import ScriptedTrial, explore, field_of, lowest
+from pipeline.search.suggest import (
+    LR,
+    POLICIES,
+    WEIGHT_DECAY,
+    suggest_augmentation,
+    suggest_optimizer,
+    suggest_schedule,
+    suggest_training,
+)
 
 
 def asked(suggest: Callable[[Any], None], **answers: Any) -> dict[str, BaseDistribution]:
@@ -20,39 +28,50 @@ def asked(suggest: Callable[[Any], None], **answers: Any) -> dict[str, BaseDistr
     return trial.distributions
 
 
-def test_augmentation_turns_every_operation_off_at_the_lowest() -> None:
-    found = asked(suggest_augmentation)
-    assert len(found) == 11 and all(name.startswith("augmentation.") for name in found)
-    for name, distribution in found.items():
-        assert isinstance(distribution, IntDistribution | FloatDistribution), name
-        assert distribution.low == 0 and distribution.step and not distribution.log, name
-    assert found["augmentation.crop_padding"] == IntDistribution(0, 4, step=2)
-    assert found["augmentation.rotation"] == FloatDistribution(0, 30, step=5)
-    assert found["augmentation.horizontal_flip"] == FloatDistribution(0, 0.5, step=0.5)
+SHARED = {"crop_padding", "horizontal_flip", "erasing", "mixup", "cutmix", "policy"}
+STRENGTHS = {"rotation", "brightness", "contrast", "saturation", "hue"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "own"),
-    [("sgd", {"momentum", "nesterov"}), ("adam", {"beta2"}), ("adamw", {"beta2"})],
+    ("policy", "own"),
+    [
+        ("none", set()),
+        ("trivialaugment", set()),
+        ("randaugment", {"operations", "magnitude"}),
+        ("custom", STRENGTHS),
+    ],
 )
-def test_an_optimizer_is_asked_for_its_own_parameters_only(kind: str, own: set[str]) -> None:
-    found = asked(suggest_optimizer, optimizer_name=kind)
-    assert set(found) == {f"optimizer.{name}" for name in {"name", "lr", "weight_decay"} | own}
-    assert found["optimizer.name"] == CategoricalDistribution(["sgd", "adam", "adamw"])
-    assert found["optimizer.lr"] == FloatDistribution(1e-3, 0.3, log=True)
+def test_a_policy_is_asked_for_its_own_parameters_only(policy: str, own: set[str]) -> None:
+    found = asked(suggest_augmentation, augmentation_policy=policy)
+    assert set(found) == {f"augmentation.{name}" for name in SHARED | own}
+    assert found["augmentation.policy"] == CategoricalDistribution(POLICIES)
 
 
-def test_weight_decay_is_a_range_or_the_choices_that_are_given() -> None:
-    assert asked(suggest_optimizer)["optimizer.weight_decay"] == FloatDistribution(1e-5, 5e-2, log=True)
-    found = asked(lambda trial: suggest_optimizer(trial, weight_decays=(0, 1e-4)))
-    assert found["optimizer.weight_decay"] == CategoricalDistribution((0, 1e-4))
+def test_augmentation_turns_every_operation_off_at_the_lowest() -> None:
+    found = asked(suggest_augmentation, augmentation_policy="custom")
+    for name in (SHARED | STRENGTHS) - {"policy"}:
+        distribution = found[f"augmentation.{name}"]
+        assert isinstance(distribution, IntDistribution | FloatDistribution), name
+        assert distribution.low == 0 and distribution.step and not distribution.log, name
+
+
+@pytest.mark.parametrize("kind", LR)
+def test_an_optimizer_has_a_range_of_its_own(kind: str) -> None:
+    found = asked(lambda trial: suggest_optimizer(trial, list(LR)), optimizer_name=kind)
+    low, high = LR[kind]
+    assert found == {
+        "optimizer.name": CategoricalDistribution(list(LR)),
+        f"optimizer.lr@{kind}": FloatDistribution(low, high, log=True),
+        f"optimizer.weight_decay@{kind}": CategoricalDistribution(WEIGHT_DECAY[kind]),
+        **({"optimizer.nesterov": CategoricalDistribution([False, True])} if kind == "sgd" else {}),
+    }
 
 
 @pytest.mark.parametrize(
     ("kind", "own"),
     [
-        ("cosine", {"warmup", "final_fraction"}),
-        ("one_cycle", {"peak", "final_fraction"}),
+        ("cosine", {"warmup"}),
+        ("one_cycle", {"peak"}),
         ("step", {"warmup", "interval", "gamma"}),
         ("constant", {"warmup"}),
     ],
@@ -64,17 +83,17 @@ def test_a_schedule_is_asked_for_its_own_parameters_only(kind: str, own: set[str
     assert found["schedule.name"] == CategoricalDistribution(kinds)
 
 
-def test_without_kinds_a_schedule_is_not_constant() -> None:
-    assert asked(suggest_schedule)["schedule.name"] == CategoricalDistribution(("cosine", "one_cycle", "step"))
-
-
 def test_all_values_make_recipes_and_optunas_trials_take_them(small_recipe: Recipe) -> None:
     def space(trial: Any) -> None:
         suggest_augmentation(trial)
         suggest_optimizer(trial)
         suggest_schedule(trial)
+        suggest_training(trial)
 
-    assert len(explore(space, small_recipe.changed)) == 11 + 6 + 6
+    def recipe(params: Any) -> Recipe:
+        return small_recipe.changed({field_of(name): value for name, value in params.items()})
+
+    assert len(explore(space, recipe)) == 6 + 2 + 5 + 6 + 3 + 2
     trial = ScriptedTrial({}, lowest)
     space(trial)
     space(FixedTrial(trial.params))

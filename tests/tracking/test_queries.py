@@ -1,6 +1,7 @@
 """Which studies, runs and points MLflow holds, and which study a name means."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,10 @@ def test_best_runs_are_finished_trials_best_first(
     [study] = [study for study in queries.studies(sqlite_tracker) if study.name == "best-v1-digits"]
     assert [ids[run_id] for run_id in queries.best_run_ids(sqlite_tracker, study, 10)] == [0.9, 0.5, 0.2]
     assert [ids[run_id] for run_id in queries.best_run_ids(sqlite_tracker, study, 2)] == [0.9, 0.5]
+    bounded = replace(study, constraints={"val/accuracy": 0.6})
+    assert [ids[run_id] for run_id in queries.best_run_ids(sqlite_tracker, bounded, 10)] == [0.5, 0.2], "the feasible"
+    rule = queries.no_best_run(sqlite_tracker, replace(study, constraints={"val/accuracy": 0.1})).problems[0].rule
+    assert rule == "no feasible trial; the nearest is trial (val/accuracy 0.2, at most 0.1)"
 
 
 def test_finals_and_reproductions_are_no_best_trials(

@@ -26,7 +26,15 @@ from pipeline.errors import UserError
 from pipeline.experiment import ExperimentRequest
 from pipeline.recipe import Recipe
 from pipeline.tracking import queries
-from pipeline.tracking.server import HOST, shared_view, start_server, stop_server, study_links
+from pipeline.tracking.server import (
+    FOLDED_SECTIONS,
+    HOST,
+    OPEN_SECTIONS,
+    shared_view,
+    start_server,
+    stop_server,
+    study_links,
+)
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -120,7 +128,7 @@ def family(leader: int) -> list[psutil.Process]:
 
 def test_view_shows_trials_best_first_with_searched_params() -> None:
     key, value = shared_view("val/f1_macro", ["optimizer.lr", "schedule.name"])
-    form, _, packed = value.partition(";")
+    form, _, packed = json.loads(value)["state"].partition(";")
     view = json.loads(zlib.decompress(base64.b64decode(packed)))
     assert form == "deflate"
     assert view["searchFilter"] == "tags.role = 'trial'"
@@ -128,7 +136,8 @@ def test_view_shows_trials_best_first_with_searched_params() -> None:
     columns = view["selectedColumns"]
     assert len(columns) == len(set(columns))
     assert {"metrics.`val/f1_macro`", "params.`optimizer.lr`", "params.`schedule.name`", "tags.`state`"} <= set(columns)
-    assert len(value) <= 5000, "MLflow cuts longer tags"
+    assert columns.index("params.`schedule.name`") < columns.index("metrics.`val/loss`"), "seen without scrolling"
+    assert len(value) <= 5000
     assert shared_view("val/f1_macro", ["optimizer.lr", "schedule.name"])[0] == key
     assert shared_view("val/accuracy", ["optimizer.lr", "schedule.name"])[0] != key
 
@@ -142,15 +151,14 @@ def test_the_links_name_experiment_order_view_and_runs() -> None:
     assert links["trials"].startswith("http://here:1/#/experiments/7/runs?")
     assert query(links["trials"])["viewStateShareKey"] == ["abc"]
     assert query(links["charts"])["compareRunsMode"] == ["CHART"]
-    assert query(links["charts"])["orderByKey"] == ["metrics.`val/accuracy`"]
-    assert query(links["charts"])["orderByAsc"] == ["false"]
+    assert query(links["charts"])["viewStateShareKey"] == ["abc"]
     assert json.loads(query(links["comparison"])["runs"][0]) == ["r1", "r2"]
     assert json.loads(query(links["comparison"])["experiments"][0]) == ["7"]
 
 
 def test_without_a_view_the_trials_are_sorted_by_the_address() -> None:
-    found = query(study_links("http://here:1", "7", "val/accuracy", None, [])["trials"])
-    assert found["orderByKey"] == ["metrics.`val/accuracy`"] and found["orderByAsc"] == ["false"]
+    for link in study_links("http://here:1", "7", "val/accuracy", None, []).values():
+        assert query(link)["orderByKey"] == ["metrics.`val/accuracy`"] and query(link)["orderByAsc"] == ["false"]
 
 
 @pytest.mark.parametrize("runs", [[], ["r1"]])
@@ -169,12 +177,16 @@ def test_trials_link_lists_trials_best_first(site: Site, page: Page) -> None:
     assert rates.all_inner_texts() == ["0.1", "0.0001"]
 
 
-def test_the_charts_link_draws_the_validation_scores(site: Site, page: Page) -> None:
+def test_charts_link_draws_scores_and_f1_of_classes_first(site: Site, page: Page) -> None:
     page.goto(site.links["charts"])
-    sections = page.get_by_test_id("experiment-view-compare-runs-section-header")
-    expect(sections.filter(has=page.get_by_text("val", exact=True))).to_be_visible()
-    expect(sections.filter(has=page.get_by_text("train", exact=True))).to_be_visible()
     expect(page.locator(".js-plotly-plot").first).to_be_visible()
+    headers = page.get_by_test_id("experiment-view-compare-runs-section-header")
+    expect(headers.filter(has_text="System metrics")).to_be_visible()
+    names = [text.split("\n")[0] for text in headers.all_inner_texts()]
+    assert names == [*OPEN_SECTIONS, *FOLDED_SECTIONS], "a section of metrics that the view doesn't know?"
+    charts = page.locator(".js-plotly-plot").first.locator("xpath=ancestor::*[contains(., 'val/f1_macro')][1]")
+    assert charts.inner_text().index("val/accuracy") < charts.inner_text().index("val/f1_macro")
+    expect(page.get_by_test_id("saved-views-trigger")).to_have_text("Trials, best first")
 
 
 def test_comparison_link_compares_the_best_trials(site: Site, page: Page) -> None:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score, f1_score
 from torch.nn.functional import cross_entropy
 
 from pipeline.data.augment import normalise
@@ -60,7 +61,9 @@ def test_each_epoch_is_reported_with_all_metrics(small_recipe: Recipe, digits: T
         "train/accuracy",
         "val/loss",
         "val/accuracy",
+        "val/balanced_accuracy",
         "val/f1_macro",
+        *(f"val/f1/{name}" for name in digits.classes),
         "optimizer/lr",
         "time/epoch_s",
         "throughput/images_per_s",
@@ -75,7 +78,14 @@ def test_reported_scores_are_those_of_the_returned_network(small_recipe: Recipe,
     with torch.no_grad():
         logits = result.network((pixels - digits.mean[:, None, None]) / digits.std[:, None, None])
     torch.testing.assert_close(result.validation_logits, logits, atol=1e-4, rtol=1e-4)
-    metrics = result.history[-1].metrics
+    labels, predicted, metrics = (
+        digits.validation.labels,
+        result.validation_logits.argmax(1),
+        result.history[-1].metrics,
+    )
+    f1 = f1_score(labels, predicted, average=None, zero_division=0)
+    assert [metrics[f"val/f1/{name}"] for name in digits.classes] == pytest.approx(f1.tolist())
+    assert metrics["val/balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
     assert metrics["val/loss"] == pytest.approx(cross_entropy(logits, digits.validation.labels).item(), abs=1e-4)
     assert metrics["val/accuracy"] == pytest.approx(
         (logits.argmax(1) == digits.validation.labels).double().mean().item()
@@ -98,7 +108,7 @@ def test_score_plain_scores_the_trained_weights_too(small_recipe: Recipe, digits
     alone = train(small_recipe.changed({"training.ema_decay": 0}), digits, CPU, score_plain=True)
     averaged = train(small_recipe, digits, CPU)
     for of_both, of_alone, of_averaged in zip(both.history, alone.history, averaged.history, strict=True):
-        for name in ("loss", "accuracy", "f1_macro"):
+        for name in ("loss", "accuracy", "balanced_accuracy", "f1_macro", "f1/7"):
             assert of_both.metrics[f"plain/{name}"] == of_alone.metrics[f"val/{name}"]
             assert of_both.metrics[f"val/{name}"] == of_averaged.metrics[f"val/{name}"], "and nothing else changes"
         assert not any(name.startswith("plain/") for name in of_alone.metrics | of_averaged.metrics)
@@ -172,6 +182,12 @@ def test_the_speed_runs_recipe_learns_digits(small_recipe: Recipe, digits: Train
 )
 def test_every_precision_and_optimizer_trains(change: dict, small_recipe: Recipe, digits: TrainingData) -> None:
     result = train(small_recipe.changed(change), digits, CPU)
+    assert math.isfinite(result.history[-1].metrics["train/loss"])
+
+
+@pytest.mark.parametrize("policy", ["trivialaugment", "randaugment", "augmix"])
+def test_every_policy_trains(policy: str, small_recipe: Recipe, digits: TrainingData) -> None:
+    result = train(small_recipe.changed({"augmentation.policy": policy, "training.epochs": 1}), digits, CPU)
     assert math.isfinite(result.history[-1].metrics["train/loss"])
 
 

@@ -1,12 +1,14 @@
-"""Classes and predictions: F1 by class, which confusions changed, and calibration."""
+"""Classes and predictions: F1 by class and by epoch, which confusions changed, and calibration."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
-from pipeline.evaluation.scores import confusion_matrix, reliability
+from pipeline.evaluation.scores import CLASS_F1, confusion_matrix, reliability
 from pipeline.report.figures.layout import (
     BEST,
     CONTROL,
@@ -15,12 +17,15 @@ from pipeline.report.figures.layout import (
     as_label,
     set_axes,
     set_heatmap_labels,
+    set_integer_ticks,
     with_caption,
 )
+from pipeline.report.figures.scores import add_curves
 from pipeline.report.stored import Predictions
-from pipeline.report.trials import F1, control, finished, weakest_class, with_control
+from pipeline.report.trials import class_f1, control, finished, weakest_class, with_control
 
 MAX_CLASSES = 20
+MAX_CLASSES_BY_EPOCH = 6
 MAX_TRIALS = 10  # beside the control
 MIN_IMAGES_IN_BIN = 10
 
@@ -29,7 +34,7 @@ def per_class(frame: pd.DataFrame) -> go.Figure:
     """F1 of each class for the best trials and the control, the weakest class on top."""
     base = control(frame)
     rows = with_control(finished(frame).head(MAX_TRIALS), base)
-    names = [name for name in frame.columns if name.startswith(F1) and rows[name].notna().any()]
+    names = [name for name in frame.columns if name.startswith(CLASS_F1) and rows[name].notna().any()]
     f1 = rows[names].astype(float)
     names = list(f1.mean().sort_values().index)[:MAX_CLASSES]
     columns = [f"{row['trial']}" + ("<br>control" if row["control"] else "") for _, row in rows.iterrows()]
@@ -47,17 +52,53 @@ def per_class(frame: pd.DataFrame) -> go.Figure:
         hovertemplate="F1 %{z:.4f}<extra></extra>",
     )
     set_axes(figure, "trial, the best first", "", 75 + 28 * max(len(names), 3))
-    set_heatmap_labels(figure, columns, [as_label(name.removeprefix(F1), 16) for name in names])
+    set_heatmap_labels(figure, columns, [as_label(name.removeprefix(CLASS_F1), 16) for name in names])
     if rows.empty or not names:
         return with_caption(figure, "No run has F1 by class.")
     weakest, lowest = weakest_class(best := rows.iloc[0])
     caption = f"The best trial's weakest class is {weakest}, F1 {lowest:.3f}"
     if base is not None and best["run_id"] != base["run_id"]:
         gains = (best[names].astype(float) - base[names].astype(float)).sort_values()
-        least, most = (f"{gains.index[place].removeprefix(F1)} ({gains.iloc[place]:+.3f})" for place in (0, -1))
+        least, most = (f"{gains.index[place].removeprefix(CLASS_F1)} ({gains.iloc[place]:+.3f})" for place in (0, -1))
         caption += f"; beside the control it gains most in {most} and "
         caption += f"{'loses most' if gains.iloc[0] < 0 else 'least'} in {least}"
     return with_caption(figure, f"{caption}.")
+
+
+def curves(frame: pd.DataFrame, best: pd.Series, histories: Mapping[str, pd.DataFrame]) -> go.Figure:
+    """F1 by epoch in a panel for each class: the best trial, the control, and pruned ones in grey.
+
+    histories: those of `weakest_metrics(best)`, by metric, from `stored.histories`.
+    """
+    num_columns = min(len(histories), 2)
+    num_rows = math.ceil(len(histories) / 2)
+    titles = [as_label(metric.removeprefix(CLASS_F1), 20) for metric in histories]
+    shared = {
+        "shared_xaxes": True,
+        "shared_yaxes": "all",
+        "horizontal_spacing": 0.04,
+        "vertical_spacing": 0.2 / num_rows,
+    }
+    figure, num_pruned = make_subplots(num_rows, num_columns, subplot_titles=titles, **shared), 0
+    for place, points in enumerate(histories.values()):
+        where = {"row": place // 2 + 1, "col": place % 2 + 1, "showlegend": place == 0}
+        _, num_pruned = add_curves(figure, frame, points, **where)
+        set_integer_ticks(figure, points["epoch"])
+    set_axes(figure, "", "", 110 + 120 * num_rows)
+    figure.update_layout(margin_t=64).update_annotations(font_size=12).update_xaxes(title_text="epoch", row=num_rows)
+    (weakest, points), *_ = histories.items()
+    curve = points[points["run_id"] == best["run_id"]].set_index("epoch")["value"]
+    middle, end = math.ceil(len(curve) / 2), len(curve)
+    at = f"{curve[middle]:.3f} after epoch {middle} and " if middle < end else ""
+    caption = f"Trial {best['trial']}'s weakest class, {weakest.removeprefix(CLASS_F1)}, has F1 {at}{curve[end]:.3f} "
+    caption += f"after epoch {end}, where the mean of all classes is {best['val/f1_macro']:.3f}"
+    grey = f". Grey: {num_pruned} pruned trial{'s' * (num_pruned != 1)}" if num_pruned else ""
+    return with_caption(figure, f"{caption}{grey}.")
+
+
+def weakest_metrics(best: pd.Series) -> list[str]:
+    """The metrics of the few classes with the lowest F1, the lowest first."""
+    return [str(name) for name in class_f1(best).sort_values(kind="stable").index[:MAX_CLASSES_BY_EPOCH]]
 
 
 def confusion_difference(best: Predictions, base: Predictions) -> go.Figure:

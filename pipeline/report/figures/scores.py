@@ -21,7 +21,7 @@ from pipeline.report.figures.layout import (
     study_colours,
     with_caption,
 )
-from pipeline.report.trials import challenger, control, finished, last_values, trial_rows
+from pipeline.report.trials import challenger, control, feasible, finished, infeasible, last_values, trial_rows
 from pipeline.tracking.tags import State
 
 MAX_PRUNED_CURVES = 60
@@ -36,10 +36,12 @@ _SYMBOLS = {State.PRUNED: "x-thin", State.FAILED: "triangle-down", State.INTERRU
 
 
 def history(frame: pd.DataFrame) -> go.Figure:
-    """Score by trial, the best so far, and in grey where trials that did not finish stood when they ended."""
+    """Score by trial, the best so far, and in grey infeasible ones and where those stood that did not finish."""
     figure, several, unfinished = go.Figure(), frame["study"].nunique() > 1, _unfinished(frame)
     for colour, (study, runs) in zip(study_colours(frame), by_study(frame), strict=True):
         _add_finished(figure, runs, as_label(study) if several else "finished", colour, with_best=not several)
+    broken = infeasible(frame)
+    _add_infeasible(figure, broken, broken["trial"], "trial %{x}: %{y:.4f}")
     _add_unfinished(figure, unfinished)
     if not several and (base := control(frame)) is not None:
         line = {"color": CONTROL, "dash": "dash", "width": 1}
@@ -54,8 +56,8 @@ def history(frame: pd.DataFrame) -> go.Figure:
 
 
 def _add_finished(figure: go.Figure, runs: pd.DataFrame, name: str, colour: str, with_best: bool) -> None:
-    """One study's scores, and the best so far, which the legend names if `with_best`."""
-    done = finished(runs).sort_values("trial")
+    """One study's feasible scores, and the best so far, which the legend names if `with_best`."""
+    done = feasible(runs).sort_values("trial")
     figure.add_scatter(
         x=done["trial"],
         y=done["score"],
@@ -73,6 +75,19 @@ def _add_finished(figure: go.Figure, runs: pd.DataFrame, name: str, colour: str,
         line={"color": colour, "shape": "hv", "width": 1.5},
         hoverinfo="skip",
     )
+
+
+def _add_infeasible(figure: go.Figure, rows: pd.DataFrame, x: pd.Series, hover: str) -> None:
+    if len(rows):
+        figure.add_scatter(
+            x=x,
+            y=rows["score"],
+            mode="markers",
+            name="infeasible",
+            marker={"color": FAINT, "symbol": "circle-open", "size": 8},
+            customdata=rows["infeasible"],
+            hovertemplate=hover + ", %{customdata}<extra></extra>",
+        )
 
 
 def _unfinished(frame: pd.DataFrame) -> pd.DataFrame:
@@ -98,7 +113,7 @@ def _add_unfinished(figure: go.Figure, unfinished: pd.DataFrame) -> None:
 
 
 def _history_caption(frame: pd.DataFrame, unfinished: pd.DataFrame, floor: float | None) -> str:
-    scored = {study: done for study, runs in by_study(frame) if len(done := finished(runs))}
+    scored = {study: done for study, runs in by_study(frame) if len(done := feasible(runs))}
     if frame["study"].nunique() > 1:
         tops = {study: done.iloc[0] for study, done in scored.items()}
         parts = [f"{study}: best {top['score']:.4f} at trial {top['trial']}" for study, top in tops.items()]
@@ -108,7 +123,8 @@ def _history_caption(frame: pd.DataFrame, unfinished: pd.DataFrame, floor: float
         parts.append(f"Lower values than {floor:.3f} are cut off")
     if not parts:
         states = joined([f"{count} {state}" for state, count in frame["state"].value_counts().items()])
-        parts = [f"No trial finished: {states}" if states else "No trial finished"]
+        none = f"No {'feasible ' * bool(len(infeasible(frame)))}trial finished"
+        parts = [f"{none}: {states}" if states else none]
     if len(unfinished):
         low, high = unfinished["epochs"].min(), unfinished["epochs"].max()
         when = f"after epoch {low}" if low == high else f"after epochs {low} to {high}"
@@ -136,11 +152,34 @@ def _progress(done: pd.DataFrame) -> str:
 
 def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
     """The objective by epoch, from `stored.histories`: the best trial, the control, and pruned ones in grey."""
-    figure, base = go.Figure(), control(frame)
-    curves = dict(iter(histories.groupby("run_id")))
-    num_pruned = _add_pruned_curves(
-        figure, [curves[run_id] for run_id in frame["run_id"][frame["state"] == State.PRUNED] if run_id in curves]
-    )
+    figure = go.Figure()
+    named, num_pruned = add_curves(figure, frame, histories)
+    set_axes(figure, "epoch", objective_label(frame), 360)
+    set_integer_ticks(figure, histories["epoch"])
+    caption = f"Grey: {num_pruned} pruned trial{'s' * (num_pruned != 1)}" if num_pruned else "No trial was pruned"
+    if len(named) == 2:
+        of_control, of_other = (curve.set_index("epoch")["value"] for curve in named.values())
+        difference = (of_other - of_control).dropna()
+        epochs = f"{int((difference > 0).sum())} of {len(difference)} epochs"
+        caption = f"The {list(named)[1]} was ahead of the control in {epochs}. {caption}"
+    return with_caption(figure, f"{caption}.")
+
+
+def add_curves(
+    figure: go.Figure, frame: pd.DataFrame, histories: pd.DataFrame, **options: Any
+) -> tuple[dict[str, pd.DataFrame], int]:
+    """Draw a metric by epoch: pruned trials in grey, the control, and the best or the runner-up; `options` of each trace.
+
+    Returns what is drawn of the last two by name, and how many are grey.
+    """
+    base, curves = control(frame), dict(iter(histories.groupby("run_id")))
+    pruned = [curves[run_id] for run_id in frame["run_id"][frame["state"] == State.PRUNED] if run_id in curves]
+    if pruned:
+        x = [epoch for curve in pruned for epoch in [*curve["epoch"], None]]
+        y = [value for curve in pruned for value in [*curve["value"], None]]
+        line, marker = {"color": FAINT, "width": 1}, {"size": 3}
+        grey = {"name": "pruned", "legendgroup": "pruned", "opacity": 0.6, "line": line, "marker": marker}
+        figure.add_scatter(x=x, y=y, mode="lines+markers", **grey, **options)
     named = {} if base is None else {"control": (base, CONTROL)}
     if (other := challenger(frame)) and (base is None or other[0]["run_id"] != base["run_id"]):
         named[other[1]] = (other[0], BEST)
@@ -151,44 +190,28 @@ def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
             y=curves[row["run_id"]]["value"],
             mode="lines+markers",
             name=f"{label} (trial {row['trial']})",
+            legendgroup=label,
             line={"color": colour, "width": 2.5},
             marker={"size": 5},
             hovertemplate="epoch %{x}: %{y:.4f}<extra></extra>",
+            **options,
         )
-    set_axes(figure, "epoch", objective_label(frame), 360)
-    set_integer_ticks(figure, histories["epoch"])
-    caption = f"Grey: {num_pruned} pruned trial{'s' * (num_pruned != 1)}" if num_pruned else "No trial was pruned"
-    if len(named) == 2:
-        of_control, of_other = (curves[row["run_id"]].set_index("epoch")["value"] for row, _ in named.values())
-        difference = (of_other - of_control).dropna()
-        epochs = f"{int((difference > 0).sum())} of {len(difference)} epochs"
-        caption = f"The {list(named)[1]} was ahead of the control in {epochs}. {caption}"
-    return with_caption(figure, f"{caption}.")
-
-
-def _add_pruned_curves(figure: go.Figure, curves: list[pd.DataFrame]) -> int:
-    """How many there are."""
-    x, y = [], []
-    for curve in curves:
-        x += [*curve["epoch"], None]
-        y += [*curve["value"], None]
-    if curves:
-        line = {"color": FAINT, "width": 1}
-        figure.add_scatter(x=x, y=y, mode="lines+markers", name="pruned", opacity=0.6, line=line, marker={"size": 3})
-    return len(curves)
+    return {label: curves[row["run_id"]] for label, (row, _) in named.items()}, len(pruned)
 
 
 # ------------------------------------------------------------------------------------------------------------- by cost
 
 
 def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
-    """Score against one of COSTS; the trials that no other beats at less cost are joined (Pareto front)."""
-    done = finished(frame)
-    done = done[done[measure].notna()] if measure in done else done[:0]
+    """Score against one of COSTS; the feasible trials that no other beats at less cost are joined (Pareto front)."""
+    measured = frame[frame[measure].notna()] if measure in frame else frame[:0]
+    done, broken = feasible(measured), infeasible(measured)
     figure, base, several = go.Figure(), control(frame), frame["study"].nunique() > 1
     set_axes(figure, COSTS.get(measure, measure), objective_label(frame), 360)
+    if len(broken):
+        _add_infeasible(figure, broken, broken[measure], "%{y:.4f} at %{x:,.4g}")
     if done.empty:
-        return with_caption(figure, "No trial has this cost.")
+        return with_caption(figure, "No feasible trial has this cost.")
     for colour, (study, runs) in zip(study_colours(frame) if several else [FAINT], by_study(done), strict=False):
         marker = {"color": colour, "size": 7, "opacity": 0.7}
         figure.add_scatter(**_dots(runs, measure), name=as_label(study) if several else "finished", marker=marker)

@@ -1,6 +1,7 @@
 """Figures of classes and predictions say what the predictions hold."""
 
 import numpy as np
+import pandas as pd
 
 from pipeline.report.figures import classes
 from pipeline.report.stored import Predictions
@@ -24,6 +25,28 @@ def test_f1_by_class_names_the_weakest_and_what_moved() -> None:
         "most in cat (-0.100)."
     )
     assert classes.per_class(table_of(rows)).layout.meta == "No run has F1 by class."
+
+
+def test_curves_are_of_the_weakest_classes_and_all_kinds_of_trials() -> None:
+    rows = [trial_row(0, 0.5, control=True), trial_row(1, 0.6), trial_row(2, float("nan"), state="pruned")]
+    frame = table_of([row | {"val/f1/cat": 0.9, "val/f1/dog": 0.3, "val/f1_macro": 0.6} for row in rows])
+    best = frame.iloc[1]
+    assert classes.weakest_metrics(best) == ["val/f1/dog", "val/f1/cat"]
+    values = {"run0": [0.2, 0.1], "run1": [0.0, 0.3], "run2": [0.1]}
+    points = [(run, epoch, value) for run, curve in values.items() for epoch, value in enumerate(curve, 1)]
+    histories = pd.DataFrame(points, columns=["run_id", "epoch", "value"])
+    figure = classes.curves(frame, best, {"val/f1/dog": histories, "val/f1/cat": histories.assign(value=0.9)})
+    drawn = [(trace.name, trace.xaxis, list(trace.y)[:2]) for trace in figure.data]
+    assert drawn[:3] == [
+        ("pruned", "x", [0.1, None]),
+        ("control (trial 0)", "x", [0.2, 0.1]),
+        ("best (trial 1)", "x", [0.0, 0.3]),
+    ]
+    assert [(name, axis) for name, axis, _ in drawn[3:]] == [(name, "x2") for name, *_ in drawn[:3]]
+    assert figure.layout.meta == (
+        "Trial 1's weakest class, dog, has F1 0.000 after epoch 1 and 0.300 after epoch 2, where the mean of all classes "
+        "is 0.600. Grey: 1 pruned trial."
+    )
 
 
 def test_confusion_difference_is_the_best_less_the_control() -> None:

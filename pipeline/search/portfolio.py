@@ -1,0 +1,37 @@
+"""Recipes, as changed fields, that are strong for many networks; the first trials of a study that names no others."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_LIGHT = {
+    "augmentation.policy": "none",
+    "augmentation.crop_padding": 4,
+    "augmentation.crop_mode": "reflect",
+    "augmentation.horizontal_flip": 0.5,
+    "augmentation.erasing": 0,
+    "augmentation.mixup": 0,
+    "augmentation.cutmix": 0,
+}
+_SGD = {
+    "optimizer.name": "sgd",
+    "optimizer.momentum": 0.9,
+    "optimizer.nesterov": True,
+    "optimizer.weight_decay": 5e-4,
+    "schedule.name": "one_cycle",
+    "schedule.peak": 0.25,
+}
+# Strong for many networks, and of different kinds, so that one of them is likely to be near a study's best. Their rates are
+# for batches of 128 images.
+PORTFOLIO: Mapping[str, Mapping[str, Any]] = {
+    "SGD, one-cycle": {**_LIGHT, **_SGD, "optimizer.lr": 0.1},
+    "AdamW, cosine": {
+        **_LIGHT,
+        "optimizer.name": "adamw",
+        "optimizer.lr": 2e-3,
+        "optimizer.weight_decay": 5e-2,
+        "schedule.name": "cosine",
+        "schedule.warmup": 0.05,
+    },
+    "SGD, low rate, smoothing": {**_LIGHT, **_SGD, "optimizer.lr": 0.03, "loss.label_smoothing": 0.1},
+    "SGD, CutMix": {**_LIGHT, **_SGD, "optimizer.lr": 0.1, "augmentation.cutmix": 0.3},
+}

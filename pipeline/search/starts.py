@@ -1,0 +1,92 @@
+"""The trials that a new study is given before its sampler draws any: strong recipes, and winners of earlier studies."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from pipeline.errors import UserError
+from pipeline.recipe import kind_field, kinds_with
+from pipeline.search.space_check import ScriptedTrial, field_of, lowest, nearest_value
+from pipeline.search.study import MAX_STARTS, Search, StartFrom
+from pipeline.search.study_attributes import StudyAttributes
+
+MAX_WINNERS = 2  # of MAX_STARTS
+
+_OWN_FIELDS = ("training.epochs", "training.seed", "training.execution")  # each study has its own
+
+
+@dataclass(frozen=True)
+class Start:
+    """The parameters of one of the first trials, and where they come from."""
+
+    params: Mapping[str, Any]
+    source: str
+
+
+def starts(search: Search, start_from: StartFrom, earlier: Sequence[optuna.Study]) -> list[Start]:
+    """What a search's first trials after the control are given; none is given twice, nor equals the control.
+
+    `earlier` studies are this project's, whatever they searched. At most half of the trials is given.
+    """
+    candidates: dict[str, Mapping[str, Any]] = {}
+    if start_from in ("all", "winners"):
+        candidates |= _winners(search, earlier)
+    if start_from in ("all", "portfolio"):
+        candidates |= {f"portfolio: {name}": changes for name, changes in search.study.starts.items()}
+    control, found = search.control(), dict[str, dict[str, Any]]()
+    for source, changes in candidates.items():
+        params = nearest(search, changes)
+        if params is not None and params not in (control, *found.values()):
+            found[source] = params
+    most = min(MAX_STARTS, (search.trials - 1) // 2)
+    return [Start(params, source) for source, params in found.items()][:most]
+
+
+def nearest(search: Search, changes: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The parameters whose recipe is nearest to the study's with these fields; None where its optimizer can't be had.
+
+    A value outside a range becomes its nearest end or step, a number that is no choice the choice with the nearest
+    logarithm. Fields that the space doesn't ask for are left out; but with another optimizer rates mean something else.
+    """
+    try:
+        wanted = search.recipe({}).changed(changes).flat()
+    except UserError:
+        return None
+    trial = ScriptedTrial({}, lambda name, asked: nearest_value(asked, wanted.get(field_of(name), lowest(name, asked))))
+    search.ask(trial)
+    return trial.params if search.recipe(trial.params).optimizer.name == wanted["optimizer.name"] else None
+
+
+def _winners(search: Search, earlier: Sequence[optuna.Study]) -> dict[str, Mapping[str, Any]]:
+    """The best trials of other studies as changes, by their source: of the same network first, then the latest."""
+    found: list[tuple[bool, float, str, Mapping[str, Any]]] = []
+    for study in earlier:
+        completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if not completed or study.study_name == search.stored_key:
+            continue
+        best = study.best_trial
+        fields = _fields(study, best)
+        is_same = fields["model.network"] == search.base.model.network
+        changes = {
+            name: value
+            for name, value in fields.items()
+            if name.split(".")[0] != "data" and name not in _OWN_FIELDS and (is_same or not name.startswith("model."))
+        }
+        ended = max(trial.datetime_complete.timestamp() for trial in completed if trial.datetime_complete)
+        found.append((is_same, ended, f"{study.study_name}, trial {best.number}", changes))
+    found.sort(key=lambda winner: winner[:2], reverse=True)
+    return {source: changes for _, _, source, changes in found[:MAX_WINNERS]}
+
+
+def _fields(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+    """The recipe fields of a trial: those of its study's base that its kinds have, and what it drew."""
+    base = StudyAttributes.of(study).fingerprint["base"]
+    fields = {**base, **{field_of(name): value for name, value in trial.params.items()}}
+    return {
+        name: value
+        for name, value in fields.items()
+        if not kinds_with(name) or fields.get(kind_field(name)) in kinds_with(name)
+    }

@@ -1,0 +1,176 @@
+"""What a new study's first trials are given."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState, create_trial
+from study_harness import StudyHarness, attributes_of
+
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+from pipeline.search.portfolio import PORTFOLIO
+from pipeline.search.run_study import run_study
+from pipeline.search.starts import nearest, starts
+from pipeline.search.storage import open_study
+from pipeline.search.study import MAX_STARTS, Search, Study
+from pipeline.search.study_attributes import StudyAttributes
+from pipeline.search.trial_attributes import TrialAttributes
+
+
+def space(trial: Any) -> None:
+    trial.suggest_int("augmentation.crop_padding", 0, 3, step=3)
+    kind = trial.suggest_categorical("optimizer.name", ["sgd", "adamw"])
+    trial.suggest_float(f"optimizer.lr@{kind}", 0.01, 0.05, log=True)
+    if kind == "sgd":
+        trial.suggest_categorical("optimizer.weight_decay", [0, 1e-4, 1e-2])
+
+
+def a_search(recipe: Recipe, trials: int = 20, settings: Mapping[str, Any] | None = None, **fields: Any) -> Search:
+    base = recipe.changed({"augmentation.crop_padding": 0, "optimizer.lr": 0.02, "optimizer.weight_decay": 0})
+    study = Study(
+        question="?", base=base, space=fields.pop("space", space), objective="val/accuracy", trials=1, **fields
+    )
+    return Search("tiny", study, settings or {}, 1, trials, None)
+
+
+def test_the_nearest_parameters_are_the_ends_steps_and_choices_next_to_what_is_wanted(small_recipe: Recipe) -> None:
+    search = a_search(small_recipe)
+    wanted = {"augmentation.crop_padding": 2, "optimizer.lr": 0.1, "optimizer.weight_decay": 5e-4}
+    assert nearest(search, wanted) == {
+        "augmentation.crop_padding": 3,
+        "optimizer.name": "sgd",
+        "optimizer.lr@sgd": 0.05,
+        "optimizer.weight_decay": 1e-4,
+    }
+    adamw = {"optimizer.name": "adamw", "optimizer.lr": 0.03}
+    assert nearest(search, adamw) == {
+        "augmentation.crop_padding": 0,
+        "optimizer.name": "adamw",
+        "optimizer.lr@adamw": 0.03,
+    }
+
+
+def test_a_kind_that_the_trials_cannot_have_is_not_started_with(small_recipe: Recipe) -> None:
+    adam = {"optimizer.name": "adam", "optimizer.lr": 0.03}
+    assert nearest(a_search(small_recipe), adam) is None
+    fixed = a_search(small_recipe, settings={"optimizer.name": "adamw"})
+    assert nearest(fixed, {"optimizer.name": "sgd", "optimizer.lr": 0.03}) is None
+    assert nearest(fixed, {"optimizer.lr": 0.03}) == {"augmentation.crop_padding": 0, "optimizer.lr@adamw": 0.03}
+
+
+def test_starts_are_each_given_once_and_not_as_the_control_is(small_recipe: Recipe) -> None:
+    two = {"optimizer.lr": 0.03}
+    search = a_search(small_recipe, starts={"one": {}, "two": two, "three": two, "four": {"optimizer.lr": 0.04}})
+    assert [start.source for start in starts(search, "all", [])] == ["portfolio: two", "portfolio: four"]
+    assert starts(search, "none", []) == starts(search, "winners", []) == []
+
+
+@pytest.mark.parametrize(("trials", "given"), [(1, 0), (2, 0), (3, 1), (9, 4), (30, MAX_STARTS)])
+def test_at_most_half_of_the_trials_are_given(trials: int, given: int, small_recipe: Recipe) -> None:
+    many = {str(number): {"optimizer.lr": 0.021 + number / 1000} for number in range(9)}
+    assert len(starts(a_search(small_recipe, trials, starts=many), "portfolio", [])) == given
+
+
+def test_the_portfolio_is_all_of_use_where_its_kinds_are(small_recipe: Recipe) -> None:
+    given = starts(a_search(small_recipe), "portfolio", [])
+    assert {start.params["optimizer.name"] for start in given} == {"sgd", "adamw"}
+    assert [start.source.removeprefix("portfolio: ") in PORTFOLIO for start in given]
+
+
+def earlier(name: str, base: Recipe, scores: Mapping[float, float]) -> optuna.Study:
+    """A study of rates whose trials have ended: rate -> score."""
+    study = optuna.create_study(study_name=name, direction="maximize")
+    flat = base.flat()
+    del flat["data.dataset"]
+    StudyAttributes.update(study, fingerprint={"base": flat})
+    for rate, score in scores.items():
+        study.add_trial(
+            create_trial(params={"optimizer.lr@sgd": rate}, distributions={"optimizer.lr@sgd": RANGE}, value=score)
+        )
+    return study
+
+
+RANGE = FloatDistribution(1e-3, 1)
+
+
+def test_winners_of_earlier_studies_come_first_those_of_the_same_network_before_others(small_recipe: Recipe) -> None:
+    other = small_recipe.changed({"model.network": "baseline", "augmentation.crop_padding": 3, "training.epochs": 7})
+    studies = [
+        earlier("other-v1-pets", other, {0.03: 0.9, 0.04: 0.7}),
+        earlier("same-v1-digits", small_recipe, {0.04: 0.5, 0.045: 0.4}),
+        earlier("none-v1-digits", small_recipe, {}),
+    ]
+    found = starts(a_search(small_recipe, starts={"own": {"optimizer.lr": 0.011}}), "all", studies)
+    assert [(start.source, start.params["optimizer.lr@sgd"]) for start in found] == [
+        ("same-v1-digits, trial 0", 0.04),
+        ("other-v1-pets, trial 0", 0.03),
+        ("portfolio: own", 0.011),
+    ]
+    assert found[1].params["augmentation.crop_padding"] == 3  # of its study's base
+
+
+def test_a_winner_keeps_only_the_fields_of_its_own_kinds_and_a_study_is_no_winner_of_itself(
+    small_recipe: Recipe,
+) -> None:
+    adam = small_recipe.changed({"optimizer.name": "adam", "optimizer.lr": 1e-3, "optimizer.beta2": 0.9})
+    study = earlier("adam-v1-digits", adam, {})
+    params = {"optimizer.name": "sgd", "optimizer.lr": 0.03}
+    kinds = optuna.distributions.CategoricalDistribution(["sgd", "adam"])
+    study.add_trial(
+        create_trial(params=params, distributions={"optimizer.name": kinds, "optimizer.lr": RANGE}, value=1)
+    )
+    search = a_search(small_recipe, starts={})
+    (start,) = starts(search, "all", [study])
+    assert start.params["optimizer.lr@sgd"] == 0.03
+    assert starts(replace(search, stored_key="adam-v1-digits"), "all", [study]) == []
+
+
+def test_a_start_with_a_wrong_field_is_refused_with_the_study(small_recipe: Recipe) -> None:
+    with pytest.raises(UserError, match=r"starts, mine: optimizer\.rate: .*no such field"):
+        a_search(small_recipe, starts={"mine": {"optimizer.rate": 1}})
+
+
+def given(harness: StudyHarness) -> list[tuple[bool, str]]:
+    return [(attributes.control, attributes.start) for attributes in attributes_of(harness.trials())]
+
+
+def test_a_new_study_is_given_the_control_and_the_starts_once(
+    harness: StudyHarness, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    search = harness.search(9)
+    named = {"a": {"optimizer.lr": 0.2}, "b": {"optimizer.lr": 0.3}}
+    search = replace(search, study=replace(search.study, starts=named))
+    study = open_study(search, harness.data, harness.storage, harness.home)
+    all_given = [(True, ""), (False, "portfolio: a"), (False, "portfolio: b")]
+    assert given(harness) == all_given
+    assert "first trials after the control: portfolio: a; portfolio: b" in caplog.text
+
+    # As a kill in the middle leaves it: the control and the first start are there.
+    optuna.delete_study(study_name=harness.key, storage=harness.storage)
+    study = open_study(replace(search, start_from="none"), harness.data, harness.storage, harness.home)
+    study.enqueue_trial({"optimizer.lr": 0.2}, user_attrs=TrialAttributes(start="portfolio: a").to_optuna())
+    for _ in range(2):
+        open_study(search, harness.data, harness.storage, harness.home)
+        assert given(harness) == all_given
+
+    # Once a trial has begun, no start is added.
+    optuna.delete_study(study_name=harness.key, storage=harness.storage)
+    study = open_study(replace(search, start_from="none"), harness.data, harness.storage, harness.home)
+    study.tell(study.ask(), state=TrialState.FAIL)
+    open_study(search, harness.data, harness.storage, harness.home)
+    assert given(harness) == [(True, "")]
+
+
+def test_a_run_says_where_its_parameters_come_from(harness: StudyHarness) -> None:
+    search = harness.search(3)
+    named = replace(search.study, starts={"mine": {"optimizer.lr": 0.2}})
+    run_study(harness.context(replace(search, study=named)))
+    runs = harness.runs_by_trial()
+    assert [runs[number].data.tags.get("start") for number in range(3)] == [None, "portfolio: mine", None]
+    assert float(runs[1].data.params["optimizer.lr"]) == 0.2
