@@ -39,7 +39,7 @@ def test_progress_is_a_line_on_a_pipe(search: Search, capsys: pytest.CaptureFixt
 
 def test_short_trials_and_their_recipes_in_full_are_named(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
     with StudyView(make_console(), search) as view:
-        view.study_progress(StudyProgress("a-v1-digits", 5, 0, 0, (0, 0.5), short=4))
+        view.study_progress(StudyProgress("a-v1-digits", 5, 0, 0, 24, (0, 0.5), short=4))
         view.trial_started(6, search.base, {"optimizer.lr@sgd": 0.2}, 3)
         view.trial_ended(7, Outcome(State.PRUNED, "k", None, SHORT, {search.study.objective: 0.25}, 2, 2.0))
     lines = capsys.readouterr().out.splitlines()
@@ -51,7 +51,7 @@ def test_short_trials_and_their_recipes_in_full_are_named(search: Search, capsys
 def test_infeasible_trials_are_named_with_what_they_break(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
     bounded = replace(search, study=replace(search.study, constraints={"model/latency_ms": 5}))
     with StudyView(make_console(), bounded) as view:
-        view.study_progress(StudyProgress("a-v1-digits", 2, 0, 0, None, 1))
+        view.study_progress(StudyProgress("a-v1-digits", 2, 0, 0, 9, None, 1))
         view.trial_ended(1, Outcome(State.FINISHED, "k", None, "", {"model/latency_ms": 6.25}, 1, 2.0))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(" trials, 0 short, 0 failed, 1 infeasible")
