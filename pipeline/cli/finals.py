@@ -18,6 +18,7 @@ from pipeline.cli.common import (
     say,
     say_small_split,
     say_what_is_missing,
+    settle,
 )
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
 
