@@ -22,8 +22,7 @@ from pipeline.inference.classifier import ModelMetadata
 from pipeline.inference.methods import measure, methods_table, out_of_fold, views, views_of
 from pipeline.models.build import build_network, num_parameters
 from pipeline.recipe import Recipe
-from pipeline.tracking.tags import RunTags
-from pipeline.tracking.tracker import Run, State, Tracker
+from pipeline.tracking.tracker import Run, RunRequest, State, Tracker
 from pipeline.training.checkpoints import save_checkpoint
 from pipeline.training.loop import Diverged, EpochReport, Result, normalised_for, train
 from pipeline.training.resume import Resume
@@ -50,24 +49,16 @@ class Interrupted(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentRequest:
-    """One recipe to be trained, scored and tracked."""
+class ExperimentRequest(RunRequest):
+    """A run whose recipe is to be trained, scored and tracked."""
 
-    recipe: Recipe
-    data: TrainingData
     device: torch.device
-    name: str  # of the run in MLflow
-    parent_run: str | None = None  # whose child the run is
-    tags: RunTags = field(default_factory=RunTags)
-    run_key: str | None = None  # of the run that is to be resumed, or made with this key
     # Metric -> upper bound; a recipe that is known to break one before it is trained ends PRUNED.
     constraints: Mapping[str, float] = field(default_factory=dict)
     pruned_at_end: str = ""  # the reason with which a short training ends PRUNED after its last epoch
     resume_dir: Path | None = None  # where the training's state is kept, and resumed from where there is one
     on_epoch: Callable[[EpochReport], None] = lambda report: None
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
-    # Called before anything is logged; raises OwnershipLost where the run belongs to another process by now.
-    check_ownership: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -98,10 +89,9 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
     start = time.perf_counter()
     reports: list[EpochReport] = []
     resume = Resume(request.resume_dir) if request.resume_dir else None
-    tags = replace(request.tags, device=str(request.device)).to_mlflow()
-    data = request.data.at(request.recipe.data)
-    arguments = (request.name, request.recipe, data, request.parent_run, tags, request.run_key)
-    with tracker.run(*arguments, check_ownership=request.check_ownership) as tracked:
+    data, tags = request.data.at(request.recipe.data), replace(request.tags, device=str(request.device))
+    request = replace(request, data=data, tags=tags)
+    with tracker.run(request) as tracked:
 
         def on_epoch(report: EpochReport) -> None:
             reports.append(report)
@@ -112,10 +102,10 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
         state, reason, final_metrics = State.FINISHED, "", {}
         try:
             _check_feasible(request)
-            result = train(request.recipe, data, request.device, on_epoch, request.on_step, resume=resume)
+            result = train(request.recipe, request.data, request.device, on_epoch, request.on_step, resume=resume)
             if request.pruned_at_end:
                 raise Prune(request.pruned_at_end)
-            final_metrics = publish(tracked, request.recipe, data, result)
+            final_metrics = publish(tracked, request.recipe, request.data, result)
         except Prune as error:
             state, reason = State.PRUNED, str(error)
             if isinstance(error, Infeasible):

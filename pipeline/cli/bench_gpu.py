@@ -36,7 +36,9 @@ def bench_gpu(
     if not torch.cuda.is_available():
         raise UserError("`bench-gpu`", "torch sees no GPU here", "`bench` measures on a CPU")
 
-    from pipeline.benchmarks.gpu import GpuBenchmark, failures, parts, run_parts
+    from pipeline.benchmarks.gpu import parts, run
+    from pipeline.benchmarks.gpu_settings import GpuBenchmark
+    from pipeline.benchmarks.part_runner import failures
     from pipeline.data.datasets import load
     from pipeline.recipe import Form
 
@@ -55,7 +57,7 @@ def bench_gpu(
 
     console = make_console()
     bench = GpuBenchmark(data_dir=expand(data_dir), home=HOME, peer=scripts[0], airbench=scripts[1])
-    report = run_parts(bench, names, _row_printer(console), write)
+    report = run(bench, names, _row_printer(console), write)
     for line in failures(report):
         say(console, f"failed: {line}")
     say(console, f"the report: {file}")

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 
+from pipeline.cli.exit_codes import INTERRUPTED
 from pipeline.cli.make import COMMAND_LINE
 from pipeline.errors import Problem, UserError, escape_control, redact_uri
 from pipeline.runtime import freeze_imports
@@ -135,6 +137,22 @@ def load_data_of_run(
     data = prepare(find_data(seen, expand(data_dir), dataset).images, about, device)
     freeze_imports()
     return data
+
+
+@contextlib.contextmanager
+def interruptible(
+    console: Console, tracker: "MlflowTracker", interrupts: tuple[type[BaseException], ...], line: str
+) -> "Iterator[None]":
+    """Around what trains: when it is interrupted, MLflow gets what was measured, the line is said, and the command ends."""
+    try:
+        yield
+    except interrupts:
+        settle(console, tracker, timeout_s=5)
+        say(console, line)
+        raise typer.Exit(INTERRUPTED) from None
+    except BaseException:
+        tracker.flush(5)
+        raise
 
 
 def require_store(tracking_uri: str | None) -> None:

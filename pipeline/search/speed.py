@@ -14,7 +14,7 @@ from pipeline.inference.methods import views_of
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.tracking.tags import State
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import RunRequest, Tracker
 from pipeline.training.loop import PARTS, EpochReport, train
 
 # Measured epochs are short, so that slow networks are measured too; a GPU must not run out of steps that are queued.
@@ -177,7 +177,7 @@ def measure_overhead(
     part = few_images(data, speed.batch_size, _VALIDATION[device.type])
     epoch_s = 0.0
     start = time.perf_counter()
-    with tracker.run("bench", recipe, part) as tracked:
+    with tracker.run(RunRequest(name="bench", recipe=recipe, data=part)) as tracked:
         started_s = time.perf_counter() - start
 
         def on_epoch(report: EpochReport) -> None:

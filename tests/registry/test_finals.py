@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from pipeline.registry.finals import FinalsPlan, plan_finals, recipe_of
 from pipeline.tracking import queries, recovery
 from pipeline.tracking.queries import StudyRuns, find_studies
 from pipeline.tracking.tags import RunTags, State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 from pipeline.training.loop import EpochReport
 
 CPU = torch.device("cpu")
@@ -78,7 +79,9 @@ class StudyHarness:
         recipe = self.base.changed({name.replace("__", "."): value for name, value in changes.items()})
         tags = {"role": "trial", "study": self.name, "trial": str(number)}
         name = f"trial {number}" + (" (control)" if control else "")
-        with self.tracker.run(name, recipe, self.data, self.study.parent, tags) as run:
+        with self.tracker.run(
+            RunRequest(name=name, recipe=recipe, data=self.data, parent_run=self.study.parent, tags=RunTags.parse(tags))
+        ) as run:
             run.log_metrics({"val/accuracy": score, "time/training_s": seconds}, 1)
             run.end(state)
         return self.tracker.id_of(run.key)
@@ -88,7 +91,9 @@ class StudyHarness:
 
     def finals(self, top: int = 1, seeds: int = 2, observer: RecordingObserver | None = None) -> FinalsDecision:
         planned = self.plan(top, seeds)
-        return finals.run_finals(self.tracker, planned, self.data, CPU, observer or RecordingObserver(), self.home)
+        decision = finals.run_finals(self.tracker, planned, self.data, CPU, observer or RecordingObserver(), self.home)
+        assert decision, "there is no time limit"
+        return decision
 
     def runs(self, role: str = "final") -> list[Any]:
         return queries.children(self.tracker, self.study, role)
@@ -320,6 +325,21 @@ def test_other_data_is_refused_before_any_training(harness: StudyHarness) -> Non
     assert not harness.runs()
 
 
+def test_finals_end_between_seeds_when_their_time_is_up(harness: StudyHarness) -> None:
+    def run(max_seeds: int) -> FinalsDecision | None:
+        limit: Any = SimpleNamespace(allows=lambda seconds, num_seeds: seconds == 0 or num_seeds < max_seeds)
+        observer = RecordingObserver()
+        return finals.run_finals(
+            harness.tracker, harness.plan(1, 4), harness.data, CPU, observer, harness.home, limit=limit
+        )
+
+    assert run(1) is None, "one seed proves nothing"
+    assert len(harness.runs()) == 2 and FinalsDecision.load(harness.tracker, harness.study) is None
+    decision = run(3)
+    assert decision and decision.winner and decision.seeds == (1, 2, 3)
+    assert len(harness.runs()) == 6, "the first seed was not trained again"
+
+
 def test_diverged_recipe_is_stopped_and_not_trained_again(harness: StudyHarness) -> None:
     harness.trial(2, 0.9, optimizer__lr=99, training__clip_norm=0)
     decision = harness.finals(seeds=1)
@@ -351,7 +371,11 @@ def test_graphed_recipes_are_trained_eagerly_without_a_gpu(harness: StudyHarness
 def test_finals_of_a_graph_count_for_the_same_recipe_without(harness: StudyHarness) -> None:
     graphed = harness.base.changed({"training.execution": "graphed", "training.seed": 1})
     tags = RunTags(role="final", study=harness.name, trial=0, trial_run="0" * 32).to_mlflow()
-    with harness.tracker.run("final", graphed, harness.data, harness.study.parent, tags) as run:
+    with harness.tracker.run(
+        RunRequest(
+            name="final", recipe=graphed, data=harness.data, parent_run=harness.study.parent, tags=RunTags.parse(tags)
+        )
+    ) as run:
         run.log_metrics({"val/accuracy": 0.5}, 1)
         run.end(State.FINISHED)
     harness.tracker.id_of(run.key)

@@ -13,7 +13,7 @@ from pipeline.recipe import Form, Recipe
 from pipeline.tracking import queries
 from pipeline.tracking.run_data import MAX_PLACES, RunData, find_data, newest_first
 from pipeline.tracking.tags import State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
 
 def pets(root: Path, shade: int) -> str:
@@ -85,7 +85,9 @@ def test_cifar10_is_found_where_the_study_had_it(cifar10_dir: Path, tmp_path: Pa
 def test_run_knows_its_studys_places_and_its_own(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
     tracker = MlflowTracker(tmp_path / "mlruns")
     parent = tracker.open_study("tiny-v1-pets-3fa9c1", "?", "val/accuracy", [], places=["/second"])
-    with tracker.run("trial 0", small_recipe, replace(digits, source="/first"), parent.id) as run:
+    with tracker.run(
+        RunRequest(name="trial 0", recipe=small_recipe, data=replace(digits, source="/first"), parent_run=parent.id)
+    ) as run:
         run.end(State.FINISHED)
     assert queries.data_places(tracker, tracker.id_of(run.key)) == ["/second", "/first"]
     assert queries.data_places(tracker, "0" * 32) == []
