@@ -4,7 +4,7 @@ Question: from weights of ImageNet, which image size and geometry, which layers 
 augmentation give the best validation accuracy? The network is tf_efficientnet_lite0, whose weights come with a package;
 `SET='model.backbone=resnet18 model.weights=default'` takes another one, pipeline/models/README.md says which there are.
 Command:  make study NAME=transfer DATASET=path/to/folder
-Cost: an epoch of 1,000 images takes about 25 s at 128 pixels on one CPU core (43 images/s measured), and three times that at 224.
+Cost: 1,000 images take about 25 s an epoch at 128 pixels on one CPU core (43 images/s measured), three times that at 224.
 Result: see README.md beside this file.
 
 The base and the ranges follow what AutoGluon MultiModal, fastai's fine_tune, Quick-Tune and big_vision do.
