@@ -239,7 +239,7 @@ def _since(began: float) -> float:
 
 
 def _forecast(search: Search, choice: Choice, data: TrainingData, device: torch.device) -> Row:
-    made = forecast(search, data, device, None, workers=choice.workers, choice=choice)
+    made = forecast(search, data, device, None, choice)
     assert made
     return {"seconds": round(made.seconds, 1), "epoch_s": round(made.epoch_s, 3), "pruned": round(made.pruned, 1)}
 

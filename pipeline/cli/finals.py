@@ -1,9 +1,10 @@
 """`finals`: the best recipes of a study, trained again with fresh seeds."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from pipeline.cli.common import (
     HOME,
@@ -17,8 +18,16 @@ from pipeline.cli.common import (
     say,
     say_small_split,
     say_what_is_missing,
+    settle,
 )
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.data.prepare import TrainingData
+    from pipeline.registry.finals import FinalsPlan, TimeLimit
+    from pipeline.tracking.tracker import MlflowTracker
 
 SeedsOption = Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Fresh seeds of each recipe.")]
 
@@ -36,9 +45,7 @@ def finals(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Train a study's best recipes and its control again with fresh seeds, and choose the winner. The same command resumes."""
-    from pipeline.cli.views_finals import FinalsView, print_finals, print_plan
-    from pipeline.experiment import Interrupted
-    from pipeline.registry.finals import check_data, plan_finals, run_finals
+    from pipeline.registry.finals import check_data, plan_finals
     from pipeline.tracking.queries import find_study
     from pipeline.tracking.run_data import newest_first
     from pipeline.tracking.tracker import MlflowTracker
@@ -55,19 +62,43 @@ def finals(
     control, recipes = plan.candidates[0], [candidate.recipe for candidate in plan.candidates]
     data = load_data_of_run(tracker, control.trial_run, f"study {study.name}", recipes, data_dir, dataset, torch_device)
     check_data(plan, tracker, data)
-    print_plan(console, plan, torch_device)
     say_small_split(console, len(data.validation.labels), control.recipe.data.validation_fraction)
     tracker.set_data_places(study.parent, newest_first(study.places, data.place))
-    line = f"interrupted; the same command resumes the finals of {study.name}"
+    train(console, tracker, plan, data, torch_device, tracking_uri)
+
+
+def train(
+    console: Console,
+    tracker: "MlflowTracker",
+    plan: "FinalsPlan",
+    data: "TrainingData",
+    device: "torch.device",
+    tracking_uri: str | None,
+    limit: "TimeLimit | None" = None,
+) -> None:
+    """Run planned finals, show what they decided and name the next commands."""
+    from pipeline.cli.views_finals import FinalsView, print_finals, print_plan
+    from pipeline.experiment import Interrupted
+    from pipeline.registry.finals import run_finals
+
+    name = plan.study.name
+    print_plan(console, plan, device)
+    how = f"`finals {name}`" if limit else "the same command"
     with (
-        interruptible(console, tracker, (Interrupted, KeyboardInterrupt), line),
+        interruptible(
+            console, tracker, (Interrupted, KeyboardInterrupt), f"interrupted; {how} resumes the finals of {name}"
+        ),
         FinalsView(console, plan.num_trainings - plan.num_done) as view,
     ):
-        decision = run_finals(tracker, plan, data, torch_device, view, HOME)
+        decision = run_finals(tracker, plan, data, device, view, HOME, limit)
+    if decision is None:
+        settle(console, tracker)
+        say(console, f"no winner yet: `finals {name}` completes the finals, `promote {name}` takes the best trial")
+        return
     print_finals(console, decision)
     if decision.winner is None:
         say(console, "no winner: every recipe diverged or was infeasible with some seed")
         raise typer.Exit(1)
     steps = {"evaluate the winner on the test split": "promote", "see all runs": "compare"}
-    commands = [(what, next_command(f"{command} {study.name}", tracking_uri)) for what, command in steps.items()]
+    commands = [(what, next_command(f"{command} {name}", tracking_uri)) for what, command in steps.items()]
     print_links(console, "Next:", commands)

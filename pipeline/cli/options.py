@@ -13,6 +13,7 @@ from pipeline.cli.common import DEVICE_NAMES, HOME
 from pipeline.errors import Problem, UserError
 
 if TYPE_CHECKING:
+    from pipeline.search.budget import Budget
     from pipeline.search.study import Search
 
 # What several commands ask for.
@@ -60,6 +61,13 @@ TrackingOption = Annotated[
 ]
 
 
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        help="Time for search and finals together, 30m or 2h: chooses the trials and their length; runs the finals too.",
+    ),
+]
 PruneOption = Annotated[
     bool, typer.Option("--prune/--no-prune", help="End poor trials early, or train every trial to its last epoch.")
 ]
@@ -79,6 +87,7 @@ class StudyOptions(BaseModel):
     trials: int | None = Field(None, ge=1, le=1_000_000)
     epochs: int | None = Field(None, ge=1, le=10_000)
     timeout: float | None = Field(None, gt=0)
+    budget: float | None = Field(None, gt=0)
     patience: int | None = Field(None, ge=1, le=1_000_000)
     start: Literal["all", "portfolio", "winners", "none"] = "all"
     seed: int | None = Field(None, ge=0, le=2**32 - 1)
@@ -101,7 +110,7 @@ class StudyOptions(BaseModel):
                 problems.append(Problem(f"`--{option} {fault['input']}`", rule))
         return cls()
 
-    @field_validator("timeout", "stall_timeout", mode="before")
+    @field_validator("timeout", "budget", "stall_timeout", mode="before")
     @classmethod
     def _duration(cls, value: str | None) -> object:
         """Seconds, or a number with s, m, h or d behind it."""
@@ -153,6 +162,15 @@ def resolve(
     return search
 
 
+def budget_of(options: StudyOptions, changes: Sequence[str], started: float) -> "Budget | None":
+    """The budget in time of a command that began at `started`, time.monotonic(): trials and epochs that were typed stay."""
+    from pipeline.search.budget import Budget
+
+    if options.budget is None:
+        return None
+    return Budget(options.budget, started, options.trials, "training.epochs" in _fields(options, None, changes, []))
+
+
 def _fields(
     options: StudyOptions, dataset: str | None, changes: Sequence[str], problems: list[Problem]
 ) -> dict[str, Any]:
@@ -169,6 +187,19 @@ def _fields(
         if fields.setdefault(field, value) != value:
             problems.append(Problem(f"`{option} {field}={value}`", f"was set to {fields[field]} already", "choose one"))
     return fields
+
+
+def budget_problems(options: StudyOptions) -> list[Problem]:
+    """Each option that a budget in time contradicts."""
+    if options.budget is None:
+        return []
+    problems = []
+    if options.timeout is not None:
+        problems.append(Problem("`--budget` and `--timeout`", "both limit the time", "give one of them"))
+    if options.cluster is not None:
+        rule = "needs a forecast, and steps measured here say little of a cluster's machines"
+        problems.append(Problem("`--budget`", rule, "`--timeout` limits a study's time there"))
+    return problems
 
 
 def _assignments(texts: Sequence[str], problems: list[Problem]) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,7 @@
 """`study`: run or resume a search."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +26,9 @@ from pipeline.cli.common import (
     say_small_split,
     settle,
 )
+from pipeline.cli.finals import train
 from pipeline.cli.options import (
+    BudgetOption,
     ChangeOption,
     DataDirOption,
     DatasetOption,
@@ -40,6 +43,8 @@ from pipeline.cli.options import (
     TrialsOption,
     VersionOption,
     WorkersOption,
+    budget_of,
+    budget_problems,
     cluster_problems,
     database_problems,
     resolve,
@@ -48,6 +53,10 @@ from pipeline.cli.ui import links_of
 from pipeline.errors import Problem, first_line
 
 if TYPE_CHECKING:
+    import torch
+
+    from pipeline.data.prepare import TrainingData
+    from pipeline.search.budget import Budget, BudgetPlan
     from pipeline.search.study import Search
     from pipeline.search.worker_pool import WorkerPool
     from pipeline.tracking.tracker import MlflowTracker
@@ -59,6 +68,7 @@ def study(
     name: StudyArgument,
     trials: TrialsOption = None,
     epochs: EpochsOption = None,
+    budget: BudgetOption = None,
     timeout: Annotated[
         str | None, typer.Option(metavar="TIME", help="No trial starts after this time: 90, 30m, 2h.")
     ] = None,
@@ -95,30 +105,34 @@ def study(
     ] = None,
 ) -> None:
     """Run or resume a study: search, train, track, and show the best trials."""
+    started = time.monotonic()
     typed: dict[str, str | bool | None] = {"trials": trials, "epochs": epochs, "timeout": timeout, "seed": seed}
-    typed |= {"patience": patience, "prune": prune}
+    typed |= {"patience": patience, "prune": prune, "budget": budget}
     typed |= {"version": version, "device": device, "workers": workers, "cluster": cluster}
     typed |= {"stall_timeout": stall_timeout, "start": start}
     problems: list[Problem] = database_problems(storage, tracking_uri)
     problems += cluster_problems(storage, tracking_uri, device) if cluster is not None else []
     options = StudyOptions.parse(typed, problems)
+    problems += budget_problems(options)
     search = resolve(name, options, dataset, change or [], problems)
     say_remarks(console := make_console(), search)
-    _run(console, search, options, expand(data_dir), storage, tracking_uri)
+    budgeted = budget_of(options, change or [], started)
+    _run(console, search, options, budgeted, expand(data_dir), storage, tracking_uri)
 
 
 def _run(
     console: Console,
     search: "Search",
     options: StudyOptions,
+    budget: "Budget | None",
     data_dir: Path,
     storage_uri: str | None,
     tracking_uri: str | None,
 ) -> None:
-    from pipeline.cli.views_study import StudyView, say_infeasible_control
-    from pipeline.search.forecast import decide
+    from pipeline.cli.views_study import StudyView, say_budget, say_infeasible_control
+    from pipeline.search.budget import prepare
     from pipeline.search.run_study import run_study
-    from pipeline.search.storage import find_study, num_finished, open_storage, resolved
+    from pipeline.search.storage import num_finished, open_storage, resolved
     from pipeline.search.trial import StudyContext, StudyInterrupted
     from pipeline.tracking.tracker import MlflowTracker
 
@@ -129,10 +143,11 @@ def _run(
     data = load_data(search, data_dir, device, execute=not options.cluster)
     tracker = tracker or MlflowTracker(HOME, tracking_uri)
     storage = storage or open_storage(HOME, storage_uri)
-    search = resolved(search, data, storage)
-    choice = None
+    search, choice, plan = resolved(search, data, storage), None, None
     if not options.cluster:  # a measurement here says little of other machines, and so would a forecast
-        search, choice = decide(search, data, device, find_study(search, data, storage), options.workers)
+        own_epochs = search.max_epochs
+        search, choice, plan, _ = prepare(search, data, device, storage, options.workers, budget)
+        say_budget(console, plan, own_epochs)
     with _worker_pool(console, options, choice.workers if choice else 1, data_dir) as pool:
         say(
             console,
@@ -150,10 +165,38 @@ def _run(
             context = StudyContext(
                 search=search, data=data, device=device, storage=storage, tracker=tracker, observer=view
             )
-            done = run_study(context, pool, choice, with_forecast=not options.cluster)
+            done = run_study(context, pool, choice, not options.cluster, plan)
     if num_finished(done) < search.trials and (reason := search.why_exhausted(done)):
         say(console, f"stopped after {num_finished(done)} trials: {reason}")
-    _finish(console, search, done, tracker, tracking_uri)
+    is_settled = _show_best(console, search, done, tracker)
+    if plan:
+        _run_finals(console, plan, done, data, device, tracker, tracking_uri)
+    else:
+        _show_next(console, done.study_name, tracker, tracking_uri, is_settled)
+
+
+def _run_finals(
+    console: Console,
+    plan: "BudgetPlan",
+    done: Any,
+    data: "TrainingData",
+    device: "torch.device",
+    tracker: "MlflowTracker",
+    tracking_uri: str | None,
+) -> None:
+    """The finals, in what is left of the budget."""
+    from pipeline.search.budget import finals_in_time
+    from pipeline.tracking.queries import find_studies
+
+    name = done.study_name
+    if tracker.pending:
+        say(console, f"no finals, as MLflow lacks trials; `finals {name}` runs them once it has all")
+        return
+    finals = finals_in_time(tracker, find_studies(tracker, name)[0], device, plan, done)
+    if finals:
+        train(console, tracker, finals, data, device, tracking_uri, plan.budget.limit)
+    else:
+        say(console, f"no time is left for finals; `finals {name}` runs them, `promote {name}` takes the best trial")
 
 
 @contextlib.contextmanager
@@ -178,14 +221,15 @@ def _worker_pool(
 
 
 # `done` is what `run_study` returns, an Optuna study; Optuna's types stay in search/.
-def _finish(console: Console, search: "Search", done: Any, tracker: "MlflowTracker", tracking_uri: str | None) -> None:
-    """The table of the best trials, and what to do next."""
+def _show_best(console: Console, search: "Search", done: Any, tracker: "MlflowTracker") -> bool:
+    """The table of the best trials; whether MLflow has all that was measured. Ends the command where there is no best."""
     from pipeline.cli.views import print_best_trials
     from pipeline.cli.views_study import print_forecast
     from pipeline.report.best_trials import best_trials
     from pipeline.report.trials import table_of
     from pipeline.search.storage import num_finished
     from pipeline.search.study import nearest_infeasible, records, study_progress
+    from pipeline.search.study_attributes import StudyAttributes
 
     nearest = "" if study_progress(done, 0).best else nearest_infeasible(done, search)
     if not records(done, search):
@@ -193,8 +237,6 @@ def _finish(console: Console, search: "Search", done: Any, tracker: "MlflowTrack
         why = f"feasible: the nearest is {nearest}" if nearest else "completed: the lines above say why"
         say(console, f"no trial was {why}; `ui` shows what there is")
         raise typer.Exit(1)
-    from pipeline.search.study_attributes import StudyAttributes
-
     attributes = StudyAttributes.of(done)
     if attributes.forecast and attributes.actual:
         print_forecast(console, attributes.forecast, attributes.actual)
@@ -208,11 +250,18 @@ def _finish(console: Console, search: "Search", done: Any, tracker: "MlflowTrack
     if nearest:
         say(console, f"no trial was feasible: the nearest is {nearest}")
         raise typer.Exit(1)
-    links = _links(console, tracker, done.study_name) if is_settled else {}
+    return is_settled
+
+
+def _show_next(
+    console: Console, name: str, tracker: "MlflowTracker", tracking_uri: str | None, is_settled: bool
+) -> None:
+    """What to do next."""
+    links = _links(console, tracker, name) if is_settled else {}
     steps = {
-        "compare the trials": f"compare {done.study_name}",
-        "try the best with more seeds": f"finals {done.study_name}",
-        "make the winner champion": f"promote {done.study_name}",
+        "compare the trials": f"compare {name}",
+        "try the best with more seeds": f"finals {name}",
+        "make the winner champion": f"promote {name}",
         **({} if tracker.is_remote else {"open the UI": "ui"}),
     }
     commands = [(what, next_command(command, tracking_uri)) for what, command in steps.items()]

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich import box
 from rich.console import Console
@@ -18,10 +18,14 @@ from pipeline.data.prepare import TrainingData
 from pipeline.evaluation.constraints import violations
 from pipeline.experiment import Outcome, known_before
 from pipeline.recipe import KIND, Recipe
-from pipeline.search.space_check import to_choice
+from pipeline.search.space_check import field_of, to_choice
 from pipeline.search.study import Search, StudyProgress
-from pipeline.search.trial import Progress
+from pipeline.search.trial import SHORT
+from pipeline.search.trial_attributes import Progress
 from pipeline.training.loop import EpochReport
+
+if TYPE_CHECKING:
+    from pipeline.search.budget import BudgetPlan
 
 _BAR_WIDTH = 20
 
@@ -69,26 +73,26 @@ class StudyView:
         """See StudyObserver."""
         if self._finished_before is None:
             self._finished_before = progress.finished
-        parts = [
-            f"{progress.finished} of {self._search.trials} trials, {progress.pruned} pruned, {progress.failed} failed"
-        ]
-        if progress.infeasible:
-            parts.append(f"{progress.infeasible} infeasible")
+        parts = [f"{progress.finished} of {progress.trials} trials"]
+        parts += [f"{progress.short} short"] if self._search.shortens else []
+        parts += [f"{progress.pruned} pruned"] if progress.pruned or not self._search.shortens else []
+        parts += [f"{progress.failed} failed"]
+        parts += [f"{progress.infeasible} infeasible"] if progress.infeasible else []
         if progress.best:
             number, score = progress.best
             parts.append(f"best {self._search.study.objective} {score:.4f} (trial {number})")
-        if seconds_left := self._seconds_left(progress.finished):
+        if seconds_left := self._seconds_left(progress):
             parts.append(f"about {duration(seconds_left)} left")
         self._study = f"{progress.name}: {', '.join(parts)}"
-        self._study_bar.update(progress.finished)
+        self._study_bar.update(progress.finished, total=progress.trials)
         self._show(self._study)
 
-    def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:
+    def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any], full_of: int | None = None) -> None:
         """See StudyObserver."""
         epochs = recipe.training.epochs
         changes = changes_text(params, self._search)
         self._trials[number] = _RunningTrial(changes, epochs, ProgressBar(total=epochs, width=_BAR_WIDTH))
-        self._show(f"trial {number}: {changes}")
+        self._show(f"trial {number}{'' if full_of is None else f' ({full_of} in full)'}: {changes}")
 
     def step(self, number: int, progress: Progress) -> None:
         """See StudyObserver."""
@@ -116,20 +120,21 @@ class StudyView:
     def trial_ended(self, number: int, outcome: Outcome) -> None:
         """See StudyObserver."""
         score = outcome.metrics.get(self._search.study.objective)
-        reason = f" ({outcome.reason})" if outcome.reason else ""
+        reason = f" ({outcome.reason})" if outcome.reason and outcome.reason != SHORT else ""
         scored = f", {self._search.study.objective} {score:.4f}" if score is not None else ""
-        line = f"trial {number} {outcome.state}{reason}{scored}, {outcome.epochs} epochs in {duration(outcome.seconds)}"
+        state = "finished, a short one" if outcome.reason == SHORT else outcome.state
+        line = f"trial {number} {state}{reason}{scored}, {outcome.epochs} epochs in {duration(outcome.seconds)}"
         if outcome.epochs and (broken := violations(self._search.study.constraints, outcome.metrics)):
             line += f"; infeasible: {broken}"
         self._trials.pop(number, None)
         for text in (line, *(f"  {note}" for note in outcome.notes)):
             say(self._console, text)
 
-    def _seconds_left(self, finished: int) -> float | None:
-        num_new = finished - (self._finished_before or 0)
+    def _seconds_left(self, progress: StudyProgress) -> float | None:
+        num_new = progress.finished - (self._finished_before or 0)
         if not num_new:
             return None
-        return (time.monotonic() - self._started) / num_new * (self._search.trials - finished)
+        return (time.monotonic() - self._started) / num_new * (progress.trials - progress.finished)
 
     def _show(self, line: str) -> None:
         """Refresh the live lines, or print one."""
@@ -158,11 +163,11 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
         "time": ("seconds", duration),
         "time of an epoch": ("epoch_s", duration),
         "epochs": ("epochs", "{:.0f}".format),
-        "pruned": ("pruned", "{:.0f}".format),
+        "short or pruned": ("pruned", "{:.0f}".format),
         "disk": ("disk_mib", "{:.1f} MiB".format),
     }
     table = Table(box=box.SIMPLE_HEAD)
-    headings = ["", "forecast", *(["truth", "truth / forecast"] if actual else ["without pruning"])]
+    headings = ["", "forecast", *(["truth", "truth / forecast"] if actual else ["all in full"])]
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
     for name, (key, show) in rows.items():
@@ -194,6 +199,23 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
             )
 
 
+def say_budget(console: Console, plan: "BudgetPlan | None", own_epochs: int) -> None:
+    """What was chosen for a budget, where there is one; `own_epochs` are those that the study has by itself."""
+    if plan is None:
+        return
+    top, seeds = plan.finals
+    shorter = f", not its {own_epochs}" if plan.epochs < own_epochs else ""
+    search_s = plan.forecast.seconds if plan.forecast else 0.0
+    trials = f"{plan.trials} trial{'s' * (plan.trials != 1)}"
+    epochs = f"{plan.epochs} epoch{'s' * (plan.epochs != 1)}"
+    say(
+        console,
+        f"a budget of {duration(plan.budget.seconds)}: {trials} of {epochs}{shorter} ({duration(search_s)}), "
+        f"then finals of the best {top} and the control with {seeds} seeds ({duration(plan.finals_s)}); both follow the "
+        "time that is left",
+    )
+
+
 def say_infeasible_control(console: Console, search: Search, data: TrainingData) -> None:
     """A line where the control breaks a constraint that is known before it is trained."""
     constraints = search.study.constraints
@@ -205,6 +227,7 @@ def changes_text(params: Mapping[str, Any], search: Search) -> str:
     """A trial's parameters that differ from the control's: `rotation 10, optimizer adam, lr 0.003`."""
     base = search.base.flat()
     kinds = {f"{section}.{field}": section for section, field in KIND.items()}
-    changed = {name: value for name, value in params.items() if to_choice(base.get(name)) != value}
+    fields = {field_of(name): value for name, value in params.items()}
+    changed = {name: value for name, value in fields.items() if to_choice(base.get(name)) != value}
     shown = [f"{kinds.get(name, name.partition('.')[2])} {format_value(value)}" for name, value in changed.items()]
     return ", ".join(shown) or "the control, the base recipe"

@@ -4,6 +4,7 @@ A run is data: candidates and what was trained already are read from MLflow alon
 """
 
 import hashlib
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
@@ -21,7 +22,7 @@ from pipeline.experiment import ExperimentRequest, Interrupted, Outcome
 from pipeline.processes import StopOnSignal, study_lock, this_process
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.decision import FinalsDecision, decide
-from pipeline.registry.racing import Candidate, Final, Racing
+from pipeline.registry.racing import MIN_SEEDS, Candidate, Final, Racing
 from pipeline.tracking import queries, recovery
 from pipeline.tracking.intact import control_runs, intact
 from pipeline.tracking.queries import StudyRuns
@@ -62,6 +63,19 @@ class FinalsPlan:
     def num_done(self) -> int:
         """Trainings that are not trained again."""
         return self.num_trainings - len(self.remaining)
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """No seed is begun that would end later; nothing is lost by that, as each seed is complete."""
+
+    deadline: float  # time.monotonic()
+    grace_s: float = 0.0  # so much later the first MIN_SEEDS may end, without which nothing is decided
+
+    def allows(self, seconds: float, num_seeds: int) -> bool:
+        """Whether a seed that takes so long may begin, after `num_seeds`."""
+        grace_s = self.grace_s if num_seeds < MIN_SEEDS else 0.0
+        return time.monotonic() + seconds <= self.deadline + grace_s
 
 
 class FinalsObserver(Protocol):
@@ -240,11 +254,13 @@ def run_finals(
     device: torch.device,
     observer: FinalsObserver,
     home: Path,
-) -> FinalsDecision:
+    limit: TimeLimit | None = None,
+) -> FinalsDecision | None:
     """Train what is not trained yet, decide, and store the decision.
 
     Seed by seed, every candidate once, so that poor ones stop early. Raises Interrupted where the user asks to stop:
-    the same call resumes. UserError where another command runs the study.
+    the same call resumes. UserError where another command runs the study. None where the time ends before MIN_SEEDS:
+    nothing is decided then.
     """
     check_data(plan, tracker, data)
     with StopOnSignal() as stop, study_lock(plan.study.name, home):
@@ -254,19 +270,28 @@ def run_finals(
         trainer = _Trainer(
             tracker, plan.study, data, device, observer, stop, queries.deleted_keys(tracker, plan.study.parent)
         )
+        seeds: list[int] = []
         for seed in plan.seeds:
-            for candidate in racing.running():
-                final = _find_final(done, candidate.with_seed(seed)) or trainer.train(candidate, seed)
-                racing.add(candidate, seed, final)
+            finals = [(candidate, _find_final(done, candidate.with_seed(seed))) for candidate in racing.running()]
+            missing = [candidate for candidate, final in finals if final is None]
+            if limit and not limit.allows(trainer.expected_s(missing), len(seeds)):
+                observer.note(f"the time is up after {len(seeds)} of {len(plan.seeds)} seeds")
+                break
+            for candidate, final in finals:
+                racing.add(candidate, seed, final or trainer.train(candidate, seed))
+            seeds.append(seed)
             for line in racing.stop_the_beaten():
                 observer.note(line)
+        if limit and len(seeds) < min(MIN_SEEDS, len(plan.seeds)):
+            return None
+        racing.num_seeds = len(seeds)
         racing.learn_ids(tracker.id_of)
-        decision = decide(tracker, plan.study, racing, plan.seeds, data)
+        decision = decide(tracker, plan.study, racing, seeds, data)
         decision.store(tracker, plan.study)
     return decision
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Trainer:
     """Trains the candidates of a study's finals, each under a run of its own."""
 
@@ -277,6 +302,11 @@ class _Trainer:
     observer: FinalsObserver
     stop: StopOnSignal
     deleted_keys: Collection[str]
+    pace: float = 1.0  # seconds that trainings really took, by those that their trials did
+
+    def expected_s(self, candidates: Sequence[Candidate]) -> float:
+        """What a training of each will take."""
+        return self.pace * sum(candidate.seconds for candidate in candidates)
 
     def train(self, candidate: Candidate, seed: int) -> Final:
         """A training that came to an end. Interrupted where the user stops it, UserError where memory is too small."""
@@ -309,6 +339,8 @@ class _Trainer:
         self.observer.ended(name, outcome)
         if outcome.state is State.INTERRUPTED:
             raise Interrupted
+        if outcome.state is State.FINISHED and candidate.seconds:
+            self.pace = outcome.seconds / candidate.seconds
         if outcome.state is State.FAILED and not outcome.reason.startswith("diverged"):
             raise UserError(name, outcome.reason, "with more memory the same command resumes")
         score = outcome.metrics[self.study.objective] if outcome.state is State.FINISHED else None

@@ -195,26 +195,77 @@ class Actual:
     disk_mib: float
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What trials take on this machine; times in seconds."""
+
+    epoch_s: float  # an epoch, with what its metrics take
+    end_s: float  # what a complete trial takes besides its epochs
+    start_s: float = 0.0  # before the first trial
+    parallel: int = 1  # trials that advance at once, at most
+    taken: float = 0.0  # see Choice
+    file_bytes: int = 0  # of a complete trial
+    memory_gib: float | None = None  # of a GPU; the maximum of the measured recipes
+    measured: int = 0  # recipes, including the control
+
+    def trial_s(self, epochs: float) -> float:
+        """A complete trial."""
+        return epochs * self.epoch_s + self.end_s
+
+
 def forecast(
     search: Search,
     data: TrainingData,
     device: torch.device,
     study: optuna.Study | None,
+    choice: Choice,
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
-    workers: int = 1,
-    choice: Choice | None = None,
 ) -> Forecast | None:
     """Measure the control and a few random recipes; None where no trial remains to be run. `study` is what is stored so far.
 
-    Time: the mean of the measured epochs, times the mean number of epochs of random recipes of the space (which of them
-    the search will prefer is not known), and what a trial takes besides. Pruned: short trials, as many as there are
-    where scores are random; none where the study has a pruner. Other work on the machine changes all of it. `on_step` may
-    raise to end the measuring. Several `workers` share the work: on a CPU as far as there are cores, with one thread each,
-    on a GPU as far as the `choice` found it free.
+    `on_step` may raise to end the measuring.
     """
-    with _one_thread() if workers > 1 and device.type == "cpu" else contextlib.nullcontext():
-        result = _forecast(search, data, device, study, on_step, workers, choice.taken if choice else 0.0)
-    return replace(result, choice=choice) if result else None
+    done = num_finished(study) if study else 0
+    if search.trials <= done or (study and search.why_exhausted(study)):
+        return None
+    costs = measure_costs(search, data, device, choice, search.trials - done, on_step=on_step)
+    return replace(estimate(search, costs, search.trials, done, mean_epochs(search)), choice=choice)
+
+
+def measure_costs(
+    search: Search,
+    data: TrainingData,
+    device: torch.device,
+    choice: Choice,
+    trials: int,
+    total_s: float = math.inf,
+    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
+) -> Costs:
+    """Measure the control and up to three random recipes, as far as that pays: for so many trials, in `total_s` at most.
+
+    Several workers share a CPU as far as there are cores, with one thread each, a GPU as far as the `choice` found it
+    free. Other work on the machine changes all of it.
+    """
+    counter, on_cpu, start = _FileCounter(), device.type == "cpu", time.perf_counter()
+    with _one_thread() if choice.workers > 1 and on_cpu else contextlib.nullcontext():
+        control = search.base
+        speeds = [measure(control, data, device, CONTROL_S, on_step)]
+        overhead = measure_overhead(control, data, device, speeds[0], counter)
+        trial_s = sum(trial_seconds(control, speeds[0], overhead).values()) + TRACKING_S
+        for recipe in _random_recipes(search, NUM_OTHER_RECIPES):
+            if time.perf_counter() - start > MEASURING_FRACTION * min(total_s, trial_s * trials):
+                break
+            speeds.append(measure(recipe, data, device, CONTROL_S / 3, on_step))
+    return Costs(
+        epoch_s=statistics.mean(speed.epoch_s for speed in speeds) + overhead.epoch_s,
+        end_s=trial_s - control.training.epochs * (speeds[0].epoch_s + overhead.epoch_s),
+        start_s=WORKER_START_S if choice.workers > 1 else 0.0,
+        parallel=min(choice.workers, os.cpu_count() or 1) if on_cpu else choice.workers,
+        taken=choice.taken,
+        file_bytes=counter.bytes,
+        memory_gib=None if on_cpu else max(speed.memory_gib for speed in speeds),
+        measured=len(speeds),
+    )
 
 
 @contextlib.contextmanager
@@ -227,53 +278,31 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _forecast(
-    search: Search,
-    data: TrainingData,
-    device: torch.device,
-    study: optuna.Study | None,
-    on_step: Callable[[int, int, int], None],
-    workers: int,
-    taken: float,
-) -> Forecast | None:
-    done = num_finished(study) if study else 0
-    remaining = search.trials - done
-    if remaining <= 0 or (study and search.why_exhausted(study)):
-        return None
-    counter = _FileCounter()
-    start = time.perf_counter()
-    control = search.base
-    speeds = [measure(control, data, device, CONTROL_S, on_step)]
-    overhead = measure_overhead(control, data, device, speeds[0], counter)
-    trial_s = sum(trial_seconds(control, speeds[0], overhead).values()) + TRACKING_S
-    recipes = _random_recipes(search)
-    for recipe in recipes[:NUM_OTHER_RECIPES]:
-        if time.perf_counter() - start > MEASURING_FRACTION * trial_s * remaining:
-            break
-        speeds.append(measure(recipe, data, device, CONTROL_S / 3, on_step))
+def estimate(search: Search, costs: Costs, trials: int, done: int, epochs: float) -> Forecast:
+    """What the trials from number `done` up to `trials` in all, of `epochs` on average, take at these costs.
 
-    epochs = statistics.mean(recipe.training.epochs for recipe in recipes)
-    epoch_s = statistics.mean(speed.epoch_s for speed in speeds) + overhead.epoch_s
-    end_s = trial_s - control.training.epochs * (speeds[0].epoch_s + overhead.epoch_s)
-    parallel = min(workers, remaining, (os.cpu_count() or 1) if device.type == "cpu" else workers)
-    used_fraction, pruned_fraction = _pruning(search, search.trials, done)
+    Which recipes the search will prefer is not known: random ones are assumed. Pruned: short trials, as many as there are
+    where scores are random; none where the study has a pruner.
+    """
+    remaining = trials - done
+    parallel = min(costs.parallel, remaining)
+    used_fraction, pruned_fraction = _pruning(search, trials, done)
     all_epochs, pruned = remaining * epochs, remaining * pruned_fraction
     used_epochs = used_fraction * all_epochs
-    work_s = used_epochs * epoch_s + (remaining - pruned) * end_s
-    start_s = WORKER_START_S if workers > 1 else 0.0
-    time_fraction = max(1 / parallel, taken)  # of the time that one worker would take for all trials
+    work_s = used_epochs * costs.epoch_s + (remaining - pruned) * costs.end_s
+    time_fraction = max(1 / parallel, costs.taken)  # of the time that one worker would take for all trials
     num_metrics = used_epochs * METRICS_PER_EPOCH + work_s * SYSTEM_METRICS_PER_S
     return Forecast(
         trials=remaining,
-        seconds=start_s + work_s * time_fraction,
-        unpruned_seconds=start_s + (all_epochs * epoch_s + remaining * end_s) * time_fraction,
+        seconds=costs.start_s + work_s * time_fraction,
+        unpruned_seconds=costs.start_s + (all_epochs * costs.epoch_s + remaining * costs.end_s) * time_fraction,
         epochs=used_epochs,
         unpruned_epochs=all_epochs,
         pruned=pruned,
-        epoch_s=epoch_s,
-        disk_mib=((remaining - pruned) * counter.bytes + num_metrics * METRIC_BYTES) / 2**20,
-        memory_gib=max(speed.memory_gib for speed in speeds) if device.type == "cuda" else None,
-        measured=len(speeds),
+        epoch_s=costs.epoch_s,
+        disk_mib=((remaining - pruned) * costs.file_bytes + num_metrics * METRIC_BYTES) / 2**20,
+        memory_gib=costs.memory_gib,
+        measured=costs.measured,
         unknown_pruner=type(search.study.pruner).__name__ if search.prune and search.study.pruner else "",
     )
 
@@ -310,10 +339,17 @@ def _mean_epoch_s(trials: list[TrialAttributes]) -> float:
     return sum(s * n for s, n in known) / sum(n for _, n in known) if known else math.nan
 
 
-def _random_recipes(search: Search) -> list[Recipe]:
+def mean_epochs(search: Search) -> float:
+    """Of a trial that is not pruned; of random recipes where the space asks for them."""
+    if not search.values("training.epochs"):
+        return search.max_epochs
+    return statistics.mean(recipe.training.epochs for recipe in _random_recipes(search, NUM_DRAWN_RECIPES))
+
+
+def _random_recipes(search: Search, count: int) -> list[Recipe]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=search.base.training.seed))
     recipes = []
-    for _ in range(NUM_DRAWN_RECIPES if search.values("training.epochs") else NUM_OTHER_RECIPES):
+    for _ in range(count):
         trial = study.ask()
         search.ask(trial)
         recipes.append(search.recipe(trial.params))
@@ -322,7 +358,7 @@ def _random_recipes(search: Search) -> list[Recipe]:
 
 def _pruning(search: Search, trials: int, done: int) -> tuple[float, float]:
     """Of the trials from number `done` up to `trials`: (fraction of their epochs that is trained, fraction pruned)."""
-    if not search.shortens:
+    if not search.shortens_of(trials):
         return 1.0, 0.0
     random, simulated = np.random.RandomState(0), min(trials, NUM_SIMULATED_TRIALS)
     first = done * simulated // trials

@@ -11,7 +11,8 @@ import torch
 from optuna.trial import TrialState
 
 from pipeline.processes import StopOnSignal, study_lock, this_process
-from pipeline.search.forecast import actual, forecast, size_mib
+from pipeline.search.budget import Allowance, BudgetPlan
+from pipeline.search.forecast import Forecast, actual, forecast, size_mib
 from pipeline.search.requeue import reconcile, release_trials
 from pipeline.search.storage import StudyLock, num_finished, open_study, resolved
 from pipeline.search.study import study_progress
@@ -29,12 +30,14 @@ def run_study(
     pool: WorkerPool | None = None,
     choice: Choice | None = None,
     with_forecast: bool = False,
+    plan: BudgetPlan | None = None,
 ) -> optuna.Study:
     """Run or resume a study until its trials are done, its time is up, or the user stops it (StudyInterrupted).
 
     Without a `pool` all trials run in this process. `choice` is stored with the study for later commands that resume it.
     `with_forecast` stores the forecast for the remaining trials before the first of them, and afterwards what they took.
-    Raises UserError where the stored study asks another question.
+    With a `plan` the number of trials follows from the time that is left, see `Allowance`. Raises UserError where the stored
+    study asks another question.
     """
     context = replace(context, search=resolved(context.search, context.data, context.storage))
     key = context.search.key(context.data)
@@ -52,11 +55,15 @@ def run_study(
             # The key is another one where the former run was deleted in MLflow.
             StudyAttributes.update(study, mlflow_run_id=parent.id, run_key=parent.key)
             reconcile(study, context.tracker, parent.id, context.home)
-            with _forecast_and_actual(study, context, pool, choice) if with_forecast else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                if with_forecast:
+                    found = plan.forecast if plan else _forecast(study, context, choice)
+                    stack.enter_context(_forecast_and_actual(study, context, found))
+                allowance = Allowance(context.search, study, plan)
                 if pool:
-                    _supervisor(study, context, pool, stop, lock).run()
+                    _supervisor(study, context, pool, stop, lock, allowance).run()
                 else:
-                    _run_trials(study, context, lock)
+                    _run_trials(study, context, lock, allowance)
             parent.log_metrics(_study_metrics(study), step=num_finished(study))
             state = State.FINISHED
         except (StudyInterrupted, KeyboardInterrupt):
@@ -89,7 +96,12 @@ def _open_parent_run(study: optuna.Study, context: StudyContext, choice: Choice 
 
 
 def _supervisor(
-    study: optuna.Study, context: StudyContext, pool: WorkerPool, stop: StopOnSignal, lock: StudyLock
+    study: optuna.Study,
+    context: StudyContext,
+    pool: WorkerPool,
+    stop: StopOnSignal,
+    lock: StudyLock,
+    allowance: Allowance,
 ) -> Supervisor:
     search = packed(context.search)
 
@@ -105,16 +117,17 @@ def _supervisor(
             limits=pool.limits,
         )
 
-    return Supervisor(context, study, pool, assign, stop, lock)
+    return Supervisor(context, study, pool, assign, stop, lock, allowance)
+
+
+def _forecast(study: optuna.Study, context: StudyContext, choice: Choice | None) -> Forecast | None:
+    choice = choice or Choice(context.search.base.training.execution, 1)
+    return forecast(context.search, context.data, context.device, study, choice, context.check_stop)
 
 
 @contextlib.contextmanager
-def _forecast_and_actual(
-    study: optuna.Study, context: StudyContext, pool: WorkerPool | None, choice: Choice | None
-) -> Iterator[None]:
+def _forecast_and_actual(study: optuna.Study, context: StudyContext, planned: Forecast | None) -> Iterator[None]:
     """Store the forecast, and after the block what the trials in it took."""
-    workers = pool.capacity() if pool else 1
-    planned = forecast(context.search, context.data, context.device, study, context.check_stop, workers, choice)
     StudyAttributes.update(study, actual=None, forecast=asdict(planned) if planned else None)
     if not planned:
         yield
@@ -128,23 +141,21 @@ def _forecast_and_actual(
     StudyAttributes.update(study, actual=asdict(taken))
 
 
-def _run_trials(study: optuna.Study, context: StudyContext, lock: StudyLock) -> None:
+def _run_trials(study: optuna.Study, context: StudyContext, lock: StudyLock, allowance: Allowance) -> None:
     """The loop of the only worker: it releases one trial at a time, to itself."""
-    search, start = context.search, time.monotonic()
     worker = this_process() | {"id": uuid.uuid4().hex}
     context.storage.while_waiting = context.check_stop
-    context.observer.study_progress(study_progress(study, num_finished(study)))
-    while (finished := num_finished(study)) < search.trials:
+    while True:
+        trials, finished = study.get_trials(deepcopy=False), num_finished(study)
+        remaining = allowance.remaining(trials, finished)
+        context.observer.study_progress(study_progress(study, finished, allowance.total(trials, finished)))
+        if not remaining:
+            break
         context.check_stop()
         lock.check()
-        if search.timeout_s is not None and time.monotonic() - start >= search.timeout_s:
-            break
-        if search.why_exhausted(study):
-            break
-        release_trials(study, search, study.get_trials(deepcopy=False), 1, search.trials - finished)
+        release_trials(study, context.search, trials, 1, remaining)
         if trial := claim_trial(study, context.storage, worker):
             run_trial(trial, context)
-            context.observer.study_progress(study_progress(study, finished + 1))
 
 
 def _study_metrics(study: optuna.Study) -> dict[str, float]:

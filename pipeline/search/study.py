@@ -110,8 +110,8 @@ class Study:
             for name, (is_valid, rule) in rules.items()
             if not is_valid
         ]
-        if not problems:
-            problems = [*_constraint_problems(self.constraints), *self._problems_of_starts()]
+        problems += _constraint_problems(self.constraints)
+        problems += self._problems_of_starts() if isinstance(self.base, Recipe) else []
         if problems:
             raise UserError.many(problems)
 
@@ -162,6 +162,7 @@ class Search:
     # Both are set by `storage.resolved`.
     stored_key: str | None = None  # the study's name in Optuna and MLflow
     dataset_path: str | None = None  # the data set as `load` takes it here, where `base` has the name that it had first
+    deadline: float | None = None  # time.monotonic(): later no trial goes on where another is complete; see budget
 
     def key(self, data: "TrainingData") -> str:
         """The name in Optuna and MLflow: study, version, data set."""
@@ -198,7 +199,11 @@ class Search:
     @property
     def shortens(self) -> bool:
         """Whether most trials are short ones: see `short_trials`."""
-        is_long = self.max_epochs >= MIN_EPOCHS and self.trials >= MIN_TRIALS
+        return self.shortens_of(self.trials)
+
+    def shortens_of(self, trials: int) -> bool:
+        """Whether most of so many trials would be short ones."""
+        is_long = self.max_epochs >= MIN_EPOCHS and trials >= MIN_TRIALS
         return self.prune and self.study.pruner is None and is_long
 
     def short(self, recipe: Recipe) -> Recipe:
@@ -486,24 +491,29 @@ class StudyProgress:
     finished: int  # trials that count against the budget
     pruned: int
     failed: int  # or interrupted
+    trials: int  # that there will be in all, as it looks now
     best: tuple[int, float] | None  # number and score of a feasible one
     infeasible: int = 0  # completed, or pruned before they were trained
+    short: int = 0  # of which none is counted as pruned
 
 
-def study_progress(study: optuna.Study, finished: int) -> StudyProgress:
-    """Of a study of which so many trials have ended."""
+def study_progress(study: optuna.Study, finished: int, in_all: int = 0) -> StudyProgress:
+    """Of a study of which so many trials have ended, of so many."""
     infeasible = [trial for trial in study.get_trials(deepcopy=False) if not is_feasible(trial)]
     pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
     completed = _completed(study)
+    short = [trial for trial in pruned if TrialAttributes.of(trial).short and is_feasible(trial)]
     feasible = (trial for trial in completed if is_feasible(trial))
     best = min(feasible, key=lambda trial: (-(trial.value or 0.0), trial.number), default=None)
     return StudyProgress(
         name=study.study_name,
         finished=finished,
-        pruned=sum(map(is_feasible, pruned)),
+        pruned=sum(map(is_feasible, pruned)) - len(short),
         failed=finished - len(completed) - len(pruned),
+        trials=in_all,
         best=(best.number, best.value or 0.0) if best else None,
         infeasible=len(infeasible),
+        short=len(short),
     )
 
 

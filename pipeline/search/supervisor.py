@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from pipeline.errors import UserError
 from pipeline.experiment import Outcome
 from pipeline.processes import StopOnSignal, kill_process, process_has_exited
+from pipeline.search.budget import Allowance
 from pipeline.search.requeue import mark_failed, release_trials
 from pipeline.search.storage import StudyLock
 from pipeline.search.study import counts_toward_budget, study_progress
@@ -63,6 +64,7 @@ class Supervisor:
     assign: Callable[[int], Assignment]  # of a launch, from 1
     stop: StopOnSignal
     lock: StudyLock
+    allowance: Allowance
     _slots: list[_Slot] = field(default_factory=list)
     _launches: int = 0
 
@@ -73,12 +75,12 @@ class Supervisor:
         stopped first, and their trials are requeued.
         """
         self._monitor = _HeartbeatMonitor(self.pool.limits.heartbeat_timeout_s)
-        self._reporter = _StudyReporter(self.context, self.study)
+        self._reporter = _StudyReporter(self.context, self.study, self.allowance)
         storage = self.context.storage
         storage.while_waiting = self._check_stop
-        start = self._lock_checked = time.monotonic()
+        self._lock_checked = time.monotonic()
         try:
-            while self._tick(time.monotonic() - start):
+            while self._tick():
                 time.sleep(TICK_S)
             self._end_workers(END_S)
         except StudyInterrupted:
@@ -95,7 +97,7 @@ class Supervisor:
             with storage.without_retries(), contextlib.suppress(StorageInternalError, DBAPIError):
                 self._reporter.report(self.study.get_trials(deepcopy=False))
 
-    def _tick(self, elapsed_s: float) -> bool:
+    def _tick(self) -> bool:
         """Look at workers and trials once and do what follows; False where nothing is left to do."""
         self._check_stop()
         if time.monotonic() - self._lock_checked > LOCK_CHECK_S:
@@ -109,7 +111,7 @@ class Supervisor:
             running = [trial for trial in trials if trial.state is TrialState.RUNNING and trial.number not in failed]
         self._reporter.report(trials)
         finished = sum(counts_toward_budget(trial) for trial in trials)
-        remaining = self._remaining(finished + len(running), elapsed_s)
+        remaining = self.allowance.remaining(trials, finished + len(running))
         if not remaining and not running:
             release_trials(self.study, self.context.search, trials, 0, 0)
             return False
@@ -119,12 +121,6 @@ class Supervisor:
         self._start_workers(remaining + len(running), finished, capacity)
         release_trials(self.study, self.context.search, trials, min(remaining, capacity), remaining)
         return True
-
-    def _remaining(self, started: int, elapsed_s: float) -> int:
-        """How many more trials may start."""
-        search = self.context.search
-        is_late = search.timeout_s is not None and elapsed_s >= search.timeout_s
-        return 0 if is_late or search.why_exhausted(self.study) else max(search.trials - started, 0)
 
     def _check_stop(self) -> None:
         if self.stop.requested:
@@ -250,8 +246,9 @@ class _HeartbeatMonitor:
 class _StudyReporter:
     """Reports all trials to a StudyObserver, as the database has them."""
 
-    def __init__(self, context: StudyContext, study: optuna.Study):
+    def __init__(self, context: StudyContext, study: optuna.Study, allowance: Allowance):
         self._observer, self._search, self._study = context.observer, context.search, study
+        self._allowance = allowance
         trials = study.get_trials(deepcopy=False)
         self._ended = {trial.number for trial in trials if trial.state.is_finished()}
         self._epochs: dict[int, int] = {}  # of the trials that were reported: epochs so far
@@ -265,7 +262,9 @@ class _StudyReporter:
             attributes = TrialAttributes.of(trial)
             if trial.number not in self._epochs and attributes.recipe_digest:
                 self._epochs[trial.number] = 0
-                self._observer.trial_started(trial.number, self._search.recipe(trial.params), trial.params)
+                recipe = self._search.recipe(trial.params)
+                recipe = self._search.short(recipe) if attributes.short else recipe
+                self._observer.trial_started(trial.number, recipe, trial.params, attributes.full_of)
             if trial.state.is_finished():
                 self._ended.add(trial.number)
                 self._observer.trial_ended(trial.number, _outcome(attributes))
@@ -274,7 +273,9 @@ class _StudyReporter:
         finished = sum(counts_toward_budget(trial) for trial in trials)
         if finished != self._finished:
             self._finished = finished
-            self._observer.study_progress(study_progress(self._study, finished))
+            started = finished + sum(trial.state is TrialState.RUNNING for trial in trials)
+            in_all = self._allowance.total(trials, started)
+            self._observer.study_progress(study_progress(self._study, finished, in_all))
 
     def _report_progress(self, number: int, attributes: TrialAttributes) -> None:
         beat = attributes.heartbeat

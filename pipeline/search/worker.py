@@ -146,7 +146,7 @@ class Heartbeat:
     def study_progress(self, progress: StudyProgress) -> None:
         """See StudyObserver."""
 
-    def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:
+    def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any], full_of: int | None = None) -> None:
         """See StudyObserver."""
 
     def step(self, number: int, progress: Progress) -> None:

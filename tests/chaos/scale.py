@@ -35,6 +35,7 @@ from pipeline import experiment
 from pipeline.experiment import ExperimentRequest, Outcome
 from pipeline.processes import StopOnSignal, this_process
 from pipeline.search import worker
+from pipeline.search.budget import Allowance
 from pipeline.search.storage import RetryingStorage, StudyLock, num_finished, open_storage, open_study
 from pipeline.search.study import Search, load_study
 from pipeline.search.supervisor import Supervisor
@@ -300,6 +301,7 @@ def measure(url: str, home: Path, workers: int, trials: int, finished: int, seco
             ),
             stop=stop,
             lock=lock,
+            allowance=Allowance(question.search, study),
         )
         supervisor._tick = watched(supervisor._tick)  # type: ignore[method-assign]
         began = time.perf_counter()

@@ -24,7 +24,7 @@ def test_commands_and_options_are_frozen() -> None:
         "export": "--data-dir --dataset --int8 --output --tracking-uri model",
         "finals": "--data-dir --dataset --device --epochs --seeds --top --tracking-uri name",
         "history": "--model --tracking-uri",
-        "plan": "--data-dir --dataset --device --epochs --prune --seed --set --trials --version --workers name",
+        "plan": "--budget --data-dir --dataset --device --epochs --prune --seed --set --trials --version --workers name",
         "predict": "--device --method --model --output --show --tracking-uri files",
         "promote": "--data-dir --dataset --force --model --reason --rules --run --tracking-uri name",
         "relocate": "",
@@ -32,8 +32,8 @@ def test_commands_and_options_are_frozen() -> None:
         "rollback": "--model --reason --tracking-uri --version",
         "serve": "--port --tracking-uri model",
         "study": (
-            "--cluster --data-dir --dataset --device --epochs --patience --prune --seed --set --stall-timeout "
-            "--storage --timeout --tracking-uri --trials --version --workers name"
+            "--budget --cluster --data-dir --dataset --device --epochs --patience --prune --seed --set --stall-timeout "
+            "--start --storage --timeout --tracking-uri --trials --version --workers name"
         ),
         "sync": "--drop-deleted --tracking-uri",
         "ui": "--port --tracking-uri name",

@@ -1,9 +1,19 @@
 """Options are validated once, all problems together."""
 
+from typing import Any
+
 import pytest
 
-from pipeline.cli.options import StudyOptions, cluster_problems, database_problems, resolve
+from pipeline.cli.options import (
+    StudyOptions,
+    budget_of,
+    budget_problems,
+    cluster_problems,
+    database_problems,
+    resolve,
+)
 from pipeline.errors import Problem, UserError
+from pipeline.search.budget import Budget
 
 
 def test_durations_are_seconds_or_have_a_unit() -> None:
@@ -42,3 +52,23 @@ def test_optuna_and_mlflow_need_a_database_each() -> None:
     assert not database_problems(None, None)
     [problem] = database_problems("sqlite:///a.db", "sqlite:///./a.db")
     assert problem.subject == "`--storage` and `--tracking-uri`"
+
+
+def test_a_budget_keeps_what_was_typed() -> None:
+    def budget(changes: str = "", **typed: str) -> Any:
+        options = StudyOptions.parse(typed, [])
+        return budget_of(options, [changes] if changes else [], started=5.0)
+
+    assert budget(trials="7") is None
+    assert budget(budget="2h", trials="7") == Budget(7200, 5.0, trials=7)
+    assert budget(budget="90", epochs="3") == budget("training.epochs=3", budget="90") == Budget(90, 5.0, None, True)
+
+
+def test_a_budget_contradicts_a_timeout_and_a_cluster() -> None:
+    typed = {"budget": "1h", "timeout": "1h", "cluster": "auto"}
+    subjects = [problem.subject for problem in budget_problems(StudyOptions.parse(typed, []))]
+    assert subjects == ["`--budget` and `--timeout`", "`--budget`"]
+    assert not budget_problems(StudyOptions.parse(typed | {"budget": None}, []))
+    problems: list[Problem] = []
+    StudyOptions.parse({"budget": "soon"}, problems)
+    assert [problem.subject for problem in problems] == ["`--budget soon`"]

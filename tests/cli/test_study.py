@@ -78,9 +78,13 @@ def test_study_runs_resumes_and_names_the_next_commands(tmp_path: Path) -> None:
     assert "  base training.epochs: 1 then, 2 now" in other.stderr
     assert "--version 2" in other.stderr or "VERSION=2" in other.stderr
 
-    next_version = run_pipeline(*study[:5], "1", *study[6:], "--trials", "1", "--version", "2", cwd=tmp_path)
-    assert next_version.returncode == 0, next_version.stderr
-    assert "attention-v2-digits" in next_version.stdout
+    new = run_pipeline(*study, "--trials", "1", "--version", "2", "--budget", "1h", cwd=tmp_path)
+    assert new.returncode == 0, new.stderr
+    assert "a budget of 1 h 00 min: 1 trial of 1 epoch (" in new.stdout
+    assert "then finals of the best 3 and the control with 5 seeds (" in new.stdout
+    assert "attention-v2-digits: 1 of 1 trials" in new.stdout
+    assert "winner: trial 0 (control) of attention-v2-digits" in new.stdout
+    assert "  python -m pipeline promote attention-v2-digits\n" in new.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

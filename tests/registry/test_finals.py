@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,9 @@ class StudyHarness:
 
     def finals(self, top: int = 1, seeds: int = 2, observer: RecordingObserver | None = None) -> FinalsDecision:
         planned = self.plan(top, seeds)
-        return finals.run_finals(self.tracker, planned, self.data, CPU, observer or RecordingObserver(), self.home)
+        decision = finals.run_finals(self.tracker, planned, self.data, CPU, observer or RecordingObserver(), self.home)
+        assert decision, "there is no time limit"
+        return decision
 
     def runs(self, role: str = "final") -> list[Any]:
         return queries.children(self.tracker, self.study, role)
@@ -320,6 +323,21 @@ def test_other_data_is_refused_before_any_training(harness: StudyHarness) -> Non
             )
         assert caught.value.lines[1].strip().startswith(line)
     assert not harness.runs()
+
+
+def test_finals_end_between_seeds_when_their_time_is_up(harness: StudyHarness) -> None:
+    def run(max_seeds: int) -> FinalsDecision | None:
+        limit: Any = SimpleNamespace(allows=lambda seconds, num_seeds: seconds == 0 or num_seeds < max_seeds)
+        observer = RecordingObserver()
+        return finals.run_finals(
+            harness.tracker, harness.plan(1, 4), harness.data, CPU, observer, harness.home, limit=limit
+        )
+
+    assert run(1) is None, "one seed proves nothing"
+    assert len(harness.runs()) == 2 and FinalsDecision.load(harness.tracker, harness.study) is None
+    decision = run(3)
+    assert decision and decision.winner and decision.seeds == (1, 2, 3)
+    assert len(harness.runs()) == 6, "the first seed was not trained again"
 
 
 def test_diverged_recipe_is_stopped_and_not_trained_again(harness: StudyHarness) -> None:

@@ -106,6 +106,22 @@ def test_pruned_run_is_compared_over_its_epochs(trained: Trained, tracker: Mlflo
     assert comparison.lines[0] == "metrics: 17 numbers of 1 epochs, 17 equal"
 
 
+def test_what_the_original_did_not_log_is_no_difference(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    """An older version logged fewer metrics; F1 of many classes is also there where the original was interrupted."""
+    more, f1 = {"val/balanced_accuracy": 0.5}, {"val/f1/cat": 0.4}
+    ids = []
+    for epochs in ([{}, f1, f1], [more, more, more | f1]):
+        with tracker.run("one", small_recipe, digits) as run:
+            for epoch, values in enumerate(epochs, start=1):
+                run.log_metrics({"val/accuracy": epoch / 10, **values}, epoch)
+            run.end(State.PRUNED)
+        ids.append(tracker.id_of(run.key))
+    comparison = compare(tracker, find_original(tracker, ids[0]), ids[1], 144, None)
+    assert comparison.equal, comparison.lines
+
+
 def test_run_of_two_threads_is_trained_with_two(
     tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:

@@ -23,6 +23,7 @@ from pipeline.search.trial import StudyInterrupted
 from pipeline.tracking import queries
 
 CPU = torch.device("cpu")
+ONE = Choice("eager", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +51,12 @@ def stored(states: list[TrialState]) -> optuna.Study:
 
 def test_forecast_is_for_the_remaining_trials(small_recipe: Recipe, digits: TrainingData) -> None:
     search = search_of(small_recipe, 6)
-    found = forecast(search, digits, CPU, stored([TrialState.COMPLETE] * 4))
+    found = forecast(search, digits, CPU, stored([TrialState.COMPLETE] * 4), ONE)
     assert found
     assert (found.trials, found.unpruned_epochs) == (2, 4)
     assert found.seconds > found.unpruned_epochs * found.epoch_s * 0.5
     assert found.memory_gib is None, "there is no GPU"
-    assert forecast(search, digits, CPU, stored([TrialState.COMPLETE] * 6)) is None
+    assert forecast(search, digits, CPU, stored([TrialState.COMPLETE] * 6), ONE) is None
 
 
 def test_most_trials_are_short_and_the_best_are_in_full(small_recipe: Recipe) -> None:
@@ -78,14 +79,14 @@ def test_no_pruning_is_assumed_where_trials_are_in_full(small_recipe: Recipe) ->
 
 
 def test_searched_epochs_are_averaged(small_recipe: Recipe, digits: TrainingData) -> None:
-    found = forecast(search_of(small_recipe, 10, asks_epochs=True), digits, CPU, None)
+    found = forecast(search_of(small_recipe, 10, asks_epochs=True), digits, CPU, None, ONE)
     assert found
     assert found.unpruned_epochs == pytest.approx(10 * 4, rel=0.15)
     assert found.epochs < found.unpruned_epochs
 
 
 def test_time_and_disk_grow_with_the_trials(small_recipe: Recipe, digits: TrainingData) -> None:
-    one, many = (forecast(search_of(small_recipe, trials), digits, CPU, None) for trials in (1, 10_000))
+    one, many = (forecast(search_of(small_recipe, trials), digits, CPU, None, ONE) for trials in (1, 10_000))
     assert one and many
     assert one.measured == 1, "a short study is measured by its control alone"
     assert many.measured == 1 + forecast_module.NUM_OTHER_RECIPES
@@ -127,7 +128,7 @@ def test_stop_ends_the_measuring(small_recipe: Recipe, digits: TrainingData) -> 
         raise StudyInterrupted
 
     with pytest.raises(StudyInterrupted):
-        forecast(search_of(small_recipe, 2), digits, CPU, None, stop)
+        forecast(search_of(small_recipe, 2), digits, CPU, None, ONE, stop)
 
 
 def test_actual_counts_what_ended_since_a_trial(small_recipe: Recipe) -> None:
@@ -150,7 +151,7 @@ def test_workers_share_the_time_up_to_the_number_of_cores(
 ) -> None:
     monkeypatch.setattr(forecast_module.os, "cpu_count", lambda: 2)
     search, threads = search_of(small_recipe, 40), torch.get_num_threads()
-    one, many = (forecast(search, digits, CPU, None, workers=workers) for workers in (1, 8))
+    one, many = (forecast(search, digits, CPU, None, Choice("eager", workers)) for workers in (1, 8))
     assert one and many and torch.get_num_threads() == threads
     per_epoch = [found.unpruned_seconds / found.epoch_s for found in (one, many)]  # the machine may be busier meanwhile
     start = forecast_module.WORKER_START_S / many.epoch_s
@@ -285,7 +286,7 @@ def test_study_of_a_gpu_is_refused_on_a_cpu(small_recipe: Recipe, digits: Traini
 def test_device_in_use_is_not_shared_further(small_recipe: Recipe, digits: TrainingData) -> None:
     """A forecast for several workers on one device."""
     search = search_of(small_recipe, 10)
-    found = forecast(search, digits, CPU, None, choice=Choice("eager", 1, taken=3.0))
+    found = forecast(search, digits, CPU, None, Choice("eager", 1, taken=3.0))
     assert found and found.choice and found.choice.taken == 3.0
     free = found.unpruned_epochs * found.epoch_s
     assert found.unpruned_seconds > 3 * free, "three times what one worker takes"

@@ -16,6 +16,7 @@ from study_harness import RecordingObserver, StudyHarness, attributes_of, rates
 from pipeline.errors import DataError, UserError
 from pipeline.processes import StopOnSignal, this_process
 from pipeline.search import supervisor
+from pipeline.search.budget import Allowance
 from pipeline.search.optuna_internals import study_id
 from pipeline.search.requeue import mark_failed
 from pipeline.search.storage import StudyLock, num_finished, open_storage, open_study
@@ -100,6 +101,7 @@ class SupervisedStudy:
             assign=self.assignment,
             stop=self.stop,
             lock=StudyLock(self.storage, self.harness.key),
+            allowance=Allowance(self.search, self.study),
         ).run()
 
     def assignment(self, launch: int) -> Assignment:

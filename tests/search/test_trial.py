@@ -1,5 +1,6 @@
 """What becomes of one trial: its parameters, reports and end; real stores, real trainings."""
 
+import dataclasses
 from typing import Any
 
 import optuna
@@ -10,6 +11,7 @@ from study_harness import RecordingObserver, StudyHarness
 
 from pipeline.search.optuna_internals import fail_trial
 from pipeline.search.requeue import requeue
+from pipeline.search.run_study import run_study
 from pipeline.search.storage import num_finished
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking.tracker import State
@@ -71,6 +73,16 @@ def test_pruned_trial_ends_its_run_killed(harness: StudyHarness) -> None:
         assert run.data.tags["state"] == State.PRUNED
         assert run.data.tags["reason"] == "by ThresholdPruner after epoch 1"
     harness.assert_nothing_runs()
+
+
+def test_trial_stops_when_the_time_is_up_and_another_is_complete(harness: StudyHarness) -> None:
+    search = dataclasses.replace(harness.search(2), deadline=0.0)
+    study = run_study(harness.context(search))
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.PRUNED], (
+        "the control always ends"
+    )
+    stopped = TrialAttributes.of(study.trials[1])
+    assert (stopped.epochs, stopped.reason) == (1, "the time of the search was up after epoch 1")
 
 
 def test_diverged_trial_fails_and_the_study_continues(harness: StudyHarness) -> None:
