@@ -20,10 +20,17 @@ _SGD = {
     "schedule.name": "one_cycle",
     "schedule.peak": 0.25,
 }
-# Strong for many networks, and of different kinds, so that one of them is likely to be near a study's best. Their rates are
-# for batches of 128 images.
+# Strong for many networks, and of different kinds, so that one of them is likely to be near a study's best. Rates are
+# for batches of 128 images unless they say other.
 PORTFOLIO: Mapping[str, Mapping[str, Any]] = {
     "SGD, one-cycle": {**_LIGHT, **_SGD, "optimizer.lr": 0.1},
+    "SGD, small batches, smoothing": {
+        **_LIGHT,
+        **_SGD,
+        "optimizer.lr": 0.05,
+        "training.batch_size": 64,
+        "loss.label_smoothing": 0.1,
+    },
     "AdamW, cosine": {
         **_LIGHT,
         "optimizer.name": "adamw",
@@ -32,6 +39,5 @@ PORTFOLIO: Mapping[str, Mapping[str, Any]] = {
         "schedule.name": "cosine",
         "schedule.warmup": 0.05,
     },
-    "SGD, low rate, smoothing": {**_LIGHT, **_SGD, "optimizer.lr": 0.03, "loss.label_smoothing": 0.1},
     "SGD, CutMix": {**_LIGHT, **_SGD, "optimizer.lr": 0.1, "augmentation.cutmix": 0.3},
 }
