@@ -491,9 +491,9 @@ class StudyProgress:
     finished: int  # trials that count against the budget
     pruned: int
     failed: int  # or interrupted
-    trials: int  # that there will be in all, as it looks now
     best: tuple[int, float] | None  # number and score of a feasible one
     infeasible: int = 0  # completed, or pruned before they were trained
+    trials: int = 0  # that there will be in all, as it looks now
 
 
 def study_progress(study: optuna.Study, finished: int, in_all: int = 0) -> StudyProgress:

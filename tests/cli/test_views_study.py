@@ -26,7 +26,7 @@ def search() -> Search:
 
 def test_progress_is_a_line_on_a_pipe(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
     with StudyView(make_console(), search) as view:
-        view.study_progress(StudyProgress("a-v1-digits", 2, 1, 0, 7, (0, 0.5)))
+        view.study_progress(StudyProgress("a-v1-digits", 2, 1, 0, (0, 0.5), trials=7))
         view.trial_started(3, search.base, {"optimizer.lr": 0.123456})
         metrics = {search.study.objective: 0.25}
         view.trial_ended(3, Outcome(State.FAILED, "k", None, "diverged", metrics, 1, 2.0, ("a note",)))
