@@ -101,7 +101,6 @@ class _Auditor:
             self._check_study(study, runs_by_parent[study.run_id])
         trained_points = [self._points.get(run.info.run_id, {}) for run in self._trained]
         by_epoch = {name for metrics in trained_points for name, points in metrics.items() if points.steps > 1}
-        by_epoch = {name for name in by_epoch if not name.startswith(CLASS_F1)}
         for run in self._trained:
             self._check_trained_run(run, by_epoch)
         self._check_checkpoints()

@@ -22,10 +22,9 @@ from pipeline.inference.classifier import ModelMetadata
 from pipeline.inference.methods import measure, methods_table, out_of_fold, views, views_of
 from pipeline.models.build import build_network, num_parameters
 from pipeline.recipe import Recipe
-from pipeline.tracking.tags import RunTags
-from pipeline.tracking.tracker import Run, State, Tracker
+from pipeline.tracking.tracker import Run, RunRequest, State, Tracker
 from pipeline.training.checkpoints import save_checkpoint
-from pipeline.training.loop import Diverged, EpochReport, Result, train
+from pipeline.training.loop import Diverged, EpochReport, Result, normalised_for, train
 from pipeline.training.resume import Resume
 
 SCORES_OF_METHODS = ("accuracy", "f1_macro")  # that are logged for each prediction method
@@ -50,24 +49,16 @@ class Interrupted(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentRequest:
-    """One recipe to be trained, scored and tracked."""
+class ExperimentRequest(RunRequest):
+    """A run whose recipe is to be trained, scored and tracked."""
 
-    recipe: Recipe
-    data: TrainingData
     device: torch.device
-    name: str  # of the run in MLflow
-    parent_run: str | None = None  # whose child the run is
-    tags: RunTags = field(default_factory=RunTags)
-    run_key: str | None = None  # of the run that is to be resumed, or made with this key
     # Metric -> upper bound; a recipe that is known to break one before it is trained ends PRUNED.
     constraints: Mapping[str, float] = field(default_factory=dict)
     pruned_at_end: str = ""  # the reason with which a short training ends PRUNED after its last epoch
     resume_dir: Path | None = None  # where the training's state is kept, and resumed from where there is one
     on_epoch: Callable[[EpochReport], None] = lambda report: None
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
-    # Called before anything is logged; raises OwnershipLost where the run belongs to another process by now.
-    check_ownership: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -98,9 +89,9 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
     start = time.perf_counter()
     reports: list[EpochReport] = []
     resume = Resume(request.resume_dir) if request.resume_dir else None
-    tags = replace(request.tags, device=str(request.device)).to_mlflow()
-    arguments = (request.name, request.recipe, request.data, request.parent_run, tags, request.run_key)
-    with tracker.run(*arguments, check_ownership=request.check_ownership) as tracked:
+    data, tags = request.data.at(request.recipe.data), replace(request.tags, device=str(request.device))
+    request = replace(request, data=data, tags=tags)
+    with tracker.run(request) as tracked:
 
         def on_epoch(report: EpochReport) -> None:
             reports.append(report)
@@ -153,7 +144,7 @@ def known_before(constraints: Mapping[str, float], recipe: Recipe, data: Trainin
     """Those of the constrained metrics that are known before the recipe is trained, as `publish` measures them."""
     if "model/parameters" not in constraints:
         return {}
-    network = build_network(recipe.model, len(data.classes), data.image_size, recipe.training.seed)
+    network = build_network(recipe.model, len(data.classes), recipe.data.image_size, recipe.training.seed)
     return {"model/parameters": float(num_parameters(network))}
 
 
@@ -175,6 +166,7 @@ def _split(metrics: Mapping[str, float], data: TrainingData) -> tuple[dict[str, 
 
 def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) -> dict[str, float]:
     """Score a finished training on the validation split; log the scores and everything that explains them."""
+    data = normalised_for(recipe, data)
     labels = data.validation.labels.cpu().numpy()
     logits = _logits_of_views(recipe, data, result)
     probabilities = torch.from_numpy(logits[0]).softmax(1).numpy()

@@ -7,12 +7,26 @@ fields of its kind.
 
 import hashlib
 import json
+import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.errors import NO_SUCH_FIELD, Problem, UserError, did_you_mean, validation_problems
 
@@ -25,16 +39,43 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
+class Form(NamedTuple):
+    """How an image of any shape becomes the square that a network sees: with the file, all that its pixels depend on."""
+
+    size: int  # height and width, pixels
+    geometry: str = "squash"  # or crop (to the centre, by the shorter side), pad (by the longer side, mean colour)
+    held: int | None = None  # of training images, which random crops are cut from: squashed to so many pixels
+
+
+# What of `data` the form depends on. It may differ between the trials of a study, which share their data set and split.
+FORM_FIELDS = ("data.image_size", "data.geometry", "data.crop_scale")
+
+
 class Data(Section):
-    """The data set, and how it is split."""
+    """The data set, what the network sees of its images, and how it is split."""
 
     dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, or a folder with train/<class>/*")
     image_size: int = Field(32, ge=8, le=512, description="height and width in pixels that the network sees")
+    geometry: Literal["squash", "crop", "pad", "random_resized_crop"] = Field(
+        "squash",
+        description="how images become square: squash changes their aspect, crop keeps the centre, pad adds their mean "
+        "colour; random_resized_crop cuts training images at random, in place of crop_padding, and crops all others",
+    )
+    crop_scale: float = Field(
+        0.35, ge=0.01, le=1, description="least share of an image's area that random_resized_crop keeps"
+    )
     validation_fraction: float = Field(
         0.1, gt=0, lt=0.5, description="share of the training images held out for validation"
     )
     train_fraction: float = Field(1.0, gt=0, le=1, description="share of the other training images that is used")
     split_seed: int = Field(0, ge=0, le=2**32 - 1, description="draws the stratified split, and which images are used")
+
+    @property
+    def form(self) -> Form:
+        """What is read of each image. The smallest random crop keeps its detail, as far as twice the size reaches."""
+        if self.geometry != "random_resized_crop":
+            return Form(self.image_size, self.geometry)
+        return Form(self.image_size, "crop", math.ceil(self.image_size * min(2.0, self.crop_scale**-0.5)))
 
 
 class Attention(Section):
@@ -160,6 +201,59 @@ class Fast(Section):
     def halvings(self) -> int:
         """How often the image is halved."""
         return len(self.widths)
+
+
+# Weights that need no file of the user's: none, timm's own download, and those of a package of that name.
+NAMED_WEIGHTS = ("none", "default", "efficientnet-lite0")
+_PINNED = re.compile(r"(?P<path>.+)#sha256=(?P<sha256>[0-9a-f]{64})")
+
+
+@cache
+def _file_digest(path: str, size: int, changed_ns: int) -> str:
+    """SHA-256 of a file; a space is explored with hundreds of recipes of the same weights."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _pinned(value: str) -> str:
+    """A file's name with the digest of its content, which belongs to the recipe; a pinned one need not be here any more."""
+    if value in NAMED_WEIGHTS or _PINNED.fullmatch(value):
+        return value
+    path = os.path.abspath(os.path.expanduser(value))
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
+        known = f"{', '.join(NAMED_WEIGHTS)} or a file{did_you_mean(value, NAMED_WEIGHTS)}"
+        raise ValueError(f"should be {known}; there is no such file")
+    stat = os.stat(path)
+    return f"{path}#sha256={_file_digest(path, stat.st_size, stat.st_mtime_ns)}"
+
+
+class Timm(Section):
+    """Any network of timm, with or without weights to start from, `pipeline/models/timm.py`."""
+
+    network: Literal["timm"] = "timm"
+    backbone: str = Field(
+        "tf_efficientnet_lite0",
+        pattern=r"^\w+(\.\w+)?$",  # no path or address, as timm's names of hubs and folders are
+        description="timm's name, such as resnet18 or resnet18.a1_in1k",
+    )
+    weights: Annotated[str, AfterValidator(_pinned)] = Field(
+        "none",
+        description="none; default (timm downloads them); efficientnet-lite0 (from a package, for that backbone); or a "
+        "file, .safetensors or .pth, kept with its digest: path#sha256=...",
+    )
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth: probability that a block is left out")
+    dropout: float = Field(0.0, ge=0, lt=1, description="before the classifier")
+
+    @property
+    def weights_file(self) -> tuple[str, str] | None:
+        """(path, SHA-256) where the weights are a file of the user's."""
+        pinned = _PINNED.fullmatch(self.weights)
+        return (pinned["path"], pinned["sha256"]) if pinned else None
+
+    @property
+    def halvings(self) -> int:
+        """Unknown here: `models.build.check_network` asks the network itself."""
+        return 0
 
 
 # A probability, or the one mode that needs none.
@@ -351,6 +445,19 @@ class Loss(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
 
 
+class Transfer(Section):
+    """Which layers learn, and how fast: for networks that start from weights. Layers are counted from the image.
+
+    A layer is what timm takes for one, in networks of our own a convolution or linear layer with its norm; the last one,
+    the head, always learns.
+    """
+
+    frozen_epochs: int = Field(0, ge=0, le=10_000, description="epochs at the start in which only the head learns")
+    frozen_share: Fraction = Field(0.0, description="share of the layers below the head that never learn")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's rate, as a fraction of that of the next one")
+    head_multiple: float = Field(1.0, gt=0, le=1000, description="the head's rate, as a multiple of the optimizer's")
+
+
 class Training(Section):
     """Length, batch, precision, seed and execution of a training."""
 
@@ -367,7 +474,7 @@ class Training(Section):
 
 
 Model = Annotated[
-    Attention | Baseline | Efficient | Expert | Fast | Improved | Plain,
+    Attention | Baseline | Efficient | Expert | Fast | Improved | Plain | Timm,
     Field(discriminator="network"),
 ]
 Optimizer = Annotated[Sgd | Adam | AdamW | Muon, Field(discriminator="name")]
@@ -421,7 +528,17 @@ def has_default(name: str, kind: str) -> bool:
 
 
 # Fields added later, with the value that equals the behaviour before: with it they are left out of the digest.
-LATER = {"data.train_fraction": 1.0, "augmentation.policy": "custom", "training.execution": "eager"}
+LATER = {
+    "data.train_fraction": 1.0,
+    "data.geometry": "squash",
+    "data.crop_scale": 0.35,
+    "augmentation.policy": "custom",
+    "training.execution": "eager",
+    "transfer.frozen_epochs": 0,
+    "transfer.frozen_share": 0.0,
+    "transfer.layer_decay": 1.0,
+    "transfer.head_multiple": 1.0,
+}
 
 
 class Recipe(Section):
@@ -433,6 +550,7 @@ class Recipe(Section):
     optimizer: Optimizer
     schedule: AnySchedule = Cosine()
     loss: Loss = Loss()
+    transfer: Transfer = Transfer()
     training: Training
 
     @model_validator(mode="after")
@@ -524,6 +642,8 @@ class Recipe(Section):
         sections = self.model_dump(mode="json")
         for section, field in (name.split(".") for name, before in LATER.items() if self.flat().get(name) == before):
             del sections[section][field]
+            if not sections[section]:
+                del sections[section]
         canonical = json.dumps(sections, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -21,6 +21,7 @@ import pipeline.runtime  # noqa: F401, before MLflow, whose telemetry would leav
 
 # isort: split
 import torch
+from fork_server import ForkServer, shared_fork_server
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from tracking_stores import (  # noqa: F401, fixtures
     fast_uploads,
@@ -35,7 +36,7 @@ from pipeline import experiment
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.experiment import ExperimentRequest
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.recipe import Form, Recipe, parse_recipe
 from pipeline.registry.gate import GateRecord, RuleResult, Rules, Verdict
 from pipeline.registry.ledger import VerdictEvidence
 from pipeline.registry.package import Package, package
@@ -45,7 +46,7 @@ from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 
 if TYPE_CHECKING:
-    from harness import ForkServer, Row
+    from harness import Row
     from study_harness import StudyHarness
 
 # A shell starts what runs in its background with Ctrl-C ignored, which the commands under test would inherit.
@@ -118,7 +119,7 @@ def small_recipe() -> Recipe:
 @pytest.fixture(scope="session")
 def digits(small_recipe: Recipe) -> TrainingData:
     """scikit-learn's digits at 8 x 8, split and ready on the CPU."""
-    return prepare(load("digits", 8, Path("data")), small_recipe.data, torch.device("cpu"))
+    return prepare(load("digits", Form(8), Path("data")), small_recipe.data, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -226,12 +227,9 @@ def harness(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> "Stud
 
 
 @pytest.fixture(scope="session")
-def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ForkServer"]:
-    """Starts processes of the pipeline; see tests/chaos."""
-    from harness import ForkServer
-
-    with contextlib.closing(ForkServer(tmp_path_factory.mktemp("fork-server"))) as running:
-        yield running
+def fork_server() -> ForkServer:
+    """Starts processes of the pipeline in a moment."""
+    return shared_fork_server()
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ from pipeline.errors import UserError
 from pipeline.inference.classifier import Classifier
 from pipeline.inference.pickles import read_pickle
 from pipeline.models.build import build_network
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.recipe import Form, Recipe, parse_recipe
 from pipeline.registry import serve
 from pipeline.registry.package import Package
 from pipeline.tracking.models import find_model
@@ -201,7 +201,7 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_hostile_image_is_refused(name: str, tmp_path: Path, canary: Path) -> None:
     make, reason = IMAGES[name]
     (tmp_path / name).write_bytes(make())
-    check_refused(lambda path: read_image(path, 32), tmp_path / name, reason, canary)
+    check_refused(lambda path: read_image(path, Form(32)), tmp_path / name, reason, canary)
 
 
 def test_large_data_beside_the_pixels_is_skipped(tmp_path: Path) -> None:
@@ -212,14 +212,14 @@ def test_large_data_beside_the_pixels_is_skipped(tmp_path: Path) -> None:
     pixels = zlib.compress(bytes(8 * 25))
     (tmp_path / "b.png").write_bytes(png(8, 8, pixels, chunk(b"eXIf", exif)))
     for name in ("a.gif", "b.png"):
-        measured = run_measured(lambda path: read_image(path, 32), tmp_path / name)
+        measured = run_measured(lambda path: read_image(path, Form(32)), tmp_path / name)
         assert not measured.lines and measured.seconds < LIMIT_S and measured.megabytes < LIMIT_MB, measured
 
 
 def test_16_bit_pixels_take_no_more_memory_than_others(tmp_path: Path) -> None:
     """49 megapixels in 0.1 MB: a double for each would be 1.2 GB."""
     Image.fromarray(np.zeros((7000, 7000), np.uint16)).save(tmp_path / "a.png")
-    measured = run_measured(lambda path: read_image(path, 32), tmp_path / "a.png")
+    measured = run_measured(lambda path: read_image(path, Form(32)), tmp_path / "a.png")
     assert not measured.lines and measured.megabytes < 500, measured
 
 
@@ -243,7 +243,7 @@ def test_cifar10_with_code_inside_is_refused(name: str, cifar10_dir: Path, tmp_p
     (folder / name).unlink()
     (folder / name).write_bytes(pickle.dumps({b"data": Bomb(canary), b"labels": []}))
     with pytest.raises(UserError, match=rf"{name}: damaged \(wrong MD5\)"):
-        load("cifar10", 32, tmp_path / "data")
+        load("cifar10", Form(32), tmp_path / "data")
     assert not canary.exists()
 
 

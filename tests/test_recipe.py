@@ -1,7 +1,9 @@
 """A recipe is one immutable, validated value."""
 
+import hashlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -91,7 +93,7 @@ def test_all_problems_are_reported_at_once() -> None:
     lines = lines_of(
         {"optimizer.lr": -0.1, "training.epochs": 0, "model.network": "atention", "augmentation.mixup": 1.5}
     )
-    networks = "attention, baseline, efficient, expert, fast, improved, plain"
+    networks = "attention, baseline, efficient, expert, fast, improved, plain, timm"
     assert lines == [
         f"model.network = atention: not one of {networks} (did you mean attention?)",
         "augmentation.mixup = 1.5: should be less than or equal to 1",
@@ -173,3 +175,19 @@ def test_difference_lists_what_differs() -> None:
 def test_every_section_with_kinds_is_known() -> None:
     for section, field in KIND.items():
         assert f"{section}.{field}" in RECIPE.flat()
+
+
+def test_weights_file_is_kept_with_its_digest(tmp_path: Path) -> None:
+    """So the recipe of equal bytes is equal, and a stored one needs no file."""
+    file = tmp_path / "own.pth"
+    file.write_bytes(b"weights")
+    pinned = f"{file}#sha256={hashlib.sha256(b'weights').hexdigest()}"
+    recipe = RECIPE.changed({"model.network": "timm", "model.weights": str(file)})
+    assert recipe.flat()["model.weights"] == pinned
+    file.unlink()
+    assert parse_recipe(recipe.to_json()) == recipe
+    assert lines_of({"model.network": "timm", "model.weights": "defalt"}) == [
+        "model.weights = defalt: should be none, default, efficientnet-lite0 or a file (did you mean default?); "
+        "there is no such file"
+    ]
+    assert "should match pattern" in lines_of({"model.network": "timm", "model.backbone": "hf-hub:a/b"})[0]

@@ -19,7 +19,7 @@ from pipeline.tracking.journal import RECORDS
 from pipeline.tracking.run import MlflowRun
 from pipeline.tracking.server import HOST, start_server, stop_server
 from pipeline.tracking.tags import State, StoredRun
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
 KEY = "0123456789abcdef" * 2
 
@@ -122,7 +122,7 @@ def _die(
     tracker = MlflowTracker(home)
     if not send:
         tracker.uploader._work = lambda: None  # type: ignore[method-assign]
-    with tracker.run("train", recipe, data, key=key) as run:
+    with tracker.run(RunRequest(name="train", recipe=recipe, data=data, run_key=key)) as run:
         for epoch in range(1, epochs + 1):
             run.log_metrics({"val/accuracy": epoch / 10}, epoch)
         if state:

@@ -36,15 +36,18 @@ def bench_gpu(
     if not torch.cuda.is_available():
         raise UserError("`bench-gpu`", "torch sees no GPU here", "`bench` measures on a CPU")
 
-    from pipeline.benchmarks.gpu import GpuBenchmark, failures, parts, run_parts
+    from pipeline.benchmarks.gpu import parts, run
+    from pipeline.benchmarks.gpu_settings import GpuBenchmark
+    from pipeline.benchmarks.part_runner import failures
     from pipeline.data.datasets import load
+    from pipeline.recipe import Form
 
     scripts = [expand(script) if script else None for script in (peer, airbench)]
     if missing := [script for script in scripts if script and not script.is_file()]:
         raise UserError.many([Problem(str(script), "no such file") for script in missing])
     names = parts(name.strip() for name in only.split(",") if name.strip())
     file = writable(expand(output))
-    load("cifar10", 32, expand(data_dir))  # downloaded or refused before anything starts
+    load("cifar10", Form(32), expand(data_dir))  # downloaded or refused before anything starts
 
     def write(report: "Mapping[str, object]") -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +57,7 @@ def bench_gpu(
 
     console = make_console()
     bench = GpuBenchmark(data_dir=expand(data_dir), home=HOME, peer=scripts[0], airbench=scripts[1])
-    report = run_parts(bench, names, _row_printer(console), write)
+    report = run(bench, names, _row_printer(console), write)
     for line in failures(report):
         say(console, f"failed: {line}")
     say(console, f"the report: {file}")

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 
+from pipeline.cli.exit_codes import INTERRUPTED
 from pipeline.cli.make import COMMAND_LINE
 from pipeline.errors import Problem, UserError, escape_control, redact_uri
 from pipeline.runtime import freeze_imports
@@ -96,12 +98,15 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
     """The search's data set, split and on the device, which can execute the steps of all trials if it has to."""
     from pipeline.data.datasets import load
     from pipeline.data.prepare import prepare
+    from pipeline.models.build import initial_network
     from pipeline.training.execution import check_execution
 
     for recipe in search.executed() if execute else ():
         check_execution(recipe, device)
+    for recipe in search.networks():  # weights that can't be read or downloaded, before anything starts
+        initial_network(recipe.model, 2, recipe.data.image_size, seed=0)
     about = search.base.data
-    data = prepare(load(about.dataset, about.image_size, expand(data_dir)), about, device)
+    data = prepare(load(about.dataset, about.form, expand(data_dir)), about, device)
     freeze_imports()
     return data
 
@@ -128,10 +133,26 @@ def load_data_of_run(
         check_execution(recipe, device)
     about = recipes[0].data
     digest = tracker.client.get_run(run_id).data.tags["data_digest"]
-    seen = RunData(what, about.dataset, about.image_size, digest, queries.data_places(tracker, run_id))
+    seen = RunData(what, about.dataset, about.form, digest, queries.data_places(tracker, run_id))
     data = prepare(find_data(seen, expand(data_dir), dataset).images, about, device)
     freeze_imports()
     return data
+
+
+@contextlib.contextmanager
+def interruptible(
+    console: Console, tracker: "MlflowTracker", interrupts: tuple[type[BaseException], ...], line: str
+) -> "Iterator[None]":
+    """Around what trains: when it is interrupted, MLflow gets what was measured, the line is said, and the command ends."""
+    try:
+        yield
+    except interrupts:
+        settle(console, tracker, timeout_s=5)
+        say(console, line)
+        raise typer.Exit(INTERRUPTED) from None
+    except BaseException:
+        tracker.flush(5)
+        raise
 
 
 def require_store(tracking_uri: str | None) -> None:

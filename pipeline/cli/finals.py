@@ -9,6 +9,7 @@ from rich.console import Console
 from pipeline.cli.common import (
     HOME,
     find_device,
+    interruptible,
     load_data_of_run,
     make_console,
     next_command,
@@ -19,7 +20,6 @@ from pipeline.cli.common import (
     say_what_is_missing,
     settle,
 )
-from pipeline.cli.exit_codes import INTERRUPTED
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
 
 if TYPE_CHECKING:
@@ -77,31 +77,20 @@ def train(
     limit: "TimeLimit | None" = None,
 ) -> None:
     """Run planned finals, show what they decided and name the next commands."""
-    from pipeline.cli.views import duration
-    from pipeline.cli.views_finals import FinalsView, print_finals
+    from pipeline.cli.views_finals import FinalsView, print_finals, print_plan
     from pipeline.experiment import Interrupted
     from pipeline.registry.finals import run_finals
 
-    name, others = plan.study.name, len(plan.candidates) - 1
-    say(
-        console,
-        f"{name} on {device}: {others} candidate{'s' * (others != 1)} and the control, seeds "
-        f"{', '.join(map(str, plan.seeds))}: {plan.num_trainings} trainings, {plan.num_done} of them done; "
-        f"about {duration(plan.remaining_s)} by what their trials took, if none stops early",
-    )
-    for line in plan.notes:
-        say(console, f"  {line}")
-    try:
-        with FinalsView(console, plan.num_trainings - plan.num_done) as view:
-            decision = run_finals(tracker, plan, data, device, view, HOME, limit)
-    except (Interrupted, KeyboardInterrupt):
-        settle(console, tracker, timeout_s=5)
-        how = f"`finals {name}`" if limit else "the same command"
-        say(console, f"interrupted; {how} resumes the finals of {name}")
-        raise typer.Exit(INTERRUPTED) from None
-    except BaseException:
-        tracker.flush(5)
-        raise
+    name = plan.study.name
+    print_plan(console, plan, device)
+    how = f"`finals {name}`" if limit else "the same command"
+    with (
+        interruptible(
+            console, tracker, (Interrupted, KeyboardInterrupt), f"interrupted; {how} resumes the finals of {name}"
+        ),
+        FinalsView(console, plan.num_trainings - plan.num_done) as view,
+    ):
+        decision = run_finals(tracker, plan, data, device, view, HOME, limit)
     if decision is None:
         settle(console, tracker)
         say(console, f"no winner yet: `finals {name}` completes the finals, `promote {name}` takes the best trial")

@@ -137,10 +137,13 @@ def resolve(
     name: str, options: StudyOptions, dataset: str | None, changes: Sequence[str], problems: Sequence[Problem] = ()
 ) -> "Search":
     """A study with the options applied; UserError with every problem, those given too, before anything starts."""
+    from pipeline.data.datasets import SOURCES, existing_folder
     from pipeline.search.study import Search, load_study
 
     definition, problems = load_study(name), list(problems)
-    settings = definition.settings(_fields(options, dataset, changes, problems))
+    settings, note = definition.settings(_fields(options, dataset, changes, problems)), ""
+    if dataset and dataset not in SOURCES:
+        definition, note = definition.suited_to(existing_folder(dataset))
     variant = definition.variants.get(str(settings["data.dataset"]))
     search = Search(
         name=name,
@@ -150,6 +153,7 @@ def resolve(
         trials=options.trials or (variant or definition).trials,
         timeout_s=options.timeout,
         patience=options.patience or definition.patience,
+        note=note,
         start_from=options.start,
         prune=options.prune,
     )

@@ -5,10 +5,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, find_device, load_data_of_run, make_console, require_store, say, settle
-from pipeline.cli.exit_codes import INTERRUPTED
+from pipeline.cli.common import HOME, find_device, interruptible, load_data_of_run, make_console, require_store, say
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
-from pipeline.errors import NotReproduced
 
 
 def reproduce(
@@ -35,7 +33,6 @@ def reproduce(
     from pipeline.cli.views_finals import FinalsView
     from pipeline.experiment import Interrupted
     from pipeline.registry import reproduce as again
-    from pipeline.tracking.tags import State
     from pipeline.tracking.tracker import MlflowTracker
 
     torch_device = find_device(device)
@@ -50,35 +47,17 @@ def reproduce(
     console = make_console()
     say(console, f"{original.name}: {original.state}, {original.epochs} epochs")
     differences = again.differences(tracker, original, torch_device)
-    for line in filter(
-        None, [again.thread_line(original, torch_device), *(difference.line for difference in differences)]
-    ):
+    threads = again.thread_line(original, torch_device)
+    for line in filter(None, [threads, *(difference.line for difference in differences)]):
         say(console, f"  {line}")
     if not any(difference.matters for difference in differences):
         say(console, "nothing that matters differs from then: every bit must be equal")
-    try:
-        with FinalsView(console, 1) as view:
-            view.started("reproduction", original.recipe)
-            outcome = again.reproduce(tracker, original, data, torch_device, view.epoch)
-            view.ended("reproduction", outcome)
-    except (Interrupted, KeyboardInterrupt):
-        settle(console, tracker, timeout_s=5)
-        say(console, "interrupted; nothing was compared")
-        raise typer.Exit(INTERRUPTED) from None
-    except BaseException:
-        tracker.flush(5)
-        raise
-    run_id = tracker.id_of(outcome.run_key)
-    try:
-        if outcome.state is State.FAILED:
-            rule = f"the run {original.state}, its reproduction failed ({outcome.reason})"
-            raise NotReproduced("not reproduced", rule)
-        comparison = again.compare(tracker, original, run_id, len(data.validation.labels), tolerance)
-        verdict = again.summarise(comparison, differences)
-    except NotReproduced as error:
-        again.record_result(tracker, run_id, error.lines[0])
-        raise
-    again.record_result(tracker, run_id, verdict)
-    for line in comparison.lines:
+    with (
+        interruptible(console, tracker, (Interrupted, KeyboardInterrupt), "interrupted; nothing was compared"),
+        FinalsView(console, 1) as view,
+    ):
+        view.started("reproduction", original.recipe)
+        outcome = again.reproduce(tracker, original, data, torch_device, view.epoch)
+        view.ended("reproduction", outcome)
+    for line in again.conclude(tracker, original, outcome, differences, len(data.validation.labels), tolerance):
         say(console, line)
-    say(console, verdict)

@@ -34,8 +34,8 @@ def serve(
         HOME.mkdir(exist_ok=True)
         server = scoring.start(folder, port, HOME / "serving.log")
         try:
-            say(console, f"probabilities of {', '.join(served.classes)}, in this order, for uint8 images:")
-            say(console, scoring.curl_line(port, served.image_size))
+            say(console, f"probabilities of {', '.join(served.classes)}, in this order, for image files:")
+            say(console, scoring.curl_line(port))
             say(console, f"ready on http://{HOST}:{port}/invocations, this machine only; Ctrl-C ends it")
             with contextlib.suppress(KeyboardInterrupt):
                 server.wait()

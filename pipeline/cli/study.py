@@ -14,6 +14,7 @@ from pipeline.cli.common import (
     UI_PORT,
     expand,
     find_device,
+    interruptible,
     is_away,
     is_new,
     load_data,
@@ -25,7 +26,6 @@ from pipeline.cli.common import (
     say_small_split,
     settle,
 )
-from pipeline.cli.exit_codes import INTERRUPTED
 from pipeline.cli.finals import train
 from pipeline.cli.options import (
     BudgetOption,
@@ -157,19 +157,15 @@ def _run(
         )
         say_infeasible_control(console, search, data)
         say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
-        try:
-            with StudyView(console, search) as view:
-                context = StudyContext(
-                    search=search, data=data, device=device, storage=storage, tracker=tracker, observer=view
-                )
-                done = run_study(context, pool, choice, not options.cluster, plan)
-        except StudyInterrupted:
-            settle(console, tracker, timeout_s=5)
-            say(console, f"interrupted; the same command resumes {search.key(data)}")
-            raise typer.Exit(INTERRUPTED) from None
-        except BaseException:
-            tracker.flush(5)
-            raise
+        line = f"interrupted; the same command resumes {search.key(data)}"
+        with (
+            interruptible(console, tracker, (StudyInterrupted,), line),
+            StudyView(console, search) as view,
+        ):
+            context = StudyContext(
+                search=search, data=data, device=device, storage=storage, tracker=tracker, observer=view
+            )
+            done = run_study(context, pool, choice, not options.cluster, plan)
     if num_finished(done) < search.trials and (reason := search.why_exhausted(done)):
         say(console, f"stopped after {num_finished(done)} trials: {reason}")
     is_settled = _show_best(console, search, done, tracker)

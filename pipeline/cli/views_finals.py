@@ -15,8 +15,11 @@ from pipeline.recipe import Recipe
 from pipeline.training.loop import EpochReport
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.evaluation.significance import Sample
     from pipeline.registry.decision import FinalsDecision
+    from pipeline.registry.finals import FinalsPlan
 
 
 class FinalsView:
@@ -66,6 +69,19 @@ class FinalsView:
         """See Observer of finals."""
         self._shown_at = time.monotonic()
         say(self._console, line)
+
+
+def print_plan(console: Console, plan: "FinalsPlan", device: "torch.device") -> None:
+    """What will be trained, and how long that takes."""
+    others = len(plan.candidates) - 1
+    say(
+        console,
+        f"{plan.study.name} on {device}: {others} candidate{'s' * (others != 1)} and the control, seeds "
+        f"{', '.join(map(str, plan.seeds))}: {plan.num_trainings} trainings, {plan.num_done} of them done; "
+        f"about {duration(plan.remaining_s)} by what their trials took, if none stops early",
+    )
+    for line in plan.notes:
+        say(console, f"  {line}")
 
 
 def print_finals(console: Console, decision: "FinalsDecision") -> None:

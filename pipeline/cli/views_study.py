@@ -18,9 +18,10 @@ from pipeline.data.prepare import TrainingData
 from pipeline.evaluation.constraints import violations
 from pipeline.experiment import Outcome, known_before
 from pipeline.recipe import KIND, Recipe
-from pipeline.search.space_check import to_choice
+from pipeline.search.space_check import field_of, to_choice
 from pipeline.search.study import Search, StudyProgress
-from pipeline.search.trial import Progress
+from pipeline.search.trial import SHORT
+from pipeline.search.trial_attributes import Progress
 from pipeline.training.loop import EpochReport
 
 if TYPE_CHECKING:
@@ -72,9 +73,11 @@ class StudyView:
         """See StudyObserver."""
         if self._finished_before is None:
             self._finished_before = progress.finished
-        parts = [f"{progress.finished} of {progress.trials} trials, {progress.pruned} pruned, {progress.failed} failed"]
-        if progress.infeasible:
-            parts.append(f"{progress.infeasible} infeasible")
+        parts = [f"{progress.finished} of {progress.trials} trials"]
+        parts += [f"{progress.short} short"] if self._search.shortens else []
+        parts += [f"{progress.pruned} pruned"] if progress.pruned or not self._search.shortens else []
+        parts += [f"{progress.failed} failed"]
+        parts += [f"{progress.infeasible} infeasible"] if progress.infeasible else []
         if progress.best:
             number, score = progress.best
             parts.append(f"best {self._search.study.objective} {score:.4f} (trial {number})")
@@ -84,12 +87,12 @@ class StudyView:
         self._study_bar.update(progress.finished, total=progress.trials)
         self._show(self._study)
 
-    def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:
+    def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any], full_of: int | None = None) -> None:
         """See StudyObserver."""
         epochs = recipe.training.epochs
         changes = changes_text(params, self._search)
         self._trials[number] = _RunningTrial(changes, epochs, ProgressBar(total=epochs, width=_BAR_WIDTH))
-        self._show(f"trial {number}: {changes}")
+        self._show(f"trial {number}{'' if full_of is None else f' ({full_of} in full)'}: {changes}")
 
     def step(self, number: int, progress: Progress) -> None:
         """See StudyObserver."""
@@ -117,9 +120,10 @@ class StudyView:
     def trial_ended(self, number: int, outcome: Outcome) -> None:
         """See StudyObserver."""
         score = outcome.metrics.get(self._search.study.objective)
-        reason = f" ({outcome.reason})" if outcome.reason else ""
+        reason = f" ({outcome.reason})" if outcome.reason and outcome.reason != SHORT else ""
         scored = f", {self._search.study.objective} {score:.4f}" if score is not None else ""
-        line = f"trial {number} {outcome.state}{reason}{scored}, {outcome.epochs} epochs in {duration(outcome.seconds)}"
+        state = "finished, a short one" if outcome.reason == SHORT else outcome.state
+        line = f"trial {number} {state}{reason}{scored}, {outcome.epochs} epochs in {duration(outcome.seconds)}"
         if outcome.epochs and (broken := violations(self._search.study.constraints, outcome.metrics)):
             line += f"; infeasible: {broken}"
         self._trials.pop(number, None)
@@ -159,11 +163,11 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
         "time": ("seconds", duration),
         "time of an epoch": ("epoch_s", duration),
         "epochs": ("epochs", "{:.0f}".format),
-        "pruned": ("pruned", "{:.0f}".format),
+        "short or pruned": ("pruned", "{:.0f}".format),
         "disk": ("disk_mib", "{:.1f} MiB".format),
     }
     table = Table(box=box.SIMPLE_HEAD)
-    headings = ["", "forecast", *(["truth", "truth / forecast"] if actual else ["without pruning"])]
+    headings = ["", "forecast", *(["truth", "truth / forecast"] if actual else ["all in full"])]
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
     for name, (key, show) in rows.items():
@@ -185,8 +189,10 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
         console.print(f"from a few steps of the control{recipes}; other work on the machine changes it")
         if pruner := forecast.get("unknown_pruner"):
             say(console, f"no pruning is assumed, as what {pruner} will do is not known")
-        choice = forecast.get("choice")
-        if choice and choice["why"]:
+        choice = forecast.get("choice") or {}
+        if precision := choice.get("precision"):
+            say(console, f"training.precision {precision}: faster here for this network (`--set training.precision=`)")
+        if choice.get("why"):
             workers = f"{choice['workers']} worker{'s' * (choice['workers'] != 1)}"
             say(
                 console,
@@ -223,6 +229,7 @@ def changes_text(params: Mapping[str, Any], search: Search) -> str:
     """A trial's parameters that differ from the control's: `rotation 10, optimizer adam, lr 0.003`."""
     base = search.base.flat()
     kinds = {f"{section}.{field}": section for section, field in KIND.items()}
-    changed = {name: value for name, value in params.items() if to_choice(base.get(name)) != value}
+    fields = {field_of(name): value for name, value in params.items()}
+    changed = {name: value for name, value in fields.items() if to_choice(base.get(name)) != value}
     shown = [f"{kinds.get(name, name.partition('.')[2])} {format_value(value)}" for name, value in changed.items()]
     return ", ".join(shown) or "the control, the base recipe"

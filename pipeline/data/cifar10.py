@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.data.images import LabelledImages, check_memory, resized
+from pipeline.data.images import LabelledImages, check_memory, of_pixels
 from pipeline.errors import DataError, Problem, proxies
+from pipeline.recipe import Form
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
@@ -26,12 +27,12 @@ DOWNLOAD_TIMEOUT_S = 30.0  # without a byte
 log = logging.getLogger(__name__)
 
 
-def read(image_size: int, data_dir: Path, download: bool) -> LabelledImages:
+def read(form: Form, data_dir: Path, download: bool) -> LabelledImages:
     """The 50,000 training images, from `data_dir`, an absolute path; downloaded there where they are missing.
 
     DataError where the files are missing and may not or can't be downloaded, or where they are damaged.
     """
-    check_memory(TRAIN_IMAGES, image_size)
+    check_memory(TRAIN_IMAGES, form)
     from torchvision.datasets import CIFAR10
 
     folder = data_dir / CIFAR10.base_folder
@@ -42,8 +43,8 @@ def read(image_size: int, data_dir: Path, download: bool) -> LabelledImages:
         data = _read_files(folder) if exists else _download(folder)
     except OSError as error:
         raise DataError(f"cifar10: {error.filename or folder}", error.strerror or str(error)) from error
-    images = resized(torch.from_numpy(data.data).permute(0, 3, 1, 2), image_size)
-    return LabelledImages(images, torch.tensor(data.targets), tuple(data.classes), str(folder))
+    pixels, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
+    return of_pixels(pixels, labels, tuple(data.classes), str(folder), form, NATURAL_SIZE)
 
 
 def _read_files(folder: Path) -> "CIFAR10":

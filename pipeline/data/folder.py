@@ -1,24 +1,39 @@
 """A folder of images in torchvision's ImageFolder layout: train/<class>/**, and test/<class>/** for promotion."""
 
+import hashlib
+import json
 import logging
+import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.images import SUFFIXES, BadImage, LabelledImages, check_memory, image_files, read_images
+from pipeline.data.images import (
+    SUFFIXES,
+    BadImage,
+    HeldImages,
+    LabelledImages,
+    check_memory,
+    image_files,
+    read_images,
+    shown_size,
+)
 from pipeline.errors import DataError, Problem, did_you_mean
+from pipeline.recipe import Form
 
 MAX_LISTED = 20  # problems that an error lists
+MAX_LOOKED_AT = 200  # images whose sizes a default goes by
 
 log = logging.getLogger(__name__)
 
 
-def read(root: Path, image_size: int) -> LabelledImages:
+def read(root: Path, form: Form) -> LabelledImages:
     """The images of train/<class>/** in the folder `root`, classes and files in the order of their names.
 
     DataError where the layout is another, a file can't be read or a class has less than two images.
@@ -28,9 +43,32 @@ def read(root: Path, image_size: int) -> LabelledImages:
     except OSError as error:
         raise DataError(str(error.filename), error.strerror or "") from error
     paths = [path for class_paths in files.values() for path in class_paths]
-    check_memory(len(paths), image_size)
+    check_memory(len(paths), form)
     labels = np.repeat(np.arange(len(files)), [len(class_paths) for class_paths in files.values()])
-    return LabelledImages(decoded(paths, image_size), torch.from_numpy(labels), tuple(files), str(root))
+    images, held, content = decoded(paths, form)
+    digest = hashlib.sha256(json.dumps([list(files), labels.tolist()]).encode() + content).hexdigest()
+    return LabelledImages(images, torch.from_numpy(labels), tuple(files), str(root), digest, held)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the images of a folder, as far as they were looked at; medians, in pixels as they are shown."""
+
+    num_images: int
+    width: int
+    height: int
+    elongation: float  # long side by short side
+
+
+def look(root: Path) -> Sizes | None:
+    """The sizes of some of the training images, without decoding them; None where none can be read."""
+    paths = [path for class_paths in _files_by_class(root).values() for path in class_paths]
+    sizes = list(filter(None, map(shown_size, paths[:: math.ceil(len(paths) / MAX_LOOKED_AT)])))
+    if not sizes:
+        return None
+    widths, heights = np.array(sizes).T
+    elongation = np.median(np.maximum(widths, heights) / np.minimum(widths, heights))
+    return Sizes(len(sizes), int(np.median(widths)), int(np.median(heights)), float(elongation))
 
 
 def short_name(root: Path) -> str:
@@ -89,20 +127,29 @@ def class_names(split: Path) -> list[str]:
     return names
 
 
-def decoded(paths: Sequence[Path], size: int) -> Tensor:
-    """uint8 (N, 3, size, size); one DataError for all the files that can't be read."""
+def decoded(paths: Sequence[Path], form: Form) -> tuple[Tensor, HeldImages | None, bytes]:
+    """uint8 (N, 3, S, S), what is held for random crops, and the digest of the files' bytes.
+
+    One DataError for all the files that can't be read.
+    """
     log.info("reading %d images", len(paths))
-    images = np.empty((len(paths), 3, size, size), dtype=np.uint8)
+    images = np.empty((len(paths), 3, form.size, form.size), dtype=np.uint8)
+    held = np.empty((len(paths), 3, form.held or 0, form.held or 0), dtype=np.uint8)
+    aspects, content = torch.ones(len(paths)), hashlib.sha256()
     problems: list[Problem] = []
-    for index, result in enumerate(read_images(paths, size)):
+    for index, result in enumerate(read_images(paths, form, digests=True)):
         if isinstance(result, BadImage):
             problems += result.problems
-        else:
-            images[index] = result
+            continue
+        images[index], aspects[index] = result.image, result.aspect
+        content.update(result.sha256)
+        if result.held is not None:
+            held[index] = result.held
     if problems:
         summary = Problem(f"{len(problems)} of {len(paths)} images can't be used", remedy="replace or remove them")
         raise DataError.many([*_first(problems), summary])
-    return torch.from_numpy(images)
+    to_crop = HeldImages(torch.from_numpy(held), aspects) if form.held else None
+    return torch.from_numpy(images), to_crop, content.digest()
 
 
 def _first(problems: list[Problem]) -> list[Problem]:

@@ -1,6 +1,8 @@
 """Image files -> pixels: the file formats and pixel modes that the pipeline takes, all to 8-bit RGB of one size."""
 
 import contextlib
+import hashlib
+import json
 import mmap
 import os
 import re
@@ -14,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, ImageStat, UnidentifiedImageError
 from torch import Tensor
 
 from pipeline.errors import DataError, UserError
+from pipeline.recipe import Form
 
 # Given to Pillow by name, so that a file's content never reaches another decoder (EPS would start Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
@@ -45,14 +48,34 @@ class LabelledImages:
     labels: Tensor
     classes: tuple[str, ...]
     source: str  # where they were read from: an absolute path where they lie in files
+    digest: str  # of the data set, whatever the images' form
+    held: "HeldImages | None" = None  # the same images for random crops, where the form has them
 
 
-def check_memory(num_images: int, image_size: int) -> None:
-    """UserError where so many images of image_size x image_size pixels take more than MAX_BYTES."""
-    num_bytes = num_images * 3 * image_size**2
+@dataclass(frozen=True, eq=False)
+class HeldImages:
+    """Images that are cut at random when they are trained on."""
+
+    images: Tensor  # uint8 (N, 3, L, L), squashed
+    aspects: Tensor  # float32 (N,): width by height, before that
+
+
+@dataclass(frozen=True, eq=False)
+class FileImage:
+    """A file's pixels, uint8."""
+
+    image: np.ndarray  # (3, S, S)
+    held: np.ndarray | None  # (3, L, L), see HeldImages
+    aspect: float
+    sha256: bytes  # of the file; empty where it was not asked for
+
+
+def check_memory(num_images: int, form: Form) -> None:
+    """UserError where so many images take more than MAX_BYTES."""
+    num_bytes = num_images * 3 * (form.size**2 + (form.held or 0) ** 2)
     if num_bytes > MAX_BYTES:
         raise UserError(
-            f"data.image_size = {image_size}",
+            f"data.image_size = {form.size}",
             f"{num_images:,} images take {num_bytes / 2**30:.1f} GiB of memory, more than {MAX_BYTES / 2**30:g}",
             "lower it, or use fewer images",
         )
@@ -78,12 +101,12 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def read_images(paths: Iterable[Path], size: int) -> Iterator[np.ndarray | BadImage]:
-    """What `read_image` returns or raises for each file, in the order of the paths; read by several threads."""
+def read_images(paths: Iterable[Path], form: Form, digests: bool = False) -> Iterator[FileImage | BadImage]:
+    """What `read_file` returns or raises for each file, in the order of the paths; read by several threads."""
 
-    def read(path: Path) -> np.ndarray | BadImage:
+    def read(path: Path) -> FileImage | BadImage:
         try:
-            return read_image(path, size)
+            return read_file(path, form, digests)
         except BadImage as error:
             return BadImage(error.path, error.reason)  # the caught one's traceback holds the half-read image
 
@@ -91,28 +114,66 @@ def read_images(paths: Iterable[Path], size: int) -> Iterator[np.ndarray | BadIm
         yield from pool.map(read, paths)
 
 
-def resized(images: Tensor, size: int) -> Tensor:
-    """uint8 (N, C, H, W) to (N, C, size, size), squashed by antialiased bilinear resampling.
+def of_pixels(
+    pixels: Tensor, labels: Tensor, classes: tuple[str, ...], source: str, form: Form, natural_size: int
+) -> LabelledImages:
+    """A data set of square uint8 images (N, 3, H, H) that lie in no image files, in a form.
+
+    The digest is that of the shapes, pixels, labels and class names at the natural size.
+    """
+    natural = resized(pixels, Form(natural_size))
+    images = natural if form.size == natural_size else resized(pixels, form)
+    held = HeldImages(resized(pixels, Form(form.held)), torch.ones(len(pixels))) if form.held else None
+    digest = hashlib.sha256(json.dumps([classes, list(natural.shape), list(labels.shape)]).encode())
+    digest.update(natural.numpy().data)
+    digest.update(labels.numpy().astype("<i8").data)
+    return LabelledImages(images, labels, classes, source, digest.hexdigest(), held)
+
+
+def resized(images: Tensor, form: Form) -> Tensor:
+    """uint8 (N, C, H, W) to (N, C, S, S) of a form, by antialiased bilinear resampling.
 
     On uint8 torch computes in integers: the same on every CPU, within 2 levels of Pillow.
     """
-    if images.shape[-2:] == (size, size):
+    (top, left, bottom, right), (height, width) = _box_and_size(images.shape[-2], images.shape[-1], form)
+    images = images[..., top:bottom, left:right]
+    if images.shape[-2:] == (form.size, form.size):
         return images.contiguous()
-    result = torch.empty(*images.shape[:2], size, size, dtype=torch.uint8)
+    result = torch.empty(*images.shape[:2], form.size, form.size, dtype=torch.uint8)
+    y, x = (form.size - height) // 2, (form.size - width) // 2
     for source, target in zip(images.split(1000), result.split(1000), strict=True):  # bounds the working memory
-        target.copy_(F.interpolate(source, size=(size, size), mode="bilinear", antialias=True))
+        small = F.interpolate(source, size=(height, width), mode="bilinear", antialias=True)
+        if small.shape != target.shape:
+            target.copy_(small.float().mean((2, 3), keepdim=True).round_().expand(target.shape))
+        target[..., y : y + height, x : x + width] = small
     return result
 
 
-def read_image(path: Path, size: int) -> np.ndarray:
-    """The first frame of an image file as uint8 RGB, (3, size, size), squashed by antialiased bilinear resampling.
+def _box_and_size(height: int, width: int, form: Form) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    """What is used of an image, (top, left, bottom, right), and (height, width) that this gets within the square."""
+    if form.geometry == "crop":
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        return (top, left, top + side, left + side), (form.size, form.size)
+    scale = form.size / max(height, width) if form.geometry == "pad" else 0.0
+    sizes = (max(1, round(height * scale)), max(1, round(width * scale))) if scale else (form.size, form.size)
+    return (0, 0, height, width), sizes
+
+
+def read_image(path: Path, form: Form) -> np.ndarray:
+    """The first frame of an image file as uint8 RGB, (3, S, S), by antialiased bilinear resampling; see `read_file`."""
+    return read_file(path, form).image
+
+
+def read_file(path: Path, form: Form, digest: bool = False) -> FileImage:
+    """An image file in a form: the one way from a file to pixels, whoever asks for them.
 
     EXIF orientation is applied and transparency is laid over white; colour profiles are not applied.
     A large JPEG is decoded at a fraction of its size, which moves a pixel by at most a few of 255 levels.
     Raises BadImage for whatever can't be read, has more than MAX_PIXELS or is of another format, whatever its name.
     """
     try:
-        return _decode(path, size)
+        return _decode(path, form, digest)
     except UnidentifiedImageError:
         raise BadImage(path, _why_unidentified(path)) from None
     except Image.DecompressionBombError:  # Pillow's own limit, above ours and checked while it opens the file
@@ -121,7 +182,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
         raise BadImage(path, getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
-def _decode(path: Path, size: int) -> np.ndarray:
+def _decode(path: Path, form: Form, digest: bool) -> FileImage:
     if not path.is_file():  # opening a pipe would wait for ever
         raise ValueError("not a file" if path.exists() else "no such file")
     with Image.open(path, formats=FORMATS) as image:
@@ -130,14 +191,48 @@ def _decode(path: Path, size: int) -> np.ndarray:
             raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
         if image.format in ("JPEG", "MPO"):
             _check_scans(path)
-        image.draft(None, (4 * size, 4 * size))  # JPEG only: decodes at 1/2, 1/4 or 1/8, if still four times too large
+        # JPEG only: decodes at 1/2, 1/4 or 1/8, if still four times too large; not by what is held of it, as the same
+        # file must give the same pixels in training and later.
+        image.draft(None, (4 * form.size, 4 * form.size))
         image.load()
         with contextlib.suppress(
             Exception
         ):  # unreadable EXIF says nothing about the orientation, the pixels are complete
             ImageOps.exif_transpose(image, in_place=True)
         rgb = _to_rgb(image)
-    return np.ascontiguousarray(np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1))
+    held = None if form.held is None else _pixels(_shaped(rgb, Form(form.held)))
+    sha256 = b""
+    if digest:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").digest()
+    return FileImage(_pixels(_shaped(rgb, form)), held, rgb.width / rgb.height, sha256)
+
+
+def _shaped(rgb: Image.Image, form: Form) -> Image.Image:
+    (top, left, bottom, right), (height, width) = _box_and_size(rgb.height, rgb.width, form)
+    # Cut first: `resize` with a box would mix in what lies around it.
+    small = rgb.crop((left, top, right, bottom)).resize((width, height), Image.Resampling.BILINEAR)
+    if small.size == (form.size, form.size):
+        return small
+    red, green, blue = (round(mean) for mean in ImageStat.Stat(small).mean)
+    square = Image.new("RGB", (form.size, form.size), (red, green, blue))
+    square.paste(small, ((form.size - width) // 2, (form.size - height) // 2))
+    return square
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """(3, S, S)"""
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def shown_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) of an image file by its header, turned as EXIF says; None where it can't be read."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if is_turned else image.size
+    except Exception:  # see `read_file`; who reads the images will say it
+        return None
 
 
 def _check_scans(path: Path) -> None:

@@ -1,14 +1,15 @@
 """A data set, split and moved to the device once, as every trial of a study uses it."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pipeline.data.datasets import Dataset, Split
 from pipeline.data.splits import partition, thinned
-from pipeline.recipe import Data
+from pipeline.recipe import Data, Form
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class TrainingData:
     validation_ids: Tensor  # (num_validation,) positions in the data set's training part, on the CPU
     mean: Tensor  # (3,) of the training images' pixels, in [0, 1]
     std: Tensor  # (3,)
+    form: Form | None = None
+    read: Callable[[Form], Dataset] | None = None  # all of the data set in another form
+    others: dict[Form, "TrainingData"] = field(default_factory=dict)  # the last other form that was asked for
 
     @property
     def place(self) -> str | None:
@@ -33,28 +37,40 @@ class TrainingData:
 
     @property
     def image_size(self) -> int:
-        """Height and width in pixels."""
-        return self.train.images.shape[-1]
+        """Height and width in pixels that the network sees."""
+        return self.validation.images.shape[-1]
+
+    def at(self, recipe: Data) -> "TrainingData":
+        """The same data in the form of a recipe: read again where it is another one, and kept for the next trial."""
+        if self.read is None or recipe.form == self.form:
+            return self
+        if recipe.form not in self.others:
+            self.others.clear()  # one at a time: each may take gigabytes
+            self.others[recipe.form] = prepare(self.read(recipe.form), recipe, self.mean.device)
+        return self.others[recipe.form]
 
 
 def prepare(dataset: Dataset, recipe: Data, device: torch.device) -> TrainingData:
     """Split as the recipe says, measure the training images, move everything to the device as uint8."""
-    images, labels = dataset.train.images, dataset.train.labels
+    dataset = dataset.at(recipe.form)
+    labels = dataset.train.labels
     parts = partition(labels, recipe.validation_fraction, recipe.split_seed)
     parts = thinned(parts, labels, recipe.train_fraction, recipe.split_seed)
-    train, validation = images[parts.train], images[parts.validation]
-    mean, std = pixel_statistics(train)
+    train = (dataset.held or dataset.train).at(parts.train)
+    mean, std = pixel_statistics(train.images)
     return TrainingData(
         name=dataset.name,
         classes=dataset.classes,
         source=dataset.source,
         digest=dataset.digest,
         split_digest=parts.digest,
-        train=Split(train.to(device), labels[parts.train].to(device)),
-        validation=Split(validation.to(device), labels[parts.validation].to(device)),
+        train=train.at(slice(None), device),
+        validation=dataset.train.at(parts.validation, device),
         validation_ids=parts.validation,
         mean=mean.to(device),
         std=std.to(device),
+        form=dataset.form,
+        read=dataset.read,
     )
 
 

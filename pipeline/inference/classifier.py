@@ -15,7 +15,7 @@ from pipeline.evaluation.calibration import Calibration
 from pipeline.evaluation.logits import predict_logits
 from pipeline.inference.methods import METHODS, MethodScores, combine, views, views_of
 from pipeline.models.build import build_network
-from pipeline.recipe import Recipe
+from pipeline.recipe import Form, Recipe
 from pipeline.training.checkpoints import RECORD, WEIGHTS, check_weights, load_weights, read_checkpoint
 
 _Channels = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
@@ -31,7 +31,7 @@ class ModelMetadata(BaseModel):
     data_digest: str
     split_digest: str
     classes: tuple[str, ...]
-    mean: _Channels = Field(description="of the training images' pixels, in [0, 1], by channel")
+    mean: _Channels = Field(description="of pixels in [0, 1]: the training images', or what initial weights expect")
     std: _Channels
     run_id: str = Field(
         description="MLflow's; empty where it was not known yet, and filled in by who reads it from the run"
@@ -87,6 +87,11 @@ class Classifier:
     def image_size(self) -> int:
         """Height and width in pixels that it takes."""
         return self.metadata.recipe.data.image_size
+
+    @property
+    def form(self) -> Form:
+        """How it takes images: what `read_image` makes of a file."""
+        return self.metadata.recipe.data.form
 
     def probabilities(self, images: Tensor, method: str = "plain") -> np.ndarray:
         """uint8 images (N, 3, S, S) -> float64 (N, C), by one of `methods.METHODS`; the highest is the prediction."""

@@ -15,17 +15,18 @@ from torch import Tensor
 from pipeline.data.images import SUFFIXES, BadImage, image_files, read_images, resized
 from pipeline.errors import escape_control
 from pipeline.inference.pickles import read_pickle
+from pipeline.recipe import Form
 
 OnFault = Callable[[BadImage], None]
 Batch = tuple[list[str], Tensor]
 
 
-def read_inputs(paths: Sequence[Path], size: int, on_fault: OnFault, batch_size: int = 500) -> Iterator[Batch]:
-    """ids and uint8 images (n, 3, size, size), in the order of the paths; what can't be used is given to on_fault and skipped.
+def read_inputs(paths: Sequence[Path], form: Form, on_fault: OnFault, batch_size: int = 500) -> Iterator[Batch]:
+    """ids and uint8 images (n, 3, S, S), in the order of the paths; what can't be used is given to on_fault and skipped.
 
     A path is an image file, a folder (all images below it, in the order of their names) or a pickle as `read_pickle`
     takes it: a file that begins as one, or is called .pkl or .pickle. n is 1 to `batch_size`; one batch and one pickle
-    are in memory at a time. Images are squashed by antialiased bilinear resampling.
+    are in memory at a time.
 
     The id of a file is its path, below a folder beginning with the folder's as given; bytes that aren't UTF-8 become
     escapes. In a pickle it is the pickle's own id or 0 to N - 1, behind `<path>:` where several paths are given.
@@ -39,9 +40,9 @@ def read_inputs(paths: Sequence[Path], size: int, on_fault: OnFault, batch_size:
         if pickled:
             for path in files:
                 prefix = f"{_text(path)}:" if len(paths) > 1 else ""
-                yield from _of_pickle(path, prefix, size, on_fault, batch_size, seen_ids)
+                yield from _of_pickle(path, prefix, form, on_fault, batch_size, seen_ids)
         else:
-            yield from _of_images(files, size, on_fault, batch_size, seen_ids)
+            yield from _of_images(files, form, on_fault, batch_size, seen_ids)
 
 
 def _files(paths: Iterable[Path], on_fault: OnFault) -> Iterator[tuple[bool, Path]]:
@@ -79,11 +80,11 @@ def _images_below(folder: Path, on_fault: OnFault) -> list[Path]:
 
 
 def _of_images(
-    paths: Iterator[Path], size: int, on_fault: OnFault, batch_size: int, seen_ids: set[str]
+    paths: Iterator[Path], form: Form, on_fault: OnFault, batch_size: int, seen_ids: set[str]
 ) -> Iterator[Batch]:
     while chunk := list(islice(paths, batch_size)):
         ids, images = [], []
-        for path, result in zip(chunk, read_images(chunk, size), strict=True):
+        for path, result in zip(chunk, read_images(chunk, form), strict=True):
             name = _text(path)
             if isinstance(result, BadImage):
                 on_fault(result)
@@ -92,13 +93,13 @@ def _of_images(
             else:
                 seen_ids.add(name)
                 ids.append(name)
-                images.append(result)
+                images.append(result.image)
         if ids:
             yield ids, torch.from_numpy(np.stack(images))
 
 
 def _of_pickle(
-    path: Path, prefix: str, size: int, on_fault: OnFault, batch_size: int, seen_ids: set[str]
+    path: Path, prefix: str, form: Form, on_fault: OnFault, batch_size: int, seen_ids: set[str]
 ) -> Iterator[Batch]:
     try:
         images, own_ids = read_pickle(path)
@@ -112,7 +113,7 @@ def _of_pickle(
     seen_ids.update(ids)
     for start in range(0, len(ids), batch_size):
         part = slice(start, start + batch_size)
-        yield ids[part], resized(torch.tensor(images[part]), size)
+        yield ids[part], resized(torch.tensor(images[part]), form)
 
 
 def _same_id(path: Path) -> BadImage:

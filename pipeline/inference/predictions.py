@@ -44,7 +44,7 @@ def predict_files(
 ) -> FilePredictions:
     """Image files, folders of them and CIFAR's pickles, as `read_inputs` takes them; a fault stops nothing."""
     result, chunks, kept = FilePredictions(), [], []
-    for ids, images in read_inputs(paths, classifier.image_size, result.faults.append):
+    for ids, images in read_inputs(paths, classifier.form, result.faults.append):
         kept.append(images[: max(0, keep - len(result.ids))].numpy().copy())  # a view would keep its whole batch
         chunks.append(classifier.probabilities(images, method))
         result.ids += ids

@@ -1,6 +1,8 @@
 """From a recipe's `model` section to a network; its parameters, receptive field and FLOP."""
 
 import copy
+import types
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +40,56 @@ def _build(model: recipe.Model, num_classes: int, image_size: int) -> nn.Module:
             return ImprovedNetwork(model, num_classes, image_size)
         case recipe.Plain():
             return PlainNetwork(model, num_classes, image_size)
+        case recipe.Timm():
+            return _timm().build(model, num_classes, image_size)
     raise TypeError(f"no network is known for a section of type {type(model).__name__}")
+
+
+def initial_network(model: recipe.Model, num_classes: int, image_size: int, seed: int) -> nn.Module:
+    """`build_network`, with the weights that a training starts from; errors as of `timm.load_pretrained`."""
+    network = build_network(model, num_classes, image_size, seed)
+    if isinstance(model, recipe.Timm):
+        _timm().load_pretrained(network, model)
+    return network
+
+
+def check_network(model: recipe.Model, image_size: int) -> None:
+    """UserError where there is no such network, or it can't take images of that size; before anything starts."""
+    if isinstance(model, recipe.Timm):
+        _timm().check(model, image_size)
+
+
+def pixel_statistics_of(model: recipe.Model) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Mean and standard deviation that the network's initial weights expect of pixels; None: those of the data set."""
+    return _timm().statistics(model) if isinstance(model, recipe.Timm) and model.weights != "none" else None
+
+
+def layer_ids(network: nn.Module) -> dict[str, int]:
+    """Each parameter's layer, from 0 at the image; the last one is the head.
+
+    In networks of our own a layer begins at each convolution or linear layer and ends with the norm behind it.
+    """
+    if hasattr(network, "group_matcher"):
+        return _timm().layer_ids(network)
+    ids: dict[str, int] = {}
+    layer = -1
+    for prefix, module in network.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        layer += any(parameter.ndim > 1 for parameter in own.values()) or (layer < 0 and bool(own))
+        ids |= {f"{prefix}.{name}".removeprefix("."): layer for name in own}
+    return ids
+
+
+def weights_origin(model: recipe.Model) -> str | None:
+    """Where a pretrained network's weights are from, with their licence and data; None where it starts from random ones."""
+    return _timm().origin(model) if isinstance(model, recipe.Timm) and model.weights != "none" else None
+
+
+def _timm() -> types.ModuleType:
+    """The module, imported when it is needed: timm takes 2 s."""
+    from pipeline.models import timm
+
+    return timm
 
 
 def num_parameters(network: nn.Module) -> int:

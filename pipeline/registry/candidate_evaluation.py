@@ -259,8 +259,8 @@ class CandidateEvaluation:
         }
         self.ledger.record(TEST_EVALUATION, self.model, model.run, split=split, reason=reason, details=details)
         if not stored:
-            size, classes = model.metadata.recipe.data.image_size, model.metadata.classes
-            images = test_split.open_test_split(data.dataset, size, data.data_dir, classes)
+            form, classes = model.metadata.recipe.data.form, model.metadata.classes
+            images = test_split.open_test_split(data.dataset, form, data.data_dir, classes)
             session = export.session(model.folder / MODEL)
             probabilities = export.run_session(session, export.as_pixels(images.images))
             _write(path, TestEvaluation(images.labels.numpy(), probabilities))

@@ -13,7 +13,9 @@ from mlflow.entities import Run
 
 from pipeline.evaluation.scores import confusion_matrix
 from pipeline.inference.classifier import ModelMetadata
+from pipeline.models.build import weights_origin
 from pipeline.recipe import KIND, Recipe
+from pipeline.registry.export import GEOMETRIES
 from pipeline.registry.ledger import VerdictEvidence
 from pipeline.tracking.tags import RunTags
 
@@ -65,6 +67,7 @@ def model_card(
         "Calibration": _calibration(metadata, run),
         "Known weaknesses": _weaknesses(metadata.classes, confusion, ids, labels, predicted, confidence),
         "Data": _data(metadata),
+        **({"Weights": f"Started from {origin}"} if (origin := weights_origin(metadata.recipe.model)) else {}),
         "Recipe": f"Digest `{metadata.recipe_digest}`. What differs from the defaults:\n\n{_recipe(metadata.recipe)}",
         "Cost": _cost(metadata, run, costs),
         "Reproduce": _reproduce(run),
@@ -85,10 +88,10 @@ def _head(metadata: ModelMetadata, run: Run, confusion: np.ndarray) -> str:
     name = run.info.run_name
     if study := RunTags.of(run).study:
         name = f"{name} of {study}"
-    size, hits, total = metadata.recipe.data.image_size, int(np.trace(confusion)), int(confusion.sum())
+    (size, geometry, _), hits, total = metadata.recipe.data.form, int(np.trace(confusion)), int(confusion.sum())
     return (
         f"Takes RGB images of {size} x {size} pixels, gives a probability for each of {len(metadata.classes)} classes: "
-        f"{', '.join(map(_plain, metadata.classes))}.\n\n"
+        f"{', '.join(map(_plain, metadata.classes))}. Of an image of another shape it sees {GEOMETRIES[geometry]}.\n\n"
         f"Validation accuracy {_share(hits, total)}, {total:,} images. From {_plain(name)}, run `{metadata.run_id}`."
     )
 

@@ -185,7 +185,7 @@ def _result(racing: Racing, candidate: Candidate, seeds: Sequence[int], data: Tr
         is_control=candidate.is_control,
         changes={name: value for name, (value, _) in changes.items() if value is not None},
         epochs=candidate.recipe.training.epochs,
-        prediction_flop=prediction_flop(candidate.recipe.model, len(data.classes), data.image_size),
+        prediction_flop=prediction_flop(candidate.recipe.model, len(data.classes), candidate.recipe.data.image_size),
         training_s=median(final.seconds for final in finals.values()),
         score=sample(scores, racing.least_sd) if scores else None,
         difference=sample(differences, racing.least_sd) if differences else None,

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     import onnxruntime
 
 OPSET = 20
+GEOMETRIES = {
+    "squash": "the whole image, its aspect not kept",
+    "crop": "the largest square in the middle",
+    "pad": "the whole image in the middle of a square of its mean colour",
+}
 TOLERANCE = 1e-4  # in probability
 BATCHES = (1, 2, 7, 128, 500)  # that are tried
 QUANTISED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool"]
@@ -86,6 +91,7 @@ def export_onnx(classifier: Classifier, path: Path) -> None:
     properties = {
         "classes": json.dumps(metadata.classes),
         "temperature": repr(metadata.calibration.temperature),
+        "preprocessing": json.dumps(preprocessing(metadata)),
         "thresholds": json.dumps(metadata.calibration.thresholds),
         "recipe_digest": metadata.recipe_digest,
         "data_digest": metadata.data_digest,
@@ -96,6 +102,20 @@ def export_onnx(classifier: Classifier, path: Path) -> None:
     onnx.checker.check_model(model)
     onnx.save_model(model, path)
     check(classifier, path, probes(classifier))
+
+
+def preprocessing(metadata: ModelMetadata) -> dict[str, str | int]:
+    """How a file becomes the pixels that the model takes; `data.images.read_image` does it."""
+    form = metadata.recipe.data.form
+    return {
+        "image_size": form.size,
+        "geometry": form.geometry,
+        "meaning": GEOMETRIES[form.geometry],
+        "resampling": "bilinear with antialiasing",
+        "orientation": "EXIF's is applied",
+        "transparency": "laid over white",
+        "depth": "16-bit grey scaled to 8 bits",
+    }
 
 
 def check(classifier: Classifier, path: Path, images: Tensor) -> float:
@@ -128,7 +148,7 @@ def find_data_of(
     """The data set that a model was trained on, wherever it lies now; see `run_data.find_data`."""
     subject = f"the model of run {metadata.run_id}" if metadata.run_id else "the model"
     places = queries.data_places(tracker, metadata.run_id) if tracker and metadata.run_id else []
-    seen = RunData(subject, metadata.recipe.data.dataset, metadata.recipe.data.image_size, metadata.data_digest, places)
+    seen = RunData(subject, metadata.recipe.data.dataset, metadata.recipe.data.form, metadata.data_digest, places)
     return find_data(seen, data_dir, dataset, download)
 
 

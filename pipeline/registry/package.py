@@ -123,6 +123,7 @@ def _save_model(classifier: Classifier, path: Path, folder: Path) -> None:
             "classes": list(metadata.classes),
             "run_id": metadata.run_id,
             "recipe_digest": metadata.recipe_digest,
+            "geometry": metadata.recipe.data.form.geometry,
         },
         save_as_external_data=False,
     )

@@ -4,12 +4,11 @@ import contextlib
 import hashlib
 import math
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet as pq
 import torch
 from mlflow.entities import Run as StoredRun
@@ -225,6 +224,32 @@ def default_tolerance(original: OriginalRun, num_validation: int) -> float:
     return 100 * DEVIATIONS * math.sqrt(wrong / num_validation)
 
 
+def conclude(
+    tracker: MlflowTracker,
+    original: OriginalRun,
+    outcome: Outcome,
+    changes: list[Difference],
+    num_validation: int,
+    tolerance: float | None,
+) -> list[str]:
+    """Lines that compare a run with its reproduction, the verdict last, which becomes a tag of the reproduction.
+
+    `tolerance` in points; None: see `default_tolerance`. NotReproduced where it failed, or differs more than it may.
+    """
+    run_id = tracker.id_of(outcome.run_key)
+    try:
+        if outcome.state is State.FAILED:
+            rule = f"the run {original.state}, its reproduction failed ({outcome.reason})"
+            raise NotReproduced("not reproduced", rule)
+        comparison = compare(tracker, original, run_id, num_validation, tolerance)
+        verdict = summarise(comparison, changes)
+    except NotReproduced as error:
+        record_result(tracker, run_id, error.lines[0])
+        raise
+    record_result(tracker, run_id, verdict)
+    return [*comparison.lines, verdict]
+
+
 def compare(
     tracker: MlflowTracker, original: OriginalRun, run_id: str, num_validation: int, tolerance: float | None
 ) -> Comparison:
@@ -338,9 +363,7 @@ def _predictions(tracker: MlflowTracker, old: str, new: str) -> tuple[str, bool]
         content = queries.read_file(tracker, run_id, "predictions.parquet")
         if content is None:
             raise UserError(f"run {run_id}", "its predictions.parquet is gone; there is nothing to compare")
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "table").write_bytes(content)
-            tables.append(pq.read_table(Path(folder) / "table"))
+        tables.append(pq.read_table(pyarrow.BufferReader(content)))
     then, now = tables
     count = f"{len(then):,} images"
     if then.equals(now):

@@ -1,15 +1,25 @@
 """MLflow's own scoring server for a packed model, on this machine only."""
 
+import base64
+import binascii
 import subprocess
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from pipeline.data.images import BadImage, read_image
 from pipeline.errors import DataError, UserError
-from pipeline.registry.export import session
+from pipeline.recipe import Form
+from pipeline.registry.export import GEOMETRIES, session
 from pipeline.registry.package import MODEL
 from pipeline.tracking.server import HOST, launch
+
+if TYPE_CHECKING:
+    from mlflow.models import Model
 
 MLMODEL = "MLmodel"
 _FLAVORS: Mapping[str, Mapping[str, Any]] = {  # as export writes them, but for the versions
@@ -17,15 +27,14 @@ _FLAVORS: Mapping[str, Mapping[str, Any]] = {  # as export writes them, but for 
     "python_function": {"data": MODEL, "loader_module": "mlflow.onnx"},
 }
 _VERSIONS = ("onnx_version", "python_version", "env")  # `env` is not made: the server runs in this environment
-PYTHON = ".venv/bin/python"
 
 
 @dataclass(frozen=True)
 class Served:
-    """What a client needs to know: the classes in the order of their probabilities, and the images' height and width."""
+    """What a client needs to know: the classes in the order of their probabilities, and the form of images."""
 
     classes: tuple[str, ...]
-    image_size: int
+    form: Form
 
 
 def check(folder: Path) -> Served:
@@ -39,7 +48,7 @@ def check(folder: Path) -> Served:
     try:
         model = Model.load(str(folder))
         flavors: dict[str, dict[str, Any]] = {name: dict(settings) for name, settings in model.flavors.items()}
-        served = Served(tuple((model.metadata or {})["classes"]), model.get_input_schema().inputs[0].shape[1])
+        served = Served(tuple((model.metadata or {})["classes"]), form_of(model))
     except Exception:  # whatever MLflow raises on a file that isn't there, or is no MLmodel
         raise UserError(str(folder), f"no packed model ({MLMODEL})", "`export` makes one") from None
     if other := _unlike_ours(flavors):
@@ -47,6 +56,13 @@ def check(folder: Path) -> Served:
         raise DataError(str(folder / MLMODEL), rule)
     _check_onnx(folder / MODEL, served)
     return served
+
+
+def form_of(model: "Model") -> Form:
+    """In which form a package takes images; KeyError for a geometry that there is not."""
+    geometry = (model.metadata or {}).get("geometry", "squash")  # a package of earlier days names none: there was one
+    GEOMETRIES[geometry]
+    return Form(model.get_input_schema().inputs[0].shape[1], geometry)
 
 
 def _unlike_ours(flavors: Mapping[str, Mapping[str, Any]]) -> str:
@@ -70,7 +86,7 @@ def _check_onnx(path: Path, served: Served) -> None:
     except Exception as error:  # onnxruntime has no common class
         reason = str(error).splitlines()[0][:200]
         raise DataError(str(path), f"onnxruntime can't use it, so it is not served ({reason})") from None
-    size = served.image_size
+    size = served.form.size
     tensors = [(tensor.name, tensor.type, tensor.shape[1:]) for tensor in (*model.get_inputs(), *model.get_outputs())]
     images, probabilities = ("images", "tensor(uint8)", [size, size, 3]), ("probabilities", "tensor(float)")
     if tensors != [images, (*probabilities, [len(served.classes)])]:
@@ -87,10 +103,25 @@ def start(folder: Path, port: int, log_file: Path) -> subprocess.Popen[bytes]:
     return launch("the scoring server", "pipeline.registry.serve_app", settings, port, log_file)
 
 
-def curl_line(port: int, image_size: int) -> str:
-    """What sends cat.jpg to the server, for a shell in the project's folder; read as `predict` reads it."""
+def decoded(images: Sequence[str], form: Form) -> np.ndarray:
+    """Image files in base64 -> uint8 (N, S, S, 3), read as `predict` reads a file; UserError names what is none."""
+    pixels = []
+    for number, text in enumerate(images):
+        with tempfile.NamedTemporaryFile() as file:
+            try:
+                file.write(base64.b64decode(text, validate=True))
+                file.flush()
+                pixels.append(read_image(Path(file.name), form).transpose(1, 2, 0))
+            except binascii.Error:
+                raise UserError(f"images.{number}", "is not base64") from None
+            except BadImage as error:
+                raise UserError(f"images.{number}", error.reason) from None
+    return np.stack(pixels)
+
+
+def curl_line(port: int) -> str:
+    """What sends cat.jpg to the server, for a shell."""
     return (
-        f'{PYTHON} -c "import json; from pathlib import Path; from pipeline.data.images import read_image; '
-        f"print(json.dumps({{'inputs': [read_image(Path('cat.jpg'), {image_size}).transpose(1, 2, 0).tolist()]}}))\" | "
-        f"curl -s http://{HOST}:{port}/invocations -H 'Content-Type: application/json' -d @-"
+        """(printf '{"images": ["'; base64 < cat.jpg | tr -d '\\n'; printf '"]}') | """
+        f"curl -s http://{HOST}:{port}/images -H 'Content-Type: application/json' -d @-"
     )

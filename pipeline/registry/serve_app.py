@@ -1,13 +1,42 @@
-"""MLflow's scoring server behind access control; `serve.start` has uvicorn call `app`."""
+"""MLflow's scoring server behind access control, and a way for image files; `serve.start` has uvicorn call `app`."""
 
 import os
+from typing import Any
 
-from mlflow.pyfunc import load_model
+from fastapi import FastAPI, HTTPException
+from mlflow.pyfunc import PyFuncModel, load_model
 from mlflow.pyfunc.scoring_server import init
+from pydantic import BaseModel, Field
 
+from pipeline.errors import UserError
+from pipeline.registry.serve import decoded, form_of
 from pipeline.tracking.access import AccessControl
+
+MAX_IMAGES = 1000  # of one request
+
+
+class EncodedImages(BaseModel):
+    """The body of a request to /images."""
+
+    images: list[str] = Field(min_length=1, max_length=MAX_IMAGES, description="image files in base64")
 
 
 def app() -> AccessControl:
-    """What `mlflow models serve` runs, for the package whose folder the environment names."""
-    return AccessControl(init(load_model(os.environ["PIPELINE_MODEL"])))
+    """What `mlflow models serve` runs, for the package whose folder the environment names; with /images."""
+    model = load_model(os.environ["PIPELINE_MODEL"])
+    scoring: FastAPI = init(model)
+    _add_images(scoring, model)
+    return AccessControl(scoring)
+
+
+def _add_images(scoring: FastAPI, model: PyFuncModel) -> None:
+    form = form_of(model.metadata)
+
+    @scoring.post("/images")
+    def classify(encoded: EncodedImages) -> dict[str, Any]:
+        try:
+            pixels = decoded(encoded.images, form)
+        except UserError as error:
+            raise HTTPException(400, error.lines[0]) from None
+        predicted: Any = model.predict(pixels)
+        return {"predictions": {name: values.tolist() for name, values in predicted.items()}}

@@ -19,6 +19,7 @@ from pipeline.data.datasets import Split
 from pipeline.data.images import SUFFIXES, image_files, resized
 from pipeline.data.splits import sealed
 from pipeline.errors import DataError
+from pipeline.recipe import Form
 
 
 def digest_of(dataset: str, data_dir: Path) -> str:
@@ -45,27 +46,27 @@ def digest_of(dataset: str, data_dir: Path) -> str:
     return digest.hexdigest()
 
 
-def open_test_split(dataset: str, image_size: int, data_dir: Path, classes: Sequence[str]) -> Split:
-    """The images at the size that a model sees, on the CPU, and labels that are indices into its `classes`.
+def open_test_split(dataset: str, form: Form, data_dir: Path, classes: Sequence[str]) -> Split:
+    """The images in the form that a model sees, on the CPU, and labels that are indices into its `classes`.
 
     Record the test evaluation in the ledger first. DataError as from `digest_of`, and where there are classes that
     aren't the model's.
     """
-    names, images, labels = _opened(dataset, image_size, data_dir.absolute())
+    names, images, labels = _opened(dataset, form, data_dir.absolute())
     if unknown := sorted({names[i] for i in labels.tolist()} - set(classes)):
         raise DataError(dataset, f"the test split has classes that the model doesn't know: {', '.join(unknown)}")
     place = torch.tensor([classes.index(name) if name in classes else -1 for name in names])
     return Split(images, place[labels])
 
 
-def _opened(dataset: str, size: int, data_dir: Path) -> tuple[Sequence[str], Tensor, Tensor]:
+def _opened(dataset: str, form: Form, data_dir: Path) -> tuple[Sequence[str], Tensor, Tensor]:
     """Class names, images, and labels that are indices into them."""
     if dataset == "cifar10":
         from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
 
         _check_cifar10(data_dir)
         data = CIFAR10(data_dir, train=False)
-        return data.classes, resized(torch.from_numpy(data.data).permute(0, 3, 1, 2), size), torch.tensor(data.targets)
+        return data.classes, resized(torch.from_numpy(data.data).permute(0, 3, 1, 2), form), torch.tensor(data.targets)
     if dataset == "digits":
         from sklearn.datasets import load_digits
 
@@ -74,10 +75,10 @@ def _opened(dataset: str, size: int, data_dir: Path) -> tuple[Sequence[str], Ten
         _, chosen = sealed(labels, digits.TEST_FRACTION, digits.TEST_SEED)
         grey = torch.from_numpy(np.rint(loaded.images * (255 / 16)).astype(np.uint8))[chosen]
         names = [str(digit) for digit in range(10)]
-        return names, resized(grey[:, None].expand(-1, 3, -1, -1), size), labels[chosen]
+        return names, resized(grey[:, None].expand(-1, 3, -1, -1), form), labels[chosen]
     files = _test_files(datasets.existing_folder(dataset))
     place = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
-    return list(files), folder.decoded(list(chain(*files.values())), size), torch.from_numpy(place)
+    return list(files), folder.decoded(list(chain(*files.values())), form)[0], torch.from_numpy(place)
 
 
 def _cifar10_digest(data_dir: Path) -> str:

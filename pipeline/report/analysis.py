@@ -93,7 +93,7 @@ class Effects:
     trials: int
 
 
-def effects(frame: pd.DataFrame) -> Effects | None:
+def effects(frame: pd.DataFrame, base: pd.Series | None = None) -> Effects | None:
     """What each choice adds to the score, beside the control's choice; None where there are too few finished trials.
 
     A Bayesian linear model of all searched parameters on the finished trials of one study: effects are normal around 0,
@@ -101,9 +101,11 @@ def effects(frame: pd.DataFrame) -> Effects | None:
     level is a value, or a third of a number's tried values. The interval is the 95 % one of the posterior. Trials are
     chosen by the search and not randomised one parameter at a time, and what two choices do together is left out: the
     numbers describe these trials, and the prior draws them towards 0. Levels of fewer than three trials are left out.
+    `base` is the control, where it has none of these scores.
     """
     frame = frame.reset_index(drop=True)
-    done, base, trials = finished(frame), control(frame), trial_rows(frame)
+    done, trials = finished(frame), trial_rows(frame)
+    base = control(frame) if base is None else base
     names = [name for name in searched(frame) if done[name].nunique() > 1]
     if len(done) < MIN_TRIALS or not names or done["score"].nunique() < 2:
         return None
@@ -117,7 +119,9 @@ def effects(frame: pd.DataFrame) -> Effects | None:
         of_name = [index for index, (parameter, _) in enumerate(columns) if parameter == name]
         reference, suffix = max(of_name, key=lambda index: counts[index]), " (the most frequent)"
         if base is not None and pd.notna(base[name]):
-            reference, suffix = columns.index((name, levels[name].at[base.name])), ""
+            own = levels[name][trials["run_id"] == base["run_id"]].iloc[0]
+            if (name, own) in columns:
+                reference, suffix = columns.index((name, own)), ""
         for index in of_name:
             if index != reference and counts[index] >= MIN_TRIALS_OF_LEVEL:
                 level, (effect, error) = columns[index][1], posterior.difference(index, reference)

@@ -10,6 +10,7 @@ import pandas as pd
 from PIL import Image
 
 from pipeline.errors import UserError
+from pipeline.recipe import Data
 from pipeline.report.control_comparison import Comparison
 from pipeline.report.stored import Predictions
 from pipeline.tracking import queries
@@ -57,8 +58,10 @@ def _images(tracker: MlflowTracker, run: pd.Series, predictions: Predictions, fi
         digest = RunTags.of(tracker.client.get_run(run_id)).data_digest
         if digest is None:
             raise KeyError("data_digest")
-        dataset, size = str(run["data.dataset"]), int(run["data.image_size"])
-        data = find(RunData(f"run {run_id}", dataset, size, digest, queries.data_places(tracker, run_id))).images
+        names = ("dataset", "image_size", "geometry")
+        about = Data.model_validate({name: run[f"data.{name}"] for name in names if pd.notna(run.get(f"data.{name}"))})
+        seen = RunData(f"run {run_id}", about.dataset, about.form, digest, queries.data_places(tracker, run_id))
+        data = find(seen).images
     except (UserError, KeyError, ValueError) as error:
         reason = error.lines[0] if isinstance(error, UserError) else "the run does not say which"
         return f"The images can't be shown, only their numbers in the training part: {reason}."

@@ -143,11 +143,10 @@ def _parameters(tracker: MlflowTracker, frame: pd.DataFrame) -> Section:
         figures["parallel"] = parameters.parallel(frame, list(shares["parameter"][:MAX_PARALLEL_AXES]))
     # An infeasible trial may have been refused before its first epoch.
     num_pruned, num_finished = int((trial_rows(frame, State.PRUNED)["epochs"] > 0).sum()), len(finished(frame))
-    epoch, measure = None, "the score"
-    if num_pruned > num_finished:  # the few that finished were selected by what is to be explained
-        epoch, frame = early(tracker, frame)
-        measure = f"{frame['objective'].iloc[0]} after epoch {epoch}"
-    estimated = effects(frame)
+    base, is_early, measure = control(frame), num_pruned > num_finished, "the score"
+    if is_early:  # the few that finished were selected by what is to be explained
+        measure, frame = early(tracker, frame)
+    estimated = effects(frame, base)
     if estimated:
         figures["effects"] = parameters.effect(estimated, measure)
     return {
@@ -155,7 +154,7 @@ def _parameters(tracker: MlflowTracker, frame: pd.DataFrame) -> Section:
         "num_top": num_top(len(rank)),
         "effects": estimated,
         "choices": estimated.table.to_dict("records") if estimated else [],
-        "early_epoch": epoch,
+        "is_early": is_early,
         "effects_measure": measure,
         "num_measured": len(finished(frame)),
         "num_pruned": num_pruned,

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 COLUMNS = (
     *("study", "trial", "run_id", "role", "state", "reason", "infeasible", "control", "objective", "score"),
-    *("started", "seconds", "epochs"),
+    *("started", "seconds", "epochs", "short", "full_of"),
 )
 INFINITE = 1e300  # MLflow stores infinity as 1.8e308
 
@@ -33,9 +33,10 @@ def trials(*names: str, home: Path | str = "mlruns", uri: str | None = None) -> 
     Columns: study, trial (number), run_id, role (`trial`, `final` for a repeat with another seed, or another), state
     (finished, pruned, failed, interrupted, running), reason, infeasible (which constraints of its study it breaks; empty
     for a feasible one), control (the base recipe's trial), objective (a metric's name), score (the objective of a finished
-    run, else NaN), started (UTC), seconds (of the whole run), epochs (trained); then every recipe field by its dotted name
-    (`optimizer.lr`; NaN where its kind has none) and every metric's last value (`val/f1_macro`). `home` is the folder
-    mlruns, `uri` another MLflow database or server.
+    run, else NaN), started (UTC), seconds (of the whole run), epochs (trained), short (whether it is a short trial, which is
+    pruned), full_of (the number of the short trial whose recipe it trains in full); then every recipe field by its dotted
+    name (`optimizer.lr`; NaN where its kind has none; of a short trial `training.epochs` in full) and every metric's last
+    value (`val/f1_macro`). `home` is the folder mlruns, `uri` another MLflow database or server.
     Raises UserError where there is no such store or study.
     """
     home = Path(home)
@@ -66,10 +67,12 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
     frame = frame.reindex(columns=[*COLUMNS, *(name for name in frame.columns if name not in COLUMNS)])
     frame["infeasible"] = frame["infeasible"].astype(object).fillna("")
+    frame["short"] = frame["short"].astype(object).fillna(False)
     params = sorted(name for name in frame.columns if "." in name and "/" not in name)
     metrics = sorted(name for name in frame.columns if "/" in name)
     frame = frame[[*COLUMNS, *params, *metrics]]
     kinds: dict[str, Any] = {"trial": "Int64", "epochs": "Int64", "control": bool, "score": float, "seconds": float}
+    kinds |= {"short": bool, "full_of": "Int64"}
     return frame.astype(kinds).copy()  # in one piece, or pandas warns where a column is added
 
 
@@ -94,7 +97,10 @@ def _row(run: StoredRun, study: StudyRuns) -> dict[str, Any]:
         "started": pd.Timestamp(info.start_time, unit="ms", tz="UTC"),
         "seconds": (info.end_time - info.start_time) / 1000 if info.end_time else np.nan,
         "epochs": max((m.step for m in run.data._metric_objs if m.key == study.objective), default=0),
+        "short": tags.short_of is not None,
+        "full_of": pd.NA if tags.full_of is None else tags.full_of,
         **{name: _value(name, text) for name, text in run.data.params.items()},
+        **({} if tags.short_of is None else {"training.epochs": tags.short_of}),
         **run.data.metrics,
     }
 
@@ -155,11 +161,12 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     """One study's finished and pruned trials, best first, as Optuna's sampler ranks them; with a column `rank`.
 
     Finished ones by their score, then pruned ones by the epochs that they reached, then by their last value. Most of a
-    study's trials are pruned: what marks the good ones can't be seen without the others.
+    study's trials are pruned: what marks the good ones can't be seen without the others. A short trial is left out where
+    its recipe finished in full.
     """
     done, metric = feasible(frame), str(frame["objective"].iloc[0])
     pruned = trial_rows(frame, State.PRUNED)
-    pruned = pruned[pruned["infeasible"] == ""]
+    pruned = pruned[(pruned["infeasible"] == "") & ~(pruned["short"] & pruned["trial"].isin(done["full_of"].dropna()))]
     pruned = pruned[pruned[metric].notna()] if metric in pruned else pruned[:0]
     if len(pruned):
         pruned = pruned.sort_values(["epochs", metric, "trial"], ascending=[False, False, True], kind="stable")
@@ -170,18 +177,21 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(rank=(keys != keys.shift()).any(axis=1).cumsum())
 
 
-def early(tracker: MlflowTracker, frame: pd.DataFrame) -> tuple[int, pd.DataFrame]:
-    """The epoch at which pruning began in one study, and its table with the value after that epoch as the score.
+def early(tracker: MlflowTracker, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    """A score that the trials of one study share whatever became of them, in words, and its table with that as the score.
 
-    Every trial that reached it has one, whatever became of it, so pruning leaves nothing out.
+    That of the short trials, where there are any; else the value after the epoch at which pruning began, of every trial
+    that reached it.
     """
     rows, metric = trial_rows(frame), str(frame["objective"].iloc[0])
+    if rows["short"].any():
+        return f"{metric} of the short trials", rows.assign(score=rows[metric].where(rows["short"]))
     pruned_after = trial_rows(frame, State.PRUNED)["epochs"]
     epoch = int(pruned_after[pruned_after > 0].min())
     curves = histories(tracker, list(rows["run_id"][rows["epochs"] > epoch]), metric)
     values = curves[curves["epoch"] == epoch].set_index("run_id")["value"]
     score = rows["run_id"].map(values).fillna(rows[metric].where(rows["epochs"] == epoch))
-    return epoch, rows.assign(score=score.where(score.abs() < INFINITE))
+    return f"{metric} after epoch {epoch}", rows.assign(score=score.where(score.abs() < INFINITE))
 
 
 def control(frame: pd.DataFrame) -> pd.Series | None:

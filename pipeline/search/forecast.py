@@ -17,9 +17,10 @@ from optuna.trial import TrialState
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line
+from pipeline.evaluation.logits import bf16_supported
 from pipeline.recipe import Recipe
 from pipeline.search.short_trials import short_epochs, simulate
-from pipeline.search.speed import measure, measure_overhead, trial_seconds
+from pipeline.search.speed import fastest_precision, measure, measure_overhead, trial_seconds
 from pipeline.search.storage import num_finished
 from pipeline.search.study import Search, is_feasible
 from pipeline.search.study_attributes import Choice, StudyAttributes
@@ -155,8 +156,26 @@ def decide(
         choice = choose(ways, search.trials, os.cpu_count() or 1, _free_gib(device), workers, failed)
     if choice.execution != own:
         search = replace(search, settings={**search.settings, "training.execution": choice.execution})
+    search, choice = _with_precision(search, choice, len(data.classes), device, study)
     check_execution(search.base, device)
     return search, choice
+
+
+def _with_precision(
+    search: Search, choice: Choice, num_classes: int, device: torch.device, study: optuna.Study | None
+) -> tuple[Search, Choice]:
+    """With the precision that `auto` stands for in this study, where that depends on the network: those of timm, on a CPU.
+
+    A study that began keeps what it began with, as its scores would depend on a stopwatch otherwise.
+    """
+    stored = StudyAttributes.of(study).choice if study else None
+    precision = stored.precision if stored else ""
+    is_auto = search.base.training.precision == "auto" and "training.precision" not in search.space()
+    if not is_auto or search.base.model.network != "timm" or (study and num_finished(study) and not precision):
+        return search, choice
+    if not precision and device.type == "cpu" and bf16_supported(device):
+        precision = fastest_precision(search.base, num_classes)
+    return replace(search, precision=precision), replace(choice, precision=precision)
 
 
 def _free_gib(device: torch.device) -> float:

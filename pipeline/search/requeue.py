@@ -147,6 +147,7 @@ def run_tags(study: optuna.Study, number: int, attributes: TrialAttributes) -> R
         trial=number,
         control=attributes.control or None,
         start=attributes.start or None,
+        full_of=attributes.full_of,
     )
 
 

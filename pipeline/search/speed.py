@@ -8,17 +8,20 @@ import torch
 
 from pipeline.data.datasets import Split
 from pipeline.data.prepare import TrainingData
+from pipeline.evaluation.logits import autocast
 from pipeline.experiment import publish
 from pipeline.inference.methods import views_of
+from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.tracking.tags import State
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import RunRequest, Tracker
 from pipeline.training.loop import PARTS, EpochReport, train
 
 # Measured epochs are short, so that slow networks are measured too; a GPU must not run out of steps that are queued.
 _STEPS = {"cpu": 4, "cuda": 64}
 _VALIDATION = {"cpu": 250, "cuda": 5000}
 _MANY_EPOCHS = 10_000
+PROBE_IMAGES = 8  # of a step that is measured by itself
 
 
 class Stopwatch:
@@ -61,6 +64,25 @@ def _seconds_between(start: "float | torch.cuda.Event", end: "float | torch.cuda
         assert isinstance(start, float) and isinstance(end, float)
         return end - start
     return start.elapsed_time(end) / 1000  # of milliseconds
+
+
+def fastest_precision(recipe: Recipe, num_classes: int) -> str:
+    """bf16 or fp32: with which of them a step of this network takes less processor time here.
+
+    Depthwise convolutions of photos' size are slower in bf16, others are faster (pipeline/models/README.md).
+    """
+    size, seconds = recipe.data.image_size, {}
+    network = build_network(recipe.model, num_classes, size, seed=0)
+    network.to(memory_format=torch.channels_last)
+    images = torch.zeros(PROBE_IMAGES, 3, size, size).contiguous(memory_format=torch.channels_last)
+    for precision in ("bf16", "fp32"):
+        for _ in range(2):  # the first one warms up
+            start = time.process_time()
+            with autocast(images.device, precision):
+                logits = network(images)
+            logits.float().logsumexp(1).sum().backward()
+            seconds[precision] = time.process_time() - start
+    return min(seconds, key=lambda precision: seconds[precision])
 
 
 @dataclass(frozen=True)
@@ -108,6 +130,7 @@ def measure(
     The epochs are of a few batches and validation images; both are scaled to the complete splits. `on_step` may raise to
     end it. The learning rate is almost zero, which changes no time and lets nothing diverge.
     """
+    data = data.at(recipe.data)
     batch_size = min(recipe.training.batch_size, len(data.train.images))
     steps = len(data.train.images) // batch_size
     part = few_images(data, min(steps, _STEPS[device.type]) * batch_size, _VALIDATION[device.type])
@@ -122,7 +145,7 @@ def measure(
 
     try:
         train(
-            recipe.changed({"training.epochs": _MANY_EPOCHS, "optimizer.lr": 1e-9}),
+            recipe.changed({"training.epochs": _MANY_EPOCHS, "optimizer.lr": 1e-9, "transfer.frozen_epochs": 0}),
             part,
             device,
             on_epoch,
@@ -150,10 +173,11 @@ def measure_overhead(
 
     The process should be warm: the first figures and the first run of a process take seconds more.
     """
+    data = data.at(recipe.data)
     part = few_images(data, speed.batch_size, _VALIDATION[device.type])
     epoch_s = 0.0
     start = time.perf_counter()
-    with tracker.run("bench", recipe, part) as tracked:
+    with tracker.run(RunRequest(name="bench", recipe=recipe, data=part)) as tracked:
         started_s = time.perf_counter() - start
 
         def on_epoch(report: EpochReport) -> None:
@@ -195,7 +219,7 @@ def few_images(data: TrainingData, num_train: int, num_validation: int) -> Train
 
     def few(split: Split, count: int) -> Split:
         stride = max(1, len(split.images) // count)
-        return Split(split.images[::stride][:count].contiguous(), split.labels[::stride][:count].contiguous())
+        return split.at(slice(0, stride * count, stride))
 
     validation = few(data.validation, num_validation)
     ids = data.validation_ids[: len(validation.images)]

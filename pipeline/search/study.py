@@ -46,6 +46,9 @@ from pipeline.tracking.study_key import StudyKey
 if TYPE_CHECKING:  # importing it imports torch, and a wrong name has to be refused at once
     from pipeline.data.prepare import TrainingData
 
+PHOTO_SIZE = 64  # pixels; of a folder of larger images, for networks made for 32
+# Largest elongation, long by short side -> what suits such images: a crop of 2:1 would lose half of them.
+GEOMETRIES = {1.1: "squash", 1.6: "crop", math.inf: "pad"}
 MAX_STARTS = 4  # trials of a new study that are given, besides the control
 StartFrom = Literal["all", "portfolio", "winners", "none"]
 OBJECTIVES = ("val/accuracy", "val/f1_macro")
@@ -110,10 +113,31 @@ class Study:
             for name, (is_valid, rule) in rules.items()
             if not is_valid
         ]
-        if not problems:
-            problems = [*_constraint_problems(self.constraints), *self._problems_of_starts()]
+        problems += _constraint_problems(self.constraints)
+        problems += self._problems_of_starts() if isinstance(self.base, Recipe) else []
         if problems:
             raise UserError.many(problems)
+
+    def suited_to(self, folder: Path) -> tuple["Study", str]:
+        """The study with a base that suits the images of a folder, by a look at their sizes; and a line that says it.
+
+        Networks for photos keep their study's size; those for small images get PHOTO_SIZE where the images have it.
+        """
+        from pipeline.data.folder import look
+
+        sizes = look(folder)
+        if sizes is None:
+            return self, ""
+        shape = next(geometry for most, geometry in GEOMETRIES.items() if sizes.elongation <= most)
+        size = self.base.data.image_size
+        if self.base.model.network != "timm" and min(sizes.width, sizes.height) >= PHOTO_SIZE:
+            size = max(size, PHOTO_SIZE)
+        line = (
+            f"images of {sizes.width} x {sizes.height} pixels, long by short side {sizes.elongation:.2f} (medians of "
+            f"{sizes.num_images} looked at): the control has data.image_size={size} data.geometry={shape}; `--set` "
+            "chooses others for all trials"
+        )
+        return replace(self, base=self.base.changed({"data.image_size": size, "data.geometry": shape})), line
 
     def _problems_of_starts(self) -> list[Problem]:
         problems = []
@@ -157,6 +181,8 @@ class Search:
     trials: int
     timeout_s: float | None
     patience: int | None = None
+    note: str = ""  # what was chosen for this data set
+    precision: str = ""  # what `training.precision = auto` turned out to be for this study's network, where measured
     start_from: StartFrom = "all"  # what a new study's first trials after the control are given
     prune: bool = True
     # Both are set by `storage.resolved`.
@@ -171,7 +197,8 @@ class Search:
     def recipe(self, params: Mapping[str, Any]) -> Recipe:
         """The recipe of a trial with these parameters."""
         changes = {field_of(name): from_choice(value) for name, value in params.items()}
-        return self.study.base.changed(changes, self.settings)
+        measured = {"training.precision": self.precision} if self.precision else {}
+        return self.study.base.changed(changes, {**self.settings, **measured})
 
     @cached_property
     def base(self) -> Recipe:
@@ -268,6 +295,8 @@ class Search:
         )
         space, flat = self.space(), {**self.settings, **self.base.flat()}
         base = {name: flat[name] for name in flat if name not in elsewhere and (name, flat[name]) not in LATER.items()}
+        if self.precision:
+            base["training.precision"] = "auto"  # asked, and answered the same for all trials
         return {
             "objective": self.study.objective,
             "constraints": dict(self.study.constraints),
@@ -281,6 +310,7 @@ class Search:
         """UserError with all problems where a setting or the space is invalid, or the space can't give the base recipe."""
         self.recipe({})
         self.space()
+        self._check_networks()
         if problems := [
             Problem(
                 f"{name} = {self.settings[name]}",
@@ -315,6 +345,28 @@ class Search:
             remedy = f"install {error.name}" if isinstance(error, ImportError) else ""
             raise UserError(" and ".join(type(part).__name__ for part in own), rule, remedy) from error
 
+    def _check_networks(self) -> None:
+        """UserError where a network of timm, the control's or one that is searched, is not known or can't be built."""
+        problems: dict[Problem, None] = {}
+        for recipe in self.networks():
+            from pipeline.models.build import check_network  # imports torch and timm, for these networks alone
+
+            try:
+                check_network(recipe.model, recipe.data.image_size)
+            except UserError as error:
+                problems.update(dict.fromkeys(error.problems))
+        if problems:
+            raise UserError.many(list(problems))
+
+    def networks(self) -> list[Recipe]:
+        """The control, or it with each backbone of timm that a trial may have; none where there is no such network."""
+        base = self.recipe({})
+        if base.model.network != "timm":
+            return []
+        return [
+            base.changed({"model.backbone": name}) for name in self.values("model.backbone") or [base.model.backbone]
+        ]
+
     def space(self) -> dict[str, BaseDistribution]:
         """Every parameter that the space can ask for, with its range."""
         return self._space.copy()
@@ -342,7 +394,8 @@ class Search:
         original, current = self.study.base.flat(), self.base.flat()
         trial = self._with_settings(ScriptedTrial(self.control(), lowest))
         self.study.space(trial)
-        lines = [
+        lines = [self.note] if self.note else []
+        lines += [
             f"{name} = {self.settings[name]}: not where {kind_field(name)} is {_listed(kinds, 'or')}, "
             "which can't have it; it applies to all other trials"
             for name, kinds in self._kinds_without().items()
@@ -491,9 +544,10 @@ class StudyProgress:
     finished: int  # trials that count against the budget
     pruned: int
     failed: int  # or interrupted
+    trials: int  # that there will be in all, as it looks now
     best: tuple[int, float] | None  # number and score of a feasible one
     infeasible: int = 0  # completed, or pruned before they were trained
-    trials: int = 0  # that there will be in all, as it looks now
+    short: int = 0  # of which none is counted as pruned
 
 
 def study_progress(study: optuna.Study, finished: int, in_all: int = 0) -> StudyProgress:
@@ -501,16 +555,18 @@ def study_progress(study: optuna.Study, finished: int, in_all: int = 0) -> Study
     infeasible = [trial for trial in study.get_trials(deepcopy=False) if not is_feasible(trial)]
     pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
     completed = _completed(study)
+    short = [trial for trial in pruned if TrialAttributes.of(trial).short and is_feasible(trial)]
     feasible = (trial for trial in completed if is_feasible(trial))
     best = min(feasible, key=lambda trial: (-(trial.value or 0.0), trial.number), default=None)
     return StudyProgress(
         name=study.study_name,
         finished=finished,
-        pruned=sum(map(is_feasible, pruned)),
+        pruned=sum(map(is_feasible, pruned)) - len(short),
         failed=finished - len(completed) - len(pruned),
         trials=in_all,
         best=(best.number, best.value or 0.0) if best else None,
         infeasible=len(infeasible),
+        short=len(short),
     )
 
 

@@ -16,6 +16,7 @@ class Choice:
     workers: int
     taken: float = 0.0  # share of a trial's time in which no other trial can use the device
     why: str = ""
+    precision: str = ""  # what `auto` turned out to be, for all trials; empty where it was not measured
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from optuna import Trial
 
 # For batches of 128 images.
-LR = {"sgd": (5e-3, 0.5), "adam": (3e-4, 1e-2), "adamw": (3e-4, 1e-2), "muon": (0.05, 1.0)}
+LR = {"sgd": (5e-3, 0.3), "adam": (3e-4, 1e-2), "adamw": (3e-4, 1e-2), "muon": (0.05, 1.0)}
 WEIGHT_DECAY = {
     "sgd": (0, 1e-4, 5e-4, 2e-3),
     "adam": (0, 1e-4, 5e-4, 2e-3),

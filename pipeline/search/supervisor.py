@@ -262,7 +262,9 @@ class _StudyReporter:
             attributes = TrialAttributes.of(trial)
             if trial.number not in self._epochs and attributes.recipe_digest:
                 self._epochs[trial.number] = 0
-                self._observer.trial_started(trial.number, self._search.recipe(trial.params), trial.params)
+                recipe = self._search.recipe(trial.params)
+                recipe = self._search.short(recipe) if attributes.short else recipe
+                self._observer.trial_started(trial.number, recipe, trial.params, attributes.full_of)
             if trial.state.is_finished():
                 self._ended.add(trial.number)
                 self._observer.trial_ended(trial.number, _outcome(attributes))

@@ -4,7 +4,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,8 +40,8 @@ class StudyObserver(Protocol):
     def study_progress(self, progress: StudyProgress) -> None:
         """The study opened, or a trial ended."""
 
-    def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:
-        """A trial's recipe is known."""
+    def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any], full_of: int | None = None) -> None:
+        """A trial's recipe is known; it may be that of a short trial, in full."""
 
     def step(self, number: int, progress: Progress) -> None:
         """A trial's step was done."""
@@ -144,10 +144,10 @@ def _run(trial: optuna.Trial, context: StudyContext) -> Outcome:
     key = attributes.run_key or uuid.uuid4().hex  # a retry has the key of the trial whose place it takes
     with storage.batch_writes():
         context.search.ask(trial)
-        recipe = context.search.recipe(trial.params)
-        recipe = context.search.short(recipe) if attributes.short else recipe
+        full = context.search.recipe(trial.params)
+        recipe = context.search.short(full) if attributes.short else full
         update_attributes(trial.study, trial, recipe_digest=recipe.digest(), run_key=key)
-    observer.trial_started(trial.number, recipe, trial.params)
+    observer.trial_started(trial.number, recipe, trial.params, attributes.full_of)
 
     def check_ownership() -> None:
         if storage.state_of(trial_id(trial)) is not TrialState.RUNNING:
@@ -160,7 +160,10 @@ def _run(trial: optuna.Trial, context: StudyContext) -> Outcome:
         device=context.device,
         name=run_name(trial.number, attributes),
         parent_run=context.parent_run,
-        tags=run_tags(trial.study, trial.number, attributes),
+        tags=replace(
+            run_tags(trial.study, trial.number, attributes),
+            short_of=full.training.epochs if attributes.short else None,
+        ),
         run_key=key,
         # The control is trained all the same: every other trial is compared with it.
         constraints={} if attributes.control else context.search.study.constraints,

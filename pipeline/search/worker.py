@@ -146,7 +146,7 @@ class Heartbeat:
     def study_progress(self, progress: StudyProgress) -> None:
         """See StudyObserver."""
 
-    def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any]) -> None:
+    def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any], full_of: int | None = None) -> None:
         """See StudyObserver."""
 
     def step(self, number: int, progress: Progress) -> None:
@@ -221,7 +221,7 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
     _set_up_device(assignment, device)
     for recipe in search.executed():
         check_execution(recipe, device)
-    images = load(search.dataset_path or search.base.data.dataset, search.base.data.image_size, assignment.data_dir)
+    images = load(search.dataset_path or search.base.data.dataset, search.base.data.form, assignment.data_dir)
     data = prepare(images, search.base.data, device)
     freeze_imports()
     storage = open_storage(assignment.home, assignment.storage, wait=True)

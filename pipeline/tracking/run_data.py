@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.data.datasets import SOURCES, Dataset, load
 from pipeline.errors import DataError, UserError
+from pipeline.recipe import Form
 
 MAX_PLACES = 10  # that are kept of a study
 
@@ -17,7 +18,7 @@ class RunData:
 
     owner: str  # whose it is, for messages
     dataset: str  # as `load` takes it, by the run's recipe
-    image_size: int  # pixels
+    form: Form  # in which the images are wanted; their digest is the same in all
     digest: str
     places: Sequence[str]  # the newest first, as `queries.data_places` has them
 
@@ -45,7 +46,7 @@ def find_data(run_data: RunData, data_dir: Path, dataset: str | None = None, dow
             tried[place] = [f"{name}: no such folder"]
             continue
         try:
-            images = load(name, run_data.image_size, directory, may_download)
+            images = load(name, run_data.form, directory, may_download)
         except UserError as error:
             tried[place] = error.lines
             continue

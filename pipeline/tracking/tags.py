@@ -42,6 +42,8 @@ class RunTags:
     reason: str | None = None  # why it ended so
     trial: int | None = None  # the trial's number, also of a final
     control: bool | None = None  # of the trial of the base recipe
+    short_of: int | None = None  # of a short trial: the epochs that its recipe has in full
+    full_of: int | None = None  # the number of the short trial whose recipe it trains in full
     start: str | None = None  # of a trial whose parameters were given: where they come from
     trial_run: str | None = None  # of a final: the run of the trial that is trained again
     candidate: str | None = None  # of a final: the recipe's digest without its seed
@@ -142,6 +144,8 @@ _PARSERS: Mapping[str, Any] = {
     "role": _role,
     "state": _state,
     "trial": _number,
+    "short_of": _number,
+    "full_of": _number,
     "seed": _number,
     "trial_run": _hex_id,
     "reproduces": _hex_id,

@@ -9,7 +9,7 @@ import logging
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +46,20 @@ class OwnershipLost(Exception):
     """A run's trial belongs to another process by now: nothing more may be logged, and the run isn't ours to end."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What a run is to be: of which recipe and data, and whose child."""
+
+    name: str  # in MLflow
+    recipe: Recipe
+    data: TrainingData
+    parent_run: str | None = None  # whose child the run is, in its experiment
+    tags: RunTags = field(default_factory=RunTags)
+    run_key: str | None = None  # of the run that is to be resumed, or made with this key
+    # Called before anything is logged; raises OwnershipLost where the run belongs to another process by now.
+    check_ownership: Callable[[], None] = lambda: None
+
+
 class Run(Protocol):
     """An open run. `key` names it from the first moment, MLflow's `id` is None as long as MLflow has not answered."""
 
@@ -68,20 +82,10 @@ class Run(Protocol):
 class Tracker(Protocol):
     """Where runs are tracked: MLflow, or nowhere."""
 
-    def run(
-        self,
-        name: str,
-        recipe: Recipe,
-        data: TrainingData,
-        parent: str | None = None,
-        tags: Mapping[str, str] | None = None,
-        key: str | None = None,
-        check_ownership: Callable[[], None] = lambda: None,
-    ) -> contextlib.AbstractContextManager[Run]:
+    def run(self, request: RunRequest) -> contextlib.AbstractContextManager[Run]:
         """A run that is never left open: one that its user didn't end is FAILED when the block is left.
 
-        Where a `key` is given that is known, the same run is resumed. `check_ownership` is called before anything is logged
-        and raises OwnershipLost where the run belongs to another process by now: it is left as it is.
+        Where its `run_key` is known, the same run is resumed. After OwnershipLost the run is left as it is.
         """
 
 
@@ -89,18 +93,9 @@ class NullTracker:
     """Tracks nothing; for measurements of the training alone."""
 
     @contextlib.contextmanager
-    def run(
-        self,
-        name: str,
-        recipe: Recipe,
-        data: TrainingData,
-        parent: str | None = None,
-        tags: Mapping[str, str] | None = None,
-        key: str | None = None,
-        check_ownership: Callable[[], None] = lambda: None,
-    ) -> Iterator[Run]:
+    def run(self, request: RunRequest) -> Iterator[Run]:
         """See Tracker."""
-        yield _NullRun(key or uuid.uuid4().hex)
+        yield _NullRun(request.run_key or uuid.uuid4().hex)
 
 
 class _NullRun:
@@ -224,35 +219,25 @@ class MlflowTracker:
         return self.experiment(name)
 
     @contextlib.contextmanager
-    def run(
-        self,
-        name: str,
-        recipe: Recipe,
-        data: TrainingData,
-        parent: str | None = None,
-        tags: Mapping[str, str] | None = None,
-        key: str | None = None,
-        check_ownership: Callable[[], None] = lambda: None,
-    ) -> Iterator[MlflowRun]:
-        """See Tracker; with `parent`, a child of that run in its experiment.
-
-        Raises UserError where another process has the run of this key, or the disk takes no journal.
-        """
-        own_tags = RunTags(
+    def run(self, request: RunRequest) -> Iterator[MlflowRun]:
+        """See Tracker. Raises UserError where another process has the run of this key, or the disk takes no journal."""
+        recipe, data = request.recipe, request.data
+        tags = replace(
+            request.tags,
             recipe_digest=recipe.digest(),
             data_digest=data.digest,
             split_digest=data.split_digest,
-            parent_run=parent,
+            parent_run=request.parent_run,
         )
         start = {
             "experiment": data.name,
-            "name": name,
-            "tags": own_tags.to_mlflow() | _provenance() | dict(tags or {}),
+            "name": request.name,
+            "tags": _provenance() | tags.to_mlflow(),
             "params": {n: json.dumps(v) if isinstance(v, tuple) else str(v) for n, v in recipe.flat().items()},
             "data": _dataset(data),
         }
-        journal = self.open_journal(key or uuid.uuid4().hex, start, key is not None)
-        run = MlflowRun(self.uploader, journal, None, check_ownership)
+        journal = self.open_journal(request.run_key or uuid.uuid4().hex, start, request.run_key is not None)
+        run = MlflowRun(self.uploader, journal, None, request.check_ownership)
         try:
             run.start(recipe, self.uri)
             yield run

@@ -6,23 +6,25 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pipeline.data.augment import Augmenter, normalise
+from pipeline.data.augment import Augmenter, RandomCrop, normalise
 from pipeline.data.datasets import Split
+from pipeline.data.images import resized
 from pipeline.data.prepare import TrainingData
 from pipeline.evaluation.logits import autocast, predict_logits
 from pipeline.evaluation.scores import CLASS_F1, accuracy_from, balanced_accuracy_from, f1_from, metric_names
-from pipeline.models.build import build_network
+from pipeline.models.build import initial_network, pixel_statistics_of
 from pipeline.models.layers import FitsFirstLayer
-from pipeline.recipe import Recipe
+from pipeline.recipe import Form, Recipe
 from pipeline.runtime import keep_freed_memory
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
+from pipeline.training.freezing import Freezing
 from pipeline.training.losses import soft_cross_entropy
 from pipeline.training.optimizers import build_optimizer, set_lr
 from pipeline.training.resume import Parts, Resume
@@ -89,6 +91,7 @@ def train(
     `training.execution`, or where the saved state belongs to another recipe or other data.
     """
     check_execution(recipe, device)
+    data = normalised_for(recipe, data)
     settings, graphed = recipe.training, is_graphed(recipe)
     history: list[EpochReport] = []
     on_part("data")
@@ -124,6 +127,15 @@ def train(
     return Result(learner.scored_network, plain, logits, history, time.perf_counter() - started)
 
 
+def normalised_for(recipe: Recipe, data: TrainingData) -> TrainingData:
+    """`data` with the mean and deviation of pixels that the network's initial weights expect, where there are any."""
+    statistics = pixel_statistics_of(recipe.model)
+    if statistics is None:
+        return data
+    mean, std = (torch.tensor(values, device=data.mean.device) for values in statistics)
+    return replace(data, mean=mean, std=std)
+
+
 class _Learner:
     """The network in training, with all that a step reads and changes.
 
@@ -132,20 +144,23 @@ class _Learner:
     """
 
     def __init__(self, recipe: Recipe, data: TrainingData, device: torch.device):
-        settings, images = recipe.training, data.train.images
+        settings, transfer, images = recipe.training, recipe.transfer, data.train.images
         graphed = is_graphed(recipe)
         self._recipe, self._data, self._device = recipe, data, device
         self._batch_size = min(settings.batch_size, len(images))
         self._steps = len(images) // self._batch_size  # of an epoch; images that don't fill a batch are left out of it
-        network = build_network(recipe.model, len(data.classes), data.image_size, settings.seed)
+        network = initial_network(recipe.model, len(data.classes), data.image_size, settings.seed)
         network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if isinstance(network, FitsFirstLayer):
             stride = math.ceil(len(images) / FIRST_LAYER_IMAGES)  # a folder's images come class by class
-            network.fit_first_layer(normalise(images[::stride], data.mean, data.std))
+            seen = resized(images[::stride].cpu(), Form(data.image_size)).to(device)
+            network.fit_first_layer(normalise(seen, data.mean, data.std))
         average = WeightAverage(network, settings.ema_decay, graphed) if settings.ema_decay else None
-        self.parts = Parts(network, build_optimizer(network, recipe.optimizer, device, graphed), average)
+        self.parts = Parts(network, build_optimizer(network, recipe.optimizer, device, graphed, transfer), average)
         self.scored_network = average.network if average else network
         self._parameters = list(network.parameters())
+        self._freezing = Freezing(network, transfer) if transfer.frozen_epochs or transfer.frozen_share else None
+        aspects = data.train.aspects
         self._f1_names = [f"{CLASS_F1}{name}" for name in metric_names(data.classes)]
         self._augmenter = Augmenter(
             images,
@@ -155,6 +170,7 @@ class _Learner:
             data.std,
             recipe.augmentation,
             _seed_of(settings.seed, 0, "flip"),
+            None if aspects is None else RandomCrop(data.image_size, recipe.data.crop_scale, aspects),
         )
         self.generator = torch.Generator(device)
         self._loss_watch = _LossWatch(device)
@@ -179,6 +195,8 @@ class _Learner:
         self._num_correct.zero_()
         self._augmenter.start_epoch(epoch)
         self.parts.network.train()
+        if self._freezing:
+            self._freezing.start_epoch(epoch)
         for step in range(steps):
             set_lr(self.parts.optimizer, self._recipe.schedule, (epoch - 1) * steps + step, settings.epochs * steps)
             self._indices.copy_(order[step * self._batch_size : (step + 1) * self._batch_size])
@@ -233,8 +251,9 @@ class _Learner:
 
     def costs(self, seconds: float) -> dict[str, float]:
         """Rate, time, throughput and memory of an epoch that took `seconds`, by MLflow name."""
+        group = self.parts.optimizer.param_groups[0]
         return {
-            "optimizer/lr": float(self.parts.optimizer.param_groups[0]["lr"]),
+            "optimizer/lr": float(group["lr"]) / group["scale"],
             "time/epoch_s": seconds,
             "throughput/images_per_s": self._steps * self._batch_size / seconds,
             "memory/peak_gib": _peak_gib(self._device),

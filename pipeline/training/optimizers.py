@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import recipe
+from pipeline.models.build import layer_ids
 from pipeline.models.layers import Whitening
 from pipeline.training.schedules import lr_factor
 
@@ -22,16 +23,22 @@ _Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 def build_optimizer(
-    network: nn.Module, optimizer: recipe.Optimizer, device: torch.device, on_device: bool = False
+    network: nn.Module,
+    optimizer: recipe.Optimizer,
+    device: torch.device,
+    on_device: bool = False,
+    transfer: recipe.Transfer | None = None,
 ) -> torch.optim.Optimizer:
     """torch's SGD, Adam or AdamW over every parameter of `network`, which lies on `device`; or Muon.
 
     With torch's, all parameters decay, batch-norm's and biases too, as in the published CIFAR recipes (ResNet,
-    arXiv 1512.03385). The first group's rate is `optimizer.lr`. `on_device` keeps rates and counts there, so that a step
-    can be captured and replayed.
+    arXiv 1512.03385). A group's rate is `optimizer.lr` times its `scale`. `on_device` keeps rates and counts there, so
+    that a step can be captured and replayed.
     """
-    built = _build(network, optimizer, True if device.type in _FUSED else None, on_device)  # None: torch chooses
+    fused = True if device.type in _FUSED else None  # None: torch chooses
+    built = _build(network, optimizer, transfer or recipe.Transfer(), fused, on_device)
     for group in built.param_groups:
+        group.setdefault("scale", 1.0)
         group["initial_lr"] = group["lr"]
         group.setdefault("share", 1.0)
         if on_device:
@@ -40,14 +47,15 @@ def build_optimizer(
 
 
 def _build(
-    network: nn.Module, optimizer: recipe.Optimizer, fused: bool | None, capturable: bool
+    network: nn.Module, optimizer: recipe.Optimizer, transfer: recipe.Transfer, fused: bool | None, capturable: bool
 ) -> torch.optim.Optimizer:
+    all_parameters = [{"params": list(network.parameters()), "lr": optimizer.lr}]
     match optimizer:
         case recipe.Muon():
-            return Muon(_muon_groups(network, optimizer))
+            return Muon(_by_layer(_muon_groups(network, optimizer), network, transfer))
         case recipe.Sgd():
             return torch.optim.SGD(
-                network.parameters(),
+                _by_layer(all_parameters, network, transfer),
                 lr=optimizer.lr,
                 momentum=optimizer.momentum,
                 nesterov=optimizer.nesterov,
@@ -57,7 +65,7 @@ def _build(
         case recipe.Adam() | recipe.AdamW():
             kind = torch.optim.Adam if isinstance(optimizer, recipe.Adam) else torch.optim.AdamW
             return kind(
-                network.parameters(),
+                _by_layer(all_parameters, network, transfer),
                 lr=optimizer.lr,
                 betas=(optimizer.beta1, optimizer.beta2),
                 weight_decay=optimizer.weight_decay,
@@ -65,6 +73,32 @@ def _build(
                 capturable=capturable,
             )
     raise TypeError(f"no optimizer is known for a section of type {type(optimizer).__name__}")
+
+
+def _by_layer(groups: list[dict[str, Any]], network: nn.Module, transfer: recipe.Transfer) -> list[dict[str, Any]]:
+    """The groups as they are; or divided by layer, where layers differ in rate or in when they learn.
+
+    timm's `param_groups_layer_decay` would also take weight decay from biases and norms, for these networks alone; so
+    only its division into layers is used (`models.build.layer_ids`). torch's fused SGD refuses a group of which some
+    parameters have momentum and others, frozen so far, have none.
+    """
+    if transfer == recipe.Transfer():
+        return groups
+    layers = layer_ids(network)
+    of_parameter = {parameter: layers[name] for name, parameter in network.named_parameters()}
+    head = max(layers.values())
+    scales = [transfer.layer_decay ** (head - layer) for layer in range(head)] + [transfer.head_multiple]
+    divided = [
+        {
+            **group,
+            "params": [parameter for parameter in group["params"] if of_parameter[parameter] == layer],
+            "lr": group["lr"] * scale,
+            "scale": scale,
+        }
+        for group in groups
+        for layer, scale in enumerate(scales)
+    ]
+    return [group for group in divided if group["params"]]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, schedule: recipe.AnySchedule, step: int, total_steps: int) -> None:

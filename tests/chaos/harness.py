@@ -3,24 +3,21 @@
 import contextlib
 import json
 import os
-import socket
 import sqlite3
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 import torch
 from conftest import TINY_NETWORK as TINY
+from fork_server import ForkServer
 from optuna.trial import FrozenTrial
 from safetensors.torch import load_file
 
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
-from pipeline.recipe import Recipe, parse_recipe
+from pipeline.recipe import Form, Recipe, parse_recipe
 from pipeline.search.study import counts_toward_budget
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.training.loop import train
@@ -77,48 +74,6 @@ def write_table(rows: list[Row], folder: Path) -> str:
     (folder / "chaos.txt").write_text("\n".join(lines) + "\n")
     (folder / "chaos.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return "\n".join(lines)
-
-
-class ForkServer:
-    """See fork_server.py."""
-
-    def __init__(self, folder: Path):
-        self.address = str(folder / "fork_server")
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FORK_SERVER": self.address}
-        program = Path(__file__).with_name("fork_server.py")
-        self._process = subprocess.Popen(
-            [sys.executable, str(program), self.address], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert self._process.stdout and self._process.stdout.readline() == b"ready\n"
-
-    def close(self) -> None:
-        """End it."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
-
-    def ask(self, request: dict[str, Any], files: list[int] | None = None) -> socket.socket:
-        """A request; where its answers come."""
-        talk = socket.socket(socket.AF_UNIX)
-        talk.connect(self.address)
-        message = json.dumps(request).encode() + b"\n"
-        socket.send_fds(talk, [message], files) if files else talk.sendall(message)
-        return talk
-
-    def workers(self) -> list[int]:
-        """The ids of the worker processes that live."""
-        with self.ask({"role": "list"}) as talk, talk.makefile() as heard:
-            return [int(pid) for pid, role in json.loads(heard.readline()).items() if role == "worker"]
-
-    def arm(self, which: str, function: str, at: int, when: str, note: Path) -> None:
-        """The next `worker` or `command` kills itself at the `at`-th call of a function; see fork_server.arm."""
-        hook = {"function": function, "at": at, "when": when, "note": str(note), "seed": at}
-        self.ask({"role": "hook", "for": which, "hook": hook}).close()
-
-    def disarm(self) -> None:
-        """Whoever is started from now on lives."""
-        self.ask({"role": "disarm"}).close()
 
 
 class Command:
@@ -271,4 +226,4 @@ class FaultInjector:
 
 
 def _data(recipe: Recipe) -> TrainingData:
-    return prepare(load("digits", 8, Path("data")), recipe.data, torch.device("cpu"))
+    return prepare(load("digits", Form(8), Path("data")), recipe.data, torch.device("cpu"))

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import TINY, Command, FaultInjector, ForkServer, Row
+from fork_server import ForkServer
+from harness import TINY, Command, FaultInjector, Row
 from proxy import HOST, Proxy
 
 from pipeline.search.trial_attributes import TrialAttributes

@@ -10,7 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from harness import FaultInjector, ForkServer, Row
+from fork_server import ForkServer
+from harness import FaultInjector, Row
 
 # Where a death could tear something apart: a function, who calls it, and about how often a process does.
 AIMS = {

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from conftest import run_pipeline
+from fork_server import shared_fork_server
 from PIL import Image
 
 
 def assert_refused(words: Sequence[str], lines: Sequence[str], folder: Path) -> None:
     """The command ends with 2 and prints these parts of lines; nothing is made in the folder."""
-    done = run_pipeline(*words, cwd=folder)
+    done = shared_fork_server().run(words, folder)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     for line in lines:

@@ -14,6 +14,7 @@ from pipeline.cli.views_study import StudyView, changes_text, print_forecast, sa
 from pipeline.data.prepare import TrainingData
 from pipeline.experiment import Outcome
 from pipeline.search.study import Search, StudyProgress
+from pipeline.search.trial import SHORT
 from pipeline.tracking.tags import State
 
 FORECAST = {"trials": 3, "seconds": 90, "epoch_s": 2, "epochs": 12, "pruned": 1, "disk_mib": 5, "memory_gib": None}
@@ -26,23 +27,34 @@ def search() -> Search:
 
 def test_progress_is_a_line_on_a_pipe(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
     with StudyView(make_console(), search) as view:
-        view.study_progress(StudyProgress("a-v1-digits", 2, 1, 0, (0, 0.5), trials=7))
+        view.study_progress(StudyProgress("a-v1-digits", 2, 1, 0, 7, (0, 0.5)))
         view.trial_started(3, search.base, {"optimizer.lr": 0.123456})
         metrics = {search.study.objective: 0.25}
         view.trial_ended(3, Outcome(State.FAILED, "k", None, "diverged", metrics, 1, 2.0, ("a note",)))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("a-v1-digits: 2 of 7 ") and "1 pruned, 0 failed, best " in lines[0]
+    assert lines[0].startswith("a-v1-digits: 2 of 7 ") and ", 0 short, 1 pruned, 0 failed, best " in lines[0]
     assert lines[1] == "trial 3: lr 0.123"
     assert lines[2].startswith("trial 3 failed (diverged), ") and lines[3] == "  a note"
+
+
+def test_short_trials_and_their_recipes_in_full_are_named(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
+    with StudyView(make_console(), search) as view:
+        view.study_progress(StudyProgress("a-v1-digits", 5, 0, 0, 24, (0, 0.5), short=4))
+        view.trial_started(6, search.base, {"optimizer.lr@sgd": 0.2}, 3)
+        view.trial_ended(7, Outcome(State.PRUNED, "k", None, SHORT, {search.study.objective: 0.25}, 2, 2.0))
+    lines = capsys.readouterr().out.splitlines()
+    assert ", 4 short, 0 failed, " in lines[0]
+    assert lines[1] == "trial 6 (3 in full): lr 0.2"
+    assert lines[2].startswith("trial 7 finished, a short one, val/accuracy 0.2500, 2 epochs")
 
 
 def test_infeasible_trials_are_named_with_what_they_break(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
     bounded = replace(search, study=replace(search.study, constraints={"model/latency_ms": 5}))
     with StudyView(make_console(), bounded) as view:
-        view.study_progress(StudyProgress("a-v1-digits", 2, 0, 0, None, 1))
+        view.study_progress(StudyProgress("a-v1-digits", 2, 0, 0, 9, None, 1))
         view.trial_ended(1, Outcome(State.FINISHED, "k", None, "", {"model/latency_ms": 6.25}, 1, 2.0))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("0 pruned, 0 failed, 1 infeasible")
+    assert lines[0].endswith(" trials, 0 short, 0 failed, 1 infeasible")
     assert lines[1] == "trial 1 finished, 1 epochs in 2.0 s; infeasible: model/latency_ms 6.25, at most 5"
 
 

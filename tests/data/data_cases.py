@@ -7,6 +7,7 @@ from PIL import Image
 
 from pipeline.data.datasets import load
 from pipeline.errors import UserError
+from pipeline.recipe import Form
 
 NO_DATA_DIR = Path("/nonexistent")
 
@@ -14,7 +15,7 @@ NO_DATA_DIR = Path("/nonexistent")
 def lines_of(error: type[UserError], dataset: str, image_size: int = 8, data_dir: Path = NO_DATA_DIR) -> list[str]:
     """What `load` says where it raises an `error` of just this class."""
     with pytest.raises(UserError) as caught:
-        load(dataset, image_size, data_dir)
+        load(dataset, Form(image_size), data_dir)
     assert type(caught.value) is error
     return caught.value.lines
 

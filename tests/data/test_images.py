@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import PIL
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from pipeline.data.images import BadImage, read_image
+from pipeline.data.images import BadImage, read_file, read_image, resized
+from pipeline.recipe import Form
 
 RANDOM = np.random.RandomState(0)
 RGB = RANDOM.randint(0, 256, (12, 12, 3), dtype=np.uint8)
@@ -28,7 +30,7 @@ def saved(path: Path, image: Image.Image, **options: Any) -> Path:
 
 def seen(path: Path, size: int = 12) -> np.ndarray:
     """(size, size, 3), for comparison with Pillow's layout."""
-    pixels = read_image(path, size)
+    pixels = read_image(path, Form(size))
     assert pixels.shape == (3, size, size)
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
@@ -130,7 +132,43 @@ def test_grey_tiffs_reach_from_black_to_white(tmp_path: Path, bits: int, photome
 @pytest.mark.parametrize("values", [np.zeros((9, 9), np.int32), np.zeros((9, 9), np.float32)])
 def test_pixels_without_an_agreed_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
     with pytest.raises(BadImage, match="no agreed black and white"):
-        read_image(saved(tmp_path / "a.tif", Image.fromarray(values)), 8)
+        read_image(saved(tmp_path / "a.tif", Image.fromarray(values)), Form(8))
+
+
+GEOMETRIES = ("squash", "crop", "pad")
+
+
+@pytest.mark.parametrize("size", [(20, 11), (11, 20), (7, 7), (300, 200)])
+def test_geometries_keep_what_they_say(tmp_path: Path, size: tuple[int, int]) -> None:
+    image = Image.fromarray(RANDOM.randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    path = saved(tmp_path / "a.png", image)
+    side = min(size)
+    left, top = ((whole - side) // 2 for whole in size)
+    middle = image.crop((left, top, left + side, top + side)).resize((12, 12), Image.Resampling.BILINEAR)
+    inner = ImageOps.contain(image, (12, 12), Image.Resampling.BILINEAR)
+    x, y = ((12 - length) // 2 for length in inner.size)
+    squash, crop, pad = (read_image(path, Form(12, geometry)).transpose(1, 2, 0) for geometry in GEOMETRIES)
+    assert np.array_equal(squash, np.asarray(image.resize((12, 12), Image.Resampling.BILINEAR)))
+    assert np.array_equal(crop, np.asarray(middle))
+    assert np.array_equal(pad[y : y + inner.height, x : x + inner.width], np.asarray(inner))
+    around = np.asarray(inner).mean((0, 1)).round() if inner.size != (12, 12) else pad[0, 0]
+    assert np.abs(pad[0, 0] - around).max() <= 1 and np.abs(pad[-1, -1] - around).max() <= (1 if x + y else 255)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_pixels_from_elsewhere_are_shaped_as_those_of_files(tmp_path: Path, geometry: str) -> None:
+    pixels = RANDOM.randint(0, 256, (31, 50, 3), dtype=np.uint8)
+    file = read_image(saved(tmp_path / "a.png", Image.fromarray(pixels)), Form(16, geometry))
+    array = resized(torch.from_numpy(pixels).permute(2, 0, 1)[None], Form(16, geometry))[0].numpy()
+    assert np.abs(file.astype(int) - array).max() <= 2
+
+
+def test_what_is_held_for_random_crops_changes_no_pixel_of_the_image(tmp_path: Path) -> None:
+    """A large JPEG is decoded at a fraction of its size, which must not depend on what else is made of it."""
+    path = saved(tmp_path / "a.jpg", Image.fromarray(RANDOM.randint(0, 256, (300, 400, 3), dtype=np.uint8)))
+    both = read_file(path, Form(16, "crop", 32))
+    assert np.array_equal(both.image, read_image(path, Form(16, "crop")))
+    assert both.held is not None and both.held.shape == (3, 32, 32) and both.aspect == pytest.approx(4 / 3)
 
 
 def transparent(kind: str) -> tuple[Image.Image, dict[str, Any]]:
@@ -219,7 +257,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, suffix: str) -> None:
     for length in (20, len(whole) // 2):
         path.write_bytes(whole[:length])
         with pytest.raises(BadImage, match=str(path)):
-            read_image(path, 64)
+            read_image(path, Form(64))
 
 
 NOT_AN_IMAGE = "not a JPEG, PNG, GIF, WebP, BMP or TIFF image, or cut short"
@@ -242,7 +280,7 @@ def test_what_is_no_image_is_refused_with_file_and_reason(tmp_path: Path, conten
     path = tmp_path / "a.png"
     path.write_bytes(content)
     with pytest.raises(BadImage) as caught:
-        read_image(path, 32)
+        read_image(path, Form(32))
     assert caught.value.lines == [f"{path}: {reason or caught.value.reason}"]
     assert caught.value.reason
 
@@ -251,7 +289,7 @@ def test_50_megapixels_are_allowed(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(png_cut(8000, 6250))
     with pytest.raises(BadImage) as caught:
-        read_image(path, 32)
+        read_image(path, Form(32))
     assert "pixels" not in caught.value.reason  # but that it is cut short
 
 
@@ -259,7 +297,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name, reason in (("none.png", "no such file"), (".", "not a file"), ("pipe", "not a file")):
         with pytest.raises(BadImage, match=reason):
-            read_image(tmp_path / name, 32)
+            read_image(tmp_path / name, Form(32))
 
 
 def encoded(form: str) -> bytes:

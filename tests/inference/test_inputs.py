@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.data.images import BadImage, read_image, resized
 from pipeline.inference.inputs import read_inputs
+from pipeline.recipe import Form
 
 SUFFIXES = ".jpg .jpeg .png .gif .webp .bmp .tif .tiff"
 PIXELS = np.random.RandomState(0).randint(0, 256, (5, 3, 8, 8), dtype=np.uint8)
@@ -40,7 +41,7 @@ def add_pickle(name: str, count: int = 5, **entries: object) -> Path:
 def read(*paths: Path | str, size: int = 8, batch_size: int = 500) -> tuple[list[str], Tensor, list[str]]:
     """All ids, all images, the lines of all faults."""
     faults: list[BadImage] = []
-    batches = list(read_inputs([Path(path) for path in paths], size, faults.append, batch_size))
+    batches = list(read_inputs([Path(path) for path in paths], Form(size), faults.append, batch_size))
     for ids, images in batches:
         assert 1 <= len(ids) == len(images) <= batch_size
         assert images.shape[1:] == (3, size, size)
@@ -83,7 +84,7 @@ def test_no_paths_give_no_batches() -> None:
 def test_pixels_of_a_file_equal_read_images() -> None:
     path = Path("a.png")
     Image.fromarray(np.random.RandomState(1).randint(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
-    assert np.array_equal(read(path, size=12)[1][0], read_image(path, 12))
+    assert np.array_equal(read(path, size=12)[1][0], read_image(path, Form(12)))
 
 
 def test_content_decides_what_a_file_is() -> None:
@@ -113,7 +114,7 @@ def test_ids_of_a_single_pickle_have_no_prefix() -> None:
 def test_pickled_images_are_resized_like_a_data_set(size: int, batch_size: int) -> None:
     add_pickle("p.pkl")
     images = read("p.pkl", size=size, batch_size=batch_size)[1]
-    assert torch.equal(images, resized(torch.from_numpy(PIXELS), size))
+    assert torch.equal(images, resized(torch.from_numpy(PIXELS), Form(size)))
     theirs = [
         np.asarray(Image.fromarray(p).resize((size, size), Image.Resampling.BILINEAR))
         for p in np.moveaxis(PIXELS, 1, 3)
@@ -238,7 +239,7 @@ def test_batches_are_lazy() -> None:
     for index in range(4):
         add_image(f"{index}.png")
     faults: list[BadImage] = []
-    batches = read_inputs([Path(f"{index}.png") for index in range(4)], 8, faults.append, 2)
+    batches = read_inputs([Path(f"{index}.png") for index in range(4)], Form(8), faults.append, 2)
     assert next(batches)[0] == ["0.png", "1.png"]
     Path("3.png").unlink()
     assert [ids for ids, _ in batches] == [["2.png"]]
@@ -249,7 +250,7 @@ def test_reported_fault_holds_no_pixels() -> None:
     Path("cut.png").write_bytes(add_image("a.png").read_bytes()[:44])
     add_pickle("p.pkl", ids=[1])
     faults: list[BadImage] = []
-    assert list(read_inputs([Path("cut.png"), Path("p.pkl")], 8, faults.append)) == []
+    assert list(read_inputs([Path("cut.png"), Path("p.pkl")], Form(8), faults.append)) == []
     assert len(faults) == 2
     for fault in faults:
         assert (fault.__traceback__, fault.__cause__, fault.__context__) == (None, None, None)

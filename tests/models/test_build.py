@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pipeline import recipe
-from pipeline.models.build import build_network, num_parameters, prediction_flop, receptive_field
+from pipeline.models.build import build_network, layer_ids, num_parameters, prediction_flop, receptive_field
 from pipeline.models.layers import conv_bn_relu
 
 EVERY = [
@@ -46,6 +46,15 @@ def test_every_parameter_gets_a_gradient(model: recipe.Model) -> None:
 def test_seed_draws_the_weights(model: recipe.Model) -> None:
     first, second = (build_network(model, 10, 32, seed=3) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("model", [*EVERY, recipe.Timm(), recipe.Timm(backbone="test_vit")], ids=repr)
+def test_layers_are_counted_from_the_image_to_the_head(model: recipe.Model) -> None:
+    network = build_network(model, 7, 32, seed=0)
+    layers, parameters = layer_ids(network), dict(network.named_parameters())
+    assert layers.keys() == parameters.keys() and set(layers.values()) == set(range(max(layers.values()) + 1))
+    assert {len(parameters[name]) for name, layer in layers.items() if layer == max(layers.values())} == {7}
+    assert layers[next(iter(parameters))] == 0
 
 
 @pytest.mark.parametrize(

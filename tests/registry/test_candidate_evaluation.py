@@ -14,8 +14,8 @@ from pipeline.registry import test_split as opener
 from pipeline.registry.candidate_evaluation import TEST_EVALUATIONS, control_of
 from pipeline.registry.ledger import PASSED, REFUSED, TEST_EVALUATION
 from pipeline.registry.promote import promote
-from pipeline.tracking.tags import State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 from registry.helpers import DATA, RULES, RecordingObserver, Store, kinds, record
 
 pytestmark = pytest.mark.usefixtures("one_export_a_model")
@@ -72,7 +72,9 @@ def test_first_champion_is_compared_with_a_control_alike(
     def made(name: str, score: float, epochs: int = 2, **tags: str) -> str:
         tags |= {"study": "fair-v1-digits"}
         recipe = small_recipe.changed({"training.epochs": epochs})
-        with tracker.run(name, recipe, digits, parent.id, tags) as run:
+        with tracker.run(
+            RunRequest(name=name, recipe=recipe, data=digits, parent_run=parent.id, tags=RunTags.parse(tags))
+        ) as run:
             run.log_metrics({"val/accuracy": score}, 1)
             run.end(State.FINISHED)
         return tracker.id_of(run.key)

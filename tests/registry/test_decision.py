@@ -14,7 +14,7 @@ from pipeline.registry.decision import FILE, FinalsDecision, decide, find_winner
 from pipeline.registry.racing import Candidate, Final, Racing
 from pipeline.tracking.queries import StudyRuns, find_studies
 from pipeline.tracking.tags import RunTags, State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
 SCORES = {0: (0.5, 0.6), 1: (0.9, 0.7)}  # by trial, of two seeds
 
@@ -46,7 +46,9 @@ def racing(tracker: MlflowTracker, study: StudyRuns, small_recipe: Recipe, digit
 
 def log_final(tracker: MlflowTracker, study: StudyRuns, recipe: Recipe, data: TrainingData, trial: int) -> str:
     tags = RunTags(role="final", study=study.name, trial=trial, trial_run="0" * 32).to_mlflow()
-    with tracker.run(f"final {trial}", recipe, data, study.parent, tags) as run:
+    with tracker.run(
+        RunRequest(name=f"final {trial}", recipe=recipe, data=data, parent_run=study.parent, tags=RunTags.parse(tags))
+    ) as run:
         run.end(State.FINISHED)
     return tracker.id_of(run.key)
 

@@ -9,18 +9,22 @@ import onnx
 import pytest
 import torch
 from conftest import Trained
+from PIL import Image
 from torch import nn
 
 from pipeline import recipe
 from pipeline.data.datasets import load
+from pipeline.data.images import read_image
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import PromotionRefused
 from pipeline.evaluation.calibration import Calibration
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.inference.methods import METHODS, MethodScores
+from pipeline.inference.predictions import predict_files
 from pipeline.models.build import build_network
-from pipeline.recipe import Recipe
+from pipeline.recipe import Form, Recipe
 from pipeline.registry import export
+from pipeline.registry.test_split import open_test_split
 from pipeline.tracking.models import find_model
 
 CPU = torch.device("cpu")
@@ -32,6 +36,7 @@ SMALL = [
     recipe.Fast(widths=(4, 6), depth=3),
     recipe.Improved(widths=(4, 8), hidden=8),
     recipe.Plain(widths=(4, 8)),
+    recipe.Timm(backbone="test_efficientnet"),
 ]
 
 
@@ -77,15 +82,58 @@ def noise(count: int, size: int, seed: int = 5) -> torch.Tensor:
 
 @pytest.mark.parametrize("model", SMALL, ids=lambda model: model.network)
 def test_every_network_gives_torch_probabilities(model: recipe.Model, tmp_path: Path) -> None:
-    torchs, path = classifier(model), tmp_path / "model.onnx"
+    size = 32 if model.network == "timm" else 11
+    torchs, path = classifier(model, size), tmp_path / "model.onnx"
     export.export_onnx(torchs, path)
     session = export.session(path)
     for count in (1, 2, 7, 128, 131):
-        images = noise(count, 11, seed=count)
+        images = noise(count, size, seed=count)
         [got] = session.run(None, {"images": export.as_pixels(images)})
         assert got.dtype == np.float32 and got.shape == (count, 3)
         np.testing.assert_allclose(got, torchs.probabilities(images), atol=export.TOLERANCE)
     assert got.std() > 0.05, "equal because nothing differs"
+
+
+def photos(folder: Path) -> dict[str, Image.Image]:
+    """Files of all kinds below train/ and test/ of a data set, each class in its own folder, and what they show."""
+    draw = np.random.RandomState(0)
+    rgb = draw.randint(0, 256, (37, 64, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    images: dict[str, tuple[Image.Image, dict]] = {
+        "turned.jpg": (Image.fromarray(rgb), {"exif": turned}),
+        "large.jpg": (Image.fromarray(draw.randint(0, 256, (301, 203, 3), dtype=np.uint8)), {}),
+        "grey.png": (Image.fromarray(rgb[..., 0]), {}),
+        "deep.png": (Image.fromarray(draw.randint(0, 2**16, (29, 17)).astype(np.uint16)), {}),
+        "clear.png": (Image.fromarray(draw.randint(0, 256, (9, 50, 4), dtype=np.uint8)), {}),
+        "strip.webp": (Image.fromarray(rgb[:, :3]), {"lossless": True}),
+    }
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        (folder / place).mkdir(parents=True)
+        for name, (image, options) in images.items():
+            image.save(folder / place / name, **options)
+    return {name: image for name, (image, _) in images.items()}
+
+
+@pytest.mark.parametrize("geometry", ["squash", "crop", "pad", "random_resized_crop"])
+def test_a_file_gives_the_same_probabilities_everywhere(
+    geometry: str, right: tuple[Classifier, Path], tmp_path: Path
+) -> None:
+    """As training evaluates it, as the test split, as `predict` and a server's client read it; torch and ONNX."""
+    torchs, path = right
+    changed = torchs.metadata.recipe.changed({"data.geometry": geometry, "data.dataset": str(tmp_path)})
+    torchs = dataclasses.replace(torchs, metadata=torchs.metadata.model_copy(update={"recipe": changed}))
+    names = sorted(photos(tmp_path))
+    files = [tmp_path / "train" / "a" / name for name in names]
+    evaluated = load(str(tmp_path), changed.data.form, tmp_path).train.images[: len(names)]
+    tested = open_test_split(str(tmp_path), changed.data.form, tmp_path, ["a", "b"]).images[: len(names)]
+    said = export.preprocessing(torchs.metadata)
+    sent = torch.stack([torch.from_numpy(read_image(f, Form(said["image_size"], said["geometry"]))) for f in files])
+    predicted = predict_files(torchs, files, "plain").probabilities
+    session = export.session(path)
+    assert len(np.unique(predicted.round(5), axis=0)) == len(names), "equal because nothing differs"
+    for images in (evaluated, tested, sent):
+        np.testing.assert_allclose(export.run_session(session, export.as_pixels(images)), predicted, atol=1e-4)
 
 
 def test_calibration_and_digests_are_in_the_onnx_metadata(right: tuple[Classifier, Path]) -> None:
@@ -94,6 +142,7 @@ def test_calibration_and_digests_are_in_the_onnx_metadata(right: tuple[Classifie
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == ["class 0", "class 1", "class 2"]
     assert float(metadata["temperature"]) == torchs.metadata.calibration.temperature
+    assert json.loads(metadata["preprocessing"])["geometry"] == "squash"
     assert json.loads(metadata["thresholds"]) == [1.0, 2.0, 3.0]
     digests = {name: metadata[name] for name in ("recipe_digest", "data_digest", "split_digest", "run_id")}
     assert digests == {name: getattr(torchs.metadata, name) for name in digests}
@@ -170,7 +219,7 @@ def test_validation_split_of_a_trained_model(trained: Trained, packed: object, d
 
 def test_validation_split_of_cifar10(cifar10_dir: Path, tmp_path: Path) -> None:
     torchs, path = classifier(recipe.Plain(widths=(8, 16)), size=32, classes=10), tmp_path / "model.onnx"
-    data = prepare(load("cifar10", 32, cifar10_dir), torchs.metadata.recipe.data, CPU)
+    data = prepare(load("cifar10", Form(32), cifar10_dir), torchs.metadata.recipe.data, CPU)
     export.export_onnx(torchs, path)
     assert export.check(torchs, path, data.validation.images) <= export.TOLERANCE
 

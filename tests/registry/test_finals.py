@@ -27,7 +27,7 @@ from pipeline.registry.finals import FinalsPlan, plan_finals, recipe_of
 from pipeline.tracking import queries, recovery
 from pipeline.tracking.queries import StudyRuns, find_studies
 from pipeline.tracking.tags import RunTags, State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 from pipeline.training.loop import EpochReport
 
 CPU = torch.device("cpu")
@@ -79,7 +79,9 @@ class StudyHarness:
         recipe = self.base.changed({name.replace("__", "."): value for name, value in changes.items()})
         tags = {"role": "trial", "study": self.name, "trial": str(number)}
         name = f"trial {number}" + (" (control)" if control else "")
-        with self.tracker.run(name, recipe, self.data, self.study.parent, tags) as run:
+        with self.tracker.run(
+            RunRequest(name=name, recipe=recipe, data=self.data, parent_run=self.study.parent, tags=RunTags.parse(tags))
+        ) as run:
             run.log_metrics({"val/accuracy": score, "time/training_s": seconds}, 1)
             run.end(state)
         return self.tracker.id_of(run.key)
@@ -369,7 +371,11 @@ def test_graphed_recipes_are_trained_eagerly_without_a_gpu(harness: StudyHarness
 def test_finals_of_a_graph_count_for_the_same_recipe_without(harness: StudyHarness) -> None:
     graphed = harness.base.changed({"training.execution": "graphed", "training.seed": 1})
     tags = RunTags(role="final", study=harness.name, trial=0, trial_run="0" * 32).to_mlflow()
-    with harness.tracker.run("final", graphed, harness.data, harness.study.parent, tags) as run:
+    with harness.tracker.run(
+        RunRequest(
+            name="final", recipe=graphed, data=harness.data, parent_run=harness.study.parent, tags=RunTags.parse(tags)
+        )
+    ) as run:
         run.log_metrics({"val/accuracy": 0.5}, 1)
         run.end(State.FINISHED)
     harness.tracker.id_of(run.key)

@@ -29,7 +29,8 @@ from pipeline.registry.ledger import (
 )
 from pipeline.registry.promote import Registry, promote, registry_lock, roll_back, settle
 from pipeline.tracking.models import digests, find_model
-from pipeline.tracking.tags import State
+from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tracker import RunRequest
 from registry.helpers import DATA, RULES, RecordingObserver, Store, kinds, record
 
 pytestmark = pytest.mark.usefixtures("one_export_a_model")
@@ -107,7 +108,11 @@ def test_refusal_against_the_control_names_the_way_out(store: Store, tmp_path: P
 
 def test_reproduction_is_no_candidate(store: Store, tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
     registry = store.registry(tmp_path, "twice")
-    with registry.tracker.run("reproduction", small_recipe, digits, tags={"reproduces": store.good}) as run:
+    with registry.tracker.run(
+        RunRequest(
+            name="reproduction", recipe=small_recipe, data=digits, tags=RunTags.parse({"reproduces": store.good})
+        )
+    ) as run:
         run.end(State.FINISHED)
     with pytest.raises(UserError, match=rf"a reproduction, which is no candidate; `promote --run {store.good}`"):
         promote(registry, registry.tracker.id_of(run.key), RULES, DATA, RecordingObserver())

@@ -20,7 +20,7 @@ from pipeline.registry import finals, reproduce
 from pipeline.registry.reproduce import Difference, compare, differences, find_original, summarise
 from pipeline.tracking import queries
 from pipeline.tracking.tags import RunTags, State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +106,22 @@ def test_pruned_run_is_compared_over_its_epochs(trained: Trained, tracker: Mlflo
     assert comparison.lines[0] == "metrics: 17 numbers of 1 epochs, 17 equal"
 
 
+def test_what_the_original_did_not_log_is_no_difference(
+    tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    """An older version logged fewer metrics; F1 of many classes is also there where the original was interrupted."""
+    more, f1 = {"val/balanced_accuracy": 0.5}, {"val/f1/cat": 0.4}
+    ids = []
+    for epochs in ([{}, f1, f1], [more, more, more | f1]):
+        with tracker.run("one", small_recipe, digits) as run:
+            for epoch, values in enumerate(epochs, start=1):
+                run.log_metrics({"val/accuracy": epoch / 10, **values}, epoch)
+            run.end(State.PRUNED)
+        ids.append(tracker.id_of(run.key))
+    comparison = compare(tracker, find_original(tracker, ids[0]), ids[1], 144, None)
+    assert comparison.equal, comparison.lines
+
+
 def test_run_of_two_threads_is_trained_with_two(
     tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
@@ -157,7 +173,7 @@ def test_default_tolerance_is_three_standard_deviations(
     tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     def tolerance(accuracy: float, images: int) -> float:
-        with tracker.run("scored", small_recipe, digits) as run:
+        with tracker.run(RunRequest(name="scored", recipe=small_recipe, data=digits)) as run:
             run.log_metrics({"val/accuracy": accuracy}, 1)
             run.end(State.FINISHED)
         return reproduce.default_tolerance(find_original(tracker, tracker.id_of(run.key)), images)
@@ -169,7 +185,7 @@ def test_default_tolerance_is_three_standard_deviations(
 def test_each_difference_has_a_line(
     tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
 ) -> None:
-    with tracker.run("old", small_recipe, digits) as run:
+    with tracker.run(RunRequest(name="old", recipe=small_recipe, data=digits)) as run:
         run.log_metrics({"val/accuracy": 0.5}, 1)
         run.end(State.FINISHED)
     assert differences(tracker, find_original(tracker, tracker.id_of(run.key)), CPU) == []
@@ -204,7 +220,7 @@ def test_graphed_run_is_reproduced_eagerly_without_a_gpu(
     tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     graphed = small_recipe.changed({"training.execution": "graphed", "training.epochs": 1})
-    with tracker.run("graphed", graphed, digits) as run:
+    with tracker.run(RunRequest(name="graphed", recipe=graphed, data=digits)) as run:
         run.log_metrics({"val/accuracy": 0.5}, 1)
         run.end(State.INTERRUPTED)
     original = find_original(tracker, tracker.id_of(run.key))
@@ -219,7 +235,7 @@ def test_graphed_run_is_reproduced_eagerly_without_a_gpu(
 def test_run_that_cannot_be_reproduced_is_refused(
     trained: Trained, tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
-    with tracker.run("stillborn", small_recipe, digits) as stillborn:
+    with tracker.run(RunRequest(name="stillborn", recipe=small_recipe, data=digits)) as stillborn:
         stillborn.end(State.FAILED, "diverged")
     parent = queries.studies(tracker)[0].parent
     for run_id, line in {
@@ -231,7 +247,10 @@ def test_run_that_cannot_be_reproduced_is_refused(
         with pytest.raises(UserError) as caught:
             find_original(tracker, run_id)
         assert line in caught.value.lines[0]
-    with tracker.run("open", small_recipe, digits) as still_open, pytest.raises(UserError, match="has not ended"):
+    with (
+        tracker.run(RunRequest(name="open", recipe=small_recipe, data=digits)) as still_open,
+        pytest.raises(UserError, match="has not ended"),
+    ):
         find_original(tracker, tracker.id_of(still_open.key))
 
 

@@ -20,7 +20,9 @@ import pytest
 from conftest import Trained, registered
 from PIL import Image
 
+from pipeline.data.images import read_image
 from pipeline.errors import DataError, UserError
+from pipeline.recipe import Form
 from pipeline.registry import serve
 from pipeline.registry.package import Package
 
@@ -77,9 +79,20 @@ def test_champion_answers_curl_and_server_ends_with_command(trained: Trained, pa
                 assert connection.getresponse().status == 403, forged
                 connection.close()
 
-            line = said[2].replace(serve.PYTHON, sys.executable)
-            answer = subprocess.check_output(["bash", "-c", line], cwd=tmp_path, text=True, env=ENVIRONMENT)
+            for wrong in ('{"images": []}', '{"images": ["%"]}', '{"images": ["Y2F0"]}'):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+                connection.request("POST", "/images", wrong, {"Content-Type": "application/json"})
+                assert connection.getresponse().status in (400, 422), wrong
+                connection.close()
+
+            answer = subprocess.check_output(["bash", "-c", said[2]], cwd=tmp_path, text=True, env=ENVIRONMENT)
             got = json.loads(answer)["predictions"]["probabilities"]
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            pixels = read_image(tmp_path / "cat.jpg", Form(8)).transpose(1, 2, 0).tolist()
+            body = json.dumps({"inputs": [pixels]})
+            connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+            same = json.loads(connection.getresponse().read())["predictions"]["probabilities"]
+            np.testing.assert_allclose(same, got, atol=1e-6)
             table = tmp_path / "out.csv"
             words = ["predict", str(tmp_path / "cat.jpg"), "--output", str(table)]
             predicted = subprocess.run([*COMMAND, *words], cwd=home, capture_output=True, text=True, env=ENVIRONMENT)
@@ -107,7 +120,7 @@ def test_champion_answers_curl_and_server_ends_with_command(trained: Trained, pa
     ],
 )
 def test_package_that_might_run_code_is_not_served(old: str, new: str, packed: Package, tmp_path: Path) -> None:
-    assert serve.check(packed.folder) == serve.Served(tuple("0123456789"), 8)
+    assert serve.check(packed.folder) == serve.Served(tuple("0123456789"), Form(8))
     folder = tmp_path / "model"
     shutil.copytree(packed.folder, folder)
     text = (folder / "MLmodel").read_text()

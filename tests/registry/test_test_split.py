@@ -8,6 +8,7 @@ from PIL import Image
 
 from pipeline.data.datasets import load
 from pipeline.errors import DataError
+from pipeline.recipe import Form
 from pipeline.registry import test_split as opener
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -27,7 +28,10 @@ def folder(root: Path) -> Path:
 def test_test_digits_are_those_that_no_trial_sees() -> None:
     from sklearn.datasets import load_digits
 
-    split, usable = opener.open_test_split("digits", 8, Path("data"), DIGITS), load("digits", 8, Path("data")).train
+    split, usable = (
+        opener.open_test_split("digits", Form(8), Path("data"), DIGITS),
+        load("digits", Form(8), Path("data")).train,
+    )
     assert split.images.shape == (359, 3, 8, 8) and len(usable.labels) + len(split.labels) == 1797
     both = np.concatenate([usable.images.numpy()[:, 0], split.images.numpy()[:, 0]]).reshape(1797, -1)
     all_digits = np.rint(load_digits().images * (255 / 16)).astype(np.uint8).reshape(1797, -1)
@@ -36,10 +40,10 @@ def test_test_digits_are_those_that_no_trial_sees() -> None:
 
 
 def test_cifar10_test_images_are_its_10_000_others(cifar10_dir: Path) -> None:
-    classes = load("cifar10", 32, cifar10_dir).classes
-    split = opener.open_test_split("cifar10", 32, cifar10_dir, classes)
+    classes = load("cifar10", Form(32), cifar10_dir).classes
+    split = opener.open_test_split("cifar10", Form(32), cifar10_dir, classes)
     assert split.images.shape == (10_000, 3, 32, 32) and np.bincount(split.labels.numpy()).tolist() == [1000] * 10
-    turned = opener.open_test_split("cifar10", 8, cifar10_dir, classes[::-1])
+    turned = opener.open_test_split("cifar10", Form(8), cifar10_dir, classes[::-1])
     assert turned.labels.tolist() == [9 - label for label in split.labels.tolist()], "indices into the model's classes"
     assert len(opener.digest_of("cifar10", cifar10_dir)) == 64
 
@@ -47,7 +51,7 @@ def test_cifar10_test_images_are_its_10_000_others(cifar10_dir: Path) -> None:
 def test_missing_cifar10_is_refused(tmp_path: Path) -> None:
     for call in (
         lambda: opener.digest_of("cifar10", tmp_path),
-        lambda: opener.open_test_split("cifar10", 32, tmp_path, ["a"]),
+        lambda: opener.open_test_split("cifar10", Form(32), tmp_path, ["a"]),
     ):
         with pytest.raises(DataError, match="test_batch: missing"):
             call()
@@ -55,7 +59,7 @@ def test_missing_cifar10_is_refused(tmp_path: Path) -> None:
 
 def test_folder_labels_are_in_the_order_of_the_model(tmp_path: Path) -> None:
     root = folder(tmp_path)
-    split = opener.open_test_split(str(root), 8, tmp_path, ["dog", "cat"])
+    split = opener.open_test_split(str(root), Form(8), tmp_path, ["dog", "cat"])
     assert [int(image[0, 0, 0]) for image in split.images] == [5, 15, 25, 105, 115, 125]
     assert split.labels.tolist() == [1, 1, 1, 0, 0, 0]
 
@@ -83,4 +87,4 @@ def test_folder_without_test_images_names_the_way_out(tmp_path: Path) -> None:
 
 def test_class_unknown_to_the_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="classes that the model doesn't know: dog"):
-        opener.open_test_split(str(folder(tmp_path)), 8, tmp_path, ["cat", "cow"])
+        opener.open_test_split(str(folder(tmp_path)), Form(8), tmp_path, ["cat", "cow"])

@@ -29,6 +29,8 @@ def study(trials: int, seed: int, strength: float) -> pd.DataFrame:
             "role": "trial",
             "state": "finished",
             "infeasible": "",
+            "short": False,
+            "full_of": pd.NA,
             "control": [n == 0 for n in range(trials)],
             "optimizer.name": name,
             "optimizer.lr": 10 ** dice.uniform(-4, -1, trials),
@@ -153,3 +155,12 @@ def test_repeats_of_a_recipe_are_one_row_with_students_interval() -> None:
     half = 4.302653 * 0.02 / np.sqrt(3)  # t(0.975, 2 degrees)
     assert (repeats[1].score.low, repeats[1].score.high) == pytest.approx((0.82 - half, 0.82 + half))
     assert finals(runs.assign(role="trial")) == []
+
+
+def test_effects_are_beside_the_choice_of_a_control_that_has_no_such_score() -> None:
+    frame = study(40, 2, 0.05)
+    base = frame.iloc[0]
+    found = effects(frame.assign(score=frame["score"].where(~frame["control"])), base)
+    assert found is not None and found.trials == 39
+    beside = found.table.set_index("parameter")["reference"]
+    assert beside["optimizer.name"] == base["optimizer.name"] == "sgd"

@@ -66,7 +66,7 @@ def test_the_answer_is_in_numbers_that_the_store_has(store: Store, odd: Path) ->
         assert f"<h2>{title}" in said
     for title in ("Effect of each choice", "Learning curves", "F1 by class", "Where the best and the control disagree"):
         assert f"<h2>{title}" in said
-    for title in ("Calibration", "Cost against score", "What was pruned or failed"):
+    for title in ("Calibration", "Cost against score", "What was short, pruned or failed"):
         assert f"<h2>{title}" in said
     assert 'href="http://127.0.0.1:5000/#/a?b=1&amp;c=2"' in said
     assert "0.4000" in said.split("<h2>Finals")[1].split("</section>")[0], "the mean of two seeds"
@@ -167,7 +167,7 @@ def test_trials_refused_untrained_do_not_move_effects_to_an_early_epoch(trained:
     finished = [row | {"trial": 0, "run_id": "r0", "state": "finished", "score": 0.5, "epochs": 2}]
     refused = [row | {"trial": n, "run_id": f"r{n}", "state": "pruned", "epochs": 0} for n in (1, 2)]
     found = _parameters(MlflowTracker(trained.home), table_of([*finished, *refused]))[0]
-    assert (found["early_epoch"], found["num_pruned"], found["num_measured"]) == (None, 0, 1)
+    assert (found["is_early"], found["num_pruned"], found["num_measured"]) == (False, 0, 1)
 
 
 def test_page_without_a_feasible_trial_names_the_nearest(trained: Trained) -> None:

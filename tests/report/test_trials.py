@@ -73,6 +73,8 @@ def frame(**columns: list[object]) -> pd.DataFrame:
         "run_id": [f"r{n}" for n in range(rows)],
         "role": ["trial"] * rows,
         "infeasible": [""] * rows,
+        "short": [False] * rows,
+        "full_of": [pd.NA] * rows,
         "control": [n == 0 for n in range(rows)],
     }
     return pd.DataFrame(base | columns)
@@ -102,3 +104,30 @@ def test_pruned_trials_rank_behind_finished_ones_by_epochs_and_then_by_value() -
     found = report.ranked(runs)
     assert list(found["trial"]) == [3, 0, 2, 4, 1, 6]
     assert list(found["rank"]) == [1, 2, 3, 4, 5, 5], "equal ones have equal ranks"
+
+
+def short_study() -> pd.DataFrame:
+    """Four short trials after the control, the second of which was trained again in full."""
+    missing = np.nan
+    return frame(
+        **{
+            "score": [0.7, *[missing] * 4, 0.9],
+            "state": ["finished", *["pruned"] * 4, "finished"],
+            "short": [False, *[True] * 4, False],
+            "full_of": [pd.NA] * 5 + [2],
+            "epochs": [8, *[2] * 4, 8],
+            "objective": ["val/accuracy"] * 6,
+            "val/accuracy": [0.7, 0.3, 0.6, 0.5, 0.4, 0.9],
+            "optimizer.lr": [0.1, 0.2, 0.3, 0.4, 0.5, 0.3],
+        }
+    )
+
+
+def test_a_short_trial_ranks_unless_its_recipe_finished_in_full() -> None:
+    assert list(report.ranked(short_study())["trial"]) == [5, 0, 3, 4, 1]
+
+
+def test_short_trials_share_their_own_score(sqlite_tracker: MlflowTracker) -> None:
+    measure, shared = report.early(sqlite_tracker, short_study())
+    assert measure == "val/accuracy of the short trials"
+    assert list(shared["score"].dropna()) == [0.3, 0.6, 0.5, 0.4]

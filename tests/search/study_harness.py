@@ -48,7 +48,7 @@ class RecordingObserver:
     def study_progress(self, progress: StudyProgress) -> None:
         self.finished.append(progress.finished)
 
-    def trial_started(self, number: int, recipe: Recipe, params: Any) -> None: ...
+    def trial_started(self, number: int, recipe: Recipe, params: Any, full_of: int | None = None) -> None: ...
 
     def step(self, number: int, progress: Progress) -> None:
         self.steps.append((number, progress))

@@ -250,6 +250,27 @@ def test_cpu_needs_no_measuring(small_recipe: Recipe, digits: TrainingData, monk
     assert decide(search, digits, CPU, None, workers=2)[1] == Choice("eager", 2)
 
 
+def test_precision_of_photo_networks_is_measured_once_and_kept(
+    small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in every trial's recipe, and no part of the question."""
+    measured = []
+    monkeypatch.setattr(forecast_module, "bf16_supported", lambda device: True)
+    monkeypatch.setattr(forecast_module, "fastest_precision", lambda recipe, classes: measured.append(1) or "fp32")
+    timm = small_recipe.changed({"model.network": "timm", "model.backbone": "test_resnet", "data.image_size": 32})
+    asked = search_of(timm, 6)
+    search, choice = decide(asked, digits, CPU, None)
+    assert search.base.training.precision == choice.precision == "fp32"
+    assert search.fingerprint(digits) == asked.fingerprint(digits)
+    study = stored([TrialState.COMPLETE])
+    StudyAttributes.update(study, choice=dataclasses.replace(choice, precision="bf16"))
+    assert decide(asked, digits, CPU, study)[0].base.training.precision == "bf16", "as the study started"
+    assert decide(asked, digits, CPU, stored([TrialState.COMPLETE]))[0].base.training.precision == "auto"
+    for other in (small_recipe, timm.changed({"training.precision": "bf16"})):
+        assert decide(search_of(other, 6), digits, CPU, None)[1].precision == ""
+    assert measured == [1]
+
+
 def test_new_study_is_measured_unless_the_execution_is_set(
     small_recipe: Recipe, digits: TrainingData, like_a_gpu: list[str]
 ) -> None:

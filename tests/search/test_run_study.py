@@ -19,7 +19,8 @@ from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial import StudyInterrupted
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking import queries
-from pipeline.tracking.tracker import MlflowTracker, State
+from pipeline.tracking.tags import RunTags
+from pipeline.tracking.tracker import MlflowTracker, RunRequest, State
 from pipeline.training.loop import EpochReport
 
 
@@ -144,7 +145,16 @@ def test_finished_run_of_an_untold_trial_is_resumed(harness: StudyHarness) -> No
     lost.set_user_attr("run_key", "a" * 32)
     tags = {"role": "trial", "study": study.study_name, "trial": str(lost.number)}
     parent, recipe = StudyAttributes.of(study).mlflow_run_id, harness.base.changed(lost.params)
-    with harness.tracker.run("trial 1", recipe, harness.data, parent, tags, "a" * 32) as run:
+    with harness.tracker.run(
+        RunRequest(
+            name="trial 1",
+            recipe=recipe,
+            data=harness.data,
+            parent_run=parent,
+            tags=RunTags.parse(tags),
+            run_key="a" * 32,
+        )
+    ) as run:
         run.end(State.FINISHED)
     harness.run(2)
     assert [trial.state.name for trial in harness.trials()] == ["COMPLETE", "FAIL", "COMPLETE"]

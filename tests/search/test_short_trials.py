@@ -9,9 +9,11 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 from study_harness import StudyHarness, attributes_of
 
+from pipeline.report import trials as report
 from pipeline.search.requeue import release_trials, requeue
 from pipeline.search.short_trials import ETA, next_in_full, score_of, short_epochs, simulate
 from pipeline.search.trial_attributes import TrialAttributes
+from pipeline.tracking import queries
 
 
 def trial(
@@ -117,3 +119,8 @@ def test_a_whole_study_has_short_and_full_runs_and_its_winner_is_a_full_one(harn
     for full, short in zip((5, 6), order[:2], strict=True):
         assert runs[full].data.params["optimizer.lr"] == runs[short].data.params["optimizer.lr"]
         assert f"({short} in full)" in runs[full].info.run_name
+        assert runs[full].data.tags["full_of"] == str(short)
+    frame = report.table(harness.tracker, queries.studies(harness.tracker))
+    assert list(frame["short"][frame["trial"].isin(order)]) == [True] * 4
+    assert set(frame["training.epochs"]) == {4}, "a short trial's recipe has its epochs in full"
+    assert set(frame["epochs"][frame["short"]]) == {1}

@@ -11,12 +11,13 @@ import torch
 from optuna.pruners import MedianPruner, NopPruner
 from optuna.samplers import BruteForceSampler, GridSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState, create_trial
+from PIL import Image
 
 from pipeline.cli.common import load_data
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Form, Recipe
 from pipeline.search import study as study_module
 from pipeline.search.study import (
     Search,
@@ -109,7 +110,7 @@ def test_fraction_of_the_training_images_changes_the_split(
 ) -> None:
     """The field itself is not in the fingerprint."""
     third = Search("tiny", search.study, {"data.train_fraction": 0.3}, 1, 8, None)
-    data = prepare(load("digits", 8, tmp_path), third.base.data, torch.device("cpu"))
+    data = prepare(load("digits", Form(8), tmp_path), third.base.data, torch.device("cpu"))
     former, current = search.fingerprint(digits), third.fingerprint(data)
     assert {key for key in former if former[key] != current[key]} == {"split"}
 
@@ -423,3 +424,39 @@ def test_sampler_that_stopped_ends_the_study_and_another_one_continues(search: S
     assert with_fields(search, sampler=BruteForceSampler()).why_exhausted(study)
     assert not with_fields(search, sampler=RandomSampler()).why_exhausted(study)
     assert not search.why_exhausted(study)
+
+
+@pytest.mark.parametrize(
+    ("size", "network", "chosen"),
+    [
+        ((100, 99), "plain", (64, "squash")),
+        ((40, 30), "plain", (32, "crop")),
+        ((100, 75), "plain", (64, "crop")),
+        ((100, 300), "timm", (96, "pad")),
+    ],
+)
+def test_base_suits_a_folder_by_a_look_at_its_images(
+    size: tuple[int, int], network: str, chosen: tuple[int, str], small_recipe: Recipe, tmp_path: Path
+) -> None:
+    for name in ("a/1", "a/2", "b/1", "b/2"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size).save(tmp_path / "train" / f"{name}.png")
+    base = small_recipe.changed({"model.network": network, "data.image_size": 96 if network == "timm" else 32})
+    study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=8)
+    suited, line = study.suited_to(tmp_path)
+    assert (suited.base.data.image_size, suited.base.data.geometry) == chosen
+    assert f"{size[0]} x {size[1]}" in line and f"data.geometry={chosen[1]}" in line
+
+
+def test_networks_of_timm_are_checked_with_the_search(small_recipe: Recipe) -> None:
+    def backbones(trial: Any) -> None:
+        trial.suggest_categorical("model.backbone", ["test_resnet", "test_resnot", "resnet19"])
+
+    base = small_recipe.changed({"model.network": "timm", "model.backbone": "test_resnet", "data.image_size": 32})
+    study = Study(question="?", base=base, space=backbones, objective="val/accuracy", trials=8)
+    with pytest.raises(UserError) as caught:
+        Search("tiny", study, {}, 1, 8, None).check()
+    assert [line.partition(":")[0] for line in caught.value.lines] == [
+        "model.backbone = test_resnot",
+        "model.backbone = resnet19",
+    ]

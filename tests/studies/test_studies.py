@@ -37,7 +37,21 @@ def test_every_variant_is_a_valid_base_inside_the_space(name: str) -> None:
 
 # What no optimizer but Muon has, and what its kind needs where it is set in a study that is not about it.
 NEEDED = {"optimizer.bias_lr": 50.0, "optimizer.head_lr": 700.0}
-VALUES = [0.07, 0.31, 3, 5, 16, (16, 16, 16), "constant", "reflect", "alternating", "bf16", "compiled"]
+VALUES = [
+    0.07,
+    0.31,
+    3,
+    5,
+    16,
+    (16, 16, 16),
+    "constant",
+    "reflect",
+    "alternating",
+    "bf16",
+    "compiled",
+    "default",
+    "pad",
+]
 DRAWS = 24
 
 

@@ -13,8 +13,8 @@ from pipeline.recipe import Recipe
 from pipeline.registry.package import Package
 from pipeline.tracking import queries
 from pipeline.tracking.models import digests, find_model
-from pipeline.tracking.tags import State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 from pipeline.training.checkpoints import RECORD, amend, read_checkpoint
 
 
@@ -82,7 +82,15 @@ def scored(
 ) -> str:
     """A finished run with this score, in a study of its own."""
     parent_run = tracker.open_study(study, "?", "val/accuracy", [])
-    with tracker.run("trial 0", recipe, data, parent_run.id, {"role": "trial", "study": study, "trial": "0"}) as run:
+    with tracker.run(
+        RunRequest(
+            name="trial 0",
+            recipe=recipe,
+            data=data,
+            parent_run=parent_run.id,
+            tags=RunTags.parse({"role": "trial", "study": study, "trial": "0"}),
+        )
+    ) as run:
         run.log_metrics({"val/accuracy": score}, 1)
         run.end(State.FINISHED)
     parent_run.end(State.FINISHED)

@@ -12,8 +12,8 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.tracking import queries
 from pipeline.tracking.queries import find_studies, find_study
-from pipeline.tracking.tags import State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
 
 @pytest.fixture
@@ -71,7 +71,15 @@ def test_best_runs_are_finished_trials_best_first(
     ids = {}
     trials = [(0.2, State.FINISHED), (0.9, State.FINISHED), (0.99, State.PRUNED), (0.5, State.FINISHED)]
     for number, (accuracy, state) in enumerate([*trials, (0.98, State.FAILED), (0.97, State.INTERRUPTED)]):
-        with sqlite_tracker.run("trial", small_recipe, digits, parent.id, trial_tags("best-v1-digits", number)) as run:
+        with sqlite_tracker.run(
+            RunRequest(
+                name="trial",
+                recipe=small_recipe,
+                data=digits,
+                parent_run=parent.id,
+                tags=RunTags.parse(trial_tags("best-v1-digits", number)),
+            )
+        ) as run:
             run.log_metrics({"val/accuracy": accuracy, "val/loss": 1 - accuracy}, 1)
             run.end(state)
         ids[stored(sqlite_tracker, run).info.run_id] = accuracy
@@ -95,7 +103,15 @@ def test_finals_and_reproductions_are_no_best_trials(
     tags = trial_tags("roles-v1-digits", 0)
     ids = {}
     for role, score in (("trial", 0.5), ("final", 0.9), ("reproduction", 0.8)):
-        with sqlite_tracker.run(role, small_recipe, digits, parent.id, tags | {"role": role}) as run:
+        with sqlite_tracker.run(
+            RunRequest(
+                name=role,
+                recipe=small_recipe,
+                data=digits,
+                parent_run=parent.id,
+                tags=RunTags.parse(tags | {"role": role}),
+            )
+        ) as run:
             run.log_metrics({"val/accuracy": score}, 1)
             run.end(State.FINISHED)
         ids[role] = sqlite_tracker.id_of(run.key)
@@ -106,7 +122,7 @@ def test_finals_and_reproductions_are_no_best_trials(
 def test_read_file_is_none_for_a_missing_artifact(
     sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
-    with sqlite_tracker.run("run", small_recipe, digits) as run:
+    with sqlite_tracker.run(RunRequest(name="run", recipe=small_recipe, data=digits)) as run:
         run.end(State.FINISHED)
     run_id = sqlite_tracker.id_of(run.key)
     assert parse_recipe(queries.read_file(sqlite_tracker, run_id, "recipe.json") or "") == small_recipe

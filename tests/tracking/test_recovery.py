@@ -16,8 +16,8 @@ from pipeline.recipe import Recipe
 from pipeline.tracking import recovery
 from pipeline.tracking.journal import FOLDER, RECORDS, journals
 from pipeline.tracking.run import MlflowRun
-from pipeline.tracking.tags import State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
 
 def test_journals_of_dead_processes_are_adopted(
@@ -27,7 +27,7 @@ def test_journals_of_dead_processes_are_adopted(
     run_and_die(local_tracker.home, small_recipe, digits, finished, 2, State.FINISHED, False)
     run_and_die(local_tracker.home, small_recipe, digits, open_one, 3, None, True)
     assert runs_of(local_tracker, open_one)[0].info.status == "RUNNING"
-    with local_tracker.run("mine", small_recipe, digits) as living:
+    with local_tracker.run(RunRequest(name="mine", recipe=small_recipe, data=digits)) as living:
         other = MlflowTracker(local_tracker.home)
         journals_of_others = recovery.other_journals(other)
         assert (sorted(journals_of_others.orphaned), journals_of_others.busy, journals_of_others.other_tracker) == (
@@ -87,7 +87,7 @@ def test_sync_sends_reports_rejections_and_can_be_repeated(
     [deleted] = runs_of(local_tracker, "b" * 32)
     local_tracker.client.delete_run(deleted.info.run_id)
     with (
-        local_tracker.run("living", small_recipe, digits),
+        local_tracker.run(RunRequest(name="living", recipe=small_recipe, data=digits)),
         pytest.raises(
             PartialFailure, match=rf"{'b' * 32}: MLflow refuses this run \(it was deleted in MLflow\)"
         ) as caught,
@@ -116,8 +116,9 @@ def test_only_abandoned_trials_are_closed(
     with ExitStack() as left_open:
 
         def run(of: MlflowRun, study: str, trial: int, at: MlflowTracker = elsewhere, role: str = "trial") -> MlflowRun:
-            tags = trial_tags(study, trial) | {"role": role}
-            opened = left_open.enter_context(at.run("trial", small_recipe, digits, of.id, tags))
+            tags = RunTags.parse(trial_tags(study, trial) | {"role": role})
+            request = RunRequest(name="trial", recipe=small_recipe, data=digits, parent_run=of.id, tags=tags)
+            opened = left_open.enter_context(at.run(request))
             at.id_of(opened.key)
             return opened
 
@@ -148,7 +149,9 @@ def test_run_of_a_dead_process_is_ended_without_its_journal(
     parent = sqlite_tracker.open_study("ended-v1-digits", "Why?", "val/accuracy", [])
     tags = trial_tags("ended-v1-digits", 7)
     elsewhere = MlflowTracker(tmp_path / "elsewhere", sqlite_tracker.uri)
-    with elsewhere.run("trial 7", small_recipe, digits, parent.id, tags) as run:
+    run_tags = RunTags.parse(tags)
+    request = RunRequest(name="trial 7", recipe=small_recipe, data=digits, parent_run=parent.id, tags=run_tags)
+    with elsewhere.run(request) as run:
         run.log_metrics({"val/accuracy": 0.5}, 1)
         elsewhere.id_of(run.key)
         run.disown()  # as one does whose trial was declared dead
@@ -170,7 +173,13 @@ def test_runs_of_dead_workers_are_closed(
         runs = {
             name: left_open.enter_context(
                 sqlite_tracker.run(
-                    name, small_recipe, digits, parent.id, {"role": "final", "worker": json.dumps(worker)}
+                    RunRequest(
+                        name=name,
+                        recipe=small_recipe,
+                        data=digits,
+                        parent_run=parent.id,
+                        tags=RunTags.parse({"role": "final", "worker": json.dumps(worker)}),
+                    )
                 )
             )
             for name, worker in workers.items()

@@ -19,7 +19,7 @@ from pipeline.tracking import queries
 from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.relocate import _COLUMNS, relocate
 from pipeline.tracking.tags import State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
 
 def cells_with(database: Path, text: str) -> set[tuple[str, str]]:
@@ -92,7 +92,7 @@ def test_relocated_folder_works_as_before(
     with find_model(new, None, None) as model:
         assert model.label.startswith("the champion")
         assert (model.folder / "model.onnx").exists()
-    with tracker.run("new", small_recipe, digits) as run:
+    with tracker.run(RunRequest(name="new", recipe=small_recipe, data=digits)) as run:
         run.end(State.FINISHED)
     assert (new / "artifacts" / tracker.id_of(run.key) / "artifacts" / "recipe.json").exists()
     kept = tracker.client.get_experiment_by_name("elsewhere")
@@ -123,7 +123,7 @@ def test_folder_in_use_is_not_relocated(old: Path, tmp_path: Path, small_recipe:
     new = moved(old, tmp_path / "mlruns")
     relocate(new)
     with (
-        MlflowTracker(new).run("running", small_recipe, digits) as run,
+        MlflowTracker(new).run(RunRequest(name="running", recipe=small_recipe, data=digits)) as run,
         pytest.raises(UserError, match="another command is writing runs here"),
     ):
         relocate(new)

@@ -12,7 +12,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.recipe import Recipe
 from pipeline.tracking.run import MlflowRun
 from pipeline.tracking.tags import State
-from pipeline.tracking.tracker import MlflowTracker, OwnershipLost
+from pipeline.tracking.tracker import MlflowTracker, OwnershipLost, RunRequest
 
 STATUSES = [
     (State.FINISHED, "FINISHED"),
@@ -26,7 +26,7 @@ STATUSES = [
 def test_each_state_has_its_mlflow_status_and_tag(
     state: State, status: str, sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
-    with sqlite_tracker.run("run", small_recipe, digits) as run:
+    with sqlite_tracker.run(RunRequest(name="run", recipe=small_recipe, data=digits)) as run:
         run.end(state, "because")
     stored_run = stored(sqlite_tracker, run)
     assert stored_run.info.status == status
@@ -35,7 +35,7 @@ def test_each_state_has_its_mlflow_status_and_tag(
 
 
 def test_first_end_counts(sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData) -> None:
-    with sqlite_tracker.run("run", small_recipe, digits) as run:
+    with sqlite_tracker.run(RunRequest(name="run", recipe=small_recipe, data=digits)) as run:
         run.end(State.PRUNED, "below the median")
         run.end(State.FINISHED)
     stored_run = stored(sqlite_tracker, run)
@@ -45,7 +45,7 @@ def test_first_end_counts(sqlite_tracker: MlflowTracker, small_recipe: Recipe, d
 def test_reason_too_long_for_a_tag_is_cut(
     sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
-    with sqlite_tracker.run("run", small_recipe, digits) as run:
+    with sqlite_tracker.run(RunRequest(name="run", recipe=small_recipe, data=digits)) as run:
         run.end(State.FAILED, "é" * 100_000)
     stored_run = stored(sqlite_tracker, run)
     assert stored_run.info.status == "FAILED"
@@ -56,7 +56,7 @@ def test_reason_too_long_for_a_tag_is_cut(
 def test_batch_with_a_nonfinite_number_is_refused_by_its_name(
     value: float, sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
-    with sqlite_tracker.run("run", small_recipe, digits) as run:
+    with sqlite_tracker.run(RunRequest(name="run", recipe=small_recipe, data=digits)) as run:
         with pytest.raises(ValueError, match="val/loss"):
             run.log_metrics({"val/accuracy": 0.5, "val/loss": value}, 1)
         run.end(State.FINISHED)
@@ -67,7 +67,7 @@ def test_batch_of_1200_metrics_arrives_complete(
     sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     metrics = {f"val/f1/class {i}": i / 1200 for i in range(1200)}
-    with sqlite_tracker.run("run", small_recipe, digits) as run:
+    with sqlite_tracker.run(RunRequest(name="run", recipe=small_recipe, data=digits)) as run:
         run.log_metrics(metrics, 1)
         run.end(State.FINISHED)
     assert stored(sqlite_tracker, run).data.metrics == metrics
@@ -77,7 +77,7 @@ def test_system_metrics_are_logged(
     sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
-    with sqlite_tracker.run("run", small_recipe, digits) as run:
+    with sqlite_tracker.run(RunRequest(name="run", recipe=small_recipe, data=digits)) as run:
         time.sleep(0.5)
         run.end(State.FINISHED)
     metrics = stored(sqlite_tracker, run).data.metrics
@@ -96,7 +96,9 @@ def test_nothing_is_logged_once_the_ownership_is_lost(
 
     def train() -> None:
         nonlocal run
-        with sqlite_tracker.run("run", small_recipe, digits, check_ownership=check_ownership) as run:
+        with sqlite_tracker.run(
+            RunRequest(name="run", recipe=small_recipe, data=digits, check_ownership=check_ownership)
+        ) as run:
             run.log_metrics({"val/loss": 1.0}, 1)  # the second check: the first one was of the recipe's files
             run.log_metrics({"val/loss": 0.5}, 2)
             sqlite_tracker.flush(30)
@@ -119,7 +121,9 @@ def test_lost_run_is_not_ended(sqlite_tracker: MlflowTracker, small_recipe: Reci
             raise errors[0]
 
     def train(error: Exception) -> None:
-        with sqlite_tracker.run("run", small_recipe, digits, check_ownership=check_ownership) as run:
+        with sqlite_tracker.run(
+            RunRequest(name="run", recipe=small_recipe, data=digits, check_ownership=check_ownership)
+        ) as run:
             sqlite_tracker.flush(30)
             run_ids.append(str(run.id))
             errors.append(error)

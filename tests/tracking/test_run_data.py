@@ -9,11 +9,11 @@ from PIL import Image
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Form, Recipe
 from pipeline.tracking import queries
 from pipeline.tracking.run_data import MAX_PLACES, RunData, find_data, newest_first
 from pipeline.tracking.tags import State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
 
 def pets(root: Path, shade: int) -> str:
@@ -28,8 +28,8 @@ def pets(root: Path, shade: int) -> str:
 def seen(tmp_path: Path) -> RunData:
     """It lay in `first`, then in `second`; both are gone, and it is in `third`."""
     place = pets(tmp_path / "third", 9)
-    digest = load(place, 8, tmp_path).digest
-    return RunData("run 1", "pets", 8, digest, [str(tmp_path / "second"), str(tmp_path / "first")])
+    digest = load(place, Form(8), tmp_path).digest
+    return RunData("run 1", "pets", Form(8), digest, [str(tmp_path / "second"), str(tmp_path / "first")])
 
 
 def test_newest_place_with_the_same_images_is_used(seen: RunData, tmp_path: Path) -> None:
@@ -69,23 +69,25 @@ def test_option_is_the_only_place_and_must_match(seen: RunData, tmp_path: Path) 
 
 
 def test_named_data_set_is_found_by_name_or_data_dir(tmp_path: Path) -> None:
-    digits = load("digits", 8, tmp_path)
-    assert find_data(RunData("run 1", "digits", 8, digits.digest, []), tmp_path).images.name == "digits"
+    digits = load("digits", Form(8), tmp_path)
+    assert find_data(RunData("run 1", "digits", Form(8), digits.digest, []), tmp_path).images.name == "digits"
     elsewhere = str(tmp_path / "b" / "cifar-10-batches-py")
     with pytest.raises(DataError, match=rf"is not in {tmp_path}/a or {tmp_path}/b; name its folder by `--data-dir`"):
-        find_data(RunData("run 1", "cifar10", 8, "0" * 64, [elsewhere]), tmp_path / "a", download=False)
+        find_data(RunData("run 1", "cifar10", Form(8), "0" * 64, [elsewhere]), tmp_path / "a", download=False)
 
 
 def test_cifar10_is_found_where_the_study_had_it(cifar10_dir: Path, tmp_path: Path) -> None:
-    digest = load("cifar10", 8, cifar10_dir).digest
-    seen = RunData("run 1", "cifar10", 8, digest, [str(cifar10_dir / "cifar-10-batches-py")])
+    digest = load("cifar10", Form(8), cifar10_dir).digest
+    seen = RunData("run 1", "cifar10", Form(8), digest, [str(cifar10_dir / "cifar-10-batches-py")])
     assert find_data(seen, tmp_path, download=False).data_dir == cifar10_dir
 
 
 def test_run_knows_its_studys_places_and_its_own(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
     tracker = MlflowTracker(tmp_path / "mlruns")
     parent = tracker.open_study("tiny-v1-pets-3fa9c1", "?", "val/accuracy", [], places=["/second"])
-    with tracker.run("trial 0", small_recipe, replace(digits, source="/first"), parent.id) as run:
+    with tracker.run(
+        RunRequest(name="trial 0", recipe=small_recipe, data=replace(digits, source="/first"), parent_run=parent.id)
+    ) as run:
         run.end(State.FINISHED)
     assert queries.data_places(tracker, tracker.id_of(run.key)) == ["/second", "/first"]
     assert queries.data_places(tracker, "0" * 32) == []

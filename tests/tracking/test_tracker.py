@@ -14,8 +14,8 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.tracking.lineage import code
 from pipeline.tracking.server import HOST, start_server, stop_server
-from pipeline.tracking.tags import State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,15 @@ def test_run_holds_recipe_data_code_and_machine_in_every_store(
 ) -> None:
     tracker: MlflowTracker = request.getfixturevalue(store)
     parent = tracker.open_study("whole-v1-digits", "Why?", "val/accuracy", ["optimizer.lr"])
-    with tracker.run("trial 3", small_recipe, digits, parent.id, trial_tags("whole-v1-digits", 3)) as run:
+    with tracker.run(
+        RunRequest(
+            name="trial 3",
+            recipe=small_recipe,
+            data=digits,
+            parent_run=parent.id,
+            tags=RunTags.parse(trial_tags("whole-v1-digits", 3)),
+        )
+    ) as run:
         assert stored(tracker, run).info.status == "RUNNING"
         run.log_metrics({"val/accuracy": 0.5, "val/loss": 1.5}, 1)
         run.log_metrics({"val/accuracy": 0.75}, 2)
@@ -104,7 +112,7 @@ def test_run_holds_recipe_data_code_and_machine_in_every_store(
 def test_run_without_parent_is_in_the_data_sets_experiment(
     sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
-    with sqlite_tracker.run("run", small_recipe, digits) as run:
+    with sqlite_tracker.run(RunRequest(name="run", recipe=small_recipe, data=digits)) as run:
         run.end(State.FINISHED)
     stored_run = stored(sqlite_tracker, run)
     assert sqlite_tracker.client.get_experiment(stored_run.info.experiment_id).name == "digits"
@@ -117,7 +125,7 @@ def test_exception_ends_the_run_as_failed_and_is_raised(
 ) -> None:
     with (
         pytest.raises(type(error)) as caught,
-        sqlite_tracker.run("run", small_recipe, digits) as run,
+        sqlite_tracker.run(RunRequest(name="run", recipe=small_recipe, data=digits)) as run,
     ):
         raise error
     assert caught.value is error
@@ -129,7 +137,7 @@ def test_exception_ends_the_run_as_failed_and_is_raised(
 def test_run_that_was_not_ended_is_failed(
     sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
-    with sqlite_tracker.run("run", small_recipe, digits) as run:
+    with sqlite_tracker.run(RunRequest(name="run", recipe=small_recipe, data=digits)) as run:
         pass
     stored_run = stored(sqlite_tracker, run)
     assert (stored_run.info.status, stored_run.data.tags["reason"]) == ("FAILED", "ended without a state")
@@ -141,7 +149,7 @@ def test_unwritable_journal_is_one_line_and_leaves_nothing(
     blocked = MlflowTracker(tmp_path, sqlite_tracker.uri)
     (tmp_path / "journal").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"can't be written.*free space") as caught:
-        blocked.run("run", small_recipe, digits).__enter__()
+        blocked.run(RunRequest(name="run", recipe=small_recipe, data=digits)).__enter__()
     assert len(caught.value.lines) == 1
     assert not blocked.pending
 

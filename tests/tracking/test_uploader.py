@@ -16,8 +16,8 @@ from pipeline.recipe import Recipe
 from pipeline.tracking import queries, uploader
 from pipeline.tracking.journal import Journal, journals
 from pipeline.tracking.queries import Points, all_points, all_runs
-from pipeline.tracking.tags import State
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
 
 def train(
@@ -27,7 +27,7 @@ def train(
     (folder / "out").mkdir(exist_ok=True)
     (folder / "out" / "notes.txt").write_text("seen")
     longest = 0.0
-    with tracker.run("train", recipe, data) as run:
+    with tracker.run(RunRequest(name="train", recipe=recipe, data=data)) as run:
         for epoch in range(1, 13):
             meanwhile(epoch)
             began = time.monotonic()
@@ -127,7 +127,7 @@ def test_many_epochs_travel_in_one_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(uploader, "_INTERVAL_S", 60.0)
-    with proxied_tracker.run("train", small_recipe, digits) as run:
+    with proxied_tracker.run(RunRequest(name="train", recipe=small_recipe, data=digits)) as run:
         for epoch in range(1, 101):
             run.log_metrics({"val/accuracy": epoch / 100}, epoch)
         run.end(State.FINISHED)
@@ -144,7 +144,7 @@ def test_permanent_rejection_is_kept_and_not_retried(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with proxied_tracker.run("deleted", small_recipe, digits) as run:
+    with proxied_tracker.run(RunRequest(name="deleted", recipe=small_recipe, data=digits)) as run:
         proxied_tracker.client.delete_run(proxied_tracker.id_of(run.key))
         for epoch in range(1, 4):
             run.log_metrics({"val/accuracy": epoch / 12}, epoch)
@@ -169,7 +169,9 @@ def test_killed_run_resumes_with_each_point_once(
     send: bool, local_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
     run_and_die(local_tracker.home, small_recipe, digits, KEY, 3, None, send)
-    with local_tracker.run("train", small_recipe, digits, tags={"trial": "7"}, key=KEY) as run:
+    with local_tracker.run(
+        RunRequest(name="train", recipe=small_recipe, data=digits, tags=RunTags.parse({"trial": "7"}), run_key=KEY)
+    ) as run:
         assert local_tracker.flush(30)
         [stored] = runs_of(local_tracker, KEY)
         assert (stored.info.status, stored.data.tags["trial"]) == ("RUNNING", "7")
@@ -186,7 +188,7 @@ def test_interrupted_run_reopens_and_keeps_first_values(
     local_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
-    with local_tracker.run("train", small_recipe, digits) as run:
+    with local_tracker.run(RunRequest(name="train", recipe=small_recipe, data=digits)) as run:
         run.log_metrics({"val/accuracy": 0.1}, 1)
         run.log_metrics({"val/accuracy": 0.2}, 2)
         time.sleep(0.35)
@@ -198,7 +200,7 @@ def test_interrupted_run_reopens_and_keeps_first_values(
     assert [step for step, _ in before] == list(range(len(before))) and before
 
     successor = MlflowTracker(local_tracker.home)
-    with successor.run("train again", small_recipe, digits, key=run.key) as again:
+    with successor.run(RunRequest(name="train again", recipe=small_recipe, data=digits, run_key=run.key)) as again:
         assert successor.id_of(run.key) == run_id == again.id
         stored = successor.client.get_run(run_id)
         assert (stored.info.status, stored.info.run_name) == ("RUNNING", "train again")

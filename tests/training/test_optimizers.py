@@ -93,6 +93,26 @@ def test_every_parameter_decays(section):
         assert torch.allclose(parameter, torch.tensor(1 - 0.5 * 0.1)), name
 
 
+@pytest.mark.parametrize("section", [recipe.Sgd(lr=0.5), recipe.AdamW(lr=0.5)])
+def test_layers_have_rates_that_fall_towards_the_image(section: recipe.Optimizer) -> None:
+    transfer = recipe.Transfer(layer_decay=0.5, head_multiple=10)
+    network = convnet()
+    optimizer = build_optimizer(network, section, CPU, transfer=transfer)
+    set_lr(optimizer, recipe.Linear(), 2, 5)
+    rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    by_name = {name: rates[parameter] for name, parameter in network.named_parameters()}
+    convolutions = {"0.weight": 0.0625, "0.bias": 0.0625, "1.weight": 0.0625, "1.bias": 0.0625}
+    assert by_name == convolutions | {"3.weight": 0.125, "3.bias": 0.125, "5.weight": 2.5, "5.bias": 2.5}
+
+
+def test_muons_groups_are_divided_by_layer_too() -> None:
+    plain, divided = (
+        build_optimizer(convnet(), MUON, CPU, transfer=recipe.Transfer(layer_decay=decay)) for decay in (1.0, 0.5)
+    )
+    assert sorted({group["lr"] for group in plain.param_groups}) == [0.3, 2, 5]
+    assert sorted({group["lr"] for group in divided.param_groups}) == [0.075, 0.15, 0.5, 1, 2, 5]
+
+
 def test_a_set_rate_holds_from_the_next_step():
     network = nn.Linear(1, 1, bias=False)
     optimizer = build_optimizer(network, recipe.Sgd(lr=0.5, momentum=0.0, weight_decay=0.0), CPU)

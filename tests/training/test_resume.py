@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 from test_checkpoints import killed_at
+from training_cases import at_size
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.models.build import build_network
-from pipeline.recipe import Recipe
+from pipeline.recipe import Form, Recipe
 from pipeline.search.speed import few_images
 from pipeline.training.checkpoints import read_checkpoint, save_folder
 from pipeline.training.loop import EpochReport, Result, train
@@ -47,6 +48,18 @@ KINDS = {
     "adam, step, fp32": {"optimizer.name": "adam", "training.precision": "fp32", **ADAPTIVE, **STEP},
     "adamw, no average": {"optimizer.name": "adamw", "training.ema_decay": 0, **ADAPTIVE},
     "muon, whitening that freezes, alternating flip": FAST,
+    "adamw, frozen layers and epochs, rates by layer, stochastic depth": {
+        "data.image_size": 32,
+        "model.network": "timm",
+        "model.backbone": "test_efficientnet",
+        "model.drop_path": 0.3,
+        "optimizer.name": "adamw",
+        "transfer.frozen_epochs": 2,
+        "transfer.frozen_share": 0.5,
+        "transfer.layer_decay": 0.7,
+        "transfer.head_multiple": 10,
+        **ADAPTIVE,
+    },
     "adam, dropout of whole maps": {
         "model.network": "plain",
         "model.widths": (4, 8),
@@ -108,6 +121,7 @@ def test_resume_after_many_stops_equals_an_uninterrupted_training(
     changes: dict, recipe: Recipe, few: TrainingData, tmp_path: Path
 ) -> None:
     recipe = recipe.changed(changes)
+    few = at_size(few, recipe.data.image_size)
     uninterrupted = train(recipe, few, CPU)
     assert len({str(metrics["val/loss"]) for metrics in untimed(uninterrupted.history)}) > 1, "it must learn something"
     folder, draw, done = tmp_path / "a" / "key", random.Random(str(changes)), 0
@@ -148,7 +162,7 @@ from pipeline.training.resume import Resume
 
 home, at, steps = Path(sys.argv[1]), int(sys.argv[2]), count(1)
 recipe = parse_recipe((home / "recipe.json").read_bytes())
-data = few_images(prepare(load("digits", 8, Path("data")), recipe.data, torch.device("cpu")), 4 * 64 + 20, 60)
+data = few_images(prepare(load("digits", Form(8), Path("data")), recipe.data, torch.device("cpu")), 4 * 64 + 20, 60)
 
 def on_step(epoch, step, total):
     if next(steps) == at:
@@ -369,7 +383,7 @@ def test_resume_on_a_gpu(execution: str, recipe: Recipe, small_recipe: Recipe, t
     from pipeline.data.prepare import prepare
 
     gpu = torch.device("cuda")
-    data = prepare(load("digits", 8, tmp_path), small_recipe.data, gpu)
+    data = prepare(load("digits", Form(8), tmp_path), small_recipe.data, gpu)
     recipe = recipe.changed({"training.deterministic": True, "training.execution": execution, "optimizer.name": "adam"})
     recipe = recipe.changed(ADAPTIVE)
     uninterrupted = train(recipe, data, gpu)

