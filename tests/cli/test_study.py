@@ -46,7 +46,7 @@ def test_study_runs_resumes_and_names_the_next_commands(tmp_path: Path) -> None:
     assert "attention-v1-digits: best 2 of 2 trials, validation split" in first.stdout
     for link in (
         "python -m pipeline ui",
-        "#/experiments/1/runs?workflowType=machine_learning&orderByKey=",
+        "#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=",
         "#/compare-runs?runs=",
     ):
         assert link in first.stdout
