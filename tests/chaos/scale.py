@@ -267,11 +267,11 @@ def measure(url: str, home: Path, workers: int, trials: int, finished: int, seco
     ticks: list[float] = []
     busiest = [0]
 
-    def watched(tick: Callable[[float], bool]) -> Callable[[float], bool]:
-        def timed(seconds: float) -> bool:
+    def watched(tick: Callable[[], bool]) -> Callable[[], bool]:
+        def timed() -> bool:
             began = time.perf_counter()
             try:
-                return tick(seconds)
+                return tick()
             finally:
                 ticks.append(time.perf_counter() - began)
                 if len(ticks) % 8 == 0:

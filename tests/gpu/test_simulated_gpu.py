@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from pipeline.cli.common import find_device
-from pipeline.data import augment
+from pipeline.data import policies
 from pipeline.errors import UserError
 from pipeline.evaluation.latency import latency_ms
 from pipeline.evaluation.logits import predict_logits
@@ -29,6 +29,7 @@ from pipeline.training.execution import own_stream
 from pipeline.training.loop import Result, train
 
 EVERYTHING = {
+    "augmentation.policy": "custom",
     "augmentation.crop_padding": 4,
     "augmentation.rotation": 15,
     "augmentation.perspective": 0.2,
@@ -137,8 +138,8 @@ def test_a_step_that_waits_or_mixes_devices_fails(
 
 
 def test_an_augmentation_that_copies_a_constant_fails(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = augment.adjust_hue
-    monkeypatch.setattr(augment, "adjust_hue", lambda images, turns: real(images, turns + torch.tensor(0.1)))
+    real = policies.adjust_hue
+    monkeypatch.setattr(policies, "adjust_hue", lambda images, turns: real(images, turns + torch.tensor(0.1)))
     with pytest.raises(HostWaits, match="augmentation uses tensors of the host"):
         trained(tiny)
 

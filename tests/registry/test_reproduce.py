@@ -113,7 +113,7 @@ def test_what_the_original_did_not_log_is_no_difference(
     more, f1 = {"val/balanced_accuracy": 0.5}, {"val/f1/cat": 0.4}
     ids = []
     for epochs in ([{}, f1, f1], [more, more, more | f1]):
-        with tracker.run("one", small_recipe, digits) as run:
+        with tracker.run(RunRequest(name="one", recipe=small_recipe, data=digits)) as run:
             for epoch, values in enumerate(epochs, start=1):
                 run.log_metrics({"val/accuracy": epoch / 10, **values}, epoch)
             run.end(State.PRUNED)

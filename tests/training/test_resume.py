@@ -155,7 +155,7 @@ from pathlib import Path
 import torch
 from pipeline.data.datasets import load
 from pipeline.data.prepare import prepare
-from pipeline.recipe import parse_recipe
+from pipeline.recipe import Form, parse_recipe
 from pipeline.search.speed import few_images
 from pipeline.training.loop import train
 from pipeline.training.resume import Resume
