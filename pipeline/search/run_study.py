@@ -87,7 +87,7 @@ def _open_parent_run(study: optuna.Study, context: StudyContext, choice: Choice 
         study.study_name,
         context.search.study.question,
         context.search.study.objective,
-        list(context.search.space()),
+        context.search.fields,
         stored.mlflow_run_id,
         stored.run_key,
         stored.places or [],

@@ -375,6 +375,11 @@ class Search:
     def _space(self) -> dict[str, BaseDistribution]:
         return explore(self.ask, self.recipe)
 
+    @property
+    def fields(self) -> list[str]:
+        """The recipe fields that the space asks for, under whatever names."""
+        return list(dict.fromkeys(map(field_of, self.space())))
+
     def values(self, field: str) -> list[Any]:
         """Every choice, or both ends, of what the space asks for a field; none where it doesn't."""
         return [value for name, asked in self.space().items() if field_of(name) == field for value in extremes(asked)]

@@ -209,6 +209,20 @@ def test_trials_are_compared_at_equal_fractions_of_their_epochs(small_recipe: Re
     assert search.step(2, search.short(long), short=True) == 2
 
 
+def test_a_field_with_several_ranges_is_one_field(small_recipe: Recipe) -> None:
+    def labelled(trial: Any) -> None:
+        kind = trial.suggest_categorical("optimizer.name", ["sgd", "adamw"])
+        trial.suggest_float(f"optimizer.lr@{kind}", *((0.01, 1) if kind == "sgd" else (1e-4, 1e-2)), log=True)
+
+    study = Study(question="?", base=small_recipe, space=labelled, objective="val/accuracy", trials=8)
+    search = Search("tiny", study, {}, version=1, trials=8, timeout_s=None)
+    assert list(search.space()) == ["optimizer.name", "optimizer.lr@sgd", "optimizer.lr@adamw"]
+    assert search.fields == ["optimizer.name", "optimizer.lr"]
+    assert search.values("optimizer.lr") == [0.01, 1, 1e-4, 1e-2]
+    recipe = search.recipe({"optimizer.name": "adamw", "optimizer.lr@adamw": 2e-3})
+    assert (recipe.optimizer.name, recipe.optimizer.lr) == ("adamw", 2e-3)
+
+
 def test_settings_are_not_searched(small_recipe: Recipe) -> None:
     """So `--epochs` may be outside the space, and a data set's variant too."""
     with pytest.raises(UserError, match=r"training.epochs = 3 in the base recipe: outside the space"):
