@@ -170,7 +170,7 @@ def _with_precision(
     """
     stored = StudyAttributes.of(study).choice if study else None
     precision = stored.precision if stored else ""
-    is_auto = search.base.training.precision == "auto" and "training.precision" not in search.space()
+    is_auto = search.base.training.precision == "auto" and not search.values("training.precision")
     if not is_auto or search.base.model.network != "timm" or (study and num_finished(study) and not precision):
         return search, choice
     if not precision and device.type == "cpu" and bf16_supported(device):
