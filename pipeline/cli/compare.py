@@ -91,9 +91,13 @@ def _print_trials(console: Console, frame: "pd.DataFrame", most: int = 8) -> Non
     """The best trials of a study and its control."""
     from pipeline.cli.views import print_best_trials
     from pipeline.report.best_trials import best_trials
-    from pipeline.report.trials import finished, trial_rows
+    from pipeline.report.trials import finished, state_words, trial_rows
 
-    objective, num_finished, states = frame["objective"].iloc[0], len(finished(frame)), frame["state"].value_counts()
+    objective, num_finished, states = (
+        frame["objective"].iloc[0],
+        len(finished(frame)),
+        state_words(frame).value_counts(),
+    )
     trials = trial_rows(frame)
     num_infeasible = (trials["infeasible"] != "").sum()
     infeasible = f", {num_infeasible} infeasible" if num_infeasible else ""

@@ -12,7 +12,7 @@ from pipeline.report.control_comparison import Comparison, compare_with_control
 from pipeline.report.figures import scores
 from pipeline.report.render import render
 from pipeline.report.study_page import finals_verdict
-from pipeline.report.trials import finished, param_names, searched, trial_rows, weakest_class
+from pipeline.report.trials import finished, param_names, searched, state_words, trial_rows, weakest_class
 from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -70,7 +70,7 @@ def _study(name: str, runs: pd.DataFrame, comparison: Comparison | None) -> dict
     weakest, f1 = weakest_class(comparison.best) if comparison else ("", float("nan"))
     return {
         "name": name,
-        "states": trials["state"].value_counts().to_dict(),
+        "states": state_words(trials).value_counts().to_dict(),
         "seconds": trials["seconds"].sum(),
         "best": comparison and comparison.best.to_dict(),
         "control": comparison and comparison.control,

@@ -26,6 +26,7 @@ from pipeline.report.trials import (
     last_values,
     ranked,
     searched,
+    state_words,
     trial_rows,
 )
 from pipeline.search.importances import num_top
@@ -65,7 +66,7 @@ def study_page(
         "verdict": verdict,
         "champions": champions(tracker, frame),
         "links": links,
-        "states": trials["state"].value_counts().to_dict(),
+        "states": state_words(trials).value_counts().to_dict(),
         "num_infeasible": int((trials["infeasible"] != "").sum()),
         "no_answer": "" if comparison else queries.no_best_run(tracker, study).problems[0].rule,
         "objective": study.objective,
@@ -203,6 +204,7 @@ def _unfinished(frame: pd.DataFrame) -> dict[str, Any]:
         return {}
     base, names = control(frame), searched(frame)
     rows = rows.assign(
+        state=state_words(rows),
         reason=rows["reason"].replace("", "no reason given"),
         value=last_values(rows),
         changes=rows.apply(changes, axis=1, args=(base, names)),

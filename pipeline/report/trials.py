@@ -127,6 +127,11 @@ def trial_rows(frame: pd.DataFrame, state: State | None = None) -> pd.DataFrame:
     return rows if state is None else rows[rows["state"] == state]
 
 
+def state_words(rows: pd.DataFrame) -> pd.Series:
+    """Each run's state for a reader, to whom a short trial was not pruned."""
+    return rows["state"].mask(rows["short"] & (rows["state"] == State.PRUNED), "short")
+
+
 def with_role(frame: pd.DataFrame, role: Role) -> pd.DataFrame:
     """The runs of this role."""
     return frame[frame["role"] == role]

@@ -127,6 +127,10 @@ def test_a_short_trial_ranks_unless_its_recipe_finished_in_full() -> None:
     assert list(report.ranked(short_study())["trial"]) == [5, 0, 3, 4, 1]
 
 
+def test_a_short_trial_is_told_as_short_and_not_as_pruned() -> None:
+    assert list(report.state_words(short_study())) == ["finished", *["short"] * 4, "finished"]
+
+
 def test_short_trials_share_their_own_score(sqlite_tracker: MlflowTracker) -> None:
     measure, shared = report.early(sqlite_tracker, short_study())
     assert measure == "val/accuracy of the short trials"

@@ -21,7 +21,16 @@ from pipeline.report.figures.layout import (
     study_colours,
     with_caption,
 )
-from pipeline.report.trials import challenger, control, feasible, finished, infeasible, last_values, trial_rows
+from pipeline.report.trials import (
+    challenger,
+    control,
+    feasible,
+    finished,
+    infeasible,
+    last_values,
+    state_words,
+    trial_rows,
+)
 from pipeline.tracking.tags import State
 
 MAX_PRUNED_CURVES = 60
@@ -30,7 +39,12 @@ COSTS = {
     "model/parameters": "parameters",
     "model/latency_ms": "latency of one image, ms",
 }
-_SYMBOLS = {State.PRUNED: "x-thin", State.FAILED: "triangle-down", State.INTERRUPTED: "square-open"}
+_SYMBOLS: dict[str, str] = {
+    "short": "x-thin",
+    State.PRUNED: "cross-thin",
+    State.FAILED: "triangle-down",
+    State.INTERRUPTED: "square-open",
+}
 
 # ------------------------------------------------------------------------------------------------------------ by trial
 
@@ -99,7 +113,7 @@ def _unfinished(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _add_unfinished(figure: go.Figure, unfinished: pd.DataFrame) -> None:
     for state, symbol in _SYMBOLS.items():
-        rows = unfinished[unfinished["state"] == state]
+        rows = unfinished[state_words(unfinished) == state]
         if len(rows):
             figure.add_scatter(
                 x=rows["trial"],
@@ -122,7 +136,7 @@ def _history_caption(frame: pd.DataFrame, unfinished: pd.DataFrame, floor: float
     if floor is not None:
         parts.append(f"Lower values than {floor:.3f} are cut off")
     if not parts:
-        states = joined([f"{count} {state}" for state, count in frame["state"].value_counts().items()])
+        states = joined([f"{count} {state}" for state, count in state_words(frame).value_counts().items()])
         none = f"No {'feasible ' * bool(len(infeasible(frame)))}trial finished"
         parts = [f"{none}: {states}" if states else none]
     if len(unfinished):
