@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import UserError
-from pipeline.recipe import kind_field, kinds_with
-from pipeline.search.space_check import ScriptedTrial, field_of, lowest, nearest_value
+from pipeline.recipe import LATER, kind_field, kinds_with
+from pipeline.search.space_check import ScriptedTrial, field_of, from_choice, lowest, nearest_value, to_choice
 from pipeline.search.study import MAX_STARTS, Search, StartFrom
 from pipeline.search.study_attributes import StudyAttributes
+from pipeline.search.trial_attributes import is_feasible
 
 MAX_WINNERS = 2  # of MAX_STARTS
 
@@ -55,19 +57,24 @@ def nearest(search: Search, changes: Mapping[str, Any]) -> dict[str, Any] | None
         wanted = search.recipe({}).changed(changes).flat()
     except UserError:
         return None
-    trial = ScriptedTrial({}, lambda name, asked: nearest_value(asked, wanted.get(field_of(name), lowest(name, asked))))
+
+    def choose(name: str, asked: BaseDistribution) -> Any:
+        return nearest_value(asked, to_choice(wanted.get(field_of(name), lowest(name, asked))))
+
+    trial = ScriptedTrial({}, choose)
     search.ask(trial)
     return trial.params if search.recipe(trial.params).optimizer.name == wanted["optimizer.name"] else None
 
 
 def _winners(search: Search, earlier: Sequence[optuna.Study]) -> dict[str, Mapping[str, Any]]:
-    """The best trials of other studies as changes, by their source: of the same network first, then the latest."""
+    """The best feasible trials of other studies as changes, by their source: of the same network first, then the latest."""
     found: list[tuple[bool, float, str, Mapping[str, Any]]] = []
     for study in earlier:
         completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if not completed or study.study_name == search.stored_key:
+        feasible = [trial for trial in completed if is_feasible(trial)]
+        if not feasible or study.study_name == search.stored_key:
             continue
-        best = study.best_trial
+        best = max(feasible, key=lambda trial: trial.value or 0.0)
         fields = _fields(study, best)
         is_same = fields["model.network"] == search.base.model.network
         changes = {
@@ -83,8 +90,8 @@ def _winners(search: Search, earlier: Sequence[optuna.Study]) -> dict[str, Mappi
 
 def _fields(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
     """The recipe fields of a trial: those of its study's base that its kinds have, and what it drew."""
-    base = StudyAttributes.of(study).fingerprint["base"]
-    fields = {**base, **{field_of(name): value for name, value in trial.params.items()}}
+    base = {**LATER, **StudyAttributes.of(study).fingerprint["base"]}  # where values of LATER are left out
+    fields = {**base, **{field_of(name): from_choice(value) for name, value in trial.params.items()}}
     return {
         name: value
         for name, value in fields.items()

@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.search.portfolio import PORTFOLIO
 from pipeline.search.run_study import run_study
+from pipeline.search.space_check import to_choice
 from pipeline.search.starts import nearest, starts
 from pipeline.search.storage import open_study
 from pipeline.search.study import MAX_STARTS, Search, Study
@@ -128,6 +129,39 @@ def test_a_winner_keeps_only_the_fields_of_its_own_kinds_and_a_study_is_no_winne
     (start,) = starts(search, "all", [study])
     assert start.params["optimizer.lr@sgd"] == 0.03
     assert starts(replace(search, stored_key="adam-v1-digits"), "all", [study]) == []
+
+
+def test_an_infeasible_trial_is_no_winner(small_recipe: Recipe) -> None:
+    study = earlier("same-v1-digits", small_recipe, {0.03: 0.5})
+    broken = study.ask()
+    broken.suggest_float("optimizer.lr@sgd", 1e-3, 1, log=True)
+    broken.set_constraint("model/parameters", 1.0)
+    study.tell(broken, 0.9)
+    search = a_search(small_recipe, starts={})
+    assert [start.source for start in starts(search, "all", [study])] == ["same-v1-digits, trial 0"]
+    none = optuna.create_study(study_name="none-v1-digits", direction="maximize")
+    none.add_trial(study.trials[1])
+    assert starts(search, "all", [none]) == []
+
+
+def test_a_winner_may_have_widths_and_the_policy_that_recipes_have_by_default(small_recipe: Recipe) -> None:
+    choices = [list(small_recipe.flat()["model.widths"]), [8, 16]]
+
+    def widths(trial: Any) -> None:
+        trial.suggest_categorical("model.widths", choices)
+        trial.suggest_float("augmentation.rotation", 0, 15, step=5)
+
+    search = a_search(small_recipe, space=widths, starts={})
+    study = earlier("same-v1-digits", small_recipe.changed({"augmentation.rotation": 10}), {})
+    base = dict(StudyAttributes.of(study).fingerprint["base"])
+    del base["augmentation.policy"]  # as a fingerprint leaves it out
+    StudyAttributes.update(study, fingerprint={"base": base})
+    kinds = optuna.distributions.CategoricalDistribution([to_choice(choice) for choice in choices])
+    study.add_trial(
+        create_trial(params={"model.widths": to_choice([8, 16])}, distributions={"model.widths": kinds}, value=1)
+    )
+    (start,) = starts(search, "all", [study])
+    assert start.params == {"model.widths": to_choice([8, 16]), "augmentation.rotation": 10}
 
 
 def test_a_start_with_a_wrong_field_is_refused_with_the_study(small_recipe: Recipe) -> None:
