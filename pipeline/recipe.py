@@ -47,6 +47,23 @@ class Form(NamedTuple):
     held: int | None = None  # of training images, which random crops are cut from: squashed to so many pixels
 
 
+# What a manifest's columns are called; `data.columns` gives others, in this order.
+COLUMNS = ("path", "label", "split", "group")
+
+
+def _columns(value: str) -> str:
+    """`label=species,group=patient` or all four names in order, as all four: `path,species,split,patient`."""
+    parts = [part.strip() for part in value.split(",")]
+    if any("=" in part for part in parts):
+        renamed = dict(part.split("=", 1) for part in parts if "=" in part)
+        if len(renamed) < len(parts) or not renamed.keys() <= set(COLUMNS):
+            raise ValueError(f"should be {', '.join(f'{name}=...' for name in COLUMNS)}, those that differ")
+        parts = [renamed.get(name, name).strip() for name in COLUMNS]
+    if len(parts) != len(COLUMNS) or not all(parts) or len(set(parts)) < len(parts):
+        raise ValueError(f"should name {len(COLUMNS)} different columns, for {', '.join(COLUMNS)}")
+    return ",".join(parts)
+
+
 # What of `data` the form depends on. It may differ between the trials of a study, which share their data set and split.
 FORM_FIELDS = ("data.image_size", "data.geometry", "data.crop_scale")
 
@@ -54,7 +71,7 @@ FORM_FIELDS = ("data.image_size", "data.geometry", "data.crop_scale")
 class Data(Section):
     """The data set, what the network sees of its images, and how it is split."""
 
-    dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, or a folder with train/<class>/*")
+    dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, a folder or a manifest")
     image_size: int = Field(32, ge=8, le=512, description="height and width in pixels that the network sees")
     geometry: Literal["squash", "crop", "pad", "random_resized_crop"] = Field(
         "squash",
@@ -69,6 +86,28 @@ class Data(Section):
     )
     train_fraction: float = Field(1.0, gt=0, le=1, description="share of the other training images that is used")
     split_seed: int = Field(0, ge=0, le=2**32 - 1, description="draws the stratified split, and which images are used")
+    folds: int = Field(0, ge=0, le=100, description="so many folds in place of one validation split; 0: none")
+    fold: int = Field(0, ge=0, description="which of the folds validates, from 0")
+    test_fraction: float = Field(
+        0.1,
+        ge=0,
+        lt=0.5,
+        description="share of a folder or manifest without test images that is sealed as its test split",
+    )
+    columns: Annotated[str, AfterValidator(_columns)] = Field(
+        ",".join(COLUMNS), description="of a manifest, for path, label, split and group; or label=species,group=patient"
+    )
+
+    @model_validator(mode="after")
+    def _fold_is_one_of_them(self) -> Self:
+        if self.folds == 1 or self.fold >= max(self.folds, 1):
+            raise ValueError(f"fold {self.fold} of folds {self.folds}: folds is 0 or at least 2, and fold below it")
+        return self
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """What each of COLUMNS is called in the manifest."""
+        return dict(zip(COLUMNS, self.columns.split(","), strict=True))
 
     @property
     def form(self) -> Form:
@@ -530,6 +569,10 @@ def has_default(name: str, kind: str) -> bool:
 # Fields added later, with the value that equals the behaviour before: with it they are left out of the digest.
 LATER = {
     "data.train_fraction": 1.0,
+    "data.folds": 0,
+    "data.fold": 0,
+    "data.test_fraction": 0.1,
+    "data.columns": ",".join(COLUMNS),
     "data.geometry": "squash",
     "data.crop_scale": 0.35,
     "augmentation.policy": "custom",

@@ -16,7 +16,7 @@ from pipeline.cli.common import (
     print_links,
     require_store,
     say,
-    say_small_split,
+    say_data,
     say_what_is_missing,
     settle,
 )
@@ -62,7 +62,7 @@ def finals(
     control, recipes = plan.candidates[0], [candidate.recipe for candidate in plan.candidates]
     data = load_data_of_run(tracker, control.trial_run, f"study {study.name}", recipes, data_dir, dataset, torch_device)
     check_data(plan, tracker, data)
-    say_small_split(console, len(data.validation.labels), control.recipe.data.validation_fraction)
+    say_data(console, data)
     tracker.set_data_places(study.parent, newest_first(study.places, data.place))
     train(console, tracker, plan, data, torch_device, tracking_uri)
 

@@ -16,13 +16,33 @@ if TYPE_CHECKING:
     from pipeline.search.budget import Budget
     from pipeline.search.study import Search
 
+# The fields that say which images a folder or manifest holds, and which of them are sealed.
+FILE_FIELDS = ("data.dataset", "data.columns", "data.test_fraction")
 # What several commands ask for.
-DatasetOption = Annotated[str | None, typer.Option(help="cifar10, digits, or a folder with train/<class>/*.")]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="cifar10, digits, a folder of images by class, or a manifest: .csv or .parquet with path, label."
+    ),
+]
+TestFractionOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Of a folder or manifest without test images: share that is sealed as its test split, once; 0: none.",
+    ),
+]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES", help="What a manifest calls path, label, split and group: label=species,group=patient."
+    ),
+]
 SeenDatasetOption = Annotated[
     str | None,
     typer.Option(
         "--dataset",
-        metavar="FOLDER",
+        metavar="PATH",
         help="Where the run's data set lies now; default: where it was last, if it is there.",
     ),
 ]
@@ -91,6 +111,8 @@ class StudyOptions(BaseModel):
     patience: int | None = Field(None, ge=1, le=1_000_000)
     start: Literal["all", "portfolio", "winners", "none"] = "all"
     seed: int | None = Field(None, ge=0, le=2**32 - 1)
+    test_fraction: float | None = Field(None, ge=0, lt=0.5)
+    columns: str | None = None
     version: int | None = Field(None, ge=1, le=1_000_000)
     workers: int | None = Field(None, ge=1, le=1_000)
     cluster: str | None = None
@@ -137,13 +159,14 @@ def resolve(
     name: str, options: StudyOptions, dataset: str | None, changes: Sequence[str], problems: Sequence[Problem] = ()
 ) -> "Search":
     """A study with the options applied; UserError with every problem, those given too, before anything starts."""
-    from pipeline.data.datasets import SOURCES, existing_folder
+    from pipeline.data.datasets import SOURCES, listed
     from pipeline.search.study import Search, load_study
 
     definition, problems = load_study(name), list(problems)
     settings, note = definition.settings(_fields(options, dataset, changes, problems)), ""
     if dataset and dataset not in SOURCES:
-        definition, note = definition.suited_to(existing_folder(dataset))
+        about = definition.base.changed({name: settings[name] for name in FILE_FIELDS if name in settings}).data
+        definition, note = definition.suited_to(listed(about, HOME).listing)
     variant = definition.variants.get(str(settings["data.dataset"]))
     search = Search(
         name=name,
@@ -183,6 +206,8 @@ def _fields(
         ("--dataset", "data.dataset", dataset),
         ("--epochs", "training.epochs", options.epochs),
         ("--seed", "training.seed", options.seed),
+        ("--test-fraction", "data.test_fraction", options.test_fraction),
+        ("--columns", "data.columns", options.columns),
     ]
     assigned = [assignment for assignment in assigned if assignment[2] is not None]
     assigned += [("--set", *assignment) for assignment in _assignments(changes, problems)]

@@ -4,10 +4,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.cli.common import HOME, find_device, load_data, make_console, say, say_remarks, say_small_split
+from pipeline.cli.common import HOME, find_device, load_data, make_console, say, say_data, say_remarks
 from pipeline.cli.options import (
     BudgetOption,
     ChangeOption,
+    ColumnsOption,
     DataDirOption,
     DatasetOption,
     DeviceOption,
@@ -16,6 +17,7 @@ from pipeline.cli.options import (
     SeedOption,
     StudyArgument,
     StudyOptions,
+    TestFractionOption,
     TrialsOption,
     VersionOption,
     WorkersOption,
@@ -31,6 +33,8 @@ def plan(
     epochs: EpochsOption = None,
     budget: BudgetOption = None,
     dataset: DatasetOption = None,
+    columns: ColumnsOption = None,
+    test_fraction: TestFractionOption = None,
     data_dir: DataDirOption = Path("data"),
     device: DeviceOption = "auto",
     seed: SeedOption = None,
@@ -42,7 +46,7 @@ def plan(
     """Forecast what a study, or the rest of it, costs: time, epochs, disk, GPU memory. Measures some steps; runs no trial."""
     started = time.monotonic()
     typed: dict[str, str | bool | None] = {"trials": trials, "epochs": epochs, "seed": seed, "version": version}
-    typed |= {"device": device, "workers": workers, "prune": prune}
+    typed |= {"device": device, "workers": workers, "prune": prune, "columns": columns, "test_fraction": test_fraction}
     problems: list[Problem] = []
     options = StudyOptions.parse(typed | {"budget": budget}, problems)
     search = resolve(name, options, dataset, change or [], problems)
@@ -61,7 +65,7 @@ def plan(
     own_epochs, budgeted = search.max_epochs, budget_of(options, change or [], started)
     search, choice, planned, stored = prepare(search, data, torch_device, storage, options.workers, budgeted)
     say_infeasible_control(console, search, data)
-    say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
+    say_data(console, data)
     say_budget(console, planned, own_epochs)
     costs = planned.forecast if planned else forecast(search, data, torch_device, stored, choice)
     if costs:

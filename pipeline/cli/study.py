@@ -22,14 +22,15 @@ from pipeline.cli.common import (
     next_command,
     print_links,
     say,
+    say_data,
     say_remarks,
-    say_small_split,
     settle,
 )
 from pipeline.cli.finals import train
 from pipeline.cli.options import (
     BudgetOption,
     ChangeOption,
+    ColumnsOption,
     DataDirOption,
     DatasetOption,
     DeviceOption,
@@ -39,6 +40,7 @@ from pipeline.cli.options import (
     StorageOption,
     StudyArgument,
     StudyOptions,
+    TestFractionOption,
     TrackingOption,
     TrialsOption,
     VersionOption,
@@ -85,6 +87,8 @@ def study(
     ] = None,
     prune: PruneOption = True,
     dataset: DatasetOption = None,
+    columns: ColumnsOption = None,
+    test_fraction: TestFractionOption = None,
     data_dir: DataDirOption = Path("data"),
     device: DeviceOption = "auto",
     seed: SeedOption = None,
@@ -109,7 +113,7 @@ def study(
     typed: dict[str, str | bool | None] = {"trials": trials, "epochs": epochs, "timeout": timeout, "seed": seed}
     typed |= {"patience": patience, "prune": prune, "budget": budget}
     typed |= {"version": version, "device": device, "workers": workers, "cluster": cluster}
-    typed |= {"stall_timeout": stall_timeout, "start": start}
+    typed |= {"stall_timeout": stall_timeout, "start": start, "columns": columns, "test_fraction": test_fraction}
     problems: list[Problem] = database_problems(storage, tracking_uri)
     problems += cluster_problems(storage, tracking_uri, device) if cluster is not None else []
     options = StudyOptions.parse(typed, problems)
@@ -156,7 +160,7 @@ def _run(
             f"up to {search.trials} trials of {search.max_epochs} epochs",
         )
         say_infeasible_control(console, search, data)
-        say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
+        say_data(console, data)
         line = f"interrupted; the same command resumes {search.key(data)}"
         with (
             interruptible(console, tracker, (StudyInterrupted,), line),

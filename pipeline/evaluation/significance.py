@@ -62,11 +62,11 @@ def wilson(right: float, images: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def small_split_line(images: int, fraction: float) -> str | None:
+def small_split_line(images: int, fraction: float | None) -> str | None:
     """A caution about a validation split whose scores are too uncertain, with how many images suffice; else None.
 
     Too small: the interval of an accuracy of 50 %, the widest that there is, is wider than MAX_WIDTH. `fraction` is the
-    recipe's validation_fraction.
+    recipe's validation_fraction, None where that drew no split.
     """
 
     def interval(count: int) -> tuple[float, float]:
@@ -82,8 +82,11 @@ def small_split_line(images: int, fraction: float) -> str | None:
     low, high = interval(images)
     return (
         f"caution: {images} validation images say little: an accuracy of 50 % among them has a 95 % interval from "
-        f"{100 * low:.0f} to {100 * high:.0f} % (Wilson); {needed} narrow it to {100 * MAX_WIDTH:.0f} points, at "
-        f"data.validation_fraction = {fraction:g} that takes {math.ceil(needed / fraction):,} images in all"
+        f"{100 * low:.0f} to {100 * high:.0f} % (Wilson); {needed} narrow it to {100 * MAX_WIDTH:.0f} points"
+    ) + (
+        f", at data.validation_fraction = {fraction:g} that takes {math.ceil(needed / fraction):,} images in all"
+        if fraction
+        else ""
     )
 
 

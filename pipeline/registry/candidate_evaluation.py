@@ -108,7 +108,7 @@ class CandidateEvaluation:
         was: what changed might have been among the images that it was trained on.
         """
         data = export.find_data_of(challenger.metadata, self.tracker, self.data_dir, self.dataset, download=False)
-        split = test_split.digest_of(data.dataset, data.data_dir)
+        split = test_split.digest_of(data.about, data.data_dir, self.ledger.home)
         opponent_run = champion.run if champion else control_of(self.tracker, challenger.run)
         former = self._former_verdict(challenger.run, split)
         if former and not forced:
@@ -228,13 +228,14 @@ class CandidateEvaluation:
         export.export_onnx(classifier, path)
         if data:
             try:
-                images = export.split_as_then(model.metadata, data.images).validation.images
+                then = export.split_as_then(model.metadata, data.images)
             except DataError as error:
                 self.observer.note(f"not compared with torch on the validation split, only on made-up images: {error}")
                 return
+            images = then.validation.images
             worst = export.check(classifier, path, images)
             self.observer.note(export.difference_line(worst, f"the {len(images):,} images of the validation split"))
-            if line := small_split_line(len(images), model.metadata.recipe.data.validation_fraction):
+            if line := small_split_line(len(images), then.drawn_fraction):
                 self.observer.note(line)
 
     def onnx_of_verdict(self, challenger: EvaluatedModel, verdict: Event) -> Path:
@@ -260,7 +261,7 @@ class CandidateEvaluation:
         self.ledger.record(TEST_EVALUATION, self.model, model.run, split=split, reason=reason, details=details)
         if not stored:
             form, classes = model.metadata.recipe.data.form, model.metadata.classes
-            images = test_split.open_test_split(data.dataset, form, data.data_dir, classes)
+            images = test_split.open_test_split(data.about, form, data.data_dir, classes, self.ledger.home)
             session = export.session(model.folder / MODEL)
             probabilities = export.run_session(session, export.as_pixels(images.images))
             _write(path, TestEvaluation(images.labels.numpy(), probabilities))

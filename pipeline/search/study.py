@@ -44,6 +44,7 @@ from pipeline.search.trial_attributes import TrialAttributes, is_feasible
 from pipeline.tracking.study_key import StudyKey
 
 if TYPE_CHECKING:  # importing it imports torch, and a wrong name has to be refused at once
+    from pipeline.data.listing import Listing
     from pipeline.data.prepare import TrainingData
 
 PHOTO_SIZE = 64  # pixels; of a folder of larger images, for networks made for 32
@@ -118,14 +119,14 @@ class Study:
         if problems:
             raise UserError.many(problems)
 
-    def suited_to(self, folder: Path) -> tuple["Study", str]:
-        """The study with a base that suits the images of a folder, by a look at their sizes; and a line that says it.
+    def suited_to(self, listing: "Listing") -> tuple["Study", str]:
+        """The study with a base that suits the images of a listing, by a look at their sizes; and a line that says it.
 
         Networks for photos keep their study's size; those for small images get PHOTO_SIZE where the images have it.
         """
-        from pipeline.data.folder import look
+        from pipeline.data.files import look
 
-        sizes = look(folder)
+        sizes = look(listing)
         if sizes is None:
             return self, ""
         shape = next(geometry for most, geometry in GEOMETRIES.items() if sizes.elongation <= most)
@@ -290,7 +291,11 @@ class Search:
         """All that the scores of one search have in common, as JSON."""
         elsewhere = (
             "data.dataset",  # the data's path; the digest says what the data is
-            "data.train_fraction",  # part of the split's digest
+            "data.train_fraction",  # part of the split's digest, as are folds
+            "data.folds",
+            "data.fold",
+            "data.test_fraction",  # part of the data's digest, as are columns
+            "data.columns",
             "training.execution",  # depends on the device, and changes no result
         )
         space, flat = self.space(), {**self.settings, **self.base.flat()}

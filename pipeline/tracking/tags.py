@@ -54,6 +54,7 @@ class RunTags:
     recipe_digest: str | None = None
     data_digest: str | None = None
     split_digest: str | None = None
+    test_digest: str | None = None  # which images of a folder or manifest are sealed
     commit: str | None = None
     git_dirty: bool | None = None
     host: str | None = None

@@ -227,6 +227,7 @@ class MlflowTracker:
             recipe_digest=recipe.digest(),
             data_digest=data.digest,
             split_digest=data.split_digest,
+            test_digest=data.listed.listing.test_digest if data.listed else None,
             parent_run=request.parent_run,
         )
         start = {

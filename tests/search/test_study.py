@@ -15,9 +15,10 @@ from PIL import Image
 
 from pipeline.cli.common import load_data
 from pipeline.data.datasets import load
+from pipeline.data.folder import read_folder
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import UserError
-from pipeline.recipe import Form, Recipe
+from pipeline.recipe import Data, Recipe
 from pipeline.search import study as study_module
 from pipeline.search.study import (
     Search,
@@ -110,7 +111,7 @@ def test_fraction_of_the_training_images_changes_the_split(
 ) -> None:
     """The field itself is not in the fingerprint."""
     third = Search("tiny", search.study, {"data.train_fraction": 0.3}, 1, 8, None)
-    data = prepare(load("digits", Form(8), tmp_path), third.base.data, torch.device("cpu"))
+    data = prepare(load(Data(dataset="digits", image_size=8), tmp_path), third.base.data, torch.device("cpu"))
     former, current = search.fingerprint(digits), third.fingerprint(data)
     assert {key for key in former if former[key] != current[key]} == {"split"}
 
@@ -457,7 +458,7 @@ def test_base_suits_a_folder_by_a_look_at_its_images(
         Image.new("RGB", size).save(tmp_path / "train" / f"{name}.png")
     base = small_recipe.changed({"model.network": network, "data.image_size": 96 if network == "timm" else 32})
     study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=8)
-    suited, line = study.suited_to(tmp_path)
+    suited, line = study.suited_to(read_folder(tmp_path))
     assert (suited.base.data.image_size, suited.base.data.geometry) == chosen
     assert f"{size[0]} x {size[1]}" in line and f"data.geometry={chosen[1]}" in line
 
