@@ -98,7 +98,7 @@ class Listing:
     def lines(self) -> list[str]:
         """What a person should know of it, a line each: files that aren't images, and splits that were given."""
         lines = []
-        if kinds := {kind: count for kind, count in self.left_out.most_common() if count}:
+        if kinds := {kind: count for kind, count in sorted(self.left_out.items()) if count}:
             others = [f"{count} {kind}" for kind, count in kinds.items() if kind != HIDDEN]
             hidden = [f"{kinds[HIDDEN]} {HIDDEN}"] if HIDDEN in kinds else []
             lines.append(f"left out of {self.place}: {', '.join(hidden + others)}")

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from pipeline.data.listing import TEST, TRAIN, Listing
 from pipeline.data.splits import sealed
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UserError
 
 SEED = 20_261_129  # never change it: it seals the test splits
 FOLDER = "splits"  # below mlruns
@@ -40,7 +40,11 @@ class Seal:
         numbers = listing.group_numbers
         groups = None if numbers is None else torch.from_numpy(numbers[rows])
         labels = torch.from_numpy(listing.labels[rows])
-        chosen = rows[sealed(labels, fraction, SEED, groups, listing.classes)[1].numpy()]
+        try:
+            chosen = rows[sealed(labels, fraction, SEED, groups, listing.classes)[1].numpy()]
+        except UserError as error:
+            remedy = "`--test-fraction 0` seals none, and nothing can be promoted"
+            raise UserError.many([replace(problem, remedy=remedy) for problem in error.problems]) from None
         return cls(
             place=str(listing.place),
             listing=_digest(listing),

@@ -6,7 +6,6 @@ version; groups and folds by scikit-learn, and a split's digest would tell if an
 """
 
 import hashlib
-import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import Problem, UserError
 
-log = logging.getLogger(__name__)
+_FOLDS = 10  # of groups, a share of which is drawn; more where the share is smaller, fewer where the groups are
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,22 +108,24 @@ class _Draw:
         return is_drawn
 
     def groups_of(self, fraction: float, seed: int) -> np.ndarray:
-        """bool (N,): which images are drawn, whole groups: of 1 / fraction folds the best.
+        """bool (N,): which images are drawn, whole groups: of some folds the run that suits best.
 
         That leaves most classes something to train on, then draws of most classes, then has the number of images nearest
         to the fraction.
         """
-        numbers, classes = self.fold_numbers(round(1 / fraction), seed), len(np.unique(self.labels))
+        folds = min(max(_FOLDS, round(1 / fraction)), len(np.unique(self.groups)), np.bincount(self.labels).max())
+        numbers, wanted = self.fold_numbers(max(folds, 2), seed), max(1, round(fraction * folds))
 
-        def merit(number: int) -> tuple[int, int, float]:
-            drawn = numbers == number
-            trained, measured = (len(np.unique(self.labels[side])) for side in (~drawn, drawn))
-            return trained, measured, -abs(drawn.sum() - fraction * len(drawn))
+        def drawn(start: int) -> np.ndarray:
+            return (numbers - start) % folds < wanted
 
-        is_drawn = numbers == max(range(numbers.max() + 1), key=merit)
+        def merit(start: int) -> tuple[int, int, float]:
+            is_drawn = drawn(start)
+            trained, measured = (len(np.unique(self.labels[side])) for side in (~is_drawn, is_drawn))
+            return trained, measured, -abs(is_drawn.mean() - fraction)
+
+        is_drawn = drawn(max(range(folds), key=merit))
         self.check_trains(~is_drawn)
-        if missing := classes - len(np.unique(self.labels[is_drawn])):
-            log.info("%s: of %d of %d classes no group was drawn, as they have few", self.field, missing, classes)
         return is_drawn
 
     def fold_numbers(self, folds: int, seed: int) -> np.ndarray:

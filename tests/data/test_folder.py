@@ -83,7 +83,7 @@ def test_hidden_files_and_other_files_are_ignored(pets: Path) -> None:
     data = load(about(str(pets), 12), NO_DATA_DIR)
     assert data.digest == before
     assert data.listed.lines() == [
-        f"left out of {pets}: 7 hidden or system, 1 folders beside the splits, 1 .txt, 1 in no class folder"
+        f"left out of {pets}: 7 hidden or system, 1 .txt, 1 folders beside the splits, 1 in no class folder"
     ]
 
 

@@ -82,7 +82,7 @@ def test_digest_changes_with_any_byte_and_nothing_else(tmp_path: Path) -> None:
 def test_folder_without_test_images_names_the_way_out(tmp_path: Path) -> None:
     root = folder(tmp_path)
     (root / "test").rename(root / "other")
-    with pytest.raises(DataError, match="has no test split: .* run the study again without `--test-fraction 0`"):
+    with pytest.raises(DataError, match=r"has no test split: .* run the study again without `--test-fraction 0`"):
         opener.digest_of(about(root), tmp_path)
     (root / "test" / "cat").mkdir(parents=True)
     with pytest.raises(DataError, match="has no test split"):
