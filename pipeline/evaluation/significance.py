@@ -25,30 +25,38 @@ class Sample:
     high: float | None
 
 
-def sample(values: Sequence[float], least_sd: float = 0.0) -> Sample:
-    """Of at least one number. The interval is that of a standard deviation of `least_sd` where theirs is smaller."""
+def sample(values: Sequence[float], least_sd: float = 0.0, overlap: float = 0.0) -> Sample:
+    """Of at least one number. The interval is that of a standard deviation of `least_sd` where theirs is smaller.
+
+    `overlap` is added to the 1 / n of the mean's variance where the numbers depend on each other: for K folds, 1 / (K - 1),
+    validation by training images (Nadeau and Bengio, Machine Learning 52, 2003).
+    """
     from scipy.special import stdtrit  # Student's t without the import of scipy.stats
 
     n, mean = len(values), float(np.mean(values))
     if n < 2:
         return Sample(n, mean, None, None, None)
     sd = float(np.std(values, ddof=1))
-    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * max(sd, least_sd) / math.sqrt(n)
+    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * max(sd, least_sd) * math.sqrt(1 / n + overlap)
     return Sample(n, mean, sd, mean - half, mean + half)
 
 
-def paired_t(differences: Sequence[float], least_sd: float) -> float:
+def paired_t(differences: Sequence[float], least_sd: float, overlap: float = 0.0) -> float:
     """Two-sided p-value that the mean of paired differences is 0 (Student's t, n - 1 degrees of freedom); 1 for n < 2.
 
     `least_sd`, in their units and above 0, stands for their standard deviation where that is smaller: scores come in
-    steps of an image, so a few equal differences are no proof of a certain one.
+    steps of an image, so a few equal differences are no proof of a certain one. `overlap` is that of `sample`.
     """
     from scipy.special import stdtr
 
     n = len(differences)
     if n < 2:
         return 1.0
-    t = abs(float(np.mean(differences))) / max(float(np.std(differences, ddof=1)), least_sd) * math.sqrt(n)
+    t = (
+        abs(float(np.mean(differences)))
+        / max(float(np.std(differences, ddof=1)), least_sd)
+        / math.sqrt(1 / n + overlap)
+    )
     return 2 * float(stdtr(n - 1, -t))
 
 

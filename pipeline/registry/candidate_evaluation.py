@@ -338,7 +338,7 @@ def study_of(tracker: MlflowTracker, run: Run) -> StudyRuns | None:
 
 
 def _without_seed(params: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in params.items() if name not in ("training.seed", "data.dataset")}
+    return {name: value for name, value in params.items() if name not in ("training.seed", "data.dataset", "data.fold")}
 
 
 def _epochs(run: Run) -> str | None:

@@ -28,7 +28,7 @@ _LICENCES = {
     "Features from Tiny Images, 2009.",
     "digits": "Optical Recognition of Handwritten Digits (Alpaydin and Kaynak, 1998), UCI: CC BY 4.0.",
 }
-_OWN_LICENCE = "A folder of your own; its licence is not known here."
+_OWN_LICENCE = "Images of your own; their licence is not known here."
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def model_card(
         "Evidence of the gate": _evidence(evidence) if evidence else "None: not evaluated on the test split.",
         "Calibration": _calibration(metadata, run),
         "Known weaknesses": _weaknesses(metadata.classes, confusion, ids, labels, predicted, confidence),
-        "Data": _data(metadata),
+        "Data": _data(metadata, len(labels)),
         **({"Weights": f"Started from {origin}"} if (origin := weights_origin(metadata.recipe.model)) else {}),
         "Recipe": f"Digest `{metadata.recipe_digest}`. What differs from the defaults:\n\n{_recipe(metadata.recipe)}",
         "Cost": _cost(metadata, run, costs),
@@ -152,11 +152,11 @@ def _weaknesses(
     )
 
 
-def _data(metadata: ModelMetadata) -> str:
+def _data(metadata: ModelMetadata, num_validation: int) -> str:
     data = metadata.recipe.data
     return (
         f"{_plain(data.dataset)} at {data.image_size} x {data.image_size} pixels, digest `{metadata.data_digest}`; "
-        f"validation {data.validation_fraction:.0%} of the training part, split digest `{metadata.split_digest}`. "
+        f"validation split of {num_validation:,} images, split digest `{metadata.split_digest}`. "
         f"Licence: {_LICENCES.get(data.dataset, _OWN_LICENCE)}"
     )
 

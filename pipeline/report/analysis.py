@@ -237,7 +237,7 @@ class Repeats:
 def finals(frame: pd.DataFrame) -> list[Repeats]:
     """The repeats of each recipe, the best mean first; they differ in nothing but `training.seed`."""
     runs = with_role(frame, "final").dropna(subset="score")
-    names = [name for name in param_names(frame) if name != "training.seed"]
+    names = [name for name in param_names(frame) if name not in ("training.seed", "data.fold")]
     groups = [group for _, group in runs.groupby([runs[name].map(str) for name in names])] if len(runs) else []
     repeats = [
         Repeats(group["run_id"].iloc[0], sample(list(group["score"])), float(group["seconds"].mean()))

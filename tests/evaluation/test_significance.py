@@ -109,3 +109,15 @@ def test_paired_t_test_equals_scipys_above_the_least_deviation() -> None:
     assert paired_t(differences.tolist(), 0.01) > p
     assert paired_t([0.01, 0.01, 0.01], 0.01) == pytest.approx(0.2254, abs=1e-4), "t = sqrt(3), two degrees of freedom"
     assert paired_t([0.3], 0.01) == 1
+
+
+def test_overlap_of_folds_widens_intervals_and_tests() -> None:
+    values = [0.7, 0.72, 0.69, 0.74, 0.7]
+    plain, folds = sample(values), sample(values, overlap=1 / 4)
+    assert (folds.mean, folds.sd) == (plain.mean, plain.sd) and folds.high and plain.high
+    assert (folds.high - folds.mean) / (plain.high - plain.mean) == pytest.approx((1 + 5 / 4) ** 0.5)
+    assert paired_t(values, 1e-3, overlap=1 / 4) > paired_t(values, 1e-3)
+
+
+def test_given_split_that_is_small_names_no_fraction() -> None:
+    assert str(small_split_line(2, None)).endswith("93 narrow it to 20 points")
