@@ -41,10 +41,11 @@ class Seal:
         groups = None if numbers is None else torch.from_numpy(numbers[rows])
         labels = torch.from_numpy(listing.labels[rows])
         try:
-            chosen = rows[sealed(labels, fraction, SEED, groups, listing.classes)[1].numpy()]
+            usable, _ = sealed(labels, fraction, SEED, groups, listing.classes)
         except UserError as error:
             remedy = "`--test-fraction 0` seals none, and nothing can be promoted"
             raise UserError.many([replace(problem, remedy=remedy) for problem in error.problems]) from None
+        chosen = np.delete(rows, usable.numpy())
         return cls(
             place=str(listing.place),
             listing=_digest(listing),
@@ -80,11 +81,10 @@ class Seal:
 
     def lines(self, listing: Listing) -> list[str]:
         """What a person should know of it, a line each; `listing` has this test split."""
-        count, share = len(listing.sealed_part.paths), len(listing.paths)
-        lines = [
-            f"test split of {listing.place.name}: {count:,} of {share:,} images are sealed, which only `promote` opens"
-        ]
-        known = set(listing.sealed_part.labels.tolist())
+        is_test = listing.splits == TEST
+        of = f"{is_test.sum():,} of {len(is_test):,} images"
+        lines = [f"test split of {listing.place.name}: {of} are sealed, which only `promote` opens"]
+        known = set(listing.labels[is_test].tolist())
         missing = [name for label, name in enumerate(listing.classes) if label not in known]
         if missing:
             lines.append(f"it has no images of {', '.join(missing[:10])}, of which promotion will say nothing")

@@ -73,6 +73,20 @@ def test_other_form_is_the_same_data_and_split(tmp_path: Path) -> None:
     assert data.train.aspects is None
 
 
+def test_groups_and_folds_of_a_manifest_decide_the_split(tmp_path: Path) -> None:
+    for number in range(12):
+        add_image(tmp_path / f"{number:02}.png", 20 * number)
+    rows = [f"{number:02}.png,{'cat' if number % 2 else 'dog'},g{number // 4}" for number in range(12)]
+    (tmp_path / "pets.csv").write_text("\n".join(["path,label,group", *rows]))
+    about = Data(dataset=str(tmp_path / "pets.csv"), image_size=8, test_fraction=0, validation_fraction=0.3)
+    data = prepare(load(about, tmp_path), about, CPU)
+    assert data.validation.labels.tolist() == [0, 0, 1, 1], "one group of three"
+    folds = [data.at(about.model_copy(update={"folds": 3, "fold": fold})) for fold in range(3)]
+    assert sorted(torch.cat([fold.validation_ids for fold in folds]).tolist()) == list(range(12))
+    assert folds[2] is data.at(about.model_copy(update={"folds": 3, "fold": 2})) and folds[2].digest == data.digest
+    assert (data.drawn_fraction, folds[0].drawn_fraction) == (0.3, None)
+
+
 def test_folder_that_changes_between_two_forms_is_refused(tmp_path: Path) -> None:
     root = make_pets(tmp_path / "pets")
     base = Data(dataset=str(root), image_size=8, validation_fraction=0.4, test_fraction=0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.datasets import load
+from pipeline.data.datasets import listed, load
 from pipeline.errors import DataError
 from pipeline.recipe import Data, Form
 from pipeline.registry import test_split as opener
@@ -87,6 +87,34 @@ def test_folder_without_test_images_names_the_way_out(tmp_path: Path) -> None:
     (root / "test" / "cat").mkdir(parents=True)
     with pytest.raises(DataError, match="has no test split"):
         opener.digest_of(about(root), tmp_path)
+
+
+def test_drawn_test_split_is_what_no_trial_sees(tmp_path: Path) -> None:
+    root, about_it = folder(tmp_path) / "train", about(tmp_path / "train", test_fraction=0.25)
+    split = opener.open_test_split(about_it, Form(8), tmp_path, ["cat", "dog"], tmp_path)
+    usable = load(about_it, tmp_path, tmp_path).train.images
+    greys = [int(image[0, 0, 0]) for image in (*split.images, *usable)]
+    assert sorted(greys) == [0, 10, 20, 30, 100, 110, 120, 130] and split.labels.tolist() == [0, 1]
+    name = opener.digest_of(about_it, tmp_path, tmp_path)
+    listed(about_it, tmp_path).fix(tmp_path)
+    Image.new("RGB", (8, 8)).save(root / "cat" / "new.png")
+    assert name == opener.digest_of(about(root, test_fraction=0.25), tmp_path, tmp_path)
+
+
+def test_digest_of_a_manifests_test_split_changes_with_a_label(tmp_path: Path) -> None:
+    folder(tmp_path)
+    rows = [
+        f"{part}/{name}/{number}.png,{name},{part}"
+        for part, count in (("train", 4), ("test", 3))
+        for name in ("cat", "dog")
+        for number in range(count)
+    ]
+    names = []
+    for label in ("dog", "cat"):
+        (tmp_path / "pets.csv").write_text("\n".join(["path,label,split", *rows[:-1], f"test/dog/2.png,{label},test"]))
+        names.append(opener.digest_of(about(tmp_path / "pets.csv"), tmp_path))
+    split = opener.open_test_split(about(tmp_path / "pets.csv"), Form(8), tmp_path, ["dog", "cat"])
+    assert names[0] != names[1] and split.labels.tolist() == [1, 1, 1, 1, 0, 0]
 
 
 def test_class_unknown_to_the_model_is_refused(tmp_path: Path) -> None:
