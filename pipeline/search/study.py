@@ -7,7 +7,6 @@ import math
 import re
 import sys
 import traceback
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,16 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
-from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner
-from optuna.samplers import BaseSampler, GridSampler, TPESampler
+from optuna.samplers import BaseSampler, GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import Problem, UserError, did_you_mean, first_line
 from pipeline.evaluation.constraints import MEASURES, nearest, violations
 from pipeline.recipe import KIND, LATER, Recipe, has_default, kind_field, kinds_with
+from pipeline.search.local_search import LocalSearchSampler
 from pipeline.search.optuna_internals import allow_stop, reseed
-from pipeline.search.portfolio import PORTFOLIO
+from pipeline.search.portfolio import PORTFOLIO, fields_for
 from pipeline.search.short_trials import MIN_EPOCHS, MIN_TRIALS, short_epochs
 from pipeline.search.space_check import (
     FixedFields,
@@ -90,7 +89,7 @@ class Study:
     starts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: PORTFOLIO)
     variants: Mapping[str, Variant] = field(default_factory=lambda: {"digits": DEMONSTRATION})
     constraints: Mapping[str, float] = field(default_factory=dict)  # one of MEASURES -> its upper bound
-    sampler: BaseSampler | None = None  # None: TPE
+    sampler: BaseSampler | None = None  # None: see local_search
     pruner: BasePruner | None = None  # None: no trial is pruned; most are short ones, see short_trials
 
     def __post_init__(self) -> None:
@@ -143,7 +142,7 @@ class Study:
         problems = []
         for name, changes in self.starts.items():
             try:
-                self.base.changed(changes)
+                self.base.changed(fields_for(self.base, changes))
             except UserError as error:
                 problems += [
                     replace(problem, subject=f"starts, {name}: {problem.subject}") for problem in error.problems
@@ -281,8 +280,8 @@ class Search:
         return max(searched) if searched else self.base.training.epochs
 
     def sampler(self, num_trials: int, worker: int = 0) -> BaseSampler:
-        """The study's sampler, or TPE; seeded anew at each resume and for each worker, so that no draw is repeated."""
-        sampler = copy.deepcopy(self.study.sampler) or _default_sampler()
+        """The study's sampler, or the default; seeded anew at each resume and for each worker, so that no draw is repeated."""
+        sampler = copy.deepcopy(self.study.sampler) or LocalSearchSampler(n_startup_trials=MAX_STARTS + 1)
         reseed(sampler, (self.base.training.seed * 1_000_003 + num_trials + worker * 15_485_863) % 2**32)
         return sampler
 
@@ -505,13 +504,6 @@ def _line_of(error: BaseException, file: Path) -> str:
         return f", line {error.lineno}"
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(file)]
     return f", line {lines[-1]}" if lines else ""
-
-
-def _default_sampler() -> TPESampler:
-    """TPE that draws parameters together, so near a good trial, after the control and the starts (studies/search)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        return TPESampler(multivariate=True, group=True, constant_liar=True, n_startup_trials=MAX_STARTS + 1)
 
 
 def counts_toward_budget(trial: FrozenTrial) -> bool:
