@@ -16,8 +16,9 @@ from optuna.trial import TrialState
 
 from pipeline.recipe import Recipe
 from pipeline.search.requeue import release_trials
+from pipeline.search.search import Search
 from pipeline.search.starts import starts
-from pipeline.search.study import Search, load_study
+from pipeline.search.study import load_study
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.training.loop import Diverged
 

@@ -15,10 +15,11 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.search.portfolio import PORTFOLIO
 from pipeline.search.run_study import run_study
+from pipeline.search.search import MAX_STARTS, Search
 from pipeline.search.space_check import to_choice
 from pipeline.search.starts import nearest, starts
 from pipeline.search.storage import open_study
-from pipeline.search.study import MAX_STARTS, Search, Study
+from pipeline.search.study import Study
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes
 
