@@ -14,7 +14,7 @@ from pipeline.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from pipeline.search.budget import Budget
-    from pipeline.search.study import Search
+    from pipeline.search.search import Search
 
 # The fields that say which images a folder or manifest holds, and which of them are sealed.
 FILE_FIELDS = ("data.dataset", "data.columns", "data.test_fraction")
@@ -160,7 +160,8 @@ def resolve(
 ) -> "Search":
     """A study with the options applied; UserError with every problem, those given too, before anything starts."""
     from pipeline.data.datasets import SOURCES, listed
-    from pipeline.search.study import Search, load_study
+    from pipeline.search.search import Search
+    from pipeline.search.study import load_study
 
     definition, problems = load_study(name), list(problems)
     settings, note = definition.settings(_fields(options, dataset, changes, problems)), ""

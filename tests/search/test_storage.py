@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Data, Recipe
 from pipeline.search import storage
 from pipeline.search.optuna_internals import TrialParam, study_id, trial_id
+from pipeline.search.search import Search
 from pipeline.search.storage import (
     RetryingStorage,
     StorageUnavailable,
@@ -33,7 +34,7 @@ from pipeline.search.storage import (
     open_study,
     resolved,
 )
-from pipeline.search.study import Search, Study
+from pipeline.search.study import Study
 from pipeline.search.study_attributes import StudyAttributes
 
 ME, OTHER = {"id": "me"}, {"id": "other"}
