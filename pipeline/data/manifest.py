@@ -29,17 +29,17 @@ def read_manifest(place: Path, columns: Mapping[str, str]) -> Listing:
     if problems := list(_problems(place, table, columns)):
         raise DataError.many(first(problems))
     table["split"] = table["split"].str.lower().map(SPLITS) if "split" in table else TRAIN
-    counts = {
-        split: dict(sorted(Counter(labels).items())) for split, labels in table.groupby("split", sort=False)["label"]
-    }
+    counts: dict[str, dict[str, int]] = {TRAIN: {}}
+    for split, labels in table.groupby("split", sort=False)["label"]:
+        counts[str(split)] = dict(sorted(Counter(labels).items()))
     check_names(place, sorted(set(table["label"])))
     check_classes(
-        {TRAIN: {}} | counts,
+        counts,
         lambda split, name: f"{place.name}, split {split}" + (f", class {name}" if name else ""),
         "name more of them in the column " + columns["label"],
     )
     keys = zip(table["split"].map(ORDER.index), table["label"], table["path"].map(os.path.split), strict=True)
-    table = table.assign(key=list(keys)).sort_values("key")
+    table = table.iloc[[row for _, row in sorted(zip(keys, range(len(table)), strict=True))]]
     paths = tuple(place.parent / path for path in table["path"])
     check_inside(place.parent, paths)
     classes = tuple(counts[TRAIN])
@@ -74,7 +74,7 @@ def _table(place: Path, columns: Mapping[str, str]) -> "pd.DataFrame":
     if absent := [columns[name] for name in wanted if columns[name] not in table]:
         raise DataError(
             str(place),
-            f"has no column {' and '.join(absent)}{did_you_mean(absent[0], table.columns)}; it has {', '.join(table)}",
+            f"has no column {' and '.join(absent)}{did_you_mean(absent[0], table.columns)}; it has {', '.join(table.columns)}",
             "`--columns path=file,label=species` names those that are called otherwise",
         )
     named = {name: table[columns[name]] for name in COLUMNS if columns[name] in table}

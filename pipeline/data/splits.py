@@ -113,7 +113,7 @@ class _Draw:
         That leaves most classes something to train on, then draws of most classes, then has the number of images nearest
         to the fraction.
         """
-        folds = min(max(_FOLDS, round(1 / fraction)), len(np.unique(self.groups)), np.bincount(self.labels).max())
+        folds = min(max(_FOLDS, round(1 / fraction)), self._num_units, np.bincount(self.labels).max())
         numbers, wanted = self.fold_numbers(max(folds, 2), seed), max(1, round(fraction * folds))
 
         def drawn(start: int) -> np.ndarray:
@@ -132,8 +132,7 @@ class _Draw:
         """int64 (N,): in which of the folds each image is; groups whole, classes as even as that allows."""
         from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-        units = len(self.labels if self.groups is None else np.unique(self.groups))
-        largest = np.bincount(self.labels).max()
+        units, largest = self._num_units, np.bincount(self.labels).max()
         if folds > min(units, largest):
             unit = "images" if self.groups is None else "groups"
             raise UserError(
@@ -151,6 +150,11 @@ class _Draw:
             for number, (_, held_out) in enumerate(parts):
                 numbers[held_out] = number
         return numbers
+
+    @property
+    def _num_units(self) -> int:
+        """Of what is drawn: groups, or else images."""
+        return len(self.labels if self.groups is None else np.unique(self.groups))
 
     def check_trains(self, is_trained: np.ndarray) -> None:
         """UserError with the classes that have no image to train on."""
