@@ -133,7 +133,7 @@ def _decision(frame: pd.DataFrame, decision: FinalsDecision) -> dict[str, Any]:
         trial = frame[frame["run_id"] == result.trial_run]
         recipe = result.name + "".join(f": {changes(run, base, names)}" for _, run in trial.iterrows())
         candidates.append({"result": result, "verdict": verdict, "recipe": recipe})
-    return {"candidates": candidates, "rules": decision.rules}
+    return {"candidates": candidates, "rules": decision.rules, "folds": decision.folds}
 
 
 def _parameters(tracker: MlflowTracker, frame: pd.DataFrame) -> Section:

@@ -146,6 +146,9 @@ def test_what_finals_decided_comes_first(halved: Store) -> None:
     finals = said.split("<h2>Finals")[1].split("</section>")[0]
     assert finals.index(">winner<") < finals.index("ties with the winner")
     assert "+1.20" in finals and "-1.30 to +3.70" in finals
+    assert "all on the same validation images. Differences are paired by seed." in finals.replace("&#39;", "'")
+    decision.model_copy(update={"folds": 3}).store(tracker, study)
+    assert "t over 3 folds, each with a seed of its own" in body(page_of(halved, "halved"))
     decision.model_copy(update={"evidence": frozenset({"gone"})}).store(tracker, study)
     assert "1 of the runs that decided them are gone, deleted in MLflow" in body(page_of(halved, "halved"))
 
