@@ -232,7 +232,7 @@ class CandidateEvaluation:
             except DataError as error:
                 self.observer.note(f"not compared with torch on the validation split, only on made-up images: {error}")
                 return
-            images = then.validation.images
+            images = then.validation.images[:]
             worst = export.check(classifier, path, images)
             self.observer.note(export.difference_line(worst, f"the {len(images):,} images of the validation split"))
             if line := small_split_line(len(images), then.drawn_fraction):
@@ -263,7 +263,7 @@ class CandidateEvaluation:
             form, classes = model.metadata.recipe.data.form, model.metadata.classes
             images = test_split.open_test_split(data.about, form, data.data_dir, classes, self.ledger.home)
             session = export.session(model.folder / MODEL)
-            probabilities = export.run_session(session, export.as_pixels(images.images))
+            probabilities = export.run_session(session, export.as_pixels(images.images[:]))
             _write(path, TestEvaluation(images.labels.numpy(), probabilities))
         return _read(path)
 

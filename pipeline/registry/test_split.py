@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline.data import cifar10, digits
+from pipeline.data.cache import in_memory
 from pipeline.data.datasets import Split, listed
-from pipeline.data.files import decoded
 from pipeline.data.images import resized
 from pipeline.data.listing import Listing
 from pipeline.data.splits import sealed
@@ -78,7 +78,7 @@ def _opened(about: Data, form: Form, data_dir: Path, home: Path | None) -> tuple
         names = [str(digit) for digit in range(10)]
         return names, resized(grey[:, None].expand(-1, 3, -1, -1), form), labels[chosen]
     test = _test_images(about, home)
-    return test.classes, decoded(test.paths, form)[0], torch.from_numpy(test.labels)
+    return test.classes, in_memory(test, form)[0], torch.from_numpy(test.labels)
 
 
 def _cifar10_digest(data_dir: Path) -> str:
