@@ -54,7 +54,7 @@ def decoded(listing: Listing, form: Form, home: Path) -> tuple[MappedImages, Hel
             return cache.complete(listing)
     except OSError as error:
         if error.errno in DISK_FULL:
-            raise _too_small(cache.folder, "the disk is full; what is decoded by now stays there") from None
+            raise _too_small(cache.folder, "the disk is full, and what is decoded by now stays") from None
         raise DataError(str(error.filename or cache.folder), error.strerror or str(error)) from None
 
 
