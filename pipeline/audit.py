@@ -16,7 +16,6 @@ from pipeline.registry import ledger, promote
 from pipeline.registry.promote import CHAMPION, Registry
 from pipeline.search.snapshot import StudySnapshot, TrialSnapshot, requeue_abandoned, study_snapshots
 from pipeline.search.storage import RetryingStorage
-from pipeline.tracking import queries
 from pipeline.tracking.intact import missing_tags, run_label
 from pipeline.tracking.journal import FOLDER, empty_folders, is_busy
 from pipeline.tracking.models import version_faults
@@ -145,7 +144,7 @@ class _Auditor:
                 self._find(run_label(run), f"{_TAGS_CHANGED}: {', '.join(missing)}", remedy)
 
     def _is_open(self, run: StoredRun) -> bool:
-        """Whether more of it may come, so that nothing can be said of it yet."""
+        """Whether more of it may come, so that it can't be checked yet."""
         return RunTags.of(run).run_key in self._busy | self._pending or run.info.status == "RUNNING"
 
     def _check_running(self) -> None:
@@ -192,15 +191,16 @@ class _Auditor:
             self._check_unfinished(study)
 
     def _note_deleted(self, study: StudySnapshot) -> None:
-        parent = queries.find_run(self._tracker, study.run_id) if study.run_id else None
+        parent = self._tracker.store.run(study.run_id) if study.run_id else None
         gone = [str(trial.number) for trial in study.counted if trial.run_key in self._deleted_keys]
-        if parent and not is_active(parent):
-            restore = queries.how_to_restore(self._tracker, parent)
+        if parent is None or (is_active(parent) and not gone):
+            return
+        restore = self._tracker.store.how_to_restore(parent.info.experiment_id)
+        if not is_active(parent):
             remedy = f"{restore}, or `study {_module_of(study.name)}` resumes what remains of it"
             self._result.omitted.append(Problem(study.name, "was deleted in MLflow", remedy))
-        elif parent and gone:
+        else:
             label = f"trial{'s' * (len(gone) > 1)} {', '.join(gone)} of {study.name}"
-            restore = queries.how_to_restore(self._tracker, parent)
             self._result.omitted.append(Problem("omitted, deleted in MLflow", label, restore))
 
     def _check_trial(self, study: StudySnapshot, trial: TrialSnapshot, runs: Sequence[StoredRun]) -> None:
@@ -303,22 +303,23 @@ class _Auditor:
     def _check_ledger(self) -> None:
         if not (self._home / ledger.FILE).is_file():
             return
-        book = ledger.Ledger(self._home)
-        for event in book.unfinished():
+        entries = ledger.Ledger(self._home)
+        unfinished = entries.unfinished()
+        for event in unfinished:
             rule = f"a change of champion, begun {event.time}, was cut off"
             self._find(event.model, rule, "`history` finishes or undoes it")
-        cut_off = {event.model for event in book.unfinished()}
-        for model in {event.model for event in book.events() if event.kind in (ledger.PROMOTED, ledger.ROLLED_BACK)}:
-            registry, reigns = Registry(self._tracker, book, model), book.champions(model)
-            if gone := registry.deleted():
-                versions = ", ".join(reign.version for reign in gone)
+        changes = (ledger.PROMOTED, ledger.ROLLED_BACK)
+        for model in {event.model for event in entries.events() if event.kind in changes}:
+            registry, champions = Registry(self._tracker, entries, model), entries.champions(model)
+            if deleted := registry.deleted():
+                versions = ", ".join(champion.version for champion in deleted)
                 remedy = f"{_FIX} removes it from the champions"
                 self._find(model, f"version {versions} was deleted in MLflow", remedy)
                 continue
-            champion, alias = reigns[-1].version if reigns else None, registry.alias(CHAMPION)
-            if alias != champion and model not in cut_off:
-                rule = f"version {champion} is the champion by the ledger, {alias} by MLflow"
-                self._find(model, rule, f"`rollback --version {champion}` restores it")
+            version, alias = champions[-1].version if champions else None, registry.alias(CHAMPION)
+            if alias != version and model not in {event.model for event in unfinished}:
+                rule = f"version {version} is the champion by the ledger, {alias} by MLflow"
+                self._find(model, rule, f"`rollback --version {version}` restores it")
 
 
 def point_faults(metrics: Mapping[str, Points], by_epoch: Collection[str]) -> list[str]:
@@ -369,7 +370,7 @@ def _run_ids(studies: Sequence[StudySnapshot]) -> set[str]:
 def _read(tracker: MlflowTracker, ids: Iterable[str]) -> Iterator[StoredRun]:
     """The runs of these ids that exist and are not deleted."""
     for run_id in ids:
-        if (run := queries.find_run(tracker, run_id)) and is_active(run):
+        if (run := tracker.store.run(run_id)) and is_active(run):
             yield run
 
 

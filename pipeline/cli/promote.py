@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.common import HOME, expand, make_console, require_store, say, say_what_is_missing
+from pipeline.cli.common import HOME, expand, make_console, open_tracker, say, say_what_is_missing
 from pipeline.cli.options import MODEL, DataDirOption, ModelNameOption, SeenDatasetOption, TrackingOption
 from pipeline.errors import UserError, escape_control
 
@@ -114,7 +114,5 @@ def open_registry(model: str, tracking_uri: str | None) -> "Registry":
     """UserError where there is no store, or `model` is no name."""
     from pipeline.registry.ledger import Ledger
     from pipeline.registry.promote import Registry
-    from pipeline.tracking.tracker import MlflowTracker
 
-    require_store(tracking_uri)
-    return Registry(MlflowTracker(HOME, tracking_uri), Ledger(HOME), model)
+    return Registry(open_tracker(tracking_uri), Ledger(HOME), model)

@@ -33,7 +33,7 @@ def sync(
     tracker = MlflowTracker(HOME, tracking_uri)
     from pipeline.tracking import recovery
 
-    left = recovery.other_journals(tracker)
+    others = recovery.other_journals(tracker)
     taken = recovery.adopt_journals(tracker)
     with make_console(stderr=True).status("") as status:
         while not tracker.flush(1) and set(tracker.pending) - set(tracker.rejected) and tracker.outage_s < _GIVE_UP_S:
@@ -43,11 +43,11 @@ def sync(
     say(console, f"sent {runs(taken - len(set(tracker.pending)) - len(dropped))}")
     if dropped:
         say(console, f"discarded, as they were deleted in MLflow: {runs(len(dropped))}")
-    if left.busy:
-        say(console, f"{runs(len(left.busy))}: a running command writes and sends them itself")
-    for address in sorted(set(left.other_tracker.values())):
+    if others.busy:
+        say(console, f"{runs(len(others.busy))}: a running command writes and sends them itself")
+    for address in sorted(set(others.other_tracker.values())):
         command = "sync" if address == "mlflow.db" else f"sync --tracking-uri {address}"
-        count = list(left.other_tracker.values()).count(address)
+        count = list(others.other_tracker.values()).count(address)
         say(console, f"{runs(count)} for another tracker: `{command}` sends them")
     problems = [refusal(tracker, folder / key, reason) for key, reason in refused.items()]
     if waiting:

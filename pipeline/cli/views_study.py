@@ -128,8 +128,7 @@ class StudyView:
         if outcome.epochs and (broken := violations(self._search.study.constraints, outcome.metrics)):
             line += f"; infeasible: {broken}"
         self._trials.pop(number, None)
-        for text in (line, *(f"  {note}" for note in outcome.notes)):
-            say(self._console, text)
+        say(self._console, line, *(f"  {note}" for note in outcome.notes))
 
     def _seconds_left(self, progress: StudyProgress) -> float | None:
         num_new = progress.finished - (self._finished_before or 0)

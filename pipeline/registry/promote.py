@@ -25,13 +25,10 @@ from pipeline.registry.candidate_evaluation import (
     EvaluationObserver,
     study_of,
 )
-from pipeline.registry.card import description
 from pipeline.registry.gate import Rules
-from pipeline.registry.ledger import PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Event, Ledger
-from pipeline.registry.package import CARD, package
-from pipeline.tracking import queries
+from pipeline.registry.ledger import DELETED, PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Event, Ledger
+from pipeline.registry.package import Package, package
 from pipeline.tracking.models import DIGEST_TAG
-from pipeline.tracking.models import digests as digests_of
 from pipeline.tracking.store import is_active
 from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker
@@ -64,16 +61,16 @@ class Registry:
                 return None
             raise
 
-    def point(self, alias: str, version: str | None) -> None:
-        """Set an alias, or take it away."""
+    def set_alias(self, alias: str, version: str | None) -> None:
+        """Make an alias name this version, or remove it where that is None."""
         client = self.tracker.client
         if version is not None:
             client.set_registered_model_alias(self.model, alias, version)
         elif self.alias(alias) is not None:
             client.delete_registered_model_alias(self.model, alias)
 
-    def made_by(self, begun: Event) -> str | None:
-        """The version that a begun change has, or made."""
+    def version_made_by(self, begun: Event) -> str | None:
+        """The version that an interrupted change was about, or had already made."""
         if begun.version is not None:
             return begun.version
         versions = [v for v in self._versions(begun.run) if v.tags.get(_TOKEN) == begun.details["token"]]
@@ -158,7 +155,7 @@ class Registry:
 
 @contextlib.contextmanager
 def registry_lock(home: Path) -> Iterator[None]:
-    """The only promotion or rollback of a folder mlruns; Refused at once where another is under way."""
+    """The only promotion or rollback of a folder mlruns; PromotionRefused at once where another is under way."""
     lock = FileLock(home / "promotion.lock")
     try:
         with lock.acquire(timeout=0):
@@ -177,7 +174,7 @@ def settle(tracker: MlflowTracker, ledger: Ledger, note: Callable[[str], None]) 
         registry = Registry(tracker, ledger, begun.model)
         kind = "rollback" if begun.details["kind"] == ROLLED_BACK else "promotion"
         change = f"a {kind} of {begun.model}, begun {begun.time} and interrupted"
-        version, over, aliased = registry.made_by(begun), begun.details["over"], registry.alias(CHAMPION)
+        version, over, aliased = registry.version_made_by(begun), begun.details["over"], registry.alias(CHAMPION)
         if version is not None and aliased in (over, version):
             _move(registry, begun, version)
             note(f"{change}, was finished: {_named(version)} is champion")
@@ -188,14 +185,15 @@ def settle(tracker: MlflowTracker, ledger: Ledger, note: Callable[[str], None]) 
     for model in dict.fromkeys(event.model for event in ledger.events()):
         for deleted in (registry := Registry(tracker, ledger, model)).deleted():
             role = "the champion" if deleted == ledger.champions(model)[-1] else "a former champion"
-            ledger.record_deletion(model, deleted, f"deleted in MLflow; was {role}")
+            reason = f"deleted in MLflow; was {role}"
+            ledger.record(DELETED, model, deleted.run, version=deleted.version, reason=reason)
             note(f"{model} {_named(deleted.version)}, {role}, was deleted in MLflow: the ledger has it as deleted")
 
 
 def _move(registry: Registry, begun: Event, version: str) -> None:
-    """The end of every change, which may be repeated: the alias `champion` is the last thing that anybody sees move."""
-    registry.point(PREVIOUS, begun.details["previous"])
-    registry.point(CHAMPION, version)
+    """The last step of every change, safe to repeat. The alias `champion`, which others read, moves last."""
+    registry.set_alias(PREVIOUS, begun.details["previous"])
+    registry.set_alias(CHAMPION, version)
     registry.ledger.end(begun, begun.details["kind"], version)
 
 
@@ -254,9 +252,8 @@ def promote(
     """Evaluate a run's model against the champion and make it champion; under `registry_lock` and after `settle`.
 
     Does nothing where it is champion. A run that was evaluated on the same split is evaluated again only if `forced`
-    says why.
-    `chosen` is how the run was chosen, for the record; `dataset` is where its data set lies, if that is not known. Refused
-    where a rule, or that one, says no.
+    says why. `chosen` says why this run is the candidate, for the record; `dataset` is where its data set lies, if that
+    is not known. PromotionRefused where a rule, or that one, says no.
     """
     champion = registry.champion()
     if champion and champion.run == run_id:
@@ -269,17 +266,16 @@ def promote(
             registry.tracker, registry.ledger, registry.model, rules, data_dir, folder, observer, dataset
         )
         packed = registry.packed(run_id)
-        challenger = (
-            evaluation.model_of_version(packed, "challenger")
-            if packed
-            else evaluation.model_of_run(run_id, "challenger")
-        )
+        source = f"models:/{packed.name}/{packed.version}" if packed else None
+        challenger = evaluation.model(run_id, "challenger", source)
         verdict = evaluation.verdict(challenger, champion, forced, chosen)
         if verdict.kind == REFUSED:
             raise _refusal(verdict)
-        version = registry.version_of(run_id)
+        version, made = registry.version_of(run_id), None
         if packed is None:
-            _pack(evaluation, challenger, verdict, folder / "package")
+            onnx_file = evaluation.onnx_of_verdict(challenger, verdict)
+            packing = folder / "package"
+            made = package(registry.tracker, run_id, challenger.folder, packing, verdict.evidence, onnx_file)
         begun = registry.ledger.begin(
             PROMOTED,
             registry.model,
@@ -289,14 +285,8 @@ def promote(
             previous=champion.version if champion else None,
             reason=verdict.reason,
         )
-        _move(registry, begun, version or _register(registry, begun, challenger, verdict, folder / "package"))
+        _move(registry, begun, version or _register(registry, begun, challenger, verdict, packed or made))
     return registry.ledger.champions(registry.model)[-1]
-
-
-def _pack(evaluation: CandidateEvaluation, challenger: EvaluatedModel, verdict: Event, folder: Path) -> None:
-    """The package of a model that passed, with the ONNX file that was evaluated."""
-    onnx_file = evaluation.onnx_of_verdict(challenger, verdict)
-    package(evaluation.tracker, challenger.run, challenger.folder, folder, verdict.evidence, onnx_file)
 
 
 def _check_candidate(tracker: MlflowTracker, run_id: str) -> None:
@@ -309,7 +299,7 @@ def _check_candidate(tracker: MlflowTracker, run_id: str) -> None:
     except MlflowException:
         return  # find_model says so
     if not is_active(run):
-        way_back = queries.how_to_restore(tracker, run)
+        way_back = tracker.store.how_to_restore(run.info.experiment_id)
         raise UserError(f"run {run_id}", "was deleted in MLflow", f"{way_back}, or take another")
     if first := RunTags.of(run).reproduces:
         remedy = f"`promote --run {first}` evaluates the run"
@@ -330,17 +320,18 @@ def _refusal(verdict: Event) -> PromotionRefused:
     return PromotionRefused.many(problems)
 
 
-def _register(registry: Registry, begun: Event, challenger: EvaluatedModel, verdict: Event, packed: Path) -> str:
-    """Put the package into its run, and make a version of it; the version's number."""
+def _register(
+    registry: Registry, begun: Event, challenger: EvaluatedModel, verdict: Event, packed: ModelVersion | Package
+) -> str:
+    """Make a version of a package, new or already registered under another model's name; the version's number."""
     client = registry.tracker.client
-    former = registry.packed(challenger.run)
-    if former:  # under another model's name: its files are never written again
-        digests = {key: value for key, value in former.tags.items() if key.startswith(DIGEST_TAG)}
-        card = former.description or ""
-    else:
-        client.log_artifacts(challenger.run, str(packed), ARTIFACTS)
-        digests = {f"{DIGEST_TAG}{name}": digest for name, digest in digests_of(packed).items()}
-        card = description((packed / CARD).read_text(encoding="utf-8"))
+    if isinstance(packed, Package):
+        client.log_artifacts(challenger.run, str(packed.folder), ARTIFACTS)
+        digests = {f"{DIGEST_TAG}{name}": digest for name, digest in packed.sha256.items()}
+        card = packed.card
+    else:  # its files lie in the run, and are never written again
+        digests = {key: value for key, value in packed.tags.items() if key.startswith(DIGEST_TAG)}
+        card = packed.description or ""
     if not client.search_registered_models(f"name = '{registry.model}'"):
         client.create_registered_model(registry.model)
     tags = _version_tags(registry, challenger.metadata, verdict) | digests | {_TOKEN: begun.details["token"]}

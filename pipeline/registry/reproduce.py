@@ -244,9 +244,9 @@ def conclude(
         comparison = compare(tracker, original, run_id, num_validation, tolerance)
         verdict = summarise(comparison, changes)
     except NotReproduced as error:
-        record_result(tracker, run_id, error.lines[0])
+        tracker.store.set_tags(run_id, RunTags(reproduced=error.lines[0]))
         raise
-    record_result(tracker, run_id, verdict)
+    tracker.store.set_tags(run_id, RunTags(reproduced=verdict))
     return [*comparison.lines, verdict]
 
 
@@ -382,9 +382,3 @@ def thread_line(original: OriginalRun, device: torch.device) -> str | None:
     if device.type != "cpu" or original.threads in (None, default):
         return None
     return f"threads: {original.threads} then, {default} here by default; trains with {original.threads}"
-
-
-def record_result(tracker: MlflowTracker, run_id: str, summary: str) -> None:
-    """Keep the result as a tag of the reproduction."""
-    for key, value in RunTags(reproduced=summary).to_mlflow().items():
-        tracker.client.set_tag(run_id, key, value)

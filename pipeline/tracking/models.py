@@ -41,7 +41,7 @@ class Model:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by its path in it."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): _sha256(file) for file in files}
+    return {str(file.relative_to(folder)): sha256_of(file) for file in files}
 
 
 def verify(folder: Path, expected: Mapping[str, str]) -> None:
@@ -246,6 +246,7 @@ def _why_no_model(run: Run) -> str:
     return f"{tags.state or run.info.status.lower()}, without a model; only a finished run has one"
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -200,16 +200,6 @@ def omitted_lines(tracker: MlflowTracker, study: StudyRuns) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ one run
 
 
-def find_run(tracker: MlflowTracker, run_id: str) -> StoredRun | None:
-    """The run of this id, deleted or not; None where MLflow has none."""
-    return tracker.store.run(run_id)
-
-
-def how_to_restore(tracker: MlflowTracker, run: StoredRun) -> str:
-    """How a person restores this deleted run."""
-    return tracker.store.how_to_restore(run.info.experiment_id)
-
-
 def read_file(tracker: MlflowTracker, run_id: str, name: str) -> bytes | None:
     """An artifact's bytes; None where the run has none of this name."""
     if name not in {file.path for file in tracker.client.list_artifacts(run_id)}:

@@ -55,7 +55,7 @@ def test_other_onnx_than_was_evaluated_is_not_registered(store: Store, tmp_path:
     evaluation = candidate_evaluation.CandidateEvaluation(
         registry.tracker, registry.ledger, registry.model, RULES, DATA, tmp_path / "files", view
     )
-    challenger = evaluation.model_of_run(store.best, "challenger")
+    challenger = evaluation.model(store.best, "challenger")
     split, details = opener.digest_of("digits", DATA), record(onnx_sha256="0" * 64)
     verdict = registry.ledger.record(PASSED, registry.model, store.best, split=split, details=details)
     with pytest.raises(PromotionRefused, match="exported now, its ONNX model isn't the one that was evaluated"):

@@ -135,7 +135,7 @@ def test_moved_alias_is_reported_with_both_ways_out(store: Store, tmp_path: Path
     registry = store.registry(tmp_path, "moved")
     promote(registry, store.good, RULES, DATA, RecordingObserver())
     promote(registry, store.best, RULES, DATA, RecordingObserver())
-    registry.point("champion", "1")
+    registry.set_alias("champion", "1")
     for command in (
         lambda: promote(registry, store.good, RULES, DATA, RecordingObserver()),
         lambda: roll_back(registry, None, "?"),
@@ -341,6 +341,6 @@ def test_interrupted_change_keeps_a_moved_alias(store: Store, tmp_path: Path) ->
     begun = registry.ledger.begin(PROMOTED, "hand", store.best, Champion("1", store.good), previous="1")
     for token in (begun.details["token"], "another"):
         client.create_model_version("hand", "runs:/x", store.best, {"promotion": token})
-    registry.point("champion", "3")
+    registry.set_alias("champion", "3")
     settle(registry.tracker, registry.ledger, view.note)
     assert "the alias was moved by hand meanwhile" in view.lines[0] and registry.alias("champion") == "3"
