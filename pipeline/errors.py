@@ -124,6 +124,11 @@ def _validation_problem(fault: "ErrorDetails", tags: Collection[str]) -> Problem
     return Problem(f"{field} = {_shortened(fault['input'])}", rule)
 
 
+def counted(number: int, what: str) -> str:
+    """`1 trial`, `1,200 trials`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def escape_control(text: str) -> str:
     """Line breaks and control characters as escapes, so that a value can't look like a message or move the cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

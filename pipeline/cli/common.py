@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pipeline.cli.exit_codes import INTERRUPTED
 from pipeline.cli.make import COMMAND_LINE
-from pipeline.errors import Problem, UserError, escape_control, redact_uri
+from pipeline.errors import Problem, UserError, counted, escape_control, redact_uri
 from pipeline.runtime import freeze_imports
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) 
         return True
     refused, folder = tracker.rejected, HOME / "journal"
     if waiting := set(tracker.pending) - set(refused):
-        say(console, f"MLflow doesn't answer: {runs(len(waiting))} wait in {folder}; `sync` sends them")
+        say(console, f"MLflow doesn't answer: {counted(len(waiting), 'run')} wait in {folder}; `sync` sends them")
     for key, why in refused.items():
         say(console, *refusal(tracker, folder / key, why).lines)
     return False
@@ -212,13 +212,11 @@ def say_what_is_missing(console: Console, tracker: "MlflowTracker", studies: "Se
     from pipeline.tracking import queries, recovery
 
     others = recovery.other_journals(tracker)
+    orphaned, busy = counted(len(others.orphaned), "run"), counted(len(others.busy), "run")
     if others.orphaned:
-        say(console, f"something may be missing: {runs(len(others.orphaned))} not all in MLflow yet; `sync` sends them")
+        say(console, f"something may be missing: {orphaned} not all in MLflow yet; `sync` sends them")
     if others.busy:
-        say(
-            console,
-            f"another command writes {runs(len(others.busy))} at the moment: what is shown is not the end of it",
-        )
+        say(console, f"another command writes {busy} at the moment: what is shown is not the end of it")
     for study in studies:
         say(console, *queries.omitted_lines(tracker, study))
 
@@ -229,11 +227,6 @@ def say_small_split(console: Console, images: int, fraction: float) -> None:
 
     if line := small_split_line(images, fraction):
         say(console, line)
-
-
-def runs(count: int) -> str:
-    """`1 run`, `2 runs`."""
-    return f"{count} run{'s' * (count != 1)}"
 
 
 def is_folder(wanted: str) -> bool:

@@ -41,14 +41,8 @@ MODEL = "image-classifier"
 ModelNameOption = Annotated[
     str, typer.Option("--model", metavar="NAME", help="The registered model whose champion is meant.")
 ]
-ModelFilesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="MODEL",
-        help="A run's id, a folder with weights, or models:/NAME@ALIAS. Default: the champion, else the best run.",
-    ),
-]
+MODEL_HELP = "A run's id, a folder with weights, or models:/NAME@ALIAS. Default: the champion, else the best run."
+ModelFilesOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=MODEL_HELP)]
 StudyArgument = Annotated[str, typer.Argument(metavar="NAME", help="A module of studies/, e.g. attention.")]
 StorageOption = Annotated[
     str | None, typer.Option(metavar="URL", help="Optuna's database instead of mlruns/optuna.db.")

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from pipeline.cli.common import say
 from pipeline.cli.views import PLAIN_INTERVAL_S, duration, format_value
+from pipeline.errors import counted
 from pipeline.experiment import Outcome
 from pipeline.recipe import Recipe
 from pipeline.training.loop import EpochReport
@@ -76,7 +77,7 @@ def print_plan(console: Console, plan: "FinalsPlan", device: "torch.device") -> 
     others = len(plan.candidates) - 1
     say(
         console,
-        f"{plan.study.name} on {device}: {others} candidate{'s' * (others != 1)} and the control, seeds "
+        f"{plan.study.name} on {device}: {counted(others, 'candidate')} and the control, seeds "
         f"{', '.join(map(str, plan.seeds))}: {plan.num_trainings} trainings, {plan.num_done} of them done; "
         f"about {duration(plan.remaining_s)} by what their trials took, if none stops early",
     )

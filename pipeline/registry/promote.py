@@ -294,10 +294,9 @@ def _check_candidate(tracker: MlflowTracker, run_id: str) -> None:
 
     A reproduction's bits are another run's: under a second name one model would be evaluated twice on the test split.
     """
-    try:
-        run = tracker.client.get_run(run_id)
-    except MlflowException:
-        return  # find_model says so
+    run = tracker.store.run(run_id)
+    if run is None:
+        return  # find_model reports it
     if not is_active(run):
         way_back = tracker.store.how_to_restore(run.info.experiment_id)
         raise UserError(f"run {run_id}", "was deleted in MLflow", f"{way_back}, or take another")

@@ -152,8 +152,8 @@ def choose(racing: Racing, flop: Mapping[str, int]) -> tuple[Candidate, list[Can
     leader = max(eligible, key=racing.mean)
     tied = [c for c in eligible if c is leader or racing.num_seeds < MIN_SEEDS or racing.p_value(leader, c) >= ALPHA]
     if len(tied) == 1:
-        alone = "every other recipe was stopped early, diverged or is infeasible"
-        return leader, tied, "beyond the noise" if len(eligible) > 1 else alone
+        sole = "every other recipe was stopped early, diverged or is infeasible"
+        return leader, tied, "beyond the noise" if len(eligible) > 1 else sole
 
     def cost(c: Candidate) -> tuple[float, ...]:
         return flop[c.digest], c.recipe.training.epochs, not c.is_control, -racing.mean(c)

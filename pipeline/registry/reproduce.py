@@ -12,7 +12,6 @@ import pyarrow
 import pyarrow.parquet as pq
 import torch
 from mlflow.entities import Run as StoredRun
-from mlflow.exceptions import MlflowException
 from safetensors.torch import load
 
 from pipeline import experiment
@@ -93,10 +92,9 @@ def find_original(tracker: MlflowTracker, run_id: str) -> OriginalRun:
     subject = f"run {run_id}"
     if not re.fullmatch(r"[0-9a-f]{32}", run_id):
         raise UserError(subject, "must be a run's id, 32 of 0-9a-f", "`ui` shows them")
-    try:
-        run = tracker.client.get_run(run_id)
-    except MlflowException:
-        raise UserError(subject, "no such run in the tracking store", "`ui` shows those there are") from None
+    run = tracker.store.run(run_id)
+    if run is None:
+        raise UserError(subject, "no such run in the tracking store", "`ui` shows those there are")
     tags = RunTags.of(run)
     if tags.recipe_digest is None:
         raise UserError(subject, "a study's own run, or no run of this pipeline", "its trials can be reproduced")

@@ -141,11 +141,8 @@ def _package(tracker: MlflowTracker, version: ModelVersion, label: str, folder: 
     try:
         verify(Path(downloaded), expected)
     except DataError as error:
-        rule, remedy = (
-            "its files are not those that were registered",
-            "register it again, or go back to another version",
-        )
-        raise DataError(label, rule, remedy, error.lines) from None
+        rule = "its files are not those that were registered"
+        raise DataError(label, rule, "register it again, or go back to another version", error.lines) from None
     return Path(downloaded)
 
 
@@ -184,10 +181,9 @@ def _resolve(tracker: MlflowTracker, wanted: str | None) -> tuple[Run | ModelVer
         return version
     if not re.fullmatch(r"[0-9a-f]{32}", wanted):
         raise UserError(wanted, "neither a folder, nor a run's id (32 of 0-9a-f), nor models:/NAME@ALIAS")
-    try:
-        run = tracker.client.get_run(wanted)
-    except MlflowException:
-        raise UserError(wanted, "no such run in the tracking store", "`ui` shows all runs") from None
+    run = tracker.store.run(wanted)
+    if run is None:
+        raise UserError(wanted, "no such run in the tracking store", "`ui` shows all runs")
     return run, run_label(run) + ("" if is_active(run) else ", which was deleted in MLflow")
 
 

@@ -1,4 +1,4 @@
-"""An MLflow store: opened at once, its runs created once and found by key, its rejections told apart from outages."""
+"""An MLflow store: runs are created once and found by their key; what it rejects is distinguished from outages."""
 
 import contextlib
 import json
