@@ -52,19 +52,6 @@ class EvaluatedModel:
     folder: Path  # of its checkpoint, and of model.onnx once it is exported
 
 
-@dataclass(frozen=True, eq=False)
-class TestEvaluation:
-    """A model's predictions on the N images of the test split."""
-
-    labels: np.ndarray  # int64 (N,)
-    probabilities: np.ndarray  # float32 (N, C)
-
-    @property
-    def num_correct(self) -> int:
-        """Images that it has right."""
-        return int((self.probabilities.argmax(1) == self.labels).sum())
-
-
 @dataclass(frozen=True)
 class CandidateEvaluation:
     """Evaluates candidates for one registered model."""
@@ -156,35 +143,35 @@ class CandidateEvaluation:
         for model in models:
             self._export(model, data if model is challenger else None)
         reasons = [f"is it to be promoted? {forced}".strip(), f"compared with run {challenger.run}"]
-        evaluations = [self._evaluate(m, data, split, reason) for m, reason in zip(models, reasons, strict=False)]
-        if not np.array_equal(evaluations[0].labels, evaluations[-1].labels):
+        predictions = [self._evaluate(m, data, split, reason) for m, reason in zip(models, reasons, strict=False)]
+        labels = predictions[0]["label"].to_numpy()
+        if not np.array_equal(labels, predictions[-1]["label"]):
             folder = self.ledger.home / TEST_EVALUATIONS
             raise DataError(str(folder), "the labels of two models differ", "remove the folder")
         latencies_ms = _latencies_ms(models)
         sides = [
-            ModelEvidence(evaluation.probabilities, latency_ms, (model.folder / MODEL).stat().st_size)
-            for model, evaluation, latency_ms in zip(models, evaluations, latencies_ms, strict=True)
+            ModelEvidence(np.stack(table["probabilities"]), latency_ms, (model.folder / MODEL).stat().st_size)
+            for model, table, latency_ms in zip(models, predictions, latencies_ms, strict=True)
         ]
         evidence = Evidence(
             challenger=sides[0],
             opponent=sides[1] if opponent else None,
-            labels=evaluations[0].labels,
+            labels=labels,
             classes=challenger.metadata.classes,
             seed_accuracies=_seed_accuracies(self.tracker, challenger.run),
             opponent_name=(CONTROL if opponent.name == CONTROL else CHAMPION) if opponent else CONSTANT,
         )
-        correct = {model.run: evaluation.num_correct for model, evaluation in zip(models, evaluations, strict=True)}
-        return self._record(models, evidence, correct, split, forced or chosen)
+        return self._record(models, evidence, split, forced or chosen)
 
-    def _record(
-        self, models: Sequence[EvaluatedModel], evidence: Evidence, correct: Mapping[str, int], split: str, reason: str
-    ) -> Event:
+    def _record(self, models: Sequence[EvaluatedModel], evidence: Evidence, split: str, reason: str) -> Event:
         """Decide, and keep the verdict in the ledger and among the artifacts of the challenger's run.
 
-        `models`: the challenger, and its opponent where there is one; `correct`: by run, the images that it has right.
+        `models` are those of the evidence: the challenger, and its opponent where there is one.
         """
         challenger, *opponents = models
         verdict = decide(evidence, self.rules)
+        sides = filter(None, (evidence.challenger, evidence.opponent))
+        num_correct = [int((side.probabilities.argmax(1) == evidence.labels).sum()) for side in sides]
         record = GateRecord(
             opponent=evidence.opponent_name,
             opponent_run=opponents[0].run if opponents else None,
@@ -192,7 +179,7 @@ class CandidateEvaluation:
             rules=self.rules,
             recipe_digest=challenger.metadata.recipe_digest,
             images=len(evidence.labels),
-            correct=correct,
+            correct=dict(zip((model.run for model in models), num_correct, strict=True)),
             onnx_sha256=sha256_of(challenger.folder / MODEL),
             predictions_sha256={model.run: sha256_of(self._path(model.run, split)) for model in models},
         )
@@ -246,8 +233,11 @@ class CandidateEvaluation:
             )
         return path
 
-    def _evaluate(self, model: EvaluatedModel, data: LocatedData, split: str, reason: str) -> TestEvaluation:
-        """On the test split: the stored predictions, else new ones. The ledger has the test evaluation first."""
+    def _evaluate(self, model: EvaluatedModel, data: LocatedData, split: str, reason: str) -> pd.DataFrame:
+        """A model's predictions on the test split, stored or new: `label` int64, `probabilities` float32 (C,), by image.
+
+        The ledger has the test evaluation first.
+        """
         path = self._path(model.run, split)
         stored = self._is_stored(model.run, split)
         details = {
@@ -260,8 +250,11 @@ class CandidateEvaluation:
             images = test_split.open_test_split(data.dataset, form, data.data_dir, classes)
             session = export.session(model.folder / MODEL)
             probabilities = export.run_session(session, export.as_pixels(images.images))
-            _write(path, TestEvaluation(images.labels.numpy(), probabilities))
-        return _read(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table = pd.DataFrame({"label": images.labels.numpy(), "probabilities": list(probabilities)})
+            table.to_parquet(new := path.with_suffix(".new"), index=False)
+            os.replace(new, path)
+        return pd.read_parquet(path)
 
     def _is_stored(self, run: str, split: str) -> bool:
         """Whether its predictions are there, and are those of a verdict in the ledger, by their digest."""
@@ -343,23 +336,6 @@ def _finished(runs: Iterable[Run], role: Role | None = None) -> list[Run]:
     """Those of the runs that finished, of one role or of all."""
     tagged = ((run, RunTags.of(run)) for run in runs)
     return [run for run, tags in tagged if tags.state is State.FINISHED and role in (None, tags.role)]
-
-
-# ------------------------------------------------------------------------------------------- stored predictions
-
-
-def _write(path: Path, evaluation: TestEvaluation) -> None:
-    """A row per image, in the split's order; complete or not at all."""
-    rows = {"label": evaluation.labels, "probabilities": list(evaluation.probabilities)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    pd.DataFrame(rows).to_parquet(new, index=False)
-    os.replace(new, path)
-
-
-def _read(path: Path) -> TestEvaluation:
-    table = pd.read_parquet(path)
-    return TestEvaluation(table["label"].to_numpy(), np.stack(list(table["probabilities"])))
 
 
 def _latencies_ms(models: list[EvaluatedModel]) -> list[float]:

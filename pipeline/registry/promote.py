@@ -271,11 +271,8 @@ def promote(
         verdict = evaluation.verdict(challenger, champion, forced, chosen)
         if verdict.kind == REFUSED:
             raise _refusal(verdict)
-        version, made = registry.version_of(run_id), None
-        if packed is None:
-            onnx_file = evaluation.onnx_of_verdict(challenger, verdict)
-            packing = folder / "package"
-            made = package(registry.tracker, run_id, challenger.folder, packing, verdict.evidence, onnx_file)
+        version = registry.version_of(run_id)
+        files = packed or _pack(evaluation, challenger, verdict, folder / "package")
         begun = registry.ledger.begin(
             PROMOTED,
             registry.model,
@@ -285,8 +282,14 @@ def promote(
             previous=champion.version if champion else None,
             reason=verdict.reason,
         )
-        _move(registry, begun, version or _register(registry, begun, challenger, verdict, packed or made))
+        _move(registry, begun, version or _register(registry, begun, challenger, verdict, files))
     return registry.ledger.champions(registry.model)[-1]
+
+
+def _pack(evaluation: CandidateEvaluation, challenger: EvaluatedModel, verdict: Event, folder: Path) -> Package:
+    """The package of a model that passed, with the ONNX file that was evaluated."""
+    onnx_file = evaluation.onnx_of_verdict(challenger, verdict)
+    return package(evaluation.tracker, challenger.run, challenger.folder, folder, verdict.evidence, onnx_file)
 
 
 def _check_candidate(tracker: MlflowTracker, run_id: str) -> None:
@@ -320,17 +323,17 @@ def _refusal(verdict: Event) -> PromotionRefused:
 
 
 def _register(
-    registry: Registry, begun: Event, challenger: EvaluatedModel, verdict: Event, packed: ModelVersion | Package
+    registry: Registry, begun: Event, challenger: EvaluatedModel, verdict: Event, files: ModelVersion | Package
 ) -> str:
     """Make a version of a package, new or already registered under another model's name; the version's number."""
     client = registry.tracker.client
-    if isinstance(packed, Package):
-        client.log_artifacts(challenger.run, str(packed.folder), ARTIFACTS)
-        digests = {f"{DIGEST_TAG}{name}": digest for name, digest in packed.sha256.items()}
-        card = packed.card
+    if isinstance(files, Package):
+        client.log_artifacts(challenger.run, str(files.folder), ARTIFACTS)
+        digests = {f"{DIGEST_TAG}{name}": digest for name, digest in files.sha256.items()}
+        card = files.card
     else:  # its files lie in the run, and are never written again
-        digests = {key: value for key, value in packed.tags.items() if key.startswith(DIGEST_TAG)}
-        card = packed.description or ""
+        digests = {key: value for key, value in files.tags.items() if key.startswith(DIGEST_TAG)}
+        card = files.description or ""
     if not client.search_registered_models(f"name = '{registry.model}'"):
         client.create_registered_model(registry.model)
     tags = _version_tags(registry, challenger.metadata, verdict) | digests | {_TOKEN: begun.details["token"]}
