@@ -78,7 +78,6 @@ class _Auditor:
         self._deleted_keys = {key for run in deleted if (key := RunTags.of(run).run_key)}
         self._journals = other_journals(tracker)
         self._busy = set(self._journals.busy)
-        self._pending = {*self._journals.orphaned, *self._journals.other_tracker}
         self._runs = all_runs(tracker)
         # Those that lost their run key in the UI are found by the ids that Optuna has.
         known = {run.info.run_id for run in [*self._runs, *deleted]}
@@ -145,7 +144,7 @@ class _Auditor:
 
     def _is_open(self, run: StoredRun) -> bool:
         """Whether more of it may come, so that it can't be checked yet."""
-        return RunTags.of(run).run_key in self._busy | self._pending or run.info.status == "RUNNING"
+        return RunTags.of(run).run_key in self._journals.keys or run.info.status == "RUNNING"
 
     def _check_running(self) -> None:
         for run in self._runs:
@@ -206,7 +205,7 @@ class _Auditor:
     def _check_trial(self, study: StudySnapshot, trial: TrialSnapshot, runs: Sequence[StoredRun]) -> None:
         """Compare a trial that counts with its run."""
         label = f"trial {trial.number} of {study.name}"
-        if trial.run_key in self._busy | self._pending:
+        if trial.run_key in self._journals.keys:
             return
         if not runs and trial.run_key in self._deleted_keys:
             return  # a person may delete a run
@@ -214,17 +213,15 @@ class _Auditor:
             return  # its tags are a finding already
         if len(runs) != 1:
             ids = ", ".join(run.info.run_id for run in runs) or "none"
-            remedy = (
-                "delete those without metrics in the UI" if runs else "if it was removed for good, it can't be restored"
-            )
+            gone = "if it was removed for good, it can't be restored"
+            remedy = "delete those without metrics in the UI" if runs else gone
             self._find(label, f"should have one run in MLflow, and has {len(runs)} ({ids})", remedy)
             return
         (run,) = runs
         tags, run_id = RunTags.of(run), run.info.run_id
         if (tags.state, tags.trial) != (trial.state, trial.number):
-            self._find(
-                label, f"is {trial.state} in Optuna; its run {run_id} has the state {tags.state}, trial {tags.trial}"
-            )
+            rule = f"is {trial.state} in Optuna; its run {run_id} has the state {tags.state}, trial {tags.trial}"
+            self._find(label, rule)
         score = run.data.metrics.get(study.objective)
         if trial.state is State.FINISHED and trial.score != score:
             rule = f"has {study.objective} {trial.score} in Optuna, {score} in its run {run_id}"
@@ -410,8 +407,7 @@ def repair(home: Path, storage: RetryingStorage | None, tracker: MlflowTracker) 
 
 def _close_runs(tracker: MlflowTracker, live: Collection[str]) -> Iterator[str]:
     """Close the RUNNING runs of this machine that have no journal, and no command that runs their study."""
-    journals = other_journals(tracker)
-    with_journal = {*journals.busy, *journals.orphaned, *journals.other_tracker}
+    with_journal = other_journals(tracker).keys
     for run in all_runs(tracker):
         tags = RunTags.of(run)
         is_abandoned = tags.run_key not in with_journal and tags.study not in live
@@ -470,9 +466,6 @@ def _ended_keys(studies: Sequence[StudySnapshot], runs: Sequence[StoredRun]) -> 
     """The keys of runs that nobody will resume."""
     trials = [trial for study in studies for trial in study.trials]
     ended = {trial.run_key for trial in trials if trial.counts}
-    ended |= {key for run in runs if _is_done(tags := RunTags.of(run)) and (key := tags.run_key)}
+    done = [tags for tags in map(RunTags.of, runs) if tags.state in (State.FINISHED, State.PRUNED)]
+    ended |= {tags.run_key for tags in done if tags.run_key}
     return ended - {trial.run_key for trial in trials if trial.state is None}
-
-
-def _is_done(tags: RunTags) -> bool:
-    return tags.state in (State.FINISHED, State.PRUNED)

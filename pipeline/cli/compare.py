@@ -90,11 +90,7 @@ def _print_trials(console: Console, frame: "pd.DataFrame", most: int = 8) -> Non
     from pipeline.report.best_trials import best_trials
     from pipeline.report.trials import finished, state_words, trial_rows
 
-    objective, num_finished, states = (
-        frame["objective"].iloc[0],
-        len(finished(frame)),
-        state_words(frame).value_counts(),
-    )
+    objective, num_finished = frame["objective"].iloc[0], len(finished(frame))
     trials = trial_rows(frame)
     num_infeasible = (trials["infeasible"] != "").sum()
     infeasible = f", {num_infeasible} infeasible" if num_infeasible else ""
@@ -106,5 +102,5 @@ def _print_trials(console: Console, frame: "pd.DataFrame", most: int = 8) -> Non
     headings = ("trial", "score", "lead", "weakest class (F1)", "training", "parameters", "latency")
     print_best_trials(console, title, objective, best_trials(frame, most), headings)
     if not num_finished:
-        listed = ", ".join(f"{number} {state}" for state, number in states.items())
+        listed = ", ".join(f"{number} {state}" for state, number in state_words(frame).value_counts().items())
         say(console, f"no trial finished ({listed}); the page says why")

@@ -150,7 +150,7 @@ class CandidateEvaluation:
             raise DataError(str(folder), "the labels of two models differ", "remove the folder")
         latencies_ms = _latencies_ms(models)
         sides = [
-            ModelEvidence(np.stack(table["probabilities"]), latency_ms, (model.folder / MODEL).stat().st_size)
+            ModelEvidence(np.stack(table["probabilities"].to_list()), latency_ms, (model.folder / MODEL).stat().st_size)
             for model, table, latency_ms in zip(models, predictions, latencies_ms, strict=True)
         ]
         evidence = Evidence(
