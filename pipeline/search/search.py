@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
-from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner
-from optuna.samplers import BaseSampler, GridSampler, TPESampler
+from optuna.samplers import BaseSampler, GridSampler
 
 from pipeline.errors import Problem, UserError, first_line
 from pipeline.recipe import KIND, LATER, Recipe, has_default, kind_field, kinds_with
+from pipeline.search.local_search import LocalSearchSampler
 from pipeline.search.optuna_internals import allow_stop, reseed
 from pipeline.search.short_trials import MIN_EPOCHS, MIN_TRIALS, short_epochs
 from pipeline.search.space_check import (
@@ -158,8 +157,8 @@ class Search:
         return max(searched) if searched else self.base.training.epochs
 
     def sampler(self, num_trials: int, worker: int = 0) -> BaseSampler:
-        """The study's sampler, or TPE; seeded anew at each resume and for each worker, so that no draw is repeated."""
-        sampler = copy.deepcopy(self.study.sampler) or _default_sampler()
+        """The study's sampler, or the default; seeded anew at each resume and for each worker, so that no draw is repeated."""
+        sampler = copy.deepcopy(self.study.sampler) or LocalSearchSampler(n_startup_trials=MAX_STARTS + 1)
         reseed(sampler, (self.base.training.seed * 1_000_003 + num_trials + worker * 15_485_863) % 2**32)
         return sampler
 
@@ -340,10 +339,3 @@ def check_same(name: str, stored: Mapping[str, Any], current: Mapping[str, Any],
 
 def _describe_json(distribution: str | None) -> str:
     return describe(json_to_distribution(distribution)) if distribution else "not searched"
-
-
-def _default_sampler() -> TPESampler:
-    """TPE that draws parameters together, so near a good trial, after the control and the starts (studies/search)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        return TPESampler(multivariate=True, group=True, constant_liar=True, n_startup_trials=MAX_STARTS + 1)

@@ -16,7 +16,7 @@ from optuna.samplers import BaseSampler
 from pipeline.errors import Problem, UserError, did_you_mean
 from pipeline.evaluation.constraints import MEASURES
 from pipeline.recipe import Recipe
-from pipeline.search.portfolio import PORTFOLIO
+from pipeline.search.portfolio import PORTFOLIO, fields_for
 from pipeline.search.space_check import Space
 
 PHOTO_SIZE = 64  # pixels; of a folder of larger images, for networks made for 32
@@ -61,7 +61,7 @@ class Study:
     starts: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: PORTFOLIO)
     variants: Mapping[str, Variant] = field(default_factory=lambda: {"digits": DEMONSTRATION})
     constraints: Mapping[str, float] = field(default_factory=dict)  # one of MEASURES -> its upper bound
-    sampler: BaseSampler | None = None  # None: TPE
+    sampler: BaseSampler | None = None  # None: see local_search
     pruner: BasePruner | None = None  # None: no trial is pruned; most are short ones, see short_trials
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class Study:
         problems = []
         for name, changes in self.starts.items():
             try:
-                self.base.changed(changes)
+                self.base.changed(fields_for(self.base, changes))
             except UserError as error:
                 problems += [
                     replace(problem, subject=f"starts, {name}: {problem.subject}") for problem in error.problems

@@ -189,7 +189,9 @@ VARIANTS: Mapping[str, Strategy] = {
     "ours-in-full": replace(OURS, pruner=NopPruner),
     "ours-median": replace(OURS, pruner=MedianPruner),
     "ours-hyperband": replace(OURS, pruner=lambda: HyperbandPruner(min_resource=2)),
-    "ours-univariate": replace(OURS, sampler=seeded(TPESampler, n_startup_trials=5)),
+    "ours-tpe": replace(
+        OURS, sampler=seeded(TPESampler, multivariate=True, group=True, constant_liar=True, n_startup_trials=5)
+    ),
     "ours-random": replace(OURS, sampler=seeded(RandomSampler)),
     "ours-gp": replace(OURS, sampler=seeded(GPSampler)),
     "ours-cmaes": replace(OURS, sampler=seeded(CmaEsSampler)),
