@@ -13,7 +13,7 @@ from pipeline.errors import Problem, PromotionRefused, UserError, redact_uri
 from pipeline.evaluation.scores import CLASS_F1
 from pipeline.processes import process_has_exited
 from pipeline.registry import ledger, promote
-from pipeline.registry.promote import CHAMPION, Registry
+from pipeline.registry.registered_model import CHAMPION, Registry
 from pipeline.search.snapshot import StudySnapshot, TrialSnapshot, requeue_abandoned, study_snapshots
 from pipeline.search.storage import RetryingStorage
 from pipeline.tracking.intact import missing_tags, run_label

@@ -17,7 +17,7 @@ from pipeline.errors import UserError, escape_control
 
 if TYPE_CHECKING:
     from pipeline.registry.gate import Verdict
-    from pipeline.registry.promote import Registry
+    from pipeline.registry.registered_model import Registry
     from pipeline.tracking.tracker import MlflowTracker
 
 
@@ -113,6 +113,6 @@ def _chosen(tracker: "MlflowTracker", name: str, say_line: Callable[[str], None]
 def open_registry(model: str, tracking_uri: str | None) -> "Registry":
     """UserError where there is no store, or `model` is no name."""
     from pipeline.registry.ledger import Ledger
-    from pipeline.registry.promote import Registry
+    from pipeline.registry.registered_model import Registry
 
     return Registry(open_tracker(tracking_uri), Ledger(HOME), model)

@@ -17,8 +17,9 @@ from pipeline.evaluation.significance import small_split_line
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.registry import export, test_split
 from pipeline.registry.gate import Evidence, GateRecord, ModelEvidence, Rules, Verdict, decide
-from pipeline.registry.ledger import DELETED, PASSED, PROMOTED, REFUSED, TEST_EVALUATION, Champion, Event, Ledger
+from pipeline.registry.ledger import DELETED, PASSED, PROMOTED, REFUSED, TEST_EVALUATION, Champion, Event
 from pipeline.registry.package import MODEL
+from pipeline.registry.registered_model import CHAMPION, Registry
 from pipeline.tracking import queries
 from pipeline.tracking.intact import control_runs
 from pipeline.tracking.models import find_model, sha256_of
@@ -28,7 +29,7 @@ from pipeline.tracking.tags import Role, RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 
 TEST_EVALUATIONS = "test_evaluations"  # the folder of the predictions, beside the ledger
-CHAMPION, CONTROL, CONSTANT = "champion", "control", "constant answer"  # the opponents
+CONTROL, CONSTANT = "control", "constant answer"  # opponents where there is no champion
 _EVALUATE_AGAIN = "`--force` with `--reason` evaluates it again, and the ledger keeps the reason"
 
 
@@ -56,9 +57,7 @@ class EvaluatedModel:
 class CandidateEvaluation:
     """Evaluates candidates for one registered model."""
 
-    tracker: MlflowTracker
-    ledger: Ledger
-    model_name: str  # of the registered model
+    registry: Registry
     rules: Rules
     data_dir: Path
     folder: Path  # a temporary one
@@ -71,7 +70,7 @@ class CandidateEvaluation:
         UserError where there is none, DataError where a version's files are not those that were registered.
         """
         folder = self.folder / run
-        with find_model(self.ledger.home, self.tracker.uri, source or run) as model:
+        with find_model(self.registry.ledger.home, self.registry.tracker.uri, source or run) as model:
             shutil.copytree(model.folder, folder)
         return EvaluatedModel(run, name, Classifier.load(folder, torch.device("cpu")).metadata, folder)
 
@@ -84,16 +83,18 @@ class CandidateEvaluation:
         `chosen` says why this run is the candidate, for the record. DataError where the challenger's data set is not what
         it was: what changed might have been among the images that it was trained on.
         """
-        data = export.find_data_of(challenger.metadata, self.tracker, self.data_dir, self.dataset, download=False)
+        data = export.find_data_of(
+            challenger.metadata, self.registry.tracker, self.data_dir, self.dataset, download=False
+        )
         split = test_split.digest_of(data.dataset, data.data_dir)
-        opponent_run = champion.run if champion else control_of(self.tracker, challenger.run)
+        opponent_run = champion.run if champion else control_of(self.registry.tracker, challenger.run)
         former = next((e for e in reversed(self._verdicts(split)) if e.run == challenger.run), None)
         if former and not forced:
             self._check_that_it_holds(former, opponent_run)
             self.observer.note(f"evaluated already, {former.time}: passed; the test split is not opened again")
             return former
         if champion:
-            uri = f"models:/{self.model_name}/{champion.version}"
+            uri = f"models:/{self.registry.model}/{champion.version}"
             opponent = self.model(champion.run, f"champion, version {champion.version}", uri)
         elif opponent_run:
             opponent = self.model(opponent_run, CONTROL)
@@ -106,7 +107,9 @@ class CandidateEvaluation:
 
     def _verdicts(self, split: str) -> list[Event]:
         """All verdicts on this test split, the oldest first."""
-        return [event for event in self.ledger.events() if event.kind in (PASSED, REFUSED) and event.split == split]
+        return [
+            event for event in self.registry.ledger.events() if event.kind in (PASSED, REFUSED) and event.split == split
+        ]
 
     def _check_that_it_holds(self, former: Event, opponent_run: str | None) -> None:
         """PromotionRefused where it doesn't, and by the way out: evaluate again, roll back, or nothing."""
@@ -115,7 +118,7 @@ class CandidateEvaluation:
         if former.kind == REFUSED:
             rule = f"was evaluated on this test split by {former.user}, {former.time}, and refused"
             raise PromotionRefused(subject, rule, _EVALUATE_AGAIN, lines_of(record.verdict.problems))
-        later = [e for e in self.ledger.events(former.model) if e.run == former.run and e.id > former.id]
+        later = [e for e in self.registry.ledger.events(former.model) if e.run == former.run and e.id > former.id]
         if promoted := [event for event in later if event.kind == PROMOTED]:
             version = promoted[-1].version
             served = f"{passed}, and served as {former.model} version {version}"
@@ -123,7 +126,7 @@ class CandidateEvaluation:
                 raise PromotionRefused(subject, f"{served}, which was deleted in MLflow", _EVALUATE_AGAIN)
             remedy = f"`rollback --version {version}` makes it champion without"
             raise PromotionRefused(subject, f"{served}, which was rolled back", _EVALUATE_AGAIN, [remedy])
-        if former.model != self.model_name or record.opponent_run != opponent_run:
+        if former.model != self.registry.model or record.opponent_run != opponent_run:
             beaten = record.opponent_run or f"a {CONSTANT}"
             rule = f"{passed} against {beaten}, which isn't its opponent now"
             raise PromotionRefused(subject, rule, _EVALUATE_AGAIN)
@@ -146,7 +149,7 @@ class CandidateEvaluation:
         predictions = [self._evaluate(m, data, split, reason) for m, reason in zip(models, reasons, strict=False)]
         labels = predictions[0]["label"].to_numpy()
         if not np.array_equal(labels, predictions[-1]["label"]):
-            folder = self.ledger.home / TEST_EVALUATIONS
+            folder = self.registry.ledger.home / TEST_EVALUATIONS
             raise DataError(str(folder), "the labels of two models differ", "remove the folder")
         latencies_ms = _latencies_ms(models)
         sides = [
@@ -158,7 +161,7 @@ class CandidateEvaluation:
             opponent=sides[1] if opponent else None,
             labels=labels,
             classes=challenger.metadata.classes,
-            seed_accuracies=_seed_accuracies(self.tracker, challenger.run),
+            seed_accuracies=_seed_accuracies(self.registry.tracker, challenger.run),
             opponent_name=(CONTROL if opponent.name == CONTROL else CHAMPION) if opponent else CONSTANT,
         )
         return self._record(models, evidence, split, forced or chosen)
@@ -184,18 +187,20 @@ class CandidateEvaluation:
             predictions_sha256={model.run: sha256_of(self._path(model.run, split)) for model in models},
         )
         kind, details = PASSED if verdict.passed else REFUSED, record.model_dump(mode="json")
-        event = self.ledger.record(kind, self.model_name, challenger.run, split=split, reason=reason, details=details)
+        event = self.registry.ledger.record(
+            kind, self.registry.model, challenger.run, split=split, reason=reason, details=details
+        )
         opponent = opponents[0].name if opponents else CONSTANT
         self.observer.decided(verdict, f"run {challenger.run}", f"the {opponent}")
         artifact = f"gate/verdict-{event.id}.json"
-        self.tracker.client.log_text(challenger.run, event.evidence.model_dump_json(indent=2), artifact)
+        self.registry.tracker.client.log_text(challenger.run, event.evidence.model_dump_json(indent=2), artifact)
         return event
 
     def _check_classes(self, challenger: EvaluatedModel, opponent: EvaluatedModel) -> None:
         mine, others = challenger.metadata.classes, opponent.metadata.classes
         if mine != others:
             raise UserError(
-                self.model_name,
+                self.registry.model,
                 f"the {opponent.name} knows other classes ({', '.join(others[:5])}, ...) than the challenger "
                 f"({', '.join(mine[:5])}, ...)",
                 "`--model` keeps another champion for them",
@@ -244,7 +249,9 @@ class CandidateEvaluation:
             "recipe_digest": model.metadata.recipe_digest,
             "source": "stored predictions" if stored else "images",
         }
-        self.ledger.record(TEST_EVALUATION, self.model_name, model.run, split=split, reason=reason, details=details)
+        self.registry.ledger.record(
+            TEST_EVALUATION, self.registry.model, model.run, split=split, reason=reason, details=details
+        )
         if not stored:
             form, classes = model.metadata.recipe.data.form, model.metadata.classes
             images = test_split.open_test_split(data.dataset, form, data.data_dir, classes)
@@ -263,7 +270,7 @@ class CandidateEvaluation:
         return path.is_file() and sha256_of(path) in digests
 
     def _path(self, run: str, split: str) -> Path:
-        return self.ledger.home / TEST_EVALUATIONS / f"{run}-{split[:16]}.parquet"
+        return self.registry.ledger.home / TEST_EVALUATIONS / f"{run}-{split[:16]}.parquet"
 
 
 # ---------------------------------------------------------------------------------------------- runs in MLflow
