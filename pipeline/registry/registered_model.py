@@ -63,15 +63,11 @@ class Registry:
 
     def run_of(self, version: str) -> str:
         """The run of a version; UserError where there is no such version, or it is of no run."""
-        try:
-            run = self.tracker.client.get_model_version(self.model, version).run_id
-        except MlflowException:
-            run = None
-        if not run:
-            raise UserError(
-                f"`--version {version}`", f"{self.model} has no such version of a run", "`ui` shows those there are"
-            )
-        return run
+        found = self._find(version)
+        if found is None or not found.run_id:
+            rule = f"{self.model} has no such version of a run"
+            raise UserError(f"`--version {version}`", rule, "`ui` shows those there are")
+        return str(found.run_id)
 
     def champion(self) -> Champion | None:
         """The ledger's. UserError, with the ways out, where MLflow's alias names another version: somebody moved it."""
@@ -115,13 +111,17 @@ class Registry:
         return next((v.name for v in versions if (str(v.version), v.run_id) in known), None)
 
     def _exists(self, champion: Champion) -> bool:
+        version = self._find(champion.version)
+        # A model that was deleted and made again counts its versions from 1.
+        return version is not None and version.run_id == champion.run
+
+    def _find(self, version: str) -> ModelVersion | None:
         try:
-            version = self.tracker.client.get_model_version(self.model, champion.version)
+            return self.tracker.client.get_model_version(self.model, version)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
+                return None
             raise
-        return version.run_id == champion.run  # a model that was deleted and made again counts its versions from 1
 
     def _versions(self, run: str) -> list[ModelVersion]:
         """Those that a promotion made; one that a person registered has no digests and is never served."""
