@@ -167,7 +167,7 @@ def open_tracker(tracking_uri: str | None) -> "MlflowTracker":
 
 
 def is_new(database: str | None, default: str) -> bool:
-    """Whether a database would be a file that isn't there yet; all others are opened before data is read or downloaded."""
+    """Whether this is an SQLite file that doesn't exist yet; any other is opened before data is read or downloaded."""
     path = str(HOME / default) if database is None else database.removeprefix("sqlite:///")
     return "://" not in path and not Path(path).exists()
 

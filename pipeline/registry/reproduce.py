@@ -31,7 +31,7 @@ from pipeline.training.loop import EpochReport
 
 # Packages whose code computes something of a run; a change of another one changes no bit.
 COMPUTING = frozenset({"torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow"})
-# What the machine does meanwhile, and not the training.
+# Prefixes of metrics that depend on the machine's load, and not only on the training.
 MEASURED = ("time/", "throughput/", "memory/", "system/", "model/latency_ms")
 DEVIATIONS = 3
 
@@ -74,7 +74,7 @@ class Difference:
     """Something that is not as it was when the original run was trained."""
 
     line: str
-    matters: bool  # whether other bits are to be expected of it
+    matters: bool  # whether it can change the result's bits
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def version_faults(tracker: MlflowTracker) -> Iterator[tuple[str, list[str] | No
             continue
         try:
             source = tracker.client.get_model_version_download_uri(version.name, version.version)
-            # Of local files this copies nothing, and gives their own place.
+            # For local files this copies nothing and returns their own path.
             verify(Path(mlflow.artifacts.download_artifacts(source, tracking_uri=tracker.uri)), expected)
             yield name, []
         except DataError as error:

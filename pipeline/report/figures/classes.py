@@ -27,7 +27,7 @@ from pipeline.report.trials import class_f1, control, finished, weakest_class, w
 
 MAX_CLASSES = 20
 MAX_CLASSES_BY_EPOCH = 6
-MAX_TRIALS = 10  # beside the control
+MAX_TRIALS = 10  # without the control
 MIN_IMAGES_IN_BIN = 10
 
 

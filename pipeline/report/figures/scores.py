@@ -1,4 +1,4 @@
-"""Scores: by trial, by epoch, by cost, and study beside study."""
+"""Scores: by trial, by epoch, by cost, and by study."""
 
 from typing import Any
 
@@ -245,7 +245,7 @@ def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
 
 
 def _front_caption(front: pd.DataFrame, num_finished: int, measure: str, several: bool) -> str:
-    """What the cheapest of the front, the first, has beside the best, the last."""
+    """What the cheapest of the front, the first, costs and scores, compared with the best, the last."""
     cheapest, best = front.iloc[0], front.iloc[-1]
     names = [f"trial {row['trial']}{f' of {row.study}' if several else ''}" for row in (cheapest, best)]
     if len(front) == 1:
