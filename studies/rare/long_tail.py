@@ -1,0 +1,155 @@
+"""What do a balanced sampler, class weights and the focal loss give on CIFAR-10 with a long tail?
+
+CIFAR-10's training part loses images by an exponential profile (Cui et al. 2019, arXiv 1901.05555): class c of 10 keeps
+4,500 * RATIO^(-c / 9) of its 4,500 images, 4,500 airplanes to 45 trucks. Validation stays the standard split, 500 images
+of each class, so that accuracy and balanced accuracy are the same number. Run by hand, one thread:
+
+    python studies/rare/long_tail.py run data results.csv --seeds 0,1,2,3,4 && python studies/rare/long_tail.py report results.csv
+    python studies/rare/long_tail.py folder data long-tail    # train/<class>/*.png, for `make study NAME=rare DATASET=long-tail`
+"""
+
+import argparse
+import csv
+import os
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # equal sums need equal threads
+
+import pipeline.runtime  # noqa: F401, I001  before torch is imported
+import numpy as np
+import torch
+
+from pipeline.data.datasets import Split, load
+from pipeline.data.prepare import TrainingData, pixel_statistics, prepare
+from pipeline.evaluation.calibration import fit_temperature
+from pipeline.evaluation.scores import reliability
+from pipeline.evaluation.significance import paired_t, sample
+from pipeline.search.portfolio import PORTFOLIO
+from pipeline.search.study import load_study
+from pipeline.training.loop import train
+
+RATIO = 100
+BASE = load_study("baseline").base.changed(PORTFOLIO["SGD, small batches, smoothing"])
+ARMS = {
+    "plain": {},
+    "sampler, power 1": {"data.sampler": "balanced"},
+    "sampler, power 0.5": {"data.sampler": "balanced", "data.sampler_power": 0.5},
+    "weights, power 1": {"loss.class_weights": 1.0},
+    "weights, power 0.5": {"loss.class_weights": 0.5},
+    "focal, gamma 2": {"loss.name": "focal"},
+    "focal, sampler, power 0.5": {"loss.name": "focal", "data.sampler": "balanced", "data.sampler_power": 0.5},
+}
+SCORES = ("balanced_accuracy", "f1_macro", "recall_of_3_frequent", "recall_of_3_rare", "ece", "temperature")
+
+
+def kept(labels: torch.Tensor) -> torch.Tensor:
+    """Indices of the images that stay, drawn by class."""
+    draw, chosen = np.random.RandomState(0), []
+    for label in range(10):
+        images = np.flatnonzero(labels.numpy() == label)
+        chosen.append(draw.permutation(images)[: round(len(images) * RATIO ** (-label / 9))])
+    return torch.from_numpy(np.sort(np.concatenate(chosen)))
+
+
+def long_tail(data_dir: Path) -> TrainingData:
+    """CIFAR-10, its training images thinned."""
+    data = prepare(load("cifar10", BASE.data.form, data_dir, download=False), BASE.data, torch.device("cpu"))
+    thin = data.train.at(kept(data.train.labels))
+    mean, std = pixel_statistics(thin.images)
+    return replace(data, train=thin, mean=mean, std=std)
+
+
+def measured(arm: str, seed: int, data: TrainingData) -> dict[str, float]:
+    """SCORES of an arm, and the CPU time in seconds that its training took."""
+    started = time.process_time()
+    result = train(BASE.changed({**ARMS[arm], "training.seed": seed}), data, torch.device("cpu"))
+    logits, labels = result.validation_logits.double(), data.validation.labels.numpy()
+    right = logits.argmax(1).numpy() == labels
+    last = result.history[-1].metrics
+    return {
+        "balanced_accuracy": last["val/balanced_accuracy"],
+        "f1_macro": last["val/f1_macro"],
+        "recall_of_3_frequent": float(right[labels < 3].mean()),
+        "recall_of_3_rare": float(right[labels > 6].mean()),
+        "ece": reliability(logits.softmax(1).numpy(), labels).ece,
+        "temperature": fit_temperature(logits.numpy(), labels),
+        "cpu_s": time.process_time() - started,
+    }
+
+
+def run(data_dir: Path, file: Path, seeds: list[int]) -> None:
+    """Train what the table lacks."""
+    data, known = long_tail(data_dir), set()
+    if file.exists():
+        with file.open(newline="") as table:
+            known = {(row["arm"], int(row["seed"])) for row in csv.DictReader(table)}
+    for seed in seeds:
+        for arm in ARMS:
+            if (arm, seed) in known:
+                continue
+            row = {"arm": arm, "seed": seed, **measured(arm, seed, data)}
+            is_new = not file.exists()
+            with file.open("a", newline="") as table:
+                writer = csv.DictWriter(table, list(row), lineterminator="\n")
+                if is_new:
+                    writer.writeheader()
+                writer.writerow({name: f"{v:.4f}" if isinstance(v, float) else v for name, v in row.items()})
+
+
+def report(files: list[Path]) -> None:
+    """Mean and standard deviation over seeds, and the paired difference to plain."""
+    scores: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
+    for file in files:
+        with file.open(newline="") as table:
+            for row in csv.DictReader(table):
+                scores[row["arm"]][int(row["seed"])] = {name: float(row[name]) for name in SCORES}
+    print("| arm | n |", " | ".join(SCORES), "| beside plain |")
+    print("|---|---|" + "---|" * (len(SCORES) + 1))
+    for arm in ARMS:
+        seeds = sorted(set(scores[arm]) & set(scores["plain"]))
+        if not seeds:
+            continue
+        cells = [sample([scores[arm][seed][name] for seed in seeds]) for name in SCORES]
+        gains = [scores[arm][seed]["balanced_accuracy"] - scores["plain"][seed]["balanced_accuracy"] for seed in seeds]
+        gain = sample(gains)
+        gained = f"{100 * gain.mean:+.2f} ({100 * gain.low:+.2f} to {100 * gain.high:+.2f}), p = {paired_t(gains, 1 / 5000):.2g}" if gain.low is not None and gain.high is not None and arm != "plain" else ""
+        print(f"| {arm} | {len(seeds)} |", " | ".join(f"{c.mean:.4f} ± {c.sd or 0:.4f}" for c in cells), f"| {gained} |")
+
+
+def write_folder(data_dir: Path, folder: Path) -> None:
+    """The long tail of all 50,000 training images, 5,000 to 50 a class, as PNG files; CIFAR-10's test split stays out."""
+    from PIL import Image
+
+    data = load("cifar10", BASE.data.form, data_dir, download=False)
+    train: Split = data.train.at(kept(data.train.labels))
+    for number, (image, label) in enumerate(zip(train.images.numpy(), train.labels.tolist(), strict=True)):
+        path = folder / "train" / data.classes[label] / f"{number:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(path)
+
+
+def main() -> None:
+    """Commands of the docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, arguments in {"run": ["data", "file"], "folder": ["data", "folder"]}.items():
+        command = commands.add_parser(name)
+        for argument in arguments:
+            command.add_argument(argument, type=Path)
+        if name == "run":
+            command.add_argument("--seeds", default="0,1,2,3,4")
+    commands.add_parser("report").add_argument("files", type=Path, nargs="+")
+    given = parser.parse_args()
+    if given.command == "run":
+        run(given.data, given.file, [int(seed) for seed in given.seeds.split(",")])
+    elif given.command == "folder":
+        write_folder(given.data, given.folder)
+    else:
+        report(given.files)
+
+
+if __name__ == "__main__":
+    main()
