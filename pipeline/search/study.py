@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import Problem, UserError, did_you_mean, first_line
 from pipeline.evaluation.constraints import MEASURES, nearest, violations
+from pipeline.evaluation.scores import OBJECTIVES, Objective
 from pipeline.recipe import KIND, LATER, Recipe, has_default, kind_field, kinds_with
 from pipeline.search.optuna_internals import allow_stop, reseed
 from pipeline.search.portfolio import PORTFOLIO
@@ -51,7 +52,6 @@ PHOTO_SIZE = 64  # pixels; of a folder of larger images, for networks made for 3
 GEOMETRIES = {1.1: "squash", 1.6: "crop", math.inf: "pad"}
 MAX_STARTS = 4  # trials of a new study that are given, besides the control
 StartFrom = Literal["all", "portfolio", "winners", "none"]
-OBJECTIVES = ("val/accuracy", "val/f1_macro")
 FOLDER = Path(__file__).resolve().parents[2] / "studies"
 
 
@@ -81,7 +81,7 @@ class Study:
     question: str
     base: Recipe
     space: Space
-    objective: Literal["val/accuracy", "val/f1_macro"]
+    objective: Objective
     trials: int
     patience: int | None = None  # trials without a better score after which the study stops
     version: int = 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 import pipeline.runtime  # noqa: F401, before MLflow
+from pipeline.evaluation.scores import OBJECTIVES
 
 # isort: split
 from mlflow.entities import Run as StoredRun
@@ -110,7 +111,7 @@ def _role(text: str) -> str | None:
 
 
 def _objective(text: str) -> str | None:
-    return text if text in ("val/accuracy", "val/f1_macro") else None
+    return text if text in OBJECTIVES else None
 
 
 def _hex_id(text: str) -> str | None:

@@ -4,17 +4,21 @@ CIFAR-10's training part loses images by an exponential profile (Cui et al. 2019
 4,500 * RATIO^(-c / 9) of its 4,500 images, 4,500 airplanes to 45 trucks. Validation stays the standard split, 500 images
 of each class, so that accuracy and balanced accuracy are the same number. Run by hand, one thread:
 
-    python studies/rare/long_tail.py run data results.csv --seeds 0,1,2,3,4 && python studies/rare/long_tail.py report results.csv
-    python studies/rare/long_tail.py folder data long-tail    # train/<class>/*.png, for `make study NAME=rare DATASET=long-tail`
+    python studies/rare/long_tail.py run data results.csv --seeds 0
+    python studies/rare/long_tail.py run data results.csv --seeds 1,2,3,4,5 --arms 'plain;weights, power 1'
+    python studies/rare/long_tail.py report results.csv --seeds 1,2,3,4,5
+    python studies/rare/long_tail.py folder data long-tail    # train/<class>/*.png, for `make study DATASET=long-tail`
 """
 
 import argparse
 import csv
 import os
+import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # equal sums need equal threads
 
@@ -32,8 +36,8 @@ from pipeline.search.study import load_study
 from pipeline.training.loop import train
 
 RATIO = 100
-BASE = load_study("baseline").base.changed(PORTFOLIO["SGD, small batches, smoothing"])
-ARMS = {
+BASE = load_study("baseline").base.changed({**PORTFOLIO["SGD, small batches, smoothing"], "training.epochs": 10})
+ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "sampler, power 1": {"data.sampler": "balanced"},
     "sampler, power 0.5": {"data.sampler": "balanced", "data.sampler_power": 0.5},
@@ -80,14 +84,14 @@ def measured(arm: str, seed: int, data: TrainingData) -> dict[str, float]:
     }
 
 
-def run(data_dir: Path, file: Path, seeds: list[int]) -> None:
+def run(data_dir: Path, file: Path, seeds: list[int], arms: list[str]) -> None:
     """Train what the table lacks."""
     data, known = long_tail(data_dir), set()
     if file.exists():
         with file.open(newline="") as table:
             known = {(row["arm"], int(row["seed"])) for row in csv.DictReader(table)}
     for seed in seeds:
-        for arm in ARMS:
+        for arm in arms:
             if (arm, seed) in known:
                 continue
             row = {"arm": arm, "seed": seed, **measured(arm, seed, data)}
@@ -99,24 +103,26 @@ def run(data_dir: Path, file: Path, seeds: list[int]) -> None:
                 writer.writerow({name: f"{v:.4f}" if isinstance(v, float) else v for name, v in row.items()})
 
 
-def report(files: list[Path]) -> None:
-    """Mean and standard deviation over seeds, and the paired difference to plain."""
+def report(file: Path, seeds: list[int]) -> None:
+    """Mean and standard deviation over these seeds, and the paired difference of balanced accuracy to plain."""
     scores: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
-    for file in files:
-        with file.open(newline="") as table:
-            for row in csv.DictReader(table):
-                scores[row["arm"]][int(row["seed"])] = {name: float(row[name]) for name in SCORES}
-    print("| arm | n |", " | ".join(SCORES), "| beside plain |")
-    print("|---|---|" + "---|" * (len(SCORES) + 1))
+    with file.open(newline="") as table:
+        for row in csv.DictReader(table):
+            scores[row["arm"]][int(row["seed"])] = {name: float(row[name]) for name in (*SCORES, "cpu_s")}
+    lines = [f"| arm | n | {' | '.join(SCORES)} | beside plain, points |", "|---|---|" + "---|" * (len(SCORES) + 1)]
     for arm in ARMS:
-        seeds = sorted(set(scores[arm]) & set(scores["plain"]))
-        if not seeds:
+        common = [seed for seed in seeds if seed in scores[arm] and seed in scores["plain"]]
+        if not common:
             continue
-        cells = [sample([scores[arm][seed][name] for seed in seeds]) for name in SCORES]
-        gains = [scores[arm][seed]["balanced_accuracy"] - scores["plain"][seed]["balanced_accuracy"] for seed in seeds]
+        cells = [sample([scores[arm][seed][name] for seed in common]) for name in SCORES]
+        gains = [100 * (scores[arm][seed][SCORES[0]] - scores["plain"][seed][SCORES[0]]) for seed in common]
         gain = sample(gains)
-        gained = f"{100 * gain.mean:+.2f} ({100 * gain.low:+.2f} to {100 * gain.high:+.2f}), p = {paired_t(gains, 1 / 5000):.2g}" if gain.low is not None and gain.high is not None and arm != "plain" else ""
-        print(f"| {arm} | {len(seeds)} |", " | ".join(f"{c.mean:.4f} ± {c.sd or 0:.4f}" for c in cells), f"| {gained} |")
+        interval = (
+            "" if gain.low is None else f" ({gain.low:+.2f} to {gain.high:+.2f}), p = {paired_t(gains, 0.02):.2g}"
+        )
+        numbers = " | ".join(f"{cell.mean:.4f} ± {cell.sd or 0:.4f}" for cell in cells)
+        lines.append(f"| {arm} | {len(common)} | {numbers} | {gain.mean:+.2f}{interval} |")
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def write_folder(data_dir: Path, folder: Path) -> None:
@@ -132,23 +138,20 @@ def write_folder(data_dir: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Commands of the docstring."""
+    """The commands of the docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, arguments in {"run": ["data", "file"], "folder": ["data", "folder"]}.items():
-        command = commands.add_parser(name)
-        for argument in arguments:
-            command.add_argument(argument, type=Path)
-        if name == "run":
-            command.add_argument("--seeds", default="0,1,2,3,4")
-    commands.add_parser("report").add_argument("files", type=Path, nargs="+")
+    parser.add_argument("command", choices=["run", "report", "folder"])
+    parser.add_argument("paths", type=Path, nargs="+")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--arms", default=";".join(ARMS))
     given = parser.parse_args()
+    seeds = [int(seed) for seed in given.seeds.split(",")]
     if given.command == "run":
-        run(given.data, given.file, [int(seed) for seed in given.seeds.split(",")])
-    elif given.command == "folder":
-        write_folder(given.data, given.folder)
+        run(*given.paths, seeds, given.arms.split(";"))
+    elif given.command == "report":
+        report(*given.paths, seeds)
     else:
-        report(given.files)
+        write_folder(*given.paths)
 
 
 if __name__ == "__main__":
