@@ -61,10 +61,11 @@ def suggest_schedule(trial: Trial, kinds: Sequence[str] = ("one_cycle", "cosine"
 
 
 def suggest_balance(trial: Trial) -> None:
-    """For rare classes: how much more often an epoch shows them, how much more they weigh, and the focal loss."""
+    """For rare classes: how much more often an epoch shows them, or how much more they weigh; and the focal loss."""
     if trial.suggest_categorical("data.sampler", ["uniform", "balanced"]) == "balanced":
         trial.suggest_float("data.sampler_power", 0.25, 1, step=0.25)
-    trial.suggest_float("loss.class_weights", 0, 1, step=0.25)
+    else:
+        trial.suggest_float("loss.class_weights", 0, 1, step=0.25)
     if trial.suggest_categorical("loss.name", ["cross_entropy", "focal"]) == "focal":
         trial.suggest_float("loss.gamma", 0.5, 2.5, step=0.5)
 

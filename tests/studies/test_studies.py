@@ -47,6 +47,7 @@ VALUES = [
     "constant",
     "reflect",
     "alternating",
+    "balanced",
     "bf16",
     "compiled",
     "default",
