@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pipeline.data.prepare import TrainingData
     from pipeline.recipe import Recipe
-    from pipeline.search.study import Search
+    from pipeline.search.search import Search
     from pipeline.tracking.queries import StudyRuns
     from pipeline.tracking.tracker import MlflowTracker
 

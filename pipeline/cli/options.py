@@ -14,7 +14,7 @@ from pipeline.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from pipeline.search.budget import Budget
-    from pipeline.search.study import Search
+    from pipeline.search.search import Search
 
 # What several commands ask for.
 DatasetOption = Annotated[str | None, typer.Option(help="cifar10, digits, or a folder with train/<class>/*.")]
@@ -138,7 +138,8 @@ def resolve(
 ) -> "Search":
     """A study with the options applied; UserError with every problem, those given too, before anything starts."""
     from pipeline.data.datasets import SOURCES, existing_folder
-    from pipeline.search.study import Search, load_study
+    from pipeline.search.search import Search
+    from pipeline.search.study import load_study
 
     definition, problems = load_study(name), list(problems)
     settings, note = definition.settings(_fields(options, dataset, changes, problems)), ""

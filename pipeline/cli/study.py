@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
     from pipeline.data.prepare import TrainingData
     from pipeline.search.budget import Budget, BudgetPlan
-    from pipeline.search.study import Search
+    from pipeline.search.search import Search
     from pipeline.search.worker_pool import WorkerPool
     from pipeline.tracking.tracker import MlflowTracker
 
@@ -227,8 +227,8 @@ def _show_best(console: Console, search: "Search", done: Any, tracker: "MlflowTr
     from pipeline.cli.views_study import print_forecast
     from pipeline.report.best_trials import best_trials
     from pipeline.report.trials import table_of
+    from pipeline.search.progress import nearest_infeasible, records, study_progress
     from pipeline.search.storage import num_finished
-    from pipeline.search.study import nearest_infeasible, records, study_progress
     from pipeline.search.study_attributes import StudyAttributes
 
     nearest = "" if study_progress(done, 0).best else nearest_infeasible(done, search)

@@ -18,8 +18,9 @@ from pipeline.data.prepare import TrainingData
 from pipeline.evaluation.constraints import violations
 from pipeline.experiment import Outcome, known_before
 from pipeline.recipe import KIND, Recipe
+from pipeline.search.progress import StudyProgress
+from pipeline.search.search import Search
 from pipeline.search.space_check import field_of, to_choice
-from pipeline.search.study import Search, StudyProgress
 from pipeline.search.trial import SHORT
 from pipeline.search.trial_attributes import Progress
 from pipeline.training.loop import EpochReport

@@ -31,12 +31,13 @@ from pipeline.data.prepare import TrainingData, pixel_statistics, prepare
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.scores import reliability
 from pipeline.evaluation.significance import paired_t, sample
-from pipeline.search.portfolio import PORTFOLIO
+from pipeline.search.portfolio import PORTFOLIO, fields_for
 from pipeline.search.study import load_study
 from pipeline.training.loop import train
 
 RATIO = 100
-BASE = load_study("baseline").base.changed({**PORTFOLIO["SGD, small batches, smoothing"], "training.epochs": 10})
+BASELINE = load_study("baseline").base
+BASE = BASELINE.changed({**fields_for(BASELINE, PORTFOLIO["SGD, small batches, smoothing"]), "training.epochs": 10})
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "sampler, power 1": {"data.sampler": "balanced"},

@@ -11,9 +11,11 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline.data.prepare import TrainingData
 from pipeline.experiment import Outcome
 from pipeline.recipe import Recipe
+from pipeline.search.progress import StudyProgress
 from pipeline.search.run_study import run_study
+from pipeline.search.search import Search
 from pipeline.search.storage import open_storage
-from pipeline.search.study import Search, Study, StudyProgress
+from pipeline.search.study import Study
 from pipeline.search.trial import StudyContext
 from pipeline.search.trial_attributes import Progress, TrialAttributes
 from pipeline.search.worker_pool import WorkerPool

@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.search import storage
 from pipeline.search.optuna_internals import TrialParam, study_id, trial_id
+from pipeline.search.search import Search
 from pipeline.search.storage import (
     RetryingStorage,
     StorageUnavailable,
@@ -32,7 +33,7 @@ from pipeline.search.storage import (
     open_study,
     resolved,
 )
-from pipeline.search.study import Search, Study
+from pipeline.search.study import Study
 from pipeline.search.study_attributes import StudyAttributes
 
 ME, OTHER = {"id": "me"}, {"id": "other"}
