@@ -22,7 +22,7 @@ class Sampler:
         """float64 (N,): where each image's part of [0, N] ends, images by class; its length is how often it is expected."""
         counts = class_counts(self._labels, num_classes).double()
         shares = counts ** (1 - power) * (counts > 0)
-        copies = shares / shares.sum() * len(self._labels) / counts.clamp(min=1)
+        copies = shares / shares.sum() * len(self._labels) / counts
         return copies[self._labels.sort().values].cumsum(0)
 
     def epoch(self, generator: torch.Generator) -> Tensor:

@@ -36,6 +36,8 @@ def test_power_0_shows_each_image_once() -> None:
 def test_the_seed_alone_decides_the_order() -> None:
     assert epoch(1).equal(epoch(1))
     assert not epoch(1).sort().values.equal(epoch(1, seed=1).sort().values), "other images of the large class"
+    ranks = (LABELS == 0).cumsum(0)[epoch(1).unique()][LABELS[epoch(1).unique()] == 0]
+    assert ranks.diff().max() > 5, "drawn at random, not every second or third"
     batches = LABELS[epoch(1)].split(100)[:6]
     assert all(20 < int((batch == 4).sum()) < 32 for batch in batches), "classes are mixed over the epoch"
 

@@ -109,6 +109,8 @@ def test_an_image_weighs_as_its_class_and_keeps_its_target():
     expected = torch.nn.functional.cross_entropy(logits, labels, weights, reduction="none").mean()
     loss = loss_of(CrossEntropy(class_weights=1), LABELS, 3)
     torch.testing.assert_close(loss(logits, one_hot), expected)
+    smooth = [weighted_focal(logits[:1], one_hot[:1], 0.3, 2, weighing) for weighing in (weights, None)]
+    torch.testing.assert_close(smooth[0], smooth[1] * weights[0])
     # Smoothed, the best prediction of an image is still its target; by torch's weights it would be the rare class.
     best = (one_hot[:1] * 0.7 + 0.1).log().requires_grad_()
     weighted_focal(best, one_hot[:1], 0.3, 0, weights).backward()
