@@ -94,16 +94,16 @@ def _f1_by_threshold(columns: np.ndarray, labels: np.ndarray, thresholds: np.nda
     return (2 * hits / np.maximum(predicted + true, 1)).mean(axis=1)
 
 
-def reweighting_line(fields: Mapping[str, Any], probabilities: np.ndarray, labels: np.ndarray) -> str:
+def reweighting_line(fields: Mapping[Any, Any], probabilities: np.ndarray, labels: np.ndarray) -> str:
     """What it did to probabilities (N, C) that rare classes counted more in training; empty where they did not.
 
     `fields` are the recipe's by dotted name; of a run that is older than a field, it is missing or NaN.
     """
     ways = {
-        "balanced sampler": fields.get("data.sampler_power") if fields.get("data.sampler") == "balanced" else None,
-        "class weights": fields.get("loss.class_weights"),
+        "balanced sampler": fields.get("data.sampler_power", 0) if fields.get("data.sampler") == "balanced" else 0,
+        "class weights": fields.get("loss.class_weights", 0),
     }
-    used = [f"{way} of power {float(power):g}" for way, power in ways.items() if (power or 0) > 0]
+    used = [f"{way} of power {power:g}" for way, power in ways.items() if power > 0]
     if not used:
         return ""
     images = np.bincount(labels, minlength=probabilities.shape[1])

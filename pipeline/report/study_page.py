@@ -176,7 +176,7 @@ def _results(tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison
         figures["calibration"] = classes.calibration(comparison.stored_predictions)
         for name, run in comparison.stored_predictions.items():
             row = comparison.control if name == "the control" else comparison.best
-            if row is not None and (line := reweighting_line(row, run.probabilities, run.labels)):
+            if row is not None and (line := reweighting_line(row.to_dict(), run.probabilities, run.labels)):
                 reweighted.append(f"{name.capitalize()}: {line}.")
     sizes_differ = "model/parameters" in done and done["model/parameters"].nunique() > 1
     costs = {f"cost{n}": measure for n, measure in enumerate(scores.COSTS if sizes_differ else ["time/training_s"])}

@@ -146,13 +146,14 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--arms", default=";".join(ARMS))
     given = parser.parse_args()
+    first, second = (*given.paths, Path())[:2]
     seeds = [int(seed) for seed in given.seeds.split(",")]
     if given.command == "run":
-        run(*given.paths, seeds, given.arms.split(";"))
+        run(first, second, seeds, given.arms.split(";"))
     elif given.command == "report":
-        report(*given.paths, seeds)
+        report(first, seeds)
     else:
-        write_folder(*given.paths)
+        write_folder(first, second)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ def per_class(frame: pd.DataFrame) -> go.Figure:
     names = [name for name in frame.columns if name.startswith(CLASS_F1) and rows[name].notna().any()]
     f1 = rows[names].astype(float)
     every = list(f1.mean().sort_values().index)
-    is_compared = base is not None and len(rows) > 0 and rows.iloc[0]["run_id"] != base["run_id"]
-    gains = (f1.iloc[0] - base[names].astype(float) if is_compared else pd.Series(dtype=float)).sort_values()
+    gains = pd.Series(dtype=float)  # of the best beside the control
+    if base is not None and rows.iloc[0]["run_id"] != base["run_id"]:
+        gains = (f1.iloc[0] - base[names].astype(float)).sort_values()
     names = _telling(every, gains)
     columns = [f"{row['trial']}" + ("<br>control" if row["control"] else "") for _, row in rows.iterrows()]
     figure = go.Figure()
@@ -60,12 +61,12 @@ def per_class(frame: pd.DataFrame) -> go.Figure:
         return with_caption(figure, "No run has F1 by class.")
     weakest, lowest = weakest_class(rows.iloc[0])
     caption = f"The best trial's weakest class is {weakest}, F1 {lowest:.3f}"
-    if is_compared:
+    if len(gains):
         least, most = (f"{gains.index[place].removeprefix(CLASS_F1)} ({gains.iloc[place]:+.3f})" for place in (0, -1))
         caption += f"; beside the control it gains most in {most} and "
         caption += f"{'loses most' if gains.iloc[0] < 0 else 'least'} in {least}"
     if len(names) < len(every):
-        which = "the weakest and those that changed most" if is_compared else "the weakest"
+        which = "the weakest and those that changed most" if len(gains) else "the weakest"
         caption += f". Shown are {len(names)} of {len(every)} classes: {which}"
     return with_caption(figure, f"{caption}.")
 
