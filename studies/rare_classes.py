@@ -27,8 +27,8 @@ STUDY = replace(
     question=__doc__.splitlines()[0],
     space=space,
     objective="val/balanced_accuracy",
-    starts={
+    starts={  # the best of seven on CIFAR-10 with a long tail
+        "balanced": {"data.sampler": "balanced"},
         "half balanced": {"data.sampler": "balanced", "data.sampler_power": 0.5},
-        "class weights": {"loss.class_weights": 0.5},
     },
 )

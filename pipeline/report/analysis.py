@@ -26,6 +26,7 @@ SHUFFLES = 40
 class Lead:
     """How far one model is before another on the same images; differences in units of the score, in [-1, 1]."""
 
+    objective: str
     difference: float
     low: float  # of the 95 % interval over images
     high: float
@@ -37,7 +38,7 @@ class Lead:
 
     @property
     def p(self) -> float:
-        """That both are right equally often; exact McNemar test."""
+        """That both are right equally often; exact McNemar test. It says nothing of other objectives than accuracy."""
         return mcnemar(self.only_first, self.only_second)
 
     @property
@@ -66,6 +67,7 @@ def lead(first: Predictions, second: Predictions, objective: str, trials: int = 
 
     highest = float(ndtri((trials - 0.375) / (trials + 0.25))) if trials > 1 else 0.0
     return Lead(
+        objective=objective,
         difference=difference,
         low=difference - Z95 * error,
         high=difference + Z95 * error,
