@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 import pipeline.runtime  # noqa: F401, before MLflow
+from pipeline.evaluation.scores import OBJECTIVES
 
 # isort: split
 from mlflow.entities import Run as StoredRun
@@ -146,7 +147,7 @@ _PARSERS: Mapping[str, Any] = {
     "seed": _number,
     "trial_run": _hex_id,
     "reproduces": _hex_id,
-    "objective": _one_of("val/accuracy", "val/f1_macro"),
+    "objective": _one_of(*OBJECTIVES),
     "constraints": _bounds,
     "worker": _mapping,
     "data_places": _strings,
