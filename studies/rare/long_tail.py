@@ -61,7 +61,7 @@ def kept(labels: torch.Tensor) -> torch.Tensor:
 
 def long_tail(data_dir: Path) -> TrainingData:
     """CIFAR-10, its training images thinned."""
-    data = prepare(load("cifar10", BASE.data.form, data_dir, download=False), BASE.data, torch.device("cpu"))
+    data = prepare(load(BASE.data, data_dir, download=False), BASE.data, torch.device("cpu"))
     thin = data.train.at(kept(data.train.labels))
     mean, std = pixel_statistics(thin.images)
     return replace(data, train=thin, mean=mean, std=std)
@@ -130,7 +130,7 @@ def write_folder(data_dir: Path, folder: Path) -> None:
     """The long tail of all 50,000 training images, 5,000 to 50 a class, as PNG files; CIFAR-10's test split stays out."""
     from PIL import Image
 
-    data = load("cifar10", BASE.data.form, data_dir, download=False)
+    data = load(BASE.data, data_dir, download=False)
     train: Split = data.train.at(kept(data.train.labels))
     for number, (image, label) in enumerate(zip(train.images.numpy(), train.labels.tolist(), strict=True)):
         path = folder / "train" / data.classes[label] / f"{number:05}.png"
