@@ -39,11 +39,13 @@ def disagreement(tracker: MlflowTracker, comparison: Comparison, find: FindData)
     runs, shown = {comparison.label: best, "control": base}, {}
     for title, in_group in groups.items():
         indices = np.flatnonzero(in_group)
-        surest = indices[np.argsort(-confidence[indices], kind="stable")][:MAX_IMAGES]
+        shown_indices = indices[np.argsort(-confidence[indices], kind="stable")][:MAX_IMAGES]
         if len(indices):
-            pixels = None if isinstance(images, str) else images[torch.from_numpy(surest)].permute(0, 2, 3, 1).numpy()
-            pictures = list(_pictures(surest, runs, pixels))
-            shown[title] = {"count": len(indices), "pictures": pictures}
+            pixels = None
+            if not isinstance(images, str):
+                pixels = images[torch.from_numpy(shown_indices)].permute(0, 2, 3, 1).numpy()
+            thumbnails = list(_thumbnails(shown_indices, runs, pixels))
+            shown[title] = {"count": len(indices), "thumbnails": thumbnails}
     both, either = int((best_right & base_right).sum()), int((best_right | base_right).sum())
     return {
         "num_images": len(best_right),
@@ -73,7 +75,7 @@ def _images(
     return data.train.at(torch.from_numpy(predictions.ids)).images
 
 
-def _pictures(
+def _thumbnails(
     indices: np.ndarray, runs: Mapping[str, Predictions], images: np.ndarray | None
 ) -> Iterator[dict[str, Any]]:
     """Each of the `indices` as a data URL, from uint8 `images` (n, S, S, 3), None without images, and the lines below it."""

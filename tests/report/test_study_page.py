@@ -68,6 +68,8 @@ def test_the_answer_is_in_numbers_that_the_store_has(store: Store, odd: Path) ->
         assert f"<h2>{title}" in said
     for title in ("Calibration", "Cost against score", "What was short, pruned or failed"):
         assert f"<h2>{title}" in said
+    assert said.count("rare classes counted more") == 1
+    assert "The best: rare classes counted more in training (class weights of power 0.25): the rarer half" in said
     assert 'href="http://127.0.0.1:5000/#/a?b=1&amp;c=2"' in said
     assert "0.4000" in said.split("<h2>Finals")[1].split("</section>")[0], "the mean of two seeds"
 

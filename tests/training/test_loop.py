@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_equal_recipes_give_equal_weights_bit_for_bit(small_recipe: Recipe, digi
 @pytest.mark.parametrize(
     "change",
     [
-        {"training.batch_size": 100},
+        {"training.batch_size": 100, "data.sampler": "balanced"},
         {"augmentation.crop_mode": "reflect", "augmentation.horizontal_flip": "alternating"},
         {"augmentation.crop_padding": 0, "data.geometry": "random_resized_crop", "data.crop_scale": 0.3},
     ],
@@ -55,6 +56,16 @@ def test_images_in_files_train_the_same_bit_for_bit(
     assert [report.metrics["train/loss"] for report in in_memory.history] == [
         report.metrics["train/loss"] for report in streamed.history
     ]
+
+
+def test_rare_classes_are_trained_otherwise(small_recipe: Recipe, digits: TrainingData) -> None:
+    recipe = small_recipe.changed({"training.epochs": 1})
+    keep = (digits.train.labels > 0) | (torch.arange(len(digits.train.labels)) % 10 == 0)  # few noughts
+    few = replace(digits, train=digits.train.at(keep.nonzero().view(-1)[:256]))
+    plain = train(recipe, few, CPU)
+    for changes in ({"data.sampler": "balanced"}, {"loss.class_weights": 1.0}, {"loss.name": "focal"}):
+        other = train(recipe.changed(changes), few, CPU)
+        assert not torch.equal(plain.validation_logits, other.validation_logits), changes
 
 
 def test_training_leaves_the_global_random_state_alone(small_recipe: Recipe, digits: TrainingData) -> None:
