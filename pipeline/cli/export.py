@@ -68,7 +68,7 @@ def export(
             say(console, f"compared with torch on made-up images only, not on the validation split: {missing}")
         else:
             on = f"the {len(data.validation.labels):,} images of the validation split"
-            say(console, difference_line(made.difference, on))
+            say(console, difference_line(made.difference, on, classifier.image_size))
         if data is None or not int8:
             say(console, f"{MODEL}: {made.bytes / 1e6:.2f} MB, {made.latency_ms:.2f} ms an image on one thread")
             return

@@ -233,7 +233,8 @@ class CandidateEvaluation:
                 self.observer.note(f"not compared with torch on the validation split, only on made-up images: {error}")
                 return
             worst = export.check(classifier, path, images)
-            self.observer.note(export.difference_line(worst, f"the {len(images):,} images of the validation split"))
+            on = f"the {len(images):,} images of the validation split"
+            self.observer.note(export.difference_line(worst, on, classifier.image_size))
             if line := small_split_line(len(images), model.metadata.recipe.data.validation_fraction):
                 self.observer.note(line)
 

@@ -67,7 +67,7 @@ def model_card(
         "Calibration": _calibration(metadata, run),
         "Known weaknesses": _weaknesses(metadata.classes, confusion, ids, labels, predicted, confidence),
         "Data": _data(metadata),
-        **({"Weights": f"Started from {origin}"} if (origin := weights_origin(metadata.recipe.model)) else {}),
+        **({"Weights": _weights(origin, run)} if (origin := weights_origin(metadata.recipe.model)) else {}),
         "Recipe": f"Digest `{metadata.recipe_digest}`. What differs from the defaults:\n\n{_recipe(metadata.recipe)}",
         "Cost": _cost(metadata, run, costs),
         "Reproduce": _reproduce(run),
@@ -159,6 +159,11 @@ def _data(metadata: ModelMetadata) -> str:
         f"validation {data.validation_fraction:.0%} of the training part, split digest `{metadata.split_digest}`. "
         f"Licence: {_LICENCES.get(data.dataset, _OWN_LICENCE)}"
     )
+
+
+def _weights(origin: str, run: Run) -> str:
+    digest = RunTags.of(run).weights_sha256
+    return f"Started from {origin}" + (f" SHA-256 of the file: `{digest}`." if digest else "")
 
 
 def _recipe(recipe: Recipe) -> str:

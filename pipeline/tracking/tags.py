@@ -54,6 +54,7 @@ class RunTags:
     recipe_digest: str | None = None
     data_digest: str | None = None
     split_digest: str | None = None
+    weights_sha256: str | None = None  # of the file that a pretrained network started from
     commit: str | None = None
     git_dirty: bool | None = None
     host: str | None = None
