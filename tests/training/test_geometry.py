@@ -1,6 +1,6 @@
 """Sets made for the purpose: only a geometry that keeps what the classes differ in can learn them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,14 +46,14 @@ SETS: dict[str, dict[str, Draw]] = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, random = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
     for name, classes in SETS.items():
         for label, draw in classes.items():
             (folder := root / name / "train" / label).mkdir(parents=True)
             for index in range(PER_CLASS):
                 Image.fromarray(draw(random)).save(folder / f"{index}.png")
-    yield root
+    return root
 
 
 @pytest.mark.parametrize(
