@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from pipeline.errors import DataError, Problem, did_you_mean
 from pipeline.recipe import Form
 
 MAX_LISTED = 20  # problems that an error lists
+PROGRESS_S = 10.0  # between two lines of progress
 MAX_LOOKED_AT = 200  # images whose sizes a default goes by
 
 log = logging.getLogger(__name__)
@@ -132,12 +134,16 @@ def decoded(paths: Sequence[Path], form: Form) -> tuple[Tensor, HeldImages | Non
 
     One DataError for all the files that can't be read.
     """
-    log.info("reading %d images", len(paths))
+    log.info("reading %s images at %d x %d pixels, %s", f"{len(paths):,}", form.size, form.size, form.geometry)
+    said = time.monotonic()
     images = np.empty((len(paths), 3, form.size, form.size), dtype=np.uint8)
     held = np.empty((len(paths), 3, form.held or 0, form.held or 0), dtype=np.uint8)
     aspects, content = torch.ones(len(paths)), hashlib.sha256()
     problems: list[Problem] = []
     for index, result in enumerate(read_images(paths, form, digests=True)):
+        if time.monotonic() - said > PROGRESS_S:
+            log.info("%s of %s images read", f"{index:,}", f"{len(paths):,}")
+            said = time.monotonic()
         if isinstance(result, BadImage):
             problems += result.problems
             continue
