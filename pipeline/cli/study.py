@@ -130,6 +130,7 @@ def _run(
     tracking_uri: str | None,
 ) -> None:
     from pipeline.cli.views_study import StudyView, say_budget, say_infeasible_control
+    from pipeline.report.render import count
     from pipeline.search.budget import prepare
     from pipeline.search.run_study import run_study
     from pipeline.search.storage import num_finished, open_storage, resolved
@@ -153,7 +154,7 @@ def _run(
             console,
             f"{search.key(data)} on {'a cluster' if options.cluster else device}: {len(data.train.labels):,} training "
             f"and {len(data.validation.labels):,} validation images of {len(data.classes)} classes; "
-            f"up to {search.trials} trials of {search.max_epochs} epochs",
+            f"up to {count(search.trials, 'trial')} of {count(search.max_epochs, 'epoch')}",
         )
         say_infeasible_control(console, search, data)
         say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)

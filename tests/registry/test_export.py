@@ -159,6 +159,11 @@ def test_wrong_export_is_refused_with_the_difference(right: tuple[Classifier, Pa
     assert export.check(torchs, path, noise(10, 11)) < export.TOLERANCE
 
 
+def test_sizes_of_batches_are_those_that_fit_in_memory() -> None:
+    assert export.batch_sizes(64) == list(export.BATCHES) and export.batch_sizes(224) == [1, 2, 7, 40]
+    assert export.difference_line(0, "them", 224).endswith("on them, in batches of 1, 2, 7 and 40")
+
+
 @pytest.mark.parametrize("size", export.BATCHES)
 def test_one_wrong_image_in_one_batch_size_is_refused(
     size: int, right: tuple[Classifier, Path], tmp_path: Path
