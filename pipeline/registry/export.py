@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from pipeline.data.augment import normalise
 from pipeline.data.datasets import Dataset
+from pipeline.data.images import resized
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import DataError, PromotionRefused
 from pipeline.evaluation.logits import images_together, predict_logits
 from pipeline.evaluation.scores import score
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.inference.methods import combine
+from pipeline.recipe import Form
 from pipeline.tracking import queries
 from pipeline.tracking.run_data import LocatedData, RunData, find_data
 from pipeline.tracking.tracker import MlflowTracker
@@ -44,6 +46,7 @@ GEOMETRIES = {
 }
 TOLERANCE = 1e-4  # in probability
 BATCHES = (1, 2, 7, 128, 500)  # that are tried, as far as so many images are predicted together
+CALIBRATION_IMAGES = 512
 QUANTISED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool"]
 THREADS = (1, 2)  # that are measured
 
@@ -170,6 +173,12 @@ def split_as_then(metadata: ModelMetadata, images: Dataset) -> TrainingData:
 def as_pixels(images: Tensor) -> np.ndarray:
     """(N, 3, S, S) as the ONNX model takes it, (N, S, S, 3)."""
     return images.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def calibration_pixels(data: TrainingData) -> np.ndarray:
+    """At most CALIBRATION_IMAGES of the training images, (N, S, S, 3); squashed where held larger, for random crops."""
+    step = -(-len(data.train.labels) // CALIBRATION_IMAGES)  # spread out: a folder's images lie class by class
+    return as_pixels(resized(data.train.images[::step].cpu(), Form(data.image_size)))
 
 
 def float32_probabilities(classifier: Classifier, images: Tensor) -> np.ndarray:

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 from pipeline import recipe
-from pipeline.data.datasets import load
-from pipeline.data.images import read_image
+from pipeline.data.datasets import Split, load
+from pipeline.data.images import read_image, resized
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import PromotionRefused
 from pipeline.evaluation.calibration import Calibration
@@ -227,6 +227,12 @@ def test_validation_split_of_cifar10(cifar10_dir: Path, tmp_path: Path) -> None:
     data = prepare(load("cifar10", Form(32), cifar10_dir), torchs.metadata.recipe.data, CPU)
     export.export_onnx(torchs, path)
     assert export.check(torchs, path, data.validation.images) <= export.TOLERANCE
+
+
+def test_calibration_takes_images_as_the_model_does(digits: TrainingData) -> None:
+    held = Split(resized(digits.train.images, Form(13)), digits.train.labels)  # for random crops
+    seen = export.calibration_pixels(dataclasses.replace(digits, train=held))
+    assert seen.shape == (-(-len(held.labels) // 3), *digits.validation.images.shape[2:], 3), "every third image"
 
 
 def test_8_bit_model_is_smaller_and_close(tmp_path: Path) -> None:
