@@ -47,7 +47,8 @@ GEOMETRIES = {
 TOLERANCE = 1e-4  # in probability
 BATCHES = (1, 2, 7, 128, 500)  # that are tried, as far as so many images are predicted together
 CALIBRATION_IMAGES = 512
-QUANTISED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool"]
+# With Clip and Relu, 8 bits reach over what comes out of them, not over what they cut off.
+QUANTISED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "Clip", "Relu"]
 THREADS = (1, 2)  # that are measured
 
 

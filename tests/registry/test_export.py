@@ -250,4 +250,6 @@ def test_8_bit_model_is_smaller_and_close(tmp_path: Path) -> None:
     original, small = (export.benchmark(tmp_path / name, pixels, labels) for name in ("model.onnx", "like.onnx"))
     assert original.accuracy == 1.0 > small.accuracy > 0.9
     assert small.bytes < 0.5 * original.bytes
+    relus = [sum(n.op_type == "Relu" for n in onnx.load(tmp_path / f"{m}.onnx").graph.node) for m in ("model", "like")]
+    assert relus == [2, 0], "8 bits from 0 on do what a ReLU does"
     assert set(small.latency_ms) == set(small.images_per_second) == {1, 2}
