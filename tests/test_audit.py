@@ -20,8 +20,9 @@ from pipeline.recipe import Recipe
 from pipeline.registry import ledger
 from pipeline.registry.package import Package
 from pipeline.search import run_study
+from pipeline.search.search import Search
 from pipeline.search.storage import open_storage
-from pipeline.search.study import Search, Study
+from pipeline.search.study import Study
 from pipeline.search.trial import StudyContext
 from pipeline.tracking.journal import FOLDER, RECORDS, Journal
 from pipeline.tracking.tracker import MlflowTracker

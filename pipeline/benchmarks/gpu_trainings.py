@@ -26,9 +26,10 @@ from pipeline.recipe import Recipe
 from pipeline.registry.speed_runs import six_views, speed_run_data
 from pipeline.search import run_study
 from pipeline.search.forecast import Choice, decide, forecast
+from pipeline.search.search import Search
 from pipeline.search.speed import Stopwatch, measure, measure_overhead, trial_seconds
 from pipeline.search.storage import open_storage
-from pipeline.search.study import Search, load_study
+from pipeline.search.study import load_study
 from pipeline.search.trial import StudyContext
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest, Tracker

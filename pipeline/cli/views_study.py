@@ -15,11 +15,13 @@ from rich.text import Text
 from pipeline.cli.common import say
 from pipeline.cli.views import PLAIN_INTERVAL_S, duration, format_value
 from pipeline.data.prepare import TrainingData
+from pipeline.errors import counted
 from pipeline.evaluation.constraints import violations
 from pipeline.experiment import Outcome, known_before
 from pipeline.recipe import KIND, Recipe
+from pipeline.search.progress import StudyProgress
+from pipeline.search.search import Search
 from pipeline.search.space_check import field_of, to_choice
-from pipeline.search.study import Search, StudyProgress
 from pipeline.search.trial import SHORT
 from pipeline.search.trial_attributes import Progress
 from pipeline.training.loop import EpochReport
@@ -127,8 +129,7 @@ class StudyView:
         if outcome.epochs and (broken := violations(self._search.study.constraints, outcome.metrics)):
             line += f"; infeasible: {broken}"
         self._trials.pop(number, None)
-        for text in (line, *(f"  {note}" for note in outcome.notes)):
-            say(self._console, text)
+        say(self._console, line, *(f"  {note}" for note in outcome.notes))
 
     def _seconds_left(self, progress: StudyProgress) -> float | None:
         num_new = progress.finished - (self._finished_before or 0)
@@ -185,7 +186,7 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
     console.print(table)
     if not actual:
         others = forecast["measured"] - 1
-        recipes = f" and of {others} other recipe{'s' * (others != 1)}" if others else ""
+        recipes = f" and of {counted(others, 'other recipe')}" if others else ""
         console.print(f"from a few steps of the control{recipes}; other work on the machine changes it")
         if pruner := forecast.get("unknown_pruner"):
             say(console, f"no pruning is assumed, as what {pruner} will do is not known")
@@ -193,7 +194,7 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
         if precision := choice.get("precision"):
             say(console, f"training.precision {precision}: faster here for this network (`--set training.precision=`)")
         if choice.get("why"):
-            workers = f"{choice['workers']} worker{'s' * (choice['workers'] != 1)}"
+            workers = counted(choice["workers"], "worker")
             say(
                 console,
                 f"training.execution {choice['execution']}, {workers}: {choice['why']} (`--set training.execution=` and "
@@ -208,8 +209,7 @@ def say_budget(console: Console, plan: "BudgetPlan | None", own_epochs: int) -> 
     top, seeds = plan.finals
     shorter = f", not its {own_epochs}" if plan.epochs < own_epochs else ""
     search_s = plan.forecast.seconds if plan.forecast else 0.0
-    trials = f"{plan.trials} trial{'s' * (plan.trials != 1)}"
-    epochs = f"{plan.epochs} epoch{'s' * (plan.epochs != 1)}"
+    trials, epochs = counted(plan.trials, "trial"), counted(plan.epochs, "epoch")
     say(
         console,
         f"a budget of {duration(plan.budget.seconds)}: {trials} of {epochs}{shorter} ({duration(search_s)}), "

@@ -135,20 +135,20 @@ def _weaknesses(
     names = [_plain(name) for name in classes]
     wrong = confusion - np.diag(np.diag(confusion))
     pairs = np.argsort(-wrong, axis=None, kind="stable")[:WEAKEST]
-    mixed_up = [
+    confusions = [
         f"{names[true]} taken for {names[other]}: {wrong[true, other]} of {confusion[true].sum():,}"
         for true, other in zip(*np.unravel_index(pairs, wrong.shape), strict=True)
         if wrong[true, other]
     ]
     order = np.lexsort((np.arange(len(ids)), -confidence))
     errors = order[predicted[order] != labels[order]][:WEAKEST]
-    surest = [
+    most_confident = [
         f"image {ids[i]}: {names[labels[i]]}, taken for {names[predicted[i]]} with {confidence[i]:.1%}" for i in errors
     ]
     return (
-        f"Most mixed up: {'; '.join(mixed_up) or 'nothing'}.\n\nMost confident errors (place in the training part, "
-        f"confidence before the temperature): {'; '.join(surest) or 'none'}.\n\nWhat shows none of its classes gets one "
-        "of them all the same; other cameras, sizes and crops than the data set's were not tried."
+        f"Most mixed up: {'; '.join(confusions) or 'nothing'}.\n\nMost confident errors (place in the training part, "
+        f"confidence before the temperature): {'; '.join(most_confident) or 'none'}.\n\nWhat shows none of its classes gets "
+        "one of them all the same; other cameras, sizes and crops than the data set's were not tried."
     )
 
 

@@ -18,7 +18,7 @@ from pipeline.data import cifar10, datasets, digits, folder
 from pipeline.data.datasets import Split
 from pipeline.data.images import SUFFIXES, image_files, resized
 from pipeline.data.splits import sealed
-from pipeline.errors import DataError
+from pipeline.errors import DataError, lines_of
 from pipeline.recipe import Form
 
 
@@ -96,8 +96,7 @@ def _check_cifar10(data_dir: Path) -> None:
 
     if problems := cifar10.file_problems(data_dir / CIFAR10.base_folder):
         remedy = "`--data-dir` says where the files lie; `study NAME` downloads what is missing"
-        details = [line for problem in problems for line in problem.lines]
-        raise DataError("CIFAR-10", "its files are missing or damaged", remedy, details)
+        raise DataError("CIFAR-10", "its files are missing or damaged", remedy, lines_of(problems))
 
 
 def _test_files(root: Path) -> dict[str, list[Path]]:

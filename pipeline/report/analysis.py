@@ -1,4 +1,4 @@
-"""What the noise allows to say about a study: its best trial beside the control, and each choice beside the control's."""
+"""What a study shows beyond noise: the lead of its best trial over the control, and the effect of each choice."""
 
 import random
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ class Effects:
 
 
 def effects(frame: pd.DataFrame, base: pd.Series | None = None) -> Effects | None:
-    """What each choice adds to the score, beside the control's choice; None where there are too few finished trials.
+    """What each choice adds to the score, compared with the control's choice; None where there are too few finished trials.
 
     A Bayesian linear model of all searched parameters on the finished trials of one study: effects are normal around 0,
     how wide is averaged over, by its marginal likelihood (Lindley and Smith 1972; ridge regression is its mode). A

@@ -18,14 +18,14 @@ from pipeline.errors import UserError
 from pipeline.registry.finals import FinalsPlan, TimeLimit, plan_finals
 from pipeline.registry.racing import MIN_SEEDS
 from pipeline.search.forecast import TRACKING_S, Costs, Forecast, decide, estimate, mean_epochs, measure_costs
+from pipeline.search.search import Search
 from pipeline.search.short_trials import MIN_EPOCHS as MIN_SHORTENED_EPOCHS
 from pipeline.search.short_trials import MIN_TRIALS as MIN_SHORTENED_TRIALS
 from pipeline.search.short_trials import short_epochs
 from pipeline.search.space_check import field_of
 from pipeline.search.storage import find_study, num_finished
-from pipeline.search.study import Search, counts_toward_budget
 from pipeline.search.study_attributes import Choice, StudyAttributes
-from pipeline.search.trial_attributes import TrialAttributes
+from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget
 from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tracker import MlflowTracker
 

@@ -19,12 +19,12 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line
 from pipeline.evaluation.logits import bf16_supported
 from pipeline.recipe import Recipe
+from pipeline.search.search import Search
 from pipeline.search.short_trials import short_epochs, simulate
 from pipeline.search.speed import fastest_precision, measure, measure_overhead, trial_seconds
 from pipeline.search.storage import num_finished
-from pipeline.search.study import Search, is_feasible
 from pipeline.search.study_attributes import Choice, StudyAttributes
-from pipeline.search.trial_attributes import TrialAttributes
+from pipeline.search.trial_attributes import TrialAttributes, is_feasible
 from pipeline.tracking.sqlite import checkpoint
 from pipeline.tracking.tracker import NullTracker, Run
 from pipeline.training.execution import check_execution

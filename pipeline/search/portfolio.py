@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.recipe import Recipe, kinds_with
+
 _LIGHT = {
     "augmentation.policy": "none",
     "augmentation.crop_padding": 4,
@@ -21,7 +23,8 @@ _SGD = {
     "schedule.peak": 0.25,
 }
 # Strong for many networks, and of different kinds, so that one of them is likely to be near a study's best. Rates are
-# for batches of 128 images unless they say other.
+# for batches of 128 images unless they say other. Trainings of a search are short and rather fit too little: two of them
+# have less dropout than most networks were published with.
 PORTFOLIO: Mapping[str, Mapping[str, Any]] = {
     "SGD, one-cycle": {**_LIGHT, **_SGD, "optimizer.lr": 0.1},
     "SGD, small batches, smoothing": {
@@ -30,6 +33,7 @@ PORTFOLIO: Mapping[str, Mapping[str, Any]] = {
         "optimizer.lr": 0.05,
         "training.batch_size": 64,
         "loss.label_smoothing": 0.1,
+        "model.dropout": 0.1,
     },
     "AdamW, cosine": {
         **_LIGHT,
@@ -38,6 +42,17 @@ PORTFOLIO: Mapping[str, Mapping[str, Any]] = {
         "optimizer.weight_decay": 5e-2,
         "schedule.name": "cosine",
         "schedule.warmup": 0.05,
+        "model.dropout": 0.1,
     },
     "SGD, CutMix": {**_LIGHT, **_SGD, "optimizer.lr": 0.1, "augmentation.cutmix": 0.3},
 }
+
+
+def fields_for(base: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The changes without fields that only other networks have."""
+    network = base.model.network
+    return {
+        name: value
+        for name, value in changes.items()
+        if not name.startswith("model.") or network in (kinds_with(name) or [network])
+    }

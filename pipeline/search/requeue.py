@@ -18,8 +18,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pipeline.processes import process_has_exited
 from pipeline.search.optuna_internals import fail_trial, inherited_attributes, stored_trial
+from pipeline.search.search import Search
 from pipeline.search.short_trials import next_in_full
-from pipeline.search.study import Search
 from pipeline.search.trial_attributes import TrialAttributes, update_attributes
 from pipeline.tracking import queries, recovery
 from pipeline.tracking.tags import RunTags

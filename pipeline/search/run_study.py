@@ -13,9 +13,9 @@ from optuna.trial import TrialState
 from pipeline.processes import StopOnSignal, study_lock, this_process
 from pipeline.search.budget import Allowance, BudgetPlan
 from pipeline.search.forecast import Forecast, actual, forecast, size_mib
+from pipeline.search.progress import study_progress
 from pipeline.search.requeue import reconcile, release_trials
 from pipeline.search.storage import StudyLock, num_finished, open_study, resolved
-from pipeline.search.study import study_progress
 from pipeline.search.study_attributes import Choice, StudyAttributes
 from pipeline.search.supervisor import Supervisor
 from pipeline.search.trial import StudyContext, StudyInterrupted, claim_trial, run_trial

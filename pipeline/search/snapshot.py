@@ -11,9 +11,8 @@ from pipeline.errors import UserError
 from pipeline.processes import study_is_running, study_lock
 from pipeline.search.requeue import reconcile
 from pipeline.search.storage import RetryingStorage, StudyLock, our_studies
-from pipeline.search.study import counts_toward_budget
 from pipeline.search.study_attributes import StudyAttributes
-from pipeline.search.trial_attributes import TrialAttributes
+from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker
 

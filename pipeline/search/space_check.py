@@ -245,7 +245,9 @@ def nearest_value(asked: BaseDistribution, value: Any) -> Any:
     inside = min(max(value, asked.low), asked.high) if _is_number(value) else asked.low
     if not asked.step:
         return inside
-    return min(asked.low + round((inside - asked.low) / asked.step) * asked.step, asked.high)
+    # Without the last digits, which a sum of steps gets wrong: 0.3, not 0.30000000000000004.
+    on_step = asked.low + round((inside - asked.low) / asked.step) * asked.step
+    return min(round(on_step, 12), asked.high)
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

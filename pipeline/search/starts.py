@@ -10,8 +10,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import UserError
 from pipeline.recipe import LATER, kind_field, kinds_with
+from pipeline.search.portfolio import fields_for
+from pipeline.search.search import MAX_STARTS, Search, StartFrom
 from pipeline.search.space_check import ScriptedTrial, field_of, from_choice, lowest, nearest_value, to_choice
-from pipeline.search.study import MAX_STARTS, Search, StartFrom
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import is_feasible
 
@@ -54,7 +55,8 @@ def nearest(search: Search, changes: Mapping[str, Any]) -> dict[str, Any] | None
     logarithm. Fields that the space doesn't ask for are left out; but with another optimizer rates mean something else.
     """
     try:
-        wanted = search.recipe({}).changed(changes).flat()
+        base = search.recipe({})
+        wanted = base.changed(fields_for(base, changes)).flat()
     except UserError:
         return None
 

@@ -24,10 +24,10 @@ from pipeline.data.datasets import SOURCES
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line, redact_uri
 from pipeline.search.optuna_internals import SqlStorage, TrialParam, check_compatible
+from pipeline.search.search import Search, check_same
 from pipeline.search.starts import starts
-from pipeline.search.study import Search, check_same, counts_toward_budget
 from pipeline.search.study_attributes import StudyAttributes
-from pipeline.search.trial_attributes import TrialAttributes
+from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget
 from pipeline.tracking.run_data import newest_first
 from pipeline.tracking.sqlite import use_write_ahead_log
 from pipeline.tracking.study_key import StudyKey

@@ -19,9 +19,10 @@ from pipeline.evaluation.constraints import excess
 from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
 from pipeline.recipe import Recipe
 from pipeline.search.optuna_internals import claimed_trial, stored_trial, study_id, trial_id, was_stopped
+from pipeline.search.progress import StudyProgress
 from pipeline.search.requeue import requeue, run_name, run_tags
+from pipeline.search.search import Search
 from pipeline.search.storage import RetryingStorage, StorageUnavailable
-from pipeline.search.study import Search, StudyProgress
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import Progress, TrialAttributes, update_attributes
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost, State

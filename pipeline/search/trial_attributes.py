@@ -101,6 +101,11 @@ def is_feasible(trial: FrozenTrial) -> bool:
     return all(value <= 0 for value in trial.constraints.values())
 
 
+def counts_toward_budget(trial: FrozenTrial) -> bool:
+    """Whether a trial counts toward the budget: all that ended do, except requeued ones."""
+    return trial.state.is_finished() and not TrialAttributes.is_requeued(trial)
+
+
 def update_attributes(study: optuna.Study, trial: FrozenTrial | Trial, **values: Any) -> None:
     """Store these fields of TrialAttributes; UpdateFinishedTrialError where the trial has ended."""
     assert values.keys() <= _NAMES, values.keys() - _NAMES

@@ -28,8 +28,9 @@ from pipeline.errors import Problem, UserError, error_of
 from pipeline.experiment import Interrupted, Outcome
 from pipeline.processes import this_process
 from pipeline.recipe import Recipe
+from pipeline.search.progress import StudyProgress
+from pipeline.search.search import Search
 from pipeline.search.storage import RetryingStorage, find_study, open_storage
-from pipeline.search.study import Search, StudyProgress
 from pipeline.search.trial import StudyContext, StudyInterrupted, claim_trial, run_trial
 from pipeline.search.trial_attributes import Beat, Progress, update_attributes
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost

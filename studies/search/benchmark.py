@@ -28,7 +28,7 @@ from pipeline.data.datasets import load
 from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.search.study import Search
+from pipeline.search.search import Search
 from pipeline.training.loop import Diverged
 
 FINAL_SEEDS = (1001, 1002, 1003)  # no search is seeded so

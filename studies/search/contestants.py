@@ -16,8 +16,9 @@ from optuna.trial import TrialState
 
 from pipeline.recipe import Recipe
 from pipeline.search.requeue import release_trials
+from pipeline.search.search import Search
 from pipeline.search.starts import starts
-from pipeline.search.study import Search, load_study
+from pipeline.search.study import load_study
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.training.loop import Diverged
 
@@ -188,7 +189,9 @@ VARIANTS: Mapping[str, Strategy] = {
     "ours-in-full": replace(OURS, pruner=NopPruner),
     "ours-median": replace(OURS, pruner=MedianPruner),
     "ours-hyperband": replace(OURS, pruner=lambda: HyperbandPruner(min_resource=2)),
-    "ours-univariate": replace(OURS, sampler=seeded(TPESampler, n_startup_trials=5)),
+    "ours-tpe": replace(
+        OURS, sampler=seeded(TPESampler, multivariate=True, group=True, constant_liar=True, n_startup_trials=5)
+    ),
     "ours-random": replace(OURS, sampler=seeded(RandomSampler)),
     "ours-gp": replace(OURS, sampler=seeded(GPSampler)),
     "ours-cmaes": replace(OURS, sampler=seeded(CmaEsSampler)),

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.recipe import Form, Recipe, parse_recipe
-from pipeline.search.study import counts_toward_budget
-from pipeline.search.trial_attributes import TrialAttributes
+from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget
 from pipeline.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]

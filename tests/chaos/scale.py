@@ -36,8 +36,9 @@ from pipeline.experiment import ExperimentRequest, Outcome
 from pipeline.processes import StopOnSignal, this_process
 from pipeline.search import worker
 from pipeline.search.budget import Allowance
+from pipeline.search.search import Search
 from pipeline.search.storage import RetryingStorage, StudyLock, num_finished, open_storage, open_study
-from pipeline.search.study import Search, load_study
+from pipeline.search.study import load_study
 from pipeline.search.supervisor import Supervisor
 from pipeline.search.trial import StudyContext, claim_trial, run_trial
 from pipeline.search.worker import Assignment, Ended, Heartbeat, Limits

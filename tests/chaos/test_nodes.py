@@ -13,8 +13,9 @@ from pipeline.data.prepare import TrainingData
 from pipeline.recipe import Recipe
 from pipeline.search import run_study
 from pipeline.search.ray_pool import connect
+from pipeline.search.search import Search
 from pipeline.search.storage import num_finished, open_storage
-from pipeline.search.study import Search, Study
+from pipeline.search.study import Study
 from pipeline.search.trial import StudyContext
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.search.worker import Limits

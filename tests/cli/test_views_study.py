@@ -13,7 +13,8 @@ from pipeline.cli.options import StudyOptions, resolve
 from pipeline.cli.views_study import StudyView, changes_text, print_forecast, say_infeasible_control
 from pipeline.data.prepare import TrainingData
 from pipeline.experiment import Outcome
-from pipeline.search.study import Search, StudyProgress
+from pipeline.search.progress import StudyProgress
+from pipeline.search.search import Search
 from pipeline.search.trial import SHORT
 from pipeline.tracking.tags import State
 

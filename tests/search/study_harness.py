@@ -11,9 +11,11 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline.data.prepare import TrainingData
 from pipeline.experiment import Outcome
 from pipeline.recipe import Recipe
+from pipeline.search.progress import StudyProgress
 from pipeline.search.run_study import run_study
+from pipeline.search.search import Search
 from pipeline.search.storage import open_storage
-from pipeline.search.study import Search, Study, StudyProgress
+from pipeline.search.study import Study
 from pipeline.search.trial import StudyContext
 from pipeline.search.trial_attributes import Progress, TrialAttributes
 from pipeline.search.worker_pool import WorkerPool
@@ -120,7 +122,7 @@ class StudyHarness:
 
     def runs(self, query: str = "tags.role = 'trial'") -> list[Any]:
         assert self.tracker.flush(60)
-        return list(self.tracker.client.search_runs([self.tracker.experiment(self.key)], query))
+        return list(self.tracker.client.search_runs([self.tracker.store.experiment(self.key)], query))
 
     def runs_by_trial(self) -> dict[int, Any]:
         runs = self.runs()

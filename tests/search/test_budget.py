@@ -31,8 +31,9 @@ from pipeline.search.budget import (
     plan_budget,
 )
 from pipeline.search.forecast import TRACKING_S, Costs
+from pipeline.search.search import Search
 from pipeline.search.short_trials import short_epochs
-from pipeline.search.study import Search, Study
+from pipeline.search.study import Study
 from pipeline.search.trial_attributes import TrialAttributes
 
 COSTS = Costs(epoch_s=2.0, end_s=3.0)  # a complete trial of 30 epochs: 63 s

@@ -16,8 +16,9 @@ from pipeline.recipe import Recipe
 from pipeline.search import forecast as forecast_module
 from pipeline.search.forecast import Choice, Way, actual, choose, decide, forecast, measure_ways
 from pipeline.search.run_study import run_study
+from pipeline.search.search import Search
 from pipeline.search.storage import find_study
-from pipeline.search.study import Search, Study
+from pipeline.search.study import Study
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial import StudyInterrupted
 from pipeline.tracking import queries

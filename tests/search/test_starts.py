@@ -15,10 +15,11 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.search.portfolio import PORTFOLIO
 from pipeline.search.run_study import run_study
+from pipeline.search.search import MAX_STARTS, Search
 from pipeline.search.space_check import to_choice
 from pipeline.search.starts import nearest, starts
 from pipeline.search.storage import open_study
-from pipeline.search.study import MAX_STARTS, Search, Study
+from pipeline.search.study import Study
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes
 
@@ -94,6 +95,21 @@ def earlier(name: str, base: Recipe, scores: Mapping[float, float]) -> optuna.St
             create_trial(params={"optimizer.lr@sgd": rate}, distributions={"optimizer.lr@sgd": RANGE}, value=score)
         )
     return study
+
+
+def test_a_field_of_other_networks_is_left_out_and_one_of_no_network_refused(small_recipe: Recipe) -> None:
+    def dropout(trial: Any) -> None:
+        space(trial)
+        trial.suggest_float("model.dropout", 0, 0.5, step=0.1)
+
+    wanted = {"optimizer.lr": 0.03, "model.dropout": 0.3}
+    found = nearest(a_search(small_recipe, space=dropout), wanted)
+    assert found is not None and found["model.dropout"] == 0.3
+    without = small_recipe.changed({"model.network": "baseline"})
+    found = nearest(a_search(without, starts={"one": wanted}), wanted)
+    assert found is not None and found["optimizer.lr@sgd"] == 0.03
+    with pytest.raises(UserError, match="dropuot"):
+        a_search(without, starts={"one": {"model.dropuot": 0.3}})
 
 
 RANGE = FloatDistribution(1e-3, 1)

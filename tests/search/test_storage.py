@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.search import storage
 from pipeline.search.optuna_internals import TrialParam, study_id, trial_id
+from pipeline.search.search import Search
 from pipeline.search.storage import (
     RetryingStorage,
     StorageUnavailable,
@@ -32,7 +33,7 @@ from pipeline.search.storage import (
     open_study,
     resolved,
 )
-from pipeline.search.study import Search, Study
+from pipeline.search.study import Study
 from pipeline.search.study_attributes import StudyAttributes
 
 ME, OTHER = {"id": "me"}, {"id": "other"}
@@ -286,7 +287,7 @@ def test_eight_first_starts_create_one_store(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from pipeline.search.storage import open_storage;"
         "from pipeline.tracking.tracker import MlflowTracker; home = Path(sys.argv[1]) / 'mlruns';"
-        "s = open_storage(home); print(len(s.get_all_studies())); MlflowTracker(home).experiment('x')"
+        "s = open_storage(home); print(len(s.get_all_studies())); MlflowTracker(home).store.experiment('x')"
     )
     starts = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(8)]
     assert [start.wait() for start in starts] == [0] * 8

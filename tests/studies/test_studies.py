@@ -15,8 +15,9 @@ from pydantic.fields import FieldInfo
 
 from pipeline.errors import UserError
 from pipeline.recipe import KIND, Recipe, kind_field, kinds_with
+from pipeline.search.search import Search
 from pipeline.search.space_check import ScriptedTrial, control, extremes, field_of
-from pipeline.search.study import FOLDER, Search, Study, available, load_study
+from pipeline.search.study import FOLDER, Study, available, load_study
 
 
 @pytest.mark.parametrize("name", available())

@@ -8,6 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from pipeline.errors import counted
 from pipeline.evaluation.scores import CLASS_F1, confusion_matrix, reliability
 from pipeline.report.figures.layout import (
     BEST,
@@ -26,7 +27,7 @@ from pipeline.report.trials import class_f1, control, finished, weakest_class, w
 
 MAX_CLASSES = 20
 MAX_CLASSES_BY_EPOCH = 6
-MAX_TRIALS = 10  # beside the control
+MAX_TRIALS = 10  # without the control
 MIN_IMAGES_IN_BIN = 10
 
 
@@ -92,7 +93,7 @@ def curves(frame: pd.DataFrame, best: pd.Series, histories: Mapping[str, pd.Data
     at = f"{curve[middle]:.3f} after epoch {middle} and " if middle < end else ""
     caption = f"Trial {best['trial']}'s weakest class, {weakest.removeprefix(CLASS_F1)}, has F1 {at}{curve[end]:.3f} "
     caption += f"after epoch {end}, where the mean of all classes is {best['val/f1_macro']:.3f}"
-    grey = f". Grey: {num_pruned} pruned trial{'s' * (num_pruned != 1)}" if num_pruned else ""
+    grey = f". Grey: {counted(num_pruned, 'pruned trial')}" if num_pruned else ""
     return with_caption(figure, f"{caption}{grey}.")
 
 

@@ -1,0 +1,131 @@
+"""The default sampler: each new recipe is one of the best so far, with a few of its parameters changed.
+
+A study is given strong recipes to start from, and has about twenty trials for fifteen parameters. That is too few to learn
+where in the whole space to draw: most of what TPE drew was worse than every start (studies/search/README.md). Beside a
+good recipe there are better ones. An evolution strategy by mutation alone, as in Real et al. 2019 (arXiv 1802.01548).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+import optuna
+from numpy.random import RandomState
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import RandomSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from pipeline.search.short_trials import score_of
+from pipeline.search.space_check import nearest_value
+from pipeline.search.trial_attributes import TrialAttributes, is_feasible
+
+MUTATIONS = 2.0  # parameters that change in a trial, on average; at least one does
+STEP = 0.2  # standard deviation of a change, as a share of the range, or of the range of the logarithm
+NEXT = 0.5  # probability of the parent's being not the best recipe but one below; again for each next
+MAX_DRAWS = 100  # before a trial is drawn at random, as all that is near was tried
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a trial is drawn: the parent, then the other recipes, best first; and what is not as in the parent."""
+
+    recipes: Sequence[FrozenTrial]
+    changes: Mapping[str, Any]
+
+
+class LocalSearchSampler(RandomSampler):
+    """Changes the best recipes; draws at random while no trial has ended, and the first `n_startup_trials` in any case.
+
+    What the parent lacks, as it has another kind of optimizer, comes from the best recipe that has it.
+    """
+
+    def __init__(self, n_startup_trials: int = 0, seed: int | None = None):
+        super().__init__(seed)
+        self._n_startup_trials = n_startup_trials
+        self._plans: dict[int, _Plan] = {}  # of the trial that is being drawn, by number
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Choose the parent, and what changes; a recipe that there is already is chosen again."""
+        trials = study.get_trials(deepcopy=False)
+        recipes = ranked(trials) if trial.number >= self._n_startup_trials else []
+        plan = _Plan([], {})
+        if recipes:
+            tried = [other.params for other in trials]
+            plans = (self._plan(recipes) for _ in range(MAX_DRAWS))
+            plan = next((plan for plan in plans if {**plan.recipes[0].params, **plan.changes} not in tried), plan)
+        self._plans = {trial.number: plan}
+
+    def _plan(self, recipes: Sequence[FrozenTrial]) -> _Plan:
+        rng = self._rng.rng
+        index = min(rng.geometric(1 - NEXT), len(recipes)) - 1
+        parent = recipes[index]
+        names = sorted(name for name, asked in parent.distributions.items() if not asked.single())
+        chosen = rng.choice(names, min(1 + rng.poisson(MUTATIONS - 1), len(names)), replace=False)
+        changes = {name: changed_value(parent.distributions[name], parent.params[name], rng) for name in chosen}
+        return _Plan([parent, *recipes[:index], *recipes[index + 1 :]], changes)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """What was chosen for the parameter, else the value of the first recipe that has it."""
+        plan = self._plans[trial.number]
+        for recipe in plan.recipes:
+            if recipe.distributions.get(param_name) == param_distribution:
+                return plan.changes.get(param_name, recipe.params[param_name])
+        return super().sample_independent(study, trial, param_name, param_distribution)
+
+
+def ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials whose recipes can be parents, best first, by the score that they have in full.
+
+    A recipe that was only trained short is credited with what those trained both ways gained on average. Before there is
+    one of these, short trials are compared with each other alone.
+    """
+    attributes = {trial.number: TrialAttributes.of(trial) for trial in trials}
+    feasible = [trial for trial in trials if is_feasible(trial)]
+    short = {
+        trial.number: score_of(trial)
+        for trial in feasible
+        if trial.state is TrialState.PRUNED and attributes[trial.number].short and trial.intermediate_values
+    }
+    full, gains = dict[int, float](), list[float]()
+    for trial in feasible:
+        if trial.state is TrialState.COMPLETE and trial.value is not None:
+            source = attributes[trial.number].full_of
+            full[trial.number if source is None else source] = trial.value
+            if source in short:
+                gains.append(trial.value - short[source])
+    scores = short
+    if gains or not short:
+        scores = {number: score + mean(gains) for number, score in short.items()} | full
+    by_number = {trial.number: trial for trial in trials}
+    return [by_number[number] for number in sorted(scores, key=lambda number: (-scores[number], number))]
+
+
+def changed_value(distribution: BaseDistribution, value: Any, rng: RandomState) -> Any:
+    """Another choice, or another number near this one."""
+    if isinstance(distribution, CategoricalDistribution):
+        others = [choice for choice in distribution.choices if choice != value]
+        return others[rng.randint(len(others))]
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    new = value
+    while math.isclose(new, value):
+        new = _at(distribution, _position(distribution, value) + STEP * rng.normal())
+    return new
+
+
+def _position(distribution: FloatDistribution | IntDistribution, value: float) -> float:
+    """Where a value stands in its range: 0 is the low end, 1 the high one."""
+    low, high, value = (
+        math.log(end) if distribution.log else end for end in (distribution.low, distribution.high, value)
+    )
+    return (value - low) / (high - low)
+
+
+def _at(distribution: FloatDistribution | IntDistribution, position: float) -> float:
+    """The value there, or the nearest end; on the distribution's steps."""
+    low, high = (math.log(end) if distribution.log else end for end in (distribution.low, distribution.high))
+    value = low + min(max(position, 0), 1) * (high - low)
+    return nearest_value(distribution, math.exp(value) if distribution.log else value)
