@@ -174,7 +174,7 @@ def resolve(
     definition, problems = load_study(name), list(problems)
     settings, note = definition.settings(_fields(options, dataset, changes, problems)), ""
     if dataset and dataset not in SOURCES:
-        definition, note = definition.suited_to(existing_folder(dataset))
+        definition, note = definition.suited_to(existing_folder(dataset), settings)
     variant = definition.variants.get(str(settings["data.dataset"]))
     search = Search(
         name=name,
