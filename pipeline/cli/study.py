@@ -22,7 +22,7 @@ from pipeline.cli.common import (
     next_command,
     print_links,
     say,
-    say_small_split,
+    say_data,
     settle,
 )
 from pipeline.cli.finals import train
@@ -136,7 +136,7 @@ def _say_start(console: Console, search: "Search", data: "TrainingData", where: 
         f"{counted(search.max_epochs, 'epoch')}",
     )
     say_infeasible_control(console, search, data)
-    say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
+    say_data(console, data)
 
 
 def _run_finals(

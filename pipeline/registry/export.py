@@ -159,7 +159,8 @@ def find_data_of(
     """The data set that a model was trained on, wherever it lies now; see `run_data.find_data`."""
     subject = f"the model of run {metadata.run_id}" if metadata.run_id else "the model"
     places = queries.data_places(tracker, metadata.run_id) if tracker and metadata.run_id else []
-    seen = RunData(subject, metadata.recipe.data.dataset, metadata.recipe.data.form, metadata.data_digest, places)
+    home = tracker.home if tracker else None
+    seen = RunData(subject, metadata.recipe.data, metadata.data_digest, places, home)
     return find_data(seen, data_dir, dataset, download)
 
 

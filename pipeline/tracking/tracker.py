@@ -224,6 +224,7 @@ class MlflowTracker:
             data_digest=data.digest,
             split_digest=data.split_digest,
             weights_sha256=weights_digest(recipe.model),
+            test_digest=data.listed.listing.test_digest if data.listed else None,
             parent_run=request.parent_run,
         )
         start = {

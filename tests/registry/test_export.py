@@ -22,7 +22,7 @@ from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.inference.methods import METHODS, MethodScores
 from pipeline.inference.predictions import predict_files
 from pipeline.models.build import build_network
-from pipeline.recipe import Form, Recipe
+from pipeline.recipe import Data, Form, Recipe
 from pipeline.registry import export
 from pipeline.registry.test_split import open_test_split
 from pipeline.tracking.models import find_model
@@ -125,8 +125,8 @@ def test_a_file_gives_the_same_probabilities_everywhere(
     torchs = dataclasses.replace(torchs, metadata=torchs.metadata.model_copy(update={"recipe": changed}))
     names = sorted(photos(tmp_path))
     files = [tmp_path / "train" / "a" / name for name in names]
-    evaluated = load(str(tmp_path), changed.data.form, tmp_path).train.images[: len(names)]
-    tested = open_test_split(str(tmp_path), changed.data.form, tmp_path, ["a", "b"]).images[: len(names)]
+    evaluated = load(changed.data, tmp_path).train.images[: len(names)]
+    tested = open_test_split(changed.data, changed.data.form, tmp_path, ["a", "b"]).images[: len(names)]
     said = export.preprocessing(torchs.metadata)
     sent = torch.stack([torch.from_numpy(read_image(f, Form(said["image_size"], said["geometry"]))) for f in files])
     predicted = predict_files(torchs, files, "plain").probabilities
@@ -224,7 +224,7 @@ def test_validation_split_of_a_trained_model(trained: Trained, packed: object, d
 
 def test_validation_split_of_cifar10(cifar10_dir: Path, tmp_path: Path) -> None:
     torchs, path = classifier(recipe.Plain(widths=(8, 16)), size=32, classes=10), tmp_path / "model.onnx"
-    data = prepare(load("cifar10", Form(32), cifar10_dir), torchs.metadata.recipe.data, CPU)
+    data = prepare(load(Data(dataset="cifar10", image_size=32), cifar10_dir), torchs.metadata.recipe.data, CPU)
     export.export_onnx(torchs, path)
     assert export.check(torchs, path, data.validation.images) <= export.TOLERANCE
 
