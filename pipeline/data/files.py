@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.images import BadImage, HeldImages, LabelledImages, check_memory, read_images, shown_size
+from pipeline.data.images import BadImage, HeldImages, LabelledImages, check_memory, read_header, read_images
 from pipeline.data.listing import VALIDATION, Listing, first
 from pipeline.errors import DataError, Problem
 from pipeline.recipe import Form
@@ -59,7 +59,8 @@ class Sizes:
 def look(listing: Listing) -> Sizes | None:
     """The sizes of some images that may train or validate, without decoding them; None where none can be read."""
     paths = listing.usable.paths
-    sizes = list(filter(None, map(shown_size, paths[:: math.ceil(len(paths) / MAX_LOOKED_AT)])))
+    headers = map(read_header, paths[:: math.ceil(len(paths) / MAX_LOOKED_AT)])
+    sizes = [header.size for header in headers if header]
     if not sizes:
         return None
     widths, heights = np.array(sizes).T
