@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.search.search import Search
 
 # The fields that say which images a folder or manifest holds, and which of them are sealed.
-FILE_FIELDS = ("data.dataset", "data.columns", "data.test_fraction")
+FILE_FIELDS = ("data.dataset", "data.columns", "data.test_fraction", "data.duplicates", "data.corrupt")
 # What several commands ask for.
 DatasetOption = Annotated[
     str | None,

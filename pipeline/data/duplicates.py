@@ -46,7 +46,9 @@ def perceptual_hashes(images: np.ndarray) -> np.ndarray:
     from scipy.fft import dctn
 
     grey = np.tensordot(images.astype(np.float32), np.array([0.299, 0.587, 0.114], np.float32), (1, 0))
-    low = np.rint(dctn(grey, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(-1, 64))  # rounded: plain images have no noise
+    low = np.rint(
+        dctn(grey, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(-1, 64)
+    )  # rounded: plain images have no noise
     bits = low > np.median(low[:, 1:], axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data.exclusions import Excluded
 from pipeline.data.images import BadImage, HeldImages, LabelledImages, check_memory, read_header, read_images
 from pipeline.data.listing import VALIDATION, Listing, first
 from pipeline.errors import DataError, Problem
@@ -22,28 +23,62 @@ MAX_LOOKED_AT = 200  # images whose sizes a default goes by
 log = logging.getLogger(__name__)
 
 
-def read(listing: Listing, form: Form) -> LabelledImages:
-    """The images that may train or validate; the digest changes with what they show, their classes, splits and groups.
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """Images of files, without those that can't be read."""
 
-    DataError where a file can't be read.
+    rows: np.ndarray  # int64 (N,): which of the paths these are
+    images: Tensor  # uint8 (N, 3, S, S)
+    held: HeldImages | None  # what random crops are cut from
+    digests: Sequence[bytes]  # SHA-256 of each file
+    unreadable: Sequence[BadImage]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadFiles:
+    """The images of a listing that may train or validate, and what the files say of them."""
+
+    labelled: LabelledImages
+    listing: Listing  # without the files that can't be read
+    digests: Sequence[bytes]  # SHA-256 of each image's file
+    excluded: tuple[Excluded, ...]
+
+
+def read(listing: Listing, form: Form, skip: bool = False) -> ReadFiles:
+    """The images that may train or validate, without those that can't be read, if they may be skipped.
+
+    DataError where a file can't be read, else.
     """
     usable = listing.usable
     check_memory(len(usable.paths), form)
-    images, held, content = decoded(usable.paths, form)
+    found = decoded(usable.paths, form, skip)
+    excluded = tuple(
+        Excluded(image.path.relative_to(listing.root).as_posix(), image.reason) for image in found.unreadable
+    )
+    usable = usable.where(found.rows)
     is_validation, groups = usable.splits == VALIDATION, usable.group_numbers
-    about: list[object] = [list(usable.classes), usable.labels.tolist()]
-    if is_validation.any() or groups is not None:  # a data set that has neither keeps the digest that it always had
-        about += [is_validation.tolist(), None if groups is None else groups.tolist()]
-    return LabelledImages(
-        images=images,
+    labelled = LabelledImages(
+        images=found.images,
         labels=torch.from_numpy(usable.labels),
         classes=usable.classes,
         source=str(listing.place),
-        digest=hashlib.sha256(json.dumps(about).encode() + content).hexdigest(),
-        held=held,
+        digest=digest_of(usable, found.digests),
+        held=found.held,
         is_validation=torch.from_numpy(is_validation) if is_validation.any() else None,
         groups=None if groups is None else torch.from_numpy(groups),
     )
+    is_read = ~np.isin(np.array(listing.names), [one.name for one in excluded])
+    return ReadFiles(labelled, listing.where(is_read), found.digests, excluded)
+
+
+def digest_of(usable: Listing, digests: Sequence[bytes]) -> str:
+    """Of a data set, by the SHA-256 of each file that may train or validate, their classes, splits and groups."""
+    about: list[object] = [list(usable.classes), usable.labels.tolist()]
+    is_validation, groups = usable.splits == VALIDATION, usable.group_numbers
+    if is_validation.any() or groups is not None:  # a data set that has neither keeps the digest that it always had
+        about += [is_validation.tolist(), None if groups is None else groups.tolist()]
+    content = hashlib.sha256(b"".join(digests)).digest()
+    return hashlib.sha256(json.dumps(about).encode() + content).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -68,26 +103,29 @@ def look(listing: Listing) -> Sizes | None:
     return Sizes(len(sizes), int(np.median(widths)), int(np.median(heights)), float(elongation))
 
 
-def decoded(paths: Sequence[Path], form: Form) -> tuple[Tensor, HeldImages | None, bytes]:
-    """uint8 (N, 3, S, S), what is held for random crops, and the digest of the files' bytes.
-
-    One DataError for all the files that can't be read.
-    """
+def decoded(paths: Sequence[Path], form: Form, skip: bool = False) -> Decoded:
+    """The images of these files; one DataError for all that can't be read, unless they may be skipped."""
     log.info("reading %d images", len(paths))
     images = np.empty((len(paths), 3, form.size, form.size), dtype=np.uint8)
     held = np.empty((len(paths), 3, form.held or 0, form.held or 0), dtype=np.uint8)
-    aspects, content = torch.ones(len(paths)), hashlib.sha256()
-    problems: list[Problem] = []
-    for index, result in enumerate(read_images(paths, form, digests=True)):
+    aspects, digests = torch.ones(len(paths)), list[bytes]()
+    rows, unreadable = list[int](), list[BadImage]()
+    for row, result in enumerate(read_images(paths, form, digests=True)):
         if isinstance(result, BadImage):
-            problems += result.problems
+            unreadable.append(result)
             continue
+        index = len(rows)
+        rows.append(row)
+        digests.append(result.sha256)
         images[index], aspects[index] = result.image, result.aspect
-        content.update(result.sha256)
         if result.held is not None:
             held[index] = result.held
-    if problems:
-        summary = Problem(f"{len(problems)} of {len(paths)} images can't be used", remedy="replace or remove them")
-        raise DataError.many([*first(problems), summary])
-    to_crop = HeldImages(torch.from_numpy(held), aspects) if form.held else None
-    return torch.from_numpy(images), to_crop, content.digest()
+    if unreadable and not skip:
+        problems = first([problem for image in unreadable for problem in image.problems])
+        remedy = "replace or remove them, or `--corrupt skip` leaves them out"
+        raise DataError.many(
+            [*problems, Problem(f"{len(unreadable)} of {len(paths)} images can't be used", remedy=remedy)]
+        )
+    count = len(rows)
+    to_crop = HeldImages(torch.from_numpy(held[:count]), aspects[:count]) if form.held else None
+    return Decoded(np.array(rows, dtype=np.int64), torch.from_numpy(images[:count]), to_crop, digests, unreadable)

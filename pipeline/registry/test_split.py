@@ -78,7 +78,8 @@ def _opened(about: Data, form: Form, data_dir: Path, home: Path | None) -> tuple
         names = [str(digit) for digit in range(10)]
         return names, resized(grey[:, None].expand(-1, 3, -1, -1), form), labels[chosen]
     test = _test_images(about, home)
-    return test.classes, decoded(test.paths, form)[0], torch.from_numpy(test.labels)
+    found = decoded(test.paths, form, about.corrupt == "skip")
+    return test.classes, found.images, torch.from_numpy(test.labels[found.rows])
 
 
 def _cifar10_digest(data_dir: Path) -> str:

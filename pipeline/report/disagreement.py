@@ -58,7 +58,7 @@ def _images(tracker: MlflowTracker, run: pd.Series, predictions: Predictions, fi
         digest = RunTags.of(tracker.client.get_run(run_id)).data_digest
         if digest is None:
             raise KeyError("data_digest")
-        names = ("dataset", "image_size", "geometry", "test_fraction", "columns")
+        names = ("dataset", "image_size", "geometry", "test_fraction", "columns", "duplicates", "corrupt")
         about = Data.model_validate({name: run[f"data.{name}"] for name in names if pd.notna(run.get(f"data.{name}"))})
         seen = RunData(f"run {run_id}", about, digest, queries.data_places(tracker, run_id), tracker.home)
         data = find(seen).images
