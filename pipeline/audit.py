@@ -13,10 +13,9 @@ from pipeline.errors import Problem, PromotionRefused, UserError, redact_uri
 from pipeline.evaluation.scores import CLASS_F1
 from pipeline.processes import process_has_exited
 from pipeline.registry import ledger, promote
-from pipeline.registry.promote import CHAMPION, Registry
+from pipeline.registry.registered_model import CHAMPION, Registry
 from pipeline.search.snapshot import StudySnapshot, TrialSnapshot, requeue_abandoned, study_snapshots
 from pipeline.search.storage import RetryingStorage
-from pipeline.tracking import queries
 from pipeline.tracking.intact import missing_tags, run_label
 from pipeline.tracking.journal import FOLDER, empty_folders, is_busy
 from pipeline.tracking.models import version_faults
@@ -79,7 +78,6 @@ class _Auditor:
         self._deleted_keys = {key for run in deleted if (key := RunTags.of(run).run_key)}
         self._journals = other_journals(tracker)
         self._busy = set(self._journals.busy)
-        self._pending = {*self._journals.orphaned, *self._journals.other_tracker}
         self._runs = all_runs(tracker)
         # Those that lost their run key in the UI are found by the ids that Optuna has.
         known = {run.info.run_id for run in [*self._runs, *deleted]}
@@ -145,8 +143,8 @@ class _Auditor:
                 self._find(run_label(run), f"{_TAGS_CHANGED}: {', '.join(missing)}", remedy)
 
     def _is_open(self, run: StoredRun) -> bool:
-        """Whether more of it may come, so that nothing can be said of it yet."""
-        return RunTags.of(run).run_key in self._busy | self._pending or run.info.status == "RUNNING"
+        """Whether more of it may come, so that it can't be checked yet."""
+        return RunTags.of(run).run_key in self._journals.keys or run.info.status == "RUNNING"
 
     def _check_running(self) -> None:
         for run in self._runs:
@@ -192,21 +190,22 @@ class _Auditor:
             self._check_unfinished(study)
 
     def _note_deleted(self, study: StudySnapshot) -> None:
-        parent = queries.find_run(self._tracker, study.run_id) if study.run_id else None
+        parent = self._tracker.store.run(study.run_id) if study.run_id else None
         gone = [str(trial.number) for trial in study.counted if trial.run_key in self._deleted_keys]
-        if parent and not is_active(parent):
-            restore = queries.how_to_restore(self._tracker, parent)
+        if parent is None or (is_active(parent) and not gone):
+            return
+        restore = self._tracker.store.how_to_restore(parent.info.experiment_id)
+        if not is_active(parent):
             remedy = f"{restore}, or `study {_module_of(study.name)}` resumes what remains of it"
             self._result.omitted.append(Problem(study.name, "was deleted in MLflow", remedy))
-        elif parent and gone:
+        else:
             label = f"trial{'s' * (len(gone) > 1)} {', '.join(gone)} of {study.name}"
-            restore = queries.how_to_restore(self._tracker, parent)
             self._result.omitted.append(Problem("omitted, deleted in MLflow", label, restore))
 
     def _check_trial(self, study: StudySnapshot, trial: TrialSnapshot, runs: Sequence[StoredRun]) -> None:
         """Compare a trial that counts with its run."""
         label = f"trial {trial.number} of {study.name}"
-        if trial.run_key in self._busy | self._pending:
+        if trial.run_key in self._journals.keys:
             return
         if not runs and trial.run_key in self._deleted_keys:
             return  # a person may delete a run
@@ -214,17 +213,15 @@ class _Auditor:
             return  # its tags are a finding already
         if len(runs) != 1:
             ids = ", ".join(run.info.run_id for run in runs) or "none"
-            remedy = (
-                "delete those without metrics in the UI" if runs else "if it was removed for good, it can't be restored"
-            )
+            gone = "if it was removed for good, it can't be restored"
+            remedy = "delete those without metrics in the UI" if runs else gone
             self._find(label, f"should have one run in MLflow, and has {len(runs)} ({ids})", remedy)
             return
         (run,) = runs
         tags, run_id = RunTags.of(run), run.info.run_id
         if (tags.state, tags.trial) != (trial.state, trial.number):
-            self._find(
-                label, f"is {trial.state} in Optuna; its run {run_id} has the state {tags.state}, trial {tags.trial}"
-            )
+            rule = f"is {trial.state} in Optuna; its run {run_id} has the state {tags.state}, trial {tags.trial}"
+            self._find(label, rule)
         score = run.data.metrics.get(study.objective)
         if trial.state is State.FINISHED and trial.score != score:
             rule = f"has {study.objective} {trial.score} in Optuna, {score} in its run {run_id}"
@@ -303,22 +300,23 @@ class _Auditor:
     def _check_ledger(self) -> None:
         if not (self._home / ledger.FILE).is_file():
             return
-        book = ledger.Ledger(self._home)
-        for event in book.unfinished():
+        entries = ledger.Ledger(self._home)
+        unfinished = entries.unfinished()
+        for event in unfinished:
             rule = f"a change of champion, begun {event.time}, was cut off"
             self._find(event.model, rule, "`history` finishes or undoes it")
-        cut_off = {event.model for event in book.unfinished()}
-        for model in {event.model for event in book.events() if event.kind in (ledger.PROMOTED, ledger.ROLLED_BACK)}:
-            registry, reigns = Registry(self._tracker, book, model), book.champions(model)
-            if gone := registry.deleted():
-                versions = ", ".join(reign.version for reign in gone)
+        changes = (ledger.PROMOTED, ledger.ROLLED_BACK)
+        for model in {event.model for event in entries.events() if event.kind in changes}:
+            registry, champions = Registry(self._tracker, entries, model), entries.champions(model)
+            if deleted := registry.deleted():
+                versions = ", ".join(champion.version for champion in deleted)
                 remedy = f"{_FIX} removes it from the champions"
                 self._find(model, f"version {versions} was deleted in MLflow", remedy)
                 continue
-            champion, alias = reigns[-1].version if reigns else None, registry.alias(CHAMPION)
-            if alias != champion and model not in cut_off:
-                rule = f"version {champion} is the champion by the ledger, {alias} by MLflow"
-                self._find(model, rule, f"`rollback --version {champion}` restores it")
+            version, alias = champions[-1].version if champions else None, registry.alias(CHAMPION)
+            if alias != version and model not in {event.model for event in unfinished}:
+                rule = f"version {version} is the champion by the ledger, {alias} by MLflow"
+                self._find(model, rule, f"`rollback --version {version}` restores it")
 
 
 def point_faults(metrics: Mapping[str, Points], by_epoch: Collection[str]) -> list[str]:
@@ -369,7 +367,7 @@ def _run_ids(studies: Sequence[StudySnapshot]) -> set[str]:
 def _read(tracker: MlflowTracker, ids: Iterable[str]) -> Iterator[StoredRun]:
     """The runs of these ids that exist and are not deleted."""
     for run_id in ids:
-        if (run := queries.find_run(tracker, run_id)) and is_active(run):
+        if (run := tracker.store.run(run_id)) and is_active(run):
             yield run
 
 
@@ -409,8 +407,7 @@ def repair(home: Path, storage: RetryingStorage | None, tracker: MlflowTracker) 
 
 def _close_runs(tracker: MlflowTracker, live: Collection[str]) -> Iterator[str]:
     """Close the RUNNING runs of this machine that have no journal, and no command that runs their study."""
-    journals = other_journals(tracker)
-    with_journal = {*journals.busy, *journals.orphaned, *journals.other_tracker}
+    with_journal = other_journals(tracker).keys
     for run in all_runs(tracker):
         tags = RunTags.of(run)
         is_abandoned = tags.run_key not in with_journal and tags.study not in live
@@ -469,9 +466,6 @@ def _ended_keys(studies: Sequence[StudySnapshot], runs: Sequence[StoredRun]) -> 
     """The keys of runs that nobody will resume."""
     trials = [trial for study in studies for trial in study.trials]
     ended = {trial.run_key for trial in trials if trial.counts}
-    ended |= {key for run in runs if _is_done(tags := RunTags.of(run)) and (key := tags.run_key)}
+    done = [tags for tags in map(RunTags.of, runs) if tags.state in (State.FINISHED, State.PRUNED)]
+    ended |= {tags.run_key for tags in done if tags.run_key}
     return ended - {trial.run_key for trial in trials if trial.state is None}
-
-
-def _is_done(tags: RunTags) -> bool:
-    return tags.state in (State.FINISHED, State.PRUNED)

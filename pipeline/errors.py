@@ -37,6 +37,11 @@ class Problem:
         return [escape_control(redact_secrets(line))[:_MAX_LINE] for line in lines]
 
 
+def lines_of(problems: Iterable[Problem]) -> list[str]:
+    """All problems as text."""
+    return [line for problem in problems for line in problem.lines]
+
+
 class UserError(Exception):
     """Bad input: one problem, or several at once by `many`. The command line prints them and ends with an exit code."""
 
@@ -54,7 +59,7 @@ class UserError(Exception):
     @property
     def lines(self) -> list[str]:
         """All problems as text."""
-        return [line for problem in self.problems for line in problem.lines]
+        return lines_of(self.problems)
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
@@ -117,6 +122,11 @@ def _validation_problem(fault: "ErrorDetails", tags: Collection[str]) -> Problem
     if isinstance(fault["input"], dict):  # a rule over several fields names them itself
         return Problem(field, rule)
     return Problem(f"{field} = {_shortened(fault['input'])}", rule)
+
+
+def counted(number: int, what: str) -> str:
+    """`1 trial`, `1,200 trials`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def escape_control(text: str) -> str:

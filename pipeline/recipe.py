@@ -1,8 +1,8 @@
 """What a run is: an immutable, validated value, JSON both ways, with a digest.
 
 The dotted name of a field (`optimizer.lr`) is also the name of a search parameter and of an MLflow parameter column.
-A section that comes in kinds (`model.network`, `augmentation.policy`, `optimizer.name`, `schedule.name`) has just the
-fields of its kind.
+A section that comes in kinds (`model.network`, `augmentation.policy`, `optimizer.name`, `schedule.name`, `loss.name`) has
+just the fields of its kind.
 """
 
 import hashlib
@@ -66,6 +66,8 @@ def _columns(value: str) -> str:
 
 # What of `data` the form depends on. It may differ between the trials of a study, which share their data set and split.
 FORM_FIELDS = ("data.image_size", "data.geometry", "data.crop_scale")
+# What of `data` is about the training alone, so that it may differ, too.
+SAMPLER_FIELDS = ("data.sampler", "data.sampler_power")
 
 
 class Data(Section):
@@ -96,6 +98,15 @@ class Data(Section):
     )
     columns: Annotated[str, AfterValidator(_columns)] = Field(
         ",".join(COLUMNS), description="of a manifest, for path, label, split and group; or label=species,group=patient"
+    )
+    sampler: Literal["uniform", "balanced"] = Field(
+        "uniform",
+        description="what an epoch shows: each training image once, or those of rare classes more often, as many in all",
+    )
+    sampler_power: Fraction = Field(
+        1.0,
+        description="how far balanced goes: a class with n images has n^(1 - power) as its share; 1: all the same, 0: "
+        "as they are",
     )
 
     duplicates: Literal["drop", "keep"] = Field(
@@ -486,9 +497,27 @@ class Step(Schedule):
 
 
 class Loss(Section):
-    """Cross-entropy against soft targets."""
+    """Fields of all losses, which are against soft targets."""
 
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    class_weights: Fraction = Field(
+        0.0,
+        description="power: an image of a class with n training images weighs n^-power, 1 on average over these images; "
+        "0: all the same, 1: all classes the same",
+    )
+
+
+class CrossEntropy(Loss):
+    """The negative log-likelihood."""
+
+    name: Literal["cross_entropy"] = "cross_entropy"
+
+
+class Focal(Loss):
+    """Cross-entropy in which a class counts (1 - its probability)^gamma: less, the better it is predicted (1708.02002)."""
+
+    name: Literal["focal"] = "focal"
+    gamma: float = Field(2.0, ge=0, le=10, description="0: the cross-entropy")
 
 
 class Transfer(Section):
@@ -527,19 +556,20 @@ Optimizer = Annotated[Sgd | Adam | AdamW | Muon, Field(discriminator="name")]
 AnySchedule = Annotated[Constant | Cosine | Linear | OneCycle | Step, Field(discriminator="name")]
 
 
-def _custom_by_default(section: Any) -> Any:
-    """Recipes of before there were policies name none."""
-    return {"policy": "custom", **section} if isinstance(section, Mapping) else section
+def _by_default(**kind: str) -> BeforeValidator:
+    """The kind of a section in recipes of before it had kinds, which name none."""
+    return BeforeValidator(lambda section: {**kind, **section} if isinstance(section, Mapping) else section)
 
 
 AnyAugmentation = Annotated[
     Custom | NoPolicy | TrivialAugment | RandAugment | AugMix,
     Field(discriminator="policy"),
-    BeforeValidator(_custom_by_default),
+    _by_default(policy="custom"),
 ]
+AnyLoss = Annotated[CrossEntropy | Focal, Field(discriminator="name"), _by_default(name="cross_entropy")]
 
 # The field of a section that says which kind it is; a change of kind starts from that kind's defaults.
-KIND = {"model": "network", "augmentation": "policy", "optimizer": "name", "schedule": "name"}
+KIND = {"model": "network", "augmentation": "policy", "optimizer": "name", "schedule": "name", "loss": "name"}
 # Section -> kind -> the class that holds it.
 _KINDS: dict[str, dict[str, type[Section]]] = {
     section: {kind.model_fields[KIND[section]].default: kind for kind in get_args(get_args(union)[0])}
@@ -548,10 +578,11 @@ _KINDS: dict[str, dict[str, type[Section]]] = {
         "augmentation": AnyAugmentation,
         "optimizer": Optimizer,
         "schedule": AnySchedule,
+        "loss": AnyLoss,
     }.items()
 }
 # Section -> fields that mean the same in each of its kinds: a change of kind keeps their values.
-_KEPT = {"augmentation": frozenset(Augmentation.model_fields)}
+_KEPT = {"augmentation": frozenset(Augmentation.model_fields), "loss": frozenset(Loss.model_fields)}
 _TAGS = frozenset(kind for kinds in _KINDS.values() for kind in kinds) | {"probability", "alternating"}
 
 
@@ -584,6 +615,10 @@ LATER = {
     "data.corrupt": "refuse",
     "data.geometry": "squash",
     "data.crop_scale": 0.35,
+    "data.sampler": "uniform",
+    "data.sampler_power": 1.0,
+    "loss.name": "cross_entropy",
+    "loss.class_weights": 0.0,
     "augmentation.policy": "custom",
     "training.execution": "eager",
     "transfer.frozen_epochs": 0,
@@ -601,7 +636,7 @@ class Recipe(Section):
     augmentation: AnyAugmentation = Custom()
     optimizer: Optimizer
     schedule: AnySchedule = Cosine()
-    loss: Loss = Loss()
+    loss: AnyLoss = CrossEntropy()
     transfer: Transfer = Transfer()
     training: Training
 

@@ -1,4 +1,4 @@
-"""The walls of the house: who may import whom, and who may import what."""
+"""The layers: which package may import which, and where each library may be imported."""
 
 import ast
 import re
@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("studies/*.py")])
 
-# From the top: a room may import those of later lines and those of a line below its own; rooms of one line don't know
-# each other. `runtime` comes before everything is imported.
-FLOORS = [
+# From the top: a package may import those of later lines only. Packages of one line don't
+# import each other. `runtime` comes before everything is imported.
+LAYERS = [
     {"__main__"},
     {"cli"},
     {"audit", "report", "benchmarks"},
@@ -31,7 +31,7 @@ FLOORS = [
     {"runtime"},
 ]
 # Library -> where it may be imported.
-KEEPERS = {
+ALLOWED_IN = {
     "mlflow": ("pipeline/tracking/", "pipeline/registry/"),
     "optuna": ("pipeline/search/", "studies/"),
     "ray": ("pipeline/search/ray_pool.py",),
@@ -105,37 +105,37 @@ def test_imports_for_annotations_are_told_apart() -> None:
     assert not imports_of(code) and imports_of(code, types=True) == {"mlflow"}
 
 
-def room(name: str) -> str:
+def package_of(name: str) -> str:
     """`pipeline.data.augment` -> `data`."""
     return name.split(".")[1]
 
 
-def floor(of: str) -> int:
-    return next(i for i, rooms in enumerate(FLOORS) if of in rooms)
+def layer_of(package: str) -> int:
+    return next(i for i, packages in enumerate(LAYERS) if package in packages)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_imports_go_down_the_house_only(file: Path) -> None:
+def test_imports_go_down_the_layers_only(file: Path) -> None:
     place = file.relative_to(ROOT)
     wanted = {name for name in imports(file) if name.startswith("pipeline.")}
     if place.parts[0] == "studies":
-        assert all(room(name) in {"recipe", "search"} for name in wanted)
+        assert all(package_of(name) in {"recipe", "search"} for name in wanted)
         return
     if place.name == "__init__.py":
         return
     mine = place.parts[1].removesuffix(".py")
-    up = sorted(name for name in wanted if room(name) != mine and floor(room(name)) <= floor(mine))
+    up = sorted(name for name in wanted if package_of(name) != mine and layer_of(package_of(name)) <= layer_of(mine))
     assert not up, f"{place} imports {up}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_libraries_stay_in_their_rooms(file: Path) -> None:
-    """Not for annotations either: where another room needs a state or a number, the owner gives it as a type of ours."""
+def test_libraries_are_imported_where_they_may_be(file: Path) -> None:
+    """Not for annotations either: where another package needs a state or a number, the owner gives it as a type of ours."""
     place = str(file.relative_to(ROOT))
     strays = {
         name
         for name in imports(file, types=True)
-        if (keepers := KEEPERS.get(name.split(".")[0])) and not place.startswith(keepers)
+        if (allowed := ALLOWED_IN.get(name.split(".")[0])) and not place.startswith(allowed)
     }
     assert not strays, f"{place} imports {strays}"
 
@@ -146,9 +146,9 @@ def test_studies_import_nothing_heavy(file: Path) -> None:
     assert outside <= sys.stdlib_module_names
 
 
-def test_every_room_is_on_a_floor() -> None:
-    rooms = {f.relative_to(ROOT).parts[1].removesuffix(".py") for f in ROOT.glob("pipeline/**/*.py")} - {"__init__"}
-    assert rooms <= set().union(*FLOORS)
+def test_every_package_has_a_layer() -> None:
+    packages = {f.relative_to(ROOT).parts[1].removesuffix(".py") for f in ROOT.glob("pipeline/**/*.py")} - {"__init__"}
+    assert packages <= set().union(*LAYERS)
 
 
 def test_init_files_hold_a_docstring_at_most() -> None:
@@ -254,11 +254,11 @@ def test_the_test_split_is_opened_by_the_registry_only() -> None:
         "test = listed(about, home).listing.sealed_part",
     ],
 )
-def test_the_guard_of_the_test_split_sees_every_way_in(code: str) -> None:
+def test_every_way_to_open_the_test_split_is_seen(code: str) -> None:
     assert faults_with_the_test_split(code)
 
 
-def test_the_guard_of_the_test_split_lets_training_pass() -> None:
+def test_opening_the_training_split_is_allowed() -> None:
     assert not faults_with_the_test_split(
         "CIFAR10(folder, train=True, download=True)\nusable, _ = sealed(labels, 0.2, 1)"
     )

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, make_console, require_store, say
+from pipeline.cli.common import HOME, make_console, open_tracker, say
 from pipeline.cli.options import StorageOption, TrackingOption, database_problems
-from pipeline.errors import UserError
+from pipeline.errors import UserError, lines_of
 
 
 def audit(
@@ -20,28 +20,23 @@ def audit(
     """
     if problems := database_problems(storage, tracking_uri):
         raise UserError.many(problems)
-    require_store(tracking_uri)
 
     from pipeline.audit import audit as check_all
     from pipeline.audit import check_databases, repair
     from pipeline.search.storage import open_storage
-    from pipeline.tracking.tracker import MlflowTracker
 
     console = make_console()
     if broken := check_databases(HOME):
-        for line in (line for problem in broken for line in problem.lines):
-            say(console, line)
+        say(console, *lines_of(broken))
         raise typer.Exit(1)
-    tracker = MlflowTracker(HOME, tracking_uri)
+    tracker = open_tracker(tracking_uri)
     store = open_storage(HOME, storage) if storage or (HOME / "optuna.db").exists() else None
     with make_console(stderr=True).status("checking every trial, run and file"):
         for line in repair(HOME, store, tracker) if fix else ():
             say(console, f"repaired: {line}")
         report = check_all(HOME, store, tracker)
-    for line in (line for problem in [*report.findings, *report.omitted] for line in problem.lines):
-        say(console, line)
-    for line in (line for problem in dict.fromkeys(report.unchecked) for line in problem.lines):
-        say(console, f"not checked: {line}")
+    say(console, *lines_of([*report.findings, *report.omitted]))
+    say(console, *(f"not checked: {line}" for line in lines_of(dict.fromkeys(report.unchecked))))
     summary = f"{len(report.findings)} found" if report.findings else "nothing found"
     say(console, f"{report.studies} studies, {report.trials} trials, {report.runs} runs: {summary}")
     if report.findings:

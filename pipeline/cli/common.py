@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pipeline.cli.exit_codes import INTERRUPTED
 from pipeline.cli.make import COMMAND_LINE
-from pipeline.errors import Problem, UserError, escape_control, redact_uri
+from pipeline.errors import Problem, UserError, counted, escape_control, redact_uri
 from pipeline.runtime import freeze_imports
 
 if TYPE_CHECKING:
@@ -31,19 +31,20 @@ DEVICE_NAMES = r"auto|cpu|cuda(:\d{1,3})?"
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Nobody reads on, as behind `| head -1`: what is left to do is done in silence."""
+        """Print nothing more where the reader has gone, as `| head -1`; the command goes on."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def make_console(stderr: bool = False) -> Console:
-    """What is printed is text: no colons that become pictures, no colours for numbers."""
+    """A console that prints text as it is: no emoji codes, no highlighted numbers."""
     return _Console(stderr=stderr, emoji=False, highlight=False)
 
 
-def say(console: Console, text: str) -> None:
-    """A line that may hold names of files and classes, which can hold anything, and commands in backticks."""
-    console.print(COMMAND_LINE.word(escape_control(text)), markup=False, soft_wrap=True)
+def say(console: Console, *lines: str) -> None:
+    """Print lines that may hold names of files and classes, which can hold anything, and commands in backticks."""
+    for line in lines:
+        console.print(COMMAND_LINE.word(escape_control(line)), markup=False, soft_wrap=True)
 
 
 def print_links(console: Console, title: str, links: Sequence[tuple[str, str]]) -> None:
@@ -143,7 +144,7 @@ def load_data_of_run(
 def interruptible(
     console: Console, tracker: "MlflowTracker", interrupts: tuple[type[BaseException], ...], line: str
 ) -> "Iterator[None]":
-    """Around what trains: when it is interrupted, MLflow gets what was measured, the line is said, and the command ends."""
+    """Wraps a training: an interrupt sends MLflow what was measured, prints `line` and ends the command."""
     try:
         yield
     except interrupts:
@@ -155,20 +156,18 @@ def interruptible(
         raise
 
 
-def require_store(tracking_uri: str | None) -> None:
-    """UserError where there are no runs, so that nothing is made where nothing is."""
+def open_tracker(tracking_uri: str | None) -> "MlflowTracker":
+    """The store of runs; UserError where there is none yet, so that a command that only reads creates none."""
     if tracking_uri is None and not (HOME / "mlflow.db").exists():
         raise UserError(f"no runs yet in {HOME}", remedy="`study NAME --dataset digits` makes some")
 
+    from pipeline.tracking.tracker import MlflowTracker
 
-def say_remarks(console: Console, search: "Search") -> None:
-    """What was set and doesn't hold for all trials, or changes what is searched: once, before anything runs."""
-    for line in search.remarks():
-        say(console, line)
+    return MlflowTracker(HOME, tracking_uri)
 
 
 def is_new(database: str | None, default: str) -> bool:
-    """Whether a database would be a file that isn't there yet; all others are opened before data is read or downloaded."""
+    """Whether this is an SQLite file that doesn't exist yet; any other is opened before data is read or downloaded."""
     path = str(HOME / default) if database is None else database.removeprefix("sqlite:///")
     return "://" not in path and not Path(path).exists()
 
@@ -188,10 +187,9 @@ def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) 
         return True
     refused, folder = tracker.rejected, HOME / "journal"
     if waiting := set(tracker.pending) - set(refused):
-        say(console, f"MLflow doesn't answer: {runs(len(waiting))} wait in {folder}; `sync` sends them")
+        say(console, f"MLflow doesn't answer: {counted(len(waiting), 'run')} wait in {folder}; `sync` sends them")
     for key, why in refused.items():
-        for line in refusal(tracker, folder / key, why).lines:
-            say(console, line)
+        say(console, *refusal(tracker, folder / key, why).lines)
     return False
 
 
@@ -204,8 +202,8 @@ def refusal(tracker: "MlflowTracker", journal: Path, reason: str) -> Problem:
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether MLflow's server was asked, and its answer didn't come, or not whole."""
-    # By its name: mlflow takes a second to import, and where it wasn't it raised nothing.
+    """Whether MLflow's client says that the server's answer did not arrive, or only in part."""
+    # By its name, as importing mlflow takes a second, and is of no use where it was not imported yet.
     return type(error).__name__ == "MlflowException" and str(error).startswith("API request to ")
 
 
@@ -213,13 +211,14 @@ def say_what_is_missing(console: Console, tracker: "MlflowTracker", studies: "Se
     """A line where MLflow lacks something that was measured, or something of these studies was deleted there."""
     from pipeline.tracking import queries, recovery
 
-    left = recovery.other_journals(tracker)
-    if left.orphaned:
-        say(console, f"something may be missing: {runs(len(left.orphaned))} not all in MLflow yet; `sync` sends them")
-    if left.busy:
-        say(console, f"another command writes {runs(len(left.busy))} at the moment: what is shown is not the end of it")
-    for line in [line for study in studies for line in queries.omitted_lines(tracker, study)]:
-        say(console, line)
+    others = recovery.other_journals(tracker)
+    orphaned, busy = counted(len(others.orphaned), "run"), counted(len(others.busy), "run")
+    if others.orphaned:
+        say(console, f"something may be missing: {orphaned} not all in MLflow yet; `sync` sends them")
+    if others.busy:
+        say(console, f"another command writes {busy} at the moment: what is shown is not the end of it")
+    for study in studies:
+        say(console, *queries.omitted_lines(tracker, study))
 
 
 def say_data(console: Console, data: "TrainingData") -> None:
@@ -232,11 +231,6 @@ def say_data(console: Console, data: "TrainingData") -> None:
             say(console, line)
 
 
-def runs(count: int) -> str:
-    """`1 run`, `2 runs`."""
-    return f"{count} run{'s' * (count != 1)}"
-
-
 def is_folder(wanted: str) -> bool:
     """Whether a model is named by the folder of its files."""
     return expand(Path(wanted)).is_dir()
@@ -244,7 +238,7 @@ def is_folder(wanted: str) -> bool:
 
 @contextlib.contextmanager
 def model_files(wanted: str | None, tracking_uri: str | None) -> Iterator[tuple[Path, str]]:
-    """The folder of the model that is meant, there while the block runs, and in words which it is; see `find_model`."""
+    """The folder of the model that is meant, which exists while the block runs, and its label; see `find_model`."""
     if wanted and is_folder(wanted):
         yield expand(Path(wanted)), wanted
         return

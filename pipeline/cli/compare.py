@@ -14,8 +14,8 @@ from pipeline.cli.common import (
     UI_PORT,
     expand,
     make_console,
+    open_tracker,
     print_links,
-    require_store,
     say,
     say_what_is_missing,
 )
@@ -42,15 +42,13 @@ def compare(
     """Compare the trials of a study, or studies with each other: a table here, and one HTML page that opens offline."""
     if not any(names := [name for word in names for name in word.split()]):  # make passes several as one word
         raise UserError("NAME", "needs a study", "type `compare NAME`")
-    require_store(tracking_uri)
+    tracker = open_tracker(tracking_uri)
 
     from pipeline.report.comparison_page import studies_page
     from pipeline.report.render import write
     from pipeline.report.study_page import champions, finals_verdict, study_page
     from pipeline.report.trials import choose, table
-    from pipeline.tracking.tracker import MlflowTracker
 
-    tracker = MlflowTracker(HOME, tracking_uri)
     studies = choose(tracker, names)
     file = expand(output) if output else HOME / "reports" / page_name([study.name for study in studies])
     if file.is_dir():
@@ -64,8 +62,7 @@ def compare(
     for study in studies:
         own = frame[frame["study"] == study.name]
         _print_trials(console, own)
-        for line in filter(None, [finals_verdict(tracker, study)[1], *champions(tracker, own)]):
-            say(console, line)
+        say(console, *filter(None, [finals_verdict(tracker, study)[1], *champions(tracker, own)]))
     with make_console(stderr=True).status("writing the page"):
         word = COMMAND_LINE.word
         if len(studies) == 1:
@@ -93,11 +90,7 @@ def _print_trials(console: Console, frame: "pd.DataFrame", most: int = 8) -> Non
     from pipeline.report.best_trials import best_trials
     from pipeline.report.trials import finished, state_words, trial_rows
 
-    objective, num_finished, states = (
-        frame["objective"].iloc[0],
-        len(finished(frame)),
-        state_words(frame).value_counts(),
-    )
+    objective, num_finished = frame["objective"].iloc[0], len(finished(frame))
     trials = trial_rows(frame)
     num_infeasible = (trials["infeasible"] != "").sum()
     infeasible = f", {num_infeasible} infeasible" if num_infeasible else ""
@@ -109,5 +102,5 @@ def _print_trials(console: Console, frame: "pd.DataFrame", most: int = 8) -> Non
     headings = ("trial", "score", "lead", "weakest class (F1)", "training", "parameters", "latency")
     print_best_trials(console, title, objective, best_trials(frame, most), headings)
     if not num_finished:
-        listed = ", ".join(f"{number} {state}" for state, number in states.items())
+        listed = ", ".join(f"{number} {state}" for state, number in state_words(frame).value_counts().items())
         say(console, f"no trial finished ({listed}); the page says why")

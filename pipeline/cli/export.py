@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.cli.common import HOME, expand, is_folder, make_console, model_files, say
-from pipeline.cli.options import DataDirOption, SeenDatasetOption, TrackingOption
-from pipeline.errors import DataError, UserError
+from pipeline.cli.options import MODEL_HELP, DataDirOption, SeenDatasetOption, TrackingOption
+from pipeline.errors import DataError, UserError, counted
 
 if TYPE_CHECKING:
     from pipeline.data.prepare import TrainingData
@@ -19,17 +19,9 @@ if TYPE_CHECKING:
 
 CALIBRATION_IMAGES = 512
 
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[RUN|MODEL]",
-        help="A run's id, a folder with weights, or models:/NAME@ALIAS. Default: the champion, else the best run.",
-    ),
-]
-
 
 def export(
-    model: ModelArgument = None,
+    model: Annotated[str | None, typer.Argument(metavar="[RUN|MODEL]", help=MODEL_HELP)] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where it goes; default mlruns/exports/<run>.")
     ] = None,
@@ -121,7 +113,7 @@ def _print_benchmarks(console: Console, benchmarks: dict[str, "Benchmark"]) -> N
         "size, MB": [f"{each.bytes / 1e6:.2f}" for each in benchmarks.values()],
     }
     for threads in next(iter(benchmarks.values())).latency_ms:
-        on = f"{threads} thread{'s' * (threads > 1)}"
+        on = counted(threads, "thread")
         rows[f"one image, {on}, ms"] = [f"{each.latency_ms[threads]:.2f}" for each in benchmarks.values()]
         rows[f"images/s in batches of 64, {on}"] = [
             f"{each.images_per_second[threads]:,.0f}" for each in benchmarks.values()

@@ -13,8 +13,8 @@ from pipeline.cli.common import (
     load_data_of_run,
     make_console,
     next_command,
+    open_tracker,
     print_links,
-    require_store,
     say,
     say_data,
     say_what_is_missing,
@@ -55,13 +55,11 @@ def finals(
     from pipeline.registry.finals import check_data, plan_finals
     from pipeline.tracking.queries import find_study
     from pipeline.tracking.run_data import newest_first
-    from pipeline.tracking.tracker import MlflowTracker
 
     if seeds and folds:
         raise UserError("`--seeds` and `--folds`", "each fold has a seed of its own", "give one of them")
     torch_device = find_device(device)
-    require_store(tracking_uri)
-    tracker = MlflowTracker(HOME, tracking_uri)
+    tracker = open_tracker(tracking_uri)
     study, note = find_study(tracker, name)
     console = make_console()
     if note:

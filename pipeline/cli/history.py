@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from pipeline.cli.common import HOME, make_console, say
 from pipeline.cli.options import MODEL, ModelNameOption, TrackingOption
 from pipeline.cli.promote import open_registry
-from pipeline.errors import PromotionRefused, UserError
+from pipeline.errors import PromotionRefused, UserError, lines_of
 
 if TYPE_CHECKING:
     from pipeline.registry.ledger import Event
@@ -29,8 +29,7 @@ def history(model: ModelNameOption = MODEL, tracking_uri: TrackingOption = None)
         say(console, str(error))
     events = registry.ledger.events(model)
     for event in events:
-        for line in _lines(event):
-            say(console, line)
+        say(console, *_lines(event))
     champions = registry.ledger.champions(model)
     num_evaluated = len({event.run for event in events if event.kind == TEST_EVALUATION})
     champion = f"champion: version {champions[-1].version}, run {champions[-1].run}" if champions else "no champion"
@@ -55,5 +54,4 @@ def _lines(event: "Event") -> list[str]:
     time = event.time.replace("T", " ").replace("+00:00", " UTC")
     why = f": {event.reason}" if event.reason else ""
     lines = [f"{time}  {event.kind:<15}  {', '.join(parts)}; by {event.user} on {event.host}{why}"]
-    problems = record.verdict.problems if record else []
-    return lines + [f"    {line}" for problem in problems for line in problem.lines]
+    return lines + [f"    {line}" for line in lines_of(record.verdict.problems if record else [])]

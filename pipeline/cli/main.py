@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def _run(words: Sequence[str]) -> int:
-    """The exit code of a command, by its words or as make has them: --make study NAME=attention TRIALS=3."""
+    """Run a command, typed as options or as make's variables (--make study NAME=attention TRIALS=3); its exit code."""
     group: Any = typer.main.get_command(app)
     COMMAND_LINE.commands, COMMAND_LINE.by_make = group.commands, list(words[:1]) == ["--make"]
     if COMMAND_LINE.by_make:
@@ -129,7 +129,7 @@ def _missing(error: Any) -> UserError:
 
 
 def _usage(error: Any) -> UserError:
-    """What click makes of it, in a line: an option that isn't there, a value out of its range."""
+    """click's error as one line: an unknown option, or a value out of its range."""
     parameter = getattr(error, "param", None)
     if parameter is not None:
         return UserError(f"`{parameter.opts[-1]}`", error.message.removeprefix("Input ").rstrip("."))

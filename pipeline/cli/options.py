@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -25,19 +26,6 @@ DatasetOption = Annotated[
         help="cifar10, digits, a folder of images by class, or a manifest: .csv or .parquet with path, label."
     ),
 ]
-TestFractionOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SHARE",
-        help="Of a folder or manifest without test images: share that is sealed as its test split, once; 0: none.",
-    ),
-]
-ColumnsOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAMES", help="What a manifest calls path, label, split and group: label=species,group=patient."
-    ),
-]
 SeenDatasetOption = Annotated[
     str | None,
     typer.Option(
@@ -48,10 +36,6 @@ SeenDatasetOption = Annotated[
 ]
 DataDirOption = Annotated[Path, typer.Option(help="Where downloaded data sets lie, or are put.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-TrialsOption = Annotated[str | None, typer.Option(metavar="N", help="Trials in all, those already done included.")]
-EpochsOption = Annotated[str | None, typer.Option(metavar="N", help="Epochs of a trial that isn't pruned.")]
-SeedOption = Annotated[str | None, typer.Option(metavar="N", help="Seeds the search and every training.")]
-VersionOption = Annotated[str | None, typer.Option(metavar="N", help="Start or resume another version of the study.")]
 ChangeOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -64,14 +48,8 @@ MODEL = "image-classifier"
 ModelNameOption = Annotated[
     str, typer.Option("--model", metavar="NAME", help="The registered model whose champion is meant.")
 ]
-ModelFilesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="MODEL",
-        help="A run's id, a folder with weights, or models:/NAME@ALIAS. Default: the champion, else the best run.",
-    ),
-]
+MODEL_HELP = "A run's id, a folder with weights, or models:/NAME@ALIAS. Default: the champion, else the best run."
+ModelFilesOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=MODEL_HELP)]
 StudyArgument = Annotated[str, typer.Argument(metavar="NAME", help="A module of studies/, e.g. attention.")]
 StorageOption = Annotated[
     str | None, typer.Option(metavar="URL", help="Optuna's database instead of mlruns/optuna.db.")
@@ -81,44 +59,68 @@ TrackingOption = Annotated[
 ]
 
 
-BudgetOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TIME",
-        help="Time for search and finals together, 30m or 2h: chooses the trials and their length; runs the finals too.",
-    ),
-]
-PruneOption = Annotated[
-    bool, typer.Option("--prune/--no-prune", help="End poor trials early, or train every trial to its last epoch.")
-]
-WorkersOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N", help="Trials at once on this machine, each a process; else 1, or on a GPU what was measured."
-    ),
-]
-
-
 class StudyOptions(BaseModel):
-    """The options of `study`, as typed; checked together, so that all problems are reported at once."""
+    """Options of `study`, as typed; checked together, so that all problems are reported at once.
+
+    A field's title is what stands for its value in the help, its description what the help says.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    trials: int | None = Field(None, ge=1, le=1_000_000)
-    epochs: int | None = Field(None, ge=1, le=10_000)
-    timeout: float | None = Field(None, gt=0)
-    budget: float | None = Field(None, gt=0)
-    patience: int | None = Field(None, ge=1, le=1_000_000)
-    start: Literal["all", "portfolio", "winners", "none"] = "all"
-    seed: int | None = Field(None, ge=0, le=2**32 - 1)
-    test_fraction: float | None = Field(None, ge=0, lt=0.5)
-    columns: str | None = None
-    version: int | None = Field(None, ge=1, le=1_000_000)
-    workers: int | None = Field(None, ge=1, le=1_000)
-    cluster: str | None = None
-    stall_timeout: float | None = Field(None, gt=0)
-    device: str = "auto"
-    prune: bool = True
+    trials: int | None = Field(
+        None, ge=1, le=1_000_000, title="N", description="Trials in all, those already done included."
+    )
+    epochs: int | None = Field(None, ge=1, le=10_000, title="N", description="Epochs of a trial that isn't pruned.")
+    budget: float | None = Field(
+        None,
+        gt=0,
+        title="TIME",
+        description="Time for search and finals together, 30m or 2h: chooses the trials and their length; runs the "
+        "finals too.",
+    )
+    timeout: float | None = Field(None, gt=0, title="TIME", description="No trial starts after this time: 90, 30m, 2h.")
+    patience: int | None = Field(
+        None, ge=1, le=1_000_000, title="N", description="Stop when N trials in a row gave no better score."
+    )
+    start: Literal["all", "portfolio", "winners", "none"] = Field(
+        "all",
+        title="FROM",
+        description="What a new study's first trials after the control are given: portfolio (strong recipes), winners (of "
+        "earlier studies), all (both), or none.",
+    )
+    prune: bool = Field(True, description="End poor trials early, or train every trial to its last epoch.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    seed: int | None = Field(None, ge=0, le=2**32 - 1, title="N", description="Seeds the search and every training.")
+    columns: str | None = Field(
+        None,
+        title="NAMES",
+        description="What a manifest calls path, label, split and group: label=species,group=patient.",
+    )
+    test_fraction: float | None = Field(
+        None,
+        ge=0,
+        lt=0.5,
+        title="SHARE",
+        description="Of a folder or manifest without test images: share that is sealed as its test split, once; 0: none.",
+    )
+    version: int | None = Field(
+        None, ge=1, le=1_000_000, title="N", description="Start or resume another version of the study."
+    )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        le=1_000,
+        title="N",
+        description="Trials at once on this machine, each a process; else 1, or on a GPU what was measured.",
+    )
+    cluster: str | None = Field(
+        None,
+        title="ADDRESS",
+        description="Workers on a Ray cluster: auto, HOST:PORT, ray://HOST:PORT; at most --workers.",
+    )
+    stall_timeout: float | None = Field(
+        None, gt=0, title="TIME", description="A trial of a worker that makes no step for this long is stopped: 15m."
+    )
 
     @classmethod
     def parse(cls, typed: Mapping[str, str | bool | None], problems: list[Problem]) -> Self:
@@ -153,6 +155,31 @@ class StudyOptions(BaseModel):
         if not re.fullmatch(DEVICE_NAMES, value):
             raise ValueError("should be auto, cpu, cuda or cuda:N")
         return value
+
+
+def with_study_options(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """For a command that ends with `**typed`: typer gives it the fields of StudyOptions, as text, except the omitted."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        first, *others, _ = signature(command).parameters.values()
+        typed = [
+            Parameter(
+                name,
+                Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=Annotated[
+                    bool if field.annotation is bool else str | None,
+                    typer.Option(metavar=field.title, help=field.description),
+                ],
+            )
+            for name, field in StudyOptions.model_fields.items()
+            if name not in omitted
+        ]
+        named = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in (first, *others)]
+        command.__signature__ = Signature([named[0], *typed, *named[1:]])  # type: ignore[attr-defined]
+        return command
+
+    return add
 
 
 def resolve(

@@ -4,51 +4,32 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.cli.common import HOME, find_device, load_data, make_console, say, say_data, say_remarks
+from pipeline.cli.common import HOME, find_device, load_data, make_console, say, say_data
 from pipeline.cli.options import (
-    BudgetOption,
     ChangeOption,
-    ColumnsOption,
     DataDirOption,
     DatasetOption,
-    DeviceOption,
-    EpochsOption,
-    PruneOption,
-    SeedOption,
     StudyArgument,
     StudyOptions,
-    TestFractionOption,
-    TrialsOption,
-    VersionOption,
-    WorkersOption,
     budget_of,
     resolve,
+    with_study_options,
 )
 from pipeline.errors import Problem
 
 
+@with_study_options("timeout", "patience", "start", "cluster", "stall_timeout")
 def plan(
     name: StudyArgument,
-    trials: TrialsOption = None,
-    epochs: EpochsOption = None,
-    budget: BudgetOption = None,
     dataset: DatasetOption = None,
-    columns: ColumnsOption = None,
-    test_fraction: TestFractionOption = None,
     data_dir: DataDirOption = Path("data"),
-    device: DeviceOption = "auto",
-    seed: SeedOption = None,
-    version: VersionOption = None,
     change: ChangeOption = None,
-    workers: WorkersOption = None,
-    prune: PruneOption = True,
+    **typed: str | bool | None,
 ) -> None:
     """Forecast what a study, or the rest of it, costs: time, epochs, disk, GPU memory. Measures some steps; runs no trial."""
     started = time.monotonic()
-    typed: dict[str, str | bool | None] = {"trials": trials, "epochs": epochs, "seed": seed, "version": version}
-    typed |= {"device": device, "workers": workers, "prune": prune, "columns": columns, "test_fraction": test_fraction}
     problems: list[Problem] = []
-    options = StudyOptions.parse(typed | {"budget": budget}, problems)
+    options = StudyOptions.parse(typed, problems)
     search = resolve(name, options, dataset, change or [], problems)
 
     from pipeline.cli.views_study import print_forecast, say_budget, say_infeasible_control
@@ -56,8 +37,8 @@ def plan(
     from pipeline.search.forecast import forecast
     from pipeline.search.storage import open_storage, resolved
 
-    say_remarks(console := make_console(), search)
-    torch_device = find_device(device)
+    say(console := make_console(), *search.remarks())
+    torch_device = find_device(options.device)
     data = load_data(search, data_dir, torch_device)
     storage = open_storage(HOME) if (HOME / "optuna.db").exists() else None
     if storage:

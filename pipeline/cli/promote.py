@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.common import HOME, expand, make_console, require_store, say, say_what_is_missing
+from pipeline.cli.common import HOME, expand, make_console, open_tracker, say, say_what_is_missing
 from pipeline.cli.options import MODEL, DataDirOption, ModelNameOption, SeenDatasetOption, TrackingOption
 from pipeline.errors import UserError, escape_control
 
 if TYPE_CHECKING:
     from pipeline.registry.gate import Verdict
-    from pipeline.registry.promote import Registry
+    from pipeline.registry.registered_model import Registry
     from pipeline.tracking.tracker import MlflowTracker
 
 
@@ -113,8 +113,6 @@ def _chosen(tracker: "MlflowTracker", name: str, say_line: Callable[[str], None]
 def open_registry(model: str, tracking_uri: str | None) -> "Registry":
     """UserError where there is no store, or `model` is no name."""
     from pipeline.registry.ledger import Ledger
-    from pipeline.registry.promote import Registry
-    from pipeline.tracking.tracker import MlflowTracker
+    from pipeline.registry.registered_model import Registry
 
-    require_store(tracking_uri)
-    return Registry(MlflowTracker(HOME, tracking_uri), Ledger(HOME), model)
+    return Registry(open_tracker(tracking_uri), Ledger(HOME), model)

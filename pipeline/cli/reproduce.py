@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, find_device, interruptible, load_data_of_run, make_console, require_store, say
+from pipeline.cli.common import find_device, interruptible, load_data_of_run, make_console, open_tracker, say
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
 
 
@@ -33,11 +33,9 @@ def reproduce(
     from pipeline.cli.views_finals import FinalsView
     from pipeline.experiment import Interrupted
     from pipeline.registry import reproduce as again
-    from pipeline.tracking.tracker import MlflowTracker
 
     torch_device = find_device(device)
-    require_store(tracking_uri)
-    tracker = MlflowTracker(HOME, tracking_uri)
+    tracker = open_tracker(tracking_uri)
     original = again.find_original(tracker, run)
     if device == "auto" and original.device == "cpu":
         torch_device = find_device("cpu")
@@ -48,8 +46,7 @@ def reproduce(
     say(console, f"{original.name}: {original.state}, {original.epochs} epochs")
     differences = again.differences(tracker, original, torch_device)
     threads = again.thread_line(original, torch_device)
-    for line in filter(None, [threads, *(difference.line for difference in differences)]):
-        say(console, f"  {line}")
+    say(console, *(f"  {line}" for line in (threads, *(difference.line for difference in differences)) if line))
     if not any(difference.matters for difference in differences):
         say(console, "nothing that matters differs from then: every bit must be equal")
     with (
@@ -59,5 +56,4 @@ def reproduce(
         view.started("reproduction", original.recipe)
         outcome = again.reproduce(tracker, original, data, torch_device, view.epoch)
         view.ended("reproduction", outcome)
-    for line in again.conclude(tracker, original, outcome, differences, len(data.validation.labels), tolerance):
-        say(console, line)
+    say(console, *again.conclude(tracker, original, outcome, differences, len(data.validation.labels), tolerance))

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -23,33 +23,23 @@ from pipeline.cli.common import (
     print_links,
     say,
     say_data,
-    say_remarks,
     settle,
 )
 from pipeline.cli.finals import train
 from pipeline.cli.options import (
-    BudgetOption,
     ChangeOption,
-    ColumnsOption,
     DataDirOption,
     DatasetOption,
-    DeviceOption,
-    EpochsOption,
-    PruneOption,
-    SeedOption,
     StorageOption,
     StudyArgument,
     StudyOptions,
-    TestFractionOption,
     TrackingOption,
-    TrialsOption,
-    VersionOption,
-    WorkersOption,
     budget_of,
     budget_problems,
     cluster_problems,
     database_problems,
     resolve,
+    with_study_options,
 )
 from pipeline.cli.ui import links_of
 from pipeline.errors import Problem, first_line
@@ -66,60 +56,24 @@ if TYPE_CHECKING:
 _MOST_BEST = 10  # trials that are shown at the end
 
 
+@with_study_options()
 def study(
     name: StudyArgument,
-    trials: TrialsOption = None,
-    epochs: EpochsOption = None,
-    budget: BudgetOption = None,
-    timeout: Annotated[
-        str | None, typer.Option(metavar="TIME", help="No trial starts after this time: 90, 30m, 2h.")
-    ] = None,
-    patience: Annotated[
-        str | None, typer.Option(metavar="N", help="Stop when N trials in a row gave no better score.")
-    ] = None,
-    start: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FROM",
-            help="What a new study's first trials after the control are given: portfolio (strong recipes), winners (of "
-            "earlier studies), all (both; the default), or none.",
-        ),
-    ] = None,
-    prune: PruneOption = True,
     dataset: DatasetOption = None,
-    columns: ColumnsOption = None,
-    test_fraction: TestFractionOption = None,
     data_dir: DataDirOption = Path("data"),
-    device: DeviceOption = "auto",
-    seed: SeedOption = None,
-    version: VersionOption = None,
+    change: ChangeOption = None,
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
-    change: ChangeOption = None,
-    workers: WorkersOption = None,
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS", help="Workers on a Ray cluster: auto, HOST:PORT, ray://HOST:PORT; at most --workers."
-        ),
-    ] = None,
-    stall_timeout: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", help="A trial of a worker that makes no step for this long is stopped: 15m."),
-    ] = None,
+    **typed: str | bool | None,
 ) -> None:
     """Run or resume a study: search, train, track, and show the best trials."""
     started = time.monotonic()
-    typed: dict[str, str | bool | None] = {"trials": trials, "epochs": epochs, "timeout": timeout, "seed": seed}
-    typed |= {"patience": patience, "prune": prune, "budget": budget}
-    typed |= {"version": version, "device": device, "workers": workers, "cluster": cluster}
-    typed |= {"stall_timeout": stall_timeout, "start": start, "columns": columns, "test_fraction": test_fraction}
     problems: list[Problem] = database_problems(storage, tracking_uri)
-    problems += cluster_problems(storage, tracking_uri, device) if cluster is not None else []
+    problems += cluster_problems(storage, tracking_uri, str(typed["device"])) if typed["cluster"] is not None else []
     options = StudyOptions.parse(typed, problems)
     problems += budget_problems(options)
     search = resolve(name, options, dataset, change or [], problems)
-    say_remarks(console := make_console(), search)
+    say(console := make_console(), *search.remarks())
     budgeted = budget_of(options, change or [], started)
     _run(console, search, options, budgeted, expand(data_dir), storage, tracking_uri)
 
@@ -133,7 +87,7 @@ def _run(
     storage_uri: str | None,
     tracking_uri: str | None,
 ) -> None:
-    from pipeline.cli.views_study import StudyView, say_budget, say_infeasible_control
+    from pipeline.cli.views_study import StudyView, say_budget
     from pipeline.search.budget import prepare
     from pipeline.search.run_study import run_study
     from pipeline.search.storage import num_finished, open_storage, resolved
@@ -153,14 +107,7 @@ def _run(
         search, choice, plan, _ = prepare(search, data, device, storage, options.workers, budget)
         say_budget(console, plan, own_epochs)
     with _worker_pool(console, options, choice.workers if choice else 1, data_dir) as pool:
-        say(
-            console,
-            f"{search.key(data)} on {'a cluster' if options.cluster else device}: {len(data.train.labels):,} training "
-            f"and {len(data.validation.labels):,} validation images of {len(data.classes)} classes; "
-            f"up to {search.trials} trials of {search.max_epochs} epochs",
-        )
-        say_infeasible_control(console, search, data)
-        say_data(console, data)
+        _say_start(console, search, data, "a cluster" if options.cluster else str(device))
         line = f"interrupted; the same command resumes {search.key(data)}"
         with (
             interruptible(console, tracker, (StudyInterrupted,), line),
@@ -177,6 +124,18 @@ def _run(
         _run_finals(console, plan, done, data, device, tracker, tracking_uri)
     else:
         _show_next(console, done.study_name, tracker, tracking_uri, is_settled)
+
+
+def _say_start(console: Console, search: "Search", data: "TrainingData", where: str) -> None:
+    from pipeline.cli.views_study import say_infeasible_control
+
+    say(
+        console,
+        f"{search.key(data)} on {where}: {len(data.train.labels):,} training and {len(data.validation.labels):,} "
+        f"validation images of {len(data.classes)} classes; up to {search.trials} trials of {search.max_epochs} epochs",
+    )
+    say_infeasible_control(console, search, data)
+    say_data(console, data)
 
 
 def _run_finals(
@@ -285,8 +244,7 @@ def _deleted(console: Console, tracker: "MlflowTracker", done: Any) -> set[str]:
     try:
         for study in queries.studies(tracker):
             if study.parent == parent:
-                for line in queries.omitted_lines(tracker, study):
-                    say(console, line)
+                say(console, *queries.omitted_lines(tracker, study))
         return queries.deleted_keys(tracker, parent)
     except Exception as error:
         if not is_away(error):

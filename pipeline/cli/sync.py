@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, make_console, refusal, runs, say
+from pipeline.cli.common import HOME, make_console, refusal, say
 from pipeline.cli.options import TrackingOption
-from pipeline.errors import PartialFailure, Problem
+from pipeline.errors import PartialFailure, Problem, counted
 
 _GIVE_UP_S = 30.0  # MLflow has not answered for so long
 
@@ -33,26 +33,26 @@ def sync(
     tracker = MlflowTracker(HOME, tracking_uri)
     from pipeline.tracking import recovery
 
-    left = recovery.other_journals(tracker)
+    others = recovery.other_journals(tracker)
     taken = recovery.adopt_journals(tracker)
     with make_console(stderr=True).status("") as status:
         while not tracker.flush(1) and set(tracker.pending) - set(tracker.rejected) and tracker.outage_s < _GIVE_UP_S:
             status.update(f"{len(tracker.pending)} of {taken} runs to go")
     dropped = recovery.drop_deleted(tracker) if drop_deleted else []
     refused, waiting = tracker.rejected, set(tracker.pending) - set(tracker.rejected)
-    say(console, f"sent {runs(taken - len(set(tracker.pending)) - len(dropped))}")
+    say(console, f"sent {counted(taken - len(set(tracker.pending)) - len(dropped), 'run')}")
     if dropped:
-        say(console, f"discarded, as they were deleted in MLflow: {runs(len(dropped))}")
-    if left.busy:
-        say(console, f"{runs(len(left.busy))}: a running command writes and sends them itself")
-    for address in sorted(set(left.other_tracker.values())):
+        say(console, f"discarded, as they were deleted in MLflow: {counted(len(dropped), 'run')}")
+    if others.busy:
+        say(console, f"{counted(len(others.busy), 'run')}: a running command writes and sends them itself")
+    for address in sorted(set(others.other_tracker.values())):
         command = "sync" if address == "mlflow.db" else f"sync --tracking-uri {address}"
-        count = list(left.other_tracker.values()).count(address)
-        say(console, f"{runs(count)} for another tracker: `{command}` sends them")
+        count = list(others.other_tracker.values()).count(address)
+        say(console, f"{counted(count, 'run')} for another tracker: `{command}` sends them")
     problems = [refusal(tracker, folder / key, reason) for key, reason in refused.items()]
     if waiting:
         problems.append(
-            Problem(f"{runs(len(waiting))} still in {folder}", "MLflow stopped answering", "`sync` resumes")
+            Problem(f"{counted(len(waiting), 'run')} still in {folder}", "MLflow stopped answering", "`sync` resumes")
         )
     if problems:
         raise PartialFailure.many(problems)

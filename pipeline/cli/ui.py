@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, UI_PORT, make_console, print_links, require_store, say
+from pipeline.cli.common import HOME, UI_PORT, make_console, open_tracker, print_links, say
 from pipeline.cli.options import TrackingOption
 from pipeline.errors import UserError
 
@@ -24,10 +24,8 @@ def ui(
     """Open the MLflow UI on this machine, with links to each study's trials, charts and comparison. Ctrl-C ends it."""
     from pipeline.tracking import queries
     from pipeline.tracking import server as mlflow_ui
-    from pipeline.tracking.tracker import MlflowTracker
 
-    require_store(tracking_uri)
-    tracker = MlflowTracker(HOME, tracking_uri)
+    tracker = open_tracker(tracking_uri)
     studies = queries.find_studies(tracker, name) if name else queries.studies(tracker)
     console = make_console()
     server = None if tracker.is_remote else mlflow_ui.start_server(tracker.uri, HOME, port)

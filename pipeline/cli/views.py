@@ -46,11 +46,8 @@ def print_best_trials(
     for trial in trials:
         table.add_row(*(Text(_BEST[heading](trial)) for heading in headings))
     console.print(table)
-    for trial in trials[:3]:
-        say(console, f"trial {trial.number}: {trial.changes}")
-    for trial in trials:
-        if trial.infeasible:
-            say(console, f"trial {trial.number} is infeasible: {trial.infeasible}")
+    say(console, *(f"trial {trial.number}: {trial.changes}" for trial in trials[:3]))
+    say(console, *(f"trial {trial.number} is infeasible: {trial.infeasible}" for trial in trials if trial.infeasible))
 
 
 def _number(value: float, form: str) -> str:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from pipeline.cli.common import say
 from pipeline.cli.views import PLAIN_INTERVAL_S, duration, format_value
+from pipeline.errors import counted
 from pipeline.experiment import Outcome
 from pipeline.recipe import Recipe
 from pipeline.training.loop import EpochReport
@@ -76,12 +77,11 @@ def print_plan(console: Console, plan: "FinalsPlan", device: "torch.device") -> 
     others, on_folds = len(plan.candidates) - 1, f"{plan.folds} folds, " if plan.folds else ""
     say(
         console,
-        f"{plan.study.name} on {device}: {others} candidate{'s' * (others != 1)} and the control, {on_folds}"
+        f"{plan.study.name} on {device}: {counted(others, 'candidate')} and the control, {on_folds}"
         f"seeds {', '.join(map(str, plan.seeds))}: {plan.num_trainings} trainings, {plan.num_done} of them done; "
         f"about {duration(plan.remaining_s)} by what their trials took, if none stops early",
     )
-    for line in plan.notes:
-        say(console, f"  {line}")
+    say(console, *(f"  {line}" for line in plan.notes))
 
 
 def print_finals(console: Console, decision: "FinalsDecision") -> None:
@@ -112,8 +112,7 @@ def print_finals(console: Console, decision: "FinalsDecision") -> None:
         changes = ", ".join(f"{name} {format_value(value)}" for name, value in row.changes.items())
         stopped = f"; {row.stopped}" if row.stopped else ""
         say(console, f"{row.name}: {changes or 'the base recipe'}{stopped}")
-    for rule in decision.rules:
-        say(console, f"  {rule}")
+    say(console, *(f"  {rule}" for rule in decision.rules))
     if decision.winner:
         say(console, f"winner: {decision.winner.summary}")
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from pipeline.cli.common import say
 from pipeline.cli.views import PLAIN_INTERVAL_S, duration, format_value
 from pipeline.data.prepare import TrainingData
+from pipeline.errors import counted
 from pipeline.evaluation.constraints import violations
 from pipeline.experiment import Outcome, known_before
 from pipeline.recipe import KIND, Recipe
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.search.budget import BudgetPlan
 
 _BAR_WIDTH = 20
+_SCORES = {"val/accuracy": "accuracy", "val/f1_macro": "macro-F1", "val/balanced_accuracy": "balanced accuracy"}
 
 
 @dataclass
@@ -108,13 +110,14 @@ class StudyView:
 
     def epoch(self, number: int, report: EpochReport) -> None:
         """See StudyObserver."""
-        trial, metrics = self._trials[number], report.metrics
+        trial, metrics, objective = self._trials[number], report.metrics, self._search.study.objective
+        shown = dict.fromkeys(("val/accuracy", "val/f1_macro", objective))
         trial.scores = (
             f"epoch {report.epoch}/{trial.epochs}: {metrics['throughput/images_per_s']:.0f} images/s, "
             f"loss {metrics['train/loss']:.3f} train {metrics['val/loss']:.3f} val, "
-            f"accuracy {metrics['val/accuracy']:.4f}, macro-F1 {metrics['val/f1_macro']:.4f}"
+            + ", ".join(f"{_SCORES[name]} {metrics[name]:.4f}" for name in shown)
         )
-        trial.newest_score = f"accuracy {metrics['val/accuracy']:.4f}"
+        trial.newest_score = f"{_SCORES[objective]} {metrics[objective]:.4f}"
         trial.shown_at = time.monotonic()
         self._show(f"  trial {number}, {trial.scores}")
 
@@ -128,8 +131,7 @@ class StudyView:
         if outcome.epochs and (broken := violations(self._search.study.constraints, outcome.metrics)):
             line += f"; infeasible: {broken}"
         self._trials.pop(number, None)
-        for text in (line, *(f"  {note}" for note in outcome.notes)):
-            say(self._console, text)
+        say(self._console, line, *(f"  {note}" for note in outcome.notes))
 
     def _seconds_left(self, progress: StudyProgress) -> float | None:
         num_new = progress.finished - (self._finished_before or 0)
@@ -186,7 +188,7 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
     console.print(table)
     if not actual:
         others = forecast["measured"] - 1
-        recipes = f" and of {others} other recipe{'s' * (others != 1)}" if others else ""
+        recipes = f" and of {counted(others, 'other recipe')}" if others else ""
         console.print(f"from a few steps of the control{recipes}; other work on the machine changes it")
         if pruner := forecast.get("unknown_pruner"):
             say(console, f"no pruning is assumed, as what {pruner} will do is not known")
@@ -194,7 +196,7 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
         if precision := choice.get("precision"):
             say(console, f"training.precision {precision}: faster here for this network (`--set training.precision=`)")
         if choice.get("why"):
-            workers = f"{choice['workers']} worker{'s' * (choice['workers'] != 1)}"
+            workers = counted(choice["workers"], "worker")
             say(
                 console,
                 f"training.execution {choice['execution']}, {workers}: {choice['why']} (`--set training.execution=` and "
@@ -209,8 +211,7 @@ def say_budget(console: Console, plan: "BudgetPlan | None", own_epochs: int) -> 
     top, seeds = plan.finals
     shorter = f", not its {own_epochs}" if plan.epochs < own_epochs else ""
     search_s = plan.forecast.seconds if plan.forecast else 0.0
-    trials = f"{plan.trials} trial{'s' * (plan.trials != 1)}"
-    epochs = f"{plan.epochs} epoch{'s' * (plan.epochs != 1)}"
+    trials, epochs = counted(plan.trials, "trial"), counted(plan.epochs, "epoch")
     say(
         console,
         f"a budget of {duration(plan.budget.seconds)}: {trials} of {epochs}{shorter} ({duration(search_s)}), "

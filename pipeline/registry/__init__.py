@@ -1,1 +1,1 @@
-"""What is trusted: finals, the gate and its ledger, what is registered and shipped, what can be made once more."""
+"""Finals, the gate and its ledger, the model registry, export and serving, reproduction."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from mlflow.entities import Run
 
+from pipeline.evaluation.calibration import reweighting_line
 from pipeline.evaluation.scores import confusion_matrix
 from pipeline.inference.classifier import ModelMetadata
 from pipeline.models.build import weights_origin
@@ -57,6 +58,7 @@ def model_card(
 
     table = read_table(predictions)
     ids, labels, predicted, confidence = (table[name].to_numpy() for name in ("id", "label", "predicted", "confidence"))
+    reweighted = reweighting_line(metadata.recipe.flat(), np.stack(table["probabilities"].to_numpy()), labels)
     confusion = confusion_matrix(labels, predicted, len(metadata.classes))
     sections = {
         f"Image classifier: {metadata.recipe.model.network} on {metadata.recipe.data.dataset}": _head(
@@ -64,7 +66,7 @@ def model_card(
         ),
         "Validation split": _classes(metadata.classes, confusion),
         "Evidence of the gate": _evidence(evidence) if evidence else "None: not evaluated on the test split.",
-        "Calibration": _calibration(metadata, run),
+        "Calibration": _calibration(metadata, run) + (f"\n\nAs trained, {reweighted}." if reweighted else ""),
         "Known weaknesses": _weaknesses(metadata.classes, confusion, ids, labels, predicted, confidence),
         "Data": _data(metadata, len(labels)),
         **({"Weights": f"Started from {origin}"} if (origin := weights_origin(metadata.recipe.model)) else {}),
@@ -135,20 +137,20 @@ def _weaknesses(
     names = [_plain(name) for name in classes]
     wrong = confusion - np.diag(np.diag(confusion))
     pairs = np.argsort(-wrong, axis=None, kind="stable")[:WEAKEST]
-    mixed_up = [
+    confusions = [
         f"{names[true]} taken for {names[other]}: {wrong[true, other]} of {confusion[true].sum():,}"
         for true, other in zip(*np.unravel_index(pairs, wrong.shape), strict=True)
         if wrong[true, other]
     ]
     order = np.lexsort((np.arange(len(ids)), -confidence))
     errors = order[predicted[order] != labels[order]][:WEAKEST]
-    surest = [
+    most_confident = [
         f"image {ids[i]}: {names[labels[i]]}, taken for {names[predicted[i]]} with {confidence[i]:.1%}" for i in errors
     ]
     return (
-        f"Most mixed up: {'; '.join(mixed_up) or 'nothing'}.\n\nMost confident errors (place in the training part, "
-        f"confidence before the temperature): {'; '.join(surest) or 'none'}.\n\nWhat shows none of its classes gets one "
-        "of them all the same; other cameras, sizes and crops than the data set's were not tried."
+        f"Most mixed up: {'; '.join(confusions) or 'nothing'}.\n\nMost confident errors (place in the training part, "
+        f"confidence before the temperature): {'; '.join(most_confident) or 'none'}.\n\nWhat shows none of its classes gets "
+        "one of them all the same; other cameras, sizes and crops than the data set's were not tried."
     )
 
 

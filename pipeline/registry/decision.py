@@ -48,7 +48,7 @@ class CandidateResult(_Stored):
     score: Sample | None  # None: every seed diverged
     difference: Sample | None  # from the control, paired by seed; None for the control itself
     p_value: float | None  # of the difference
-    stopped: str | None  # why it is out of the race
+    stopped: str | None  # why it was stopped
     runs: tuple[SeedScore, ...]
 
 
@@ -90,8 +90,7 @@ class FinalsDecision(_Stored):
         tracker.client.log_text(study.parent, self.model_dump_json(indent=2), FILE)
         if self.winner:
             tags = RunTags(finals_run=self.winner.run_id, finals_summary=self.winner.summary)
-            for key, value in tags.to_mlflow().items():
-                tracker.client.set_tag(study.parent, key, value)
+            tracker.store.set_tags(study.parent, tags)
 
     @classmethod
     def load(cls, tracker: MlflowTracker, study: StudyRuns) -> Self | None:

@@ -67,7 +67,7 @@ class _Deployed(nn.Module):
 
 
 def export_onnx(classifier: Classifier, path: Path) -> None:
-    """Write the classifier, which is on the CPU, as ONNX. Refused where the file's probabilities are not torch's."""
+    """Write the classifier, which is on the CPU, as ONNX. PromotionRefused where the file's probabilities are not torch's."""
     import onnx
 
     with warnings.catch_warnings():
@@ -121,7 +121,7 @@ def preprocessing(metadata: ModelMetadata) -> dict[str, str | int]:
 def check(classifier: Classifier, path: Path, images: Tensor) -> float:
     """The largest difference in probability from torch in float32 on uint8 images (N, 3, S, S), all in each of BATCHES.
 
-    Refused, with the number, above TOLERANCE.
+    PromotionRefused, with the number, above TOLERANCE.
     """
     expected, pixels, model = float32_probabilities(classifier, images), as_pixels(images), session(path)
     with ThreadPoolExecutor(min(len(BATCHES), os.cpu_count() or 1)) as pool:  # onnxruntime computes without the GIL

@@ -96,7 +96,7 @@ class FinalsObserver(Protocol):
         """It ended, in whatever state."""
 
     def note(self, line: str) -> None:
-        """Something else is to be known."""
+        """Anything else, as a line."""
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
@@ -114,52 +114,71 @@ def plan_finals(
     """The `top` best recipes of a study's feasible trials and its control; `epochs` instead of their own, where given.
 
     Seeds count up from 1, leaving out those of the study's trials, so a later command with more seeds continues with the
-    same ones; with `folds` there are so many, each on another fold. What is captured as a graph is called step by step where
-    the `device` has no graphs. UserError where no feasible trial finished, the control is missing, or the trials saw
+    same ones; with `folds` there are so many, each on another fold. Recipes that were executed as CUDA graphs run eagerly
+    where the `device` has none. UserError where no feasible trial finished, the control is missing, or the trials saw
     different data.
     """
     trials = queries.children(tracker, study, "trial")
-    tags = {run.info.run_id: RunTags.of(run) for run in trials}
-    finished = [run for run in trials if tags[run.info.run_id].state is State.FINISHED]
-    finished.sort(key=lambda run: (-run.data.metrics[study.objective], tags[run.info.run_id].trial))
+    finished = [run for run in trials if RunTags.of(run).state is State.FINISHED]
+    finished.sort(key=lambda run: (-run.data.metrics[study.objective], RunTags.of(run).trial))
     feasible = [run for run in finished if not study.broken_by(run)]
     if not feasible:
         raise queries.no_best_run(tracker, study)
-    digests = {(of_run.data_digest, of_run.split_digest) for of_run in tags.values()}
+    digests = {(tags.data_digest, tags.split_digest) for tags in map(RunTags.of, trials)}
     if len(digests) > 1:
-        raise UserError(
-            f"study {study.name}", f"its trials saw {len(digests)} different data sets or splits", "start a `--version`"
-        )
-    notes: dict[str, None] = {}
+        rule = f"its trials saw {len(digests)} different data sets or splits"
+        raise UserError(f"study {study.name}", rule, "start a `--version`")
+    finished_ids = {run.info.run_id for run in finished}
 
-    def candidate(run: StoredRun, is_control: bool = False) -> Candidate:
-        trained = recipe_of(tracker, run)
-        recipe = executable_on(trained.changed({"training.epochs": epochs} if epochs else {}), device)
-        timed = run if run.info.run_id in {other.info.run_id for other in finished} else finished[0]
-        made = Candidate(
-            recipe,
-            trial=_trial_of(run),
-            trial_run=run.info.run_id,
-            is_control=is_control,
-            score=run.data.metrics[study.objective] if timed is run else None,
-            seconds=timed.data.metrics["time/training_s"] * recipe.training.epochs / trained.training.epochs,
-        )
-        if recipe.training.execution != trained.training.execution:
-            notes[f"{made.name}: {execution_line(trained, recipe, device)}"] = None
-        return made
+    def made(run: StoredRun, is_control: bool = False) -> tuple[Candidate, Recipe]:
+        timed = run if run.info.run_id in finished_ids else finished[0]
+        return _candidate(tracker, study, run, timed, is_control, epochs, device)
 
-    control = candidate(_control(tracker, study, trials), is_control=True)
-    candidates, best = {control.digest: control}, set[str]()
+    pairs, best = [made(_control(tracker, study, trials), is_control=True)], set[str]()
     for run in feasible:
         if len(best) == top:
             break
-        other = candidate(run)
-        best.add(other.digest)
-        candidates.setdefault(other.digest, other)
+        pairs.append(made(run))
+        best.add(pairs[-1][0].digest)
+    candidates: dict[str, Candidate] = {}
+    for candidate, _ in pairs:
+        candidates.setdefault(candidate.digest, candidate)
+    notes = [
+        f"{candidate.name}: {execution_line(trained, candidate.recipe, device)}"
+        for candidate, trained in pairs
+        if candidate.recipe.training.execution != trained.training.execution
+    ]
     used = {int(run.data.params["training.seed"]) for run in trials if "training.seed" in run.data.params}
     seeds = list(islice((seed for seed in count(1) if seed not in used), folds or num_seeds))
     done = _finals_done(tracker, study, *digests.pop(), folds)
-    return FinalsPlan(study, list(candidates.values()), seeds, done, folds, list(notes))
+    return FinalsPlan(study, list(candidates.values()), seeds, done, folds, list(dict.fromkeys(notes)))
+
+
+def _candidate(
+    tracker: MlflowTracker,
+    study: StudyRuns,
+    run: StoredRun,
+    timed: StoredRun,
+    is_control: bool,
+    epochs: int | None,
+    device: torch.device,
+) -> tuple[Candidate, Recipe]:
+    """The candidate that a trial's run gives, and the recipe that the trial trained.
+
+    `timed` is the run that says how long a training takes: this one, or another where a control's can't.
+    """
+    trained, trial = recipe_of(tracker, run), RunTags.of(run).trial
+    assert trial is not None  # or the run would have been left out, see intact.py
+    recipe = executable_on(trained.changed({"training.epochs": epochs} if epochs else {}), device)
+    candidate = Candidate(
+        recipe,
+        trial=trial,
+        trial_run=run.info.run_id,
+        is_control=is_control,
+        score=run.data.metrics[study.objective] if timed is run else None,
+        seconds=timed.data.metrics["time/training_s"] * recipe.training.epochs / trained.training.epochs,
+    )
+    return candidate, trained
 
 
 def execution_line(trained: Recipe, recipe: Recipe, device: torch.device) -> str:
@@ -168,16 +187,10 @@ def execution_line(trained: Recipe, recipe: Recipe, device: torch.device) -> str
     return f"training.execution = {recorded}: a graph needs a GPU, and this is {device}; executed as {possible}"
 
 
-def _trial_of(run: StoredRun) -> int:
-    number = RunTags.of(run).trial
-    assert number is not None  # or it would have been left out, see kept.whole
-    return number
-
-
 def _control(tracker: MlflowTracker, study: StudyRuns, trials: Sequence[StoredRun]) -> StoredRun:
     """The control's run, a finished one where there are several.
 
-    One that was deleted in MLflow has its recipe still, which is all that is needed: its score is left out.
+    A deleted one that MLflow still holds will do: only its recipe is needed.
     """
     if runs := control_runs(trials):
         return max(runs, key=lambda run: RunTags.of(run).state is State.FINISHED)

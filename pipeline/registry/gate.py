@@ -226,7 +226,7 @@ def _disagreements(labels: np.ndarray, new: np.ndarray, old: np.ndarray) -> tupl
 
 
 def _no_class_worse(score: str, draws: np.ndarray, classes: Sequence[str], rules: Rules) -> RuleResult:
-    """Refused for a class that loses more than the margin, and more than chance explains.
+    """Fails for a class that loses more than the margin, and more than chance explains.
 
     Chance: the bootstrap's standard error times the quantile of alpha shared among all classes and both scores
     (Bonferroni), so that equal models are refused in at most alpha of the cases.

@@ -124,19 +124,15 @@ class Ledger:
         model: str,
         run: str,
         *,
+        version: str | None = None,
         split: str | None = None,
         reason: str = "",
         details: dict[str, Any] | None = None,
     ) -> Event:
-        """Append a test evaluation or a verdict."""
-        assert kind in (TEST_EVALUATION, PASSED, REFUSED), kind
+        """Append a test evaluation, a verdict, or that a version that was champion is no longer in the registry."""
+        assert kind in (TEST_EVALUATION, PASSED, REFUSED, DELETED), kind
         with self._transaction() as connection:
-            return _append(connection, kind, model, run, None, split, reason, details or {})
-
-    def record_deletion(self, model: str, deleted: Champion, reason: str) -> Event:
-        """Append that a version that was champion is no longer in the registry."""
-        with self._transaction() as connection:
-            return _append(connection, DELETED, model, deleted.run, deleted.version, None, reason, {})
+            return _append(connection, kind, model, run, version, split, reason, details or {})
 
     def begin(
         self,
@@ -152,8 +148,8 @@ class Ledger:
         """Begin a change of champion of `kind`, from the one that the caller saw.
 
         `version` is known where it is there already; `previous` is the version that the alias `previous` will name.
-        Refused where another one is champion by now, or another change is begun: of two at once, one wins. The event's
-        details hold a token that finds the version it made.
+        PromotionRefused where another one is champion by now, or another change is begun: of two at once, one wins. The
+        event's details hold a token that finds the version it made.
         """
         assert kind in (PROMOTED, ROLLED_BACK), kind
         details = {
@@ -175,7 +171,7 @@ class Ledger:
             return _append(connection, BEGUN, model, run, version, None, reason, details)
 
     def end(self, begun: Event, kind: str, version: str | None, reason: str = "") -> Event:
-        """Close what `begin` opened. Refused where another command has closed it."""
+        """Close what `begin` opened. PromotionRefused where another command has closed it."""
         assert kind in (PROMOTED, ROLLED_BACK, UNDONE), kind
         with self._transaction() as connection:
             unfinished = _unfinished(_read(connection, begun.model))

@@ -61,7 +61,7 @@ def package(
 
     `checkpoint` is a checkpoint's folder; `evidence` is the gate's verdict, which the card shows and evidence.json
     keeps. `onnx_file` is the model's where it was exported already: it is packed byte for byte. On `images`, uint8
-    (N, 3, S, S), the ONNX model is compared with torch. The folder is complete or as it was. Refused where its
+    (N, 3, S, S), the ONNX model is compared with torch. The folder is complete or as it was. PromotionRefused where its
     probabilities are not torch's; UserError where `folder` holds something else, or the run's predictions can't be read.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists()):

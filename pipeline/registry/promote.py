@@ -6,15 +6,13 @@ finishes what has its version and undoes what has none.
 """
 
 import contextlib
-import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 
 from pipeline.errors import PromotionRefused, UserError
 from pipeline.inference.classifier import ModelMetadata
@@ -25,140 +23,22 @@ from pipeline.registry.candidate_evaluation import (
     EvaluationObserver,
     study_of,
 )
-from pipeline.registry.card import description
 from pipeline.registry.gate import Rules
-from pipeline.registry.ledger import PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Event, Ledger
-from pipeline.registry.package import CARD, package
-from pipeline.tracking import queries
+from pipeline.registry.ledger import DELETED, PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Event, Ledger
+from pipeline.registry.package import Package, package
+from pipeline.registry.registered_model import CHAMPION, PREVIOUS, TOKEN_TAG, Registry, version_label
 from pipeline.tracking.models import DIGEST_TAG
-from pipeline.tracking.models import digests as digests_of
 from pipeline.tracking.store import is_active
 from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker
 
-CHAMPION, PREVIOUS = "champion", "previous"  # aliases
 ARTIFACTS = "model"  # where a package lies among its run's artifacts
-_TOKEN = "promotion"  # a version's tag: the promotion that made it
 _TAG_LIMIT = 5000  # characters; the column's width
-
-
-@dataclass(frozen=True)
-class Registry:
-    """One registered model in MLflow's registry, and the ledger of what may happen to it."""
-
-    tracker: MlflowTracker
-    ledger: Ledger
-    model: str
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w][\w.-]{0,99}", self.model):
-            rule = "should be letters, digits, - _ and . only, and start with no sign"
-            raise UserError(f"`--model` {self.model}", rule)
-
-    def alias(self, name: str) -> str | None:
-        """The version that an alias names, or None."""
-        try:
-            return str(self.tracker.client.get_model_version_by_alias(self.model, name).version)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            raise
-
-    def point(self, alias: str, version: str | None) -> None:
-        """Set an alias, or take it away."""
-        client = self.tracker.client
-        if version is not None:
-            client.set_registered_model_alias(self.model, alias, version)
-        elif self.alias(alias) is not None:
-            client.delete_registered_model_alias(self.model, alias)
-
-    def made_by(self, begun: Event) -> str | None:
-        """The version that a begun change has, or made."""
-        if begun.version is not None:
-            return begun.version
-        versions = [v for v in self._versions(begun.run) if v.tags.get(_TOKEN) == begun.details["token"]]
-        return str(versions[0].version) if versions else None
-
-    def version_of(self, run: str) -> str | None:
-        """The newest version that is this run's, or None."""
-        numbers = [int(version.version) for version in self._versions(run) if version.name == self.model]
-        return str(max(numbers)) if numbers else None
-
-    def packed(self, run: str) -> ModelVersion | None:
-        """A version, of any registered model, whose files are those of the run."""
-        return next(iter(self._versions(run)), None)
-
-    def run_of(self, version: str) -> str:
-        """The run of a version; UserError where there is no such version, or it is of no run."""
-        try:
-            run = self.tracker.client.get_model_version(self.model, version).run_id
-        except MlflowException:
-            run = None
-        if not run:
-            raise UserError(
-                f"`--version {version}`", f"{self.model} has no such version of a run", "`ui` shows those there are"
-            )
-        return run
-
-    def champion(self) -> Champion | None:
-        """The ledger's. UserError, with the ways out, where MLflow's alias names another version: somebody moved it."""
-        champions = self.ledger.champions(self.model)
-        champion = champions[-1] if champions else None
-        aliased = self.alias(CHAMPION)
-        if aliased == (champion.version if champion else None):
-            return champion
-        if name := self._new_name(champions):
-            raise UserError(
-                self.model,
-                f"is called {name} in MLflow, and the ledger ({self.ledger.home}) knows it by the old name",
-                f"rename it back there, or `--model {name}` begins a ledger of its own",
-            )
-        raise UserError(
-            self.model,
-            f"MLflow's alias champion names {_named(aliased)}, but by the ledger ({self.ledger.home}) the champion is "
-            f"{_named(champion.version if champion else None)}: it was moved or deleted in MLflow, or from another "
-            "folder mlruns",
-            details=[
-                f"`rollback --version {version}` with a `--reason` {effect}"
-                for version, effect in (
-                    (aliased, "takes MLflow's"),
-                    (champion.version if champion else None, "takes the ledger's"),
-                )
-                if version
-            ],
-        )
-
-    def deleted(self) -> list[Champion]:
-        """The versions that were champion, by the ledger, and were deleted in MLflow since."""
-        deleted = [c for c in dict.fromkeys(self.ledger.champions(self.model)) if not self._exists(c)]
-        return [] if deleted and self._new_name(deleted) else deleted
-
-    def _new_name(self, champions: Sequence[Champion]) -> str | None:
-        """What the registered model is called, where a person renamed it: these versions are under that name."""
-        if self.tracker.client.search_registered_models(f"name = '{self.model}'"):
-            return None
-        known = {(champion.version, champion.run) for champion in champions}
-        versions = [version for run in {champion.run for champion in champions} for version in self._versions(run)]
-        return next((v.name for v in versions if (str(v.version), v.run_id) in known), None)
-
-    def _exists(self, champion: Champion) -> bool:
-        try:
-            version = self.tracker.client.get_model_version(self.model, champion.version)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise
-        return version.run_id == champion.run  # a model that was deleted and made again counts its versions from 1
-
-    def _versions(self, run: str) -> list[ModelVersion]:
-        """Those that a promotion made; one that a person registered has no digests and is never served."""
-        versions = self.tracker.client.search_model_versions(f"run_id = '{run}'")
-        return [version for version in versions if _TOKEN in version.tags]
 
 
 @contextlib.contextmanager
 def registry_lock(home: Path) -> Iterator[None]:
-    """The only promotion or rollback of a folder mlruns; Refused at once where another is under way."""
+    """The only promotion or rollback of a folder mlruns; PromotionRefused at once where another is under way."""
     lock = FileLock(home / "promotion.lock")
     try:
         with lock.acquire(timeout=0):
@@ -177,30 +57,29 @@ def settle(tracker: MlflowTracker, ledger: Ledger, note: Callable[[str], None]) 
         registry = Registry(tracker, ledger, begun.model)
         kind = "rollback" if begun.details["kind"] == ROLLED_BACK else "promotion"
         change = f"a {kind} of {begun.model}, begun {begun.time} and interrupted"
-        version, over, aliased = registry.made_by(begun), begun.details["over"], registry.alias(CHAMPION)
+        version, over, aliased = registry.version_made_by(begun), begun.details["over"], registry.alias(CHAMPION)
         if version is not None and aliased in (over, version):
             _move(registry, begun, version)
-            note(f"{change}, was finished: {_named(version)} is champion")
+            note(f"{change}, was finished: {version_label(version)} is champion")
         else:
             why = "its version was not registered yet" if version is None else "the alias was moved by hand meanwhile"
             ledger.end(begun, UNDONE, version, f"interrupted: {why}")
-            note(f"{change}, was undone ({why}): {_named(aliased)} is champion; the same command repeats it")
+            note(f"{change}, was undone ({why}): {version_label(aliased)} is champion; the same command repeats it")
     for model in dict.fromkeys(event.model for event in ledger.events()):
         for deleted in (registry := Registry(tracker, ledger, model)).deleted():
             role = "the champion" if deleted == ledger.champions(model)[-1] else "a former champion"
-            ledger.record_deletion(model, deleted, f"deleted in MLflow; was {role}")
-            note(f"{model} {_named(deleted.version)}, {role}, was deleted in MLflow: the ledger has it as deleted")
+            reason = f"deleted in MLflow; was {role}"
+            ledger.record(DELETED, model, deleted.run, version=deleted.version, reason=reason)
+            note(
+                f"{model} {version_label(deleted.version)}, {role}, was deleted in MLflow: the ledger has it as deleted"
+            )
 
 
 def _move(registry: Registry, begun: Event, version: str) -> None:
-    """The end of every change, which may be repeated: the alias `champion` is the last thing that anybody sees move."""
-    registry.point(PREVIOUS, begun.details["previous"])
-    registry.point(CHAMPION, version)
+    """The last step of every change, safe to repeat. The alias `champion`, which others read, moves last."""
+    registry.set_alias(PREVIOUS, begun.details["previous"])
+    registry.set_alias(CHAMPION, version)
     registry.ledger.end(begun, begun.details["kind"], version)
-
-
-def _named(number: str | None) -> str:
-    return "no version" if number is None else f"version {number}"
 
 
 # ---------------------------------------------------------------------------------------------------------- rollback
@@ -254,32 +133,27 @@ def promote(
     """Evaluate a run's model against the champion and make it champion; under `registry_lock` and after `settle`.
 
     Does nothing where it is champion. A run that was evaluated on the same split is evaluated again only if `forced`
-    says why.
-    `chosen` is how the run was chosen, for the record; `dataset` is where its data set lies, if that is not known. Refused
-    where a rule, or that one, says no.
+    says why. `chosen` says why this run is the candidate, for the record; `dataset` is where its data set lies, if that
+    is not known. PromotionRefused where a rule, or that one, says no.
     """
     champion = registry.champion()
     if champion and champion.run == run_id:
-        observer.note(f"run {run_id} is champion already, {registry.model} {_named(champion.version)}: nothing to do")
+        observer.note(
+            f"run {run_id} is champion already, {registry.model} {version_label(champion.version)}: nothing to do"
+        )
         return champion
     _check_candidate(registry.tracker, run_id)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        evaluation = CandidateEvaluation(
-            registry.tracker, registry.ledger, registry.model, rules, data_dir, folder, observer, dataset
-        )
+        evaluation = CandidateEvaluation(registry, rules, data_dir, folder, observer, dataset)
         packed = registry.packed(run_id)
-        challenger = (
-            evaluation.model_of_version(packed, "challenger")
-            if packed
-            else evaluation.model_of_run(run_id, "challenger")
-        )
+        source = f"models:/{packed.name}/{packed.version}" if packed else None
+        challenger = evaluation.model(run_id, "challenger", source)
         verdict = evaluation.verdict(challenger, champion, forced, chosen)
         if verdict.kind == REFUSED:
             raise _refusal(verdict)
         version = registry.version_of(run_id)
-        if packed is None:
-            _pack(evaluation, challenger, verdict, folder / "package")
+        files = packed or _pack(evaluation, challenger, verdict, folder / "package")
         begun = registry.ledger.begin(
             PROMOTED,
             registry.model,
@@ -289,14 +163,14 @@ def promote(
             previous=champion.version if champion else None,
             reason=verdict.reason,
         )
-        _move(registry, begun, version or _register(registry, begun, challenger, verdict, folder / "package"))
+        _move(registry, begun, version or _register(registry, begun, challenger, verdict, files))
     return registry.ledger.champions(registry.model)[-1]
 
 
-def _pack(evaluation: CandidateEvaluation, challenger: EvaluatedModel, verdict: Event, folder: Path) -> None:
+def _pack(evaluation: CandidateEvaluation, challenger: EvaluatedModel, verdict: Event, folder: Path) -> Package:
     """The package of a model that passed, with the ONNX file that was evaluated."""
     onnx_file = evaluation.onnx_of_verdict(challenger, verdict)
-    package(evaluation.tracker, challenger.run, challenger.folder, folder, verdict.evidence, onnx_file)
+    return package(evaluation.registry.tracker, challenger.run, challenger.folder, folder, verdict.evidence, onnx_file)
 
 
 def _check_candidate(tracker: MlflowTracker, run_id: str) -> None:
@@ -304,12 +178,11 @@ def _check_candidate(tracker: MlflowTracker, run_id: str) -> None:
 
     A reproduction's bits are another run's: under a second name one model would be evaluated twice on the test split.
     """
-    try:
-        run = tracker.client.get_run(run_id)
-    except MlflowException:
-        return  # find_model says so
+    run = tracker.store.run(run_id)
+    if run is None:
+        return  # find_model reports it
     if not is_active(run):
-        way_back = queries.how_to_restore(tracker, run)
+        way_back = tracker.store.how_to_restore(run.info.experiment_id)
         raise UserError(f"run {run_id}", "was deleted in MLflow", f"{way_back}, or take another")
     if first := RunTags.of(run).reproduces:
         remedy = f"`promote --run {first}` evaluates the run"
@@ -330,20 +203,21 @@ def _refusal(verdict: Event) -> PromotionRefused:
     return PromotionRefused.many(problems)
 
 
-def _register(registry: Registry, begun: Event, challenger: EvaluatedModel, verdict: Event, packed: Path) -> str:
-    """Put the package into its run, and make a version of it; the version's number."""
+def _register(
+    registry: Registry, begun: Event, challenger: EvaluatedModel, verdict: Event, files: ModelVersion | Package
+) -> str:
+    """Make a version of a package, new or already registered under another model's name; the version's number."""
     client = registry.tracker.client
-    former = registry.packed(challenger.run)
-    if former:  # under another model's name: its files are never written again
-        digests = {key: value for key, value in former.tags.items() if key.startswith(DIGEST_TAG)}
-        card = former.description or ""
-    else:
-        client.log_artifacts(challenger.run, str(packed), ARTIFACTS)
-        digests = {f"{DIGEST_TAG}{name}": digest for name, digest in digests_of(packed).items()}
-        card = description((packed / CARD).read_text(encoding="utf-8"))
+    if isinstance(files, Package):
+        client.log_artifacts(challenger.run, str(files.folder), ARTIFACTS)
+        digests = {f"{DIGEST_TAG}{name}": digest for name, digest in files.sha256.items()}
+        card = files.card
+    else:  # its files lie in the run, and are never written again
+        digests = {key: value for key, value in files.tags.items() if key.startswith(DIGEST_TAG)}
+        card = files.description or ""
     if not client.search_registered_models(f"name = '{registry.model}'"):
         client.create_registered_model(registry.model)
-    tags = _version_tags(registry, challenger.metadata, verdict) | digests | {_TOKEN: begun.details["token"]}
+    tags = _version_tags(registry, challenger.metadata, verdict) | digests | {TOKEN_TAG: begun.details["token"]}
     source = f"runs:/{challenger.run}/{ARTIFACTS}"
     return str(client.create_model_version(registry.model, source, challenger.run, tags, description=card).version)
 

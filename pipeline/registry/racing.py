@@ -34,7 +34,7 @@ def seedless(recipe: Recipe) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe to be trained again. Its own seed counts for nothing."""
+    """A recipe to be trained again, with seeds other than its own."""
 
     recipe: Recipe
     trial: int
@@ -61,7 +61,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Final:
-    """One training of a candidate that came to an end, in a way that another one would too."""
+    """One training of a candidate that finished or diverged, as it would each time."""
 
     run_id: str | None  # None where MLflow had not answered yet
     score: float | None  # None where it diverged
@@ -173,13 +173,8 @@ def choose(racing: Racing, flop: Mapping[str, int]) -> tuple[Candidate, list[Can
     leader = max(eligible, key=racing.mean)
     tied = [c for c in eligible if c is leader or racing.num_seeds < MIN_SEEDS or racing.p_value(leader, c) >= ALPHA]
     if len(tied) == 1:
-        return (
-            leader,
-            tied,
-            "beyond the noise"
-            if len(eligible) > 1
-            else "every other recipe was stopped early, diverged or is infeasible",
-        )
+        sole = "every other recipe was stopped early, diverged or is infeasible"
+        return leader, tied, "beyond the noise" if len(eligible) > 1 else sole
 
     def cost(c: Candidate) -> tuple[float, ...]:
         return flop[c.digest], c.recipe.training.epochs, not c.is_control, -racing.mean(c)

@@ -12,7 +12,6 @@ import pyarrow
 import pyarrow.parquet as pq
 import torch
 from mlflow.entities import Run as StoredRun
-from mlflow.exceptions import MlflowException
 from safetensors.torch import load
 
 from pipeline import experiment
@@ -32,7 +31,7 @@ from pipeline.training.loop import EpochReport
 
 # Packages whose code computes something of a run; a change of another one changes no bit.
 COMPUTING = frozenset({"torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow"})
-# What the machine does meanwhile, and not the training.
+# Prefixes of metrics that depend on the machine's load, and not only on the training.
 MEASURED = ("time/", "throughput/", "memory/", "system/", "model/latency_ms")
 DEVIATIONS = 3
 
@@ -75,7 +74,7 @@ class Difference:
     """Something that is not as it was when the original run was trained."""
 
     line: str
-    matters: bool  # whether other bits are to be expected of it
+    matters: bool  # whether it can change the result's bits
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,9 @@ def find_original(tracker: MlflowTracker, run_id: str) -> OriginalRun:
     subject = f"run {run_id}"
     if not re.fullmatch(r"[0-9a-f]{32}", run_id):
         raise UserError(subject, "must be a run's id, 32 of 0-9a-f", "`ui` shows them")
-    try:
-        run = tracker.client.get_run(run_id)
-    except MlflowException:
-        raise UserError(subject, "no such run in the tracking store", "`ui` shows those there are") from None
+    run = tracker.store.run(run_id)
+    if run is None:
+        raise UserError(subject, "no such run in the tracking store", "`ui` shows those there are")
     tags = RunTags.of(run)
     if tags.recipe_digest is None:
         raise UserError(subject, "a study's own run, or no run of this pipeline", "its trials can be reproduced")
@@ -244,9 +242,9 @@ def conclude(
         comparison = compare(tracker, original, run_id, num_validation, tolerance)
         verdict = summarise(comparison, changes)
     except NotReproduced as error:
-        record_result(tracker, run_id, error.lines[0])
+        tracker.store.set_tags(run_id, RunTags(reproduced=error.lines[0]))
         raise
-    record_result(tracker, run_id, verdict)
+    tracker.store.set_tags(run_id, RunTags(reproduced=verdict))
     return [*comparison.lines, verdict]
 
 
@@ -382,9 +380,3 @@ def thread_line(original: OriginalRun, device: torch.device) -> str | None:
     if device.type != "cpu" or original.threads in (None, default):
         return None
     return f"threads: {original.threads} then, {default} here by default; trains with {original.threads}"
-
-
-def record_result(tracker: MlflowTracker, run_id: str, summary: str) -> None:
-    """Keep the result as a tag of the reproduction."""
-    for key, value in RunTags(reproduced=summary).to_mlflow().items():
-        tracker.client.set_tag(run_id, key, value)

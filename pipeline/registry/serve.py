@@ -30,14 +30,14 @@ _VERSIONS = ("onnx_version", "python_version", "env")  # `env` is not made: the 
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """What a client needs to know: the classes in the order of their probabilities, and the form of images."""
 
     classes: tuple[str, ...]
     form: Form
 
 
-def check(folder: Path) -> Served:
+def check(folder: Path) -> ServedModel:
     """What the package takes and gives; UserError where the folder is none.
 
     DataError where MLflow would run code from it or read other files, or the model is not what the package says: only
@@ -48,10 +48,10 @@ def check(folder: Path) -> Served:
     try:
         model = Model.load(str(folder))
         flavors: dict[str, dict[str, Any]] = {name: dict(settings) for name, settings in model.flavors.items()}
-        served = Served(tuple((model.metadata or {})["classes"]), form_of(model))
+        served = ServedModel(tuple((model.metadata or {})["classes"]), form_of(model))
     except Exception:  # whatever MLflow raises on a file that isn't there, or is no MLmodel
         raise UserError(str(folder), f"no packed model ({MLMODEL})", "`export` makes one") from None
-    if other := _unlike_ours(flavors):
+    if other := _unexpected_setting(flavors):
         rule = f"{other}, which export never writes: it might run code; it is not served"
         raise DataError(str(folder / MLMODEL), rule)
     _check_onnx(folder / MODEL, served)
@@ -60,12 +60,12 @@ def check(folder: Path) -> Served:
 
 def form_of(model: "Model") -> Form:
     """In which form a package takes images; KeyError for a geometry that there is not."""
-    geometry = (model.metadata or {}).get("geometry", "squash")  # a package of earlier days names none: there was one
+    geometry = (model.metadata or {}).get("geometry", "squash")  # older packages name none, and were squashed
     GEOMETRIES[geometry]
     return Form(model.get_input_schema().inputs[0].shape[1], geometry)
 
 
-def _unlike_ours(flavors: Mapping[str, Mapping[str, Any]]) -> str:
+def _unexpected_setting(flavors: Mapping[str, Mapping[str, Any]]) -> str:
     """The first setting that is not one of a package, or nothing."""
     if set(flavors) != set(_FLAVORS):
         return f"flavors {', '.join(flavors)}"
@@ -77,7 +77,7 @@ def _unlike_ours(flavors: Mapping[str, Mapping[str, Any]]) -> str:
     return ""
 
 
-def _check_onnx(path: Path, served: Served) -> None:
+def _check_onnx(path: Path, served: ServedModel) -> None:
     """DataError unless onnxruntime takes the file, and images in and probabilities out are as the package says."""
     if path.is_symlink():
         raise DataError(str(path), "a link to a file elsewhere; it is not served")

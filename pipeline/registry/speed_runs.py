@@ -17,8 +17,8 @@ from pipeline.recipe import Data
 from pipeline.registry.ledger import TEST_EVALUATION, Ledger
 from pipeline.registry.test_split import digest_of, open_test_split
 
-NOBODY = "speed runs"  # of no registered model, and no run
-STAND_IN = 500  # training images in place of the validation split; nothing is chosen by them
+SPEED_RUNS = "speed runs"  # stands in the ledger for a registered model
+NUM_VALIDATION = 500  # training images in place of the validation split; nothing is chosen by them
 
 
 def speed_run_data(data_dir: Path, device: torch.device, home: Path, reason: str) -> tuple[TrainingData, Split]:
@@ -29,7 +29,7 @@ def speed_run_data(data_dir: Path, device: torch.device, home: Path, reason: str
     """
     about = Data(dataset="cifar10", image_size=32)
     dataset = load(about, data_dir)
-    Ledger(home).record(TEST_EVALUATION, NOBODY, "", split=digest_of(about, data_dir), reason=reason)
+    Ledger(home).record(TEST_EVALUATION, SPEED_RUNS, "", split=digest_of(about, data_dir), reason=reason)
     test = open_test_split(about, about.form, data_dir, dataset.classes)
     train = Split(dataset.train.images.to(device), dataset.train.labels.to(device))
     mean, std = pixel_statistics(dataset.train.images)
@@ -40,8 +40,8 @@ def speed_run_data(data_dir: Path, device: torch.device, home: Path, reason: str
         digest=dataset.digest,
         split_digest="every image trains",
         train=train,
-        validation=Split(train.images[:STAND_IN], train.labels[:STAND_IN]),
-        validation_ids=torch.arange(STAND_IN),
+        validation=Split(train.images[:NUM_VALIDATION], train.labels[:NUM_VALIDATION]),
+        validation_ids=torch.arange(NUM_VALIDATION),
         mean=mean.to(device),
         std=std.to(device),
     )

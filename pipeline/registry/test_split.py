@@ -19,7 +19,7 @@ from pipeline.data.files import decoded
 from pipeline.data.images import resized
 from pipeline.data.listing import Listing
 from pipeline.data.splits import sealed
-from pipeline.errors import DataError
+from pipeline.errors import DataError, lines_of
 from pipeline.recipe import Data, Form
 
 
@@ -97,8 +97,7 @@ def _check_cifar10(data_dir: Path) -> None:
 
     if problems := cifar10.file_problems(data_dir / CIFAR10.base_folder):
         remedy = "`--data-dir` says where the files lie; `study NAME` downloads what is missing"
-        details = [line for problem in problems for line in problem.lines]
-        raise DataError("CIFAR-10", "its files are missing or damaged", remedy, details)
+        raise DataError("CIFAR-10", "its files are missing or damaged", remedy, lines_of(problems))
 
 
 def _test_images(about: Data, home: Path | None) -> Listing:

@@ -1,4 +1,4 @@
-"""A study's best trial beside its control."""
+"""A study's best trial compared with its control."""
 
 from dataclasses import dataclass
 

@@ -37,10 +37,10 @@ def disagreement(tracker: MlflowTracker, comparison: Comparison, find: FindData)
     runs, shown = {comparison.label: best, "control": base}, {}
     for title, in_group in groups.items():
         indices = np.flatnonzero(in_group)
-        surest = indices[np.argsort(-confidence[indices], kind="stable")][:MAX_IMAGES]
+        shown_indices = indices[np.argsort(-confidence[indices], kind="stable")][:MAX_IMAGES]
         if len(indices):
-            pictures = list(_pictures(surest, runs, None if isinstance(images, str) else images))
-            shown[title] = {"count": len(indices), "pictures": pictures}
+            thumbnails = list(_thumbnails(shown_indices, runs, None if isinstance(images, str) else images))
+            shown[title] = {"count": len(indices), "thumbnails": thumbnails}
     both, either = int((best_right & base_right).sum()), int((best_right | base_right).sum())
     return {
         "num_images": len(best_right),
@@ -68,7 +68,7 @@ def _images(tracker: MlflowTracker, run: pd.Series, predictions: Predictions, fi
     return data.train.images[predictions.ids].permute(0, 2, 3, 1).numpy()
 
 
-def _pictures(
+def _thumbnails(
     indices: np.ndarray, runs: Mapping[str, Predictions], images: np.ndarray | None
 ) -> Iterator[dict[str, Any]]:
     """Each image as a data URL, None without images, and the lines below it."""

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from pipeline.errors import UserError, escape_control
+from pipeline.errors import UserError, counted, escape_control
 from pipeline.report.figures.layout import template as figure_template
 
 
@@ -32,7 +32,7 @@ def render(template: str, figures: Mapping[str, go.Figure], word: Callable[[str]
         lstrip_blocks=True,
         extensions=["jinja2.ext.do"],
     )
-    environment.filters |= {"number": number, "count": count, "hours": hours}
+    environment.filters |= {"number": number, "count": counted, "hours": hours}
     return environment.get_template(template).render(
         data,
         titles=[],
@@ -56,11 +56,6 @@ def _plain(figure: go.Figure) -> dict[str, Any]:
 def number(value: object, form: str) -> str:
     """A number as `form` writes it; nothing where there is none, or it isn't finite."""
     return form.format(value) if isinstance(value, (int, float, np.number)) and np.isfinite(value) else ""
-
-
-def count(number: int, what: str) -> str:
-    """`1 trial`, `1,200 trials`."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def hours(seconds: float) -> str:

@@ -1,1 +1,1 @@
-"""What is tried next: the only user of Optuna, beside studies/."""
+"""Hyper-parameter search with Optuna: studies, their trials, and the processes that run them."""

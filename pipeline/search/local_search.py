@@ -109,6 +109,7 @@ def changed_value(distribution: BaseDistribution, value: Any, rng: RandomState) 
     if isinstance(distribution, CategoricalDistribution):
         others = [choice for choice in distribution.choices if choice != value]
         return others[rng.randint(len(others))]
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
     new = value
     while math.isclose(new, value):
         new = _at(distribution, _position(distribution, value) + STEP * rng.normal())

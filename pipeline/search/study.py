@@ -8,13 +8,14 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
 from pipeline.errors import Problem, UserError, did_you_mean
 from pipeline.evaluation.constraints import MEASURES
+from pipeline.evaluation.scores import OBJECTIVES, Objective
 from pipeline.recipe import Recipe
 from pipeline.search.portfolio import PORTFOLIO, fields_for
 from pipeline.search.space_check import Space
@@ -25,7 +26,6 @@ if TYPE_CHECKING:  # importing it imports torch, and a wrong name has to be refu
 PHOTO_SIZE = 64  # pixels; of a folder of larger images, for networks made for 32
 # Largest elongation, long by short side -> what suits such images: a crop of 2:1 would lose half of them.
 GEOMETRIES = {1.1: "squash", 1.6: "crop", math.inf: "pad"}
-OBJECTIVES = ("val/accuracy", "val/f1_macro")
 FOLDER = Path(__file__).resolve().parents[2] / "studies"
 
 
@@ -55,7 +55,7 @@ class Study:
     question: str
     base: Recipe
     space: Space
-    objective: Literal["val/accuracy", "val/f1_macro"]
+    objective: Objective
     trials: int
     patience: int | None = None  # trials without a better score after which the study stops
     version: int = 1

@@ -1,1 +1,1 @@
-"""What is remembered: the only opener of MLflow runs."""
+"""Runs in MLflow, and the journals that they are sent from."""

@@ -41,7 +41,7 @@ class Model:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by its path in it."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): _sha256(file) for file in files}
+    return {str(file.relative_to(folder)): sha256_of(file) for file in files}
 
 
 def verify(folder: Path, expected: Mapping[str, str]) -> None:
@@ -71,7 +71,7 @@ def version_faults(tracker: MlflowTracker) -> Iterator[tuple[str, list[str] | No
             continue
         try:
             source = tracker.client.get_model_version_download_uri(version.name, version.version)
-            # Of local files this copies nothing, and gives their own place.
+            # For local files this copies nothing and returns their own path.
             verify(Path(mlflow.artifacts.download_artifacts(source, tracking_uri=tracker.uri)), expected)
             yield name, []
         except DataError as error:
@@ -141,11 +141,8 @@ def _package(tracker: MlflowTracker, version: ModelVersion, label: str, folder: 
     try:
         verify(Path(downloaded), expected)
     except DataError as error:
-        rule, remedy = (
-            "its files are not those that were registered",
-            "register it again, or go back to another version",
-        )
-        raise DataError(label, rule, remedy, error.lines) from None
+        rule = "its files are not those that were registered"
+        raise DataError(label, rule, "register it again, or go back to another version", error.lines) from None
     return Path(downloaded)
 
 
@@ -184,10 +181,9 @@ def _resolve(tracker: MlflowTracker, wanted: str | None) -> tuple[Run | ModelVer
         return version
     if not re.fullmatch(r"[0-9a-f]{32}", wanted):
         raise UserError(wanted, "neither a folder, nor a run's id (32 of 0-9a-f), nor models:/NAME@ALIAS")
-    try:
-        run = tracker.client.get_run(wanted)
-    except MlflowException:
-        raise UserError(wanted, "no such run in the tracking store", "`ui` shows all runs") from None
+    run = tracker.store.run(wanted)
+    if run is None:
+        raise UserError(wanted, "no such run in the tracking store", "`ui` shows all runs")
     return run, run_label(run) + ("" if is_active(run) else ", which was deleted in MLflow")
 
 
@@ -246,6 +242,7 @@ def _why_no_model(run: Run) -> str:
     return f"{tags.state or run.info.status.lower()}, without a model; only a finished run has one"
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,6 @@
 """What MLflow holds: studies and their runs, which study a name means, files, and every metric's points in bulk.
 
-Runs that were deleted in MLflow, and those with missing tags (see intact.py), are in no answer but those that say so.
+Runs that were deleted in MLflow and those with missing tags (see intact.py) are left out, unless a function says more.
 """
 
 import json
@@ -127,7 +127,7 @@ def _matches(name: str, study: str) -> bool:
 
 
 def _with_place(study: StudyRuns) -> str:
-    """Its name, and where its data set lay last: digits of a digest tell nobody which folder it is."""
+    """Its name, and where its data set lay last: a name may only have a digest's digits for its folder."""
     return f"{study.name} ({study.places[0]})" if study.places else study.name
 
 
@@ -198,16 +198,6 @@ def omitted_lines(tracker: MlflowTracker, study: StudyRuns) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ one run
-
-
-def find_run(tracker: MlflowTracker, run_id: str) -> StoredRun | None:
-    """The run of this id, deleted or not; None where MLflow has none."""
-    return tracker.store.run(run_id)
-
-
-def how_to_restore(tracker: MlflowTracker, run: StoredRun) -> str:
-    """How a person restores this deleted run."""
-    return tracker.store.how_to_restore(run.info.experiment_id)
 
 
 def read_file(tracker: MlflowTracker, run_id: str, name: str) -> bytes | None:

@@ -36,6 +36,11 @@ class OtherJournals:
     busy: Sequence[str]  # of living ones
     other_tracker: Mapping[str, str]  # made for another tracker -> its address
 
+    @property
+    def keys(self) -> set[str]:
+        """Of all of them."""
+        return {*self.orphaned, *self.busy, *self.other_tracker}
+
 
 def other_journals(tracker: MlflowTracker) -> OtherJournals:
     """The journals of other processes in the tracker's home folder."""

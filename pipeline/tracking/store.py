@@ -1,4 +1,4 @@
-"""An MLflow store: opened at once, its runs created once and found by key, its rejections told apart from outages."""
+"""An MLflow store: runs are created once and found by their key; what it rejects is distinguished from outages."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import mlflow
 import requests
 from filelock import FileLock
-from mlflow.entities import ViewType
+from mlflow.entities import RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
@@ -164,6 +164,10 @@ class RunStore:
         pairs = [{"key": key, "value": value} for key, value in tags.items()]
         body = {"experiment_id": experiment, "start_time": start_ms, "run_name": name, "tags": pairs}
         return str(post(self._uri, "runs/create", body)["run"]["info"]["run_id"])
+
+    def set_tags(self, run_id: str, tags: RunTags) -> None:
+        """Write the tags that are set, in one request."""
+        self.client.log_batch(run_id, tags=[RunTag(name, text) for name, text in tags.to_mlflow().items()])
 
     def find(self, experiment: str, key: str, keep: str | None = None) -> StoredRun | None:
         """The run of this key; None where there is none, Deleted where it was deleted.

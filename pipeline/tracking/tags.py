@@ -3,11 +3,12 @@
 import enum
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 import pipeline.runtime  # noqa: F401, before MLflow
+from pipeline.evaluation.scores import OBJECTIVES
 
 # isort: split
 from mlflow.entities import Run as StoredRun
@@ -34,7 +35,7 @@ _MLFLOW_NAMES = {"parent_run": MLFLOW_PARENT_RUN_ID, "commit": MLFLOW_GIT_COMMIT
 class RunTags:
     """The tags of a run. A field is None where the run has no such tag, or one that this project never writes."""
 
-    run_key: str | None = None  # names the run from its first moment, also while MLflow is away
+    run_key: str | None = None  # names the run from its first moment, also while MLflow doesn't answer
     role: Role | None = None
     study: str | None = None  # the study's key, e.g. attention-v1-cifar10
     parent_run: str | None = None
@@ -106,12 +107,8 @@ def _state(text: str) -> State | None:
     return State(text) if text in set(State) else None
 
 
-def _role(text: str) -> str | None:
-    return text if text in get_args(Role) else None
-
-
-def _objective(text: str) -> str | None:
-    return text if text in ("val/accuracy", "val/f1_macro") else None
+def _one_of(*known: str) -> Callable[[str], str | None]:
+    return lambda text: text if text in known else None
 
 
 def _hex_id(text: str) -> str | None:
@@ -142,7 +139,7 @@ def _strings(text: str) -> tuple[str, ...] | None:
 
 _PARSERS: Mapping[str, Any] = {
     "run_key": _hex_id,
-    "role": _role,
+    "role": _one_of(*get_args(Role)),
     "state": _state,
     "trial": _number,
     "short_of": _number,
@@ -150,7 +147,7 @@ _PARSERS: Mapping[str, Any] = {
     "seed": _number,
     "trial_run": _hex_id,
     "reproduces": _hex_id,
-    "objective": _objective,
+    "objective": _one_of(*OBJECTIVES),
     "constraints": _bounds,
     "worker": _mapping,
     "data_places": _strings,

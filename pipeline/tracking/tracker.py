@@ -144,10 +144,6 @@ class MlflowTracker:
         self.uploader = Uploader(self.store)
         self.damaged: dict[str, str] = {}  # run key -> why the journal that another process left can't be read
 
-    def experiment(self, name: str) -> str:
-        """The id of the experiment of this name, created where there is none."""
-        return self.store.experiment(name)
-
     def open_study(
         self,
         name: str,
@@ -203,8 +199,7 @@ class MlflowTracker:
         """Write into a study's run where its data set lay, the newest first; as many places as a tag holds."""
         while len(json.dumps(list(places))) > _TAG_LIMIT:
             places = places[:-1]
-        for tag, text in RunTags(data_places=tuple(places)).to_mlflow().items():
-            self.client.set_tag(run_id, tag, text)
+        self.store.set_tags(run_id, RunTags(data_places=tuple(places)))
 
     def _find_active(self, experiment: str, key: str) -> StoredRun | None:
         try:
@@ -216,7 +211,7 @@ class MlflowTracker:
         """The experiment that has or had the study's run, also where it was renamed; else the one of the study's name."""
         if former and self.store.is_experiment_active(former.info.experiment_id):
             return former.info.experiment_id
-        return self.experiment(name)
+        return self.store.experiment(name)
 
     @contextlib.contextmanager
     def run(self, request: RunRequest) -> Iterator[MlflowRun]:

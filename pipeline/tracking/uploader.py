@@ -1,4 +1,4 @@
-"""From the journals of this process to MLflow: a thread that sends the records in order and once, and that nobody waits for.
+"""Sends this process's journals to MLflow: a thread that sends each record once, in order, while trainings go on.
 
 Everything that may have been done is safe to repeat: MLflow's SQL store ignores a point that exists with the same name,
 step, time and value; parameters, tags and files are overwritten by themselves. Only a run would be created twice, so where
@@ -65,7 +65,6 @@ class Uploader:
         self._uploads: dict[str, _Upload] = {}
         self._ids: dict[str, str] = {}
         self._rejected: dict[str, str] = {}
-        self._deleted: set[str] = set()  # of the rejected, those whose run was deleted
         self._thread: threading.Thread | None = None
         self._next_try, self._failures, self._flushing, self._urgent = 0.0, 0, 0, False
         self._failing_since: float | None = None
@@ -106,7 +105,6 @@ class Uploader:
     def _add(self, upload: _Upload) -> None:
         self._uploads[upload.journal.key] = upload
         self._rejected.pop(upload.journal.key, None)
-        self._deleted.discard(upload.journal.key)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="uploader", daemon=True)
             self._thread.start()
@@ -144,14 +142,12 @@ class Uploader:
     @property
     def deleted(self) -> set[str]:
         """Of the rejected, the keys of those whose run was deleted in MLflow: only restoring it would help."""
-        with self._changed:
-            return set(self._deleted)
+        return {key for key, reason in self.rejected.items() if reason == DELETED}
 
     def forget(self, key: str) -> None:
         """Its journal was removed."""
         with self._changed:
             self._rejected.pop(key, None)
-            self._deleted.discard(key)
 
     @property
     def outage_s(self) -> float:
@@ -248,8 +244,6 @@ class Uploader:
         is_deleted = isinstance(error, Deleted) or (run_id is not None and self._store.is_deleted(run_id))
         with self._changed:
             upload.rejection = self._rejected[key] = DELETED if is_deleted else first_line(error)
-            if is_deleted:
-                self._deleted.add(key)
         log.warning("run key %s: MLflow rejects it (%s); its journal is kept", key, upload.rejection)
 
     def _send_batch(self, upload: _Upload) -> None:

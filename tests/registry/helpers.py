@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.registry.gate import GateRecord, Rules, Verdict
 from pipeline.registry.ledger import Ledger
-from pipeline.registry.promote import Registry
+from pipeline.registry.registered_model import Registry
 from pipeline.tracking.tracker import MlflowTracker
 
 DATA = Path("data")

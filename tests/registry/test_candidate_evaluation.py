@@ -52,10 +52,8 @@ def test_control_as_first_champion_must_beat_constant_answer(store: Store, tmp_p
 
 def test_other_onnx_than_was_evaluated_is_not_registered(store: Store, tmp_path: Path) -> None:
     registry, view = store.registry(tmp_path, "other-bytes"), RecordingObserver()
-    evaluation = candidate_evaluation.CandidateEvaluation(
-        registry.tracker, registry.ledger, registry.model, RULES, DATA, tmp_path / "files", view
-    )
-    challenger = evaluation.model_of_run(store.best, "challenger")
+    evaluation = candidate_evaluation.CandidateEvaluation(registry, RULES, DATA, tmp_path / "files", view)
+    challenger = evaluation.model(store.best, "challenger")
     split, details = opener.digest_of(Data(dataset="digits"), DATA), record(onnx_sha256="0" * 64)
     verdict = registry.ledger.record(PASSED, registry.model, store.best, split=split, details=details)
     with pytest.raises(PromotionRefused, match="exported now, its ONNX model isn't the one that was evaluated"):

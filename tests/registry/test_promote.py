@@ -3,7 +3,6 @@
 import importlib
 import multiprocessing
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,9 @@ from pipeline.registry.ledger import (
     Ledger,
     VerdictEvidence,
 )
-from pipeline.registry.promote import Registry, promote, registry_lock, roll_back, settle
+from pipeline.registry.package import Package
+from pipeline.registry.promote import promote, registry_lock, roll_back, settle
+from pipeline.registry.registered_model import Registry
 from pipeline.tracking.models import digests, find_model
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import RunRequest
@@ -135,7 +136,7 @@ def test_moved_alias_is_reported_with_both_ways_out(store: Store, tmp_path: Path
     registry = store.registry(tmp_path, "moved")
     promote(registry, store.good, RULES, DATA, RecordingObserver())
     promote(registry, store.best, RULES, DATA, RecordingObserver())
-    registry.point("champion", "1")
+    registry.set_alias("champion", "1")
     for command in (
         lambda: promote(registry, store.good, RULES, DATA, RecordingObserver()),
         lambda: roll_back(registry, None, "?"),
@@ -158,12 +159,6 @@ def test_moved_alias_is_reported_with_both_ways_out(store: Store, tmp_path: Path
         roll_back(registry, "2", "?")
     with pytest.raises(UserError, match="`--reason`: is empty; say why"):
         roll_back(registry, None, " ")
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "a'b", "-x", "a:b", "x" * 101])
-def test_model_name_is_a_plain_word(name: str, store: Store, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^`--model` "):
-        store.registry(tmp_path, name)
 
 
 # -------------------------------------------------------------------------------------------------- kills, and two at once
@@ -204,9 +199,14 @@ def killing(effect: Callable[..., Any], when: str) -> Callable[..., Any]:
     return call
 
 
+def package_of(store: Store) -> Package:
+    """The rival's package, which was made before."""
+    return Package(store.packed, digests(store.packed), "", 0, 0.0, None)
+
+
 def promote_rival(store: Store, home: Path, model: str) -> None:
     """From a verdict that is in the ledger, with a package that is packed already."""
-    module._pack = lambda evaluation, challenger, verdict, folder: shutil.copytree(store.packed, folder)  # type: ignore[assignment]
+    module._pack = lambda *_: package_of(store)
     with registry_lock(home):
         promote(store.registry(home, model), store.rival, RULES, DATA, RecordingObserver())
 
@@ -216,9 +216,9 @@ def be_killed(store: Store, home: Path, model: str, effect: str, when: str) -> N
     if effect in ("begin", "end"):
         setattr(Ledger, effect, killing(getattr(Ledger, effect), when))
     elif effect in ("previous", "champion"):
-        point = Registry.point
-        at = killing(point, when)
-        Registry.point = lambda self, alias, version: (at if alias == effect else point)(self, alias, version)  # type: ignore[method-assign]
+        set_alias = Registry.set_alias
+        at = killing(set_alias, when)
+        Registry.set_alias = lambda self, alias, version: (at if alias == effect else set_alias)(self, alias, version)  # type: ignore[method-assign]
     else:
         setattr(MlflowClient, effect, killing(getattr(MlflowClient, effect), when))
     promote_rival(store, home, model)
@@ -299,7 +299,7 @@ def test_kill_at_any_point_is_repaired_by_the_next_command(
         assert kill == ("end", "after") or "was finished: version 2 is champion" in view.lines[0]
     assert registry.champion() == Champion(*(("1", store.good) if number < UNDONE_UNTIL else ("2", store.rival)))
 
-    monkeypatch.setattr(module, "_pack", lambda b, c, v, folder: shutil.copytree(store.packed, folder))
+    monkeypatch.setattr(module, "_pack", lambda *_: package_of(store))
     champion = promote(registry, store.rival, RULES, DATA, view)
     assert champion == Champion("2", store.rival), "the same command repeats it, without another test evaluation"
     assert (registry.alias("champion"), registry.alias("previous")) == ("2", "1")
@@ -341,6 +341,6 @@ def test_interrupted_change_keeps_a_moved_alias(store: Store, tmp_path: Path) ->
     begun = registry.ledger.begin(PROMOTED, "hand", store.best, Champion("1", store.good), previous="1")
     for token in (begun.details["token"], "another"):
         client.create_model_version("hand", "runs:/x", store.best, {"promotion": token})
-    registry.point("champion", "3")
+    registry.set_alias("champion", "3")
     settle(registry.tracker, registry.ledger, view.note)
     assert "the alias was moved by hand meanwhile" in view.lines[0] and registry.alias("champion") == "3"

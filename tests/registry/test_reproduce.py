@@ -92,7 +92,7 @@ def test_tampered_weights_end_with_exit_code_6(
     errors = capsys.readouterr().err.splitlines()
     assert errors[0].startswith("error: not reproduced: code, versions, processor and threads are the same")
     assert errors[1].startswith("  weights.safetensors: differs, by up to")
-    [run] = tracker.client.search_runs([tracker.experiment("digits")], f"tags.reproduces = '{run_id}'")
+    [run] = tracker.client.search_runs([tracker.store.experiment("digits")], f"tags.reproduces = '{run_id}'")
     assert (RunTags.of(run).reproduced or "").startswith("not reproduced")
 
 

@@ -120,7 +120,7 @@ def test_champion_answers_curl_and_server_ends_with_command(trained: Trained, pa
     ],
 )
 def test_package_that_might_run_code_is_not_served(old: str, new: str, packed: Package, tmp_path: Path) -> None:
-    assert serve.check(packed.folder) == serve.Served(tuple("0123456789"), Form(8))
+    assert serve.check(packed.folder) == serve.ServedModel(tuple("0123456789"), Form(8))
     folder = tmp_path / "model"
     shutil.copytree(packed.folder, folder)
     text = (folder / "MLmodel").read_text()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.registry.ledger import TEST_EVALUATION, Ledger
-from pipeline.registry.speed_runs import NOBODY, six_views, speed_run_data
+from pipeline.registry.speed_runs import SPEED_RUNS, six_views, speed_run_data
 
 CPU = torch.device("cpu")
 
@@ -22,8 +22,8 @@ def test_all_images_train_and_test_evaluations_are_recorded(cifar10_dir: Path, t
     assert data.mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-4), "the lineage's constants"
     events = Ledger(home).events()
     assert [(event.kind, event.model, event.reason) for event in events] == [
-        (TEST_EVALUATION, NOBODY, "first"),
-        (TEST_EVALUATION, NOBODY, "second"),
+        (TEST_EVALUATION, SPEED_RUNS, "first"),
+        (TEST_EVALUATION, SPEED_RUNS, "second"),
     ]
 
 

@@ -122,7 +122,7 @@ class StudyHarness:
 
     def runs(self, query: str = "tags.role = 'trial'") -> list[Any]:
         assert self.tracker.flush(60)
-        return list(self.tracker.client.search_runs([self.tracker.experiment(self.key)], query))
+        return list(self.tracker.client.search_runs([self.tracker.store.experiment(self.key)], query))
 
     def runs_by_trial(self) -> dict[int, Any]:
         runs = self.runs()

@@ -177,7 +177,7 @@ def test_two_databases_share_one_mlflow_store(
 
     harness.run(1, observer=RecordingObserver(meanwhile))
     assert harness.tracker.flush(60) and other.tracker.flush(60)
-    experiment = harness.tracker.experiment(harness.key)
+    experiment = harness.tracker.store.experiment(harness.key)
     runs = harness.tracker.client.search_runs([experiment], "tags.role = 'trial'")
     assert [run.info.status for run in runs] == ["FINISHED"] * 2
     assert all("reason" not in run.data.tags for run in runs)

@@ -288,7 +288,7 @@ def test_eight_first_starts_create_one_store(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from pipeline.search.storage import open_storage;"
         "from pipeline.tracking.tracker import MlflowTracker; home = Path(sys.argv[1]) / 'mlruns';"
-        "s = open_storage(home); print(len(s.get_all_studies())); MlflowTracker(home).experiment('x')"
+        "s = open_storage(home); print(len(s.get_all_studies())); MlflowTracker(home).store.experiment('x')"
     )
     starts = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(8)]
     assert [start.wait() for start in starts] == [0] * 8

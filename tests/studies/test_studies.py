@@ -48,6 +48,7 @@ VALUES = [
     "constant",
     "reflect",
     "alternating",
+    "balanced",
     "bf16",
     "compiled",
     "default",

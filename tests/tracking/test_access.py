@@ -64,7 +64,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     root = tmp_path_factory.mktemp("target")
     home = root / "mlruns"
     tracker = MlflowTracker(home)
-    experiment = tracker.experiment("tiny-v1-digits")
+    experiment = tracker.store.experiment("tiny-v1-digits")
     run = tracker.client.create_run(experiment).info
     (root / "inside.txt").write_text("inside")
     tracker.client.log_artifact(run.run_id, str(root / "inside.txt"))

@@ -53,7 +53,7 @@ def test_studies_are_listed_by_last_run(tmp_path: Path) -> None:
         parents[name].end(State.FINISHED)
         assert tracker.flush(30)
         time.sleep(0.01)  # MLflow counts milliseconds
-    tracker.experiment("no-study")
+    tracker.store.experiment("no-study")
     assert [study.name for study in queries.studies(tracker)] == ["c-v1-digits", "b-v1-digits", "a-v1-digits"]
     reopened = tracker.open_study("a-v1-digits", "Why?", "val/accuracy", [], parents["a-v1-digits"].id)
     assert [study.name for study in queries.studies(tracker)] == ["a-v1-digits", "c-v1-digits", "b-v1-digits"]
@@ -61,7 +61,7 @@ def test_studies_are_listed_by_last_run(tmp_path: Path) -> None:
     assert tracker.flush(30)
     assert [study.name for study in queries.studies(tracker)] == ["a-v1-digits", "c-v1-digits", "b-v1-digits"]
     study = queries.studies(tracker)[0]
-    assert (study.experiment, study.objective) == (tracker.experiment("a-v1-digits"), "val/accuracy")
+    assert (study.experiment, study.objective) == (tracker.store.experiment("a-v1-digits"), "val/accuracy")
 
 
 def test_best_runs_are_finished_trials_best_first(

@@ -56,7 +56,7 @@ def test_journals_are_sent_before_runs_are_closed(
     parent = local_tracker.open_study("left-v1-digits", "?", "val/accuracy", [])
     assert parent.id
     run_and_die(local_tracker.home, small_recipe, digits, KEY, 2, State.FINISHED, False)
-    recovery.close_abandoned_runs(local_tracker, local_tracker.experiment("left-v1-digits"))
+    recovery.close_abandoned_runs(local_tracker, local_tracker.store.experiment("left-v1-digits"))
     [stored] = runs_of(local_tracker, KEY)
     assert (stored.info.status, stored.data.tags["state"]) == ("FINISHED", "finished"), "not interrupted"
     parent.end(State.FINISHED)

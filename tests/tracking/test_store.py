@@ -31,7 +31,7 @@ def open_at_once(home: Path, batch_writes: Barrier, number: int, parents: Any) -
     tracker = MlflowTracker(home)
     batch_writes.wait(60)
     tracker.open_study("shared-v1-digits", "Why?", "val/accuracy", []).end(State.FINISHED)
-    parents.put(tracker.experiment("shared-v1-digits"))
+    parents.put(tracker.store.experiment("shared-v1-digits"))
     tracker.open_study(f"own{number}-v1-digits", "Why?", "val/accuracy", []).end(State.FINISHED)
 
 
@@ -120,7 +120,7 @@ def test_silent_server_is_refused_soon(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_deleted_experiment_is_refused_with_a_remedy(tmp_path: Path) -> None:
     tracker = MlflowTracker(tmp_path)
-    tracker.client.delete_experiment(tracker.experiment("deleted-v1-digits"))
+    tracker.client.delete_experiment(tracker.store.experiment("deleted-v1-digits"))
     with pytest.raises(UserError, match=r"deleted-v1-digits: was deleted.*restore.*`--version`") as caught:
         tracker.open_study("deleted-v1-digits", "Why?", "val/accuracy", [])
     assert len(caught.value.lines) == 1

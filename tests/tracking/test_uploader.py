@@ -72,7 +72,7 @@ def test_no_point_is_lost_or_doubled_when_the_server_fails(
 def test_everything_arrives_after_a_complete_outage(
     proxied_tracker: MlflowTracker, proxy: Proxy, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
 ) -> None:
-    proxied_tracker.experiment("digits")
+    proxied_tracker.store.experiment("digits")
     proxy.set("down")
     key, _ = train(proxied_tracker, small_recipe, digits, tmp_path, lambda epoch: None)
     assert not proxied_tracker.flush(1.5)
@@ -220,7 +220,7 @@ def test_interrupted_run_reopens_and_keeps_first_values(
 
 def test_points_sent_twice_are_stored_once(local_tracker: MlflowTracker) -> None:
     """What resending rests on, in this version of MLflow."""
-    run_id = local_tracker.client.create_run(local_tracker.experiment("x")).info.run_id
+    run_id = local_tracker.client.create_run(local_tracker.store.experiment("x")).info.run_id
     journal = Journal(local_tracker.home / "journal" / KEY)
     journal.append_metrics({f"m{i}": i / 7 for i in range(40)}, 1, durable=False)
     [(record, _)] = journal.read(0)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,6 +32,16 @@ def test_equal_recipes_give_equal_weights_bit_for_bit(small_recipe: Recipe, digi
         assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(two), strict=True))
     other = train(small_recipe.changed({"training.seed": 1}), digits, CPU)
     assert not all(torch.equal(a, b) for a, b in zip(weights(first.network), weights(other.network), strict=True))
+
+
+def test_rare_classes_are_trained_otherwise(small_recipe: Recipe, digits: TrainingData) -> None:
+    recipe = small_recipe.changed({"training.epochs": 1})
+    keep = (digits.train.labels > 0) | (torch.arange(len(digits.train.labels)) % 10 == 0)  # few noughts
+    few = replace(digits, train=digits.train.at(keep.nonzero().view(-1)[:256]))
+    plain = train(recipe, few, CPU)
+    for changes in ({"data.sampler": "balanced"}, {"loss.class_weights": 1.0}, {"loss.name": "focal"}):
+        other = train(recipe.changed(changes), few, CPU)
+        assert not torch.equal(plain.validation_logits, other.validation_logits), changes
 
 
 def test_training_leaves_the_global_random_state_alone(small_recipe: Recipe, digits: TrainingData) -> None:

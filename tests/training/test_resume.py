@@ -46,7 +46,14 @@ KINDS = {
     "sgd nesterov, one-cycle, mixup, dropout, average": {"optimizer.momentum": 0.9, **ONE_CYCLE},
     "sgd without momentum, bf16": {"optimizer.momentum": 0, "optimizer.nesterov": False, "training.precision": "bf16"},
     "adam, step, fp32": {"optimizer.name": "adam", "training.precision": "fp32", **ADAPTIVE, **STEP},
-    "adamw, no average": {"optimizer.name": "adamw", "training.ema_decay": 0, **ADAPTIVE},
+    "adamw, no average, balanced classes, weights, focal loss": {
+        "optimizer.name": "adamw",
+        "training.ema_decay": 0,
+        "data.sampler": "balanced",
+        "loss.name": "focal",
+        "loss.class_weights": 0.5,
+        **ADAPTIVE,
+    },
     "muon, whitening that freezes, alternating flip": FAST,
     "adamw, frozen layers and epochs, rates by layer, stochastic depth": {
         "data.image_size": 32,

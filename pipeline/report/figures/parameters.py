@@ -137,7 +137,7 @@ def _scaled(values: pd.Series) -> tuple[list[float | None], dict[float, str]]:
 
 
 def effect(effects: Effects, measure: str = "the score") -> go.Figure:
-    """Dots with intervals: what a choice adds to `measure` beside the control's, the clearest first."""
+    """Dots with intervals: what a choice adds to `measure`, compared with the control's, the clearest first."""
     table = effects.table.assign(clear=lambda t: t["effect"].abs() / ((t["high"] - t["low"]) / 2).clip(1e-12))
     top = table.nlargest(MAX_EFFECTS, "clear")[::-1]
     figure, is_clear = go.Figure(), _excludes_zero(top)

@@ -1,10 +1,11 @@
-"""Scores: by trial, by epoch, by cost, and study beside study."""
+"""Scores: by trial, by epoch, by cost, and by study."""
 
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from pipeline.errors import counted
 from pipeline.report.analysis import pareto
 from pipeline.report.figures.layout import (
     BEST,
@@ -150,8 +151,7 @@ def _progress(done: pd.DataFrame) -> str:
     """How good the best of the finished trials is, best first, and whether the search improved."""
     top, scores = done.iloc[0], done.sort_values("trial")["score"]
     first, second = scores.iloc[: len(scores) // 2], scores.iloc[len(scores) // 2 :]
-    trials = f"{len(done)} finished trial{'s' * (len(done) != 1)}"
-    line = f"The best of {trials}, {top['score']:.4f}, came at trial {top['trial']}"
+    line = f"The best of {counted(len(done), 'finished trial')}, {top['score']:.4f}, came at trial {top['trial']}"
     if len(first) < 3:
         return line
     verb = "fell" if second.median() < first.median() else "rose"
@@ -170,7 +170,7 @@ def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
     named, num_pruned = add_curves(figure, frame, histories)
     set_axes(figure, "epoch", objective_label(frame), 360)
     set_integer_ticks(figure, histories["epoch"])
-    caption = f"Grey: {num_pruned} pruned trial{'s' * (num_pruned != 1)}" if num_pruned else "No trial was pruned"
+    caption = f"Grey: {counted(num_pruned, 'pruned trial')}" if num_pruned else "No trial was pruned"
     if len(named) == 2:
         of_control, of_other = (curve.set_index("epoch")["value"] for curve in named.values())
         difference = (of_other - of_control).dropna()
@@ -245,7 +245,7 @@ def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
 
 
 def _front_caption(front: pd.DataFrame, num_finished: int, measure: str, several: bool) -> str:
-    """What the cheapest of the front, the first, has beside the best, the last."""
+    """What the cheapest of the front, the first, costs and scores, compared with the best, the last."""
     cheapest, best = front.iloc[0], front.iloc[-1]
     names = [f"trial {row['trial']}{f' of {row.study}' if several else ''}" for row in (cheapest, best)]
     if len(front) == 1:

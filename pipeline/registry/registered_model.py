@@ -1,0 +1,134 @@
+"""A registered model: its versions and aliases in MLflow, and the ledger, which must agree with them."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from pipeline.errors import UserError
+from pipeline.registry.ledger import Champion, Event, Ledger
+from pipeline.tracking.tracker import MlflowTracker
+
+CHAMPION, PREVIOUS = "champion", "previous"  # aliases
+TOKEN_TAG = "promotion"  # of a version: the token of the change that made it
+
+
+@dataclass(frozen=True)
+class Registry:
+    """One registered model in MLflow's registry, and the ledger of what may happen to it."""
+
+    tracker: MlflowTracker
+    ledger: Ledger
+    model: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w][\w.-]{0,99}", self.model):
+            rule = "should be letters, digits, - _ and . only, and start with no sign"
+            raise UserError(f"`--model` {self.model}", rule)
+
+    def alias(self, name: str) -> str | None:
+        """The version that an alias names, or None."""
+        try:
+            return str(self.tracker.client.get_model_version_by_alias(self.model, name).version)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def set_alias(self, alias: str, version: str | None) -> None:
+        """Make an alias name this version, or remove it where that is None."""
+        client = self.tracker.client
+        if version is not None:
+            client.set_registered_model_alias(self.model, alias, version)
+        elif self.alias(alias) is not None:
+            client.delete_registered_model_alias(self.model, alias)
+
+    def version_made_by(self, begun: Event) -> str | None:
+        """The version that an interrupted change was about, or had already made."""
+        if begun.version is not None:
+            return begun.version
+        versions = [v for v in self._versions(begun.run) if v.tags.get(TOKEN_TAG) == begun.details["token"]]
+        return str(versions[0].version) if versions else None
+
+    def version_of(self, run: str) -> str | None:
+        """The newest version that is this run's, or None."""
+        numbers = [int(version.version) for version in self._versions(run) if version.name == self.model]
+        return str(max(numbers)) if numbers else None
+
+    def packed(self, run: str) -> ModelVersion | None:
+        """A version, of any registered model, whose files are those of the run."""
+        return next(iter(self._versions(run)), None)
+
+    def run_of(self, version: str) -> str:
+        """The run of a version; UserError where there is no such version, or it is of no run."""
+        found = self._find(version)
+        if found is None or not found.run_id:
+            rule = f"{self.model} has no such version of a run"
+            raise UserError(f"`--version {version}`", rule, "`ui` shows those there are")
+        return str(found.run_id)
+
+    def champion(self) -> Champion | None:
+        """The ledger's. UserError, with the ways out, where MLflow's alias names another version: somebody moved it."""
+        champions = self.ledger.champions(self.model)
+        champion = champions[-1] if champions else None
+        aliased = self.alias(CHAMPION)
+        if aliased == (champion.version if champion else None):
+            return champion
+        if name := self._new_name(champions):
+            raise UserError(
+                self.model,
+                f"is called {name} in MLflow, and the ledger ({self.ledger.home}) knows it by the old name",
+                f"rename it back there, or `--model {name}` begins a ledger of its own",
+            )
+        raise UserError(
+            self.model,
+            f"MLflow's alias champion names {version_label(aliased)}, but by the ledger ({self.ledger.home}) the champion is "
+            f"{version_label(champion.version if champion else None)}: it was moved or deleted in MLflow, or from another "
+            "folder mlruns",
+            details=[
+                f"`rollback --version {version}` with a `--reason` {effect}"
+                for version, effect in (
+                    (aliased, "takes MLflow's"),
+                    (champion.version if champion else None, "takes the ledger's"),
+                )
+                if version
+            ],
+        )
+
+    def deleted(self) -> list[Champion]:
+        """The versions that were champion, by the ledger, and were deleted in MLflow since."""
+        deleted = [c for c in dict.fromkeys(self.ledger.champions(self.model)) if not self._exists(c)]
+        return [] if deleted and self._new_name(deleted) else deleted
+
+    def _new_name(self, champions: Sequence[Champion]) -> str | None:
+        """What the registered model is called, where a person renamed it: these versions are under that name."""
+        if self.tracker.client.search_registered_models(f"name = '{self.model}'"):
+            return None
+        known = {(champion.version, champion.run) for champion in champions}
+        versions = [version for run in {champion.run for champion in champions} for version in self._versions(run)]
+        return next((v.name for v in versions if (str(v.version), v.run_id) in known), None)
+
+    def _exists(self, champion: Champion) -> bool:
+        version = self._find(champion.version)
+        # A model that was deleted and made again counts its versions from 1.
+        return version is not None and version.run_id == champion.run
+
+    def _find(self, version: str) -> ModelVersion | None:
+        try:
+            return self.tracker.client.get_model_version(self.model, version)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+    def _versions(self, run: str) -> list[ModelVersion]:
+        """Those that a promotion made; one that a person registered has no digests and is never served."""
+        versions = self.tracker.client.search_model_versions(f"run_id = '{run}'")
+        return [version for version in versions if TOKEN_TAG in version.tags]
+
+
+def version_label(number: str | None) -> str:
+    """`version 3`, or `no version`."""
+    return "no version" if number is None else f"version {number}"
