@@ -86,7 +86,7 @@ class Listed:
 
     def _warnings(self, validation: Tensor | None) -> Iterator[str]:
         """What makes scores worse, or better than they should be."""
-        look = f"`inspect --dataset {shlex.quote(str(self.listing.place))}` shows them"
+        look = f"`inspect {shlex.quote(str(self.listing.place))}` shows them"
         if self.excluded:
             reasons = Counter(_COPY if one.reason.startswith(_COPY) else "unreadable" for one in self.excluded)
             kinds = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -100,7 +100,7 @@ class Listed:
             most, least = (
                 f"{self.listing.classes[at]} has {counts[at]:,}" for at in (counts.argmax(), counts.argmin())
             )
-            yield f"classes are unbalanced: {most} images, {least}; accuracy hides the rare ones, val/f1_macro doesn't"
+            yield f"classes are unbalanced: {most} images, {least}; `--set data.sampler=balanced` evens them out"
 
 
 @dataclass(frozen=True, eq=False)
