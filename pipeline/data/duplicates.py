@@ -11,7 +11,7 @@ import numpy as np
 
 HASHED = 32  # height and width in pixels of what is hashed
 THUMBNAIL = 16  # of what is compared
-MAX_BITS = 4
+MAX_BITS = 6
 MAX_DIFFERENCE = 10.0  # root mean square between thumbnails, of 255 levels
 MAX_RELATIVE = 0.3  # the same, by the thumbnails' own standard deviation: two images of plain sky aren't the same
 _BANDS = MAX_BITS + 1  # parts of a hash: of two that differ in MAX_BITS at most, one is equal
@@ -83,8 +83,9 @@ def _near_pairs(hashes: np.ndarray, small: np.ndarray) -> np.ndarray:
     """int64 (P, 2): indices of those that are nearly the same."""
     found = [np.empty((0, 2), dtype=np.int64)]
     flat = small.reshape(len(small), 3 * THUMBNAIL**2)
+    width = 64 // _BANDS
     for band in range(_BANDS):
-        keys = hashes >> np.uint64(band * 13) & np.uint64(2**13 - 1)
+        keys = hashes >> np.uint64(band * width) & np.uint64(2**width - 1)
         order = np.argsort(keys, kind="stable")
         for rows in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
             found += [rows[pairs] for pairs in _candidates(hashes[rows])]
