@@ -45,7 +45,7 @@ def estimate_joint(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     counts = np.bincount(labels, minlength=num_classes)
     sums = np.bincount(labels, probabilities[rows, labels], minlength=num_classes)
     thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)
-    confident = np.where(probabilities >= thresholds, probabilities, -1.0)
+    confident = np.where(probabilities >= thresholds - 1e-6, probabilities, -1.0)  # a mean is rounded
     likeliest = confident.argmax(axis=1)
     is_counted = confident[rows, likeliest] >= 0
     joint = np.zeros((num_classes, num_classes))

@@ -44,7 +44,11 @@ def find_suspects(tracker: MlflowTracker, data_digest: str) -> Suspects | None:
     ids = np.array(sorted(sums))
     mean = np.stack([sums[number] / counts[number] for number in ids.tolist()])
     errors = find_label_errors(mean, np.array([labels[number] for number in ids.tolist()]))
-    what = f"the best recipe on {len(chosen)} folds" if on_folds else f"the best {len(chosen)} runs, validation split"
+    what = (
+        f"the best recipe on {len(chosen)} folds"
+        if on_folds
+        else f"the best {len(chosen)} run{'s' * (len(chosen) != 1)}, validation split"
+    )
     names = sorted({str(RunTags.of(run).study) for run in chosen})
     return Suspects(errors, ids[errors.indices], len(ids), f"{what} ({', '.join(names)})")
 

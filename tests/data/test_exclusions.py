@@ -34,9 +34,7 @@ def test_copy_of_a_test_image_does_not_train(pets: Path) -> None:
     assert excluded_table(data.listed.excluded).to_dict("records") == [
         {"path": "train/cat/1.png", "reason": "copy of the test image test/cat/same.png"}
     ]
-    assert data.listed.lines() == [
-        f"1 images are not used: 1 copy of the test image; `inspect {pets}` shows them"
-    ]
+    assert data.listed.lines() == [f"1 images are not used: 1 copy of the test image; `inspect {pets}` shows them"]
     assert data.listed.listing.test_digest == listed(about(pets), None).listing.test_digest
     (pets / "train" / "cat" / "1.png").unlink()
     assert load(about(pets), NO_DATA_DIR).digest == data.digest, "as if it weren't there"
@@ -45,7 +43,9 @@ def test_copy_of_a_test_image_does_not_train(pets: Path) -> None:
 def test_copies_may_be_kept(pets: Path) -> None:
     data = load(about(pets, duplicates="keep"), NO_DATA_DIR)
     assert len(data.train.labels) == 7 and not data.listed.excluded
-    assert data.listed.lines() == ["caution: 1 images to train on are in the test split, too: it flatters what is trained"]
+    assert data.listed.lines() == [
+        "caution: 1 images to train on are in the test split, too: it flatters what is trained"
+    ]
 
 
 def test_only_files_of_equal_size_are_read(pets: Path) -> None:
@@ -59,8 +59,9 @@ def test_only_files_of_equal_size_are_read(pets: Path) -> None:
 def test_class_that_is_left_with_too_little_is_refused(pets: Path) -> None:
     for name in ("2.JPG", "3.png"):
         shutil.copy(pets / "train" / "cat" / name, pets / "test" / "cat" / name)
+    rule = "holds 1 image(s) besides those that are left out, needs at least 2"
     assert lines_of(DataError, pets) == [
-        f"{pets}, class cat: holds 1 image(s) besides those that are left out, needs at least 2; add some, or remove the class",
+        f"{pets}, class cat: {rule}; add some, or remove the class",
         "3 images are left out",
         "  train/cat/1.png: copy of the test image test/cat/same.png",
         "  train/cat/2.JPG: copy of the test image test/cat/2.JPG",
