@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.data import cifar10, digits
 from pipeline.data.duplicates import exact_groups
-from pipeline.data.exclusions import Excluded, check_enough, test_copies
+from pipeline.data.exclusions import COPY, Excluded
 from pipeline.data.files import read as read_files
 from pipeline.data.folder import read_folder
 from pipeline.data.images import LabelledImages
@@ -31,7 +31,6 @@ from pipeline.errors import DataError, UserError, did_you_mean
 from pipeline.recipe import Data, Form
 
 MAX_IMBALANCE = 10  # the largest class by the smallest, beyond which a person is told
-_COPY = "copy of the test image"
 SUFFIX_DIGITS = 6  # hexadecimal digits of a folder's digest in its name
 
 
@@ -88,7 +87,7 @@ class Listed:
         """What makes scores worse, or better than they should be."""
         look = f"`inspect {shlex.quote(str(self.listing.place))}` shows them"
         if self.excluded:
-            reasons = Counter(_COPY if one.reason.startswith(_COPY) else "unreadable" for one in self.excluded)
+            reasons = Counter(COPY if one.reason.startswith(COPY) else "unreadable" for one in self.excluded)
             kinds = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
             yield f"{len(self.excluded)} images are not used: {kinds}; {look}"
         if self.num_test_copies:
@@ -173,7 +172,10 @@ def _load(about: Data, form: Form, data_dir: Path, home: Path | None, download: 
     if source := SOURCES.get(about.dataset):
         name, read = about.dataset, source.read(form, data_dir, download)
     else:
-        files, read = _read_files(about, form, home)
+        found = listed(about, home)
+        result = read_files(found.listing, form, about.duplicates, about.corrupt)
+        copies, read = exact_groups(result.digests), result.labelled
+        files = Listed(result.listing, found.seal, result.excluded, result.num_test_copies, copies)
         name = f"{files.listing.short_name}-{read.digest[:SUFFIX_DIGITS]}"
     return Dataset(
         name=name,
@@ -188,24 +190,6 @@ def _load(about: Data, form: Form, data_dir: Path, home: Path | None, download: 
         form=form,
         read=partial(_load_same, about, data_dir, home, read.digest),
     )
-
-
-def _read_files(about: Data, form: Form, home: Path | None) -> tuple[Listed, LabelledImages]:
-    """Without copies of test images, unless they are to be kept, and without unreadable files, if they may be skipped."""
-    files = listed(about, home)
-    copied, listing = test_copies(files.listing), files.listing
-    excluded: list[Excluded] = []
-    if about.duplicates == "drop":
-        excluded = [Excluded(listing.names[row], f"{_COPY} {name}") for row, name in copied.items()]
-        listing = listing.where(~np.isin(np.arange(len(listing.paths)), list(copied)))
-    if excluded:
-        check_enough(listing, excluded)
-    read = read_files(listing, form, about.corrupt == "skip")
-    excluded += read.excluded
-    if read.excluded:
-        check_enough(read.listing, excluded)
-    kept = 0 if about.duplicates == "drop" else len(copied)
-    return Listed(read.listing, files.seal, tuple(excluded), kept, exact_groups(read.digests)), read.labelled
 
 
 def _copies_line(copies: np.ndarray, labels: np.ndarray, validation: Tensor | None) -> str:

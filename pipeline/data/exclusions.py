@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+COPY = "copy of the test image"  # how the reason of such an image begins
+
+
 @dataclass(frozen=True)
 class Excluded:
     """An image that isn't used, by its path below the data set's root, and why."""
@@ -33,22 +36,22 @@ def excluded_table(excluded: Sequence[Excluded]) -> "pd.DataFrame":
     return pd.DataFrame([(one.name, one.reason) for one in excluded], columns=["path", "reason"])
 
 
-def test_copies(listing: Listing) -> dict[int, str]:
-    """Row of an image that may train or validate -> name of a sealed one that is equal to it, byte for byte.
+def test_copies(listing: Listing, digests: Sequence[bytes]) -> dict[int, str]:
+    """Index of an image that may train or validate -> name of a sealed one that is equal to it, byte for byte.
 
-    Only files of equal size are read, and no image is decoded. DataError where a file can't be read.
+    `digests`: SHA-256 of the files of those that may. Of sealed images only the bytes are read, and only where another
+    file has the same size. DataError where one can't be read.
     """
     is_test = listing.splits == TEST
     if not is_test.any():
         return {}
     try:
         sizes = np.array([os.stat(path).st_size for path in listing.paths])
-        rows = np.flatnonzero(np.isin(sizes, np.intersect1d(sizes[is_test], sizes[~is_test])))
-        digests = dict(zip(rows.tolist(), file_digests([listing.paths[row] for row in rows]), strict=True))
+        rows = np.flatnonzero(is_test & np.isin(sizes, sizes[~is_test])).tolist()
+        sealed = dict(zip(file_digests([listing.paths[row] for row in rows]), rows, strict=True))
     except OSError as error:
         raise DataError(str(error.filename), error.strerror or str(error)) from None
-    sealed = {digest: listing.names[row] for row, digest in digests.items() if is_test[row]}
-    return {row: sealed[digest] for row, digest in digests.items() if not is_test[row] and digest in sealed}
+    return {index: listing.names[sealed[digest]] for index, digest in enumerate(digests) if digest in sealed}
 
 
 def file_digests(paths: Sequence[Path]) -> list[bytes]:

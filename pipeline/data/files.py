@@ -5,14 +5,15 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.exclusions import Excluded
+from pipeline.data.exclusions import COPY, Excluded, check_enough, test_copies
 from pipeline.data.images import BadImage, HeldImages, LabelledImages, check_memory, read_header, read_images
 from pipeline.data.listing import VALIDATION, Listing, first
 from pipeline.errors import DataError, Problem
@@ -31,7 +32,15 @@ class Decoded:
     images: Tensor  # uint8 (N, 3, S, S)
     held: HeldImages | None  # what random crops are cut from
     digests: Sequence[bytes]  # SHA-256 of each file
-    unreadable: Sequence[BadImage]
+    unreadable: Sequence[BadImage] = ()
+
+    def at(self, chosen: np.ndarray) -> Self:
+        """Some of the images, int64 (K,)."""
+        if len(chosen) == len(self.rows):
+            return self
+        held = self.held and HeldImages(self.held.images[chosen], self.held.aspects[chosen])
+        digests = [self.digests[index] for index in chosen]
+        return replace(self, rows=self.rows[chosen], images=self.images[chosen], held=held, digests=digests)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,23 +48,29 @@ class ReadFiles:
     """The images of a listing that may train or validate, and what the files say of them."""
 
     labelled: LabelledImages
-    listing: Listing  # without the files that can't be read
+    listing: Listing  # without what is excluded
     digests: Sequence[bytes]  # SHA-256 of each image's file
     excluded: tuple[Excluded, ...]
+    num_test_copies: int  # images that are in the test split, too, and were kept
 
 
-def read(listing: Listing, form: Form, skip: bool = False) -> ReadFiles:
-    """The images that may train or validate, without those that can't be read, if they may be skipped.
+def read(listing: Listing, form: Form, duplicates: str = "drop", corrupt: str = "refuse") -> ReadFiles:
+    """The images that may train or validate; without copies of test images, unless duplicates are to be kept.
 
-    DataError where a file can't be read, else.
+    DataError where a file can't be read, unless corrupt ones are skipped, and where a class is left with too few images.
     """
-    usable = listing.usable
+    usable, keeps = listing.usable, duplicates == "keep"
     check_memory(len(usable.paths), form)
-    found = decoded(usable.paths, form, skip)
-    excluded = tuple(
-        Excluded(image.path.relative_to(listing.root).as_posix(), image.reason) for image in found.unreadable
-    )
+    found = decoded(usable.paths, form, corrupt == "skip")
+    excluded = [Excluded(image.path.relative_to(listing.root).as_posix(), image.reason) for image in found.unreadable]
+    copied = test_copies(listing, found.digests)
+    if not keeps:
+        excluded += [Excluded(usable.names[found.rows[index]], f"{COPY} {name}") for index, name in copied.items()]
+        found = found.at(np.setdiff1d(np.arange(len(found.rows)), list(copied)))
     usable = usable.where(found.rows)
+    if excluded:
+        listing = listing.where(~np.isin(np.array(listing.names), [one.name for one in excluded]))
+        check_enough(listing, excluded)
     is_validation, groups = usable.splits == VALIDATION, usable.group_numbers
     labelled = LabelledImages(
         images=found.images,
@@ -67,8 +82,7 @@ def read(listing: Listing, form: Form, skip: bool = False) -> ReadFiles:
         is_validation=torch.from_numpy(is_validation) if is_validation.any() else None,
         groups=None if groups is None else torch.from_numpy(groups),
     )
-    is_read = ~np.isin(np.array(listing.names), [one.name for one in excluded])
-    return ReadFiles(labelled, listing.where(is_read), found.digests, excluded)
+    return ReadFiles(labelled, listing, found.digests, tuple(excluded), len(copied) if keeps else 0)
 
 
 def digest_of(usable: Listing, digests: Sequence[bytes]) -> str:
