@@ -265,9 +265,14 @@ NAMED_WEIGHTS = ("none", "default", "efficientnet-lite0")
 _PINNED = re.compile(r"(?P<path>.+)#sha256=(?P<sha256>[0-9a-f]{64})")
 
 
+def file_digest(path: str) -> str:
+    """SHA-256 of a file, read once in a process: a space is explored with hundreds of recipes of the same weights."""
+    stat = os.stat(path)
+    return _file_digest(path, stat.st_size, stat.st_mtime_ns)
+
+
 @cache
 def _file_digest(path: str, size: int, changed_ns: int) -> str:
-    """SHA-256 of a file; a space is explored with hundreds of recipes of the same weights."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -280,8 +285,7 @@ def _pinned(value: str) -> str:
     if not os.path.isfile(path):  # opening a pipe would wait for ever
         known = f"{', '.join(NAMED_WEIGHTS)} or a file{did_you_mean(value, NAMED_WEIGHTS)}"
         raise ValueError(f"should be {known}; there is no such file")
-    stat = os.stat(path)
-    return f"{path}#sha256={_file_digest(path, stat.st_size, stat.st_mtime_ns)}"
+    return f"{path}#sha256={file_digest(path)}"
 
 
 class Timm(Section):

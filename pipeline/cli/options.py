@@ -204,7 +204,7 @@ def resolve(
     settings, note = definition.settings(_fields(options, dataset, changes, problems)), ""
     if dataset and dataset not in SOURCES:
         about = definition.base.changed({name: settings[name] for name in FILE_FIELDS if name in settings}).data
-        definition, note = definition.suited_to(listed(about, HOME).listing)
+        definition, note = definition.suited_to(listed(about, HOME).listing, settings)
     variant = definition.variants.get(str(settings["data.dataset"]))
     search = Search(
         name=name,

@@ -42,7 +42,7 @@ from pipeline.cli.options import (
     with_study_options,
 )
 from pipeline.cli.ui import links_of
-from pipeline.errors import Problem, first_line
+from pipeline.errors import Problem, counted, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +132,8 @@ def _say_start(console: Console, search: "Search", data: "TrainingData", where: 
     say(
         console,
         f"{search.key(data)} on {where}: {len(data.train.labels):,} training and {len(data.validation.labels):,} "
-        f"validation images of {len(data.classes)} classes; up to {search.trials} trials of {search.max_epochs} epochs",
+        f"validation images of {len(data.classes)} classes; up to {counted(search.trials, 'trial')} of "
+        f"{counted(search.max_epochs, 'epoch')}",
     )
     say_infeasible_control(console, search, data)
     say_data(console, data)

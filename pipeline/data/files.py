@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.data.listing import VALIDATION, Listing, first
 from pipeline.errors import DataError, Problem
 from pipeline.recipe import Form
 
+PROGRESS_S = 10.0  # between two lines of progress
 MAX_LOOKED_AT = 200  # images whose sizes a default goes by
 
 log = logging.getLogger(__name__)
@@ -119,12 +121,16 @@ def look(listing: Listing) -> Sizes | None:
 
 def decoded(paths: Sequence[Path], form: Form, skip: bool = False) -> Decoded:
     """The images of these files; one DataError for all that can't be read, unless they may be skipped."""
-    log.info("reading %d images", len(paths))
+    log.info("reading %s images at %d x %d pixels, %s", f"{len(paths):,}", form.size, form.size, form.geometry)
+    said = time.monotonic()
     images = np.empty((len(paths), 3, form.size, form.size), dtype=np.uint8)
     held = np.empty((len(paths), 3, form.held or 0, form.held or 0), dtype=np.uint8)
     aspects, digests = torch.ones(len(paths)), list[bytes]()
     rows, unreadable = list[int](), list[BadImage]()
     for row, result in enumerate(read_images(paths, form, digests=True)):
+        if time.monotonic() - said > PROGRESS_S:
+            log.info("%s of %s images read", f"{row:,}", f"{len(paths):,}")
+            said = time.monotonic()
         if isinstance(result, BadImage):
             unreadable.append(result)
             continue

@@ -191,7 +191,7 @@ def read_file(path: Path, form: Form, digest: bool = False) -> FileImage:
     """An image file in a form: the one way from a file to pixels, whoever asks for them.
 
     EXIF orientation is applied and transparency is laid over white; colour profiles are not applied.
-    A large JPEG is decoded at a fraction of its size, which moves a pixel by at most a few of 255 levels.
+    A large JPEG is decoded at a fraction of its size, which moves a pixel by a few of 255 levels, at 32 pixels up to 20.
     Raises BadImage for whatever can't be read, has more than MAX_PIXELS or is of another format, whatever its name.
     """
     try:
@@ -213,9 +213,9 @@ def _decode(path: Path, form: Form, digest: bool) -> FileImage:
             raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
         if image.format in ("JPEG", "MPO"):
             _check_scans(path)
-        # JPEG only: decodes at 1/2, 1/4 or 1/8, if still four times too large; not by what is held of it, as the same
-        # file must give the same pixels in training and later.
-        image.draft(None, (4 * form.size, 4 * form.size))
+        # JPEG only: decodes at 1/2, 1/4 or 1/8, if still twice too large, as Pillow's thumbnails; not by what is held of
+        # it, as the same file must give the same pixels in training and later.
+        image.draft(None, (2 * form.size, 2 * form.size))
         image.load()
         with contextlib.suppress(
             Exception
@@ -279,7 +279,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = _grey_8_bit(image)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 

@@ -223,7 +223,8 @@ class CandidateEvaluation:
                 return
             images = then.validation.images
             worst = export.check(classifier, path, images)
-            self.observer.note(export.difference_line(worst, f"the {len(images):,} images of the validation split"))
+            on = f"the {len(images):,} images of the validation split"
+            self.observer.note(export.difference_line(worst, on, classifier.image_size))
             if line := small_split_line(len(images), then.drawn_fraction):
                 self.observer.note(line)
 

@@ -69,7 +69,7 @@ def model_card(
         "Calibration": _calibration(metadata, run) + (f"\n\nAs trained, {reweighted}." if reweighted else ""),
         "Known weaknesses": _weaknesses(metadata.classes, confusion, ids, labels, predicted, confidence),
         "Data": _data(metadata, len(labels)),
-        **({"Weights": f"Started from {origin}"} if (origin := weights_origin(metadata.recipe.model)) else {}),
+        **({"Weights": _weights(origin, run)} if (origin := weights_origin(metadata.recipe.model)) else {}),
         "Recipe": f"Digest `{metadata.recipe_digest}`. What differs from the defaults:\n\n{_recipe(metadata.recipe)}",
         "Cost": _cost(metadata, run, costs),
         "Reproduce": _reproduce(run),
@@ -161,6 +161,11 @@ def _data(metadata: ModelMetadata, num_validation: int) -> str:
         f"validation split of {num_validation:,} images, split digest `{metadata.split_digest}`. "
         f"Licence: {_LICENCES.get(data.dataset, _OWN_LICENCE)}"
     )
+
+
+def _weights(origin: str, run: Run) -> str:
+    digest = RunTags.of(run).weights_sha256
+    return f"Started from {origin}" + (f" SHA-256 of the file: `{digest}`." if digest else "")
 
 
 def _recipe(recipe: Recipe) -> str:

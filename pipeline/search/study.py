@@ -92,9 +92,10 @@ class Study:
         if problems:
             raise UserError.many(problems)
 
-    def suited_to(self, listing: "Listing") -> tuple["Study", str]:
+    def suited_to(self, listing: "Listing", settings: Mapping[str, Any]) -> tuple["Study", str]:
         """The study with a base that suits the images of a listing, by a look at their sizes; and a line that says it.
 
+        What the settings say already is not chosen here.
         Networks for photos keep their study's size; those for small images get PHOTO_SIZE where the images have it.
         """
         from pipeline.data.files import look
@@ -106,12 +107,16 @@ class Study:
         size = self.base.data.image_size
         if self.base.model.network != "timm" and min(sizes.width, sizes.height) >= PHOTO_SIZE:
             size = max(size, PHOTO_SIZE)
+        suiting = {"data.image_size": size, "data.geometry": shape}
+        chosen = {field: value for field, value in suiting.items() if field not in settings}
+        if not chosen:
+            return self, ""
         line = (
             f"images of {sizes.width} x {sizes.height} pixels, long by short side {sizes.elongation:.2f} (medians of "
-            f"{sizes.num_images} looked at): the control has data.image_size={size} data.geometry={shape}; `--set` "
+            f"{sizes.num_images} looked at): the control has {' '.join(f'{f}={v}' for f, v in chosen.items())}; `--set` "
             "chooses others for all trials"
         )
-        return replace(self, base=self.base.changed({"data.image_size": size, "data.geometry": shape})), line
+        return replace(self, base=self.base.changed(chosen)), line
 
     def _problems_of_starts(self) -> list[Problem]:
         problems = []

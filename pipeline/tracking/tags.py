@@ -55,6 +55,7 @@ class RunTags:
     recipe_digest: str | None = None
     data_digest: str | None = None
     split_digest: str | None = None
+    weights_sha256: str | None = None  # of the file that a pretrained network started from
     test_digest: str | None = None  # which images of a folder or manifest are sealed
     commit: str | None = None
     git_dirty: bool | None = None
