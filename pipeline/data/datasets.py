@@ -7,7 +7,6 @@ split.
 
 import os
 import shlex
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -87,11 +86,13 @@ class Listed:
         """What makes scores worse, or better than they should be."""
         look = f"`inspect {shlex.quote(str(self.listing.place))}` shows them"
         if self.excluded:
-            reasons = Counter(COPY if one.reason.startswith(COPY) else "unreadable" for one in self.excluded)
-            kinds = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-            yield f"{len(self.excluded)} images are not used: {kinds}; {look}"
+            copies = sum(one.reason.startswith(COPY) for one in self.excluded)
+            yield (
+                f"images that aren't used: {len(self.excluded) - copies:,} that can't be read, {copies:,} that are in the test "
+                f"split, too; {look}"
+            )
         if self.num_test_copies:
-            yield f"caution: {self.num_test_copies} images to train on are in the test split, too: it flatters what is trained"
+            yield f"caution: images to train on that are in the test split, too: {self.num_test_copies:,}; it flatters them"
         if self.copies is not None and (line := _copies_line(self.copies, self.listing.usable.labels, validation)):
             yield f"{line}; {look}"
         counts = np.bincount(self.listing.usable.labels)

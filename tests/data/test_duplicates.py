@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from pipeline.data.duplicates import (
     HASHED,
@@ -53,6 +54,17 @@ def test_same_picture_is_found(change: Callable[[Image.Image], Image.Image]) -> 
     originals = [scene(seed) for seed in range(30)]
     found = find_duplicates(prints([*originals, *map(change, originals)]))
     assert [one.tolist() for one in found.sets()] == [[index, index + 30] for index in range(30)]
+
+
+def test_planted_copies_of_digits_are_found_and_nothing_else() -> None:
+    digits = [
+        Image.fromarray((image * 15).astype(np.uint8)).convert("RGB").resize((32, 32)) for image in load_digits().images
+    ]
+    picked = np.random.default_rng(0).choice(len(digits), 18, replace=False)  # 1 %
+    changes = (Image.Image.copy, lambda image: as_jpeg(image, 80), lambda image: image.resize((35, 35)))
+    copies = [changes[number % 3](digits[index]) for number, index in enumerate(picked)]
+    found = {tuple(one.tolist()) for one in find_duplicates(prints([*digits, *copies])).sets()}
+    assert found == {(index, len(digits) + number) for number, index in enumerate(picked)}
 
 
 def test_other_pictures_are_not() -> None:

@@ -32,7 +32,9 @@ def test_copy_of_a_test_image_does_not_train(pets: Path) -> None:
     assert excluded_table(data.listed.excluded).to_dict("records") == [
         {"path": "train/cat/1.png", "reason": "copy of the test image test/cat/same.png"}
     ]
-    assert data.listed.lines() == [f"1 images are not used: 1 copy of the test image; `inspect {pets}` shows them"]
+    assert data.listed.lines() == [
+        f"images that aren't used: 0 that can't be read, 1 that are in the test split, too; `inspect {pets}` shows them"
+    ]
     assert data.listed.listing.test_digest == listed(about(pets), None).listing.test_digest
     (pets / "train" / "cat" / "1.png").unlink()
     assert load(about(pets), NO_DATA_DIR).digest == data.digest, "as if it weren't there"
@@ -41,9 +43,7 @@ def test_copy_of_a_test_image_does_not_train(pets: Path) -> None:
 def test_copies_may_be_kept(pets: Path) -> None:
     data = load(about(pets, duplicates="keep"), NO_DATA_DIR)
     assert len(data.train.labels) == 7 and not data.listed.excluded
-    assert data.listed.lines() == [
-        "caution: 1 images to train on are in the test split, too: it flatters what is trained"
-    ]
+    assert data.listed.lines() == ["caution: images to train on that are in the test split, too: 1; it flatters them"]
 
 
 def test_only_files_of_equal_size_are_read(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_unreadable_files_are_left_out_where_asked(pets: Path) -> None:
     red = data.train.images[:, 0].float().mean(dim=(1, 2))
     assert torch.allclose(red, torch.tensor([20.0, 104, 40, 60]), atol=3), "each image with its own label"
     assert [one.name for one in data.listed.excluded] == ["train/cat/3.png", "train/dog/more/0.tiff", "train/cat/1.png"]
-    assert "3 images are not used: 2 unreadable, 1 copy of the test image" in data.listed.lines()[0]
+    assert "2 that can't be read, 1 that are in the test split, too" in data.listed.lines()[0]
     for name in ("3.png", "4.png"):
         (pets / "train" / "cat" / name).unlink()
     with pytest.raises(DataError, match="class cat: holds 1 image"):
