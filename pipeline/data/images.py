@@ -191,7 +191,8 @@ def read_file(path: Path, form: Form, digest: bool = False) -> FileImage:
     """An image file in a form: the one way from a file to pixels, whoever asks for them.
 
     EXIF orientation is applied and transparency is laid over white; colour profiles are not applied.
-    A large JPEG is decoded at a fraction of its size, which moves a pixel by a few of 255 levels, at 32 pixels up to 20.
+    A large JPEG is decoded at a fraction of its size, which moves pixels by a few of 255 levels; at a size of 32
+    noisy ones by up to 40.
     Raises BadImage for whatever can't be read, has more than MAX_PIXELS or is of another format, whatever its name.
     """
     try:
