@@ -88,8 +88,8 @@ class Listed:
         if self.excluded:
             copies = sum(one.reason.startswith(COPY) for one in self.excluded)
             yield (
-                f"images that aren't used: {len(self.excluded) - copies:,} that can't be read, {copies:,} that are in the test "
-                f"split, too; {look}"
+                f"images that aren't used: {len(self.excluded) - copies:,} that can't be read, {copies:,} that are in the "
+                f"test split, too; {look}"
             )
         if self.num_test_copies:
             yield f"caution: images to train on that are in the test split, too: {self.num_test_copies:,}; it flatters them"

@@ -32,9 +32,8 @@ def test_copy_of_a_test_image_does_not_train(pets: Path) -> None:
     assert excluded_table(data.listed.excluded).to_dict("records") == [
         {"path": "train/cat/1.png", "reason": "copy of the test image test/cat/same.png"}
     ]
-    assert data.listed.lines() == [
-        f"images that aren't used: 0 that can't be read, 1 that are in the test split, too; `inspect {pets}` shows them"
-    ]
+    line = "images that aren't used: 0 that can't be read, 1 that are in the test split, too"
+    assert data.listed.lines() == [f"{line}; `inspect {pets}` shows them"]
     assert data.listed.listing.test_digest == listed(about(pets), None).listing.test_digest
     (pets / "train" / "cat" / "1.png").unlink()
     assert load(about(pets), NO_DATA_DIR).digest == data.digest, "as if it weren't there"
