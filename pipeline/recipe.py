@@ -79,15 +79,18 @@ class Data(Section):
 
 
 class Attention(Section):
-    """Residual network with channel and spatial attention (CBAM), `pipeline/models/attention.py`."""
+    """Residual network with attention in each block, `pipeline/models/attention.py`."""
 
     network: Literal["attention"] = "attention"
+    attention: Literal["cbam", "se", "eca", "none"] = Field(
+        "cbam", description="to channels and places (cbam), or to channels by a small network (se) or a convolution (eca)"
+    )
     widths: tuple[Annotated[int, Field(ge=4, le=1024)], ...] = Field(
         (31, 62, 124, 248), min_length=1, max_length=5, description="channels of each stage"
     )
     blocks_per_stage: int = Field(2, ge=1, le=8)
-    reduction: int = Field(16, ge=1, le=64, description="the channel attention's hidden layer is this much narrower")
-    spatial_kernel: Literal[3, 5, 7] = Field(7, description="kernel of the spatial attention, in pixels")
+    reduction: int = Field(16, ge=1, le=64, description="the hidden layer of cbam and se is this much narrower")
+    spatial_kernel: Literal[3, 5, 7] = Field(7, description="kernel of cbam's spatial attention, in pixels")
     dropout: float = Field(0.3, ge=0, lt=1, description="before the classifier")
 
     @property
@@ -532,6 +535,7 @@ LATER = {
     "data.train_fraction": 1.0,
     "data.geometry": "squash",
     "data.crop_scale": 0.35,
+    "model.attention": "cbam",
     "augmentation.policy": "custom",
     "training.execution": "eager",
     "transfer.frozen_epochs": 0,
