@@ -52,6 +52,7 @@ VALUES = [
     "compiled",
     "default",
     "pad",
+    "none",
 ]
 DRAWS = 24
 
