@@ -1,8 +1,8 @@
 """What a run is: an immutable, validated value, JSON both ways, with a digest.
 
 The dotted name of a field (`optimizer.lr`) is also the name of a search parameter and of an MLflow parameter column.
-A section that comes in kinds (`model.network`, `augmentation.policy`, `optimizer.name`, `schedule.name`) has just the
-fields of its kind.
+A section that comes in kinds (`model.network`, `augmentation.policy`, `optimizer.name`, `schedule.name`, `loss.name`) has
+just the fields of its kind.
 """
 
 import hashlib
@@ -47,14 +47,33 @@ class Form(NamedTuple):
     held: int | None = None  # of training images, which random crops are cut from: squashed to so many pixels
 
 
+# What a manifest's columns are called; `data.columns` gives others, in this order.
+COLUMNS = ("path", "label", "split", "group")
+
+
+def _columns(value: str) -> str:
+    """`label=species,group=patient` or all four names in order, as all four: `path,species,split,patient`."""
+    parts = [part.strip() for part in value.split(",")]
+    if any("=" in part for part in parts):
+        renamed = dict(part.split("=", 1) for part in parts if "=" in part)
+        if len(renamed) < len(parts) or not renamed.keys() <= set(COLUMNS):
+            raise ValueError(f"should be {', '.join(f'{name}=...' for name in COLUMNS)}, those that differ")
+        parts = [renamed.get(name, name).strip() for name in COLUMNS]
+    if len(parts) != len(COLUMNS) or not all(parts) or len(set(parts)) < len(parts):
+        raise ValueError(f"should name {len(COLUMNS)} different columns, for {', '.join(COLUMNS)}")
+    return ",".join(parts)
+
+
 # What of `data` the form depends on. It may differ between the trials of a study, which share their data set and split.
 FORM_FIELDS = ("data.image_size", "data.geometry", "data.crop_scale")
+# What of `data` is about the training alone, so that it may differ, too.
+SAMPLER_FIELDS = ("data.sampler", "data.sampler_power")
 
 
 class Data(Section):
     """The data set, what the network sees of its images, and how it is split."""
 
-    dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, or a folder with train/<class>/*")
+    dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, a folder or a manifest")
     image_size: int = Field(32, ge=8, le=512, description="height and width in pixels that the network sees")
     geometry: Literal["squash", "crop", "pad", "random_resized_crop"] = Field(
         "squash",
@@ -69,6 +88,37 @@ class Data(Section):
     )
     train_fraction: float = Field(1.0, gt=0, le=1, description="share of the other training images that is used")
     split_seed: int = Field(0, ge=0, le=2**32 - 1, description="draws the stratified split, and which images are used")
+    folds: int = Field(0, ge=0, le=100, description="so many folds in place of one validation split; 0: none")
+    fold: int = Field(0, ge=0, description="which of the folds validates, from 0")
+    test_fraction: float = Field(
+        0.1,
+        ge=0,
+        lt=0.5,
+        description="share of a folder or manifest without test images that is sealed as its test split",
+    )
+    columns: Annotated[str, AfterValidator(_columns)] = Field(
+        ",".join(COLUMNS), description="of a manifest, for path, label, split and group; or label=species,group=patient"
+    )
+    sampler: Literal["uniform", "balanced"] = Field(
+        "uniform",
+        description="what an epoch shows: each training image once, or those of rare classes more often, as many in all",
+    )
+    sampler_power: Fraction = Field(
+        1.0,
+        description="how far balanced goes: a class with n images has n^(1 - power) as its share; 1: all the same, 0: "
+        "as they are",
+    )
+
+    @model_validator(mode="after")
+    def _fold_is_one_of_them(self) -> Self:
+        if self.folds == 1 or self.fold >= max(self.folds, 1):
+            raise ValueError(f"fold {self.fold} of folds {self.folds}: folds is 0 or at least 2, and fold below it")
+        return self
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """What each of COLUMNS is called in the manifest."""
+        return dict(zip(COLUMNS, self.columns.split(","), strict=True))
 
     @property
     def form(self) -> Form:
@@ -246,9 +296,14 @@ NAMED_WEIGHTS = ("none", "default", "efficientnet-lite0")
 _PINNED = re.compile(r"(?P<path>.+)#sha256=(?P<sha256>[0-9a-f]{64})")
 
 
+def file_digest(path: str) -> str:
+    """SHA-256 of a file, read once in a process: a space is explored with hundreds of recipes of the same weights."""
+    stat = os.stat(path)
+    return _file_digest(path, stat.st_size, stat.st_mtime_ns)
+
+
 @cache
 def _file_digest(path: str, size: int, changed_ns: int) -> str:
-    """SHA-256 of a file; a space is explored with hundreds of recipes of the same weights."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -261,8 +316,7 @@ def _pinned(value: str) -> str:
     if not os.path.isfile(path):  # opening a pipe would wait for ever
         known = f"{', '.join(NAMED_WEIGHTS)} or a file{did_you_mean(value, NAMED_WEIGHTS)}"
         raise ValueError(f"should be {known}; there is no such file")
-    stat = os.stat(path)
-    return f"{path}#sha256={_file_digest(path, stat.st_size, stat.st_mtime_ns)}"
+    return f"{path}#sha256={file_digest(path)}"
 
 
 class Timm(Section):
@@ -478,9 +532,27 @@ class Step(Schedule):
 
 
 class Loss(Section):
-    """Cross-entropy against soft targets."""
+    """Fields of all losses, which are against soft targets."""
 
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    class_weights: Fraction = Field(
+        0.0,
+        description="power: an image of a class with n training images weighs n^-power, 1 on average over these images; "
+        "0: all the same, 1: all classes the same",
+    )
+
+
+class CrossEntropy(Loss):
+    """The negative log-likelihood."""
+
+    name: Literal["cross_entropy"] = "cross_entropy"
+
+
+class Focal(Loss):
+    """Cross-entropy in which a class counts (1 - its probability)^gamma: less, the better it is predicted (1708.02002)."""
+
+    name: Literal["focal"] = "focal"
+    gamma: float = Field(2.0, ge=0, le=10, description="0: the cross-entropy")
 
 
 class Transfer(Section):
@@ -519,19 +591,20 @@ Optimizer = Annotated[Sgd | Adam | AdamW | Muon, Field(discriminator="name")]
 AnySchedule = Annotated[Constant | Cosine | Linear | OneCycle | Step, Field(discriminator="name")]
 
 
-def _custom_by_default(section: Any) -> Any:
-    """Recipes of before there were policies name none."""
-    return {"policy": "custom", **section} if isinstance(section, Mapping) else section
+def _by_default(**kind: str) -> BeforeValidator:
+    """The kind of a section in recipes of before it had kinds, which name none."""
+    return BeforeValidator(lambda section: {**kind, **section} if isinstance(section, Mapping) else section)
 
 
 AnyAugmentation = Annotated[
     Custom | NoPolicy | TrivialAugment | RandAugment | AugMix,
     Field(discriminator="policy"),
-    BeforeValidator(_custom_by_default),
+    _by_default(policy="custom"),
 ]
+AnyLoss = Annotated[CrossEntropy | Focal, Field(discriminator="name"), _by_default(name="cross_entropy")]
 
 # The field of a section that says which kind it is; a change of kind starts from that kind's defaults.
-KIND = {"model": "network", "augmentation": "policy", "optimizer": "name", "schedule": "name"}
+KIND = {"model": "network", "augmentation": "policy", "optimizer": "name", "schedule": "name", "loss": "name"}
 # Section -> kind -> the class that holds it.
 _KINDS: dict[str, dict[str, type[Section]]] = {
     section: {kind.model_fields[KIND[section]].default: kind for kind in get_args(get_args(union)[0])}
@@ -540,10 +613,11 @@ _KINDS: dict[str, dict[str, type[Section]]] = {
         "augmentation": AnyAugmentation,
         "optimizer": Optimizer,
         "schedule": AnySchedule,
+        "loss": AnyLoss,
     }.items()
 }
 # Section -> fields that mean the same in each of its kinds: a change of kind keeps their values.
-_KEPT = {"augmentation": frozenset(Augmentation.model_fields)}
+_KEPT = {"augmentation": frozenset(Augmentation.model_fields), "loss": frozenset(Loss.model_fields)}
 _TAGS = frozenset(kind for kinds in _KINDS.values() for kind in kinds) | {"probability", "alternating"}
 
 
@@ -568,8 +642,16 @@ def has_default(name: str, kind: str) -> bool:
 # Fields added later, with the value that equals the behaviour before: with it they are left out of the digest.
 LATER = {
     "data.train_fraction": 1.0,
+    "data.folds": 0,
+    "data.fold": 0,
+    "data.test_fraction": 0.1,
+    "data.columns": ",".join(COLUMNS),
     "data.geometry": "squash",
     "data.crop_scale": 0.35,
+    "data.sampler": "uniform",
+    "data.sampler_power": 1.0,
+    "loss.name": "cross_entropy",
+    "loss.class_weights": 0.0,
     "model.attention": "cbam",
     "augmentation.policy": "custom",
     "training.execution": "eager",
@@ -588,7 +670,7 @@ class Recipe(Section):
     augmentation: AnyAugmentation = Custom()
     optimizer: Optimizer
     schedule: AnySchedule = Cosine()
-    loss: Loss = Loss()
+    loss: AnyLoss = CrossEntropy()
     transfer: Transfer = Transfer()
     training: Training
 

@@ -23,7 +23,7 @@ BASE = parse_recipe(
         "augmentation": {"policy": "trivialaugment", "crop_padding": 8, "crop_mode": "reflect", "horizontal_flip": 0.5},
         "optimizer": {"name": "adamw", "lr": 4e-4, "weight_decay": 1e-3},
         "schedule": {"name": "cosine", "warmup": 0.1},
-        "transfer": {"layer_decay": 0.9},
+        "transfer": {"layer_decay": 0.9, "frozen_epochs": 1, "head_multiple": 10},
         "training": {"epochs": 20, "batch_size": 32},
     }
 )
@@ -63,8 +63,8 @@ STUDY = Study(
     space=space,
     objective="val/accuracy",
     trials=20,
-    starts={  # as fastai's fine_tune and as big_vision begin
-        "head first": {"transfer.frozen_epochs": 1, "transfer.head_multiple": 10},
+    starts={  # as AutoGluon and as big_vision begin; the base begins as fastai's fine_tune
+        "all from the start": {"transfer.frozen_epochs": 0, "transfer.head_multiple": 1},
         "larger, sgd": {
             "data.image_size": 160,
             "optimizer.name": "sgd",

@@ -36,7 +36,7 @@ from pipeline import experiment
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.experiment import ExperimentRequest
-from pipeline.recipe import Form, Recipe, parse_recipe
+from pipeline.recipe import Data, Recipe, parse_recipe
 from pipeline.registry.gate import GateRecord, RuleResult, Rules, Verdict
 from pipeline.registry.ledger import VerdictEvidence
 from pipeline.registry.package import Package, package
@@ -119,7 +119,7 @@ def small_recipe() -> Recipe:
 @pytest.fixture(scope="session")
 def digits(small_recipe: Recipe) -> TrainingData:
     """scikit-learn's digits at 8 x 8, split and ready on the CPU."""
-    return prepare(load("digits", Form(8), Path("data")), small_recipe.data, torch.device("cpu"))
+    return prepare(load(Data(dataset="digits", image_size=8), Path("data")), small_recipe.data, torch.device("cpu"))
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,7 @@ def test_the_readme_is_one_screen_and_a_half() -> None:
 
 
 def test_the_test_split_is_opened_by_the_registry_only() -> None:
-    """Whoever reads CIFAR-10 with train=False, or digits' sealed fifth, does so in registry/test_split.py."""
+    """Whoever reads CIFAR-10 with train=False, digits' sealed fifth or a listing's part, does so in registry/test_split.py."""
     opener = ROOT / "pipeline" / "registry" / "test_split.py"
     assert faults_with_the_test_split(opener.read_text()), "it does open it"
     faults = {
@@ -251,6 +251,7 @@ def test_the_test_split_is_opened_by_the_registry_only() -> None:
         "split = splits.sealed(labels, 0.2, 1)",
         'open(folder / "test_batch")',
         "from x import y as CIFAR10\nCIFAR10(**options)",
+        "test = listed(about, home).listing.sealed_part",
     ],
 )
 def test_every_way_to_open_the_test_split_is_seen(code: str) -> None:
@@ -274,6 +275,8 @@ def faults_with_the_test_split(code: str) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and node.value == "test_batch":
             faults.add(f"line {node.lineno} names CIFAR-10's test file")
+        elif isinstance(node, ast.Attribute) and node.attr == "sealed_part":
+            faults.add(f"line {node.lineno} takes the sealed part of a listing")
         elif isinstance(node, ast.Call) and _called(node) == "CIFAR10":
             if "train=True" not in [ast.unparse(keyword) for keyword in node.keywords]:
                 faults.add(f"line {node.lineno} calls CIFAR10 without train=True")

@@ -38,7 +38,7 @@ from pipeline.errors import UserError
 from pipeline.inference.classifier import Classifier
 from pipeline.inference.pickles import read_pickle
 from pipeline.models.build import build_network
-from pipeline.recipe import Form, Recipe, parse_recipe
+from pipeline.recipe import Data, Form, Recipe, parse_recipe
 from pipeline.registry import serve
 from pipeline.registry.package import Package
 from pipeline.tracking.models import find_model
@@ -243,7 +243,7 @@ def test_cifar10_with_code_inside_is_refused(name: str, cifar10_dir: Path, tmp_p
     (folder / name).unlink()
     (folder / name).write_bytes(pickle.dumps({b"data": Bomb(canary), b"labels": []}))
     with pytest.raises(UserError, match=rf"{name}: damaged \(wrong MD5\)"):
-        load("cifar10", Form(32), tmp_path / "data")
+        load(Data(dataset="cifar10", image_size=32), tmp_path / "data")
     assert not canary.exists()
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.errors import UserError
-from pipeline.recipe import KIND, Custom, RandAugment, Recipe, parse_recipe
+from pipeline.recipe import KIND, Custom, Focal, RandAugment, Recipe, parse_recipe
 
 SMALL = {
     "model": {"network": "attention"},
@@ -36,8 +36,13 @@ def test_json_round_trip_keeps_recipe_and_digest() -> None:
 def test_the_digest_is_frozen() -> None:
     """It ties trials, runs and models of earlier days together: a change here makes strangers of them all."""
     assert RECIPE.digest() == "37c45d754934330ce44dafbb3f868db5db61c36baaf97c5d8d9b27c590323af1"
-    for field, value in (("training.execution", "graphed"), ("model.attention", "se")):
-        assert RECIPE.changed({field: value}).digest() != RECIPE.digest()
+    for later in (
+        {"training.execution": "graphed"},
+        {"data.sampler": "balanced"},
+        {"loss.name": "focal"},
+        {"model.attention": "se"},
+    ):
+        assert RECIPE.changed(later).digest() != RECIPE.digest()
 
 
 @given(st.sampled_from(sorted(RECIPE.flat())), st.floats(0.01, 0.09))
@@ -82,9 +87,14 @@ def test_change_of_policy_keeps_what_all_policies_have() -> None:
     assert back == Custom(crop_padding=2, mixup=0.3, erasing=0.5)
 
 
-def test_a_recipe_without_a_policy_has_its_own_operations() -> None:
+def test_change_of_loss_keeps_what_all_losses_have() -> None:
+    focal = RECIPE.changed({"loss.label_smoothing": 0.1, "loss.class_weights": 0.5}).changed({"loss.name": "focal"})
+    assert focal.loss == Focal(label_smoothing=0.1, class_weights=0.5)
+
+
+def test_a_recipe_without_a_policy_and_a_loss_has_the_former_ones() -> None:
     former = json.loads(RECIPE.to_json())
-    del former["augmentation"]["policy"]
+    del former["augmentation"]["policy"], former["loss"]["name"]
     for source in (former, json.dumps(former)):
         assert parse_recipe(source) == RECIPE
     assert RECIPE.changed({"augmentation.policy": "none"}).digest() != RECIPE.digest()

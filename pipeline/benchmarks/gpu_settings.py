@@ -57,4 +57,4 @@ class GpuBenchmark:
 @functools.lru_cache(maxsize=1)
 def _prepared(recipe: Data, data_dir: Path, device: torch.device) -> TrainingData:
     """Cached for all rows of a part: reading the data takes longer than most of them."""
-    return prepare(load(recipe.dataset, recipe.form, data_dir), recipe, device)
+    return prepare(load(recipe, data_dir), recipe, device)

@@ -205,7 +205,7 @@ def peer_speed(script: Path, arguments: list[str]) -> float:
 
 def _our_speed(recipe: Recipe, data_dir: Path, device_name: str, seconds: float) -> float:
     device = torch.device(device_name)
-    data = prepare(load(recipe.data.dataset, recipe.data.form, data_dir), recipe.data, device)
+    data = prepare(load(recipe.data, data_dir), recipe.data, device)
     return round(measure(recipe, data, device, seconds).images_per_second, 1)
 
 

@@ -40,14 +40,14 @@ def bench_gpu(
     from pipeline.benchmarks.gpu_settings import GpuBenchmark
     from pipeline.benchmarks.part_runner import failures
     from pipeline.data.datasets import load
-    from pipeline.recipe import Form
+    from pipeline.recipe import Data
 
     scripts = [expand(script) if script else None for script in (peer, airbench)]
     if missing := [script for script in scripts if script and not script.is_file()]:
         raise UserError.many([Problem(str(script), "no such file") for script in missing])
     names = parts(name.strip() for name in only.split(",") if name.strip())
     file = writable(expand(output))
-    load("cifar10", Form(32), expand(data_dir))  # downloaded or refused before anything starts
+    load(Data(dataset="cifar10", image_size=32), expand(data_dir))  # downloaded or refused before anything starts
 
     def write(report: "Mapping[str, object]") -> None:
         file.parent.mkdir(parents=True, exist_ok=True)

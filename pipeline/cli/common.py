@@ -107,7 +107,7 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
     for recipe in search.networks():  # weights that can't be read or downloaded, before anything starts
         initial_network(recipe.model, 2, recipe.data.image_size, seed=0)
     about = search.base.data
-    data = prepare(load(about.dataset, about.form, expand(data_dir)), about, device)
+    data = prepare(load(about, expand(data_dir), HOME), about, device)
     freeze_imports()
     return data
 
@@ -134,7 +134,7 @@ def load_data_of_run(
         check_execution(recipe, device)
     about = recipes[0].data
     digest = tracker.client.get_run(run_id).data.tags["data_digest"]
-    seen = RunData(what, about.dataset, about.form, digest, queries.data_places(tracker, run_id))
+    seen = RunData(what, about, digest, queries.data_places(tracker, run_id), HOME)
     data = prepare(find_data(seen, expand(data_dir), dataset).images, about, device)
     freeze_imports()
     return data
@@ -221,12 +221,14 @@ def say_what_is_missing(console: Console, tracker: "MlflowTracker", studies: "Se
         say(console, *queries.omitted_lines(tracker, study))
 
 
-def say_small_split(console: Console, images: int, fraction: float) -> None:
-    """A line where the validation split is too small for its scores to say much."""
+def say_data(console: Console, data: "TrainingData") -> None:
+    """What was left out of a data set of files, its given and sealed splits, and a too small validation split: a line each."""
     from pipeline.evaluation.significance import small_split_line
 
-    if line := small_split_line(images, fraction):
-        say(console, line)
+    lines = data.listed.lines() if data.listed else []
+    for line in [*lines, small_split_line(len(data.validation.labels), data.drawn_fraction)]:
+        if line:
+            say(console, line)
 
 
 def is_folder(wanted: str) -> bool:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from pipeline.inference.classifier import ModelMetadata
     from pipeline.registry.export import Benchmark
 
-CALIBRATION_IMAGES = 512
-
 
 def export(
     model: Annotated[str | None, typer.Argument(metavar="[RUN|MODEL]", help=MODEL_HELP)] = None,
@@ -60,7 +58,7 @@ def export(
             say(console, f"compared with torch on made-up images only, not on the validation split: {missing}")
         else:
             on = f"the {len(data.validation.labels):,} images of the validation split"
-            say(console, difference_line(made.difference, on))
+            say(console, difference_line(made.difference, on, classifier.image_size))
         if data is None or not int8:
             say(console, f"{MODEL}: {made.bytes / 1e6:.2f} MB, {made.latency_ms:.2f} ms an image on one thread")
             return
@@ -96,11 +94,10 @@ def _data_of(
 
 def _quantised(folder: Path, data: "TrainingData") -> dict[str, "Benchmark"]:
     """Write model.int8.onnx; both models, measured on the validation split."""
-    from pipeline.registry.export import as_pixels, benchmark, quantise
+    from pipeline.registry.export import as_pixels, benchmark, calibration_pixels, quantise
     from pipeline.registry.package import MODEL, QUANTISED_MODEL
 
-    step = -(-len(data.train.labels) // CALIBRATION_IMAGES)  # spread out: a folder's images lie class by class
-    quantise(folder / MODEL, folder / QUANTISED_MODEL, as_pixels(data.train.images[::step]))
+    quantise(folder / MODEL, folder / QUANTISED_MODEL, calibration_pixels(data))
     images, labels = as_pixels(data.validation.images), data.validation.labels.numpy()
     return {name: benchmark(folder / name, images, labels) for name in (MODEL, QUANTISED_MODEL)}
 

@@ -16,11 +16,12 @@ from pipeline.cli.common import (
     open_tracker,
     print_links,
     say,
-    say_small_split,
+    say_data,
     say_what_is_missing,
     settle,
 )
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -29,13 +30,19 @@ if TYPE_CHECKING:
     from pipeline.registry.finals import FinalsPlan, TimeLimit
     from pipeline.tracking.tracker import MlflowTracker
 
-SeedsOption = Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Fresh seeds of each recipe.")]
+SeedsOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, max=1000, help="Fresh seeds of each recipe; default: 5.")
+]
 
 
 def finals(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A study, e.g. attention or attention-v1-cifar10.")],
     top: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="How many of the best recipes.")] = 3,
-    seeds: SeedsOption = 5,
+    seeds: SeedsOption = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=2, max=100, help="In place of seeds: each training on another of K folds."),
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=10_000, help="Instead of each recipe's own.")
     ] = None,
@@ -49,6 +56,8 @@ def finals(
     from pipeline.tracking.queries import find_study
     from pipeline.tracking.run_data import newest_first
 
+    if seeds and folds:
+        raise UserError("`--seeds` and `--folds`", "each fold has a seed of its own", "give one of them")
     torch_device = find_device(device)
     tracker = open_tracker(tracking_uri)
     study, note = find_study(tracker, name)
@@ -56,11 +65,11 @@ def finals(
     if note:
         say(console, note)
     say_what_is_missing(console, tracker, [study])
-    plan = plan_finals(tracker, study, torch_device, top, seeds, epochs)
+    plan = plan_finals(tracker, study, torch_device, top, seeds or 5, epochs, folds or 0)
     control, recipes = plan.candidates[0], [candidate.recipe for candidate in plan.candidates]
     data = load_data_of_run(tracker, control.trial_run, f"study {study.name}", recipes, data_dir, dataset, torch_device)
     check_data(plan, tracker, data)
-    say_small_split(console, len(data.validation.labels), control.recipe.data.validation_fraction)
+    say_data(console, data)
     tracker.set_data_places(study.parent, newest_first(study.places, data.place))
     train(console, tracker, plan, data, torch_device, tracking_uri)
 

@@ -17,13 +17,20 @@ if TYPE_CHECKING:
     from pipeline.search.budget import Budget
     from pipeline.search.search import Search
 
+# The fields that say which images a folder or manifest holds, and which of them are sealed.
+FILE_FIELDS = ("data.dataset", "data.columns", "data.test_fraction")
 # What several commands ask for.
-DatasetOption = Annotated[str | None, typer.Option(help="cifar10, digits, or a folder with train/<class>/*.")]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="cifar10, digits, a folder of images by class, or a manifest: .csv or .parquet with path, label."
+    ),
+]
 SeenDatasetOption = Annotated[
     str | None,
     typer.Option(
         "--dataset",
-        metavar="FOLDER",
+        metavar="PATH",
         help="Where the run's data set lies now; default: where it was last, if it is there.",
     ),
 ]
@@ -84,6 +91,18 @@ class StudyOptions(BaseModel):
     prune: bool = Field(True, description="End poor trials early, or train every trial to its last epoch.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, title="N", description="Seeds the search and every training.")
+    columns: str | None = Field(
+        None,
+        title="NAMES",
+        description="What a manifest calls path, label, split and group: label=species,group=patient.",
+    )
+    test_fraction: float | None = Field(
+        None,
+        ge=0,
+        lt=0.5,
+        title="SHARE",
+        description="Of a folder or manifest without test images: share that is sealed as its test split, once; 0: none.",
+    )
     version: int | None = Field(
         None, ge=1, le=1_000_000, title="N", description="Start or resume another version of the study."
     )
@@ -167,14 +186,15 @@ def resolve(
     name: str, options: StudyOptions, dataset: str | None, changes: Sequence[str], problems: Sequence[Problem] = ()
 ) -> "Search":
     """A study with the options applied; UserError with every problem, those given too, before anything starts."""
-    from pipeline.data.datasets import SOURCES, existing_folder
+    from pipeline.data.datasets import SOURCES, listed
     from pipeline.search.search import Search
     from pipeline.search.study import load_study
 
     definition, problems = load_study(name), list(problems)
     settings, note = definition.settings(_fields(options, dataset, changes, problems)), ""
     if dataset and dataset not in SOURCES:
-        definition, note = definition.suited_to(existing_folder(dataset))
+        about = definition.base.changed({name: settings[name] for name in FILE_FIELDS if name in settings}).data
+        definition, note = definition.suited_to(listed(about, HOME).listing, settings)
     variant = definition.variants.get(str(settings["data.dataset"]))
     search = Search(
         name=name,
@@ -214,6 +234,8 @@ def _fields(
         ("--dataset", "data.dataset", dataset),
         ("--epochs", "training.epochs", options.epochs),
         ("--seed", "training.seed", options.seed),
+        ("--test-fraction", "data.test_fraction", options.test_fraction),
+        ("--columns", "data.columns", options.columns),
     ]
     assigned = [assignment for assignment in assigned if assignment[2] is not None]
     assigned += [("--set", *assignment) for assignment in _assignments(changes, problems)]

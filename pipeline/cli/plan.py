@@ -4,7 +4,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.cli.common import HOME, find_device, load_data, make_console, say, say_small_split
+from pipeline.cli.common import HOME, find_device, load_data, make_console, say, say_data
 from pipeline.cli.options import (
     ChangeOption,
     DataDirOption,
@@ -46,7 +46,7 @@ def plan(
     own_epochs, budgeted = search.max_epochs, budget_of(options, change or [], started)
     search, choice, planned, stored = prepare(search, data, torch_device, storage, options.workers, budgeted)
     say_infeasible_control(console, search, data)
-    say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
+    say_data(console, data)
     say_budget(console, planned, own_epochs)
     costs = planned.forecast if planned else forecast(search, data, torch_device, stored, choice)
     if costs:

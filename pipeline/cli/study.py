@@ -22,7 +22,7 @@ from pipeline.cli.common import (
     next_command,
     print_links,
     say,
-    say_small_split,
+    say_data,
     settle,
 )
 from pipeline.cli.finals import train
@@ -42,7 +42,7 @@ from pipeline.cli.options import (
     with_study_options,
 )
 from pipeline.cli.ui import links_of
-from pipeline.errors import Problem, first_line
+from pipeline.errors import Problem, counted, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -132,10 +132,11 @@ def _say_start(console: Console, search: "Search", data: "TrainingData", where: 
     say(
         console,
         f"{search.key(data)} on {where}: {len(data.train.labels):,} training and {len(data.validation.labels):,} "
-        f"validation images of {len(data.classes)} classes; up to {search.trials} trials of {search.max_epochs} epochs",
+        f"validation images of {len(data.classes)} classes; up to {counted(search.trials, 'trial')} of "
+        f"{counted(search.max_epochs, 'epoch')}",
     )
     say_infeasible_control(console, search, data)
-    say_small_split(console, len(data.validation.labels), search.base.data.validation_fraction)
+    say_data(console, data)
 
 
 def _run_finals(

@@ -74,11 +74,11 @@ class FinalsView:
 
 def print_plan(console: Console, plan: "FinalsPlan", device: "torch.device") -> None:
     """What will be trained, and how long that takes."""
-    others = len(plan.candidates) - 1
+    others, on_folds = len(plan.candidates) - 1, f"{plan.folds} folds, " if plan.folds else ""
     say(
         console,
-        f"{plan.study.name} on {device}: {counted(others, 'candidate')} and the control, seeds "
-        f"{', '.join(map(str, plan.seeds))}: {plan.num_trainings} trainings, {plan.num_done} of them done; "
+        f"{plan.study.name} on {device}: {counted(others, 'candidate')} and the control, {on_folds}"
+        f"seeds {', '.join(map(str, plan.seeds))}: {plan.num_trainings} trainings, {plan.num_done} of them done; "
         f"about {duration(plan.remaining_s)} by what their trials took, if none stops early",
     )
     say(console, *(f"  {line}" for line in plan.notes))
@@ -86,9 +86,9 @@ def print_plan(console: Console, plan: "FinalsPlan", device: "torch.device") -> 
 
 def print_finals(console: Console, decision: "FinalsDecision") -> None:
     """A row per recipe with 95 % intervals, what each changes in the control, and the winner."""
-    objective, n = decision.objective, len(decision.seeds)
+    objective, n, unit = decision.objective, len(decision.seeds), "folds" if decision.folds else "seeds"
     console.print(
-        f"{decision.study}: finals, {n} seeds, {objective} on the validation split; 95 % intervals of the means; "
+        f"{decision.study}: finals, {n} {unit}, {objective} on the validation split; 95 % intervals of the means; "
         "differences to the control in points, time of a training, FLOP of a prediction",
         soft_wrap=True,
     )

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.search.budget import BudgetPlan
 
 _BAR_WIDTH = 20
+_SCORES = {"val/accuracy": "accuracy", "val/f1_macro": "macro-F1", "val/balanced_accuracy": "balanced accuracy"}
 
 
 @dataclass
@@ -109,13 +110,14 @@ class StudyView:
 
     def epoch(self, number: int, report: EpochReport) -> None:
         """See StudyObserver."""
-        trial, metrics = self._trials[number], report.metrics
+        trial, metrics, objective = self._trials[number], report.metrics, self._search.study.objective
+        shown = dict.fromkeys(("val/accuracy", "val/f1_macro", objective))
         trial.scores = (
             f"epoch {report.epoch}/{trial.epochs}: {metrics['throughput/images_per_s']:.0f} images/s, "
             f"loss {metrics['train/loss']:.3f} train {metrics['val/loss']:.3f} val, "
-            f"accuracy {metrics['val/accuracy']:.4f}, macro-F1 {metrics['val/f1_macro']:.4f}"
+            + ", ".join(f"{_SCORES[name]} {metrics[name]:.4f}" for name in shown)
         )
-        trial.newest_score = f"accuracy {metrics['val/accuracy']:.4f}"
+        trial.newest_score = f"{_SCORES[objective]} {metrics[objective]:.4f}"
         trial.shown_at = time.monotonic()
         self._show(f"  trial {number}, {trial.scores}")
 

@@ -1,4 +1,4 @@
-"""Data sets in memory: pixels and labels with a digest, from one of SOURCES or from a folder of images.
+"""Data sets in memory: pixels and labels with a digest, from one of SOURCES, a folder of images or a manifest.
 
 Only images that may train and validate are read here; the test split stays closed (see `splits.py`).
 To add a data set, write a module like `digits.py`, enter it in SOURCES, and let `registry/test_split.py` open its test
@@ -15,10 +15,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.data import cifar10, digits, folder
+from pipeline.data import cifar10, digits
+from pipeline.data.files import read as read_files
+from pipeline.data.folder import read_folder
 from pipeline.data.images import LabelledImages
+from pipeline.data.listing import TEST, Listing
+from pipeline.data.manifest import SUFFIXES, read_manifest
+from pipeline.data.seal import Seal
 from pipeline.errors import DataError, UserError, did_you_mean
-from pipeline.recipe import Form
+from pipeline.recipe import Data, Form
 
 SUFFIX_DIGITS = 6  # hexadecimal digits of a folder's digest in its name
 
@@ -53,6 +58,23 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
+class Listed:
+    """The listing of a data set of files, with its test split, and the seal where that was drawn."""
+
+    listing: Listing
+    seal: Seal | None
+
+    def fix(self, home: Path) -> None:
+        """Write which images are sealed, if they were drawn; see `Seal.fix`."""
+        if self.seal:
+            self.seal.fix(home, self.listing)
+
+    def lines(self) -> list[str]:
+        """What a person should know before it is used, a line each."""
+        return [*self.listing.lines(), *(self.seal.lines(self.listing) if self.seal else [])]
+
+
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set in memory. `train` holds all that may train or validate, never a test image.
 
@@ -67,6 +89,9 @@ class Dataset:
     train: Split  # as the network sees them when it is not trained on them
     digest: str
     source: str
+    is_validation: Tensor | None = None  # bool (N,), where the data set says which images validate
+    groups: Tensor | None = None  # int64 (N,): images with the same number never lie on two sides of a split
+    listed: Listed | None = None  # what says which images there are, where they lie in files
     held: Split | None = None  # the same to be cut at random when they are trained on, where the form has them
     form: Form | None = None
     read: Callable[[Form], "Dataset"] | None = None  # the same data set in another form
@@ -82,50 +107,84 @@ def default_image_size(dataset: str) -> int | None:
     return source.NATURAL_SIZE if source else None
 
 
-def load(dataset: str, form: Form, data_dir: Path, download: bool = True) -> Dataset:
-    """Read a data set of SOURCES or the folder of that path, its images in a form.
+def listed(about: Data, home: Path | None) -> Listed:
+    """The folder or manifest of that path; its test split is drawn where it has none, unless one is fixed in `home`.
 
-    CIFAR-10 lies in `data_dir`, as torchvision's files; where it is missing, it is downloaded there if `download`.
-    Raises DataError where the data is missing or damaged, UserError for an unknown name or too large images.
+    DataError where it is missing or damaged, UserError where its images are too few, or another share of them is sealed.
     """
-    if source := SOURCES.get(dataset):
-        name, read = dataset, source.read(form, data_dir.absolute(), download)
+    place = existing_place(about.dataset)
+    try:
+        listing = read_manifest(place, about.column_names) if place.is_file() else read_folder(place)
+    except OSError as error:
+        raise DataError(str(error.filename), error.strerror or "") from error
+    if listing.has(TEST) or not about.test_fraction:
+        return Listed(listing, None)
+    seal = (Seal.find(listing, home) if home else None) or Seal.draw(listing, about.test_fraction)
+    if seal.fraction != about.test_fraction:
+        raise UserError(
+            f"data.test_fraction = {about.test_fraction:g}",
+            f"the test split of {place} was drawn with {seal.fraction:g} and is sealed",
+            f"`--test-fraction {seal.fraction:g}`",
+        )
+    return Listed(seal.apply(listing), seal)
+
+
+def load(about: Data, data_dir: Path, home: Path | None = None, download: bool = True) -> Dataset:
+    """Read the data set of a recipe, one of SOURCES or a folder or manifest, its images in the recipe's form.
+
+    CIFAR-10 lies in `data_dir`, as torchvision's files; where it is missing, it is downloaded there if `download`. `home`
+    is the folder mlruns, whose files fix test splits. Raises DataError where the data is missing or damaged, UserError for
+    an unknown name, too large or too few images.
+    """
+    return _load(about, about.form, data_dir.absolute(), home, download)
+
+
+def _load(about: Data, form: Form, data_dir: Path, home: Path | None, download: bool) -> Dataset:
+    files = None
+    if source := SOURCES.get(about.dataset):
+        name, read = about.dataset, source.read(form, data_dir, download)
     else:
-        root = existing_folder(dataset)
-        read = folder.read(root, form)
-        name = f"{folder.short_name(root)}-{read.digest[:SUFFIX_DIGITS]}"
+        files = listed(about, home)
+        read = read_files(files.listing, form)
+        name = f"{files.listing.short_name}-{read.digest[:SUFFIX_DIGITS]}"
     return Dataset(
         name=name,
         classes=read.classes,
         train=Split(read.images, read.labels),
         digest=read.digest,
         source=read.source,
+        is_validation=read.is_validation,
+        groups=read.groups,
+        listed=files,
         held=Split(read.held.images, read.labels, read.held.aspects) if read.held else None,
         form=form,
-        read=partial(_load_same, dataset, data_dir.absolute(), read.digest),
+        read=partial(_load_same, about, data_dir, home, read.digest),
     )
 
 
-def _load_same(dataset: str, data_dir: Path, digest: str, form: Form) -> Dataset:
+def _load_same(about: Data, data_dir: Path, home: Path | None, digest: str, form: Form) -> Dataset:
     """`load`; DataError where the data set is not what it was."""
-    again = load(dataset, form, data_dir, download=False)
+    again = _load(about, form, data_dir, home, download=False)
     if again.digest != digest:
         raise DataError(again.source, "its images changed while they were in use", "start again")
     return again
 
 
-def existing_folder(dataset: str) -> Path:
-    """The folder of this path; DataError, or UserError for what is more like a mistyped name, where there is none."""
-    root = Path(os.path.abspath(os.path.expanduser(dataset)))
+def existing_place(dataset: str) -> Path:
+    """The folder or manifest of this path; DataError, or UserError for what is more like a mistyped name, for neither."""
+    place = Path(os.path.abspath(os.path.expanduser(dataset)))
     try:
-        if root.is_dir():
-            return root
-        exists = root.exists()
+        if place.is_dir() or (place.is_file() and place.suffix.lower() in SUFFIXES):
+            return place
+        exists = place.exists()
     except OSError as error:
         raise DataError(str(error.filename), error.strerror or "") from error
-    subject, known = f"data.dataset = {dataset}", f"{', '.join(SOURCES)}, or the path of a folder with train/<class>/*"
+    subject = f"data.dataset = {dataset}"
+    known = (
+        f"{', '.join(SOURCES)}, or the path of a folder of images by class, or of a manifest ({', '.join(SUFFIXES)})"
+    )
     if exists:
-        raise DataError(subject, "not a folder", f"give one of {known}")
-    if os.sep in dataset:
-        raise DataError(subject, "no such folder", f"give one of {known}")
+        raise DataError(subject, "neither a folder nor a manifest", f"give one of {known}")
+    if os.sep in dataset or place.suffix.lower() in SUFFIXES:
+        raise DataError(subject, "there is nothing", f"give one of {known}")
     raise UserError(subject, f"not one of {known}{did_you_mean(dataset, SOURCES)}")

@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from pipeline.recipe import Form
 # Given to Pillow by name, so that a file's content never reaches another decoder (EPS would start Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+# Of files and folders that systems leave beside a person's; in lower case.
+LITTER = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"})
+HIDDEN = "hidden or system"  # a kind of files that are left out; the others are suffixes
 MAX_PIXELS = 50_000_000
 MAX_SCANS = 100  # of a JPEG; programs write about ten, and each takes as long as the complete image
 MAX_BYTES = 16 * 2**30  # of a data set in memory
@@ -50,6 +54,8 @@ class LabelledImages:
     source: str  # where they were read from: an absolute path where they lie in files
     digest: str  # of the data set, whatever the images' form
     held: "HeldImages | None" = None  # the same images for random crops, where the form has them
+    is_validation: Tensor | None = None  # bool (N,), where the validation split is given
+    groups: Tensor | None = None  # int64 (N,): images with the same number never lie on two sides of a split
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,20 +87,35 @@ def check_memory(num_images: int, form: Form) -> None:
         )
 
 
-def image_files(folder: Path) -> list[Path]:
-    """All images below a folder, in ImageFolder's order; hidden files and folders don't count.
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or left by a system."""
+    return name.startswith(".") or name.lower() in LITTER
+
+
+def image_files(folder: Path, left_out: Counter[str] | None = None) -> list[Path]:
+    """All images below a folder, in ImageFolder's order; what else is there is counted in `left_out`, by kind.
 
     Raises OSError where the folder, or one below it, can't be read.
     """
+    left_out = Counter() if left_out is None else left_out
     files: list[tuple[str, str]] = []
     visited: set[str] = set()
     for parent, subfolders, names in os.walk(folder, onerror=_raise, followlinks=True):
         real = os.path.realpath(parent)
-        subfolders[:] = [] if real in visited else [name for name in subfolders if not name.startswith(".")]
-        if real not in visited:  # links may lead in a circle
-            files += [(parent, name) for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
+        if real in visited:  # links may lead in a circle
+            subfolders.clear()
+            continue
         visited.add(real)
+        left_out[HIDDEN] += sum(map(is_litter, [*subfolders, *names]))
+        subfolders[:] = [name for name in subfolders if not is_litter(name)]
+        kept = [name for name in names if not is_litter(name)]
+        files += [(parent, name) for name in kept if name.lower().endswith(SUFFIXES)]
+        left_out.update(_kind(name) for name in kept if not name.lower().endswith(SUFFIXES))
     return [Path(parent, name) for parent, name in sorted(files)]
+
+
+def _kind(name: str) -> str:
+    return Path(name).suffix.lower() or "without suffix"
 
 
 def _raise(error: OSError) -> None:
@@ -169,7 +190,8 @@ def read_file(path: Path, form: Form, digest: bool = False) -> FileImage:
     """An image file in a form: the one way from a file to pixels, whoever asks for them.
 
     EXIF orientation is applied and transparency is laid over white; colour profiles are not applied.
-    A large JPEG is decoded at a fraction of its size, which moves a pixel by at most a few of 255 levels.
+    A large JPEG is decoded at a fraction of its size, which moves pixels by a few of 255 levels; at a size of 32
+    noisy ones by up to 40.
     Raises BadImage for whatever can't be read, has more than MAX_PIXELS or is of another format, whatever its name.
     """
     try:
@@ -191,9 +213,9 @@ def _decode(path: Path, form: Form, digest: bool) -> FileImage:
             raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
         if image.format in ("JPEG", "MPO"):
             _check_scans(path)
-        # JPEG only: decodes at 1/2, 1/4 or 1/8, if still four times too large; not by what is held of it, as the same
-        # file must give the same pixels in training and later.
-        image.draft(None, (4 * form.size, 4 * form.size))
+        # JPEG only: decodes at 1/2, 1/4 or 1/8, if still twice too large, as Pillow's thumbnails; not by what is held of
+        # it, as the same file must give the same pixels in training and later.
+        image.draft(None, (2 * form.size, 2 * form.size))
         image.load()
         with contextlib.suppress(
             Exception
@@ -249,7 +271,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = _grey_8_bit(image)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 

@@ -156,8 +156,11 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def _levels(images: Tensor) -> Tensor:
-    """float32, whole numbers from 0 to 255, as torchvision's conversion to uint8 rounds."""
-    return (images * 255.999).floor_()
+    """float32, whole numbers from 0 to 255, as torchvision's conversion to uint8 rounds.
+
+    Colours may be beyond [0, 1] by a rounding error: sampled bilinearly, white is 1 + 1e-7, which `solarize` makes -1e-7.
+    """
+    return (images * 255.999).floor_().clamp_(0, 255)
 
 
 def per_image(values: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.data.datasets import Dataset, Split
-from pipeline.data.splits import partition, thinned
+from pipeline.data.datasets import Dataset, Listed, Split
+from pipeline.data.splits import Partition, fold, of_mask, partition, thinned
 from pipeline.recipe import Data, Form
+
+View = tuple[Form, int, int]  # form of the images, number of folds, and which of them validates
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,11 @@ class TrainingData:
     validation_ids: Tensor  # (num_validation,) positions in the data set's training part, on the CPU
     mean: Tensor  # (3,) of the training images' pixels, in [0, 1]
     std: Tensor  # (3,)
-    form: Form | None = None
+    drawn_fraction: float | None = None  # the recipe's, where that drew the validation split: neither given nor a fold
+    listed: Listed | None = None  # what says which images there are, where they lie in files
+    view: View | None = None
     read: Callable[[Form], Dataset] | None = None  # all of the data set in another form
-    others: dict[Form, "TrainingData"] = field(default_factory=dict)  # the last other form that was asked for
+    others: dict[View, "TrainingData"] = field(default_factory=dict)  # the last other view that was asked for
 
     @property
     def place(self) -> str | None:
@@ -41,21 +45,20 @@ class TrainingData:
         return self.validation.images.shape[-1]
 
     def at(self, recipe: Data) -> "TrainingData":
-        """The same data in the form of a recipe: read again where it is another one, and kept for the next trial."""
-        if self.read is None or recipe.form == self.form:
+        """The same data in the form and fold of a recipe: read again where it is another one, and kept for the next trial."""
+        view = recipe.form, recipe.folds, recipe.fold
+        if self.read is None or view == self.view:
             return self
-        if recipe.form not in self.others:
+        if view not in self.others:
             self.others.clear()  # one at a time: each may take gigabytes
-            self.others[recipe.form] = prepare(self.read(recipe.form), recipe, self.mean.device)
-        return self.others[recipe.form]
+            self.others[view] = prepare(self.read(recipe.form), recipe, self.mean.device)
+        return self.others[view]
 
 
 def prepare(dataset: Dataset, recipe: Data, device: torch.device) -> TrainingData:
     """Split as the recipe says, measure the training images, move everything to the device as uint8."""
     dataset = dataset.at(recipe.form)
-    labels = dataset.train.labels
-    parts = partition(labels, recipe.validation_fraction, recipe.split_seed)
-    parts = thinned(parts, labels, recipe.train_fraction, recipe.split_seed)
+    parts = partition_of(dataset, recipe)
     train = (dataset.held or dataset.train).at(parts.train)
     mean, std = pixel_statistics(train.images)
     return TrainingData(
@@ -69,9 +72,23 @@ def prepare(dataset: Dataset, recipe: Data, device: torch.device) -> TrainingDat
         validation_ids=parts.validation,
         mean=mean.to(device),
         std=std.to(device),
-        form=dataset.form,
+        drawn_fraction=None if recipe.folds or dataset.is_validation is not None else recipe.validation_fraction,
+        listed=dataset.listed,
+        view=(recipe.form, recipe.folds, recipe.fold),
         read=dataset.read,
     )
+
+
+def partition_of(dataset: Dataset, recipe: Data) -> Partition:
+    """Which images train and which validate: by the recipe's folds if it has any, else as given, else drawn."""
+    labels, groups, classes = dataset.train.labels, dataset.groups, dataset.classes
+    if recipe.folds:
+        parts = fold(labels, recipe.fold, recipe.folds, recipe.split_seed, groups, classes)
+    elif dataset.is_validation is not None:
+        parts = of_mask(dataset.is_validation.numpy())
+    else:
+        parts = partition(labels, recipe.validation_fraction, recipe.split_seed, groups, classes)
+    return thinned(parts, labels, recipe.train_fraction, recipe.split_seed)
 
 
 def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,13 @@
 """Which images train, which validate, and which stay sealed as the test split.
 
-The test split is opened by `registry/` only, to evaluate a candidate for promotion; nothing in `data/` reads it. All draws
-come from `np.random.RandomState`, whose stream NumPy has frozen (NEP 19), so a seed gives the same split on every machine
-and version.
+The test split is opened by `registry/` only, to evaluate a candidate for promotion; nothing in `data/` reads it. Images are
+drawn by `np.random.RandomState`, whose stream NumPy has frozen (NEP 19), so a seed gives the same split on every machine and
+version; groups and folds by scikit-learn, and a split's digest would tell if another version drew others.
 """
 
 import hashlib
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import Problem, UserError
+
+_FOLDS = 10  # of groups, a share of which is drawn; more where the share is smaller, fewer where the groups are
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +28,37 @@ class Partition:
     digest: str
 
 
-def partition(labels: Tensor, fraction: float, seed: int) -> Partition:
+def partition(
+    labels: Tensor,
+    fraction: float,
+    seed: int,
+    groups: Tensor | None = None,
+    names: Sequence[str] = (),
+    field: str = "validation_fraction",
+) -> Partition:
     """A stratified split of N images by their labels (int64, (N,), 0 to classes - 1); together the sides are all.
 
     Validation gets exactly round(fraction * N) images, shared over the classes by largest remainder, and each class has
-    at least one image on both sides; UserError where that can't be.
+    at least one image on both sides. With `groups` (int64, (N,)) it gets whole groups, which come as near to that as they
+    can; each class trains. UserError where that can't be; `names` are the classes', for that.
     """
-    is_validation = _draw(labels.numpy(), fraction, seed, "validation_fraction")
-    return _partition(np.flatnonzero(~is_validation), np.flatnonzero(is_validation))
+    draw = _Draw(labels.numpy(), None if groups is None else groups.numpy(), names, f"data.{field} = {fraction:g}")
+    is_validation = draw.share(fraction, seed) if groups is None else draw.groups_of(fraction, seed)
+    return of_mask(is_validation)
+
+
+def fold(
+    labels: Tensor, number: int, folds: int, seed: int, groups: Tensor | None = None, names: Sequence[str] = ()
+) -> Partition:
+    """The fold of this number, from 0, validates and the others train: each image validates in one of the `folds`.
+
+    Stratified, and by `groups` as `partition`. UserError where a class or group is too small for so many.
+    """
+    draw = _Draw(labels.numpy(), None if groups is None else groups.numpy(), names, f"data.folds = {folds}")
+    numbers = draw.fold_numbers(folds, seed)
+    for one in range(folds):
+        draw.check_trains(numbers != one)
+    return of_mask(numbers == number)
 
 
 def thinned(parts: Partition, labels: Tensor, fraction: float, seed: int) -> Partition:
@@ -41,51 +68,130 @@ def thinned(parts: Partition, labels: Tensor, fraction: float, seed: int) -> Par
     """
     if fraction == 1:
         return parts
-    is_used = _draw(labels[parts.train].numpy(), fraction, seed, "train_fraction")
+    is_used = _Draw(labels[parts.train].numpy(), None, (), f"data.train_fraction = {fraction}").share(fraction, seed)
     return _partition(parts.train.numpy()[is_used], parts.validation.numpy())
+
+
+def of_mask(is_validation: np.ndarray) -> Partition:
+    """The partition of a bool (N,)."""
+    return _partition(np.flatnonzero(~is_validation), np.flatnonzero(is_validation))
 
 
 def _partition(train: np.ndarray, validation: np.ndarray) -> Partition:
     return Partition(torch.from_numpy(train), torch.from_numpy(validation), _digest(train, validation))
 
 
-def _draw(classes: np.ndarray, fraction: float, seed: int, field: str) -> np.ndarray:
-    """bool (N,): which images are drawn, the same share of each class."""
-    shares = _shares(np.bincount(classes), round(fraction * len(classes)), f"data.{field} = {fraction}")
-    random = np.random.RandomState(seed)
-    is_drawn = np.zeros(len(classes), dtype=bool)
-    for label, share in enumerate(shares):
-        is_drawn[random.permutation(np.flatnonzero(classes == label))[:share]] = True
-    return is_drawn
-
-
-def sealed(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+def sealed(
+    labels: Tensor, fraction: float, seed: int, groups: Tensor | None = None, names: Sequence[str] = ()
+) -> tuple[Tensor, Tensor]:
     """(indices that may be used, indices of the test split), for a data set that comes without a test split."""
-    split = partition(labels, fraction, seed)
+    split = partition(labels, fraction, seed, groups, names, "test_fraction")
     return split.train, split.validation
 
 
-def _shares(counts: np.ndarray, total: int, field: str) -> np.ndarray:
-    """How many of each class's images are drawn: `total` in all, from 1 to count - 1 each; `field` is for the error."""
-    images, classes = counts.sum(), len(counts)
-    problems = [
-        Problem(f"class {label} has {count} {'image' if count == 1 else 'images'}", "a split needs at least 2")
-        for label, count in enumerate(counts)
-        if count < 2
-    ]
-    if problems:
-        raise UserError.many(problems)
-    if not classes <= total <= images - classes:
-        raise UserError(
-            field,
-            f"gives {total} of {images} images, but {classes} classes with at least one image on each side need "
-            f"{classes} to {images - classes}",
-        )
-    shares = np.ones_like(counts)
-    for _ in range(total - classes):  # full quotas first, then the largest remainders; in integers: no rounding
-        remainders = np.where(shares < counts - 1, counts * total - shares * images, np.iinfo(np.int64).min)
-        shares[np.argmax(remainders)] += 1
-    return shares
+@dataclass(frozen=True, eq=False)
+class _Draw:
+    """What is drawn from: N labels, and groups where there are any; `field` and class `names` are for errors."""
+
+    labels: np.ndarray
+    groups: np.ndarray | None
+    names: Sequence[str]
+    field: str
+
+    def share(self, fraction: float, seed: int) -> np.ndarray:
+        """bool (N,): which images are drawn, the same share of each class."""
+        shares = self._shares(np.bincount(self.labels), round(fraction * len(self.labels)))
+        random = np.random.RandomState(seed)
+        is_drawn = np.zeros(len(self.labels), dtype=bool)
+        for label, share in enumerate(shares):
+            is_drawn[random.permutation(np.flatnonzero(self.labels == label))[:share]] = True
+        return is_drawn
+
+    def groups_of(self, fraction: float, seed: int) -> np.ndarray:
+        """bool (N,): which images are drawn, whole groups: of some folds the run that suits best.
+
+        That leaves most classes something to train on, then draws of most classes, then has the number of images nearest
+        to the fraction.
+        """
+        folds = min(max(_FOLDS, round(1 / fraction)), self._num_units, np.bincount(self.labels).max())
+        numbers, wanted = self.fold_numbers(max(folds, 2), seed), max(1, round(fraction * folds))
+
+        def drawn(start: int) -> np.ndarray:
+            return (numbers - start) % folds < wanted
+
+        def merit(start: int) -> tuple[int, int, float]:
+            is_drawn = drawn(start)
+            trained, measured = (len(np.unique(self.labels[side])) for side in (~is_drawn, is_drawn))
+            return trained, measured, -abs(is_drawn.mean() - fraction)
+
+        is_drawn = drawn(max(range(folds), key=merit))
+        self.check_trains(~is_drawn)
+        return is_drawn
+
+    def fold_numbers(self, folds: int, seed: int) -> np.ndarray:
+        """int64 (N,): in which of the folds each image is; groups whole, classes as even as that allows."""
+        from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+        units, largest = self._num_units, np.bincount(self.labels).max()
+        if folds > min(units, largest):
+            unit = "images" if self.groups is None else "groups"
+            raise UserError(
+                self.field,
+                f"takes at least {folds} {unit}, and {folds} images of some class; there are {units}, and {largest}",
+                "choose another",
+            )
+        kind = StratifiedKFold if self.groups is None else StratifiedGroupKFold
+        numbers = np.empty(len(self.labels), dtype=np.int64)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # of a class that is in few folds; `check_trains` counts itself
+            parts = kind(folds, shuffle=True, random_state=seed).split(self.labels, self.labels, self.groups)
+            for number, (_, held_out) in enumerate(parts):
+                numbers[held_out] = number
+        return numbers
+
+    @property
+    def _num_units(self) -> int:
+        """Of what is drawn: groups, or else images."""
+        return len(self.labels if self.groups is None else np.unique(self.groups))
+
+    def check_trains(self, is_trained: np.ndarray) -> None:
+        """UserError with the classes that have no image to train on."""
+        missing = sorted(set(np.unique(self.labels)) - set(np.unique(self.labels[is_trained])))
+        unit = "image" if self.groups is None else "group"
+        if missing:
+            rule = f"leaves no {unit} to train on"
+            raise UserError.many(
+                [Problem(f"{self.field}, {self._class(label)}", rule, f"add {unit}s of it") for label in missing]
+            )
+
+    def _class(self, label: int) -> str:
+        return f"class {self.names[label] if len(self.names) else label}"
+
+    def _shares(self, counts: np.ndarray, total: int) -> np.ndarray:
+        """How many of each class's images are drawn: `total` in all, from 1 to count - 1 each."""
+        images, classes = counts.sum(), len(counts)
+        problems = [
+            Problem(
+                f"{self._class(label)} has {count} {'image' if count == 1 else 'images'}", "a split needs at least 2"
+            )
+            for label, count in enumerate(counts)
+            if count < 2
+        ]
+        if problems:
+            raise UserError.many(problems)
+        if not classes <= total <= images - classes:
+            raise UserError(
+                self.field,
+                f"gives {total} of {images} images, but {classes} classes with at least one image on each side need "
+                f"{classes} to {images - classes}",
+            )
+        shares = np.ones_like(counts)
+        for _ in range(total - classes):  # full quotas first, then the largest remainders; in integers: no rounding
+            remainders = np.where(shares < counts - 1, counts * total - shares * images, np.iinfo(np.int64).min)
+            shares[np.argmax(remainders)] += 1
+        return shares
 
 
 def _digest(train: np.ndarray, validation: np.ndarray) -> str:

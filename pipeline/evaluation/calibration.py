@@ -3,7 +3,9 @@
 `logits` are float (N, C), `labels` (N,) int in [0, C).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -90,6 +92,27 @@ def _f1_by_threshold(columns: np.ndarray, labels: np.ndarray, thresholds: np.nda
     predicted[:, chosen] = size - predicted.sum(axis=1)
     hits[:, chosen] = wins[:, labels == chosen].sum(axis=1)
     return (2 * hits / np.maximum(predicted + true, 1)).mean(axis=1)
+
+
+def reweighting_line(fields: Mapping[Any, Any], probabilities: np.ndarray, labels: np.ndarray) -> str:
+    """What it did to probabilities (N, C) that rare classes counted more in training; empty where they did not.
+
+    `fields` are the recipe's by dotted name; of a run that is older than a field, it is missing or NaN.
+    """
+    ways = {
+        "balanced sampler": fields.get("data.sampler_power", 0) if fields.get("data.sampler") == "balanced" else 0,
+        "class weights": fields.get("loss.class_weights", 0),
+    }
+    used = [f"{way} of power {power:g}" for way, power in ways.items() if power > 0]
+    if not used:
+        return ""
+    images = np.bincount(labels, minlength=probabilities.shape[1])
+    rare = np.argsort(images, kind="stable")[: len(images) // 2]
+    return (
+        f"rare classes counted more in training ({', '.join(used)}): the rarer half of the classes gets "
+        f"{probabilities[:, rare].sum(axis=1).mean():.1%} of the probability and has {images[rare].sum() / len(labels):.1%} "
+        "of the validation images, a bias that a temperature does not remove"
+    )
 
 
 def _below_highest(logits: np.ndarray) -> np.ndarray:

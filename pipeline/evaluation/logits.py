@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from pipeline.data.augment import normalise
 
+MOST_TOGETHER, PIXELS_TOGETHER = 500, 500 * 64**2
+
 
 def bf16_supported(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 itself: emulated, as on older CPUs, it is slower than float32."""
@@ -24,18 +26,24 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+def images_together(image_size: int) -> int:
+    """How many images of S x S pixels are predicted at once: of photos, 500 take gigabytes in a network's first layers."""
+    return max(1, min(MOST_TOGETHER, PIXELS_TOGETHER // image_size**2))
+
+
 @torch.inference_mode()
 def predict_logits(
-    network: nn.Module, images: Tensor, mean: Tensor, std: Tensor, precision: str, batch_size: int = 500
+    network: nn.Module, images: Tensor, mean: Tensor, std: Tensor, precision: str, batch_size: int | None = None
 ) -> Tensor:
     """uint8 images (N, 3, S, S) -> float32 logits (N, num_classes) on the same device, in evaluation mode.
 
-    Leaves the network in the mode that it was in. Does not synchronise with the device.
+    `batch_size` defaults to `images_together`. Leaves the network in the mode that it was in. Does not synchronise with
+    the device.
     """
     was_training = network.training
     network.eval()
     logits = []
-    for chunk in images.split(batch_size):
+    for chunk in images.split(batch_size or images_together(images.shape[-1])):
         x = normalise(chunk, mean, std).contiguous(memory_format=torch.channels_last)
         with autocast(images.device, precision):
             logits.append(network(x).float())

@@ -9,13 +9,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Objective = Literal["val/accuracy", "val/f1_macro", "val/balanced_accuracy"]  # what a study may maximise
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
 BINS = 15  # of the calibration error: Guo et al. 2017, section 4
 CLASS_F1 = "val/f1/"  # and `metric_name` of a class: its F1 on the validation split
 _SMALLEST = float(np.finfo(np.float32).tiny)  # a float32 softmax underflows to 0 below it; its log is -87.3

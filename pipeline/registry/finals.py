@@ -41,6 +41,7 @@ class FinalsPlan:
     candidates: Sequence[Candidate]
     seeds: Sequence[int]
     done: Mapping[str, Final]  # by the recipe's digest
+    folds: int = 0  # each seed trains on another of so many; 0: all on the study's split
     notes: Sequence[str] = ()  # a line each: which recipe the device can't execute as its trial did
 
     @property
@@ -52,7 +53,11 @@ class FinalsPlan:
     def remaining(self) -> list[Candidate]:
         """A candidate for each training that is not done, if none stops early."""
         pairs = ((candidate, seed) for candidate in self.candidates for seed in self.seeds)
-        return [candidate for candidate, seed in pairs if _find_final(self.done, candidate.with_seed(seed)) is None]
+        return [candidate for candidate, seed in pairs if _find_final(self.done, self.recipe(candidate, seed)) is None]
+
+    def recipe(self, candidate: Candidate, seed: int) -> Recipe:
+        """What is trained of a candidate with a seed."""
+        return candidate.with_seed(seed, self.folds, self.seeds.index(seed))
 
     @property
     def remaining_s(self) -> float:
@@ -104,12 +109,14 @@ def plan_finals(
     top: int,
     num_seeds: int,
     epochs: int | None = None,
+    folds: int = 0,
 ) -> FinalsPlan:
     """The `top` best recipes of a study's feasible trials and its control; `epochs` instead of their own, where given.
 
     Seeds count up from 1, leaving out those of the study's trials, so a later command with more seeds continues with the
-    same ones. Recipes that were executed as CUDA graphs run eagerly where the `device` has none. UserError where no
-    feasible trial finished, the control is missing, or the trials saw different data.
+    same ones; with `folds` there are so many, each on another fold. Recipes that were executed as CUDA graphs run eagerly
+    where the `device` has none. UserError where no feasible trial finished, the control is missing, or the trials saw
+    different data.
     """
     trials = queries.children(tracker, study, "trial")
     finished = [run for run in trials if RunTags.of(run).state is State.FINISHED]
@@ -142,9 +149,9 @@ def plan_finals(
         if candidate.recipe.training.execution != trained.training.execution
     ]
     used = {int(run.data.params["training.seed"]) for run in trials if "training.seed" in run.data.params}
-    seeds = list(islice((seed for seed in count(1) if seed not in used), num_seeds))
-    done = _finals_done(tracker, study, *digests.pop())
-    return FinalsPlan(study, list(candidates.values()), seeds, done, list(dict.fromkeys(notes)))
+    seeds = list(islice((seed for seed in count(1) if seed not in used), folds or num_seeds))
+    done = _finals_done(tracker, study, *digests.pop(), folds)
+    return FinalsPlan(study, list(candidates.values()), seeds, done, folds, list(dict.fromkeys(notes)))
 
 
 def _candidate(
@@ -214,14 +221,17 @@ def recipe_of(tracker: MlflowTracker, run: StoredRun) -> Recipe:
 
 
 def _finals_done(
-    tracker: MlflowTracker, study: StudyRuns, data_digest: str | None, split_digest: str | None
+    tracker: MlflowTracker, study: StudyRuns, data_digest: str | None, split_digest: str | None, folds: int
 ) -> dict[str, Final]:
-    """The finals on this data that need no other training, by their recipe's digest; that holds seed and epochs too."""
+    """The finals on this data that need no other training, by their recipe's digest; that holds seed, epochs and fold too.
+
+    Each fold is a split of its own, so there only the data has to be the same.
+    """
     done: dict[str, Final] = {}
     for run in queries.children(tracker, study, "final"):
         tags = RunTags.of(run)
         diverged = tags.state is State.FAILED and (tags.reason or "").startswith("diverged")
-        if (tags.data_digest, tags.split_digest) != (data_digest, split_digest):
+        if tags.data_digest != data_digest or (not folds and tags.split_digest != split_digest):
             continue
         if tags.recipe_digest and (tags.state is State.FINISHED or diverged):
             score = None if diverged else run.data.metrics[study.objective]
@@ -278,20 +288,22 @@ def run_finals(
     check_data(plan, tracker, data)
     with StopOnSignal() as stop, study_lock(plan.study.name, home):
         recovery.close_abandoned_runs(tracker, plan.study.experiment)
-        racing = Racing(plan.candidates, len(plan.seeds), least_sd=1 / len(data.validation.labels))
-        done = _finals_done(tracker, plan.study, data.digest, data.split_digest)
+        first = data.at(plan.recipe(plan.candidates[0], plan.seeds[0]).data)  # refused where there can't be such folds
+        racing = Racing(plan.candidates, len(plan.seeds), 1 / len(first.validation.labels), plan.folds)
+        done = _finals_done(tracker, plan.study, data.digest, data.split_digest, plan.folds)
         trainer = _Trainer(
             tracker, plan.study, data, device, observer, stop, queries.deleted_keys(tracker, plan.study.parent)
         )
         seeds: list[int] = []
         for seed in plan.seeds:
-            finals = [(candidate, _find_final(done, candidate.with_seed(seed))) for candidate in racing.running()]
+            recipes = {candidate: plan.recipe(candidate, seed) for candidate in racing.running()}
+            finals = [(candidate, _find_final(done, recipe)) for candidate, recipe in recipes.items()]
             missing = [candidate for candidate, final in finals if final is None]
             if limit and not limit.allows(trainer.expected_s(missing), len(seeds)):
                 observer.note(f"the time is up after {len(seeds)} of {len(plan.seeds)} seeds")
                 break
             for candidate, final in finals:
-                racing.add(candidate, seed, final or trainer.train(candidate, seed))
+                racing.add(candidate, seed, final or trainer.train(candidate, recipes[candidate]))
             seeds.append(seed)
             for line in racing.stop_the_beaten():
                 observer.note(line)
@@ -321,9 +333,10 @@ class _Trainer:
         """What a training of each will take."""
         return self.pace * sum(candidate.seconds for candidate in candidates)
 
-    def train(self, candidate: Candidate, seed: int) -> Final:
+    def train(self, candidate: Candidate, recipe: Recipe) -> Final:
         """A training that came to an end. Interrupted where the user stops it, UserError where memory is too small."""
-        recipe, name = candidate.with_seed(seed), f"{candidate.name}, seed {seed}"
+        seed, about = recipe.training.seed, recipe.data
+        name = f"{candidate.name}, seed {seed}" + (f", fold {about.fold + 1} of {about.folds}" if about.folds else "")
         self._check_stop()
         self.observer.started(name, recipe)
         key = self._run_key(recipe)
@@ -373,7 +386,8 @@ class _Trainer:
 
         Where that run was deleted in MLflow, its key can't be used again: the next one of a fixed sequence is taken.
         """
-        identity = f"{self.study.parent} {recipe.digest()} {self.data.digest} {self.data.split_digest}"
+        split = "" if recipe.data.folds else self.data.split_digest
+        identity = f"{self.study.parent} {recipe.digest()} {self.data.digest} {split}"
         names = (identity + (f" {number}" if number else "") for number in count(0))
         keys = (hashlib.sha256(name.encode()).hexdigest()[:32] for name in names)
         return next(key for key in keys if key not in self.deleted_keys)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from pipeline.evaluation.significance import paired_t
+from pipeline.evaluation.significance import Sample, paired_t, sample
 from pipeline.recipe import Recipe
 
 MIN_SEEDS = 3  # with fewer nothing is more than chance
@@ -19,6 +19,11 @@ RULES = (
     "winner: the highest mean of the feasible recipes; what a two-sided paired t test "
     f"({ALPHA}; none under {MIN_SEEDS} seeds) can't tell from it ties with it; a tie goes to the cheapest: FLOP of a "
     "prediction, then epochs, then the control, then the mean",
+)
+
+FOLDS_RULE = (
+    "folds: each seed trains on another fold. Any two share most of their training images, so their scores depend on each "
+    "other: intervals and tests are widened by the correction of Nadeau and Bengio (2003), which is approximate"
 )
 
 
@@ -48,9 +53,10 @@ class Candidate:
         """`trial 3`, or `trial 0 (control)`."""
         return f"trial {self.trial}" + (" (control)" if self.is_control else "")
 
-    def with_seed(self, seed: int) -> Recipe:
-        """What is trained."""
-        return self.recipe.changed({"training.seed": seed})
+    def with_seed(self, seed: int, folds: int = 0, fold: int = 0) -> Recipe:
+        """What is trained; on one of so many folds, where there are any."""
+        on_fold = {"data.folds": folds, "data.fold": fold} if folds else {}
+        return self.recipe.changed({"training.seed": seed, **on_fold})
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,12 @@ class Final:
 class Racing:
     """The scores so far, and which candidates are stopped.
 
-    `least_sd` is a score's smallest step: one image of the validation split.
+    `least_sd` is a score's smallest step: one image of the validation split. Where each seed trains on another of `folds`,
+    tests and intervals account for what these share.
     """
 
-    def __init__(self, candidates: Sequence[Candidate], num_seeds: int, least_sd: float):
-        self.candidates, self.num_seeds, self.least_sd = candidates, num_seeds, least_sd
+    def __init__(self, candidates: Sequence[Candidate], num_seeds: int, least_sd: float, folds: int = 0):
+        self.candidates, self.num_seeds, self.least_sd, self.folds = candidates, num_seeds, least_sd, folds
         self.finals: dict[str, dict[int, Final]] = {candidate.digest: {} for candidate in candidates}
         self.stopped: dict[str, str] = {}  # digest -> reason
 
@@ -110,7 +117,21 @@ class Racing:
 
     def p_value(self, first: Candidate, second: Candidate) -> float:
         """Two-sided, of the paired t test."""
-        return paired_t(self.differences(first, second), self.least_sd)
+        return paired_t(self.differences(first, second), self.least_sd, self.overlap)
+
+    def sample(self, values: Sequence[float]) -> Sample:
+        """Of scores or differences, one for each seed."""
+        return sample(values, self.least_sd, self.overlap)
+
+    @property
+    def overlap(self) -> float:
+        """See `significance.sample`."""
+        return 1 / (self.folds - 1) if self.folds else 0.0
+
+    @property
+    def unit(self) -> str:
+        """What a score belongs to, in the plural."""
+        return "folds" if self.folds else "seeds"
 
     def eligible(self) -> list[Candidate]:
         """Those that may win."""

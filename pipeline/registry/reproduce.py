@@ -18,6 +18,7 @@ from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import NotReproduced, UserError
 from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
+from pipeline.models.build import weights_digest
 from pipeline.processes import StopOnSignal, this_process
 from pipeline.recipe import Recipe
 from pipeline.registry.finals import check_same_data, execution_line, recipe_of
@@ -107,9 +108,10 @@ def find_original(tracker: MlflowTracker, run_id: str) -> OriginalRun:
 
 
 def differences(tracker: MlflowTracker, original: OriginalRun, device: torch.device) -> list[Difference]:
-    """What differs from then, but for the number of threads: code, Python, packages, machine, device, execution."""
+    """What differs from then, but for the number of threads: code, weights, Python, packages, machine, device, execution."""
     return [
         *_code_differences(tracker, original),
+        *_weights_differences(original),
         *_environment_differences(tracker, original, device),
         *_device_differences(original, device),
     ]
@@ -126,6 +128,12 @@ def _code_differences(tracker: MlflowTracker, original: OriginalRun) -> Iterator
         old, new = (f"{len(text.splitlines())} lines" if text else "none" for text in (patch, current.diff))
         source = f" (diff.patch of run {run_id} has it)" if patch else ""
         yield Difference(f"uncommitted difference: {old} then{source}, {new} now", True)
+
+
+def _weights_differences(original: OriginalRun) -> Iterator[Difference]:
+    then, now = original.tags.weights_sha256, weights_digest(original.recipe.model)
+    if then and then != now:
+        yield Difference(f"weights: SHA-256 {then[:16]}... then, {str(now)[:16]}... now", True)
 
 
 def _environment_differences(

@@ -3,12 +3,14 @@
 import os
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, HTTPException
 from mlflow.pyfunc import PyFuncModel, load_model
 from mlflow.pyfunc.scoring_server import init
 from pydantic import BaseModel, Field
 
 from pipeline.errors import UserError
+from pipeline.evaluation.logits import images_together
 from pipeline.registry.serve import decoded, form_of
 from pipeline.tracking.access import AccessControl
 
@@ -38,5 +40,6 @@ def _add_images(scoring: FastAPI, model: PyFuncModel) -> None:
             pixels = decoded(encoded.images, form)
         except UserError as error:
             raise HTTPException(400, error.lines[0]) from None
-        predicted: Any = model.predict(pixels)
-        return {"predictions": {name: values.tolist() for name, values in predicted.items()}}
+        size = images_together(form.size)
+        parts: list[Any] = [model.predict(pixels[start : start + size]) for start in range(0, len(pixels), size)]
+        return {"predictions": {name: np.concatenate([part[name] for part in parts]).tolist() for name in parts[0]}}

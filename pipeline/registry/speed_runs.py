@@ -13,7 +13,7 @@ from pipeline.data.augment import pad
 from pipeline.data.datasets import Split, load
 from pipeline.data.prepare import TrainingData, pixel_statistics
 from pipeline.evaluation.logits import predict_logits
-from pipeline.recipe import Form
+from pipeline.recipe import Data
 from pipeline.registry.ledger import TEST_EVALUATION, Ledger
 from pipeline.registry.test_split import digest_of, open_test_split
 
@@ -27,9 +27,10 @@ def speed_run_data(data_dir: Path, device: torch.device, home: Path, reason: str
     `home`'s ledger has the test evaluation first. The scores of the loop's own evaluation are those of a few training
     images. DataError as from `datasets.load`.
     """
-    dataset = load("cifar10", Form(32), data_dir)
-    Ledger(home).record(TEST_EVALUATION, SPEED_RUNS, "", split=digest_of("cifar10", data_dir), reason=reason)
-    test = open_test_split("cifar10", Form(32), data_dir, dataset.classes)
+    about = Data(dataset="cifar10", image_size=32)
+    dataset = load(about, data_dir)
+    Ledger(home).record(TEST_EVALUATION, SPEED_RUNS, "", split=digest_of(about, data_dir), reason=reason)
+    test = open_test_split(about, about.form, data_dir, dataset.classes)
     train = Split(dataset.train.images.to(device), dataset.train.labels.to(device))
     mean, std = pixel_statistics(dataset.train.images)
     data = TrainingData(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.evaluation.significance import Sample, f1_macro_error, mcnemar, sample
+from pipeline.evaluation.significance import Sample, mcnemar, paired_difference, sample
 from pipeline.report.best_trials import value_label
 from pipeline.report.stored import Predictions
 from pipeline.report.trials import control, finished, param_names, ranked, searched, trial_rows, with_role
@@ -26,6 +26,7 @@ SHUFFLES = 40
 class Lead:
     """How far one model is before another on the same images; differences in units of the score, in [-1, 1]."""
 
+    objective: str
     difference: float
     low: float  # of the 95 % interval over images
     high: float
@@ -37,7 +38,7 @@ class Lead:
 
     @property
     def p(self) -> float:
-        """That both are right equally often; exact McNemar test."""
+        """That both are right equally often; exact McNemar test. It says nothing of other objectives than accuracy."""
         return mcnemar(self.only_first, self.only_second)
 
     @property
@@ -54,25 +55,19 @@ def lead(first: Predictions, second: Predictions, objective: str, trials: int = 
     """The first model's lead over the second, `trials` being how many the first is the best of.
 
     Paired: images that both have right or wrong say nothing. The interval is the normal one with the paired standard
-    error (of macro-F1 by the delta method); luck is the expected highest of so many normal deviates (Blom 1958) times
+    error (`paired_difference`); luck is the expected highest of so many normal deviates (Blom 1958) times
     one model's share of that error. Neither holds the spread over seeds. None where the images are not the same.
     """
     if not (np.array_equal(first.ids, second.ids) and np.array_equal(first.labels, second.labels)):
         return None
     labels, one, two, classes = first.labels, first.answers, second.answers, len(first.classes)
     first_right, second_right = one == labels, two == labels
-    if objective == "val/f1_macro":
-        from pipeline.evaluation.scores import confusion_matrix, f1_macro_from
-
-        scores = [f1_macro_from(confusion_matrix(labels, answers, classes)) for answers in (one, two)]
-        difference, error = scores[0] - scores[1], f1_macro_error(labels, two, one, classes)
-    else:
-        differences = first_right.astype(float) - second_right
-        difference, error = float(differences.mean()), float(differences.std() / np.sqrt(len(labels)))
+    difference, error = paired_difference(objective, labels, one, two, classes)
     from scipy.special import ndtri
 
     highest = float(ndtri((trials - 0.375) / (trials + 0.25))) if trials > 1 else 0.0
     return Lead(
+        objective=objective,
         difference=difference,
         low=difference - Z95 * error,
         high=difference + Z95 * error,
@@ -237,7 +232,7 @@ class Repeats:
 def finals(frame: pd.DataFrame) -> list[Repeats]:
     """The repeats of each recipe, the best mean first; they differ in nothing but `training.seed`."""
     runs = with_role(frame, "final").dropna(subset="score")
-    names = [name for name in param_names(frame) if name != "training.seed"]
+    names = [name for name in param_names(frame) if name not in ("training.seed", "data.fold")]
     groups = [group for _, group in runs.groupby([runs[name].map(str) for name in names])] if len(runs) else []
     repeats = [
         Repeats(group["run_id"].iloc[0], sample(list(group["score"])), float(group["seconds"].mean()))

@@ -58,9 +58,9 @@ def _images(tracker: MlflowTracker, run: pd.Series, predictions: Predictions, fi
         digest = RunTags.of(tracker.client.get_run(run_id)).data_digest
         if digest is None:
             raise KeyError("data_digest")
-        names = ("dataset", "image_size", "geometry")
+        names = ("dataset", "image_size", "geometry", "test_fraction", "columns")
         about = Data.model_validate({name: run[f"data.{name}"] for name in names if pd.notna(run.get(f"data.{name}"))})
-        seen = RunData(f"run {run_id}", about.dataset, about.form, digest, queries.data_places(tracker, run_id))
+        seen = RunData(f"run {run_id}", about, digest, queries.data_places(tracker, run_id), tracker.home)
         data = find(seen).images
     except (UserError, KeyError, ValueError) as error:
         reason = error.lines[0] if isinstance(error, UserError) else "the run does not say which"

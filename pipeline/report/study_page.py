@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from pipeline.errors import UserError, escape_control
+from pipeline.evaluation.calibration import reweighting_line
 from pipeline.registry.decision import FinalsDecision, find_winner
 from pipeline.report.analysis import effects, finals, importances
 from pipeline.report.best_trials import best_trials, changes
@@ -133,7 +134,7 @@ def _decision(frame: pd.DataFrame, decision: FinalsDecision) -> dict[str, Any]:
         trial = frame[frame["run_id"] == result.trial_run]
         recipe = result.name + "".join(f": {changes(run, base, names)}" for _, run in trial.iterrows())
         candidates.append({"result": result, "verdict": verdict, "recipe": recipe})
-    return {"candidates": candidates, "rules": decision.rules}
+    return {"candidates": candidates, "rules": decision.rules, "folds": decision.folds}
 
 
 def _parameters(tracker: MlflowTracker, frame: pd.DataFrame) -> Section:
@@ -170,13 +171,18 @@ def _results(tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison
     curves = histories(tracker, run_ids, str(comparison.best["objective"]))
     figures = {"learning_curves": scores.learning_curves(frame, curves), "per_class": classes.per_class(frame)}
     figures |= _class_curves(tracker, frame, comparison)
+    reweighted = []
     if comparison.stored_predictions:
         figures["calibration"] = classes.calibration(comparison.stored_predictions)
+        for name, run in comparison.stored_predictions.items():
+            row = comparison.control if name == "the control" else comparison.best
+            if row is not None and (line := reweighting_line(row.to_dict(), run.probabilities, run.labels)):
+                reweighted.append(f"{name.capitalize()}: {line}.")
     sizes_differ = "model/parameters" in done and done["model/parameters"].nunique() > 1
     costs = {f"cost{n}": measure for n, measure in enumerate(scores.COSTS if sizes_differ else ["time/training_s"])}
     figures |= {name: scores.cost(frame, measure) for name, measure in costs.items()}
     num_equal = int((done["score"] == done["score"].max()).sum()) - 1
-    return {"num_finished": len(done), "num_equal": num_equal, "costs": list(costs)}, figures
+    return {"num_finished": len(done), "num_equal": num_equal, "costs": list(costs), "reweighted": reweighted}, figures
 
 
 def _class_curves(tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison) -> dict[str, go.Figure]:

@@ -166,7 +166,11 @@ class Search:
         """All that the scores of one search have in common, as JSON."""
         elsewhere = (
             "data.dataset",  # the data's path; the digest says what the data is
-            "data.train_fraction",  # part of the split's digest
+            "data.train_fraction",  # part of the split's digest, as are folds
+            "data.folds",
+            "data.fold",
+            "data.test_fraction",  # part of the data's digest, as are columns
+            "data.columns",
             "training.execution",  # depends on the device, and changes no result
         )
         space, flat = self.space(), {**self.settings, **self.base.flat()}

@@ -15,7 +15,7 @@ from optuna.distributions import (
 )
 
 from pipeline.errors import Problem, UserError
-from pipeline.recipe import FORM_FIELDS, KIND, Recipe
+from pipeline.recipe import FORM_FIELDS, KIND, SAMPLER_FIELDS, Recipe
 from pipeline.search.optuna_internals import contains
 
 Space = Callable[[Any], None]
@@ -206,7 +206,7 @@ def _ask(
             f"`--set {name}=...` changes it for all",
         )
         for name in trial.params
-        if name.startswith("data.") and name not in FORM_FIELDS
+        if name.startswith("data.") and field_of(name) not in FORM_FIELDS + SAMPLER_FIELDS
     ]
     try:
         recipe(trial.params)

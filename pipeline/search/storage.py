@@ -302,6 +302,8 @@ def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Pa
         stored = StudyAttributes.of(study)
         if stored.fingerprint:
             check_same(key, stored.fingerprint, fingerprint, search.version)
+        if data.listed:
+            data.listed.fix(home)
         places = newest_first(stored.places or [], data.place)
         StudyAttributes.update(study, fingerprint=fingerprint, places=places, dataset=search.base.data.dataset)
         _give_first_trials(study, search, storage)

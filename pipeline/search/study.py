@@ -8,21 +8,24 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
 from pipeline.errors import Problem, UserError, did_you_mean
 from pipeline.evaluation.constraints import MEASURES
+from pipeline.evaluation.scores import OBJECTIVES, Objective
 from pipeline.recipe import Recipe
 from pipeline.search.portfolio import PORTFOLIO, fields_for
 from pipeline.search.space_check import Space
 
+if TYPE_CHECKING:  # importing it imports torch, and a wrong name has to be refused at once
+    from pipeline.data.listing import Listing
+
 PHOTO_SIZE = 64  # pixels; of a folder of larger images, for networks made for 32
 # Largest elongation, long by short side -> what suits such images: a crop of 2:1 would lose half of them.
 GEOMETRIES = {1.1: "squash", 1.6: "crop", math.inf: "pad"}
-OBJECTIVES = ("val/accuracy", "val/f1_macro")
 FOLDER = Path(__file__).resolve().parents[2] / "studies"
 
 
@@ -52,7 +55,7 @@ class Study:
     question: str
     base: Recipe
     space: Space
-    objective: Literal["val/accuracy", "val/f1_macro"]
+    objective: Objective
     trials: int
     patience: int | None = None  # trials without a better score after which the study stops
     version: int = 1
@@ -89,26 +92,31 @@ class Study:
         if problems:
             raise UserError.many(problems)
 
-    def suited_to(self, folder: Path) -> tuple["Study", str]:
-        """The study with a base that suits the images of a folder, by a look at their sizes; and a line that says it.
+    def suited_to(self, listing: "Listing", settings: Mapping[str, Any]) -> tuple["Study", str]:
+        """The study with a base that suits the images of a listing, by a look at their sizes; and a line that says it.
 
+        What the settings say already is not chosen here.
         Networks for photos keep their study's size; those for small images get PHOTO_SIZE where the images have it.
         """
-        from pipeline.data.folder import look
+        from pipeline.data.files import look
 
-        sizes = look(folder)
+        sizes = look(listing)
         if sizes is None:
             return self, ""
         shape = next(geometry for most, geometry in GEOMETRIES.items() if sizes.elongation <= most)
         size = self.base.data.image_size
         if self.base.model.network != "timm" and min(sizes.width, sizes.height) >= PHOTO_SIZE:
             size = max(size, PHOTO_SIZE)
+        suiting = {"data.image_size": size, "data.geometry": shape}
+        chosen = {field: value for field, value in suiting.items() if field not in settings}
+        if not chosen:
+            return self, ""
         line = (
             f"images of {sizes.width} x {sizes.height} pixels, long by short side {sizes.elongation:.2f} (medians of "
-            f"{sizes.num_images} looked at): the control has data.image_size={size} data.geometry={shape}; `--set` "
+            f"{sizes.num_images} looked at): the control has {' '.join(f'{f}={v}' for f, v in chosen.items())}; `--set` "
             "chooses others for all trials"
         )
-        return replace(self, base=self.base.changed({"data.image_size": size, "data.geometry": shape})), line
+        return replace(self, base=self.base.changed(chosen)), line
 
     def _problems_of_starts(self) -> list[Problem]:
         problems = []

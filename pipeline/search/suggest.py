@@ -60,6 +60,16 @@ def suggest_schedule(trial: Trial, kinds: Sequence[str] = ("one_cycle", "cosine"
         trial.suggest_float("schedule.gamma", 0.1, 0.5, log=True)
 
 
+def suggest_balance(trial: Trial) -> None:
+    """For rare classes: how much more often an epoch shows them, or how much more they weigh; and the focal loss."""
+    if trial.suggest_categorical("data.sampler", ["uniform", "balanced"]) == "balanced":
+        trial.suggest_float("data.sampler_power", 0.25, 1, step=0.25)
+    else:
+        trial.suggest_float("loss.class_weights", 0, 1, step=0.25)
+    if trial.suggest_categorical("loss.name", ["cross_entropy", "focal"]) == "focal":
+        trial.suggest_float("loss.gamma", 0.5, 2.5, step=0.5)
+
+
 def suggest_training(trial: Trial) -> None:
     """Label smoothing and the batch size."""
     trial.suggest_float("loss.label_smoothing", 0, 0.2, step=0.1)

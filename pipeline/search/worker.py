@@ -222,8 +222,9 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
     _set_up_device(assignment, device)
     for recipe in search.executed():
         check_execution(recipe, device)
-    images = load(search.dataset_path or search.base.data.dataset, search.base.data.form, assignment.data_dir)
-    data = prepare(images, search.base.data, device)
+    about = search.base.data
+    here = about.model_copy(update={"dataset": search.dataset_path or about.dataset})
+    data = prepare(load(here, assignment.data_dir, assignment.home), about, device)
     freeze_imports()
     storage = open_storage(assignment.home, assignment.storage, wait=True)
     study = find_study(search, data, storage)  # refuses data that is not the study's

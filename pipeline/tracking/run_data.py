@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.data.datasets import SOURCES, Dataset, load
 from pipeline.errors import DataError, UserError
-from pipeline.recipe import Form
+from pipeline.recipe import Data
 
 MAX_PLACES = 10  # that are kept of a study
 
@@ -17,10 +17,10 @@ class RunData:
     """The data set that a run was trained on, and where it may lie."""
 
     owner: str  # whose it is, for messages
-    dataset: str  # as `load` takes it, by the run's recipe
-    form: Form  # in which the images are wanted; their digest is the same in all
+    about: Data  # the data set as `load` takes it, by the run's recipe
     digest: str
     places: Sequence[str]  # the newest first, as `queries.data_places` has them
+    home: Path | None = None  # the folder mlruns, whose files fix test splits
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +28,14 @@ class LocatedData:
     """A run's data set, opened, and what `load` and the opener of the test split take to open it again."""
 
     images: Dataset
-    dataset: str
+    about: Data
     data_dir: Path
 
 
 def find_data(run_data: RunData, data_dir: Path, dataset: str | None = None, download: bool = True) -> LocatedData:
     """The data set of the run, from the first place whose images have its digest.
 
-    Where `dataset` is given, a name or a folder as `load` takes it, only that is tried. Else the known places and the one
+    Where `dataset` is given, a name, a folder or a manifest, only that is tried. Else the known places and the one
     that the recipe names; for CIFAR-10 `data_dir` comes first, and where no place has it, it is downloaded there.
     DataError with a line for each place that was tried.
     """
@@ -46,18 +46,19 @@ def find_data(run_data: RunData, data_dir: Path, dataset: str | None = None, dow
             tried[place] = [f"{name}: no such folder"]
             continue
         try:
-            images = load(name, run_data.form, directory, may_download)
+            about = run_data.about.model_copy(update={"dataset": name})
+            images = load(about, directory, run_data.home, may_download)
         except UserError as error:
             tried[place] = error.lines
             continue
         if images.digest == run_data.digest:
-            return LocatedData(images, name, directory)
+            return LocatedData(images, about, directory)
         tried[place] = [f"{images.source}: holds other images, digest {images.digest[:12]}"]
-    is_named = run_data.dataset in SOURCES
+    is_named = run_data.about.dataset in SOURCES
     raise DataError(
         run_data.owner,
         f"its data set, digest {run_data.digest[:12]}, is not in {' or '.join(tried)}",
-        f"name {'its folder by `--data-dir`' if is_named else 'the folder where it lies now by `--dataset`'}",
+        f"name {'its folder by `--data-dir`' if is_named else 'the folder or manifest where it lies now by `--dataset`'}",
         [line for lines in tried.values() for line in lines],
     )
 
@@ -68,13 +69,13 @@ def _candidates(
     """The arguments of `load`, each place once."""
     if dataset:
         yield dataset, data_dir, download
-    elif run_data.dataset in SOURCES:
+    elif run_data.about.dataset in SOURCES:
         for directory in dict.fromkeys([data_dir.absolute(), *(Path(place).parent for place in run_data.places)]):
-            yield run_data.dataset, directory, False
+            yield run_data.about.dataset, directory, False
         if download:
-            yield run_data.dataset, data_dir, True
+            yield run_data.about.dataset, data_dir, True
     else:
-        for folder in dict.fromkeys(_resolved(place) for place in [*run_data.places, run_data.dataset]):
+        for folder in dict.fromkeys(_resolved(place) for place in [*run_data.places, run_data.about.dataset]):
             yield folder, data_dir, False
 
 

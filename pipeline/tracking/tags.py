@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 import pipeline.runtime  # noqa: F401, before MLflow
+from pipeline.evaluation.scores import OBJECTIVES
 
 # isort: split
 from mlflow.entities import Run as StoredRun
@@ -54,6 +55,8 @@ class RunTags:
     recipe_digest: str | None = None
     data_digest: str | None = None
     split_digest: str | None = None
+    weights_sha256: str | None = None  # of the file that a pretrained network started from
+    test_digest: str | None = None  # which images of a folder or manifest are sealed
     commit: str | None = None
     git_dirty: bool | None = None
     host: str | None = None
@@ -145,7 +148,7 @@ _PARSERS: Mapping[str, Any] = {
     "seed": _number,
     "trial_run": _hex_id,
     "reproduces": _hex_id,
-    "objective": _one_of("val/accuracy", "val/f1_macro"),
+    "objective": _one_of(*OBJECTIVES),
     "constraints": _bounds,
     "worker": _mapping,
     "data_places": _strings,

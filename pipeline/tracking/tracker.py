@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line, redact_uri
+from pipeline.models.build import weights_digest
 from pipeline.recipe import Recipe
 from pipeline.tracking.journal import FOLDER, Busy, Journal
 from pipeline.tracking.lineage import code, hardware
@@ -222,6 +223,8 @@ class MlflowTracker:
             recipe_digest=recipe.digest(),
             data_digest=data.digest,
             split_digest=data.split_digest,
+            weights_sha256=weights_digest(recipe.model),
+            test_digest=data.listed.listing.test_digest if data.listed else None,
             parent_run=request.parent_run,
         )
         start = {

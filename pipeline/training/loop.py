@@ -16,6 +16,7 @@ from pipeline.data.augment import Augmenter, RandomCrop, normalise
 from pipeline.data.datasets import Split
 from pipeline.data.images import resized
 from pipeline.data.prepare import TrainingData
+from pipeline.data.sampler import Sampler
 from pipeline.evaluation.logits import autocast, predict_logits
 from pipeline.evaluation.scores import CLASS_F1, accuracy_from, balanced_accuracy_from, f1_from, metric_names
 from pipeline.models.build import initial_network, pixel_statistics_of
@@ -25,7 +26,7 @@ from pipeline.runtime import keep_freed_memory
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
 from pipeline.training.freezing import Freezing
-from pipeline.training.losses import soft_cross_entropy
+from pipeline.training.losses import loss_of
 from pipeline.training.optimizers import build_optimizer, set_lr
 from pipeline.training.resume import Parts, Resume
 
@@ -160,6 +161,8 @@ class _Learner:
         self.scored_network = average.network if average else network
         self._parameters = list(network.parameters())
         self._freezing = Freezing(network, transfer) if transfer.frozen_epochs or transfer.frozen_share else None
+        self._sampler = Sampler(data.train.labels, len(data.classes), recipe.data)
+        self._loss = loss_of(recipe.loss, data.train.labels, len(data.classes))
         aspects = data.train.aspects
         self._f1_names = [f"{CLASS_F1}{name}" for name in metric_names(data.classes)]
         self._augmenter = Augmenter(
@@ -187,10 +190,9 @@ class _Learner:
     ) -> None:
         """Train for an epoch (from 1), by `graphed_step` where there is one, else by `step`."""
         settings, steps = self._recipe.training, self._steps
-        num_images = len(self._data.train.images)
         torch.manual_seed(_seed_of(settings.seed, epoch, "dropout"))
         self.generator.manual_seed(_seed_of(settings.seed, epoch, "data"))
-        order = torch.randperm(num_images, generator=self.generator, device=self._device)
+        order = self._sampler.epoch(self.generator)
         self._loss_sum.zero_()
         self._num_correct.zero_()
         self._augmenter.start_epoch(epoch)
@@ -217,7 +219,7 @@ class _Learner:
         on_part("forward")
         with autocast(self._device, settings.precision):
             logits = self._forward(batch)
-        loss = soft_cross_entropy(logits, targets, self._recipe.loss.label_smoothing)
+        loss = self._loss(logits, targets)
         with torch.no_grad():
             self._last_loss.copy_(loss)
             self._loss_sum.add_(loss)

@@ -1,7 +1,25 @@
-"""The training loss."""
+"""The training loss: cross-entropy or focal loss, and how much an image counts in it."""
+
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.nn import functional
+
+from pipeline.data.sampler import class_counts
+from pipeline.recipe import CrossEntropy, Focal
+
+
+def loss_of(recipe: CrossEntropy | Focal, labels: Tensor, num_classes: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of logits (B, C) and targets (B, C), a float32 scalar, for training images with these labels (N,)."""
+    weights = class_weights(labels, num_classes, recipe.class_weights) if recipe.class_weights else None
+    gamma = recipe.gamma if isinstance(recipe, Focal) else 0.0
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        if weights is None and not gamma:
+            return soft_cross_entropy(logits, targets, recipe.label_smoothing)
+        return weighted_focal(logits, targets, recipe.label_smoothing, gamma, weights)
+
+    return loss
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
@@ -11,3 +29,28 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) 
     float32: the logarithm of a sum loses too much in bfloat16.
     """
     return functional.cross_entropy(logits.float(), targets.float(), label_smoothing=label_smoothing)
+
+
+def weighted_focal(
+    logits: Tensor, targets: Tensor, label_smoothing: float, gamma: float, weights: Tensor | None
+) -> Tensor:
+    """`soft_cross_entropy` in which class c counts (1 - p_c)^gamma in each image (focal loss: Lin et al. 2017, arXiv
+    1708.02002, as it is for targets that are a mixture), and an image its target's mean of `weights` (C,).
+
+    torch's own weights would multiply the smoothed targets class by class: a rare class that weighs a hundred times as
+    much as a frequent one would become the target of its images. So a weight multiplies the image's loss here; the two
+    are equal for targets of one class without smoothing.
+    """
+    targets = targets.float()
+    log_p = logits.float().log_softmax(1)
+    smoothed = targets * (1 - label_smoothing) + label_smoothing / targets.shape[1]
+    # 1 - p as -expm1(log p): exact near 1. Above 0, where the power has no finite gradient for gamma < 1.
+    losses = -(smoothed * (-log_p.expm1()).clamp(min=1e-12).pow(gamma) * log_p).sum(1)
+    return (losses if weights is None else losses * (targets * weights).sum(1)).mean()
+
+
+def class_weights(labels: Tensor, num_classes: int, power: float) -> Tensor:
+    """float32 (C,) of images with these labels (N,): counts^-power, scaled so that their mean over the images is 1."""
+    counts = class_counts(labels, num_classes).double()
+    weights = counts.clamp(min=1) ** -power
+    return (weights * (len(labels) / (counts * weights).sum())).float()

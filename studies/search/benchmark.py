@@ -88,7 +88,7 @@ def run(
     asked = SYSTEMS[system]
     data_fields = asked.search(0).base.data
     device = torch.device("cpu")
-    data = prepare(load(data_fields.dataset, data_fields.form, data_dir), data_fields, device)
+    data = prepare(load(data_fields, data_dir), data_fields, device)
     trainer = Trainer(data, device, output / "trainings.jsonl", "val/accuracy")
     trials = Table(output / "trials.csv", TRIAL_COLUMNS, keys=4)
     scores = Table(output / "scores.csv", SCORE_COLUMNS, keys=4)

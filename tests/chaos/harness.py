@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
-from pipeline.recipe import Form, Recipe, parse_recipe
+from pipeline.recipe import Data, Recipe, parse_recipe
 from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget
 from pipeline.training.loop import train
 
@@ -225,4 +225,4 @@ class FaultInjector:
 
 
 def _data(recipe: Recipe) -> TrainingData:
-    return prepare(load("digits", Form(8), Path("data")), recipe.data, torch.device("cpu"))
+    return prepare(load(Data(dataset="digits", image_size=8), Path("data")), recipe.data, torch.device("cpu"))

@@ -11,6 +11,7 @@ from cli.helpers import assert_refused
     ("words", "lines"),
     [
         (["finals"], ["type `python -m pipeline finals NAME`"]),
+        (["finals", "attention", "--seeds", "3", "--folds", "5"], ["`--seeds` and `--folds`: each fold has a seed"]),
         (["finals", "attention"], ["no runs yet in mlruns"]),
         (["finals", "attention", "--device", "gpu"], ["`--device gpu`: should be auto, cpu, cuda or cuda:N"]),
     ],

@@ -15,7 +15,7 @@ from conftest import NO_RETRIES, ROOT, TINY_NETWORK, run_pipeline
 from PIL import Image
 
 from cli.helpers import assert_refused, rows
-from pipeline.recipe import Form
+from pipeline.recipe import Data
 from pipeline.tracking import queries
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -136,7 +136,7 @@ def test_study_on_all_of_cifar10(tmp_path: Path, cifar10_dir: Path) -> None:
 def test_study_on_a_folder_of_images(tmp_path: Path, cifar10_dir: Path) -> None:
     from pipeline.data.datasets import load
 
-    whole = load("cifar10", Form(32), cifar10_dir)
+    whole = load(Data(dataset="cifar10", image_size=32), cifar10_dir)
     for label, name in ((3, "cat [tabby]"), (5, "dög")):
         folder = tmp_path / "pets" / "train" / name
         folder.mkdir(parents=True)

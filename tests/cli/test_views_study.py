@@ -17,6 +17,7 @@ from pipeline.search.progress import StudyProgress
 from pipeline.search.search import Search
 from pipeline.search.trial import SHORT
 from pipeline.tracking.tags import State
+from pipeline.training.loop import EpochReport
 
 FORECAST = {"trials": 3, "seconds": 90, "epoch_s": 2, "epochs": 12, "pruned": 1, "disk_mib": 5, "memory_gib": None}
 
@@ -36,6 +37,19 @@ def test_progress_is_a_line_on_a_pipe(search: Search, capsys: pytest.CaptureFixt
     assert lines[0].startswith("a-v1-digits: 2 of 7 ") and ", 0 short, 1 pruned, 0 failed, best " in lines[0]
     assert lines[1] == "trial 3: lr 0.123"
     assert lines[2].startswith("trial 3 failed (diverged), ") and lines[3] == "  a note"
+
+
+def test_an_epoch_is_shown_with_the_objective(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("throughput/images_per_s", "train/loss", "val/loss", "val/accuracy", "val/f1_macro")
+    report = EpochReport(2, {**dict.fromkeys(names, 0.5), "val/balanced_accuracy": 0.25})
+    balanced = replace(search, study=replace(search.study, objective="val/balanced_accuracy"))
+    for asked in (search, balanced):
+        with StudyView(make_console(), asked) as view:
+            view.trial_started(3, search.base, {})
+            view.epoch(3, report)
+    usual, other = capsys.readouterr().out.splitlines()[1::2]
+    assert usual.endswith(", accuracy 0.5000, macro-F1 0.5000")
+    assert other == f"{usual}, balanced accuracy 0.2500"
 
 
 def test_short_trials_and_their_recipes_in_full_are_named(search: Search, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,15 +7,20 @@ from PIL import Image
 
 from pipeline.data.datasets import load
 from pipeline.errors import UserError
-from pipeline.recipe import Form
+from pipeline.recipe import Data
 
 NO_DATA_DIR = Path("/nonexistent")
+
+
+def about(dataset: object, image_size: int = 8, **fields: object) -> Data:
+    """The recipe's section of a data set all of whose images may be used."""
+    return Data.model_validate({"dataset": str(dataset), "image_size": image_size, "test_fraction": 0} | fields)
 
 
 def lines_of(error: type[UserError], dataset: str, image_size: int = 8, data_dir: Path = NO_DATA_DIR) -> list[str]:
     """What `load` says where it raises an `error` of just this class."""
     with pytest.raises(UserError) as caught:
-        load(dataset, Form(image_size), data_dir)
+        load(about(dataset, image_size), data_dir)
     assert type(caught.value) is error
     return caught.value.lines
 

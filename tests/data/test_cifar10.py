@@ -25,7 +25,7 @@ from pipeline.data import cifar10
 from pipeline.data.datasets import Dataset, load
 from pipeline.data.splits import partition
 from pipeline.errors import DataError, UserError
-from pipeline.recipe import Form
+from pipeline.recipe import Data
 
 
 def test_images_that_exceed_memory_are_refused_before_reading() -> None:
@@ -36,7 +36,7 @@ def test_images_that_exceed_memory_are_refused_before_reading() -> None:
 
 @pytest.fixture(scope="module")
 def real(cifar10_dir: Path) -> Dataset:
-    return load("cifar10", Form(32), cifar10_dir)
+    return load(Data(dataset="cifar10", image_size=32), cifar10_dir)
 
 
 def test_real_cifar10_never_changes(real: Dataset, cifar10_dir: Path) -> None:
@@ -134,13 +134,13 @@ def test_cifar10_is_downloaded_once_then_read_from_disk(
     requests = serve(lambda handler: send(handler, archive))
     data_dir = tmp_path / "new" / "data"
     with caplog.at_level("INFO"):
-        data = load("cifar10", Form(32), data_dir)
+        data = load(Data(dataset="cifar10", image_size=32), data_dir)
     assert requests == ["HEAD", "GET"]
     assert capfd.readouterr() == ("", "")
     assert "170 MB" in caplog.text
     assert [path.name for path in data_dir.iterdir()] == ["cifar-10-batches-py"]
     assert (data.train.images.shape, data.classes) == ((20, 3, 32, 32), ("cat", "dog"))
-    assert load("cifar10", Form(32), data_dir).digest == data.digest
+    assert load(Data(dataset="cifar10", image_size=32), data_dir).digest == data.digest
     assert requests == ["HEAD", "GET"]
 
 
@@ -149,7 +149,7 @@ def test_cifar10_equals_torchvisions_resized_by_pillow(
     tmp_path: Path, archive: bytes, serve: Serve, size: int, levels: int
 ) -> None:
     serve(lambda handler: send(handler, archive))
-    data = load("cifar10", Form(size), tmp_path)
+    data = load(Data(dataset="cifar10", image_size=size), tmp_path)
     theirs = CIFAR10(tmp_path, train=True)
     assert data.train.labels.tolist() == [label for _, label in theirs]
     resized = np.stack([np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)) for image, _ in theirs])
@@ -209,7 +209,7 @@ def test_ctrl_c_in_a_download_leaves_nothing(tmp_path: Path, archive: bytes, ser
 
     serve(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        load("cifar10", Form(32), tmp_path)
+        load(Data(dataset="cifar10", image_size=32), tmp_path)
     assert len(half_written) == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -223,13 +223,13 @@ def test_files_of_a_faster_process_are_kept(tmp_path: Path, archive: bytes, serv
         send(handler, archive)
 
     serve(overtake)
-    assert len(load("cifar10", Form(32), tmp_path).train.labels) == 20
+    assert len(load(Data(dataset="cifar10", image_size=32), tmp_path).train.labels) == 20
     assert list(tmp_path.rglob("*")) == [theirs.parent, theirs]
 
 
 def test_damaged_files_are_listed_and_never_replaced(tmp_path: Path, archive: bytes, serve: Serve) -> None:
     requests = serve(lambda handler: send(handler, archive))
-    load("cifar10", Form(32), tmp_path)
+    load(Data(dataset="cifar10", image_size=32), tmp_path)
     folder = tmp_path / "cifar-10-batches-py"
     (folder / "data_batch_2").write_bytes(b"damaged")
     (folder / "test_batch").write_bytes(b"damaged")
@@ -248,7 +248,7 @@ def test_damaged_files_are_listed_and_never_replaced(tmp_path: Path, archive: by
 
 def test_damaged_class_names_are_detected(tmp_path: Path, archive: bytes, serve: Serve) -> None:
     serve(lambda handler: send(handler, archive))
-    load("cifar10", Form(32), tmp_path)
+    load(Data(dataset="cifar10", image_size=32), tmp_path)
     meta = tmp_path / "cifar-10-batches-py" / "batches.meta"
     meta.write_bytes(b"damaged")
     assert lines_of(DataError, "cifar10", 32, tmp_path)[0] == f"cifar10: {meta}: damaged (wrong MD5)"

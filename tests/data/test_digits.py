@@ -8,11 +8,11 @@ from sklearn.datasets import load_digits
 from pipeline.data.datasets import load
 from pipeline.data.digits import TEST_FRACTION, TEST_SEED
 from pipeline.data.splits import sealed
-from pipeline.recipe import Form
+from pipeline.recipe import Data
 
 
 def test_digits_never_change_and_leave_out_the_test_split() -> None:
-    digits = load("digits", Form(8), NO_DATA_DIR)
+    digits = load(Data(dataset="digits", image_size=8), NO_DATA_DIR)
     assert digits.digest == "2305166aaa5dcc7f83de19778a49a977d4df330217945946188f02859dbc1799"
     assert (digits.name, digits.classes) == ("digits", tuple("0123456789"))
     assert digits.train.images.shape == (1438, 3, 8, 8)
@@ -26,6 +26,6 @@ def test_digits_never_change_and_leave_out_the_test_split() -> None:
 
 def test_digits_at_their_natural_size_never_change() -> None:
     assert (
-        load("digits", Form(16), NO_DATA_DIR).digest
+        load(Data(dataset="digits", image_size=16), NO_DATA_DIR).digest
         == "2305166aaa5dcc7f83de19778a49a977d4df330217945946188f02859dbc1799"
     )

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_cases import NO_DATA_DIR, add_image, lines_of, make_pets
-from PIL import Image
+from data_cases import NO_DATA_DIR, about, add_image, lines_of, make_pets
 from torchvision.datasets import ImageFolder
 
-from pipeline.data import folder as folder_module
 from pipeline.data import images
 from pipeline.data.datasets import load
+from pipeline.data.folder import read_folder
+from pipeline.data.prepare import prepare
 from pipeline.errors import DataError, UserError
-from pipeline.recipe import Form
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def pets(tmp_path: Path) -> Path:
 
 
 def test_folder_orders_classes_and_images_by_name(pets: Path) -> None:
-    data = load(str(pets), Form(12), NO_DATA_DIR)
+    data = load(about(str(pets), 12), NO_DATA_DIR)
     assert (data.name, data.classes) == (f"my-pets-{data.digest[:6]}", ("cat", "dog"))
     assert data.source == str(pets)
     assert data.train.labels.tolist() == [0, 0, 1, 1, 1]
@@ -37,19 +36,55 @@ def test_folder_orders_classes_and_images_by_name(pets: Path) -> None:
 
 
 def test_folder_is_read_as_by_torchvision(pets: Path) -> None:
-    theirs = ImageFolder(pets / "train")
-    files = folder_module._files_by_class(pets)
-    assert [(str(path), label) for label, name in enumerate(files) for path in files[name]] == theirs.samples
-    assert list(files) == theirs.classes
+    theirs, ours = ImageFolder(pets / "train"), read_folder(pets)
+    assert list(zip(map(str, ours.paths), ours.labels, strict=True)) == theirs.samples
+    assert list(ours.classes) == theirs.classes
+
+
+def test_classes_may_lie_in_the_folder_itself(pets: Path) -> None:
+    digest = load(about(pets), NO_DATA_DIR).digest
+    assert load(about(pets / "train"), NO_DATA_DIR).digest == digest, "the same images and classes, the same data set"
+
+
+@pytest.mark.parametrize("name", ["val", "Valid", "VALIDATION"])
+def test_validation_folder_is_the_validation_split(name: str, pets: Path) -> None:
+    before = load(about(pets), NO_DATA_DIR).digest
+    add_image(pets / name / "dog" / "1.png", 99)
+    data = prepare(load(about(pets), NO_DATA_DIR), about(pets), torch.device("cpu"))
+    assert (data.validation_ids.tolist(), data.validation.labels.tolist(), len(data.train.labels)) == ([5], [1], 5)
+    assert data.digest != before
+    assert data.listed.lines() == ["My Pets! has a validation split of its own, 1 images: none is drawn"]
+    add_image(pets / name / "cow" / "1.png")
+    assert lines_of(DataError, pets) == [f"{pets}/{name}/cow: no such class in {pets}/train; rename or remove it"]
+
+
+def test_two_folders_of_one_split_are_refused(pets: Path) -> None:
+    for name in ("val", "valid"):
+        (pets / name).mkdir()
+    assert lines_of(DataError, pets) == [f"{pets}: has val and valid, which mean the same; keep one of them"]
+
+
+def test_class_called_train_is_told_from_the_split(pets: Path) -> None:
+    shutil.move(pets / "train" / "dog", pets / "dog")
+    (line,) = lines_of(DataError, pets)
+    assert line.endswith("add a folder for each class, or rename it if it is one")
 
 
 def test_hidden_files_and_other_files_are_ignored(pets: Path) -> None:
-    before = load(str(pets), Form(12), NO_DATA_DIR).digest
+    before = load(about(str(pets), 12), NO_DATA_DIR).digest
     for name in ("cat/.hidden.png", "cat/._1.png", "cat/.cache/1.png", ".ipynb_checkpoints/1.png"):
         add_image(pets / "train" / name)
-    (pets / "train" / "cat" / "notes.txt").write_text("not an image")
+    for name in ("cat/Thumbs.db", "cat/more/.DS_Store", "__MACOSX/cat/1.png"):
+        (pets / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (pets / "train" / name).touch()
+    (pets / "train" / "cat" / "notes.TXT").write_text("not an image")
     (pets / "train" / "readme.png").write_text("in no class")
-    assert load(str(pets), Form(12), NO_DATA_DIR).digest == before
+    (pets / "raw").mkdir()
+    data = load(about(str(pets), 12), NO_DATA_DIR)
+    assert data.digest == before
+    assert data.listed.lines() == [
+        f"left out of {pets}: 7 hidden or system, 1 .txt, 1 folders beside the splits, 1 in no class folder"
+    ]
 
 
 def test_links_are_followed_once_even_in_a_circle(pets: Path) -> None:
@@ -58,7 +93,7 @@ def test_links_are_followed_once_even_in_a_circle(pets: Path) -> None:
     add_image(pets / "elsewhere" / "2.png")
     (pets / "train" / "bird").symlink_to(pets / "elsewhere")
     (pets / "train" / "dog" / "also").symlink_to(pets / "elsewhere")
-    data = load(str(pets), Form(12), NO_DATA_DIR)
+    data = load(about(str(pets), 12), NO_DATA_DIR)
     assert data.classes == ("bird", "cat", "dog")
     assert data.train.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 2]
 
@@ -71,13 +106,13 @@ def test_link_out_of_the_folder_is_refused(link: str, pets: Path) -> None:
     if link == "train":
         (pets / "train").rename(pets / "before")
     (pets / link).symlink_to(private / "1.png" if link.endswith(".png") else private)
-    with pytest.raises(DataError, match=f"a link leads out of {re.escape(str(pets))}; copy the images into it"):
-        load(str(pets), Form(12), NO_DATA_DIR)
+    with pytest.raises(DataError, match=f"leads out of {re.escape(str(pets))}; copy the images into it"):
+        load(about(str(pets), 12), NO_DATA_DIR)
     link_to_all = pets.parent / "all"
     link_to_all.symlink_to(pets)
     (pets / link).unlink()
     if link != "train":
-        assert load(str(link_to_all), Form(12), NO_DATA_DIR).classes == ("cat", "dog"), (
+        assert load(about(str(link_to_all), 12), NO_DATA_DIR).classes == ("cat", "dog"), (
             "the folder itself may be named by a link"
         )
 
@@ -135,16 +170,22 @@ def test_every_class_needs_two_images(pets: Path) -> None:
 def test_folder_needs_train_and_two_classes(pets: Path) -> None:
     shutil.rmtree(pets / "train" / "dog")
     assert lines_of(DataError, str(pets)) == [
-        f"{pets}/train: holds 1 class folder(s), needs at least 2; add a folder for each class"
+        f"{pets}/train: holds 1 class(es), needs at least 2; add a folder for each class"
     ]
     shutil.rmtree(pets / "train")
-    assert lines_of(DataError, str(pets)) == [f"{pets}: has no folder train; put the images into {pets}/train/<class>/"]
+    assert lines_of(DataError, str(pets)) == [
+        f"{pets}: holds 0 class(es), needs at least 2; add a folder for each class"
+    ]
+    (pets / "test").mkdir()
+    assert lines_of(DataError, str(pets)) == [
+        f"{pets}: has no folder train; put the training images into {pets}/train/<class>/"
+    ]
 
 
 def test_test_images_stay_closed_but_their_classes_are_checked(pets: Path) -> None:
     (pets / "test" / "dog").mkdir(parents=True)
     (pets / "test" / "dog" / "1.png").write_bytes(b"would be refused if it were opened")
-    assert len(load(str(pets), Form(8), NO_DATA_DIR).train.labels) == 5
+    assert len(load(about(str(pets), 8), NO_DATA_DIR).train.labels) == 5
     (pets / "test" / "dogs").mkdir()
     assert lines_of(DataError, str(pets)) == [
         f"{pets}/test/dogs: no such class in {pets}/train (did you mean dog?); rename or remove it"
@@ -153,14 +194,5 @@ def test_test_images_stay_closed_but_their_classes_are_checked(pets: Path) -> No
 
 def test_folder_with_too_many_pixels_is_refused(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_BYTES", 5 * 3 * 64**2)
-    assert len(load(str(pets), Form(64), NO_DATA_DIR).train.labels) == 5
+    assert len(load(about(str(pets), 64), NO_DATA_DIR).train.labels) == 5
     assert lines_of(UserError, str(pets), 65)[0].startswith("data.image_size = 65: 5 images take")
-
-
-def test_sizes_are_looked_at_as_images_are_shown(pets: Path) -> None:
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    for index in range(9):
-        Image.new("RGB", (30, 20)).save(pets / "train" / "cat" / f"turned{index}.jpg", exif=turned)
-    (pets / "train" / "cat" / "broken.png").write_bytes(b"")
-    assert folder_module.look(pets) == folder_module.Sizes(14, 20, 30, 1.5)

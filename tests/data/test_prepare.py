@@ -9,7 +9,7 @@ from data_cases import add_image, make_pets
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, pixel_statistics, prepare
 from pipeline.errors import DataError
-from pipeline.recipe import Data, Form
+from pipeline.recipe import Data
 
 
 def test_pixel_statistics_equal_those_of_the_floats() -> None:
@@ -27,7 +27,7 @@ def test_a_channel_that_never_varies_is_not_divided_by_zero() -> None:
 
 
 def test_training_and_validation_are_disjoint_parts_of_the_data_set(digits: TrainingData, tmp_path) -> None:
-    dataset = load("digits", Form(8), tmp_path)
+    dataset = load(Data(dataset="digits", image_size=8), tmp_path)
     assert len(digits.train.labels) + len(digits.validation.labels) == len(dataset.train.labels)
     assert torch.equal(dataset.train.images[digits.validation_ids], digits.validation.images)
     assert torch.equal(dataset.train.labels[digits.validation_ids], digits.validation.labels)
@@ -40,7 +40,7 @@ def test_the_statistics_are_of_the_training_images_alone(digits: TrainingData) -
 
 
 def test_the_split_seed_changes_the_split_and_its_digest(digits: TrainingData, tmp_path) -> None:
-    dataset = load("digits", Form(8), tmp_path)
+    dataset = load(Data(dataset="digits", image_size=8), tmp_path)
     other = prepare(dataset, Data(dataset="digits", image_size=8, split_seed=1), torch.device("cpu"))
     again = prepare(dataset, Data(dataset="digits", image_size=8), torch.device("cpu"))
     assert other.split_digest != digits.split_digest == again.split_digest
@@ -48,7 +48,7 @@ def test_the_split_seed_changes_the_split_and_its_digest(digits: TrainingData, t
 
 
 def test_train_fraction_keeps_the_validation_images(digits: TrainingData, tmp_path) -> None:
-    dataset = load("digits", Form(8), tmp_path)
+    dataset = load(Data(dataset="digits", image_size=8), tmp_path)
     third = prepare(dataset, Data(dataset="digits", image_size=8, train_fraction=1 / 3), torch.device("cpu"))
     assert len(third.train.labels) == round(len(digits.train.labels) / 3)
     assert torch.equal(third.validation.images, digits.validation.images)
@@ -60,8 +60,8 @@ CPU = torch.device("cpu")
 
 def test_other_form_is_the_same_data_and_split(tmp_path: Path) -> None:
     root = make_pets(tmp_path / "pets")
-    base = Data(dataset=str(root), image_size=8, validation_fraction=0.4)
-    data = prepare(load(str(root), base.form, tmp_path), base, CPU)
+    base = Data(dataset=str(root), image_size=8, validation_fraction=0.4, test_fraction=0)
+    data = prepare(load(base, tmp_path), base, CPU)
     cut = base.model_copy(update={"image_size": 10, "geometry": "random_resized_crop", "crop_scale": 0.25})
     other = data.at(cut)
     assert data.at(base) is data and data.at(cut) is other, "it is read once"
@@ -73,10 +73,24 @@ def test_other_form_is_the_same_data_and_split(tmp_path: Path) -> None:
     assert data.train.aspects is None
 
 
+def test_groups_and_folds_of_a_manifest_decide_the_split(tmp_path: Path) -> None:
+    for number in range(12):
+        add_image(tmp_path / f"{number:02}.png", 20 * number)
+    rows = [f"{number:02}.png,{'cat' if number % 2 else 'dog'},g{number // 4}" for number in range(12)]
+    (tmp_path / "pets.csv").write_text("\n".join(["path,label,group", *rows]))
+    about = Data(dataset=str(tmp_path / "pets.csv"), image_size=8, test_fraction=0, validation_fraction=0.3)
+    data = prepare(load(about, tmp_path), about, CPU)
+    assert data.validation.labels.tolist() == [0, 0, 1, 1], "one group of three"
+    folds = [data.at(about.model_copy(update={"folds": 3, "fold": fold})) for fold in range(3)]
+    assert sorted(torch.cat([fold.validation_ids for fold in folds]).tolist()) == list(range(12))
+    assert folds[2] is data.at(about.model_copy(update={"folds": 3, "fold": 2})) and folds[2].digest == data.digest
+    assert (data.drawn_fraction, folds[0].drawn_fraction) == (0.3, None)
+
+
 def test_folder_that_changes_between_two_forms_is_refused(tmp_path: Path) -> None:
     root = make_pets(tmp_path / "pets")
-    base = Data(dataset=str(root), image_size=8, validation_fraction=0.4)
-    data = prepare(load(str(root), base.form, tmp_path), base, CPU)
+    base = Data(dataset=str(root), image_size=8, validation_fraction=0.4, test_fraction=0)
+    data = prepare(load(base, tmp_path), base, CPU)
     add_image(root / "train" / "cat" / "1.png", 99)
     with pytest.raises(DataError, match="changed while they were in use"):
         data.at(base.model_copy(update={"geometry": "pad"}))

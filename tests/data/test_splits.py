@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.splits import partition, sealed, thinned
+from pipeline.data.splits import Partition, fold, partition, sealed, thinned
 from pipeline.errors import UserError
 
 
@@ -103,3 +103,55 @@ def test_train_fraction_keeps_class_shares_and_validation() -> None:
     assert thinned(whole, labels, 1.0, 0) is whole
     with pytest.raises(UserError, match=r"^data.train_fraction = 0.0001: gives 0 of 2700 images"):
         thinned(whole, labels, 1e-4, 0)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=6, max_size=30),
+    classes=st.integers(2, 4),
+    fraction=st.floats(0.05, 0.45),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=25)
+def test_a_group_is_never_on_two_sides(sizes: list[int], classes: int, fraction: float, seed: int) -> None:
+    random = np.random.RandomState(seed)
+    groups = torch.from_numpy(random.permutation(np.repeat(np.arange(len(sizes)), sizes)))
+    labels = torch.from_numpy(np.unique(random.randint(classes, size=len(groups)), return_inverse=True)[1])
+    for draw in (
+        lambda: partition(labels, fraction, seed, groups),
+        lambda: fold(labels, 1, 3, seed, groups),
+        lambda: Partition(*sealed(labels, fraction, seed, groups), ""),
+    ):
+        try:
+            split = draw()
+        except UserError:  # a class of one group, or too few groups: see the tests below
+            continue
+        assert not set(groups[split.train].tolist()) & set(groups[split.validation].tolist())
+        assert sorted([*split.train.tolist(), *split.validation.tolist()]) == list(range(len(groups)))
+        assert len(split.validation) and set(labels[split.train].tolist()) == set(labels.tolist())
+
+
+def test_groups_are_drawn_as_near_to_the_share_and_the_classes_as_they_can() -> None:
+    labels, groups = torch.arange(600) % 3, torch.arange(600) // 6  # 100 groups with two images of each class
+    split = partition(labels, 0.3, 0, groups)
+    assert labels[split.validation].bincount().tolist() == [60] * 3
+    cameras = torch.arange(600) // 120  # five: a tenth can't be had, so one of them
+    assert len(partition(labels, 0.1, 0, cameras).validation) == 120
+
+
+def test_class_of_one_group_always_trains() -> None:
+    labels, groups = torch.tensor([0, 1] * 20 + [2] * 5), torch.tensor([*range(40), *[40] * 5])
+    for seed in range(5):
+        assert 2 not in labels[partition(labels, 0.2, seed, groups).validation]
+    with pytest.raises(UserError, match=r"^data.folds = 4, class cow: leaves no group to train on; add groups of it"):
+        fold(labels, 0, 4, 0, groups, ["cat", "dog", "cow"])
+
+
+@pytest.mark.parametrize("groups", [None, torch.arange(90) // 3])
+def test_each_image_validates_in_one_fold(groups: torch.Tensor | None) -> None:
+    labels = torch.arange(90) % 3
+    folds = [fold(labels, number, 5, 0, groups) for number in range(5)]
+    assert sorted(torch.cat([one.validation for one in folds]).tolist()) == list(range(90))
+    assert all(labels[one.validation].bincount().tolist() == [6] * 3 for one in folds)
+    assert len({one.digest for one in folds}) == 5
+    with pytest.raises(UserError, match=r"^data.folds = 31: takes at least 31 .*there are .*; choose another"):
+        fold(labels, 0, 31, 0, groups)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from synthetic_logits import macro_f1, sample_logits, softmax
 from torch.nn import functional
 
-from pipeline.evaluation.calibration import fit_calibration, fit_temperature, fit_thresholds
+from pipeline.evaluation.calibration import fit_calibration, fit_temperature, fit_thresholds, reweighting_line
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -95,3 +95,16 @@ def test_thresholds_stay_1_where_nothing_helps() -> None:
 def test_calibration_without_images_is_neutral() -> None:
     calibration = fit_calibration(np.empty((0, 3)), np.empty(0, np.int64))
     assert (calibration.temperature, calibration.thresholds) == (1.0, (1.0, 1.0, 1.0))
+
+
+def test_what_reweighting_did_is_said_in_numbers_of_the_rarer_half() -> None:
+    labels = np.array([2] * 90 + [0] * 6 + [1] * 4)
+    probabilities = np.tile([0.2, 0.3, 0.5], (100, 1))
+    weighted = {"data.sampler": "uniform", "data.sampler_power": 1.0, "loss.class_weights": 0.5}
+    line = reweighting_line(weighted, probabilities, labels)
+    assert "(class weights of power 0.5)" in line
+    assert "gets 30.0% of the probability and has 4.0% of the validation images" in line
+    both = reweighting_line(weighted | {"data.sampler": "balanced"}, probabilities, labels)
+    assert "(balanced sampler of power 1, class weights of power 0.5)" in both
+    for off in ({}, {"loss.class_weights": np.nan}, weighted | {"loss.class_weights": 0.0}):
+        assert not reweighting_line(off, probabilities, labels)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.evaluation.logits import autocast, predict_logits
+from pipeline.evaluation.logits import autocast, images_together, predict_logits
 from pipeline.models.build import build_network
 from pipeline.recipe import Attention
 
@@ -25,6 +25,19 @@ def test_logits_are_of_normalised_images_in_evaluation_mode() -> None:
     for batch_size in (1, 7, 500):
         again = predict_logits(network, images, MEAN, STD, "fp32", batch_size)
         torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_large_images_are_predicted_a_few_at_a_time() -> None:
+    assert [images_together(size) for size in (8, 32, 64, 128, 224, 512, 4096)] == [500, 500, 500, 125, 40, 7, 1]
+
+    class Counting(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            counts.append(len(images))
+            return images.mean((2, 3))
+
+    counts: list[int] = []
+    assert predict_logits(Counting(), torch.zeros(9, 3, 512, 512, dtype=torch.uint8), MEAN, STD, "fp32").shape == (9, 3)
+    assert counts == [7, 2]
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

@@ -1,14 +1,23 @@
 """Tests of differences against other implementations, by hand and by repetition."""
 
+from collections.abc import Callable
 from itertools import product
 from math import comb
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest, ttest_1samp
-from sklearn.metrics import f1_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
-from pipeline.evaluation.significance import f1_macro_error, mcnemar, paired_t, sample, small_split_line, wilson
+from pipeline.evaluation.significance import (
+    f1_macro_error,
+    mcnemar,
+    paired_difference,
+    paired_t,
+    sample,
+    small_split_line,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(("right", "images"), [(0, 1), (1, 2), (7, 7), (50, 93), (4500, 5000)])
@@ -85,6 +94,25 @@ def test_equally_good_predictions_rarely_differ_in_macro_f1() -> None:
     assert 3 <= alarms <= 30  # 15 expected at 5 %
 
 
+@pytest.mark.parametrize(
+    ("objective", "metric"), [("val/accuracy", accuracy_score), ("val/balanced_accuracy", balanced_accuracy_score)]
+)
+def test_a_paired_difference_is_that_of_the_objective(objective: str, metric: Callable[..., float]) -> None:
+    """With the error that a bootstrap within the classes has, of which one is rare."""
+    labels, first, second = predictions(0, 800, 5)
+    labels, first, second = (x[(labels > 0) | (np.arange(800) % 4 == 0)] for x in (labels, first, second))
+    difference, error = paired_difference(objective, labels, first, second, 5)
+    assert difference == pytest.approx(metric(labels, first) - metric(labels, second))
+    rng, classes = np.random.default_rng(1), [np.flatnonzero(labels == label) for label in range(5)]
+    gains = (labels == first).astype(float) - (labels == second)
+    drawn = [[gains[rng.choice(images, len(images))] for images in classes] for _ in range(500)]
+    if objective == "val/balanced_accuracy":
+        spread = np.std([np.mean([of.mean() for of in draw]) for draw in drawn])
+    else:
+        spread = gains.std() / np.sqrt(len(gains))
+    assert error == pytest.approx(spread, rel=0.1)
+
+
 def test_equal_predictions_have_no_macro_f1_error() -> None:
     labels, first, _ = predictions(0, 50, 3)
     assert f1_macro_error(labels, first, first, 7) == 0
@@ -109,3 +137,15 @@ def test_paired_t_test_equals_scipys_above_the_least_deviation() -> None:
     assert paired_t(differences.tolist(), 0.01) > p
     assert paired_t([0.01, 0.01, 0.01], 0.01) == pytest.approx(0.2254, abs=1e-4), "t = sqrt(3), two degrees of freedom"
     assert paired_t([0.3], 0.01) == 1
+
+
+def test_overlap_of_folds_widens_intervals_and_tests() -> None:
+    values = [0.7, 0.72, 0.69, 0.74, 0.7]
+    plain, folds = sample(values), sample(values, overlap=1 / 4)
+    assert (folds.mean, folds.sd) == (plain.mean, plain.sd) and folds.high and plain.high
+    assert (folds.high - folds.mean) / (plain.high - plain.mean) == pytest.approx((1 + 5 / 4) ** 0.5)
+    assert paired_t(values, 1e-3, overlap=1 / 4) > paired_t(values, 1e-3)
+
+
+def test_given_split_that_is_small_names_no_fraction() -> None:
+    assert str(small_split_line(2, None)).endswith("93 narrow it to 20 points")

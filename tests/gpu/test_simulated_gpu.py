@@ -24,7 +24,7 @@ from pipeline.recipe import Recipe
 from pipeline.search.speed import Stopwatch
 from pipeline.search.study import load_study
 from pipeline.tracking.lineage import hardware
-from pipeline.training import execution, loop
+from pipeline.training import execution, loop, losses
 from pipeline.training.execution import own_stream
 from pipeline.training.loop import Result, train
 
@@ -51,7 +51,13 @@ TWO_STEPS = 16  # images; the second step makes no state any more
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.nesterov": True},
     "adam": {"optimizer.name": "adam", "optimizer.lr": 0.001},
-    "adamw": {"optimizer.name": "adamw", "optimizer.lr": 0.001},
+    "adamw": {
+        "optimizer.name": "adamw",
+        "optimizer.lr": 0.001,
+        "data.sampler": "balanced",
+        "loss.name": "focal",
+        "loss.class_weights": 0.5,
+    },
     "muon": {"optimizer.name": "muon", "optimizer.lr": 0.1, "optimizer.bias_lr": 10, "optimizer.head_lr": 100},
 }
 
@@ -131,8 +137,8 @@ def test_a_step_that_waits_or_mixes_devices_fails(
     tiny: Recipe,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = loop.soft_cross_entropy
-    monkeypatch.setattr(loop, "soft_cross_entropy", lambda *arguments: fault(real(*arguments)))
+    real = losses.soft_cross_entropy
+    monkeypatch.setattr(losses, "soft_cross_entropy", lambda *arguments: fault(real(*arguments)))
     with pytest.raises(error, match=why):
         trained(tiny)
 

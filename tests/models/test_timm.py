@@ -1,5 +1,6 @@
 """`timm`: names, weights and their faults, and what a network of it says of itself."""
 
+import hashlib
 import socket
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 from pipeline.cli.exit_codes import exit_code
 from pipeline.errors import UserError
 from pipeline.models import timm
-from pipeline.models.build import build_network, check_network, initial_network, pixel_statistics_of, weights_origin
+from pipeline.models.build import (
+    build_network,
+    check_network,
+    initial_network,
+    pixel_statistics_of,
+    weights_digest,
+    weights_origin,
+)
 from pipeline.recipe import Timm
 
 LITE0 = Timm(weights="efficientnet-lite0")
@@ -46,13 +54,13 @@ def problem(model: Timm, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> li
     return raised.value.lines
 
 
-def test_embedded_weights_know_a_palace_and_a_daisy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_weights_know_a_palace_and_a_daisy() -> None:
     """The order of the package's tensors is that of timm's, its head's too, which a training leaves out."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
-    monkeypatch.setattr(timm, "_prefixes", lambda network: ("none",))
     network = initial_network(LITE0, 1000, 224, seed=0).eval()
+    network.load_state_dict(timm._of_package(network), strict=False)
     photos = [pil_to_tensor(Image.fromarray(image)) for image in load_sample_images().images]
     images = torch.stack([center_crop(resize(photo, 224), 224) for photo in photos]) / 255
     with torch.inference_mode():
@@ -60,13 +68,15 @@ def test_embedded_weights_know_a_palace_and_a_daisy(monkeypatch: pytest.MonkeyPa
 
 
 def test_training_starts_from_the_weights_with_a_new_head() -> None:
-    first, second = (initial_network(LITE0, 3, 32, seed).state_dict() for seed in (0, 1))
-    plain = build_network(LITE0, 3, 32, seed=0).state_dict()
-    same = {name for name in first if torch.equal(first[name], second[name]) and not name.endswith("batches_tracked")}
-    assert set(first) - same - {n for n in first if n.endswith("batches_tracked")} == {"classifier.weight"}
-    assert not torch.equal(first["conv_stem.weight"], plain["conv_stem.weight"])
+    network, other = initial_network(LITE0, 3, 32, seed=0), initial_network(LITE0, 3, 32, seed=1).state_dict()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in network.state_dict().items())
+    plain = build_network(LITE0, 3, 32, seed=0)
+    assert not torch.equal(network.conv_stem.weight, plain.conv_stem.weight)
+    images = torch.randn(2, 3, 32, 32)
+    assert not network.eval()(images).any() and plain.eval()(images).any(), "the head has no opinion yet"
     assert pixel_statistics_of(LITE0) == ((0.5,) * 3, (0.5,) * 3) and pixel_statistics_of(Timm()) is None
     assert "Apache-2.0" in str(weights_origin(LITE0)) and weights_origin(Timm()) is None
+    assert str(weights_digest(LITE0)).startswith("57934424") and weights_digest(Timm()) is None
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -77,6 +87,7 @@ def test_file_fills_all_but_the_head(tmp_path: Path, resnet: nn.Module, suffix: 
     network = initial_network(model, 5, 32, seed=1)
     assert torch.equal(network.state_dict()["layer4.1.conv2.weight"], resnet.state_dict()["layer4.1.conv2.weight"])
     assert str(weights_origin(model)).startswith(path.name)
+    assert weights_digest(model) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path, resnet: nn.Module) -> None:
@@ -108,6 +119,24 @@ def test_download_that_fails_is_one_message_of_missing_data(monkeypatch: pytest.
     with pytest.raises(UserError, match=r"timm/resnet18.a1_in1k failed.*--set model.weights=FILE") as raised:
         initial_network(Timm(backbone="resnet18", weights="default"), 3, 32, 0)
     assert exit_code(raised.value) == 3 and len(raised.value.lines) == 1
+
+
+def test_downloaded_weights_are_used_offline_and_have_a_digest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, resnet: nn.Module
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    place = tmp_path / "models--timm--resnet18.a1_in1k"
+    snapshot = place / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0" * 40)
+    other_head = build_network(Timm(backbone="resnet18"), 1000, 32, seed=0).fc.state_dict()
+    save_file(resnet.state_dict() | {f"fc.{name}": t for name, t in other_head.items()}, snapshot / "model.safetensors")
+    model = Timm(backbone="resnet18", weights="default")
+    weight = initial_network(model, 5, 32, seed=1).state_dict()["layer4.1.conv2.weight"]
+    assert torch.equal(weight, resnet.state_dict()["layer4.1.conv2.weight"])
+    assert weights_digest(model) == hashlib.sha256((snapshot / "model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from pipeline.cli.exit_codes import exit_code
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PromotionRefused
-from pipeline.recipe import Recipe
+from pipeline.recipe import Data, Recipe
 from pipeline.registry import candidate_evaluation
 from pipeline.registry import test_split as opener
 from pipeline.registry.candidate_evaluation import TEST_EVALUATIONS, control_of
@@ -54,7 +54,7 @@ def test_other_onnx_than_was_evaluated_is_not_registered(store: Store, tmp_path:
     registry, view = store.registry(tmp_path, "other-bytes"), RecordingObserver()
     evaluation = candidate_evaluation.CandidateEvaluation(registry, RULES, DATA, tmp_path / "files", view)
     challenger = evaluation.model(store.best, "challenger")
-    split, details = opener.digest_of("digits", DATA), record(onnx_sha256="0" * 64)
+    split, details = opener.digest_of(Data(dataset="digits"), DATA), record(onnx_sha256="0" * 64)
     verdict = registry.ledger.record(PASSED, registry.model, store.best, split=split, details=details)
     with pytest.raises(PromotionRefused, match="exported now, its ONNX model isn't the one that was evaluated"):
         evaluation.onnx_of_verdict(challenger, verdict)

@@ -85,7 +85,7 @@ def test_licence_is_that_of_the_data_set(dataset: str, licence: str, packed: Pac
     metadata = ModelMetadata.model_validate(read_checkpoint(packed.folder))
     data = metadata.recipe.data.model_copy(update={"dataset": dataset})
     changed = metadata.model_copy(update={"recipe": metadata.recipe.model_copy(update={"data": data})})
-    assert licence in card._data(changed)
+    assert licence in card._data(changed, 144)
 
 
 def test_folder_keeps_card_and_evidence(packed: Package) -> None:

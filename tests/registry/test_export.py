@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 from pipeline import recipe
-from pipeline.data.datasets import load
-from pipeline.data.images import read_image
+from pipeline.data.datasets import Split, load
+from pipeline.data.images import read_image, resized
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import PromotionRefused
 from pipeline.evaluation.calibration import Calibration
@@ -22,7 +22,7 @@ from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.inference.methods import METHODS, MethodScores
 from pipeline.inference.predictions import predict_files
 from pipeline.models.build import build_network
-from pipeline.recipe import Form, Recipe
+from pipeline.recipe import Data, Form, Recipe
 from pipeline.registry import export
 from pipeline.registry.test_split import open_test_split
 from pipeline.tracking.models import find_model
@@ -127,8 +127,8 @@ def test_a_file_gives_the_same_probabilities_everywhere(
     torchs = dataclasses.replace(torchs, metadata=torchs.metadata.model_copy(update={"recipe": changed}))
     names = sorted(photos(tmp_path))
     files = [tmp_path / "train" / "a" / name for name in names]
-    evaluated = load(str(tmp_path), changed.data.form, tmp_path).train.images[: len(names)]
-    tested = open_test_split(str(tmp_path), changed.data.form, tmp_path, ["a", "b"]).images[: len(names)]
+    evaluated = load(changed.data, tmp_path).train.images[: len(names)]
+    tested = open_test_split(changed.data, changed.data.form, tmp_path, ["a", "b"]).images[: len(names)]
     said = export.preprocessing(torchs.metadata)
     sent = torch.stack([torch.from_numpy(read_image(f, Form(said["image_size"], said["geometry"]))) for f in files])
     predicted = predict_files(torchs, files, "plain").probabilities
@@ -159,6 +159,11 @@ def test_wrong_export_is_refused_with_the_difference(right: tuple[Classifier, Pa
     ):
         export.check(dataclasses.replace(torchs, metadata=metadata), path, noise(10, 11))
     assert export.check(torchs, path, noise(10, 11)) < export.TOLERANCE
+
+
+def test_sizes_of_batches_are_those_that_fit_in_memory() -> None:
+    assert export.batch_sizes(64) == list(export.BATCHES) and export.batch_sizes(224) == [1, 2, 7, 40]
+    assert export.difference_line(0, "them", 224).endswith("on them, in batches of 1, 2, 7 and 40")
 
 
 @pytest.mark.parametrize("size", export.BATCHES)
@@ -221,9 +226,15 @@ def test_validation_split_of_a_trained_model(trained: Trained, packed: object, d
 
 def test_validation_split_of_cifar10(cifar10_dir: Path, tmp_path: Path) -> None:
     torchs, path = classifier(recipe.Plain(widths=(8, 16)), size=32, classes=10), tmp_path / "model.onnx"
-    data = prepare(load("cifar10", Form(32), cifar10_dir), torchs.metadata.recipe.data, CPU)
+    data = prepare(load(Data(dataset="cifar10", image_size=32), cifar10_dir), torchs.metadata.recipe.data, CPU)
     export.export_onnx(torchs, path)
     assert export.check(torchs, path, data.validation.images) <= export.TOLERANCE
+
+
+def test_calibration_takes_images_as_the_model_does(digits: TrainingData) -> None:
+    held = Split(resized(digits.train.images, Form(13)), digits.train.labels)  # for random crops
+    seen = export.calibration_pixels(dataclasses.replace(digits, train=held))
+    assert seen.shape == (-(-len(held.labels) // 3), *digits.validation.images.shape[2:], 3), "every third image"
 
 
 def test_8_bit_model_is_smaller_and_close(tmp_path: Path) -> None:
@@ -241,4 +252,6 @@ def test_8_bit_model_is_smaller_and_close(tmp_path: Path) -> None:
     original, small = (export.benchmark(tmp_path / name, pixels, labels) for name in ("model.onnx", "like.onnx"))
     assert original.accuracy == 1.0 > small.accuracy > 0.9
     assert small.bytes < 0.5 * original.bytes
+    relus = [sum(n.op_type == "Relu" for n in onnx.load(tmp_path / f"{m}.onnx").graph.node) for m in ("model", "like")]
+    assert relus == [2, 0], "8 bits from 0 on do what a ReLU does"
     assert set(small.latency_ms) == set(small.images_per_second) == {1, 2}

@@ -180,6 +180,23 @@ def test_study_without_finished_trial_or_control_is_refused(new_harness: Callabl
 # ------------------------------------------------------------------------------------------------------ what is trained
 
 
+def test_each_seed_of_folds_trains_on_another_one(harness: StudyHarness) -> None:
+    planned = plan_finals(harness.tracker, harness.study, CPU, 1, 9, folds=3)
+    assert len(planned.seeds) == 3 and planned.num_trainings == 6
+    decision = finals.run_finals(harness.tracker, planned, harness.data, CPU, RecordingObserver(), harness.home)
+    assert decision and decision.folds == 3 and decision.rules[-1].startswith("folds: each seed trains on another fold")
+    assert decision.winner and "standard deviation of 3 folds" in decision.winner.summary
+    runs, tags = harness.runs(), [RunTags.of(run) for run in harness.runs()]
+    assert sorted(run.data.params["data.fold"] for run in runs) == ["0", "0", "1", "1", "2", "2"]
+    assert len({tag.split_digest for tag in tags}) == 3, "both candidates on the same folds"
+    (result, *_) = decision.candidates
+    assert result.score and result.score.sd and result.score.high
+    widened = result.score.sd * (1 / 3 + 1 / 2) ** 0.5 * 4.302653  # t of 2 degrees of freedom
+    assert result.score.high - result.score.mean == pytest.approx(widened)
+    assert plan_finals(harness.tracker, harness.study, CPU, 1, 9, folds=3).num_done == 6, "they resume"
+    assert harness.plan(1, 3).num_done == 0, "and are no finals on the study's own split"
+
+
 def test_finals_are_children_of_the_study_beside_its_trials(finished: StudyHarness) -> None:
     runs = {(run.data.tags["trial"], run.data.tags["seed"]): run for run in finished.runs()}
     assert set(runs) == {("0", "1"), ("0", "2"), ("1", "1"), ("1", "2")}

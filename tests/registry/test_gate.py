@@ -14,7 +14,7 @@ from scipy.stats import binom, binomtest
 from pipeline.data.datasets import load
 from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
-from pipeline.recipe import Form, parse_recipe
+from pipeline.recipe import Data, parse_recipe
 from pipeline.registry import gate
 from pipeline.registry.gate import Evidence, ModelEvidence, RuleResult, Rules, Verdict, decide, mcnemar_one_sided
 from pipeline.training.loop import train
@@ -54,7 +54,7 @@ def seeds() -> tuple[np.ndarray, np.ndarray]:
             "training": {"epochs": 3, "batch_size": 32},
         }
     )
-    data = prepare(load("digits", Form(8), Path("data")), recipe.data, torch.device("cpu"))
+    data = prepare(load(Data(dataset="digits", image_size=8), Path("data")), recipe.data, torch.device("cpu"))
 
     def trained(seed: int) -> np.ndarray:
         result = train(recipe.changed({"training.seed": seed}), data, torch.device("cpu"), lambda report: None)

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PromotionRefused, UserError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Data, Recipe
 from pipeline.registry import promote as module
 from pipeline.registry import test_split as opener
 from pipeline.registry.ledger import (
@@ -264,7 +264,7 @@ def kills_and_a_race(store: Store, root: Path) -> None:
 @pytest.fixture(scope="module")
 def aftermath(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder mlruns for each kill, and `race`: the good run is champion, the rival has passed, and then it happens."""
-    root, split = tmp_path_factory.mktemp("aftermath"), opener.digest_of("digits", DATA)
+    root, split = tmp_path_factory.mktemp("aftermath"), opener.digest_of(Data(dataset="digits"), DATA)
     details = record(opponent="champion", opponent_run=store.good)
     for folder, model in [*((str(n), f"killed-{n}") for n in range(len(KILLS))), ("race", "race")]:
         registry = store.registry(root / folder, model)

@@ -16,7 +16,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, NotReproduced, UserError
 from pipeline.experiment import ExperimentRequest, Outcome
 from pipeline.recipe import Recipe
-from pipeline.registry import finals, reproduce
+from pipeline.registry import card, finals, reproduce
 from pipeline.registry.reproduce import Difference, compare, differences, find_original, summarise
 from pipeline.tracking import queries
 from pipeline.tracking.tags import RunTags, State
@@ -185,9 +185,13 @@ def test_default_tolerance_is_three_standard_deviations(
 def test_each_difference_has_a_line(
     tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
 ) -> None:
-    with tracker.run(RunRequest(name="old", recipe=small_recipe, data=digits)) as run:
+    pretrained = {"model.network": "timm", "model.weights": "efficientnet-lite0", "data.image_size": 32}
+    with tracker.run(RunRequest(name="old", recipe=small_recipe.changed(pretrained), data=digits)) as run:
         run.log_metrics({"val/accuracy": 0.5}, 1)
         run.end(State.FINISHED)
+    digest = RunTags.of(tracker.client.get_run(tracker.id_of(run.key))).weights_sha256
+    assert digest and digest.startswith("57934424"), "as the package's file is called"
+    assert digest in card._weights("a file.", tracker.client.get_run(tracker.id_of(run.key)))
     assert differences(tracker, find_original(tracker, tracker.id_of(run.key)), CPU) == []
 
     environment = (queries.read_file(tracker, tracker.id_of(run.key), "environment.txt") or b"").decode()
@@ -200,6 +204,7 @@ def test_each_difference_has_a_line(
         tracker.client.log_artifact(tracker.id_of(run.key), str(tmp_path / name))
     tracker.client.set_tag(tracker.id_of(run.key), "mlflow.source.git.commit", "0" * 40)
     tracker.client.set_tag(tracker.id_of(run.key), "device", "cuda")
+    tracker.client.set_tag(tracker.id_of(run.key), "weights_sha256", "f" * 64)
     by_name = {
         d.line.partition(":")[0]: d for d in differences(tracker, find_original(tracker, tracker.id_of(run.key)), CPU)
     }
@@ -207,6 +212,7 @@ def test_each_difference_has_a_line(
     assert matter == {
         "commit": True,
         "uncommitted difference": True,
+        "weights": True,
         "processor": True,
         "torch": True,
         "transistor": False,

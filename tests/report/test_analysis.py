@@ -88,13 +88,19 @@ def test_models_of_other_images_are_not_compared() -> None:
     assert lead(one, other, "val/accuracy") is None
 
 
-def test_a_lead_in_macro_f1_is_one_in_macro_f1() -> None:
-    from sklearn.metrics import f1_score
+@pytest.mark.parametrize("objective", ["val/f1_macro", "val/balanced_accuracy"])
+def test_a_lead_is_one_in_the_objective(objective: str) -> None:
+    from sklearn.metrics import balanced_accuracy_score, f1_score
 
     labels = RNG.integers(10, size=500)
     one, two = (np.where(RNG.random(500) < share, labels, RNG.integers(10, size=500)) for share in (0.9, 0.7))
-    found = lead(predictions(one, labels), predictions(two, labels), "val/f1_macro")
-    scores = [f1_score(labels, answers, average="macro") for answers in (one, two)]
+    found = lead(predictions(one, labels), predictions(two, labels), objective)
+    scores = [
+        f1_score(labels, answers, average="macro")
+        if objective == "val/f1_macro"
+        else balanced_accuracy_score(labels, answers)
+        for answers in (one, two)
+    ]
     assert found is not None and found.difference == pytest.approx(scores[0] - scores[1])
     assert found.low < found.difference < found.high
 

@@ -68,6 +68,8 @@ def test_the_answer_is_in_numbers_that_the_store_has(store: Store, odd: Path) ->
         assert f"<h2>{title}" in said
     for title in ("Calibration", "Cost against score", "What was short, pruned or failed"):
         assert f"<h2>{title}" in said
+    assert said.count("rare classes counted more") == 1
+    assert "The best: rare classes counted more in training (class weights of power 0.25): the rarer half" in said
     assert 'href="http://127.0.0.1:5000/#/a?b=1&amp;c=2"' in said
     assert "0.4000" in said.split("<h2>Finals")[1].split("</section>")[0], "the mean of two seeds"
 
@@ -146,6 +148,9 @@ def test_what_finals_decided_comes_first(halved: Store) -> None:
     finals = said.split("<h2>Finals")[1].split("</section>")[0]
     assert finals.index(">winner<") < finals.index("ties with the winner")
     assert "+1.20" in finals and "-1.30 to +3.70" in finals
+    assert "all on the same validation images. Differences are paired by seed." in finals.replace("&#39;", "'")
+    decision.model_copy(update={"folds": 3}).store(tracker, study)
+    assert "t over 3 folds, each with a seed of its own" in body(page_of(halved, "halved"))
     decision.model_copy(update={"evidence": frozenset({"gone"})}).store(tracker, study)
     assert "1 of the runs that decided them are gone, deleted in MLflow" in body(page_of(halved, "halved"))
 

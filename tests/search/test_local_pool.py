@@ -187,7 +187,7 @@ from pipeline.data.prepare import prepare
 from pipeline.recipe import Recipe, parse_recipe
 import json
 base = parse_recipe(json.loads(Path(sys.argv[2]).read_text()))
-data = prepare(load("digits", Form(8), Path("data")), base.data, torch.device("cpu"))
+data = prepare(load(base.data, Path("data")), base.data, torch.device("cpu"))
 ProcessHarness(Path(sys.argv[1]), base, data).run_processes(4, epochs=40)
 """
 

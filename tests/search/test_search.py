@@ -16,7 +16,7 @@ from pipeline.cli.common import load_data
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import UserError
-from pipeline.recipe import Form, Recipe
+from pipeline.recipe import Data, Recipe
 from pipeline.search.search import Search, check_same
 from pipeline.search.study import Study
 from pipeline.search.study_attributes import StudyAttributes
@@ -78,7 +78,7 @@ def test_fraction_of_the_training_images_changes_the_split(
 ) -> None:
     """The field itself is not in the fingerprint."""
     third = Search("tiny", search.study, {"data.train_fraction": 0.3}, 1, 8, None)
-    data = prepare(load("digits", Form(8), tmp_path), third.base.data, torch.device("cpu"))
+    data = prepare(load(Data(dataset="digits", image_size=8), tmp_path), third.base.data, torch.device("cpu"))
     former, current = search.fingerprint(digits), third.fingerprint(data)
     assert {key for key in former if former[key] != current[key]} == {"split"}
 

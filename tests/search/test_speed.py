@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.data.prepare import TrainingData, prepare
-from pipeline.recipe import Form, Recipe
+from pipeline.recipe import Data, Recipe
 from pipeline.search.speed import Overhead, Speed, Stopwatch, few_images, measure, measure_overhead, trial_seconds
 from pipeline.tracking.tracker import NullTracker
 from pipeline.training.loop import PARTS, train
@@ -118,7 +118,7 @@ def test_stopwatch_never_waits_for_a_gpu(small_recipe: Recipe, digits: TrainingD
     from pipeline.data.datasets import load
 
     gpu = torch.device("cuda")
-    data = prepare(load("digits", Form(8), tmp_path), small_recipe.data, gpu)
+    data = prepare(load(Data(dataset="digits", image_size=8), tmp_path), small_recipe.data, gpu)
     train(small_recipe, data, gpu)  # warm: libraries synchronise when they start
     watch = Stopwatch(gpu)
 

@@ -18,9 +18,10 @@ from optuna.trial import TrialState
 from sqlalchemy import event, text
 from sqlalchemy.exc import PendingRollbackError
 
+from pipeline.data.datasets import listed
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Data, Recipe
 from pipeline.search import storage
 from pipeline.search.optuna_internals import TrialParam, study_id, trial_id
 from pipeline.search.search import Search
@@ -347,6 +348,19 @@ def studies(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> Store
 
 
 ONE, TWO = "1" * 64, "2" * 64
+
+
+def test_first_start_of_a_study_fixes_its_test_split(studies: StoredStudies) -> None:
+    for name in ("cat", "dog"):
+        (studies.home / "pets" / name).mkdir(parents=True)
+        for number in range(10):
+            (studies.home / "pets" / name / f"{number}.png").touch()
+    found = listed(Data(dataset=str(studies.home / "pets")), studies.home)
+    data = replace(studies.data("pets", ONE), listed=found)
+    assert found.seal and not (studies.home / "splits").exists()
+    open_study(studies.search("pets"), data, studies.storage, studies.home)
+    (file,) = (studies.home / "splits").glob("pets-*.json")
+    assert all(path in file.read_text() for path in found.seal.paths)
 
 
 def test_folders_of_one_name_have_separate_studies(studies: StoredStudies) -> None:

@@ -7,6 +7,7 @@ import pytest
 from optuna.samplers import TPESampler
 from PIL import Image
 
+from pipeline.data.folder import read_folder
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.search import study as study_module
@@ -102,6 +103,9 @@ def test_base_suits_a_folder_by_a_look_at_its_images(
         Image.new("RGB", size).save(tmp_path / "train" / f"{name}.png")
     base = small_recipe.changed({"model.network": network, "data.image_size": 96 if network == "timm" else 32})
     study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=8)
-    suited, line = study.suited_to(tmp_path)
+    suited, line = study.suited_to(listing := read_folder(tmp_path), {})
     assert (suited.base.data.image_size, suited.base.data.geometry) == chosen
     assert f"{size[0]} x {size[1]}" in line and f"data.geometry={chosen[1]}" in line
+    suited, line = study.suited_to(listing, {"data.image_size": 48})
+    assert suited.base.data.image_size == base.data.image_size and "data.image_size" not in line and chosen[1] in line
+    assert study.suited_to(listing, {"data.image_size": 48, "data.geometry": "pad"}) == (study, "")

@@ -14,6 +14,7 @@ from pipeline.search.suggest import (
     POLICIES,
     WEIGHT_DECAY,
     suggest_augmentation,
+    suggest_balance,
     suggest_optimizer,
     suggest_schedule,
     suggest_training,
@@ -89,11 +90,12 @@ def test_all_values_make_recipes_and_optunas_trials_take_them(small_recipe: Reci
         suggest_optimizer(trial)
         suggest_schedule(trial)
         suggest_training(trial)
+        suggest_balance(trial)
 
     def recipe(params: Any) -> Recipe:
         return small_recipe.changed({field_of(name): value for name, value in params.items()})
 
-    assert len(explore(space, recipe)) == 6 + 2 + 5 + 6 + 3 + 2
+    assert len(explore(space, recipe)) == 6 + 2 + 5 + 6 + 3 + 2 + 5
     trial = ScriptedTrial({}, lowest)
     space(trial)
     space(FixedTrial(trial.params))

@@ -48,10 +48,12 @@ VALUES = [
     "constant",
     "reflect",
     "alternating",
+    "balanced",
     "bf16",
     "compiled",
     "default",
     "pad",
+    "path,label,split,patient",
     "none",
 ]
 DRAWS = 24
@@ -82,7 +84,7 @@ def settable(base: Recipe) -> list[dict[str, Any]]:
     flat, columns = base.flat(), []
     for section in Recipe.model_fields:
         fields = {f"{section}.{name}": info for kind in kinds_of(section) for name, info in kind.model_fields.items()}
-        for name in (f"{section}.{KIND.get(section)}", "data.dataset"):
+        for name in (f"{section}.{KIND.get(section)}", "data.dataset", "data.fold"):  # a fold needs data.folds
             fields.pop(name, None)
         columns.append([(name, other_value(info, flat.get(name, info.default))) for name, info in fields.items()])
     return [dict(filter(None, row)) for row in itertools.zip_longest(*columns)]

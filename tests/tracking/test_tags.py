@@ -16,7 +16,7 @@ def test_tags_survive_the_way_through_mlflow() -> None:
         control=True,
         worker={"host": "here", "pid": 1, "started": 2.5},
         git_dirty=False,
-        objective="val/f1_macro",
+        objective="val/balanced_accuracy",
         data_places=("/data/pets", "/old/pets"),
         replaces=("ef" * 16,),
     )

@@ -3,7 +3,9 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,9 +114,12 @@ def test_run_holds_recipe_data_code_and_machine_in_every_store(
 def test_run_without_parent_is_in_the_data_sets_experiment(
     sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
-    with sqlite_tracker.run(RunRequest(name="run", recipe=small_recipe, data=digits)) as run:
+    sealed = SimpleNamespace(listing=SimpleNamespace(test_digest="ab" * 32))
+    data = replace(digits, listed=sealed)  # type: ignore[arg-type]
+    with sqlite_tracker.run(RunRequest(name="run", recipe=small_recipe, data=data)) as run:
         run.end(State.FINISHED)
     stored_run = stored(sqlite_tracker, run)
+    assert RunTags.of(stored_run).test_digest == "ab" * 32
     assert sqlite_tracker.client.get_experiment(stored_run.info.experiment_id).name == "digits"
     assert "reason" not in stored_run.data.tags and "mlflow.parentRunId" not in stored_run.data.tags
 

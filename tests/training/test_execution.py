@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.models.baseline import BaselineNetwork
-from pipeline.recipe import Baseline, Form, Recipe
+from pipeline.recipe import Baseline, Data, Recipe
 from pipeline.training import execution, loop
 from pipeline.training.loop import Result, train
 
@@ -235,7 +235,7 @@ def on_gpu(small_recipe: Recipe, tmp_path) -> TrainingData:
     from pipeline.data.datasets import load
     from pipeline.data.prepare import prepare
 
-    return prepare(load("digits", Form(8), tmp_path), small_recipe.data, torch.device("cuda"))
+    return prepare(load(Data(dataset="digits", image_size=8), tmp_path), small_recipe.data, torch.device("cuda"))
 
 
 @needs_gpu

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from pipeline.data.augment import normalise
 from pipeline.data.prepare import TrainingData
 from pipeline.models.build import build_network
 from pipeline.models.fast import FastNetwork
-from pipeline.recipe import Form, Recipe
+from pipeline.recipe import Data, Recipe
 from pipeline.training import loop
 from pipeline.training.loop import Diverged, EpochReport, train
 
@@ -31,6 +32,16 @@ def test_equal_recipes_give_equal_weights_bit_for_bit(small_recipe: Recipe, digi
         assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(two), strict=True))
     other = train(small_recipe.changed({"training.seed": 1}), digits, CPU)
     assert not all(torch.equal(a, b) for a, b in zip(weights(first.network), weights(other.network), strict=True))
+
+
+def test_rare_classes_are_trained_otherwise(small_recipe: Recipe, digits: TrainingData) -> None:
+    recipe = small_recipe.changed({"training.epochs": 1})
+    keep = (digits.train.labels > 0) | (torch.arange(len(digits.train.labels)) % 10 == 0)  # few noughts
+    few = replace(digits, train=digits.train.at(keep.nonzero().view(-1)[:256]))
+    plain = train(recipe, few, CPU)
+    for changes in ({"data.sampler": "balanced"}, {"loss.class_weights": 1.0}, {"loss.name": "focal"}):
+        other = train(recipe.changed(changes), few, CPU)
+        assert not torch.equal(plain.validation_logits, other.validation_logits), changes
 
 
 def test_training_leaves_the_global_random_state_alone(small_recipe: Recipe, digits: TrainingData) -> None:
@@ -201,7 +212,7 @@ def test_a_real_slice_of_cifar10_is_learnt(cifar10_dir, small_recipe: Recipe) ->
     from pipeline.data.datasets import Dataset, Split, load
     from pipeline.data.prepare import prepare
 
-    whole = load("cifar10", Form(32), cifar10_dir)
+    whole = load(Data(dataset="cifar10", image_size=32), cifar10_dir)
     few = Dataset(whole.name, whole.classes, Split(whole.train.images[:3000], whole.train.labels[:3000]), "", "")
     recipe = small_recipe.changed(
         {"data.dataset": "cifar10", "data.image_size": 32, "model.widths": (16, 32), "training.epochs": 3}
@@ -218,7 +229,7 @@ def test_no_step_waits_for_the_gpu(small_recipe: Recipe, tmp_path) -> None:
     from pipeline.data.prepare import prepare
 
     gpu = torch.device("cuda")
-    data = prepare(load("digits", Form(8), tmp_path), small_recipe.data, gpu)
+    data = prepare(load(Data(dataset="digits", image_size=8), tmp_path), small_recipe.data, gpu)
     full = small_recipe.changed(
         {"augmentation.rotation": 15, "augmentation.perspective": 0.2, "augmentation.hue": 0.1}
         | {"augmentation.brightness": 0.2, "augmentation.contrast": 0.2, "augmentation.saturation": 0.2}
@@ -241,7 +252,7 @@ def test_a_deterministic_recipe_repeats_on_a_gpu(small_recipe: Recipe, tmp_path)
     from pipeline.data.prepare import prepare
 
     gpu = torch.device("cuda")
-    data = prepare(load("digits", Form(8), tmp_path), small_recipe.data, gpu)
+    data = prepare(load(Data(dataset="digits", image_size=8), tmp_path), small_recipe.data, gpu)
     recipe = small_recipe.changed({"training.deterministic": True, "augmentation.rotation": 15})
     first, second = train(recipe, data, gpu), train(recipe, data, gpu)
     assert all(torch.equal(a, b) for a, b in zip(weights(first.network), weights(second.network), strict=True))

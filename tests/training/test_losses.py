@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.training.losses import soft_cross_entropy
+from pipeline.recipe import CrossEntropy, Focal
+from pipeline.training.losses import class_weights, loss_of, soft_cross_entropy, weighted_focal
+
+LABELS = torch.tensor([0] * 100 + [1] * 10 + [2] * 4)
 
 
 def batch(dtype=torch.float32):
@@ -53,3 +56,62 @@ def test_gradient_is_probabilities_minus_smoothed_targets():
     soft_cross_entropy(logits, targets, 0.1).backward()
     expected = (logits.softmax(1) - (targets * 0.9 + 0.01)) / 64
     torch.testing.assert_close(logits.grad, expected.detach(), rtol=1e-4, atol=1e-7)
+
+
+def focal_by_hand(logits, targets, smoothing, gamma):
+    """Lin et al. 2017, equation 4, with a softmax: the expected loss of a label drawn from the target; in float64."""
+    z, y = logits.double().numpy(), targets.double().numpy()
+    y = y * (1 - smoothing) + smoothing / y.shape[1]
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    return sum(
+        y[image, label] * -((1 - p[image, label]) ** gamma) * np.log(p[image, label])
+        for image in range(len(z))
+        for label in range(z.shape[1])
+    ) / len(z)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_loss_is_that_of_the_paper(smoothing, gamma):
+    logits, mixed = batch()
+    one_hot = torch.nn.functional.one_hot(torch.arange(64) % 10, 10)
+    for targets in (mixed, one_hot):
+        loss = loss_of(Focal(gamma=gamma, label_smoothing=smoothing), LABELS, 10)(logits, targets)
+        assert loss.item() == pytest.approx(focal_by_hand(logits, targets, smoothing, gamma), rel=1e-5)
+
+
+def test_focal_loss_has_finite_gradients_for_certain_predictions():
+    logits = torch.tensor([[200.0, 0], [0, 200], [20, 0]], requires_grad=True)
+    loss_of(Focal(gamma=0.5), LABELS, 2)(logits, torch.tensor([[1.0, 0]] * 3)).backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+    assert logits.grad[1, 0] < -0.3
+
+
+def test_defaults_are_the_cross_entropy_bit_for_bit():
+    logits, targets = batch()
+    loss = loss_of(CrossEntropy(label_smoothing=0.1), LABELS, 10)(logits, targets)
+    assert torch.equal(loss, soft_cross_entropy(logits, targets, 0.1))
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_class_weights_are_1_on_average_over_images(power):
+    weights = class_weights(LABELS, 4, power)  # the last class has no image, as in the few that a forecast times
+    assert weights[LABELS].mean().item() == pytest.approx(1)
+    assert (weights[1] / weights[0]).item() == pytest.approx(10**power)
+    assert weights.isfinite().all()
+
+
+def test_an_image_weighs_as_its_class_and_keeps_its_target():
+    logits, _ = batch()
+    logits, labels = logits[:, :3], torch.arange(64) % 3
+    one_hot = torch.nn.functional.one_hot(labels, 3).float()
+    weights = class_weights(LABELS, 3, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels, weights, reduction="none").mean()
+    loss = loss_of(CrossEntropy(class_weights=1), LABELS, 3)
+    torch.testing.assert_close(loss(logits, one_hot), expected)
+    smooth = [weighted_focal(logits[:1], one_hot[:1], 0.3, 2, weighing) for weighing in (weights, None)]
+    torch.testing.assert_close(smooth[0], smooth[1] * weights[0])
+    # Smoothed, the best prediction of an image is still its target; by torch's weights it would be the rare class.
+    best = (one_hot[:1] * 0.7 + 0.1).log().requires_grad_()
+    weighted_focal(best, one_hot[:1], 0.3, 0, weights).backward()
+    torch.testing.assert_close(best.grad, torch.zeros(1, 3), atol=1e-6, rtol=0)

@@ -20,7 +20,7 @@ from training_cases import at_size
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.models.build import build_network
-from pipeline.recipe import Form, Recipe
+from pipeline.recipe import Data, Recipe
 from pipeline.search.speed import few_images
 from pipeline.training.checkpoints import read_checkpoint, save_folder
 from pipeline.training.loop import EpochReport, Result, train
@@ -46,7 +46,14 @@ KINDS = {
     "sgd nesterov, one-cycle, mixup, dropout, average": {"optimizer.momentum": 0.9, **ONE_CYCLE},
     "sgd without momentum, bf16": {"optimizer.momentum": 0, "optimizer.nesterov": False, "training.precision": "bf16"},
     "adam, step, fp32": {"optimizer.name": "adam", "training.precision": "fp32", **ADAPTIVE, **STEP},
-    "adamw, no average": {"optimizer.name": "adamw", "training.ema_decay": 0, **ADAPTIVE},
+    "adamw, no average, balanced classes, weights, focal loss": {
+        "optimizer.name": "adamw",
+        "training.ema_decay": 0,
+        "data.sampler": "balanced",
+        "loss.name": "focal",
+        "loss.class_weights": 0.5,
+        **ADAPTIVE,
+    },
     "muon, whitening that freezes, alternating flip": FAST,
     "adamw, frozen layers and epochs, rates by layer, stochastic depth": {
         "data.image_size": 32,
@@ -155,14 +162,14 @@ from pathlib import Path
 import torch
 from pipeline.data.datasets import load
 from pipeline.data.prepare import prepare
-from pipeline.recipe import Form, parse_recipe
+from pipeline.recipe import parse_recipe
 from pipeline.search.speed import few_images
 from pipeline.training.loop import train
 from pipeline.training.resume import Resume
 
 home, at, steps = Path(sys.argv[1]), int(sys.argv[2]), count(1)
 recipe = parse_recipe((home / "recipe.json").read_bytes())
-data = few_images(prepare(load("digits", Form(8), Path("data")), recipe.data, torch.device("cpu")), 4 * 64 + 20, 60)
+data = few_images(prepare(load(recipe.data, Path("data")), recipe.data, torch.device("cpu")), 4 * 64 + 20, 60)
 
 def on_step(epoch, step, total):
     if next(steps) == at:
@@ -383,7 +390,7 @@ def test_resume_on_a_gpu(execution: str, recipe: Recipe, small_recipe: Recipe, t
     from pipeline.data.prepare import prepare
 
     gpu = torch.device("cuda")
-    data = prepare(load("digits", Form(8), tmp_path), small_recipe.data, gpu)
+    data = prepare(load(Data(dataset="digits", image_size=8), tmp_path), small_recipe.data, gpu)
     recipe = recipe.changed({"training.deterministic": True, "training.execution": execution, "optimizer.name": "adam"})
     recipe = recipe.changed(ADAPTIVE)
     uninterrupted = train(recipe, data, gpu)

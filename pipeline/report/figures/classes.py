@@ -32,12 +32,16 @@ MIN_IMAGES_IN_BIN = 10
 
 
 def per_class(frame: pd.DataFrame) -> go.Figure:
-    """F1 of each class for the best trials and the control, the weakest class on top."""
+    """F1 of each class for the best trials and the control, the weakest class on top; of many classes only some."""
     base = control(frame)
     rows = with_control(finished(frame).head(MAX_TRIALS), base)
     names = [name for name in frame.columns if name.startswith(CLASS_F1) and rows[name].notna().any()]
     f1 = rows[names].astype(float)
-    names = list(f1.mean().sort_values().index)[:MAX_CLASSES]
+    every = list(f1.mean().sort_values().index)
+    gains = pd.Series(dtype=float)  # of the best beside the control
+    if base is not None and rows.iloc[0]["run_id"] != base["run_id"]:
+        gains = (f1.iloc[0] - base[names].astype(float)).sort_values()
+    names = _telling(every, gains)
     columns = [f"{row['trial']}" + ("<br>control" if row["control"] else "") for _, row in rows.iterrows()]
     figure = go.Figure()
     figure.add_heatmap(
@@ -56,14 +60,23 @@ def per_class(frame: pd.DataFrame) -> go.Figure:
     set_heatmap_labels(figure, columns, [as_label(name.removeprefix(CLASS_F1), 16) for name in names])
     if rows.empty or not names:
         return with_caption(figure, "No run has F1 by class.")
-    weakest, lowest = weakest_class(best := rows.iloc[0])
+    weakest, lowest = weakest_class(rows.iloc[0])
     caption = f"The best trial's weakest class is {weakest}, F1 {lowest:.3f}"
-    if base is not None and best["run_id"] != base["run_id"]:
-        gains = (best[names].astype(float) - base[names].astype(float)).sort_values()
+    if len(gains):
         least, most = (f"{gains.index[place].removeprefix(CLASS_F1)} ({gains.iloc[place]:+.3f})" for place in (0, -1))
         caption += f"; beside the control it gains most in {most} and "
         caption += f"{'loses most' if gains.iloc[0] < 0 else 'least'} in {least}"
+    if len(names) < len(every):
+        which = "the weakest and those that changed most" if len(gains) else "the weakest"
+        caption += f". Shown are {len(names)} of {len(every)} classes: {which}"
     return with_caption(figure, f"{caption}.")
+
+
+def _telling(weakest_first: list[str], gains: pd.Series) -> list[str]:
+    """At most MAX_CLASSES: half of them those with the largest gains or losses, where there are any, else the weakest."""
+    moved = set(gains.abs().sort_values(ascending=False, kind="stable").index[: MAX_CLASSES // 2])
+    weak = [name for name in weakest_first if name not in moved][: MAX_CLASSES - len(moved)]
+    return [name for name in weakest_first if name in moved or name in weak]
 
 
 def curves(frame: pd.DataFrame, best: pd.Series, histories: Mapping[str, pd.DataFrame]) -> go.Figure:
@@ -130,7 +143,10 @@ def confusion_difference(best: Predictions, base: Predictions) -> go.Figure:
     )
     set_axes(figure, "predicted class", "true class", 110 + 27 * max(len(axis), 3))
     set_heatmap_labels(figure, labels, labels, tickangle=-60)
-    return with_caption(figure, _confusion_caption(change, best))
+    some = (
+        f" The {len(shown)} of {num_classes} classes that changed most are shown." if len(shown) < num_classes else ""
+    )
+    return with_caption(figure, _confusion_caption(change, best) + some)
 
 
 def _confusion_caption(change: np.ndarray, best: Predictions) -> str:

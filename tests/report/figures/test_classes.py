@@ -27,6 +27,19 @@ def test_f1_by_class_names_the_weakest_and_what_moved() -> None:
     assert classes.per_class(table_of(rows)).layout.meta == "No run has F1 by class."
 
 
+def test_of_many_classes_the_weakest_and_those_that_changed_are_shown() -> None:
+    """Not the weakest alone: with hundreds of classes they are all at 0, in every trial."""
+    control = {f"val/f1/c{n:03}": 0.0 if n < 100 else 0.5 + n / 1000 for n in range(200)}
+    best = control | {"val/f1/c150": 0.9, "val/f1/c160": 0.1}
+    rows = [trial_row(0, 0.5, control=True) | control, trial_row(1, 0.6) | best]
+    figure = classes.per_class(table_of(rows))
+    shown = list(figure.layout.yaxis.ticktext)
+    assert len(shown) == classes.MAX_CLASSES and {"c000", "c150", "c160"} <= set(shown)
+    assert "gains most in c150 (+0.250) and loses most in c160 (-0.560)" in figure.layout.meta
+    assert figure.layout.meta.endswith("Shown are 20 of 200 classes: the weakest and those that changed most.")
+    assert classes.per_class(table_of(rows[:1])).layout.meta.endswith("Shown are 20 of 200 classes: the weakest.")
+
+
 def test_curves_are_of_the_weakest_classes_and_all_kinds_of_trials() -> None:
     rows = [trial_row(0, 0.5, control=True), trial_row(1, 0.6), trial_row(2, float("nan"), state="pruned")]
     frame = table_of([row | {"val/f1/cat": 0.9, "val/f1/dog": 0.3, "val/f1_macro": 0.6} for row in rows])

@@ -1,0 +1,118 @@
+"""A manifest -> a listing: a CSV or Parquet file with a row for each image, whose path is relative to the manifest."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.data.listing import ORDER, SPLITS, TRAIN, Listing, check_classes, check_inside, check_names, first
+from pipeline.errors import DataError, Problem, did_you_mean, first_line
+from pipeline.recipe import COLUMNS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUFFIXES = (".csv", ".parquet")  # in any case
+REQUIRED = ("path", "label")
+
+
+def read_manifest(place: Path, columns: Mapping[str, str]) -> Listing:
+    """The images that the manifest names, in the order of split, class and path, whatever the order of its rows.
+
+    `columns`: what it calls path, label, split and group. DataError where it can't be read, a column is missing, a row says
+    nothing usable, or a group lies in two splits.
+    """
+    table = _table(place, columns)
+    if problems := list(_problems(place, table, columns)):
+        raise DataError.many(first(problems))
+    table["split"] = table["split"].str.lower().map(SPLITS) if "split" in table else TRAIN
+    counts: dict[str, dict[str, int]] = {TRAIN: {}}
+    for split, labels in table.groupby("split", sort=False)["label"]:
+        counts[str(split)] = dict(sorted(Counter(labels).items()))
+    check_names(place, sorted(set(table["label"])))
+    check_classes(
+        counts,
+        lambda split, name: f"{place.name}, split {split}" + (f", class {name}" if name else ""),
+        "name more of them in the column " + columns["label"],
+    )
+    keys = zip(table["split"].map(ORDER.index), table["label"], table["path"].map(os.path.split), strict=True)
+    table = table.iloc[[row for _, row in sorted(zip(keys, range(len(table)), strict=True))]]
+    paths = tuple(place.parent / path for path in table["path"])
+    check_inside(place.parent, paths)
+    classes = tuple(counts[TRAIN])
+    listing = Listing(
+        place=place,
+        classes=classes,
+        paths=paths,
+        labels=table["label"].map({name: number for number, name in enumerate(classes)}).to_numpy(np.int64),
+        splits=table["split"].to_numpy(str),
+        groups=table["group"].to_numpy(str) if "group" in table else None,
+    )
+    _check_groups(listing)
+    return listing
+
+
+def _table(place: Path, columns: Mapping[str, str]) -> "pd.DataFrame":
+    """Of text: `path`, `label`, and `split` and `group` where the manifest has them; empty where it says nothing."""
+    import pandas as pd
+
+    try:
+        if place.suffix.lower() == ".csv":
+            table = pd.read_csv(place, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        else:
+            table = pd.read_parquet(place)
+    except OSError as error:
+        raise DataError(str(place), error.strerror or first_line(error)) from None
+    except Exception as error:  # whatever a parser raises
+        rule, remedy = f"can't be read ({first_line(error)})", "write it as CSV in UTF-8, or as Parquet"
+        raise DataError(str(place), rule, remedy) from None
+    table.columns = table.columns.map(str)
+    wanted = [name for name in COLUMNS if name in REQUIRED or columns[name] != name]
+    if absent := [columns[name] for name in wanted if columns[name] not in table]:
+        raise DataError(
+            str(place),
+            f"has no column {' and '.join(absent)}{did_you_mean(absent[0], table.columns)}; it has {', '.join(table.columns)}",
+            "`--columns path=file,label=species` names those that are called otherwise",
+        )
+    named = {name: table[columns[name]] for name in COLUMNS if columns[name] in table}
+    text = {
+        name: column.astype(object).where(column.notna(), "").map(str).str.strip() for name, column in named.items()
+    }
+    text["path"] = text["path"].map(lambda path: path and os.path.normpath(path))
+    return pd.DataFrame(text)
+
+
+def _problems(place: Path, table: "pd.DataFrame", columns: Mapping[str, str]) -> Iterator[Problem]:
+    """Rows that leave a cell empty, name no split, or an image again; they count from 1, without the header."""
+    seen: dict[str, int] = {}
+    for number, row in enumerate(table.to_dict("records"), 1):
+        where = f"{place.name}, row {number}"
+        for name, value in row.items():
+            if not value:
+                yield Problem(where, f"{columns[str(name)]} is empty", "fill it in, or remove the row")
+        split = row.get("split")
+        if split and split.lower() not in SPLITS:
+            rule = f"not one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}"
+            yield Problem(f"{where}: {columns['split']} = {split}", rule)
+        if row["path"] and seen.setdefault(row["path"], number) != number:
+            yield Problem(where, f"{row['path']} stands in row {seen[row['path']]}, too", "remove one of them")
+
+
+def _check_groups(listing: Listing) -> None:
+    """DataError where images of one group are in two splits by the manifest itself."""
+    if listing.groups is None:
+        return
+    splits: dict[str, set[str]] = {}
+    for group, split in zip(listing.groups.tolist(), listing.splits.tolist(), strict=True):
+        splits.setdefault(group, set()).add(split)
+    remedy = "put it on one side, or leave out one of the columns split and group"
+    problems = [
+        Problem(f"{listing.place.name}, group {group}", f"is in {' and '.join(sorted(found, key=ORDER.index))}", remedy)
+        for group, found in sorted(splits.items())
+        if len(found) > 1
+    ]
+    if problems:
+        raise DataError.many(first(problems))

@@ -1,0 +1,113 @@
+"""The test split of a data set of files that comes without one: drawn once, and fixed by a file in mlruns/splits/.
+
+An image is known by its path and its group. What is added to the data set later trains, unless its group is sealed; so the
+test split stays what it was, and models of before and after are compared on the same images. To draw anew, remove the file.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from pipeline.data.listing import TEST, TRAIN, Listing
+from pipeline.data.splits import sealed
+from pipeline.errors import DataError, UserError
+
+SEED = 20_261_129  # never change it: it seals the test splits
+FOLDER = "splits"  # below mlruns
+
+
+@dataclass(frozen=True)
+class Seal:
+    """Which images of a data set are its test split."""
+
+    place: str  # the data set's folder or manifest when it was drawn
+    listing: str  # digest of the data set's paths and classes then
+    fraction: float
+    paths: tuple[str, ...]  # below the data set's root, sorted
+    groups: tuple[str, ...]  # sorted; empty where the data set has none
+
+    @classmethod
+    def draw(cls, listing: Listing, fraction: float) -> Self:
+        """Of the training images, stratified and by group; UserError where they are too few."""
+        rows = np.flatnonzero(listing.splits == TRAIN)
+        numbers = listing.group_numbers
+        groups = None if numbers is None else torch.from_numpy(numbers[rows])
+        labels = torch.from_numpy(listing.labels[rows])
+        try:
+            usable, _ = sealed(labels, fraction, SEED, groups, listing.classes)
+        except UserError as error:
+            remedy = "`--test-fraction 0` seals none, and nothing can be promoted"
+            raise UserError.many([replace(problem, remedy=remedy) for problem in error.problems]) from None
+        chosen = np.delete(rows, usable.numpy())
+        return cls(
+            place=str(listing.place),
+            listing=_digest(listing),
+            fraction=fraction,
+            paths=tuple(sorted(listing.names[row] for row in chosen)),
+            groups=() if listing.groups is None else tuple(sorted(set(listing.groups[chosen].tolist()))),
+        )
+
+    @classmethod
+    def find(cls, listing: Listing, home: Path) -> Self | None:
+        """The one of this data set: drawn at this place, or wherever the same paths lay; DataError where it is damaged."""
+        seals = [cls._read(file) for file in sorted((home / FOLDER).glob("*.json"))]
+        names, place, digest = set(listing.names), str(listing.place), _digest(listing)
+        here = [seal for seal in seals if seal.place == place and not names.isdisjoint(seal.paths)]
+        moved = [replace(seal, place=place) for seal in seals if seal.listing == digest]
+        return next(iter(here + moved), None)
+
+    @classmethod
+    def _read(cls, file: Path) -> Self:
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**values | {name: tuple(values[name]) for name in ("paths", "groups")})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            rule = f"which fixes a test split, can't be read ({error})"
+            raise DataError(str(file), rule, "restore it; without it the test split is drawn anew") from None
+
+    def apply(self, listing: Listing) -> Listing:
+        """The listing with its test split."""
+        is_test = np.isin(np.array(listing.names), self.paths)
+        if listing.groups is not None:
+            is_test |= np.isin(listing.groups, self.groups)
+        return listing.with_splits(np.where(is_test, TEST, listing.splits))
+
+    def lines(self, listing: Listing) -> list[str]:
+        """What a person should know of it, a line each; `listing` has this test split."""
+        is_test = listing.splits == TEST
+        of = f"{is_test.sum():,} of {len(is_test):,} images"
+        lines = [f"test split of {listing.place.name}: {of} are sealed, which only `promote` opens"]
+        known = set(listing.labels[is_test].tolist())
+        missing = [name for label, name in enumerate(listing.classes) if label not in known]
+        if missing:
+            lines.append(f"it has no images of {', '.join(missing[:10])}, of which promotion will say nothing")
+        return lines
+
+    def fix(self, home: Path, listing: Listing) -> None:
+        """Write it, if it is not there yet; DataError where another command has drawn another one meanwhile."""
+        folder = home / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        identity = hashlib.sha256(json.dumps([self.place, self.paths]).encode()).hexdigest()
+        file = folder / f"{listing.short_name}-{identity[:8]}.json"
+        with FileLock(folder / ".lock"):
+            found = Seal.find(listing, home)
+            if found and found.paths != self.paths:
+                rule = "another command has sealed another test split of it"
+                raise DataError(str(listing.place), rule, "start again")
+            if not file.exists():
+                new = file.with_suffix(".new")
+                new.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+                os.replace(new, file)
+
+
+def _digest(listing: Listing) -> str:
+    """Of the images' paths and classes."""
+    rows = sorted(zip(listing.names, (listing.classes[label] for label in listing.labels), strict=True))
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

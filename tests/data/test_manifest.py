@@ -1,0 +1,119 @@
+"""Manifests: what a row may say, and a line for each thing that can be wrong with it."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from data_cases import NO_DATA_DIR, about, add_image, lines_of, make_pets
+
+from pipeline.data.datasets import load
+from pipeline.data.manifest import read_manifest
+from pipeline.errors import DataError
+from pipeline.recipe import Data
+
+ROWS = ["train/dog/more/0.tiff,dog", "train/cat/1.png,cat", "./train/cat/2.JPG, cat", "train/dog/2.webp,dog"]
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    return make_pets(tmp_path / "pets")
+
+
+def write(root: Path, rows: list[str], header: str = "path,label", name: str = "photos.csv") -> Path:
+    (root / name).write_text("\n".join([header, *rows]) + "\n", encoding="utf-8-sig")
+    return root / name
+
+
+def columns(text: str = "path,label,split,group") -> dict[str, str]:
+    return Data(columns=text).column_names
+
+
+def test_manifest_of_a_folder_is_the_same_data_set(pets: Path) -> None:
+    place = write(pets, [*ROWS, "train/dog/1.bmp,dog"])
+    assert load(about(place), NO_DATA_DIR).digest == load(about(pets), NO_DATA_DIR).digest
+    data = load(about(place), NO_DATA_DIR)
+    assert data.name == f"photos-{data.digest[:6]}" and data.source == str(place)
+
+
+def test_parquet_says_the_same_as_csv(pets: Path) -> None:
+    place = write(pets, ROWS)
+    pd.read_csv(place, skipinitialspace=True).astype({"label": "category"}).to_parquet(pets / "photos.PARQUET")
+    listings = [read_manifest(file, columns()) for file in (place, pets / "photos.PARQUET")]
+    assert (
+        listings[0].names
+        == listings[1].names
+        == [
+            "train/cat/1.png",
+            "train/cat/2.JPG",
+            "train/dog/2.webp",
+            "train/dog/more/0.tiff",
+        ]
+    )
+    assert listings[0].labels.tolist() == listings[1].labels.tolist() == [0, 0, 1, 1]
+
+
+def test_columns_may_have_other_names(pets: Path) -> None:
+    place = write(pets, [f"{row},p{index}" for index, row in enumerate(ROWS)], "file,NA,patient")
+    listing = read_manifest(place, columns("path=file, label=NA,group=patient"))
+    assert sorted(listing.groups) == ["p0", "p1", "p2", "p3"]
+    assert lines_of(DataError, place) == [
+        f"{place}: has no column path and label; it has file, NA, patient; "
+        "`--columns path=file,label=species` names those that are called otherwise"
+    ]
+
+
+def test_splits_are_given_in_any_case_and_order(pets: Path) -> None:
+    for name in ("a", "b"):
+        add_image(pets / f"{name}.png")
+    rows = ["a.png,cat,TEST", "b.png,dog,valid", *(f"{row},Train" for row in ROWS)]
+    listing = read_manifest(write(pets, rows, "path,label,split"), columns())
+    assert listing.splits.tolist() == ["train"] * 4 + ["val", "test"]
+    assert listing.usable.names[-1] == "b.png" and listing.sealed_part.names == ["a.png"]
+
+
+def test_every_bad_row_is_named_at_once(pets: Path) -> None:
+    rows = [f"{ROWS[0]},train", "train/dog/more/0.tiff,dog,train", ",dog,train", f"{ROWS[1]},tst", "x.png,,val"]
+    assert lines_of(DataError, write(pets, rows, "path,label,split")) == [
+        "photos.csv, row 2: train/dog/more/0.tiff stands in row 1, too; remove one of them",
+        "photos.csv, row 3: path is empty; fill it in, or remove the row",
+        "photos.csv, row 4: split = tst: not one of train, val, valid, validation, test (did you mean test?)",
+        "photos.csv, row 5: label is empty; fill it in, or remove the row",
+    ]
+
+
+def test_classes_are_checked_as_a_folders(pets: Path) -> None:
+    rows = [*(f"{row},train" for row in ROWS[:3]), "a.png,cow,test"]
+    assert [line.partition("; ")[0] for line in lines_of(DataError, write(pets, rows, "path,label,split"))] == [
+        "photos.csv, split train, class dog: holds 1 image(s), needs at least 2",
+        "photos.csv, split test, class cow: no such class in photos.csv, split train",
+    ]
+    assert lines_of(DataError, write(pets, ROWS[:1])) == [
+        "photos.csv, split train: holds 1 class(es), needs at least 2; name more of them in the column label"
+    ]
+
+
+def test_images_stay_inside_the_manifests_folder(pets: Path) -> None:
+    add_image(pets.parent / "private.png")
+    assert lines_of(DataError, write(pets, [*ROWS, "../private.png,cat"]))[0].startswith(
+        f"{pets}/../private.png: leads out of {pets}"
+    )
+    assert lines_of(DataError, write(pets, [*ROWS, "train/no.png,cat"])) == [
+        f"{pets}/train/no.png: no such file",
+        "1 of 5 images can't be used; replace or remove them",
+    ]
+
+
+def test_group_in_two_splits_is_refused(pets: Path) -> None:
+    rows = [f"{row},{split},p1" for row, split in zip(ROWS, ["train"] * 4, strict=True)]
+    add_image(pets / "a.png")
+    assert lines_of(DataError, write(pets, [*rows, "a.png,cat,test,p1"], "path,label,split,group")) == [
+        "photos.csv, group p1: is in train and test; put it on one side, or leave out one of the columns split and group"
+    ]
+
+
+def test_file_that_is_no_table_is_refused(pets: Path) -> None:
+    (pets / "photos.parquet").write_bytes(b"nothing")
+    (line,) = lines_of(DataError, pets / "photos.parquet")
+    assert line.startswith(f"{pets}/photos.parquet: can't be read (") and line.endswith("or as Parquet")
+    (pets / "empty.csv").touch()
+    assert "can't be read (No columns to parse" in lines_of(DataError, pets / "empty.csv")[0]

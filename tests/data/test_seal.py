@@ -1,0 +1,158 @@
+"""A test split is drawn once, fixed by a file, and stays what it was whatever happens to the data set."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from data_cases import NO_DATA_DIR, about, add_image
+
+from pipeline.data.datasets import Listed, listed, load
+from pipeline.data.prepare import prepare
+from pipeline.errors import DataError, UserError
+from pipeline.recipe import Recipe
+from pipeline.training.loop import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "mlruns"
+
+
+def pets(root: Path, count: int = 20) -> Path:
+    for number in range(count):
+        for shade, name in enumerate(("cat", "dog")):
+            add_image(root / name / f"{number:02}.png", 10 * number + 5 * shade)
+    return root
+
+
+def drawn(root: Path, home: Path, fraction: float = 0.1) -> Listed:
+    return listed(about(root, test_fraction=fraction), home)
+
+
+def manifest(root: Path, rows: list[str], header: str = "path,label,group") -> Path:
+    (root / "photos.csv").write_text("\n".join([header, *rows]))
+    return root / "photos.csv"
+
+
+def test_seal_is_stratified_and_leaves_the_rest_to_train(tmp_path: Path, home: Path) -> None:
+    found = drawn(pets(tmp_path / "pets"), home)
+    assert found.listing.sealed_part.labels.tolist() == [0, 0, 1, 1]
+    data = load(about(tmp_path / "pets", test_fraction=0.1), NO_DATA_DIR, home)
+    assert len(data.train.labels) == 36 and not home.exists(), "only a study fixes it"
+    assert found.lines() == [
+        "test split of pets: 4 of 40 images are sealed, which only `promote` opens",
+    ]
+
+
+def test_fixed_seal_outlives_growth_and_a_move(tmp_path: Path, home: Path) -> None:
+    root = pets(tmp_path / "pets")
+    first = drawn(root, home)
+    first.fix(home)
+    (file,) = (home / "splits").glob("*.json")
+    assert json.loads(file.read_text())["paths"] == sorted(first.listing.sealed_part.names)
+    shutil.move(root, tmp_path / "moved")
+    moved = drawn(tmp_path / "moved", home)
+    assert moved.listing.sealed_part.names == first.listing.sealed_part.names
+    moved.fix(home)
+    pets(tmp_path / "moved", 40)
+    add_image(tmp_path / "moved" / "cow" / "1.png")
+    add_image(tmp_path / "moved" / "cow" / "2.png")
+    grown = drawn(tmp_path / "moved", home)
+    assert grown.listing.sealed_part.names == first.listing.sealed_part.names and len(grown.listing.usable.paths) == 78
+    assert grown.lines()[-1] == "it has no images of cow, of which promotion will say nothing"
+    pets(root, 40)
+    assert drawn(root, tmp_path / "other").listing.sealed_part.names != first.listing.sealed_part.names
+
+
+def test_other_share_of_a_fixed_seal_is_refused_and_none_is_none(tmp_path: Path, home: Path) -> None:
+    root = pets(tmp_path / "pets")
+    drawn(root, home, 0.2).fix(home)
+    with pytest.raises(
+        UserError, match=r"^data.test_fraction = 0.1: .* drawn with 0.2 and is sealed; `--test-fraction 0.2`"
+    ):
+        drawn(root, home)
+    assert not drawn(root, home, 0).listing.has("test")
+
+
+def test_two_commands_do_not_seal_twice(tmp_path: Path, home: Path) -> None:
+    root = pets(tmp_path / "pets")
+    first, second = drawn(root, home, 0.1), drawn(root, home, 0.2)
+    first.fix(home)
+    first.fix(home)
+    with pytest.raises(DataError, match="another command has sealed another test split of it; start again"):
+        second.fix(home)
+    assert len(list((home / "splits").glob("*.json"))) == 1
+
+
+def test_damaged_seal_is_not_drawn_anew(tmp_path: Path, home: Path) -> None:
+    root = pets(tmp_path / "pets")
+    drawn(root, home).fix(home)
+    (file,) = (home / "splits").glob("*.json")
+    file.write_text('{"place": ')
+    with pytest.raises(DataError, match=r"which fixes a test split, can't be read .* restore it"):
+        drawn(root, home)
+
+
+def test_given_test_split_is_never_replaced(tmp_path: Path, home: Path) -> None:
+    root = pets(tmp_path / "pets" / "train").parent
+    add_image(root / "test" / "cat" / "1.png")
+    assert drawn(root, home).seal is None
+    assert drawn(root, home).listing.sealed_part.names == ["test/cat/1.png"]
+
+
+def test_too_few_images_are_refused_with_the_way_out(tmp_path: Path, home: Path) -> None:
+    with pytest.raises(UserError, match=r"^data.test_fraction = 0.1: gives 1 of 10 images, .*; `--test-fraction 0`"):
+        drawn(pets(tmp_path / "pets", 5), home)
+
+
+def test_images_of_a_sealed_group_stay_sealed(tmp_path: Path, home: Path) -> None:
+    root = pets(tmp_path / "pets")
+    rows = [f"{name}/{number:02}.png,{name},p{number // 2}" for number in range(20) for name in ("cat", "dog")]
+    first = drawn(manifest(root, rows), home)
+    first.fix(home)
+    (group,) = set(first.listing.sealed_part.groups)
+    assert len(first.listing.sealed_part.paths) == 4 and group not in first.listing.usable.groups
+    add_image(root / "new.png")
+    add_image(root / "old.png")
+    grown = drawn(manifest(root, [*rows, f"new.png,cat,{group}", "old.png,cat,p99"]), home)
+    assert set(grown.listing.sealed_part.names) == {*first.listing.sealed_part.names, "new.png"}
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_sealed_labels_change_no_score(given: bool, tmp_path: Path, home: Path, small_recipe: Recipe) -> None:
+    root = pets(tmp_path / "pets")
+    splits = ["test" if number % 5 == 0 else "train" for number in range(20)]
+
+    def scores(is_permuted: bool) -> list[object]:
+        rows = [
+            f"{name}/{number:02}.png,{other if is_permuted and is_sealed(name, number) else name}"
+            + (f",{splits[number]}" if given else "")
+            for number in range(20)
+            for name, other in (("cat", "dog"), ("dog", "cat"))
+        ]
+        place = manifest(root, rows, "path,label,split" if given else "path,label")
+        found = drawn(place, home)
+        found.fix(home)
+        sealed_names.update(found.listing.sealed_part.names)
+        permuted = [found.listing.classes[label] for label in found.listing.sealed_part.labels]
+        assert is_permuted == (permuted != [Path(name).parent.name for name in found.listing.sealed_part.names])
+        recipe = small_recipe.changed({"data.dataset": str(place), "training.batch_size": 8})
+        data = prepare(load(recipe.data, NO_DATA_DIR, home), recipe.data, CPU)
+        result = train(recipe, data, CPU)
+        measured = [
+            {name: value for name, value in report.metrics.items() if name.startswith(("train/", "val/"))}
+            for report in result.history
+        ]
+        return [data.digest, data.split_digest, measured, result.validation_logits.tolist()]
+
+    sealed_names: set[str] = set()
+
+    def is_sealed(name: str, number: int) -> bool:
+        return f"{name}/{number:02}.png" in sealed_names
+
+    assert scores(False) == scores(True)
+    assert len(sealed_names) == (8 if given else 4)
