@@ -109,6 +109,13 @@ class Data(Section):
         "as they are",
     )
 
+    duplicates: Literal["drop", "keep"] = Field(
+        "drop", description="images to train on that are in the test split of a folder or manifest, too, byte for byte"
+    )
+    corrupt: Literal["refuse", "skip"] = Field(
+        "refuse", description="files of a folder or manifest that can't be read: skip leaves them out"
+    )
+
     @model_validator(mode="after")
     def _fold_is_one_of_them(self) -> Self:
         if self.folds == 1 or self.fold >= max(self.folds, 1):
@@ -646,6 +653,8 @@ LATER = {
     "data.fold": 0,
     "data.test_fraction": 0.1,
     "data.columns": ",".join(COLUMNS),
+    "data.duplicates": "drop",
+    "data.corrupt": "refuse",
     "data.geometry": "squash",
     "data.crop_scale": 0.35,
     "data.sampler": "uniform",

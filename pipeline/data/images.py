@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -247,12 +248,20 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def shown_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) of an image file by its header, turned as EXIF says; None where it can't be read."""
+class Header(NamedTuple):
+    """What an image file says of itself before its pixels are read."""
+
+    size: tuple[int, int]  # width and height in pixels, turned as EXIF says
+    kind: str  # format and pixel mode: `JPEG RGB`
+
+
+def read_header(path: Path) -> Header | None:
+    """The header of an image file; None where it can't be read."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return (image.height, image.width) if is_turned else image.size
+            size = (image.height, image.width) if is_turned else image.size
+            return Header(size, f"{image.format} {image.mode}")
     except Exception:  # see `read_file`; who reads the images will say it
         return None
 
