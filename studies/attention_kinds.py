@@ -5,7 +5,7 @@ cost better spent on a second block in each stage? The control is the base of th
 after it train each kind, and none in the deeper network, by one recipe; the others search as the attention study does.
 Each run has `model/parameters` and `model/latency_ms` beside its accuracy.
 Command:  make study NAME=attention_kinds
-Cost: an epoch takes 35 s (none) to 72 s (CBAM) of one CPU thread, with two blocks twice as long.
+Cost: an epoch takes about 40 s (none) to 75 s (CBAM) of one CPU thread, with two blocks twice as long.
 Result: see README.md beside this file.
 """
 

@@ -1,9 +1,9 @@
 """How should a compact convolutional transformer be trained when there are 30 epochs and not 300?
 
 Question: which augmentation, optimizer and schedule give CCT-2/3x2 (arXiv 2104.05704; 0.28 M parameters, published with
-89.75 % test accuracy after 200 epochs) its best validation accuracy in a short training?
+89.17 % test accuracy after 200 epochs) its best validation accuracy in a short training?
 Command:  make study NAME=cct
-Cost: an epoch takes 90 s on one CPU thread. Result: see README.md beside this file.
+Cost: an epoch takes about 100 s of one CPU thread. Result: see README.md beside this file.
 
 Larger ones are for a GPU: VERSION=2 SET='model.blocks=4' is CCT-4/3x2 (0.48 M); SET='model.blocks=7 model.heads=4
 model.mlp_ratio=2 model.convolutions=1' is CCT-7/3x1 (3.76 M), published with 94.78 % after 200 epochs and 98.00 % after
