@@ -5,7 +5,7 @@
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11 python,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
 BIN := .venv/bin
 READY := .venv/ready
-COMMANDS := study plan compare finals promote rollback history reproduce sync audit relocate clean-cache predict export serve ui bench bench-gpu
+COMMANDS := inspect study plan compare finals promote rollback history reproduce sync audit relocate clean-cache predict export serve ui bench bench-gpu
 
 define newline
 
@@ -26,8 +26,9 @@ help: ## list the targets
 
 setup: $(READY) ## create .venv and install everything, in the versions of .constraints.txt: [LOCKED=0 for the newest] (the other targets do it too)
 
-study: ## run or resume a study: NAME= [DATASET= COLUMNS= TEST_FRACTION= TRIALS= EPOCHS= BUDGET=2h TIMEOUT= PATIENCE= PRUNE=0 START=none DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= TRACKING_URI= WORKERS= CLUSTER=auto STALL_TIMEOUT=15m]
-plan: ## what a study will cost in time, disk and GPU memory: NAME= [DATASET= COLUMNS= TEST_FRACTION= TRIALS= EPOCHS= BUDGET= PRUNE=0 DATA_DIR= DEVICE= SEED= VERSION= SET= WORKERS=]
+inspect: ## look at a data set before a search, as a table and a page: DATASET= [COLUMNS= TEST_FRACTION= DUPLICATES=keep OUTPUT= DATA_DIR= TRACKING_URI=]
+study: ## run or resume a study: NAME= [DATASET= COLUMNS= TEST_FRACTION= DUPLICATES=keep CORRUPT=skip TRIALS= EPOCHS= BUDGET=2h TIMEOUT= PATIENCE= PRUNE=0 START=none DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= TRACKING_URI= WORKERS= CLUSTER=auto STALL_TIMEOUT=15m]
+plan: ## what a study will cost in time, disk and GPU memory: NAME= [DATASET= COLUMNS= TEST_FRACTION= DUPLICATES=keep CORRUPT=skip TRIALS= EPOCHS= BUDGET= PRUNE=0 DATA_DIR= DEVICE= SEED= VERSION= SET= WORKERS=]
 compare: ## a study's trials, or several studies, as a table and one page: NAME= or NAME='a b' [OUTPUT= DATASET= DATA_DIR= TRACKING_URI=]
 finals: ## train a study's best recipes and its control again, several seeds each: NAME= [TOP=3 SEEDS=5 FOLDS= EPOCHS= DATASET= DATA_DIR= DEVICE= TRACKING_URI=]
 promote: ## evaluate a study's winner on the test split and make it champion if it passes: NAME= or RUN= [MODEL= DATASET= DATA_DIR= RULES= FORCE=1 REASON= TRACKING_URI=]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.data.exclusions import excluded_table
 from pipeline.data.prepare import TrainingData
 from pipeline.evaluation import figures
 from pipeline.evaluation.calibration import fit_calibration
@@ -209,6 +210,8 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
         per_class_table(scores, data.classes).to_csv(folder / "per_class.csv", index=False)
         methods_table(measured, data.classes).to_csv(folder / "prediction_methods.csv", index=False)
         _write_predictions(folder / "predictions.parquet", data, labels, probabilities)
+        if data.listed and data.listed.excluded:
+            excluded_table(data.listed.excluded).to_csv(folder / "excluded.csv", index=False)
         history = [{"epoch": report.epoch, **report.metrics} for report in result.history]
         images = {
             "confusion_matrix": figures.confusion_matrix_figure(scores, data.classes),

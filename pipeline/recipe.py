@@ -109,6 +109,13 @@ class Data(Section):
         "as they are",
     )
 
+    duplicates: Literal["drop", "keep"] = Field(
+        "drop", description="images to train on that are in the test split of a folder or manifest, too, byte for byte"
+    )
+    corrupt: Literal["refuse", "skip"] = Field(
+        "refuse", description="files of a folder or manifest that can't be read: skip leaves them out"
+    )
+
     @model_validator(mode="after")
     def _fold_is_one_of_them(self) -> Self:
         if self.folds == 1 or self.fold >= max(self.folds, 1):
@@ -129,21 +136,59 @@ class Data(Section):
 
 
 class Attention(Section):
-    """Residual network with channel and spatial attention (CBAM), `pipeline/models/attention.py`."""
+    """Residual network with attention in each block, `pipeline/models/attention.py`."""
 
     network: Literal["attention"] = "attention"
+    attention: Literal["cbam", "se", "eca", "none"] = Field(
+        "cbam",
+        description="to channels and places (cbam), or to channels by a small network (se) or a convolution (eca)",
+    )
     widths: tuple[Annotated[int, Field(ge=4, le=1024)], ...] = Field(
         (31, 62, 124, 248), min_length=1, max_length=5, description="channels of each stage"
     )
     blocks_per_stage: int = Field(2, ge=1, le=8)
-    reduction: int = Field(16, ge=1, le=64, description="the channel attention's hidden layer is this much narrower")
-    spatial_kernel: Literal[3, 5, 7] = Field(7, description="kernel of the spatial attention, in pixels")
+    reduction: int = Field(16, ge=1, le=64, description="the hidden layer of cbam and se is this much narrower")
+    spatial_kernel: Literal[3, 5, 7] = Field(7, description="kernel of cbam's spatial attention, in pixels")
     dropout: float = Field(0.3, ge=0, lt=1, description="before the classifier")
 
     @property
     def halvings(self) -> int:
         """How often the image is halved."""
         return len(self.widths) - 1
+
+
+class Cct(Section):
+    """Compact convolutional transformer, `pipeline/models/cct.py`; the defaults are the paper's CCT-2/3x2."""
+
+    network: Literal["cct"] = "cct"
+    blocks: int = Field(2, ge=1, le=64, description="of the encoder")
+    heads: int = Field(2, ge=1, le=64, description="of the self-attention; tokens have heads * head_width channels")
+    head_width: int = Field(64, ge=1, le=512, description="channels of each head")
+    mlp_ratio: int = Field(
+        1, ge=1, le=16, description="the hidden layer of a block is so many times as wide as its tokens"
+    )
+    convolutions: int = Field(2, ge=1, le=5, description="that make the tokens")
+    kernel: Literal[3, 5, 7] = Field(3, description="of these convolutions, in pixels; 7 halves the image once more")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the tokens, and in each block behind its layers")
+    attention_dropout: float = Field(0.1, ge=0, lt=1, description="of the weights by which tokens see each other")
+    drop_path: float = Field(
+        0.1, ge=0, lt=1, description="stochastic depth: probability that the last block is left out"
+    )
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.heads * self.head_width
+
+    @property
+    def stride(self) -> int:
+        """Of each convolution, in pixels."""
+        return max(self.kernel // 2 - 1, 1)
+
+    @property
+    def halvings(self) -> int:
+        """How often the image is halved: by a max-pool behind each convolution, and by a stride of 2."""
+        return self.convolutions * self.stride
 
 
 Width = Annotated[int, Field(ge=1, le=4096)]
@@ -546,7 +591,7 @@ class Training(Section):
 
 
 Model = Annotated[
-    Attention | Baseline | Efficient | Expert | Fast | Improved | Plain | Timm,
+    Attention | Baseline | Cct | Efficient | Expert | Fast | Improved | Plain | Timm,
     Field(discriminator="network"),
 ]
 Optimizer = Annotated[Sgd | Adam | AdamW | Muon, Field(discriminator="name")]
@@ -608,12 +653,15 @@ LATER = {
     "data.fold": 0,
     "data.test_fraction": 0.1,
     "data.columns": ",".join(COLUMNS),
+    "data.duplicates": "drop",
+    "data.corrupt": "refuse",
     "data.geometry": "squash",
     "data.crop_scale": 0.35,
     "data.sampler": "uniform",
     "data.sampler_power": 1.0,
     "loss.name": "cross_entropy",
     "loss.class_weights": 0.0,
+    "model.attention": "cbam",
     "augmentation.policy": "custom",
     "training.execution": "eager",
     "transfer.frozen_epochs": 0,

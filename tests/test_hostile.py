@@ -320,7 +320,9 @@ def test_recipe_of_gigabytes_is_refused_before_building(
     check_refused(lambda path: Classifier.load(path, CPU), folder, "in the file and shape (1024,", canary)
 
 
-@pytest.mark.parametrize("network", ["attention", "baseline", "efficient", "expert", "fast", "improved", "plain"])
+@pytest.mark.parametrize(
+    "network", ["attention", "baseline", "cct", "efficient", "expert", "fast", "improved", "plain"]
+)
 def test_network_on_meta_device_has_the_same_shapes(network: str) -> None:
     recipe = parse_recipe(
         {"model": {"network": network}, "optimizer": {"name": "sgd", "lr": 1}, "training": {"epochs": 1}}

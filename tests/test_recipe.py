@@ -36,7 +36,12 @@ def test_json_round_trip_keeps_recipe_and_digest() -> None:
 def test_the_digest_is_frozen() -> None:
     """It ties trials, runs and models of earlier days together: a change here makes strangers of them all."""
     assert RECIPE.digest() == "37c45d754934330ce44dafbb3f868db5db61c36baaf97c5d8d9b27c590323af1"
-    for later in ({"training.execution": "graphed"}, {"data.sampler": "balanced"}, {"loss.name": "focal"}):
+    for later in (
+        {"training.execution": "graphed"},
+        {"data.sampler": "balanced"},
+        {"loss.name": "focal"},
+        {"model.attention": "se"},
+    ):
         assert RECIPE.changed(later).digest() != RECIPE.digest()
 
 
@@ -99,7 +104,7 @@ def test_all_problems_are_reported_at_once() -> None:
     lines = lines_of(
         {"optimizer.lr": -0.1, "training.epochs": 0, "model.network": "atention", "augmentation.mixup": 1.5}
     )
-    networks = "attention, baseline, efficient, expert, fast, improved, plain, timm"
+    networks = "attention, baseline, cct, efficient, expert, fast, improved, plain, timm"
     assert lines == [
         f"model.network = atention: not one of {networks} (did you mean attention?)",
         "augmentation.mixup = 1.5: should be less than or equal to 1",

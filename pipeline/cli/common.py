@@ -225,7 +225,7 @@ def say_data(console: Console, data: "TrainingData") -> None:
     """What was left out of a data set of files, its given and sealed splits, and a too small validation split: a line each."""
     from pipeline.evaluation.significance import small_split_line
 
-    lines = data.listed.lines() if data.listed else []
+    lines = data.listed.lines(data.validation_ids) if data.listed else []
     for line in [*lines, small_split_line(len(data.validation.labels), data.drawn_fraction)]:
         if line:
             say(console, line)

@@ -25,6 +25,7 @@ from pipeline.cli.exit_codes import HELP, INTERRUPTED, exit_code
 from pipeline.cli.export import export
 from pipeline.cli.finals import finals
 from pipeline.cli.history import history
+from pipeline.cli.inspect import inspect
 from pipeline.cli.make import COMMAND_LINE, positional, to_options
 from pipeline.cli.plan import plan
 from pipeline.cli.predict import predict
@@ -47,7 +48,22 @@ app = typer.Typer(
 )
 
 for _command in (
-    *(study, plan, compare, ui, finals, promote, rollback, history, reproduce, sync, audit, relocate, clean_cache),
+    *(
+        inspect,
+        study,
+        plan,
+        compare,
+        ui,
+        finals,
+        promote,
+        rollback,
+        history,
+        reproduce,
+        sync,
+        audit,
+        relocate,
+        clean_cache,
+    ),
     *(predict, ensemble, export, serve, bench, bench_gpu),
 ):
     app.command()(_command)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.search.search import Search
 
 # The fields that say which images a folder or manifest holds, and which of them are sealed.
-FILE_FIELDS = ("data.dataset", "data.columns", "data.test_fraction")
+FILE_FIELDS = ("data.dataset", "data.columns", "data.test_fraction", "data.duplicates", "data.corrupt")
 # What several commands ask for.
 DatasetOption = Annotated[
     str | None,
@@ -102,6 +102,16 @@ class StudyOptions(BaseModel):
         lt=0.5,
         title="SHARE",
         description="Of a folder or manifest without test images: share that is sealed as its test split, once; 0: none.",
+    )
+    duplicates: Literal["drop", "keep"] | None = Field(
+        None,
+        title="WHAT",
+        description="Images that are in the test split, too: drop (the default), they don't train; or keep.",
+    )
+    corrupt: Literal["refuse", "skip"] | None = Field(
+        None,
+        title="WHAT",
+        description="Files that can't be read: refuse (the default) the data set, or skip them; a run lists them.",
     )
     version: int | None = Field(
         None, ge=1, le=1_000_000, title="N", description="Start or resume another version of the study."
@@ -234,8 +244,10 @@ def _fields(
         ("--dataset", "data.dataset", dataset),
         ("--epochs", "training.epochs", options.epochs),
         ("--seed", "training.seed", options.seed),
-        ("--test-fraction", "data.test_fraction", options.test_fraction),
-        ("--columns", "data.columns", options.columns),
+    ]
+    assigned += [
+        (f"--{name.replace('_', '-')}", f"data.{name}", getattr(options, name))
+        for name in ("test_fraction", "columns", "duplicates", "corrupt")
     ]
     assigned = [assignment for assignment in assigned if assignment[2] is not None]
     assigned += [("--set", *assignment) for assignment in _assignments(changes, problems)]

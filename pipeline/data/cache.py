@@ -21,10 +21,9 @@ import numpy as np
 import PIL
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from pipeline.data import images as decoder
-from pipeline.data.images import BadImage, FileImage, HeldImages, check_memory, read_images
+from pipeline.data.images import BadImage, Decoded, FileImage, HeldImages, check_memory, read_images
 from pipeline.data.listing import Listing, first
 from pipeline.data.mapped import MappedImages, PixelFile, sums_of
 from pipeline.errors import DataError, Problem
@@ -41,37 +40,41 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 log = logging.getLogger(__name__)
 
 
-def decoded(listing: Listing, form: Form, home: Path) -> tuple[MappedImages, HeldImages | None, bytes]:
-    """The images of a listing in a form, what is held for random crops, and the digest of the files' bytes.
+def decoded(listing: Listing, form: Form, home: Path, skip: bool = False) -> Decoded:
+    """The images of a listing in a form.
 
     What the cache in `home` lacks is decoded by all cores and added to it. A file is known by path, size and times.
-    DataError for too small a disk, and one for all the files that can't be read.
+    DataError for too small a disk, and one for all the files that can't be read, unless they may be skipped.
     """
     cache = _Cache(home / FOLDER / _name(listing, form), form)
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
         with _locked(cache.folder):
-            return cache.complete(listing)
+            return cache.complete(listing, skip)
     except OSError as error:
         if error.errno in DISK_FULL:
             raise _too_small(cache.folder, "the disk is full, and what is decoded by now stays") from None
         raise DataError(str(error.filename or cache.folder), error.strerror or str(error)) from None
 
 
-def in_memory(listing: Listing, form: Form) -> tuple[Tensor, HeldImages | None, bytes]:
+def in_memory(listing: Listing, form: Form, skip: bool = False) -> Decoded:
     """As `decoded`, without a cache. UserError where they are too many for that."""
     check_memory(len(listing.paths), form)
     count, side = len(listing.paths), form.held or 0
     images = np.empty((count, 3, form.size, form.size), dtype=np.uint8)
     held = np.empty((count, 3, side, side), dtype=np.uint8)
-    aspects, digest = torch.ones(count), hashlib.sha256()
-    for number, file in _read(listing.paths, form):
-        images[number], aspects[number] = file.image, file.aspect
-        digest.update(file.sha256)
+    aspects, rows, digests = torch.ones(count), list[int](), list[bytes]()
+    unreadable: list[BadImage] = []
+    for number, file in _read(listing.paths, form, unreadable, skip):
+        index = len(rows)
+        images[index], aspects[index] = file.image, file.aspect
+        rows.append(number)
+        digests.append(file.sha256)
         if file.held is not None:
-            held[number] = file.held
-    to_crop = HeldImages(torch.from_numpy(held), aspects) if form.held else None
-    return torch.from_numpy(images), to_crop, digest.digest()
+            held[index] = file.held
+    end = len(rows)
+    to_crop = HeldImages(torch.from_numpy(held[:end]), aspects[:end]) if form.held else None
+    return Decoded(np.array(rows, dtype=np.int64), torch.from_numpy(images[:end]), to_crop, digests, unreadable)
 
 
 def caches(home: Path) -> list[Path]:
@@ -136,22 +139,25 @@ def _too_small(cache: Path, rule: str) -> DataError:
     return DataError(str(cache), rule, "free some space (`clean-cache` may help), or lower data.image_size")
 
 
-def _read(paths: Sequence[Path], form: Form) -> Iterator[tuple[int, FileImage]]:
-    """The images and their numbers, in their order; at the end, one DataError for all the files that can't be read."""
+def _read(paths: Sequence[Path], form: Form, unreadable: list[BadImage], skip: bool) -> Iterator[tuple[int, FileImage]]:
+    """The images and their numbers, in their order; at the end, one DataError for all the files that can't be read.
+
+    With `skip` they are only added to `unreadable`.
+    """
     log.info("reading %s images at %d x %d pixels, %s", f"{len(paths):,}", form.size, form.size, form.geometry)
-    problems: list[Problem] = []
     said = time.monotonic()
     for number, result in enumerate(read_images(paths, form, digests=True)):
         if time.monotonic() - said > PROGRESS_S:
             log.info("%s of %s images read", f"{number:,}", f"{len(paths):,}")
             said = time.monotonic()
         if isinstance(result, BadImage):
-            problems += result.problems
+            unreadable.append(result)
         else:
             yield number, result
-    if problems:
-        summary = Problem(f"{len(problems)} of {len(paths)} images can't be used", remedy="replace or remove them")
-        raise DataError.many([*first(problems), summary])
+    if unreadable and not skip:
+        problems = first([problem for image in unreadable for problem in image.problems])
+        rule, remedy = "images can't be used", "replace or remove them, or `--corrupt skip` leaves them out"
+        raise DataError.many([*problems, Problem(f"{len(unreadable)} of {len(paths)} {rule}", remedy=remedy)])
 
 
 def _keys(paths: Sequence[Path]) -> list[bytes]:
@@ -181,8 +187,9 @@ class _Cache:
         """What an image takes in each file; the index comes last."""
         return {name: 3 * size**2 for name, size in self.sizes.items()} | {INDEX: self.record.itemsize}
 
-    def complete(self, listing: Listing) -> tuple[MappedImages, HeldImages | None, bytes]:
-        """The images in the listing's order; decodes what isn't there yet."""
+    def complete(self, listing: Listing, skip: bool) -> Decoded:
+        """The images in the listing's order; decodes what isn't there yet, and tries again what can't be read."""
+        unreadable: list[BadImage] = []
         keys, records = _keys(listing.paths), self._records()
         missing = _missing(keys, records)
         if len(records) + len(missing) > 2 * len(keys):  # most are of files that were changed or removed
@@ -193,12 +200,17 @@ class _Cache:
         if missing:
             self._make_room(len(missing))
             with _Writer(self, len(records)) as writer:
-                for number, file in _read([listing.paths[number] for number in missing], self._form):
+                paths = [listing.paths[number] for number in missing]
+                for number, file in _read(paths, self._form, unreadable, skip):
                     writer.add(keys[missing[number]], file)
             records = self._records()
         os.utime(self.folder)  # `caches` sorts by it
         row_of = _row_of_key(records)
-        return self._images(records, np.array([row_of[key] for key in keys]))
+        numbers = [number for number, key in enumerate(keys) if key in row_of]
+        images, held, digests = self._images(
+            records, np.array([row_of[keys[number]] for number in numbers], dtype=np.int64)
+        )
+        return Decoded(np.array(numbers, dtype=np.int64), images, held, digests, unreadable)
 
     def _records(self) -> np.ndarray:
         """Of the complete rows; a killed writer leaves parts behind them."""
@@ -220,14 +232,15 @@ class _Cache:
                 log.info("removed %s, unused for longest, to make room", others[0])
             del others[0]
 
-    def _images(self, records: np.ndarray, rows: np.ndarray) -> tuple[MappedImages, HeldImages | None, bytes]:
+    def _images(self, records: np.ndarray, rows: np.ndarray) -> tuple[MappedImages, HeldImages | None, list[bytes]]:
         used = records[rows]
         images, *held = (
             MappedImages(PixelFile(self.folder / name, size), size, rows, used["sums"][:, number])
             for number, (name, size) in enumerate(self.sizes.items())
         )
         to_crop = HeldImages(held[0], torch.from_numpy(used["aspect"].copy())) if held else None
-        return images, to_crop, hashlib.sha256(used["sha256"].tobytes()).digest()
+        digests = used["sha256"].tobytes()
+        return images, to_crop, [digests[32 * row : 32 * row + 32] for row in range(len(rows))]
 
 
 def _row_of_key(records: np.ndarray) -> dict[bytes, int]:

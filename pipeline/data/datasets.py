@@ -6,16 +6,20 @@ split.
 """
 
 import os
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.data import cifar10, digits
+from pipeline.data.duplicates import exact_groups
+from pipeline.data.exclusions import COPY, Excluded
 from pipeline.data.files import read as read_files
 from pipeline.data.folder import read_folder
 from pipeline.data.images import LabelledImages
@@ -26,6 +30,7 @@ from pipeline.data.seal import Seal
 from pipeline.errors import DataError, UserError, did_you_mean
 from pipeline.recipe import Data, Form
 
+MAX_IMBALANCE = 10  # the largest class by the smallest, beyond which a person is told
 SUFFIX_DIGITS = 6  # hexadecimal digits of a folder's digest in its name
 
 
@@ -69,17 +74,41 @@ class Split:
 class Listed:
     """The listing of a data set of files, with its test split, and the seal where that was drawn."""
 
-    listing: Listing
+    listing: Listing  # without what is excluded
     seal: Seal | None
+    excluded: tuple[Excluded, ...] = ()
+    num_test_copies: int = 0  # images to train on that are in the test split, too, and were kept
+    copies: np.ndarray | None = None  # int64 (N,) of those that may train or validate: the same for equal files
 
     def fix(self, home: Path) -> None:
         """Write which images are sealed, if they were drawn; see `Seal.fix`."""
         if self.seal:
             self.seal.fix(home, self.listing)
 
-    def lines(self) -> list[str]:
-        """What a person should know before it is used, a line each."""
-        return [*self.listing.lines(), *(self.seal.lines(self.listing) if self.seal else [])]
+    def lines(self, validation: Tensor | None = None) -> list[str]:
+        """What a person should know before it is used, a line each; `validation`: which of the images validate."""
+        seal = self.seal.lines(self.listing) if self.seal else []
+        return [*self.listing.lines(), *seal, *self._warnings(validation)]
+
+    def _warnings(self, validation: Tensor | None) -> Iterator[str]:
+        """What makes scores worse, or better than they should be."""
+        look = f"`inspect {shlex.quote(str(self.listing.place))}` shows them"
+        if self.excluded:
+            copies = sum(one.reason.startswith(COPY) for one in self.excluded)
+            yield (
+                f"images that aren't used: {len(self.excluded) - copies:,} that can't be read, {copies:,} that are in the "
+                f"test split, too; {look}"
+            )
+        if self.num_test_copies:
+            yield f"caution: images to train on that are in the test split, too: {self.num_test_copies:,}; it flatters them"
+        if self.copies is not None and (line := _copies_line(self.copies, self.listing.usable.labels, validation)):
+            yield f"{line}; {look}"
+        counts = np.bincount(self.listing.usable.labels)
+        if counts.max() >= MAX_IMBALANCE * counts.min():
+            most, least = (
+                f"{self.listing.classes[at]} has {counts[at]:,}" for at in (counts.argmax(), counts.argmin())
+            )
+            yield f"classes are unbalanced: {most} images, {least}; `--set data.sampler=balanced` evens them out"
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +181,10 @@ def _load(about: Data, form: Form, data_dir: Path, home: Path | None, download: 
     if source := SOURCES.get(about.dataset):
         name, read = about.dataset, source.read(form, data_dir, download)
     else:
-        files = listed(about, home)
-        read = read_files(files.listing, form, home)
+        found = listed(about, home)
+        result = read_files(found.listing, form, about, home)
+        copies, read = exact_groups(result.digests), result.labelled
+        files = Listed(result.listing, found.seal, result.excluded, result.num_test_copies, copies)
         name = f"{files.listing.short_name}-{read.digest[:SUFFIX_DIGITS]}"
     return Dataset(
         name=name,
@@ -168,6 +199,25 @@ def _load(about: Data, form: Form, data_dir: Path, home: Path | None, download: 
         form=form,
         read=partial(_load_same, about, data_dir, home, read.digest),
     )
+
+
+def _copies_line(copies: np.ndarray, labels: np.ndarray, validation: Tensor | None) -> str:
+    """How many images are equal to others, in two classes, and on both sides; empty where none are."""
+    counts = np.bincount(copies, minlength=len(copies))
+    if not (counts > 1).any():
+        return ""
+
+    def num_in_two(sides: np.ndarray) -> int:
+        """Images whose copies lie on several sides."""
+        pairs = np.unique(np.stack([copies, sides], axis=1), axis=0)[:, 0]
+        return int(counts[np.bincount(pairs, minlength=len(copies)) > 1].sum())
+
+    parts = [f"{num_in_two(labels)} under two classes"]
+    if validation is not None:
+        parts.append(
+            f"{num_in_two(np.isin(np.arange(len(copies)), validation.numpy()).astype(int))} in training and validation"
+        )
+    return f"{counts[counts > 1].sum()} images are copies of each other, {' and '.join(parts)}"
 
 
 def _load_same(about: Data, data_dir: Path, home: Path | None, digest: str, form: Form) -> Dataset:

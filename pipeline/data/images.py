@@ -8,10 +8,11 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -66,6 +67,30 @@ class HeldImages:
 
     images: Tensor | MappedImages  # uint8 (N, 3, L, L), squashed
     aspects: Tensor  # float32 (N,): width by height, before that
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """The images of N files, without those that can't be read."""
+
+    rows: np.ndarray  # int64 (N,): which of the files these are
+    images: Tensor | MappedImages  # uint8 (N, 3, S, S)
+    held: HeldImages | None  # what random crops are cut from
+    digests: Sequence[bytes]  # SHA-256 of each file
+    unreadable: Sequence[BadImage] = ()
+
+    def at(self, chosen: np.ndarray) -> Self:
+        """Some of the images, int64 (K,)."""
+        if len(chosen) == len(self.rows):
+            return self
+        index = torch.from_numpy(chosen)
+        held = self.held and HeldImages(_at(self.held.images, index), self.held.aspects[index])
+        digests = [self.digests[number] for number in chosen]
+        return replace(self, rows=self.rows[chosen], images=_at(self.images, index), held=held, digests=digests)
+
+
+def _at(images: Tensor | MappedImages, index: Tensor) -> Tensor | MappedImages:
+    return images.at(index) if isinstance(images, MappedImages) else images[index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,12 +274,20 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def shown_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) of an image file by its header, turned as EXIF says; None where it can't be read."""
+class Header(NamedTuple):
+    """What an image file says of itself before its pixels are read."""
+
+    size: tuple[int, int]  # width and height in pixels, turned as EXIF says
+    kind: str  # format and pixel mode: `JPEG RGB`
+
+
+def read_header(path: Path) -> Header | None:
+    """The header of an image file; None where it can't be read."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return (image.height, image.width) if is_turned else image.size
+            size = (image.height, image.width) if is_turned else image.size
+            return Header(size, f"{image.format} {image.mode}")
     except Exception:  # see `read_file`; who reads the images will say it
         return None
 

@@ -62,12 +62,12 @@ class Listing:
     @property
     def usable(self) -> Self:
         """What may train or validate."""
-        return self._where(self.splits != TEST)
+        return self.where(self.splits != TEST)
 
     @property
     def sealed_part(self) -> Self:
         """The test split; for `registry/test_split.py` alone."""
-        return self._where(self.splits == TEST)
+        return self.where(self.splits == TEST)
 
     def has(self, split: str) -> bool:
         """Whether there are images of a split."""
@@ -87,9 +87,10 @@ class Listing:
     def with_splits(self, splits: np.ndarray) -> Self:
         """The same images in other splits, in order again."""
         listing = replace(self, splits=splits)
-        return listing._where(np.argsort([ORDER.index(split) for split in splits], kind="stable"))
+        return listing.where(np.argsort([ORDER.index(split) for split in splits], kind="stable"))
 
-    def _where(self, rows: np.ndarray) -> Self:
+    def where(self, rows: np.ndarray) -> Self:
+        """Some of the images: bool (N,), or indices."""
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
         groups = None if self.groups is None else self.groups[rows]
         paths = tuple(self.paths[row] for row in rows)

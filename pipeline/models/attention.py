@@ -1,8 +1,11 @@
 """`attention`: a residual network whose blocks attend to channels, then to positions (CBAM, arXiv 1807.06521).
 
 conv 3x3 - BN - ReLU; stages of attention residual blocks, each stage after the first halving height and width;
-conv 1x1 - BN; global average pooling; dropout; linear. System 003 of the five that this project replaces.
+conv 1x1 - BN; global average pooling; dropout; linear. System 003 of the five that this project replaces. Its blocks can
+also attend to channels alone (SE, arXiv 1709.01507; ECA, arXiv 1910.03151), or to nothing.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +18,52 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, channels: int, reduction: int):
         super().__init__()
-        hidden = max(channels // reduction, 1)
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, channels, bias=False)
-        )
+        self.mlp = _mlp(channels, reduction)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = torch.stack([x.mean((2, 3)), x.amax((2, 3))])
         return self.mlp(pooled).sum(0).sigmoid()[:, :, None, None]
+
+
+class SqueezeExcitation(nn.Module):
+    """(N, C, H, W) -> weights (N, C, 1, 1): a small MLP sees the average of each channel."""
+
+    def __init__(self, channels: int, reduction: int):
+        super().__init__()
+        self.mlp = _mlp(channels, reduction)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x.mean((2, 3))).sigmoid()[:, :, None, None]
+
+
+class EfficientChannelAttention(nn.Module):
+    """(N, C, H, W) -> weights (N, C, 1, 1): a convolution along the averages of neighbouring channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        kernel = max(int((math.log2(channels) + 1) / 2) | 1, 3)  # grows with the channels, odd; the paper's rule
+        self.conv = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.mean((2, 3))[:, None]).sigmoid()[:, 0, :, None, None]
+
+
+def _mlp(channels: int, reduction: int) -> nn.Sequential:
+    hidden = max(channels // reduction, 1)
+    return nn.Sequential(nn.Linear(channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, channels, bias=False))
+
+
+def channel_attention(recipe: Attention, channels: int) -> nn.Module | None:
+    """(N, channels, H, W) -> weights (N, channels, 1, 1), of the recipe's kind; None where that weighs no channels."""
+    match recipe.attention:
+        case "cbam":
+            return ChannelAttention(channels, recipe.reduction)
+        case "se":
+            return SqueezeExcitation(channels, recipe.reduction)
+        case "eca":
+            return EfficientChannelAttention(channels)
+        case "none":
+            return None
 
 
 class SpatialAttention(nn.Module):
@@ -38,7 +79,7 @@ class SpatialAttention(nn.Module):
 
 
 class AttentionResidualBlock(nn.Module):
-    """Two 3x3 convolutions, channel attention, spatial attention, and the shortcut added."""
+    """Two 3x3 convolutions, channel attention, spatial attention as far as the recipe has them, and the shortcut added."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, recipe: Attention):
         super().__init__()
@@ -49,16 +90,17 @@ class AttentionResidualBlock(nn.Module):
             nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
             nn.BatchNorm2d(outputs),
         )
-        self.channel = ChannelAttention(outputs, recipe.reduction)
-        self.spatial = SpatialAttention(recipe.spatial_kernel)
+        self.channel = channel_attention(recipe, outputs)
+        self.spatial = SpatialAttention(recipe.spatial_kernel) if recipe.attention == "cbam" else None
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.body(x)
-        y = y * self.channel(y)
-        y = y * self.spatial(y)
+        for weights in (self.channel, self.spatial):
+            if weights is not None:
+                y = y * weights(y)
         return torch.relu(y + self.shortcut(x))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipeline import recipe
 from pipeline.models.attention import AttentionNetwork
 from pipeline.models.baseline import BaselineNetwork
+from pipeline.models.cct import CctNetwork
 from pipeline.models.efficient import EfficientNetwork
 from pipeline.models.expert import ExpertNetwork
 from pipeline.models.fast import FastNetwork
@@ -30,6 +31,8 @@ def _build(model: recipe.Model, num_classes: int, image_size: int) -> nn.Module:
             return AttentionNetwork(model, num_classes)
         case recipe.Baseline():
             return BaselineNetwork(model, num_classes, image_size)
+        case recipe.Cct():
+            return CctNetwork(model, num_classes, image_size)
         case recipe.Efficient():
             return EfficientNetwork(model, num_classes)
         case recipe.Expert():

@@ -48,6 +48,14 @@ class FitsFirstLayer(Protocol):
         """Called before the first step; images float32 (N, 3, S, S), normalised, on the network's device."""
 
 
+@runtime_checkable
+class HasUndecayed(Protocol):
+    """A network of which some parameters are not to shrink."""
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """The parameters without weight decay, whatever the optimizer."""
+
+
 class Whitening(nn.Module):
     """Whitened patches of k x k pixels, and their negatives; (N, 3, S, S) -> (N, 6 k^2, S - k + 1, S - k + 1).
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from pipeline.data import cifar10, digits
 from pipeline.data.cache import in_memory
-from pipeline.data.datasets import Split, listed
+from pipeline.data.datasets import Split, default_image_size, listed
 from pipeline.data.images import resized
-from pipeline.data.listing import Listing
+from pipeline.data.listing import TEST, Listing
 from pipeline.data.splits import sealed
+from pipeline.data.survey import Survey, survey_files, survey_pixels
 from pipeline.errors import DataError, lines_of
 from pipeline.recipe import Data, Form
 
@@ -60,6 +61,18 @@ def open_test_split(about: Data, form: Form, data_dir: Path, classes: Sequence[s
     return Split(images, place[labels])
 
 
+def survey_test_split(about: Data, data_dir: Path, home: Path) -> Survey:
+    """What is compared with the other images before anything is trained: fingerprints, sizes, counts; it may be empty.
+
+    No model sees the images, and none is shown. Labels are indices into the data set's classes. DataError where files are
+    missing or damaged.
+    """
+    if size := default_image_size(about.dataset):
+        _, images, labels = _opened(about, Form(size), data_dir.absolute(), home)
+        return survey_pixels(images, labels, TEST)
+    return survey_files(listed(about, home).listing.sealed_part)
+
+
 def _opened(about: Data, form: Form, data_dir: Path, home: Path | None) -> tuple[Sequence[str], Tensor, Tensor]:
     """Class names, images, and labels that are indices into them."""
     if about.dataset == "cifar10":
@@ -78,7 +91,9 @@ def _opened(about: Data, form: Form, data_dir: Path, home: Path | None) -> tuple
         names = [str(digit) for digit in range(10)]
         return names, resized(grey[:, None].expand(-1, 3, -1, -1), form), labels[chosen]
     test = _test_images(about, home)
-    return test.classes, in_memory(test, form)[0], torch.from_numpy(test.labels)
+    found = in_memory(test, form, about.corrupt == "skip")
+    assert isinstance(found.images, Tensor)
+    return test.classes, found.images, torch.from_numpy(test.labels[found.rows])
 
 
 def _cifar10_digest(data_dir: Path) -> str:

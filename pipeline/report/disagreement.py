@@ -1,7 +1,5 @@
 """The images that the best trial or the control has right, and not the other."""
 
-import base64
-import io
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +12,7 @@ from pipeline.data.mapped import MappedImages
 from pipeline.errors import UserError
 from pipeline.recipe import Data
 from pipeline.report.control_comparison import Comparison
+from pipeline.report.render import picture
 from pipeline.report.stored import Predictions
 from pipeline.tracking import queries
 from pipeline.tracking.run_data import LocatedData, RunData
@@ -65,7 +64,7 @@ def _images(
         digest = RunTags.of(tracker.client.get_run(run_id)).data_digest
         if digest is None:
             raise KeyError("data_digest")
-        names = ("dataset", "image_size", "geometry", "test_fraction", "columns")
+        names = ("dataset", "image_size", "geometry", "test_fraction", "columns", "duplicates", "corrupt")
         about = Data.model_validate({name: run[f"data.{name}"] for name in names if pd.notna(run.get(f"data.{name}"))})
         seen = RunData(f"run {run_id}", about, digest, queries.data_places(tracker, run_id), tracker.home)
         data = find(seen).images
@@ -84,12 +83,10 @@ def _thumbnails(
         lines = [f"{first.classes[first.labels[index]]} (no. {first.ids[index]})"]
         for label, run in runs.items():
             lines.append(f"{label}: {run.classes[run.answers[index]]} {run.probabilities[index].max():.0%}")
-        yield {"source": None if images is None else _png(images[number]), "lines": lines}
+        yield {"source": None if images is None else _thumbnail(images[number]), "lines": lines}
 
 
-def _png(image: np.ndarray) -> str:
-    out = io.BytesIO()
-    picture = Image.fromarray(image)
-    picture.thumbnail(THUMBNAIL)
-    picture.save(out, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+def _thumbnail(image: np.ndarray) -> str:
+    small = Image.fromarray(image)
+    small.thumbnail(THUMBNAIL)
+    return picture(np.asarray(small))

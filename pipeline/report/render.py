@@ -1,17 +1,20 @@
 """Plain data and figures in, one HTML file out; how it looks is in templates/."""
 
+import base64
+import io
 import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from pipeline.errors import UserError, counted, escape_control
@@ -61,6 +64,13 @@ def number(value: object, form: str) -> str:
 def hours(seconds: float) -> str:
     """`2.5 h`, or `12.0 min` below an hour."""
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def picture(image: np.ndarray, kind: Literal["PNG", "JPEG"] = "PNG") -> str:
+    """uint8 (H, W, 3) as a data URL."""
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, kind, **({"optimize": True} if kind == "PNG" else {"quality": 85}))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def write(page: str, file: Path) -> None:

@@ -169,8 +169,10 @@ class Search:
             "data.train_fraction",  # part of the split's digest, as are folds
             "data.folds",
             "data.fold",
-            "data.test_fraction",  # part of the data's digest, as are columns
+            "data.test_fraction",  # part of the data's digest, as are those below
             "data.columns",
+            "data.duplicates",
+            "data.corrupt",
             "training.execution",  # depends on the device, and changes no result
         )
         space, flat = self.space(), {**self.settings, **self.base.flat()}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline import recipe
 from pipeline.models.build import layer_ids
-from pipeline.models.layers import Whitening
+from pipeline.models.layers import HasUndecayed, Whitening
 from pipeline.training.schedules import lr_factor
 
 # Measured on a CPU, one step of a 2.4 M-parameter convnet with 1 / 2 threads: SGD 2.6 / 1.6 ms against foreach's
@@ -31,9 +31,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """torch's SGD, Adam or AdamW over every parameter of `network`, which lies on `device`; or Muon.
 
-    With torch's, all parameters decay, batch-norm's and biases too, as in the published CIFAR recipes (ResNet,
-    arXiv 1512.03385). A group's rate is `optimizer.lr` times its `scale`. `on_device` keeps rates and counts there, so
-    that a step can be captured and replayed.
+    All parameters but those that the network excludes (`HasUndecayed`) decay, batch-norm's and biases too, as in the
+    published CIFAR recipes (ResNet, arXiv 1512.03385); Muon's filters don't. A group's rate is `optimizer.lr` times its
+    `scale`. `on_device` keeps rates and counts there, so that a step can be captured and replayed.
     """
     fused = True if device.type in _FUSED else None  # None: torch chooses
     built = _build(network, optimizer, transfer or recipe.Transfer(), fused, on_device)
@@ -52,10 +52,10 @@ def _build(
     all_parameters = [{"params": list(network.parameters()), "lr": optimizer.lr}]
     match optimizer:
         case recipe.Muon():
-            return Muon(_by_layer(_muon_groups(network, optimizer), network, transfer))
+            return Muon(_divided(_muon_groups(network, optimizer), network, transfer))
         case recipe.Sgd():
             return torch.optim.SGD(
-                _by_layer(all_parameters, network, transfer),
+                _divided(all_parameters, network, transfer),
                 lr=optimizer.lr,
                 momentum=optimizer.momentum,
                 nesterov=optimizer.nesterov,
@@ -65,7 +65,7 @@ def _build(
         case recipe.Adam() | recipe.AdamW():
             kind = torch.optim.Adam if isinstance(optimizer, recipe.Adam) else torch.optim.AdamW
             return kind(
-                _by_layer(all_parameters, network, transfer),
+                _divided(all_parameters, network, transfer),
                 lr=optimizer.lr,
                 betas=(optimizer.beta1, optimizer.beta2),
                 weight_decay=optimizer.weight_decay,
@@ -73,6 +73,21 @@ def _build(
                 capturable=capturable,
             )
     raise TypeError(f"no optimizer is known for a section of type {type(optimizer).__name__}")
+
+
+def _divided(groups: list[dict[str, Any]], network: nn.Module, transfer: recipe.Transfer) -> list[dict[str, Any]]:
+    """The groups as they are; or divided, where parameters differ in decay, in rate or in when they learn."""
+    return _by_layer(_by_decay(groups, network), network, transfer)
+
+
+def _by_decay(groups: list[dict[str, Any]], network: nn.Module) -> list[dict[str, Any]]:
+    undecayed = set(network.undecayed()) if isinstance(network, HasUndecayed) else set()
+    divided = []
+    for group in groups:
+        divided.append({**group, "params": [parameter for parameter in group["params"] if parameter not in undecayed]})
+        kept = [parameter for parameter in group["params"] if parameter in undecayed]
+        divided.append({**group, "params": kept, "weight_decay": 0.0})
+    return [group for group in divided if group["params"]]
 
 
 def _by_layer(groups: list[dict[str, Any]], network: nn.Module, transfer: recipe.Transfer) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ def test_only_data_dir_counts_in_the_environment() -> None:
         (
             "study",
             ["DATSET=x"],
-            "DATSET: no such variable of `study` (did you mean DATASET?); there are BUDGET, CLUSTER, COLUMNS, DATASET",
+            "DATSET: no such variable of `study` (did you mean DATASET?); there are BUDGET, CLUSTER, COLUMNS, CORRUPT, DAT",
         ),
         ("relocate", ["NAME=x"], "NAME: no such variable of `relocate`; it takes none"),
         ("promote", ["FORCE=yes"], "FORCE=yes: should be 1 or 0"),

@@ -175,12 +175,16 @@ def test_finals_find_a_folder_that_moved(tmp_path: Path) -> None:
         "--set",
         TINY_NETWORK.replace("image_size=8", "image_size=16") + " training.batch_size=8",
     )
-    done = run_pipeline("study", "attention", "--dataset", "./digits", *words, cwd=tmp_path)
+    (tmp_path / "digits" / "train" / "0" / "empty.png").touch()
+    done = run_pipeline("study", "attention", "--dataset", "./digits", "--corrupt", "skip", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search("attention-v1-digits-[0-9a-f]{6} on", done.stdout), (
         "not the study of the digits that need no folder"
     )
     assert "caution: 2 validation images say little" in done.stdout
+    assert "images that aren't used: 1 that can't be read, 0 that are in the test split, too; " in done.stdout
+    (excluded,) = (tmp_path / "mlruns").glob("artifacts/*/artifacts/excluded.csv")
+    assert excluded.read_text() == "path,reason\ntrain/0/empty.png,empty file\n"
     moved = (tmp_path / "digits").rename(tmp_path / "zeros and ones")
     refused = run_pipeline("promote", "attention", cwd=tmp_path)
     assert refused.returncode == 3

@@ -50,9 +50,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def check(listing: Listing, home: Path, form: Form = FORM) -> None:
     """What the cache gives is what is read into memory."""
-    images, held, digest = decoded(listing, form, home)
-    expected, expected_held, expected_digest = in_memory(listing, form)
-    assert torch.equal(images[:], expected) and digest == expected_digest
+    found, in_files = decoded(listing, form, home), in_memory(listing, form)
+    images, held, expected, expected_held = found.images, found.held, in_files.images, in_files.held
+    assert torch.equal(images[:], expected) and found.digests == in_files.digests
     assert (held is None) == (expected_held is None)
     if held and expected_held:
         assert torch.equal(held.images[:], expected_held.images) and torch.equal(held.aspects, expected_held.aspects)
@@ -66,6 +66,18 @@ def test_pixels_and_digest_are_those_of_the_files(pets: Path, home: Path, form: 
         check(read_folder(pets), home, form)
 
 
+def test_unreadable_files_may_be_skipped_and_are_tried_again(pets: Path, home: Path, read: list[str]) -> None:
+    (pets / "train" / "cat" / "2.JPG").write_bytes(b"")
+    for _ in range(2):
+        found = decoded(read_folder(pets), FORM, home, skip=True)
+        assert found.rows.tolist() == [0, 2, 3, 4] and [one.path.name for one in found.unreadable] == ["2.JPG"]
+        assert torch.equal(found.images[:], in_memory(read_folder(pets), FORM, skip=True).images)
+    assert read.count("2.JPG") == 4 and read.count("1.png") == 3
+    kept = found.at(np.array([1, 3]))
+    assert kept.rows.tolist() == [2, 4] and torch.equal(kept.images[:], found.images[:][[1, 3]])
+    assert list(kept.digests) == [found.digests[1], found.digests[3]]
+
+
 def test_they_are_decoded_once_for_each_form(pets: Path, home: Path, read: list[str]) -> None:
     for form in (FORM, FORM, Form(8), FORM):
         decoded(read_folder(pets), form, home)
@@ -73,16 +85,17 @@ def test_they_are_decoded_once_for_each_form(pets: Path, home: Path, read: list[
 
 
 def test_a_changed_file_is_noticed_and_decoded_alone(pets: Path, home: Path, read: list[str]) -> None:
-    before, _, digest = decoded(read_folder(pets), FORM, home)
-    pixels = before[:]
+    first = decoded(read_folder(pets), FORM, home)
+    before, pixels = first.images, first.images[:]
     file = pets / "train" / "dog" / "1.bmp"
     stat = file.stat()
     add_image(file, 222)  # a bitmap: of the same size
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     add_image(pets / "train" / "cat" / "3.png", 111)
     read.clear()
-    after, _, new_digest = decoded(read_folder(pets), FORM, home)
-    assert sorted(read) == ["1.bmp", "3.png"] and new_digest != digest
+    found = decoded(read_folder(pets), FORM, home)
+    after = found.images
+    assert sorted(read) == ["1.bmp", "3.png"] and found.digests[3] != first.digests[2]
     assert torch.equal(before[:], pixels), "a running training sees what it saw"
     assert after[:][3, 0].float().mean() == 222
     check(read_folder(pets), home)

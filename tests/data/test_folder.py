@@ -141,7 +141,7 @@ def test_all_broken_images_are_listed_at_once(pets: Path) -> None:
     empty, text, count = lines_of(DataError, str(pets))
     assert empty == f"{pets}/train/cat/2.JPG: empty file"
     assert text.startswith(f"{pets}/train/dog/1.bmp: not a JPEG")
-    assert count == "2 of 5 images can't be used; replace or remove them"
+    assert count == "2 of 5 images can't be used; replace or remove them, or `--corrupt skip` leaves them out"
 
 
 def test_at_most_twenty_broken_images_are_listed(pets: Path) -> None:
@@ -152,7 +152,7 @@ def test_at_most_twenty_broken_images_are_listed(pets: Path) -> None:
     assert lines[19:] == [
         f"{pets}/train/cat/x19.png: empty file",
         "and 3 more",
-        "23 of 28 images can't be used; replace or remove them",
+        "23 of 28 images can't be used; replace or remove them, or `--corrupt skip` leaves them out",
     ]
 
 

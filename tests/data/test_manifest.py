@@ -99,7 +99,7 @@ def test_images_stay_inside_the_manifests_folder(pets: Path) -> None:
     )
     assert lines_of(DataError, write(pets, [*ROWS, "train/no.png,cat"])) == [
         f"{pets}/train/no.png: no such file",
-        "1 of 5 images can't be used; replace or remove them",
+        "1 of 5 images can't be used; replace or remove them, or `--corrupt skip` leaves them out",
     ]
 
 

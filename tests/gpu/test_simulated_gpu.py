@@ -197,6 +197,7 @@ OF_AUGMENTATION = 240
 OF_NETWORK = {
     "attention": 750,
     "baseline": 75,
+    "cct": 280,
     "efficient": 190,
     "expert": 285,
     "fast": 225,

@@ -2,9 +2,16 @@
 
 import pytest
 import torch
+from timm.layers import EcaModule, SEModule
 from torch import nn
 
-from pipeline.models.attention import AttentionNetwork, AttentionResidualBlock, ChannelAttention, SpatialAttention
+from pipeline.models.attention import (
+    AttentionNetwork,
+    AttentionResidualBlock,
+    ChannelAttention,
+    SpatialAttention,
+    channel_attention,
+)
 from pipeline.models.build import build_network, num_parameters
 from pipeline.recipe import Attention
 
@@ -55,6 +62,31 @@ def test_spatial_attention_weighs_places_from_both_poolings() -> None:
     weights = attention(x)
     assert weights.shape == (3, 1, 5, 5)
     torch.testing.assert_close(weights, torch.sigmoid(nn.functional.conv2d(pooled, attention.conv.weight, padding=3)))
+
+
+@pytest.mark.parametrize("channels", [4, 16, 62, 248, 1024])
+@pytest.mark.parametrize("kind", ["se", "eca"])
+def test_se_and_eca_equal_timms_at_equal_weights(kind: str, channels: int) -> None:
+    ours = channel_attention(Attention(attention=kind, reduction=4), channels)
+    theirs = SEModule(channels, rd_channels=channels // 4, bias=False) if kind == "se" else EcaModule(channels)
+    assert ours is not None
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        reference.data = mine.data.view_as(reference)
+    x = torch.randn(3, channels, 5, 6)
+    torch.testing.assert_close(x * ours(x), theirs(x))
+
+
+def test_only_cbam_attends_to_places_and_none_to_nothing() -> None:
+    kinds = {}
+    for kind in ("cbam", "se", "eca", "none"):
+        block = AttentionResidualBlock(4, 8, 2, Attention(attention=kind))
+        kinds[kind] = [type(part).__name__ for part in (block.channel, block.spatial)]
+    assert kinds == {
+        "cbam": ["ChannelAttention", "SpatialAttention"],
+        "se": ["SqueezeExcitation", "NoneType"],
+        "eca": ["EfficientChannelAttention", "NoneType"],
+        "none": ["NoneType", "NoneType"],
+    }
 
 
 def test_only_the_seed_draws_the_weights() -> None:

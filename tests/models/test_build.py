@@ -17,6 +17,8 @@ EVERY = [
     recipe.Improved(),
     recipe.Plain(),
     recipe.Attention(),
+    *(recipe.Attention(widths=(4, 8), attention=kind) for kind in ("se", "eca", "none")),
+    recipe.Cct(),
 ]
 each = pytest.mark.parametrize("model", EVERY, ids=lambda model: model.network)
 
@@ -65,6 +67,8 @@ def test_layers_are_counted_from_the_image_to_the_head(model: recipe.Model) -> N
         (recipe.Efficient(), 774_010),
         (recipe.Plain(), 429_866),
         (recipe.Expert(), 1_786_905),
+        (recipe.Cct(), 283_723),  # the paper's CCT-2/3x2: 0.28 M
+        (recipe.Cct(blocks=7, heads=4, mlp_ratio=2, convolutions=1), 3_760_139),  # CCT-7/3x1: 3.76 M
         (recipe.Fast(), 1_971_352),  # airbench94_muon's 1,972,792 less what is frozen there
     ],
     ids=lambda value: getattr(value, "network", ""),

@@ -31,6 +31,8 @@ CPU = torch.device("cpu")
 SMALL = [
     recipe.Attention(widths=(4, 8), blocks_per_stage=1, reduction=2),
     recipe.Baseline(widths=(4, 8), hidden=8),
+    recipe.Attention(widths=(4, 8), blocks_per_stage=1, attention="eca"),
+    recipe.Cct(heads=2, head_width=4),
     recipe.Efficient(widths=(8, 8, 8), separable_blocks=1),
     recipe.Expert(widths=(8, 12), branches=2, reduction=2),
     recipe.Fast(widths=(4, 6), depth=3),

@@ -54,6 +54,7 @@ VALUES = [
     "default",
     "pad",
     "path,label,split,patient",
+    "none",
 ]
 DRAWS = 24
 

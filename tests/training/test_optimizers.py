@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pipeline import recipe
+from pipeline.models.build import build_network
 from pipeline.models.layers import Whitening
 from pipeline.training.optimizers import build_optimizer, orthogonalise, set_lr
 
@@ -91,6 +92,22 @@ def test_every_parameter_decays(section):
     build_optimizer(network, section, CPU).step()
     for name, parameter in network.named_parameters():
         assert torch.allclose(parameter, torch.tensor(1 - 0.5 * 0.1)), name
+
+
+@pytest.mark.parametrize(
+    "section", [recipe.Sgd(lr=0.5, weight_decay=0.1), recipe.AdamW(lr=0.5, weight_decay=0.1), MUON]
+)
+def test_positions_biases_and_norms_of_a_transformer_do_not_decay(section: recipe.Optimizer) -> None:
+    network = build_network(recipe.Cct(head_width=4), 5, 16, seed=0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer = build_optimizer(network, section, CPU, transfer=recipe.Transfer(layer_decay=0.9))
+    optimizer.step()
+    for name, parameter in network.named_parameters():
+        assert (parameter == 1).all() == (parameter.ndim == 1 or name == "position"), name
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
 
 
 @pytest.mark.parametrize("section", [recipe.Sgd(lr=0.5), recipe.AdamW(lr=0.5)])

@@ -1,0 +1,88 @@
+"""`inspect`: a data set before anything is trained on it."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.cli.common import HOME, expand, make_console, say, writable
+from pipeline.cli.make import COMMAND_LINE
+from pipeline.cli.options import DataDirOption, StudyOptions, TrackingOption, with_study_options
+from pipeline.errors import Problem, UserError, escape_control
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Data
+    from pipeline.report.inspection import Inspection
+
+_OF_FILES = ("columns", "test_fraction", "duplicates")
+_MOST_CLASSES = 20  # that the terminal lists
+
+
+@with_study_options(*(name for name in StudyOptions.model_fields if name not in _OF_FILES))
+def inspect(
+    dataset: Annotated[
+        str,
+        typer.Argument(metavar="DATASET", help="cifar10, digits, a folder of images by class, or a manifest."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page; default mlruns/reports/inspect-<data set>.html.")
+    ] = None,
+    data_dir: DataDirOption = Path("data"),
+    tracking_uri: TrackingOption = None,
+    **typed: str | bool | None,
+) -> None:
+    """Look at a data set before a search: counts, sizes, damaged files, duplicates, suspected labels; a page and a table."""
+    about = _about(dataset, typed)
+
+    from pipeline.report.inspection import inspect as look
+    from pipeline.report.inspection_page import findings, inspection_page
+    from pipeline.report.render import write
+    from pipeline.tracking.tracker import MlflowTracker
+
+    console = make_console()
+    file = writable(output) if output else None
+    has_runs = tracking_uri is not None or (HOME / "mlflow.db").exists()
+    tracker = MlflowTracker(HOME, tracking_uri) if has_runs else None
+    with make_console(stderr=True).status("looking at every image"):
+        found = look(about, expand(data_dir).absolute(), HOME, tracker)
+    file = file or HOME / "reports" / f"inspect-{found.name}.html"
+    _print_counts(found)
+    say(console, *found.notes, *found.lines())
+    table = file.with_suffix(".csv")
+    page = inspection_page(found, table.name, COMMAND_LINE.word)
+    write(page, file)
+    write(findings(found).to_csv(index=False), table)
+    say(console, f"page: {file} ({len(page.encode()) / 1e6:.1f} MB, opens offline); all that was found: {table}")
+
+
+def _about(dataset: str, typed: dict[str, str | bool | None]) -> "Data":
+    """The data set's section of a recipe; UserError for options that are none."""
+    from pipeline.recipe import Data
+
+    problems: list[Problem] = []
+    options = StudyOptions.parse(typed, problems)
+    fields = {name: value for name in _OF_FILES if (value := getattr(options, name)) is not None}
+    if problems:
+        raise UserError.many(problems)
+    return Data.model_validate({"dataset": os.path.expanduser(dataset), **fields})
+
+
+def _print_counts(found: "Inspection") -> None:
+    """Images of each class by split, the classes with the fewest training images first."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("class")
+    for split in found.counts:
+        table.add_column(split, justify="right")
+    counts = list(found.counts.values())
+    order = sorted(range(len(found.classes)), key=lambda label: counts[0][label])
+    for label in order[:_MOST_CLASSES]:
+        table.add_row(Text(escape_control(found.classes[label])[:40]), *(f"{of[label]:,}" for of in counts))
+    if len(order) > _MOST_CLASSES:
+        rest = [sum(int(of[label]) for label in order[_MOST_CLASSES:]) for of in counts]
+        table.add_row(f"{len(order) - _MOST_CLASSES} more", *(f"{count:,}" for count in rest))
+    table.add_row("all", *(f"{of.sum():,}" for of in counts))
+    make_console().print(table)

@@ -1,0 +1,83 @@
+"""Images of a listing that aren't used: copies of sealed ones, which would make the test lie, and files that can't be read."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.data.listing import TEST, TRAIN, Listing, first
+from pipeline.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+COPY = "copy of the test image"  # how the reason of such an image begins
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """An image that isn't used, by its path below the data set's root, and why."""
+
+    name: str
+    reason: str
+
+
+def excluded_table(excluded: Sequence[Excluded]) -> "pd.DataFrame":
+    """Columns path and reason."""
+    import pandas as pd
+
+    return pd.DataFrame([(one.name, one.reason) for one in excluded], columns=["path", "reason"])
+
+
+def test_copies(listing: Listing, digests: Sequence[bytes]) -> dict[int, str]:
+    """Index of an image that may train or validate -> name of a sealed one that is equal to it, byte for byte.
+
+    `digests`: SHA-256 of the files of those that may. Of sealed images only the bytes are read, and only where another
+    file has the same size. DataError where one can't be read.
+    """
+    is_test = listing.splits == TEST
+    if not is_test.any():
+        return {}
+    try:
+        sizes = np.array([os.stat(path).st_size for path in listing.paths])
+        rows = np.flatnonzero(is_test & np.isin(sizes, sizes[~is_test])).tolist()
+        sealed = dict(zip(file_digests([listing.paths[row] for row in rows]), rows, strict=True))
+    except OSError as error:
+        raise DataError(str(error.filename), error.strerror or str(error)) from None
+    return {index: listing.names[sealed[digest]] for index, digest in enumerate(digests) if digest in sealed}
+
+
+def file_digests(paths: Sequence[Path]) -> list[bytes]:
+    """SHA-256 of each file; OSError where one can't be read."""
+
+    def digest(path: Path) -> bytes:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(digest, paths))
+
+
+def check_enough(listing: Listing, excluded: Sequence[Excluded]) -> None:
+    """DataError for each class that has too few images to train on without those that are left out."""
+    counts = Counter(listing.labels[listing.splits == TRAIN].tolist())
+    problems = [
+        Problem(
+            f"{listing.place}, class {name}",
+            f"holds {counts[label]} image(s) besides those that are left out, needs at least 2",
+            "add some, or remove the class",
+        )
+        for label, name in enumerate(listing.classes)
+        if counts[label] < 2
+    ]
+    if problems:
+        examples = tuple(f"{one.name}: {one.reason}" for one in excluded[:3])
+        summary = Problem(f"{len(excluded)} images are left out", details=examples)
+        raise DataError.many([*first(problems), summary])

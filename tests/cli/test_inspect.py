@@ -1,0 +1,37 @@
+"""The command `inspect`."""
+
+from pathlib import Path
+
+from conftest import Trained
+from fork_server import shared_fork_server
+from report.test_inspection import make_photos
+
+from cli.helpers import assert_refused
+
+
+def test_inspect_prints_counts_and_findings_and_writes_both_files(tmp_path: Path) -> None:
+    make_photos(tmp_path / "photos")
+    done = shared_fork_server().run(["inspect", "photos"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "dog       12    4     3" in done.stdout and "all       25    7     6" in done.stdout
+    assert "1 file can't be read" in done.stdout
+    reports = tmp_path / "mlruns" / "reports"
+    assert sorted(file.name for file in reports.iterdir()) == ["inspect-photos.csv", "inspect-photos.html"]
+    assert (reports / "inspect-photos.csv").read_text().count("\n") == 12
+
+
+def test_inspect_knows_suspects_where_there_are_runs(trained: Trained, tmp_path: Path) -> None:
+    page = tmp_path / "d.html"
+    done = shared_fork_server().run(["inspect", "digits", "--output", str(page)], trained.home.parent)
+    assert done.returncode == 0, done.stderr
+    assert "the best 1 run, validation split (tiny-v1-digits)" in page.read_text()
+    assert not (trained.home / "reports").exists()
+
+
+def test_wrong_options_are_refused(tmp_path: Path) -> None:
+    words = ["inspect", "digits", "--test-fraction", "2", "--duplicates", "no", "--output", "x.html"]
+    lines = [
+        "error: `--test-fraction 2`: should be less than 0.5",
+        "error: `--duplicates no`: should be 'drop' or 'keep'",
+    ]
+    assert_refused(words, lines, tmp_path)
