@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pipeline.data.duplicates import HASHED, THUMBNAIL, Fingerprints, perceptual_hashes, thumbnails
@@ -119,9 +118,3 @@ def _looks(paths: Sequence[Path]) -> Iterator[_Look | BadImage]:
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         yield from pool.map(look, paths)
-
-
-def contact_images(listing: Listing, rows: Sequence[int], size: int) -> Iterator[Tensor]:
-    """uint8 (3, size, size), padded, of some images of a listing that can be read."""
-    for row in rows:
-        yield torch.from_numpy(read_file(listing.paths[row], Form(size, "pad")).image)

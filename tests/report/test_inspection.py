@@ -91,7 +91,7 @@ def test_nothing_is_written_and_the_digest_is_that_of_runs(
     for duplicates in ("drop", "keep"):
         chosen = about.model_copy(update={"duplicates": duplicates})
         inspect(chosen, Path("nowhere"), home, MlflowTracker(trained.home))
-        assert asked[-1] == load(chosen, Path("nowhere"), home).digest
+        assert asked[-1] == load(chosen, Path("nowhere")).digest
     assert asked[0] != asked[1] and not home.exists()
 
 
