@@ -5,7 +5,7 @@
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11 python,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
 BIN := .venv/bin
 READY := .venv/ready
-COMMANDS := inspect study plan compare finals promote rollback history reproduce sync audit relocate predict export serve ui bench bench-gpu
+COMMANDS := inspect study plan compare finals promote rollback history reproduce sync audit relocate clean-cache predict export serve ui bench bench-gpu
 
 define newline
 
@@ -22,7 +22,7 @@ endif
 .PHONY: help setup $(COMMANDS) test chaos test-floors check format lock
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 setup: $(READY) ## create .venv and install everything, in the versions of .constraints.txt: [LOCKED=0 for the newest] (the other targets do it too)
 
@@ -38,6 +38,7 @@ reproduce: ## train a run again and compare, bit for bit where that can be: RUN=
 sync: ## send MLflow what is pending on disk since it was away or a command was killed: [DROP_DELETED=1 TRACKING_URI=]
 audit: ## check that trials, runs, points, models and files are complete: [FIX=1 STORAGE= TRACKING_URI=]
 relocate: ## after mlruns/ was moved: write its new place into its database
+clean-cache: ## remove the decoded images of folders and manifests: [KEEP=20 for up to 20 GiB of those used last]
 predict: ## classify an image, a folder or a pickle of images: IMAGE= [MODEL= METHOD=plain SHOW=1 OUTPUT=out.csv DEVICE= TRACKING_URI=]
 export: ## a model as ONNX with weights, recipe and card: [RUN= or MODEL= OUTPUT=folder INT8=1 DATASET= DATA_DIR= TRACKING_URI=]
 serve: ## the champion behind MLflow's scoring server on 127.0.0.1: [MODEL= PORT=5001 TRACKING_URI=]

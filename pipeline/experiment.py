@@ -17,7 +17,7 @@ from pipeline.evaluation import figures
 from pipeline.evaluation.calibration import fit_calibration
 from pipeline.evaluation.constraints import violations
 from pipeline.evaluation.latency import latency_ms
-from pipeline.evaluation.logits import predict_logits
+from pipeline.evaluation.logits import images_together, predict_logits
 from pipeline.evaluation.scores import CLASS_F1, most_confident, per_class_table, reliability, score
 from pipeline.inference.classifier import ModelMetadata
 from pipeline.inference.methods import measure, methods_table, out_of_fold, views, views_of
@@ -232,10 +232,16 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
 
 def _logits_of_views(recipe: Recipe, data: TrainingData, result: Result) -> np.ndarray:
     """(V, N, C) float64 logits of V views of the validation images; the training gives those of the images themselves."""
-    others = views(data.validation.images, *views_of(recipe))[1:]
-    precision = recipe.training.precision
-    logits = [predict_logits(result.network, view, data.mean, data.std, precision) for view in others]
-    return torch.stack([result.validation_logits, *logits]).double().cpu().numpy()
+    images, precision = data.validation.images, recipe.training.precision
+    logits = [
+        [
+            predict_logits(result.network, view, data.mean, data.std, precision)
+            for view in views(some, *views_of(recipe))[1:]
+        ]
+        for some in images.split(images_together(images.shape[-1]))  # all views of all images would take gigabytes
+    ]
+    others = [torch.cat(parts) for parts in zip(*logits, strict=True)]
+    return torch.stack([result.validation_logits, *others]).double().cpu().numpy()
 
 
 def _write_predictions(path: Path, data: TrainingData, labels: np.ndarray, probabilities: np.ndarray) -> None:

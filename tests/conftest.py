@@ -7,8 +7,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks gain nothing from
 import pipeline.runtime  # noqa: F401, before MLflow, whose telemetry would leave a variable to the commands under test
 
 # isort: split
+import numpy as np
 import torch
 from fork_server import ForkServer, shared_fork_server
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
@@ -33,7 +35,8 @@ from tracking_stores import (  # noqa: F401, fixtures
 )
 
 from pipeline import experiment
-from pipeline.data.datasets import load
+from pipeline.data.datasets import Split, load
+from pipeline.data.mapped import MappedImages, PixelFile, sums_of
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.experiment import ExperimentRequest
 from pipeline.recipe import Data, Recipe, parse_recipe
@@ -120,6 +123,29 @@ def small_recipe() -> Recipe:
 def digits(small_recipe: Recipe) -> TrainingData:
     """scikit-learn's digits at 8 x 8, split and ready on the CPU."""
     return prepare(load(Data(dataset="digits", image_size=8), Path("data")), small_recipe.data, torch.device("cpu"))
+
+
+@pytest.fixture
+def in_file(tmp_path: Path) -> Callable[[torch.Tensor], MappedImages]:
+    """Writes uint8 images (N, 3, S, S) to a file, in reverse order, and maps them."""
+
+    def write(images: torch.Tensor) -> MappedImages:
+        path, size = tmp_path / f"{uuid.uuid4()}.pixels", images.shape[-1]
+        path.write_bytes(images.flip(0).numpy().tobytes())
+        rows = np.arange(len(images))[::-1].copy()
+        return MappedImages(PixelFile(path, size), size, rows, sums_of(images.numpy()))
+
+    return write
+
+
+@pytest.fixture
+def from_files(in_file: Callable[[torch.Tensor], MappedImages]) -> Callable[[TrainingData], TrainingData]:
+    """The same data, its images in files."""
+
+    def moved(split: Split) -> Split:
+        return replace(split, images=in_file(split.images[:]))
+
+    return lambda data: replace(data, train=moved(data.train), validation=moved(data.validation), read=None)
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,19 @@ def test_every_number_of_a_run_is_logged_once(
     assert outcome.metrics["model/parameters"] == counted
 
 
+def test_images_in_files_leave_the_same_files_bit_for_bit(
+    finished: tuple[FolderTracker, Outcome],
+    run_small: Train,
+    digits: TrainingData,
+    from_files: Callable[[TrainingData], TrainingData],
+    tmp_path: Path,
+) -> None:
+    tracker = FolderTracker(tmp_path)
+    run_small(tracker, data=from_files(digits))
+    for name in ("weights.safetensors", "predictions.parquet", "prediction_methods.csv", "most_confident_wrong.png"):
+        assert (tracker.folder / name).read_bytes() == (finished[0].folder / name).read_bytes(), name
+
+
 def test_predictions_give_the_scores(finished: tuple[FolderTracker, Outcome], digits: TrainingData) -> None:
     tracker, outcome = finished
     table = pq.read_table(tracker.folder / "predictions.parquet")

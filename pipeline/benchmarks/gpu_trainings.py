@@ -130,7 +130,7 @@ def _fast_run(
         )
         total, _ = watch.seconds()
         views_began = time.perf_counter()
-        logits = six_views(result.network, scored.images, data.mean, data.std, recipe.training.precision)
+        logits = six_views(result.network, scored.images[:], data.mean, data.std, recipe.training.precision)
         accuracy = (logits.argmax(1) == scored.labels).double().mean().item()
         views_s = time.perf_counter() - views_began
         publish(tracked, recipe, data, result)

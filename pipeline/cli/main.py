@@ -17,6 +17,7 @@ from pipeline.runtime import COMPUTING, ignore_variables
 from pipeline.cli.audit import audit
 from pipeline.cli.bench import bench
 from pipeline.cli.bench_gpu import bench_gpu
+from pipeline.cli.clean_cache import clean_cache
 from pipeline.cli.common import is_away
 from pipeline.cli.compare import compare
 from pipeline.cli.ensemble import ensemble
@@ -47,7 +48,22 @@ app = typer.Typer(
 )
 
 for _command in (
-    *(inspect, study, plan, compare, ui, finals, promote, rollback, history, reproduce, sync, audit, relocate),
+    *(
+        inspect,
+        study,
+        plan,
+        compare,
+        ui,
+        finals,
+        promote,
+        rollback,
+        history,
+        reproduce,
+        sync,
+        audit,
+        relocate,
+        clean_cache,
+    ),
     *(predict, ensemble, export, serve, bench, bench_gpu),
 ):
     app.command()(_command)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pipeline.data.draws import Draws, beta_quantiles
+from pipeline.data.mapped import MappedImages
 from pipeline.data.operations import per_image
 from pipeline.data.policies import policy_of
 from pipeline.recipe import AnyAugmentation
@@ -127,12 +128,13 @@ class RandomCrop:
 class Augmenter:
     """Training batches of one data set, augmented at random at each call.
 
-    Holds the padded images on their device: N * 3 * (S + 2 * crop_padding)^2 bytes, shared with the next training's.
+    Holds the padded images on their device: N * 3 * (S + 2 * crop_padding)^2 bytes, shared with the next training's. Of
+    images in a file it holds one batch, and the same comes of it, bit for bit.
     """
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | MappedImages,
         labels: Tensor,
         num_classes: int,
         mean: Tensor,
@@ -146,13 +148,14 @@ class Augmenter:
         With `cut`, random parts of the images, which are larger than the batches, take the place of padding and crop.
         `seed` draws which images an alternating flip mirrors in odd epochs; the others are mirrored in even ones.
         """
-        assert images.dtype == torch.uint8
         assert images.shape[1] == 3
         assert images.shape[2] == images.shape[3]
         assert labels.shape == images.shape[:1]
         self._augmentation, self._cut = augmentation, cut
         self._size = cut.size if cut else images.shape[-1]
-        self._padded = _padded_once(images, 0 if cut else augmentation.crop_padding, augmentation.crop_mode)
+        self._padding = (0 if cut else augmentation.crop_padding), augmentation.crop_mode
+        self._padded = None if isinstance(images, MappedImages) else _padded_once(images, *self._padding)
+        self._loaded: Tensor | None = None
         self._labels, self._num_classes = labels, num_classes
         self._mean, self._std = mean, std
         coins = torch.rand(len(images), generator=torch.Generator().manual_seed(seed)) < 0.5
@@ -165,6 +168,12 @@ class Augmenter:
     def start_epoch(self, epoch: int) -> None:
         """The next batches belong to `epoch`, from 1; only an alternating flip depends on it."""
         self._mirrored.copy_(self._mirrored_when_odd ^ (epoch % 2 == 0))  # in place: a captured batch reads it there
+
+    def load(self, images: Tensor) -> None:
+        """The next batch's images (B, 3, S, S), on the device, in the order of its indices: for images in a file."""
+        if self._loaded is None:
+            self._loaded = torch.empty_like(images)
+        self._loaded.copy_(images)  # in place: a captured batch reads them there
 
     def batch(
         self, indices: Tensor, generator: torch.Generator, on_part: Callable[[str], None] = lambda part: None
@@ -183,6 +192,13 @@ class Augmenter:
         images, targets = self._mixed(self._erased(images, draw), targets, draw)
         return images.contiguous(memory_format=torch.channels_last), targets
 
+    def _source(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Padded images, and which of them are the batch's, int64 (B,)."""
+        if self._padded is not None:
+            return self._padded, indices
+        assert self._loaded is not None, "nothing was loaded"
+        return pad(self._loaded, *self._padding), torch.arange(len(indices), device=indices.device)
+
     def _flip(self, indices: Tensor, draw: Draws) -> Tensor:
         chance = self._augmentation.horizontal_flip
         # Alternating (Jordan 2024, arXiv 2404.00498): two epochs show both sides of an image, where chance repeats half.
@@ -193,12 +209,13 @@ class Augmenter:
         flip = self._flip(indices, draw)
         height, width = _part_shares(draw, cut.aspects.index_select(0, indices), cut.scale)
         y, x = ((1 - share) * (2 * draw.unit() - 1) for share in (height, width))
-        images = self._padded.index_select(0, indices).float()
+        padded, numbers = self._source(indices)
+        images = padded.index_select(0, numbers).float()
         return part(images, y, x, height, torch.where(flip, -width, width), cut.size)
 
     def _cropped(self, indices: Tensor, draw: Draws) -> Tensor:
         offsets, flip = 2 * self._augmentation.crop_padding + 1, self._flip(indices, draw)
-        return crop(self._padded, indices, draw.integers(offsets), draw.integers(offsets), flip, self._size)
+        return crop(*self._source(indices), draw.integers(offsets), draw.integers(offsets), flip, self._size)
 
     def _erased(self, images: Tensor, draw: Draws) -> Tensor:
         if not self._augmentation.erasing:

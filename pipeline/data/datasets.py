@@ -1,4 +1,4 @@
-"""Data sets in memory: pixels and labels with a digest, from one of SOURCES, a folder of images or a manifest.
+"""Data sets: pixels and labels with a digest, from one of SOURCES, a folder of images or a manifest.
 
 Only images that may train and validate are read here; the test split stays closed (see `splits.py`).
 To add a data set, write a module like `digits.py`, enter it in SOURCES, and let `registry/test_split.py` open its test
@@ -25,6 +25,7 @@ from pipeline.data.folder import read_folder
 from pipeline.data.images import LabelledImages
 from pipeline.data.listing import TEST, Listing
 from pipeline.data.manifest import SUFFIXES, read_manifest
+from pipeline.data.mapped import MappedImages
 from pipeline.data.seal import Seal
 from pipeline.errors import DataError, UserError, did_you_mean
 from pipeline.recipe import Data, Form
@@ -52,14 +53,21 @@ class Split:
     `aspects`, float32 (N,), width by height, where the images are squashed ones that random crops are cut from.
     """
 
-    images: Tensor
+    images: Tensor | MappedImages
     labels: Tensor
     aspects: Tensor | None = None
 
-    def at(self, chosen: Tensor | slice, device: torch.device | None = None) -> "Split":
-        """Some of the images, contiguous, on a device."""
-        aspects = None if self.aspects is None else self.aspects[chosen].to(device)
-        return Split(self.images[chosen].contiguous().to(device), self.labels[chosen].contiguous().to(device), aspects)
+    def at(self, chosen: Tensor | slice) -> "Split":
+        """Some of the images; those in a file stay there."""
+        images = self.images.at(chosen) if isinstance(self.images, MappedImages) else self.images[chosen].contiguous()
+        aspects = None if self.aspects is None else self.aspects[chosen]
+        return Split(images, self.labels[chosen].contiguous(), aspects)
+
+    def on(self, device: torch.device, in_memory: bool = True) -> "Split":
+        """On a device; its images, if not `in_memory`, only when they are asked for."""
+        images = self.images[:] if isinstance(self.images, MappedImages) and in_memory else self.images
+        images = images.on(device) if isinstance(images, MappedImages) else images.to(device)
+        return Split(images, self.labels.to(device), None if self.aspects is None else self.aspects.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +113,7 @@ class Listed:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set in memory. `train` holds all that may train or validate, never a test image.
+    """A data set. `train` holds all that may train or validate, never a test image.
 
     `digest` is the SHA-256 of labels, class names, and pixels (at their natural size) or bytes of image files; so it is
     the same in every form. `name` is short and made of a-z, 0-9, _ and -; a
@@ -162,8 +170,8 @@ def load(about: Data, data_dir: Path, home: Path | None = None, download: bool =
     """Read the data set of a recipe, one of SOURCES or a folder or manifest, its images in the recipe's form.
 
     CIFAR-10 lies in `data_dir`, as torchvision's files; where it is missing, it is downloaded there if `download`. `home`
-    is the folder mlruns, whose files fix test splits. Raises DataError where the data is missing or damaged, UserError for
-    an unknown name, too large or too few images.
+    is the folder mlruns, where test splits are fixed and decoded images cached. Raises DataError where the data is missing
+    or damaged, UserError for an unknown name, too large or too few images.
     """
     return _load(about, about.form, data_dir.absolute(), home, download)
 
@@ -174,7 +182,7 @@ def _load(about: Data, form: Form, data_dir: Path, home: Path | None, download: 
         name, read = about.dataset, source.read(form, data_dir, download)
     else:
         found = listed(about, home)
-        result = read_files(found.listing, form, about.duplicates, about.corrupt)
+        result = read_files(found.listing, form, about, home)
         copies, read = exact_groups(result.digests), result.labelled
         files = Listed(result.listing, found.seal, result.excluded, result.num_test_copies, copies)
         name = f"{files.listing.short_name}-{read.digest[:SUFFIX_DIGITS]}"

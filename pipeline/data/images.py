@@ -8,12 +8,11 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,6 +20,8 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, ImageStat, UnidentifiedImageError
 from torch import Tensor
 
+from pipeline.data.ahead import ahead
+from pipeline.data.mapped import MappedImages
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import Form
 
@@ -33,6 +34,7 @@ HIDDEN = "hidden or system"  # a kind of files that are left out; the others are
 MAX_PIXELS = 50_000_000
 MAX_SCANS = 100  # of a JPEG; programs write about ten, and each takes as long as the complete image
 MAX_BYTES = 16 * 2**30  # of a data set in memory
+DEPTH = 8  # images that each core decodes ahead of who takes them
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # above our limit, which has its own error
 warnings.filterwarnings("ignore", module=r"PIL\.")  # a damaged TIFF has one for each of its tags
 
@@ -49,7 +51,7 @@ class BadImage(DataError):
 class LabelledImages:
     """What a source of data sets reads: `images` uint8 (N, 3, S, S), `labels` int64 (N,), indices into `classes`."""
 
-    images: Tensor
+    images: Tensor | MappedImages
     labels: Tensor
     classes: tuple[str, ...]
     source: str  # where they were read from: an absolute path where they lie in files
@@ -63,8 +65,32 @@ class LabelledImages:
 class HeldImages:
     """Images that are cut at random when they are trained on."""
 
-    images: Tensor  # uint8 (N, 3, L, L), squashed
+    images: Tensor | MappedImages  # uint8 (N, 3, L, L), squashed
     aspects: Tensor  # float32 (N,): width by height, before that
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """The images of N files, without those that can't be read."""
+
+    rows: np.ndarray  # int64 (N,): which of the files these are
+    images: Tensor | MappedImages  # uint8 (N, 3, S, S)
+    held: HeldImages | None  # what random crops are cut from
+    digests: Sequence[bytes]  # SHA-256 of each file
+    unreadable: Sequence[BadImage] = ()
+
+    def at(self, chosen: np.ndarray) -> Self:
+        """Some of the images, int64 (K,)."""
+        if len(chosen) == len(self.rows):
+            return self
+        index = torch.from_numpy(chosen)
+        held = self.held and HeldImages(_at(self.held.images, index), self.held.aspects[index])
+        digests = [self.digests[number] for number in chosen]
+        return replace(self, rows=self.rows[chosen], images=_at(self.images, index), held=held, digests=digests)
+
+
+def _at(images: Tensor | MappedImages, index: Tensor) -> Tensor | MappedImages:
+    return images.at(index) if isinstance(images, MappedImages) else images[index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +158,8 @@ def read_images(paths: Iterable[Path], form: Form, digests: bool = False) -> Ite
         except BadImage as error:
             return BadImage(error.path, error.reason)  # the caught one's traceback holds the half-read image
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes and resizes without the GIL
-        yield from pool.map(read, paths)
+    cores = os.cpu_count() or 1  # Pillow decodes and resizes without the GIL
+    yield from ahead(read, paths, threads=cores, depth=DEPTH * cores)
 
 
 def of_pixels(

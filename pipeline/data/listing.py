@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Self
 
@@ -154,9 +154,13 @@ def check_names(where: Path, names: Sequence[str]) -> None:
 
 def check_inside(root: Path, paths: Sequence[Path]) -> None:
     """DataError, a problem for each of the images that leads out of the data set: figures in reports show them."""
-    real, folders = os.path.realpath(root), {parent: os.path.realpath(parent) for parent in {p.parent for p in paths}}
-    targets = {path: os.path.realpath(path) if path.is_symlink() else folders[path.parent] for path in paths}
-    outside = [path for path, target in targets.items() if os.path.commonpath([real, target]) != real]
+    real = os.path.realpath(root)
+
+    @cache
+    def is_inside(target: str) -> bool:
+        return os.path.commonpath([real, os.path.realpath(target)]) == real
+
+    outside = [path for path in paths if not is_inside(str(path) if os.path.islink(path) else os.path.dirname(path))]
     if outside:
         remedy = "copy the images into it, or give the folder where they lie"
         raise DataError.many(first([Problem(str(path), f"leads out of {root}", remedy) for path in outside]))

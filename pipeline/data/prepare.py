@@ -1,22 +1,28 @@
 """A data set, split and moved to the device once, as every trial of a study uses it."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 from torch import Tensor
 
 from pipeline.data.datasets import Dataset, Listed, Split
+from pipeline.data.mapped import MappedImages, sums_of
 from pipeline.data.splits import Partition, fold, of_mask, partition, thinned
 from pipeline.recipe import Data, Form
+
+# Of a device's memory: what a data set of files may take, which trainings need twice, padded. Workers share a device.
+MEMORY_SHARE = {"cuda": 1 / 8, "cpu": 1 / 16}
 
 View = tuple[Form, int, int]  # form of the images, number of folds, and which of them validates
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Training and validation images on one device; the test split is not here."""
+    """Training and validation images, labels on one device; the test split is not here."""
 
     name: str
     classes: tuple[str, ...]
@@ -56,19 +62,23 @@ class TrainingData:
 
 
 def prepare(dataset: Dataset, recipe: Data, device: torch.device) -> TrainingData:
-    """Split as the recipe says, measure the training images, move everything to the device as uint8."""
+    """Split as the recipe says, measure the training images, move everything to the device as uint8.
+
+    Images in files that would take too much of its memory stay there: they are read batch by batch, to the same numbers.
+    """
     dataset = dataset.at(recipe.form)
     parts = partition_of(dataset, recipe)
-    train = (dataset.held or dataset.train).at(parts.train)
+    train, validation = (dataset.held or dataset.train).at(parts.train), dataset.train.at(parts.validation)
     mean, std = pixel_statistics(train.images)
+    fits = train.images.nbytes + validation.images.nbytes <= _most_in_memory(device)
     return TrainingData(
         name=dataset.name,
         classes=dataset.classes,
         source=dataset.source,
         digest=dataset.digest,
         split_digest=parts.digest,
-        train=train.at(slice(None), device),
-        validation=dataset.train.at(parts.validation, device),
+        train=train.on(device, in_memory=fits),
+        validation=validation.on(device, in_memory=fits),
         validation_ids=parts.validation,
         mean=mean.to(device),
         std=std.to(device),
@@ -91,20 +101,23 @@ def partition_of(dataset: Dataset, recipe: Data) -> Partition:
     return thinned(parts, labels, recipe.train_fraction, recipe.split_seed)
 
 
-def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+def _most_in_memory(device: torch.device) -> float:
+    """Bytes."""
+    if device.type == "cuda":
+        return MEMORY_SHARE["cuda"] * torch.cuda.get_device_properties(device).total_memory
+    return MEMORY_SHARE["cpu"] * psutil.virtual_memory().total
+
+
+def pixel_statistics(images: Tensor | MappedImages) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, (3,) float32 in [0, 1] units, of uint8 images (N, 3, S, S).
 
-    Counts the 256 values of each channel, which is exact whatever N. A channel that never varies gets 1, not 0.
+    From whole numbers, so exact whatever N. A channel that never varies gets 1, not 0.
     """
-    values = torch.arange(256, dtype=torch.float64) / 255
-    means, deviations = [], []
-    for channel in range(3):
-        counts = torch.zeros(256, dtype=torch.float64)
-        for chunk in images[:, channel].split(4096):
-            counts += torch.bincount(chunk.flatten(), minlength=256)
-        share = counts / counts.sum()
-        mean = (share * values).sum()
-        deviation = (share * (values - mean) ** 2).sum().sqrt()
-        means.append(mean)
-        deviations.append(deviation if deviation > 0 else torch.ones_like(deviation))
-    return torch.stack(means).float(), torch.stack(deviations).float()
+    if isinstance(images, MappedImages):
+        sums = images.sums.sum(0)
+    else:
+        sums = sum(sums_of(chunk.numpy()).sum(0) for chunk in images.cpu().split(4096))
+    count, (first, second) = images.shape[0] * images.shape[2] * images.shape[3], sums.tolist()
+    means = [one / (255 * count) for one in first]
+    variances = [(count * two - one**2) / (255 * count) ** 2 for one, two in zip(first, second, strict=True)]
+    return torch.tensor(means), torch.tensor([math.sqrt(variance) or 1.0 for variance in variances])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.augment import normalise
+from pipeline.data.mapped import MappedImages
 
 MOST_TOGETHER, PIXELS_TOGETHER = 500, 500 * 64**2
 
@@ -33,7 +34,12 @@ def images_together(image_size: int) -> int:
 
 @torch.inference_mode()
 def predict_logits(
-    network: nn.Module, images: Tensor, mean: Tensor, std: Tensor, precision: str, batch_size: int | None = None
+    network: nn.Module,
+    images: Tensor | MappedImages,
+    mean: Tensor,
+    std: Tensor,
+    precision: str,
+    batch_size: int | None = None,
 ) -> Tensor:
     """uint8 images (N, 3, S, S) -> float32 logits (N, num_classes) on the same device, in evaluation mode.
 

@@ -221,7 +221,7 @@ class CandidateEvaluation:
             except DataError as error:
                 self.observer.note(f"not compared with torch on the validation split, only on made-up images: {error}")
                 return
-            images = then.validation.images
+            images = then.validation.images[:]
             worst = export.check(classifier, path, images)
             on = f"the {len(images):,} images of the validation split"
             self.observer.note(export.difference_line(worst, on, classifier.image_size))
@@ -258,7 +258,7 @@ class CandidateEvaluation:
             form, classes = model.metadata.recipe.data.form, model.metadata.classes
             images = test_split.open_test_split(data.about, form, data.data_dir, classes, self.registry.ledger.home)
             session = export.session(model.folder / MODEL)
-            probabilities = export.run_session(session, export.as_pixels(images.images))
+            probabilities = export.run_session(session, export.as_pixels(images.images[:]))
             path.parent.mkdir(parents=True, exist_ok=True)
             table = pd.DataFrame({"label": images.labels.numpy(), "probabilities": list(probabilities)})
             table.to_parquet(new := path.with_suffix(".new"), index=False)

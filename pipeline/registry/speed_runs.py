@@ -31,7 +31,7 @@ def speed_run_data(data_dir: Path, device: torch.device, home: Path, reason: str
     dataset = load(about, data_dir)
     Ledger(home).record(TEST_EVALUATION, SPEED_RUNS, "", split=digest_of(about, data_dir), reason=reason)
     test = open_test_split(about, about.form, data_dir, dataset.classes)
-    train = Split(dataset.train.images.to(device), dataset.train.labels.to(device))
+    train = dataset.train.on(device)
     mean, std = pixel_statistics(dataset.train.images)
     data = TrainingData(
         name=dataset.name,
@@ -40,12 +40,12 @@ def speed_run_data(data_dir: Path, device: torch.device, home: Path, reason: str
         digest=dataset.digest,
         split_digest="every image trains",
         train=train,
-        validation=Split(train.images[:NUM_VALIDATION], train.labels[:NUM_VALIDATION]),
+        validation=train.at(slice(NUM_VALIDATION)),
         validation_ids=torch.arange(NUM_VALIDATION),
         mean=mean.to(device),
         std=std.to(device),
     )
-    return data, Split(test.images.to(device), test.labels.to(device))
+    return data, test.on(device)
 
 
 def six_views(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor, precision: str) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline.data import cifar10, digits
+from pipeline.data.cache import in_memory
 from pipeline.data.datasets import Split, default_image_size, listed
-from pipeline.data.files import decoded
 from pipeline.data.images import resized
 from pipeline.data.listing import TEST, Listing
 from pipeline.data.splits import sealed
@@ -91,7 +91,8 @@ def _opened(about: Data, form: Form, data_dir: Path, home: Path | None) -> tuple
         names = [str(digit) for digit in range(10)]
         return names, resized(grey[:, None].expand(-1, 3, -1, -1), form), labels[chosen]
     test = _test_images(about, home)
-    found = decoded(test.paths, form, about.corrupt == "skip")
+    found = in_memory(test, form, about.corrupt == "skip")
+    assert isinstance(found.images, Tensor)
     return test.classes, found.images, torch.from_numpy(test.labels[found.rows])
 
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 
+from pipeline.data.mapped import MappedImages
 from pipeline.errors import UserError
 from pipeline.recipe import Data
 from pipeline.report.control_comparison import Comparison
@@ -38,7 +40,10 @@ def disagreement(tracker: MlflowTracker, comparison: Comparison, find: FindData)
         indices = np.flatnonzero(in_group)
         shown_indices = indices[np.argsort(-confidence[indices], kind="stable")][:MAX_IMAGES]
         if len(indices):
-            thumbnails = list(_thumbnails(shown_indices, runs, None if isinstance(images, str) else images))
+            pixels = None
+            if not isinstance(images, str):
+                pixels = images[torch.from_numpy(shown_indices)].permute(0, 2, 3, 1).numpy()
+            thumbnails = list(_thumbnails(shown_indices, runs, pixels))
             shown[title] = {"count": len(indices), "thumbnails": thumbnails}
     both, either = int((best_right & base_right).sum()), int((best_right | base_right).sum())
     return {
@@ -50,8 +55,10 @@ def disagreement(tracker: MlflowTracker, comparison: Comparison, find: FindData)
     }
 
 
-def _images(tracker: MlflowTracker, run: pd.Series, predictions: Predictions, find: FindData) -> np.ndarray | str:
-    """uint8 (N, S, S, 3) of a run's validation images, in the order of its predictions; or why there are none."""
+def _images(
+    tracker: MlflowTracker, run: pd.Series, predictions: Predictions, find: FindData
+) -> torch.Tensor | MappedImages | str:
+    """uint8 (N, 3, S, S) of a run's validation images, in the order of its predictions; or why there are none."""
     run_id = str(run["run_id"])
     try:
         digest = RunTags.of(tracker.client.get_run(run_id)).data_digest
@@ -64,19 +71,19 @@ def _images(tracker: MlflowTracker, run: pd.Series, predictions: Predictions, fi
     except (UserError, KeyError, ValueError) as error:
         reason = error.lines[0] if isinstance(error, UserError) else "the run does not say which"
         return f"The images can't be shown, only their numbers in the training part: {reason}."
-    return data.train.images[predictions.ids].permute(0, 2, 3, 1).numpy()
+    return data.train.at(torch.from_numpy(predictions.ids)).images
 
 
 def _thumbnails(
     indices: np.ndarray, runs: Mapping[str, Predictions], images: np.ndarray | None
 ) -> Iterator[dict[str, Any]]:
-    """Each image as a data URL, None without images, and the lines below it."""
+    """Each of the `indices` as a data URL, from uint8 `images` (n, S, S, 3), None without images, and the lines below it."""
     first = next(iter(runs.values()))
-    for index in indices:
+    for number, index in enumerate(indices):
         lines = [f"{first.classes[first.labels[index]]} (no. {first.ids[index]})"]
         for label, run in runs.items():
             lines.append(f"{label}: {run.classes[run.answers[index]]} {run.probabilities[index].max():.0%}")
-        yield {"source": None if images is None else _thumbnail(images[index]), "lines": lines}
+        yield {"source": None if images is None else _thumbnail(images[number]), "lines": lines}
 
 
 def _thumbnail(image: np.ndarray) -> str:

@@ -169,16 +169,16 @@ def inspect(about: Data, data_dir: Path, home: Path, tracker: MlflowTracker | No
 def _pixels(about: Data, data_dir: Path) -> _Source:
     natural = about.model_copy(update={"image_size": SOURCES[about.dataset].NATURAL_SIZE, "geometry": "squash"})
     data = load(natural, data_dir)
-    survey = survey_pixels(data.train.images, data.train.labels, TRAIN)
+    images = data.train.images[:]
     return _Source(
         name=about.dataset,
         place=data.source,
         classes=data.classes,
-        survey=survey,
+        survey=survey_pixels(images, data.train.labels, TRAIN),
         groups=None,
         notes=(),
         digest=lambda is_used: data.digest,
-        picture=lambda row, size: data.train.images[row].numpy(),
+        picture=lambda row, size: images[row].numpy(),
     )
 
 

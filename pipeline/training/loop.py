@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from pipeline.data.augment import Augmenter, RandomCrop, normalise
 from pipeline.data.datasets import Split
 from pipeline.data.images import resized
+from pipeline.data.mapped import MappedImages
 from pipeline.data.prepare import TrainingData
 from pipeline.data.sampler import Sampler
 from pipeline.evaluation.logits import autocast, predict_logits
@@ -199,9 +201,12 @@ class _Learner:
         self.parts.network.train()
         if self._freezing:
             self._freezing.start_epoch(epoch)
-        for step in range(steps):
+        order = order[: steps * self._batch_size]
+        for step, (indices, images) in enumerate(zip(order.split(self._batch_size), self._loaded(order), strict=False)):
+            if images is not None:
+                self._augmenter.load(images)
             set_lr(self.parts.optimizer, self._recipe.schedule, (epoch - 1) * steps + step, settings.epochs * steps)
-            self._indices.copy_(order[step * self._batch_size : (step + 1) * self._batch_size])
+            self._indices.copy_(indices)
             if graphed_step:
                 on_part("forward")
                 graphed_step(form=tuple(p.requires_grad for p in self._parameters))
@@ -211,6 +216,13 @@ class _Learner:
             on_part("tracking")
             on_step(epoch, step + 1, steps)
             on_part("data")
+
+    def _loaded(self, order: Tensor) -> Iterator[Tensor | None]:
+        """The images of each batch, where they lie in a file."""
+        images = self._data.train.images
+        if isinstance(images, MappedImages):
+            return images.batches(order.cpu().split(self._batch_size))
+        return repeat(None)
 
     def step(self, on_part: OnPart = _ignore) -> None:
         """Learn from the images `_indices`."""

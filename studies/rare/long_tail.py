@@ -132,7 +132,7 @@ def write_folder(data_dir: Path, folder: Path) -> None:
 
     data = load(BASE.data, data_dir, download=False)
     train: Split = data.train.at(kept(data.train.labels))
-    for number, (image, label) in enumerate(zip(train.images.numpy(), train.labels.tolist(), strict=True)):
+    for number, (image, label) in enumerate(zip(train.images[:].numpy(), train.labels.tolist(), strict=True)):
         path = folder / "train" / data.classes[label] / f"{number:05}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.transpose(1, 2, 0)).save(path)

@@ -19,12 +19,16 @@ def test_commands_and_options_are_frozen() -> None:
         "audit": "--fix --storage --tracking-uri",
         "bench": "--against --data-dir --dataset --device --json --model",
         "bench-gpu": "--airbench --data-dir --only --output --peer",
+        "clean-cache": "--keep",
         "compare": "--data-dir --dataset --output --tracking-uri names",
         "ensemble": "--output files",
         "export": "--data-dir --dataset --int8 --output --tracking-uri model",
-        "finals": "--data-dir --dataset --device --epochs --seeds --top --tracking-uri name",
+        "finals": "--data-dir --dataset --device --epochs --folds --seeds --top --tracking-uri name",
         "history": "--model --tracking-uri",
-        "plan": "--budget --data-dir --dataset --device --epochs --prune --seed --set --trials --version --workers name",
+        "plan": (
+            "--budget --columns --data-dir --dataset --device --epochs --prune --seed --set --test-fraction --trials "
+            "--version --workers name"
+        ),
         "predict": "--device --method --model --output --show --tracking-uri files",
         "promote": "--data-dir --dataset --force --model --reason --rules --run --tracking-uri name",
         "relocate": "",
@@ -32,8 +36,8 @@ def test_commands_and_options_are_frozen() -> None:
         "rollback": "--model --reason --tracking-uri --version",
         "serve": "--port --tracking-uri model",
         "study": (
-            "--budget --cluster --data-dir --dataset --device --epochs --patience --prune --seed --set --stall-timeout "
-            "--start --storage --timeout --tracking-uri --trials --version --workers name"
+            "--budget --cluster --columns --data-dir --dataset --device --epochs --patience --prune --seed --set "
+            "--stall-timeout --start --storage --test-fraction --timeout --tracking-uri --trials --version --workers name"
         ),
         "sync": "--drop-deleted --tracking-uri",
         "ui": "--port --tracking-uri name",

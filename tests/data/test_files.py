@@ -28,7 +28,7 @@ def test_digest_changes_with_given_splits_and_groups_of_the_same_images(pets: Pa
             for number, name in enumerate(names)
         ]
         (pets / "pets.csv").write_text("\n".join([f"path,label{split}{group}", *rows]))
-        seen.append(read(read_manifest(pets / "pets.csv", Data().column_names), Form(8)).labelled.digest)
+        seen.append(read(read_manifest(pets / "pets.csv", Data().column_names), Form(8), Data()).labelled.digest)
     assert len(set(seen)) == 4 and seen[2] == seen[4]
 
 

@@ -7,7 +7,8 @@ import torch
 from data_cases import add_image, make_pets
 
 from pipeline.data.datasets import load
-from pipeline.data.prepare import TrainingData, pixel_statistics, prepare
+from pipeline.data.mapped import MappedImages
+from pipeline.data.prepare import MEMORY_SHARE, TrainingData, pixel_statistics, prepare
 from pipeline.errors import DataError
 from pipeline.recipe import Data
 
@@ -71,6 +72,25 @@ def test_other_form_is_the_same_data_and_split(tmp_path: Path) -> None:
     assert other.image_size == 10 and other.validation.images.shape[1:] == (3, 10, 10)
     torch.testing.assert_close(other.train.aspects, torch.full((len(data.train.labels),), 10 / 14))
     assert data.train.aspects is None
+
+
+@pytest.mark.parametrize("geometry", ["crop", "random_resized_crop"])
+def test_images_that_are_too_many_for_memory_stay_in_their_file(
+    geometry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Data(dataset=str(make_pets(tmp_path / "pets")), image_size=8, validation_fraction=0.4, test_fraction=0)
+    base = base.model_copy(update={"geometry": geometry, "crop_scale": 0.3})
+    uncached = prepare(load(base, tmp_path), base, CPU)
+    cached = load(base, tmp_path, tmp_path / "mlruns")
+    fits = prepare(cached, base, CPU)
+    monkeypatch.setitem(MEMORY_SHARE, "cpu", 0)
+    streamed = prepare(cached, base, CPU)
+    assert isinstance(fits.train.images, torch.Tensor) and isinstance(streamed.train.images, MappedImages)
+    for data in (fits, streamed):
+        for split, expected in ((data.train, uncached.train), (data.validation, uncached.validation)):
+            assert torch.equal(split.images[:], expected.images) and torch.equal(split.labels, expected.labels)
+        assert torch.equal(data.mean, uncached.mean) and torch.equal(data.std, uncached.std)
+        assert (data.digest, data.image_size) == (uncached.digest, 8)
 
 
 def test_groups_and_folds_of_a_manifest_decide_the_split(tmp_path: Path) -> None:

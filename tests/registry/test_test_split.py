@@ -92,7 +92,7 @@ def test_folder_without_test_images_names_the_way_out(tmp_path: Path) -> None:
 def test_drawn_test_split_is_what_no_trial_sees(tmp_path: Path) -> None:
     root, about_it = folder(tmp_path) / "train", about(tmp_path / "train", test_fraction=0.25)
     split = opener.open_test_split(about_it, Form(8), tmp_path, ["cat", "dog"], tmp_path)
-    usable = load(about_it, tmp_path, tmp_path).train.images
+    usable = load(about_it, tmp_path, tmp_path).train.images[:]
     greys = [int(image[0, 0, 0]) for image in (*split.images, *usable)]
     assert sorted(greys) == [0, 10, 20, 30, 100, 110, 120, 130] and split.labels.tolist() == [0, 1]
     name = opener.digest_of(about_it, tmp_path, tmp_path)

@@ -2,7 +2,9 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from torch.nn.functional import cross_entropy
 
 from pipeline.data.augment import normalise
-from pipeline.data.prepare import TrainingData
+from pipeline.data.datasets import load
+from pipeline.data.prepare import TrainingData, prepare
 from pipeline.models.build import build_network
 from pipeline.models.fast import FastNetwork
 from pipeline.recipe import Data, Recipe
@@ -32,6 +35,27 @@ def test_equal_recipes_give_equal_weights_bit_for_bit(small_recipe: Recipe, digi
         assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(two), strict=True))
     other = train(small_recipe.changed({"training.seed": 1}), digits, CPU)
     assert not all(torch.equal(a, b) for a, b in zip(weights(first.network), weights(other.network), strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training.batch_size": 100, "data.sampler": "balanced"},
+        {"augmentation.crop_mode": "reflect", "augmentation.horizontal_flip": "alternating"},
+        {"augmentation.crop_padding": 0, "data.geometry": "random_resized_crop", "data.crop_scale": 0.3},
+    ],
+)
+def test_images_in_files_train_the_same_bit_for_bit(
+    change: dict[str, object], small_recipe: Recipe, from_files: Callable[[TrainingData], TrainingData]
+) -> None:
+    recipe = small_recipe.changed({"training.epochs": 1} | change)
+    data = prepare(load(recipe.data, Path("data")), recipe.data, CPU)
+    in_memory, streamed = (train(recipe, images, CPU) for images in (data, from_files(data)))
+    assert all(torch.equal(a, b) for a, b in zip(weights(in_memory.network), weights(streamed.network), strict=True))
+    assert torch.equal(in_memory.validation_logits, streamed.validation_logits)
+    assert [report.metrics["train/loss"] for report in in_memory.history] == [
+        report.metrics["train/loss"] for report in streamed.history
+    ]
 
 
 def test_rare_classes_are_trained_otherwise(small_recipe: Recipe, digits: TrainingData) -> None:
