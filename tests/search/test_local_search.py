@@ -41,7 +41,10 @@ def test_parents_are_ranked_by_their_score_in_full() -> None:
 def test_trials_that_tell_no_score_are_no_parents() -> None:
     infeasible = ended(0, 0.9)
     infeasible.system_attrs = {"constraints:model/parameters": 1.0}
-    assert ranked([infeasible, create_trial(state=TrialState.FAIL), create_trial(state=TrialState.PRUNED)]) == []
+    stopped = create_trial(state=TrialState.PRUNED, intermediate_values={1: 0.9})  # by a pruner, when its rate was high
+    assert (
+        ranked([infeasible, stopped, create_trial(state=TrialState.FAIL), create_trial(state=TrialState.PRUNED)]) == []
+    )
 
 
 def space(trial: optuna.Trial) -> dict[str, Any]:

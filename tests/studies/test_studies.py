@@ -55,6 +55,8 @@ VALUES = [
     "pad",
     "path,label,split,patient",
     "none",
+    "keep",
+    "skip",
 ]
 DRAWS = 24
 
