@@ -25,9 +25,10 @@ def test_commands_and_options_are_frozen() -> None:
         "export": "--data-dir --dataset --int8 --output --tracking-uri model",
         "finals": "--data-dir --dataset --device --epochs --folds --seeds --top --tracking-uri name",
         "history": "--model --tracking-uri",
+        "inspect": "--columns --data-dir --duplicates --output --test-fraction --tracking-uri dataset",
         "plan": (
-            "--budget --columns --data-dir --dataset --device --epochs --prune --seed --set --test-fraction --trials "
-            "--version --workers name"
+            "--budget --columns --corrupt --data-dir --dataset --device --duplicates --epochs --prune --seed "
+            "--set --test-fraction --trials --version --workers name"
         ),
         "predict": "--device --method --model --output --show --tracking-uri files",
         "promote": "--data-dir --dataset --force --model --reason --rules --run --tracking-uri name",
@@ -36,8 +37,9 @@ def test_commands_and_options_are_frozen() -> None:
         "rollback": "--model --reason --tracking-uri --version",
         "serve": "--port --tracking-uri model",
         "study": (
-            "--budget --cluster --columns --data-dir --dataset --device --epochs --patience --prune --seed --set "
-            "--stall-timeout --start --storage --test-fraction --timeout --tracking-uri --trials --version --workers name"
+            "--budget --cluster --columns --corrupt --data-dir --dataset --device --duplicates --epochs "
+            "--patience --prune --seed --set --stall-timeout --start --storage --test-fraction --timeout "
+            "--tracking-uri --trials --version --workers name"
         ),
         "sync": "--drop-deleted --tracking-uri",
         "ui": "--port --tracking-uri name",
