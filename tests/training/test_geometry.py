@@ -74,6 +74,7 @@ def test_geometry_decides_what_can_be_learnt(folders: Path, name: str, geometry:
                 "image_size": SIZE,
                 "geometry": geometry,
                 "validation_fraction": 0.4,
+                "test_fraction": 0,
             },
             "model": {"network": "baseline", "widths": [8, 16], "hidden": 16},
             "augmentation": {"crop_padding": 0, "horizontal_flip": 0},
@@ -81,6 +82,6 @@ def test_geometry_decides_what_can_be_learnt(folders: Path, name: str, geometry:
             "training": {"epochs": 15, "batch_size": 27, "precision": "fp32"},
         }
     )
-    data = prepare(load(recipe.data.dataset, recipe.data.form, folders), recipe.data, torch.device("cpu"))
+    data = prepare(load(recipe.data, folders), recipe.data, torch.device("cpu"))
     accuracy = train(recipe, data, torch.device("cpu")).history[-1].metrics["val/accuracy"]
     assert accuracy > LEARNT if is_learnt else accuracy < CHANCE, accuracy
