@@ -123,15 +123,16 @@ def test_a_file_gives_the_same_probabilities_everywhere(
 ) -> None:
     """As training evaluates it, as the test split, as `predict` and a server's client read it; torch and ONNX."""
     torchs, path = right
-    changed = torchs.metadata.recipe.changed({"data.geometry": geometry, "data.dataset": str(tmp_path)})
+    files = {"data.dataset": str(tmp_path), "data.duplicates": "keep"}  # the same files train and test here
+    changed = torchs.metadata.recipe.changed({"data.geometry": geometry, **files})
     torchs = dataclasses.replace(torchs, metadata=torchs.metadata.model_copy(update={"recipe": changed}))
     names = sorted(photos(tmp_path))
-    files = [tmp_path / "train" / "a" / name for name in names]
+    paths = [tmp_path / "train" / "a" / name for name in names]
     evaluated = load(changed.data, tmp_path).train.images[: len(names)]
     tested = open_test_split(changed.data, changed.data.form, tmp_path, ["a", "b"]).images[: len(names)]
     said = export.preprocessing(torchs.metadata)
-    sent = torch.stack([torch.from_numpy(read_image(f, Form(said["image_size"], said["geometry"]))) for f in files])
-    predicted = predict_files(torchs, files, "plain").probabilities
+    sent = torch.stack([torch.from_numpy(read_image(f, Form(said["image_size"], said["geometry"]))) for f in paths])
+    predicted = predict_files(torchs, paths, "plain").probabilities
     session = export.session(path)
     assert len(np.unique(predicted.round(5), axis=0)) == len(names), "equal because nothing differs"
     for images in (evaluated, tested, sent):
