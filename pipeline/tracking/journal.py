@@ -175,8 +175,12 @@ class Journal:
 
 def journals(home: Path) -> list[Path]:
     """The folders of all journals in a home folder, the oldest first."""
-    folders = [folder for folder in (home / FOLDER).glob("*") if (folder / RECORDS).exists()]
-    return sorted(folders, key=lambda folder: folder.stat().st_ctime_ns)
+    ages: dict[Path, int] = {}
+    for folder in (home / FOLDER).glob("*"):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # another process removes what it has sent
+            (folder / RECORDS).stat()
+            ages[folder] = folder.stat().st_ctime_ns
+    return sorted(ages, key=lambda folder: ages[folder])
 
 
 def empty_folders(home: Path) -> list[Path]:

@@ -217,7 +217,10 @@ def test_cifar10_that_cannot_be_downloaded_is_one_message(tmp_path: Path) -> Non
             ["study"],
             ["NAME: needs a value: a module of studies/", "type `python -m pipeline study NAME`; studies: attention"],
         ),
-        (["study", "atention"], ["error: no study atention", "(did you mean attention?)", "attention, attention_kinds, "]),
+        (
+            ["study", "atention"],
+            ["error: no study atention", "(did you mean attention?)", "attention, attention_kinds, "],
+        ),
         (["study", "../attention"], ["'../attention'", "must be lower-case letters"]),
         (
             [

@@ -10,7 +10,7 @@ import pytest
 from tracking_stores import KEY, records
 
 from pipeline.errors import UserError
-from pipeline.tracking.journal import RECORDS, Busy, Journal, is_busy
+from pipeline.tracking.journal import FOLDER, RECORDS, Busy, Journal, is_busy, journals
 
 START = {"kind": "start", "address": "mlflow.db"}
 
@@ -130,3 +130,29 @@ def test_files_are_kept_when_their_folder_is_removed(tmp_path: Path) -> None:
     assert staged and (staged / "deep" / "a.txt").read_text() == "one"
     journal.remove_staged(staged)
     assert journal.staged("1") is None and journal.staged("2")
+
+
+def test_a_journal_that_goes_while_they_are_listed_is_none(tmp_path: Path) -> None:
+    """Another process removes a journal that it has sent, at any moment."""
+    stays = tmp_path / FOLDER / "stays"
+    stays.mkdir(parents=True)
+    (stays / RECORDS).touch()
+    (tmp_path / FOLDER / "a file").touch()
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        for number in range(100_000):
+            folder = tmp_path / FOLDER / str(number)
+            folder.mkdir()
+            (folder / RECORDS).touch()
+            shutil.rmtree(folder)
+            if stop.is_set():
+                return
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        assert all(stays in journals(tmp_path) for _ in range(2000))
+    finally:
+        stop.set()
+        other.join()
