@@ -1,6 +1,7 @@
 """Suspects come from predictions of models that weren't trained on the images: those on folds, or of one split."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ def test_folds_of_the_best_recipe_check_every_image(tracker: MlflowTracker) -> N
 def test_else_the_best_runs_say_it_of_their_validation_split(tracker: MlflowTracker, digits: TrainingData) -> None:
     found = find_suspects(tracker, digits.digest)
     assert found and found.num_images == len(digits.validation_ids)
-    assert found.source == "the best 1 run, validation split (tiny-v1-digits)"
+    # Other tests of this process may have added runs to the study that they share.
+    assert re.fullmatch(r"the best \d runs?, validation split \(tiny-v1-digits\)", found.source)
     assert set(found.ids.tolist()) <= set(digits.validation_ids.tolist())
     assert find_suspects(tracker, "0" * 64) is None, "no run on that data"
