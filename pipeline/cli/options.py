@@ -70,7 +70,9 @@ class StudyOptions(BaseModel):
     trials: int | None = Field(
         None, ge=1, le=1_000_000, title="N", description="Trials in all, those already done included."
     )
-    epochs: int | None = Field(None, ge=1, le=10_000, title="N", description="Epochs of a trial that isn't pruned.")
+    epochs: int | None = Field(
+        None, ge=1, le=10_000, title="N", description="Epochs of a training in full; most trials are shorter."
+    )
     budget: float | None = Field(
         None,
         gt=0,
@@ -88,7 +90,7 @@ class StudyOptions(BaseModel):
         description="What a new study's first trials after the control are given: portfolio (strong recipes), winners (of "
         "earlier studies), all (both), or none.",
     )
-    prune: bool = Field(True, description="End poor trials early, or train every trial to its last epoch.")
+    prune: bool = Field(True, description="Train most trials short and the best in full, or every trial in full.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, title="N", description="Seeds the search and every training.")
     columns: str | None = Field(
