@@ -112,6 +112,9 @@ def _show(
             f"{method} of {len(made.members)} runs, run {made.run_id} (in brackets: its best member): {numbers}",
         )
     steps = {"evaluate it on the test split": f"promote --run {made.run_id}"}
+    if method == "mean":
+        allowed = f"latency_factor={len(made.members) + 1} size_factor={len(made.members) + 1}"
+        steps["where it may cost more"] = f"promote --run {made.run_id} --rules '{allowed}'"
     print_links(console, "Next:", [(what, next_command(command, tracking_uri)) for what, command in steps.items()])
 
 

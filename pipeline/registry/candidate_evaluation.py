@@ -319,6 +319,8 @@ def _seed_accuracies(tracker: MlflowTracker, run_id: str) -> list[float]:
     Of an ensemble they are those of its first member, which spread more than ensembles would.
     """
     run = tracker.client.get_run(run_id)
+    for member in list(RunTags.of(run).members or ())[:1]:
+        run = tracker.store.run(member) or run
     study = study_of(tracker, run)
     if study is None:
         return []
