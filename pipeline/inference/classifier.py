@@ -16,7 +16,8 @@ from pipeline.evaluation.logits import predict_logits
 from pipeline.inference.methods import METHODS, MethodScores, combine, views, views_of
 from pipeline.models.build import build_network
 from pipeline.models.ensemble import Ensemble
-from pipeline.recipe import Form, Recipe
+from pipeline.recipe import Recipe
+from pipeline.sections.data import Form
 from pipeline.training.checkpoints import RECORD, WEIGHTS, check_weights, load_weights, read_checkpoint
 
 MOST_MEMBERS = 40  # of an ensemble; a run's tag holds their names
