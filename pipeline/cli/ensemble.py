@@ -32,7 +32,7 @@ def ensemble(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME|TABLE...]",
+            metavar="NAME|TABLE",
             help="A study: the seeds of its finals' winner; or, with --output, tables that predict --output wrote.",
         ),
     ] = None,

@@ -24,7 +24,6 @@ from pipeline.models.build import initial_network, pixel_statistics_of
 from pipeline.models.layers import FitsFirstLayer
 from pipeline.recipe import Recipe
 from pipeline.runtime import keep_freed_memory
-from pipeline.sections.data import Form
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
 from pipeline.training.freezing import Freezing

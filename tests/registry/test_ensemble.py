@@ -17,7 +17,7 @@ from pipeline.inference.classifier import Classifier
 from pipeline.registry import ensemble as module
 from pipeline.registry.candidate_evaluation import _seed_accuracies, control_of
 from pipeline.registry.decision import FinalsDecision
-from pipeline.registry.ensemble import TrainedMember, find_members, greedy_soup, seeds_of_winner
+from pipeline.registry.ensemble import TrainedMember, find_members, greedy_soup, make_ensemble, seeds_of_winner
 from pipeline.registry.promote import promote
 from pipeline.registry.reproduce import find_original
 from pipeline.tracking import queries
@@ -50,7 +50,7 @@ def test_mean_of_two_runs_becomes_champion(
 ) -> None:
     monkeypatch.chdir(store.home.parent)
     said, tracker = command(store), MlflowTracker(store.home)
-    [run] = queries.ensembles(tracker)
+    [run] = [run for run in queries.ensembles(tracker) if RunTags.of(run).method == "mean"]
     run_id, tags = run.info.run_id, RunTags.of(run)
     assert f"promote --run {run_id} --rules 'latency_factor=3 size_factor=3'" in said
     assert list(tags.members or ()) == [store.best, store.good] and tags.study == "tiny-v1-digits"
@@ -93,12 +93,14 @@ def perturbed(member: TrainedMember, seed: int, size: float) -> TrainedMember:
     return replace(member, classifier=replace(member.classifier, network=network), weights_sha256=str(seed))
 
 
-def test_soup_takes_in_what_makes_it_no_worse(members: list[TrainedMember], digits: TrainingData) -> None:
+def test_soup_takes_in_what_makes_it_no_worse(store: Store, members: list[TrainedMember], digits: TrainingData) -> None:
     best, lines = members[0], list[str]()
-    near, far = perturbed(best, 1, 0.002), perturbed(best, 2, 5.0)
-    chosen, network = greedy_soup([best, near, far], digits, lines.append)
-    assert chosen == [best, near] and [line.rpartition("; ")[2] for line in lines] == ["taken in", "left out"]
-    states = [member.classifier.network.state_dict() for member in chosen]
+    near, far = replace(perturbed(best, 1, 0.002), run=members[1].run), perturbed(best, 2, 5.0)
+    made = make_ensemble(MlflowTracker(store.home), [best, near, far], "soup", digits, lines.append)
+    assert made.members == [best, near] and [line.rpartition("; ")[2] for line in lines] == ["taken in", "left out"]
+    with find_model(store.home, None, made.run_id) as model:
+        network = Classifier.load(model.folder, CPU).network
+    states = [member.classifier.network.state_dict() for member in made.members]
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(parameter.detach(), (states[0][name] + states[1][name]) / 2)
     norm = next(name for name in states[0] if name.endswith("running_mean"))
