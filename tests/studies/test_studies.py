@@ -181,10 +181,10 @@ def test_settings_that_do_not_apply_to_all_are_reported(
 
 def test_setting_that_no_trial_can_have_is_refused() -> None:
     with pytest.raises(UserError) as caught:
-        search_with(load_study("attention"), {"optimizer.sgd_momentum": 0.5, "model.dilation": 2}).check()
+        search_with(load_study("cct"), {"optimizer.sgd_momentum": 0.5, "model.dilation": 2}).check()
     assert caught.value.lines == [
-        "optimizer.sgd_momentum = 0.5: no such field where optimizer.name is sgd or adamw; muon can have it",
-        "model.dilation = 2: no such field where model.network is attention; efficient can have it",
+        "optimizer.sgd_momentum = 0.5: no such field where optimizer.name is adamw or sgd; muon can have it",
+        "model.dilation = 2: no such field where model.network is cct; efficient can have it",
     ]
 
 
