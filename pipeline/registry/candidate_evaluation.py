@@ -226,7 +226,7 @@ class CandidateEvaluation:
             except DataError as error:
                 self.observer.note(f"not compared with torch on the validation split, only on made-up images: {error}")
                 return
-            images = then.validation.images[:]
+            images = then.validation.images
             worst = export.check(classifier, path, images)
             on = f"the {len(images):,} images of the validation split"
             self.observer.note(export.difference_line(worst, on, classifier.image_size))
@@ -261,11 +261,12 @@ class CandidateEvaluation:
         )
         if not stored:
             form, classes = model.metadata.recipe.data.form, model.metadata.classes
-            images = test_split.open_test_split(data.about, form, data.data_dir, classes, self.registry.ledger.home)
+            parts = test_split.read_test_split(data.about, form, data.data_dir, classes, self.registry.ledger.home)
             session = export.session(model.folder / MODEL)
-            probabilities = export.run_session(session, export.as_pixels(images.images[:]))
+            predicted = [(part.labels.numpy(), export.predict(session, part.images)) for part in parts]
+            labels, probabilities = (np.concatenate(arrays) for arrays in zip(*predicted, strict=True))
             path.parent.mkdir(parents=True, exist_ok=True)
-            table = pd.DataFrame({"label": images.labels.numpy(), "probabilities": list(probabilities)})
+            table = pd.DataFrame({"label": labels, "probabilities": list(probabilities)})
             table.to_parquet(new := path.with_suffix(".new"), index=False)
             os.replace(new, path)
         return pd.read_parquet(path)
