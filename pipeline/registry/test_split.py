@@ -22,7 +22,7 @@ from pipeline.data.splits import sealed
 from pipeline.data.survey import Survey, survey_files, survey_pixels
 from pipeline.errors import DataError, lines_of
 from pipeline.evaluation.logits import images_together
-from pipeline.recipe import Data, Form
+from pipeline.sections.data import Data, Form
 
 BATCHES = 8  # of a prediction, that are read together
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.data.prepare import TrainingData, prepare
-from pipeline.recipe import Data, Recipe
+from pipeline.recipe import Recipe
 from pipeline.search import speed as speed_module
 from pipeline.search.speed import (
     Overhead,
@@ -20,6 +20,7 @@ from pipeline.search.speed import (
     measure_overhead,
     trial_seconds,
 )
+from pipeline.sections.data import Data
 from pipeline.tracking.tracker import NullTracker
 from pipeline.training.loop import PARTS, train
 

@@ -12,12 +12,12 @@ from study_harness import StudyHarness
 from pipeline.data.cache import in_memory
 from pipeline.data.folder import read_folder
 from pipeline.errors import DataError, Problem, UserError
-from pipeline.recipe import Form
 from pipeline.search import worker
 from pipeline.search.optuna_internals import fail_trial
 from pipeline.search.search import Search
 from pipeline.search.trial_attributes import Progress, TrialAttributes
 from pipeline.search.worker import Assignment, Ended, Heartbeat, Limits, packed, work
+from pipeline.sections.data import Form
 from pipeline.tracking.tracker import OwnershipLost
 from pipeline.training.loop import EpochReport
 
