@@ -131,7 +131,10 @@ class StudyOptions(BaseModel):
         description="Workers on a Ray cluster: auto, HOST:PORT, ray://HOST:PORT; at most --workers.",
     )
     stall_timeout: float | None = Field(
-        None, gt=0, title="TIME", description="A worker's trial without a step or an image read for this long is stopped: 15m."
+        None,
+        gt=0,
+        title="TIME",
+        description="A worker's trial without a step or an image read for this long is stopped: 15m.",
     )
 
     @classmethod
