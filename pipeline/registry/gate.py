@@ -83,9 +83,7 @@ class Evidence:
     opponent: ModelEvidence | None
     labels: np.ndarray  # int (N,)
     classes: Sequence[str]
-    seed_scores: Sequence[
-        float
-    ] = ()  # the objective, of trainings that differ from the challenger by their seed at most
+    seed_scores: Sequence[float] = ()  # of trainings that differ from the challenger by their seed at most
     opponent_name: str = "champion"
     objective: str = ACCURACY  # of the challenger's study
 
@@ -145,9 +143,7 @@ class GateRecord(BaseModel):
     rules: Rules
     recipe_digest: str
     objective: str = ACCURACY  # by which the challenger had to be better
-    scores: Mapping[
-        str, float
-    ] = {}  # by run, of the objective; empty in records of before there was another than accuracy
+    scores: Mapping[str, float] = {}  # by run, of the objective; empty in records that are older than the field
     images: int  # of the test split
     correct: Mapping[str, int]  # by run: images that it has right
     onnx_sha256: str  # of the challenger's model that was evaluated

@@ -202,6 +202,7 @@ def test_challenger_is_judged_by_the_objective_of_its_study() -> None:
     assert "+27.37 points of balanced accuracy" in result_of(balanced, "gain").number
     assert "permutation test of balanced accuracy" in result_of(balanced, "better").reason
     assert verdicts["val/f1_macro"].passed
+    assert swap_test("val/f1_macro", labels, labels, labels, 2) == 1
 
 
 def base(size: int = 2000, classes: int = 10) -> tuple[np.ndarray, np.ndarray]:
