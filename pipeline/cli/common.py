@@ -107,7 +107,7 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
     for recipe in search.networks():  # weights that can't be read or downloaded, before anything starts
         initial_network(recipe.model, 2, recipe.data.image_size, seed=0)
     about = search.base.data
-    data = prepare(load(about, expand(data_dir), HOME), about, device)
+    data = prepare(load(about, expand(data_dir), HOME, found=search.listed), about, device)
     freeze_imports()
     return data
 

@@ -50,7 +50,7 @@ def export(
         # A folder's files were compared with no registry's digests, so it is exported anew.
         onnx_file, evidence = (None, None) if model and is_folder(model) else registered(checkpoint)
         with quiet.status("exporting, and comparing with torch"):
-            images = data.validation.images[:] if data else None
+            images = data.validation.images if data else None
             tracker = MlflowTracker(HOME, tracking_uri)
             made = package(tracker, metadata.run_id, checkpoint, folder, evidence, onnx_file, images)
         say(console, f"{folder}: {', '.join([MODEL, WEIGHTS, RECIPE, CARD])}; an MLflow model, for `serve` too")
@@ -94,11 +94,11 @@ def _data_of(
 
 def _quantised(folder: Path, data: "TrainingData") -> dict[str, "Benchmark"]:
     """Write model.int8.onnx; both models, measured on the validation split."""
-    from pipeline.registry.export import as_pixels, benchmark, calibration_pixels, quantise
+    from pipeline.registry.export import benchmark, calibration_pixels, quantise
     from pipeline.registry.package import MODEL, QUANTISED_MODEL
 
     quantise(folder / MODEL, folder / QUANTISED_MODEL, calibration_pixels(data))
-    images, labels = as_pixels(data.validation.images[:]), data.validation.labels.numpy()
+    images, labels = data.validation.images, data.validation.labels.numpy()
     return {name: benchmark(folder / name, images, labels) for name in (MODEL, QUANTISED_MODEL)}
 
 

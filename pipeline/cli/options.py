@@ -131,7 +131,10 @@ class StudyOptions(BaseModel):
         description="Workers on a Ray cluster: auto, HOST:PORT, ray://HOST:PORT; at most --workers.",
     )
     stall_timeout: float | None = Field(
-        None, gt=0, title="TIME", description="A trial of a worker that makes no step for this long is stopped: 15m."
+        None,
+        gt=0,
+        title="TIME",
+        description="A worker's trial without a step or an image read for this long is stopped: 15m.",
     )
 
     @classmethod
@@ -204,9 +207,11 @@ def resolve(
 
     definition, problems = load_study(name), list(problems)
     settings, note = definition.settings(_fields(options, dataset, changes, problems)), ""
+    files = None
     if dataset and dataset not in SOURCES:
         about = definition.base.changed({name: settings[name] for name in FILE_FIELDS if name in settings}).data
-        definition, note = definition.suited_to(listed(about, HOME).listing, settings)
+        files = listed(about, HOME)
+        definition, note = definition.suited_to(files.listing, settings)
     variant = definition.variants.get(str(settings["data.dataset"]))
     search = Search(
         name=name,
@@ -217,6 +222,7 @@ def resolve(
         timeout_s=options.timeout,
         patience=options.patience or definition.patience,
         note=note,
+        listed=files,
         start_from=options.start,
         prune=options.prune,
     )

@@ -17,6 +17,7 @@ from pipeline.cli.views import PLAIN_INTERVAL_S, duration, format_value
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import counted
 from pipeline.evaluation.constraints import violations
+from pipeline.evaluation.scores import SCORE_NAMES
 from pipeline.experiment import Outcome, known_before
 from pipeline.recipe import KIND, Recipe
 from pipeline.search.progress import StudyProgress
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from pipeline.search.budget import BudgetPlan
 
 _BAR_WIDTH = 20
-_SCORES = {"val/accuracy": "accuracy", "val/f1_macro": "macro-F1", "val/balanced_accuracy": "balanced accuracy"}
 
 
 @dataclass
@@ -115,9 +115,9 @@ class StudyView:
         trial.scores = (
             f"epoch {report.epoch}/{trial.epochs}: {metrics['throughput/images_per_s']:.0f} images/s, "
             f"loss {metrics['train/loss']:.3f} train {metrics['val/loss']:.3f} val, "
-            + ", ".join(f"{_SCORES[name]} {metrics[name]:.4f}" for name in shown)
+            + ", ".join(f"{SCORE_NAMES[name]} {metrics[name]:.4f}" for name in shown)
         )
-        trial.newest_score = f"{_SCORES[objective]} {metrics[objective]:.4f}"
+        trial.newest_score = f"{SCORE_NAMES[objective]} {metrics[objective]:.4f}"
         trial.shown_at = time.monotonic()
         self._show(f"  trial {number}, {trial.scores}")
 

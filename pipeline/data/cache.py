@@ -12,8 +12,10 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -38,6 +40,21 @@ FIELDS = {IMAGES: "image", HELD: "held"}  # of FileImage
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 log = logging.getLogger(__name__)
+_on_progress: ContextVar[Callable[[], None]] = ContextVar("on_progress", default=lambda: None)
+
+
+@contextlib.contextmanager
+def reading(on_progress: Callable[[], None]) -> Iterator[None]:
+    """Call `on_progress` for each image that is read in the block, and each second that another command is waited for.
+
+    Reading may take hours, of which a worker has to give a sign of life; what `on_progress` raises ends it, and what is
+    decoded by then stays.
+    """
+    token = _on_progress.set(on_progress)
+    try:
+        yield
+    finally:
+        _on_progress.reset(token)
 
 
 def decoded(listing: Listing, form: Form, home: Path, skip: bool = False) -> Decoded:
@@ -59,13 +76,13 @@ def decoded(listing: Listing, form: Form, home: Path, skip: bool = False) -> Dec
 
 def in_memory(listing: Listing, form: Form, skip: bool = False) -> Decoded:
     """As `decoded`, without a cache. UserError where they are too many for that."""
-    check_memory(len(listing.paths), form)
-    count, side = len(listing.paths), form.held or 0
+    check_memory(len(listing.names), form)
+    count, side = len(listing.names), form.held or 0
     images = np.empty((count, 3, form.size, form.size), dtype=np.uint8)
     held = np.empty((count, 3, side, side), dtype=np.uint8)
     aspects, rows, digests = torch.ones(count), list[int](), list[bytes]()
     unreadable: list[BadImage] = []
-    for number, file in _read(listing.paths, form, unreadable, skip):
+    for number, file in _read(listing.files, form, unreadable, skip):
         index = len(rows)
         images[index], aspects[index] = file.image, file.aspect
         rows.append(number)
@@ -75,6 +92,15 @@ def in_memory(listing: Listing, form: Form, skip: bool = False) -> Decoded:
     end = len(rows)
     to_crop = HeldImages(torch.from_numpy(held[:end]), aspects[:end]) if form.held else None
     return Decoded(np.array(rows, dtype=np.int64), torch.from_numpy(images[:end]), to_crop, digests, unreadable)
+
+
+def in_batches(
+    listing: Listing, form: Form, count: int, skip: bool = False
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """The images as they are read, `count` at a time, of which nothing is kept: rows int64 (B,), uint8 (B, 3, S, S)."""
+    images = _read(listing.files, form, [], skip)
+    while batch := list(islice(images, count)):
+        yield np.array([row for row, _ in batch]), torch.from_numpy(np.stack([file.image for _, file in batch]))
 
 
 def caches(home: Path) -> list[Path]:
@@ -109,12 +135,15 @@ def _lock(cache: Path) -> FileLock:
 
 @contextlib.contextmanager
 def _locked(cache: Path) -> Iterator[None]:
-    lock = _lock(cache)
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        log.info("another command decodes images to %s: waiting for it", cache)
-        lock.acquire()
+    lock, is_said = _lock(cache), False
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            if not is_said:
+                log.info("another command decodes images to %s: waiting for it", cache)
+            is_said = True
+            _on_progress.get()()
     try:
         yield
     finally:
@@ -139,16 +168,17 @@ def _too_small(cache: Path, rule: str) -> DataError:
     return DataError(str(cache), rule, "free some space (`clean-cache` may help), or lower data.image_size")
 
 
-def _read(paths: Sequence[Path], form: Form, unreadable: list[BadImage], skip: bool) -> Iterator[tuple[int, FileImage]]:
+def _read(files: Sequence[str], form: Form, unreadable: list[BadImage], skip: bool) -> Iterator[tuple[int, FileImage]]:
     """The images and their numbers, in their order; at the end, one DataError for all the files that can't be read.
 
     With `skip` they are only added to `unreadable`.
     """
-    log.info("reading %s images at %d x %d pixels, %s", f"{len(paths):,}", form.size, form.size, form.geometry)
+    log.info("reading %s images at %d x %d pixels, %s", f"{len(files):,}", form.size, form.size, form.geometry)
     said = time.monotonic()
-    for number, result in enumerate(read_images(paths, form, digests=True)):
+    for number, result in enumerate(read_images(map(Path, files), form, digests=True)):
+        _on_progress.get()()
         if time.monotonic() - said > PROGRESS_S:
-            log.info("%s of %s images read", f"{number:,}", f"{len(paths):,}")
+            log.info("%s of %s images read", f"{number:,}", f"{len(files):,}")
             said = time.monotonic()
         if isinstance(result, BadImage):
             unreadable.append(result)
@@ -157,20 +187,20 @@ def _read(paths: Sequence[Path], form: Form, unreadable: list[BadImage], skip: b
     if unreadable and not skip:
         problems = first([problem for image in unreadable for problem in image.problems])
         rule, remedy = "images can't be used", "replace or remove them, or `--corrupt skip` leaves them out"
-        raise DataError.many([*problems, Problem(f"{len(unreadable)} of {len(paths)} {rule}", remedy=remedy)])
+        raise DataError.many([*problems, Problem(f"{len(unreadable)} of {len(files)} {rule}", remedy=remedy)])
 
 
-def _keys(paths: Sequence[Path]) -> list[bytes]:
+def _keys(files: Sequence[str]) -> list[bytes]:
     """32 bytes for each file by which it is known: of its path, size and times."""
 
-    def key(path: Path) -> bytes:
-        about: list[object] = [os.fspath(path)]
+    def key(file: str) -> bytes:
+        about: list[object] = [file]
         with contextlib.suppress(OSError):  # who reads it will say so
-            stat = os.stat(path)
+            stat = os.stat(file)
             about += [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # programs can set the one, but not the other
         return hashlib.sha256(repr(about).encode()).digest()
 
-    return list(map(key, paths))
+    return list(map(key, files))
 
 
 class _Cache:
@@ -190,7 +220,8 @@ class _Cache:
     def complete(self, listing: Listing, skip: bool) -> Decoded:
         """The images in the listing's order; decodes what isn't there yet, and tries again what can't be read."""
         unreadable: list[BadImage] = []
-        keys, records = _keys(listing.paths), self._records()
+        files, records = listing.files, self._records()
+        keys = _keys(files)
         missing = _missing(keys, records)
         if len(records) + len(missing) > 2 * len(keys):  # most are of files that were changed or removed
             shutil.rmtree(self.folder)
@@ -200,8 +231,8 @@ class _Cache:
         if missing:
             self._make_room(len(missing))
             with _Writer(self, len(records)) as writer:
-                paths = [listing.paths[number] for number in missing]
-                for number, file in _read(paths, self._form, unreadable, skip):
+                wanted = [files[number] for number in missing]
+                for number, file in _read(wanted, self._form, unreadable, skip):
                     writer.add(keys[missing[number]], file)
             records = self._records()
         os.utime(self.folder)  # `caches` sorts by it

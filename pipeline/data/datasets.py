@@ -166,22 +166,27 @@ def listed(about: Data, home: Path | None) -> Listed:
     return Listed(seal.apply(listing), seal)
 
 
-def load(about: Data, data_dir: Path, home: Path | None = None, download: bool = True) -> Dataset:
+def load(
+    about: Data, data_dir: Path, home: Path | None = None, download: bool = True, found: Listed | None = None
+) -> Dataset:
     """Read the data set of a recipe, one of SOURCES or a folder or manifest, its images in the recipe's form.
 
     CIFAR-10 lies in `data_dir`, as torchvision's files; where it is missing, it is downloaded there if `download`. `home`
-    is the folder mlruns, where test splits are fixed and decoded images cached. Raises DataError where the data is missing
+    is the folder mlruns, where test splits are fixed and decoded images cached; `found` is what `listed` returned a moment
+    ago, where it was called already. Raises DataError where the data is missing
     or damaged, UserError for an unknown name, too large or too few images.
     """
-    return _load(about, about.form, data_dir.absolute(), home, download)
+    return _load(about, about.form, data_dir.absolute(), home, download, found)
 
 
-def _load(about: Data, form: Form, data_dir: Path, home: Path | None, download: bool) -> Dataset:
+def _load(
+    about: Data, form: Form, data_dir: Path, home: Path | None, download: bool, found: Listed | None = None
+) -> Dataset:
     files = None
     if source := SOURCES.get(about.dataset):
         name, read = about.dataset, source.read(form, data_dir, download)
     else:
-        found = listed(about, home)
+        found = found or listed(about, home)
         result = read_files(found.listing, form, about, home)
         copies, read = exact_groups(result.digests), result.labelled
         files = Listed(result.listing, found.seal, result.excluded, result.num_test_copies, copies)

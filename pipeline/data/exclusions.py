@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,24 +44,25 @@ def test_copies(listing: Listing, digests: Sequence[bytes]) -> dict[int, str]:
     is_test = listing.splits == TEST
     if not is_test.any():
         return {}
+    files = listing.files
     try:
-        sizes = np.array([os.stat(path).st_size for path in listing.paths])
+        sizes = np.array([os.stat(file).st_size for file in files])
         rows = np.flatnonzero(is_test & np.isin(sizes, sizes[~is_test])).tolist()
-        sealed = dict(zip(file_digests([listing.paths[row] for row in rows]), rows, strict=True))
+        sealed = dict(zip(file_digests([files[row] for row in rows]), rows, strict=True))
     except OSError as error:
         raise DataError(str(error.filename), error.strerror or str(error)) from None
     return {index: listing.names[sealed[digest]] for index, digest in enumerate(digests) if digest in sealed}
 
 
-def file_digests(paths: Sequence[Path]) -> list[bytes]:
+def file_digests(files: Sequence[str]) -> list[bytes]:
     """SHA-256 of each file; OSError where one can't be read."""
 
-    def digest(path: Path) -> bytes:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+    def digest(file: str) -> bytes:
+        with open(file, "rb") as content:
+            return hashlib.file_digest(content, "sha256").digest()
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(digest, paths))
+        return list(pool.map(digest, files))
 
 
 def check_enough(listing: Listing, excluded: Sequence[Excluded]) -> None:

@@ -13,7 +13,7 @@ import torch
 from pipeline.data.cache import decoded, in_memory
 from pipeline.data.exclusions import COPY, Excluded, check_enough, test_copies
 from pipeline.data.images import LabelledImages, read_header
-from pipeline.data.listing import VALIDATION, Listing
+from pipeline.data.listing import TEST, VALIDATION, Listing
 from pipeline.sections.data import Data, Form
 
 MAX_LOOKED_AT = 200  # images whose sizes a default goes by
@@ -83,8 +83,9 @@ class Sizes:
 
 def look(listing: Listing) -> Sizes | None:
     """The sizes of some images that may train or validate, without decoding them; None where none can be read."""
-    paths = listing.usable.paths
-    headers = map(read_header, paths[:: math.ceil(len(paths) / MAX_LOOKED_AT)])
+    rows = np.flatnonzero(listing.splits != TEST)
+    some = listing.where(rows[:: math.ceil(len(rows) / MAX_LOOKED_AT)])
+    headers = (read_header(Path(file)) for file in some.files)
     sizes = [header.size for header in headers if header]
     if not sizes:
         return None

@@ -1,5 +1,6 @@
 """A folder of images by class -> a listing: train/<class>/**, val/<class>/** and test/<class>/**, or <class>/** alone."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -24,10 +25,10 @@ def read_folder(root: Path) -> Listing:
         split: {name: image_files(folder / name, left_out) for name in _class_names(folder, left_out)}
         for split, folder in folders.items()
     }
-    rows = [(path, name, split) for split in files for name, paths in files[split].items() for path in paths]
-    check_inside(root, [path for path, _, _ in rows])
+    rows = [(file, name, split) for split in files for name, found in files[split].items() for file in found]
+    check_inside(root, [file for file, _, _ in rows])
     check_classes(
-        {split: {name: len(paths) for name, paths in classes.items()} for split, classes in files.items()},
+        {split: {name: len(found) for name, found in classes.items()} for split, classes in files.items()},
         lambda split, name: str(folders[split] / name),
         "add a folder for each class" + (", or rename it if it is one" if left_out[BESIDE] else ""),
     )
@@ -36,7 +37,7 @@ def read_folder(root: Path) -> Listing:
     return Listing(
         place=root,
         classes=classes,
-        paths=tuple(path for path, _, _ in rows),
+        names=[file.removeprefix(f"{root}{os.sep}") for file, _, _ in rows],
         labels=np.array([number[name] for _, name, _ in rows], dtype=np.int64),
         splits=np.array([split for _, _, split in rows]),
         left_out=left_out,

@@ -119,8 +119,8 @@ def is_litter(name: str) -> bool:
     return name.startswith(".") or name.lower() in LITTER
 
 
-def image_files(folder: Path, left_out: Counter[str] | None = None) -> list[Path]:
-    """All images below a folder, in ImageFolder's order; what else is there is counted in `left_out`, by kind.
+def image_files(folder: Path, left_out: Counter[str] | None = None) -> list[str]:
+    """The paths of all images below a folder, in ImageFolder's order; what else is there is counted in `left_out`, by kind.
 
     Raises OSError where the folder, or one below it, can't be read.
     """
@@ -138,7 +138,7 @@ def image_files(folder: Path, left_out: Counter[str] | None = None) -> list[Path
         kept = [name for name in names if not is_litter(name)]
         files += [(parent, name) for name in kept if name.lower().endswith(SUFFIXES)]
         left_out.update(_kind(name) for name in kept if not name.lower().endswith(SUFFIXES))
-    return [Path(parent, name) for parent, name in sorted(files)]
+    return [os.path.join(*file) for file in sorted(files)]
 
 
 def _kind(name: str) -> str:

@@ -32,7 +32,7 @@ class Listing:
 
     place: Path  # the folder or the manifest, absolute
     classes: tuple[str, ...]  # sorted; those that there are training images of
-    paths: tuple[Path, ...]
+    names: list[str]  # the path of each image below the root
     labels: np.ndarray  # int64 (N,), indices into `classes`
     splits: np.ndarray  # str (N,), TRAIN, VALIDATION or TEST
     groups: np.ndarray | None = None  # str (N,): images of one never lie on two sides of a split
@@ -54,10 +54,11 @@ class Listing:
         name = self.place.stem if self.is_manifest else self.place.name
         return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-")[:40] or "folder"
 
-    @cached_property
-    def names(self) -> list[str]:
-        """The path of each image below the root."""
-        return [path.relative_to(self.root).as_posix() for path in self.paths]
+    @property
+    def files(self) -> list[str]:
+        """The path of each image; texts, as hundreds of thousands of `Path` take seconds."""
+        prefix = os.path.join(self.root, "")
+        return [prefix + name for name in self.names]
 
     @property
     def usable(self) -> Self:
@@ -86,15 +87,15 @@ class Listing:
 
     def with_splits(self, splits: np.ndarray) -> Self:
         """The same images in other splits, in order again."""
-        listing = replace(self, splits=splits)
-        return listing.where(np.argsort([ORDER.index(split) for split in splits], kind="stable"))
+        rank = sum(number * (splits == split) for number, split in enumerate(ORDER))
+        return replace(self, splits=splits).where(np.argsort(rank, kind="stable"))
 
     def where(self, rows: np.ndarray) -> Self:
         """Some of the images: bool (N,), or indices."""
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
         groups = None if self.groups is None else self.groups[rows]
-        paths = tuple(self.paths[row] for row in rows)
-        return replace(self, paths=paths, labels=self.labels[rows], splits=self.splits[rows], groups=groups)
+        names = [self.names[row] for row in rows.tolist()]
+        return replace(self, names=names, labels=self.labels[rows], splits=self.splits[rows], groups=groups)
 
     def lines(self) -> list[str]:
         """What a person should know of it, a line each: files that aren't images, and splits that were given."""
@@ -152,7 +153,7 @@ def check_names(where: Path, names: Sequence[str]) -> None:
         raise DataError.many(first([Problem(f"{where}: class {name!a}", remedy=remedy) for name in refused]))
 
 
-def check_inside(root: Path, paths: Sequence[Path]) -> None:
+def check_inside(root: Path, files: Sequence[str]) -> None:
     """DataError, a problem for each of the images that leads out of the data set: figures in reports show them."""
     real = os.path.realpath(root)
 
@@ -160,10 +161,10 @@ def check_inside(root: Path, paths: Sequence[Path]) -> None:
     def is_inside(target: str) -> bool:
         return os.path.commonpath([real, os.path.realpath(target)]) == real
 
-    outside = [path for path in paths if not is_inside(str(path) if os.path.islink(path) else os.path.dirname(path))]
+    outside = [file for file in files if not is_inside(file if os.path.islink(file) else os.path.dirname(file))]
     if outside:
         remedy = "copy the images into it, or give the folder where they lie"
-        raise DataError.many(first([Problem(str(path), f"leads out of {root}", remedy) for path in outside]))
+        raise DataError.many(first([Problem(file, f"leads out of {root}", remedy) for file in outside]))
 
 
 def first(problems: list[Problem]) -> list[Problem]:

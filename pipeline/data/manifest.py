@@ -40,13 +40,13 @@ def read_manifest(place: Path, columns: Mapping[str, str]) -> Listing:
     )
     keys = zip(table["split"].map(ORDER.index), table["label"], table["path"].map(os.path.split), strict=True)
     table = table.iloc[[row for _, row in sorted(zip(keys, range(len(table)), strict=True))]]
-    paths = tuple(place.parent / path for path in table["path"])
-    check_inside(place.parent, paths)
+    files = [os.path.join(place.parent, path) for path in table["path"]]
+    check_inside(place.parent, files)
     classes = tuple(counts[TRAIN])
     listing = Listing(
         place=place,
         classes=classes,
-        paths=paths,
+        names=[file.removeprefix(f"{place.parent}{os.sep}") for file in files],
         labels=table["label"].map({name: number for number, name in enumerate(classes)}).to_numpy(np.int64),
         splits=table["split"].to_numpy(str),
         groups=table["group"].to_numpy(str) if "group" in table else None,

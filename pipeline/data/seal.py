@@ -58,10 +58,11 @@ class Seal:
     def find(cls, listing: Listing, home: Path) -> Self | None:
         """The one of this data set: drawn at this place, or wherever the same paths lay; DataError where it is damaged."""
         seals = [cls._read(file) for file in sorted((home / FOLDER).glob("*.json"))]
-        names, place, digest = set(listing.names), str(listing.place), _digest(listing)
-        here = [seal for seal in seals if seal.place == place and not names.isdisjoint(seal.paths)]
-        moved = [replace(seal, place=place) for seal in seals if seal.listing == digest]
-        return next(iter(here + moved), None)
+        names, place = set(listing.names), str(listing.place)
+        if here := [seal for seal in seals if seal.place == place and not names.isdisjoint(seal.paths)]:
+            return here[0]
+        digest = _digest(listing) if seals else ""
+        return next((replace(seal, place=place) for seal in seals if seal.listing == digest), None)
 
     @classmethod
     def _read(cls, file: Path) -> Self:
@@ -74,7 +75,8 @@ class Seal:
 
     def apply(self, listing: Listing) -> Listing:
         """The listing with its test split."""
-        is_test = np.isin(np.array(listing.names), self.paths)
+        paths = set(self.paths)
+        is_test = np.array([name in paths for name in listing.names])
         if listing.groups is not None:
             is_test |= np.isin(listing.groups, self.groups)
         return listing.with_splits(np.where(is_test, TEST, listing.splits))
@@ -97,14 +99,15 @@ class Seal:
         identity = hashlib.sha256(json.dumps([self.place, self.paths]).encode()).hexdigest()
         file = folder / f"{listing.short_name}-{identity[:8]}.json"
         with FileLock(folder / ".lock"):
+            if file.exists():
+                return
             found = Seal.find(listing, home)
             if found and found.paths != self.paths:
                 rule = "another command has sealed another test split of it"
                 raise DataError(str(listing.place), rule, "start again")
-            if not file.exists():
-                new = file.with_suffix(".new")
-                new.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-                os.replace(new, file)
+            new = file.with_suffix(".new")
+            new.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+            os.replace(new, file)
 
 
 def _digest(listing: Listing) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,7 +58,7 @@ class Survey:
 
 def survey_files(listing: Listing) -> Survey:
     """Every image of a listing, decoded once, in the order of its rows."""
-    looks = list(_looks(listing.paths))
+    looks = list(_looks(map(Path, listing.files)))
     rows = [row for row, look in enumerate(looks) if isinstance(look, _Look)]
     seen = [look for look in looks if isinstance(look, _Look)]
     unreadable = [
@@ -105,7 +105,7 @@ class _Look(NamedTuple):
     sha256: bytes
 
 
-def _looks(paths: Sequence[Path]) -> Iterator[_Look | BadImage]:
+def _looks(paths: Iterable[Path]) -> Iterator[_Look | BadImage]:
     def look(path: Path) -> _Look | BadImage:
         try:
             file = read_file(path, Form(HASHED), digest=True)

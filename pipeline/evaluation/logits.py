@@ -1,6 +1,7 @@
 """From a network and images to logits."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,17 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which a network runs at a recipe's `training.precision`; `auto` is bf16 where it is fast."""
     bf16 = precision == "bf16" or (precision == "auto" and bf16_supported(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convolutions in float32 itself: a GPU rounds their inputs to 10 bits otherwise."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def images_together(image_size: int) -> int:

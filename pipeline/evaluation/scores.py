@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Objective = Literal["val/accuracy", "val/f1_macro", "val/balanced_accuracy"]  # what a study may maximise
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
+SCORE_NAMES = {"val/accuracy": "accuracy", "val/f1_macro": "macro-F1", "val/balanced_accuracy": "balanced accuracy"}
 BINS = 15  # of the calibration error: Guo et al. 2017, section 4
 CLASS_F1 = "val/f1/"  # and `metric_name` of a class: its F1 on the validation split
 _SMALLEST = float(np.finfo(np.float32).tiny)  # a float32 softmax underflows to 0 below it; its log is -87.3

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError, validation_problems
 from pipeline.evaluation.calibration import Calibration
-from pipeline.evaluation.logits import predict_logits
+from pipeline.evaluation.logits import predict_logits, without_tf32
 from pipeline.inference.methods import METHODS, MethodScores, combine, views, views_of
 from pipeline.models.build import build_network
 from pipeline.models.ensemble import Ensemble
@@ -117,10 +117,14 @@ class Classifier:
         return self.metadata.recipe.data.form
 
     def probabilities(self, images: Tensor, method: str = "plain") -> np.ndarray:
-        """uint8 images (N, 3, S, S) -> float64 (N, C), by one of `methods.METHODS`; the highest is the prediction."""
+        """uint8 images (N, 3, S, S) -> float64 (N, C), by one of `methods.METHODS`; the highest is the prediction.
+
+        In float32 whatever precision it was trained in, as the ONNX model that is promoted and served: one image has the
+        same probabilities everywhere.
+        """
         flip, shift = views_of(self.metadata.recipe)
         chosen = [images] if method in ("plain", "specialised") else views(images, flip, shift)
         mean, std = (torch.tensor(values, device=self.device) for values in (self.metadata.mean, self.metadata.std))
-        precision = self.metadata.recipe.training.precision
-        logits = [predict_logits(self.network, view.to(self.device), mean, std, precision) for view in chosen]
+        with without_tf32():
+            logits = [predict_logits(self.network, view.to(self.device), mean, std, "fp32") for view in chosen]
         return combine(method, torch.stack(logits).double().cpu().numpy(), self.metadata.calibration)

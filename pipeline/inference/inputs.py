@@ -70,7 +70,7 @@ def _is_pickle(path: Path) -> bool:
 
 def _images_below(folder: Path, on_fault: OnFault) -> list[Path]:
     try:
-        files = image_files(folder)
+        files = [Path(file) for file in image_files(folder)]
     except OSError as error:
         on_fault(BadImage(Path(error.filename), f"{error.strerror}: no file of {folder} is read"))
         return []

@@ -16,7 +16,7 @@ from pipeline.errors import DataError, PromotionRefused, UserError, lines_of
 from pipeline.evaluation.significance import small_split_line
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.registry import export, test_split
-from pipeline.registry.gate import Evidence, GateRecord, ModelEvidence, Rules, Verdict, decide
+from pipeline.registry.gate import ACCURACY, Evidence, GateRecord, ModelEvidence, Rules, Verdict, decide
 from pipeline.registry.ledger import DELETED, PASSED, PROMOTED, REFUSED, TEST_EVALUATION, Champion, Event
 from pipeline.registry.package import MODEL
 from pipeline.registry.registered_model import CHAMPION, Registry
@@ -151,6 +151,8 @@ class CandidateEvaluation:
         if not np.array_equal(labels, predictions[-1]["label"]):
             folder = self.registry.ledger.home / TEST_EVALUATIONS
             raise DataError(str(folder), "the labels of two models differ", "remove the folder")
+        study = study_of(self.registry.tracker, self.registry.tracker.client.get_run(challenger.run))
+        objective = study.objective if study else ACCURACY
         latencies_ms = _latencies_ms(models)
         sides = [
             ModelEvidence(np.stack(table["probabilities"].to_list()), latency_ms, (model.folder / MODEL).stat().st_size)
@@ -161,8 +163,9 @@ class CandidateEvaluation:
             opponent=sides[1] if opponent else None,
             labels=labels,
             classes=challenger.metadata.classes,
-            seed_accuracies=_seed_accuracies(self.registry.tracker, challenger.run),
+            seed_scores=_seed_scores(self.registry.tracker, challenger.run, objective),
             opponent_name=(CONTROL if opponent.name == CONTROL else CHAMPION) if opponent else CONSTANT,
+            objective=objective,
         )
         return self._record(models, evidence, split, forced or chosen)
 
@@ -181,6 +184,8 @@ class CandidateEvaluation:
             verdict=verdict,
             rules=self.rules,
             recipe_digest=challenger.metadata.recipe_digest,
+            objective=evidence.objective,
+            scores=dict(zip((model.run for model in models), evidence.scores, strict=True)),
             images=len(evidence.labels),
             correct=dict(zip((model.run for model in models), num_correct, strict=True)),
             onnx_sha256=sha256_of(challenger.folder / MODEL),
@@ -221,7 +226,7 @@ class CandidateEvaluation:
             except DataError as error:
                 self.observer.note(f"not compared with torch on the validation split, only on made-up images: {error}")
                 return
-            images = then.validation.images[:]
+            images = then.validation.images
             worst = export.check(classifier, path, images)
             on = f"the {len(images):,} images of the validation split"
             self.observer.note(export.difference_line(worst, on, classifier.image_size))
@@ -256,11 +261,12 @@ class CandidateEvaluation:
         )
         if not stored:
             form, classes = model.metadata.recipe.data.form, model.metadata.classes
-            images = test_split.open_test_split(data.about, form, data.data_dir, classes, self.registry.ledger.home)
+            parts = test_split.read_test_split(data.about, form, data.data_dir, classes, self.registry.ledger.home)
             session = export.session(model.folder / MODEL)
-            probabilities = export.run_session(session, export.as_pixels(images.images[:]))
+            predicted = [(part.labels.numpy(), export.predict(session, part.images)) for part in parts]
+            labels, probabilities = (np.concatenate(arrays) for arrays in zip(*predicted, strict=True))
             path.parent.mkdir(parents=True, exist_ok=True)
-            table = pd.DataFrame({"label": images.labels.numpy(), "probabilities": list(probabilities)})
+            table = pd.DataFrame({"label": labels, "probabilities": list(probabilities)})
             table.to_parquet(new := path.with_suffix(".new"), index=False)
             os.replace(new, path)
         return pd.read_parquet(path)
@@ -313,8 +319,8 @@ def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
     )
 
 
-def _seed_accuracies(tracker: MlflowTracker, run_id: str) -> list[float]:
-    """Validation accuracies of the study's finished trainings that differ from this run's recipe by their seed at most.
+def _seed_scores(tracker: MlflowTracker, run_id: str, objective: str) -> list[float]:
+    """Scores of the study's finished trainings that differ from this run's recipe by their seed at most.
 
     Of an ensemble they are those of its first member, which spread more than ensembles would.
     """
@@ -325,11 +331,11 @@ def _seed_accuracies(tracker: MlflowTracker, run_id: str) -> list[float]:
     if study is None:
         return []
     by_seed = {
-        other.data.params.get("training.seed"): other.data.metrics["val/accuracy"]
+        other.data.params.get("training.seed"): other.data.metrics[objective]
         for other in _finished(queries.children(tracker, study))
         if RunTags.of(other).role in TRAINED_ROLES
         and _without_seed(other.data.params) == _without_seed(run.data.params)
-        and "val/accuracy" in other.data.metrics
+        and objective in other.data.metrics
     }
     return list(by_seed.values())
 

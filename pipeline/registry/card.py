@@ -12,11 +12,12 @@ import numpy as np
 from mlflow.entities import Run
 
 from pipeline.evaluation.calibration import reweighting_line
-from pipeline.evaluation.scores import confusion_matrix
+from pipeline.evaluation.scores import SCORE_NAMES, confusion_matrix
 from pipeline.inference.classifier import ModelMetadata
 from pipeline.models.build import weights_origin
 from pipeline.recipe import KIND, Recipe
 from pipeline.registry.export import GEOMETRIES
+from pipeline.registry.gate import ACCURACY
 from pipeline.registry.ledger import VerdictEvidence
 from pipeline.tracking.tags import RunTags
 
@@ -238,6 +239,10 @@ def _evidence(evidence: VerdictEvidence) -> str:
     shares = [f"Test accuracy {_share(correct[evidence.run], record.images)}, {record.images:,} images"]
     if run := record.opponent_run:
         shares.append(f"that of the {opponent}, run `{run}`: {_share(correct[run], record.images)}")
+    if record.objective != ACCURACY:  # by which it was judged
+        runs = [evidence.run, record.opponent_run]
+        values = " against ".join(f"{record.scores[run]:.1%}" for run in runs if run)
+        shares.append(f"{SCORE_NAMES[record.objective]}, the study's objective: {values}")
     rows = [
         [_plain(result.rule), result.number, result.threshold, "yes" if result.passed else "no", _plain(result.reason)]
         for result in record.verdict.results

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from pipeline.data.augment import normalise
 from pipeline.data.datasets import Dataset
+from pipeline.data.mapped import MappedImages
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import DataError, PromotionRefused
-from pipeline.evaluation.logits import images_together, predict_logits
+from pipeline.evaluation.logits import images_together
 from pipeline.evaluation.scores import score
 from pipeline.inference.classifier import Classifier, ModelMetadata
-from pipeline.inference.methods import combine
 from pipeline.tracking import queries
 from pipeline.tracking.run_data import LocatedData, RunData, find_data
 from pipeline.tracking.tracker import MlflowTracker
@@ -44,6 +44,7 @@ GEOMETRIES = {
 }
 TOLERANCE = 1e-4  # in probability
 BATCHES = (1, 2, 7, 128, 500)  # that are tried, as far as so many images are predicted together
+CHECKED = 2 * max(BATCHES)  # images that are in memory at a time
 CALIBRATION_IMAGES = 512
 # With Clip and Relu, 8 bits reach over what comes out of them, not over what they cut off.
 QUANTISED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "Clip", "Relu"]
@@ -120,16 +121,19 @@ def preprocessing(metadata: ModelMetadata) -> dict[str, str | int]:
     }
 
 
-def check(classifier: Classifier, path: Path, images: Tensor) -> float:
-    """The largest difference in probability from torch in float32 on uint8 images (N, 3, S, S), all in each of `batch_sizes`.
+def check(classifier: Classifier, path: Path, images: Tensor | MappedImages) -> float:
+    """The largest difference in probability from torch on uint8 images (N, 3, S, S), all in each of `batch_sizes`.
 
     PromotionRefused, with the number, above TOLERANCE.
     """
-    expected, pixels, model = float32_probabilities(classifier, images), as_pixels(images), session(path)
-    sizes = batch_sizes(classifier.image_size)
+    model, sizes = session(path), batch_sizes(classifier.image_size)
+
+    def errors(images: Tensor) -> Iterator[float]:
+        expected, pixels = classifier.probabilities(images), as_pixels(images)
+        return pool.map(lambda size: float(np.abs(run_session(model, pixels, size) - expected).max()), sizes)
+
     with ThreadPoolExecutor(min(len(sizes), os.cpu_count() or 1)) as pool:  # onnxruntime computes without the GIL
-        errors = list(pool.map(lambda size: np.abs(run_session(model, pixels, size) - expected).max(), sizes))
-    worst = float(np.max(errors))
+        worst = float(np.max([error for part in images.split(CHECKED) for error in errors(part)]))
     if not worst <= TOLERANCE:  # NaN too
         rule = f"differs from torch by {worst:.2g} in probability; at most {TOLERANCE:g} is allowed"
         raise PromotionRefused(path.name, rule)
@@ -180,13 +184,6 @@ def calibration_pixels(data: TrainingData) -> np.ndarray:
     return as_pixels(data.sample(CALIBRATION_IMAGES))
 
 
-def float32_probabilities(classifier: Classifier, images: Tensor) -> np.ndarray:
-    """`Classifier.probabilities(images, "plain")` with the network in float32, whatever its recipe's precision."""
-    mean, std = (torch.tensor(values) for values in (classifier.metadata.mean, classifier.metadata.std))
-    logits = predict_logits(classifier.network, images, mean, std, "fp32")
-    return combine("plain", logits.double().numpy()[None], classifier.metadata.calibration)
-
-
 def probes(classifier: Classifier, count: int = 130) -> Tensor:
     """uint8 images (N, 3, S, S) for a check without a data set: fine and coarse noise, black, white."""
     size, generator = classifier.image_size, torch.Generator().manual_seed(0)
@@ -214,6 +211,12 @@ def run_session(
     """uint8 (N, S, S, 3) -> float32 (N, C); `batch_size` defaults to `images_together`."""
     batches = _batches(images, batch_size or images_together(images.shape[1]))
     return np.concatenate([session.run(None, {"images": batch})[0] for batch in batches])
+
+
+def predict(session: "onnxruntime.InferenceSession", images: Tensor | MappedImages) -> np.ndarray:
+    """uint8 (N, 3, S, S), in memory or in a file -> float32 (N, C)."""
+    parts = images.split(8 * images_together(images.shape[-1]))
+    return np.concatenate([run_session(session, as_pixels(part)) for part in parts])
 
 
 def quantise(path: Path, output: Path, images: np.ndarray) -> None:
@@ -259,9 +262,9 @@ class Benchmark:
     images_per_second: dict[int, float]
 
 
-def benchmark(path: Path, images: np.ndarray, labels: np.ndarray) -> Benchmark:
-    """On uint8 images (N, S, S, 3) and their labels (N,)."""
-    scores, size = score(run_session(session(path), images), labels), images.shape[1]
+def benchmark(path: Path, images: Tensor | MappedImages, labels: np.ndarray) -> Benchmark:
+    """On uint8 images (N, 3, S, S) and their labels (N,)."""
+    scores, size = score(predict(session(path), images), labels), images.shape[-1]
     return Benchmark(
         scores.accuracy,
         scores.f1_macro,

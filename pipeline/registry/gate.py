@@ -3,6 +3,7 @@
 Both models are compared image by image on one test split, because what counts is where they disagree. A challenger has to
 be *shown* to be better; on what it must not lose (a class, calibration) it has to be *shown* to be worse before it is
 refused, and by more than a margin: with 10 classes and as many tests, noise alone would refuse nearly everything.
+Better is what the challenger's study maximised, its objective: accuracy, balanced accuracy or macro-F1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import Problem, UserError, did_you_mean, validation_problems
-from pipeline.evaluation.scores import BINS
+from pipeline.evaluation.scores import BINS, SCORE_NAMES
+from pipeline.evaluation.significance import paired_difference
 
 DRAWS = 2000  # of the bootstrap: the 5 % point of an interval is then good to a twentieth of its width
+SWAPS = 10_000  # of the permutation test: a p-value of 0.05 is then good to 0.004
 MIN_SEEDS = 3  # trainings of one recipe, below which their spread says too little
+ACCURACY = "val/accuracy"
+_ROUNDING = 1e-9  # of equal scores that were computed in two ways
 _CHUNK = 200  # draws at a time, which bounds the memory
 
 
@@ -27,13 +32,13 @@ class Rules(BaseModel):
 
     alpha: float = Field(0.05, gt=0, lt=0.5, description="the chance that a model which isn't better is promoted")
     least_gain: float = Field(
-        0.0, ge=0, le=100, description="points of accuracy that the gain's interval must be above"
+        0.0, ge=0, le=100, description="points of the objective that the gain's interval must be above"
     )
     seed_spread: float = Field(
         10.0,
         ge=0,
         le=100,
-        description="standard deviation of accuracy between seeds, as % of the error rate, if fewer than 3 were trained",
+        description="standard deviation of the objective between seeds, as % of the error rate, if fewer than 3 were trained",
     )
     class_margin: float = Field(2.0, ge=0, le=100, description="points of F1 or recall that a class may lose")
     ece_margin: float = Field(1.0, ge=0, le=100, description="points by which the calibration error may grow")
@@ -78,8 +83,18 @@ class Evidence:
     opponent: ModelEvidence | None
     labels: np.ndarray  # int (N,)
     classes: Sequence[str]
-    seed_accuracies: Sequence[float] = ()  # of trainings that differ from the challenger by their seed at most
+    seed_scores: Sequence[float] = ()  # of trainings that differ from the challenger by their seed at most
     opponent_name: str = "champion"
+    objective: str = ACCURACY  # of the challenger's study
+
+    @property
+    def scores(self) -> list[float]:
+        """The objective's score of the challenger, and of the opponent where there is one."""
+        sides, count = filter(None, (self.challenger, self.opponent)), len(self.classes)
+        sums = (
+            _counts(self.labels, side.probabilities.argmax(1), count).sum(axis=0, dtype=np.float64) for side in sides
+        )
+        return [float(_scores(of[None], count)[self.objective][0, 0]) for of in sums]
 
 
 class RuleResult(BaseModel):
@@ -127,6 +142,8 @@ class GateRecord(BaseModel):
     verdict: Verdict
     rules: Rules
     recipe_digest: str
+    objective: str = ACCURACY  # by which the challenger had to be better
+    scores: Mapping[str, float] = {}  # by run, of the objective; empty in records that are older than the field
     images: int  # of the test split
     correct: Mapping[str, int]  # by run: images that it has right
     onnx_sha256: str  # of the challenger's model that was evaluated
@@ -136,11 +153,11 @@ class GateRecord(BaseModel):
 def decide(evidence: Evidence, rules: Rules) -> Verdict:
     """Compare the challenger with its opponent; without one it only has to be better than naming the largest class."""
     challenger, opponent, labels = evidence.challenger, evidence.opponent, evidence.labels
-    classes, name = evidence.classes, evidence.opponent_name
+    classes, name, objective = evidence.classes, evidence.opponent_name, evidence.objective
     new = challenger.probabilities.argmax(1)
     if opponent is None:
         largest = np.full_like(labels, np.bincount(labels).argmax())
-        return Verdict(results=(_better(labels, new, largest, rules, "the constant answer"),))
+        return Verdict(results=(_better(evidence, new, largest, rules, "the constant answer"),))
     old = opponent.probabilities.argmax(1)
     drawn = _resampled(np.concatenate([_columns(m, labels, len(classes)) for m in (opponent, challenger)], axis=1))
     half = drawn.shape[1] // 2
@@ -148,9 +165,9 @@ def decide(evidence: Evidence, rules: Rules) -> Verdict:
     change = {score: after[score] - before[score] for score in after}  # (1 + draws, ...) with the split itself first
     return Verdict(
         results=(
-            _better(labels, new, old, rules, f"the {name}"),
-            _gain(change["accuracy"][:, 0], rules),
-            _beyond_seeds(labels, new, old, rules, evidence.seed_accuracies),
+            _better(evidence, new, old, rules, f"the {name}"),
+            _gain(change[objective][:, 0], rules, SCORE_NAMES[objective]),
+            _beyond_seeds(evidence, new, old, rules, 1 - float(before[objective][0, 0])),
             _no_class_worse("F1", change["f1"], classes, rules),
             _no_class_worse("recall", change["recall"], classes, rules),
             _calibrated(change["ece"][:, 0], rules),
@@ -163,13 +180,17 @@ def decide(evidence: Evidence, rules: Rules) -> Verdict:
 # ------------------------------------------------------------------------------------------------------ to be better
 
 
-def _better(labels: np.ndarray, new: np.ndarray, old: np.ndarray, rules: Rules, other: str) -> RuleResult:
-    """The exact test of McNemar 1947, one-sided."""
-    gained, lost = _disagreements(labels, new, old)
-    p = mcnemar_one_sided(gained, lost)
-    reason = (
-        f"exact McNemar test, one-sided: only the challenger is right on {gained:,} images, only {other} on {lost:,}"
-    )
+def _better(evidence: Evidence, new: np.ndarray, old: np.ndarray, rules: Rules, other: str) -> RuleResult:
+    """One-sided: of accuracy the exact test of McNemar 1947, of other objectives `swap_test`."""
+    labels, objective = evidence.labels, evidence.objective
+    right, was_right = labels == new, labels == old
+    gained, lost = int((right & ~was_right).sum()), int((was_right & ~right).sum())
+    if objective == ACCURACY:
+        p, how = mcnemar_one_sided(gained, lost), "exact McNemar test"
+    else:
+        p, how = swap_test(objective, labels, new, old, len(evidence.classes)), "paired permutation test of "
+        how += SCORE_NAMES[objective]
+    reason = f"{how}, one-sided: only the challenger is right on {gained:,} images, only {other} on {lost:,}"
     return _result("better", f"p = {p:.4f}", f"at most {rules.alpha:g}", p <= rules.alpha, reason)
 
 
@@ -180,46 +201,59 @@ def mcnemar_one_sided(gained: int, lost: int) -> float:
     return float(bdtrc(gained - 1, gained + lost, 0.5)) if gained else 1.0
 
 
-def _gain(draws: np.ndarray, rules: Rules) -> RuleResult:
+def swap_test(objective: str, labels: np.ndarray, new: np.ndarray, old: np.ndarray, num_classes: int) -> float:
+    """p-value that the predictions `new` (N,) score no higher than `old`: the paired permutation test, one-sided.
+
+    If they are equally good, the two answers to an image might as well change places, and each image's do or don't with
+    equal chance (Noreen 1989; for F1: Yeh, COLING 2000). Images with the same label and answers are drawn together. For
+    accuracy it is McNemar's test.
+    """
+    cells, images = np.unique(np.stack([labels, new, old])[:, new != old], axis=1, return_counts=True)
+    label, one, other = cells
+    moves = _counts(label, other, num_classes) - _counts(label, one, num_classes)
+    sums = [_counts(labels, answers, num_classes).sum(axis=0, dtype=np.float64) for answers in (new, old)]
+
+    def change(swapped: np.ndarray) -> np.ndarray:
+        """(D,) of how many images of each cell change places, (D, cells)."""
+        moved = (swapped.astype(np.float32) @ moves).astype(np.float64)
+        after, before = (_scores(of, num_classes)[objective][:, 0] for of in (sums[0] + moved, sums[1] - moved))
+        return after - before
+
+    random, least = np.random.default_rng(0), change(np.zeros((1, len(images))))[0] - _ROUNDING
+    draws = (random.binomial(images, 0.5, size=(_CHUNK, len(images))) for _ in range(SWAPS // _CHUNK))
+    return (1 + sum(int((change(swapped) >= least).sum()) for swapped in draws)) / (1 + SWAPS)
+
+
+def _gain(draws: np.ndarray, rules: Rules, score: str) -> RuleResult:
     """Percentile bootstrap over images, paired (Efron 1979); both ends hold with 1 - alpha each."""
     low, high = 100 * np.quantile(draws[1:], [rules.alpha, 1 - rules.alpha])
     level = f"{100 * (1 - 2 * rules.alpha):g} % interval {low:+.2f} to {high:+.2f}"
-    number = f"{100 * draws[0]:+.2f} points of accuracy"
+    number = f"{100 * draws[0]:+.2f} points of {score}"
     threshold = f"above {rules.least_gain:g} with its whole interval"
     return _result("gain", number, threshold, bool(low > rules.least_gain), f"paired bootstrap over images, {level}")
 
 
-def _beyond_seeds(
-    labels: np.ndarray, new: np.ndarray, old: np.ndarray, rules: Rules, seed_accuracies: Sequence[float]
-) -> RuleResult:
+def _beyond_seeds(evidence: Evidence, new: np.ndarray, old: np.ndarray, rules: Rules, error_rate: float) -> RuleResult:
     """The gain against what another seed of either recipe could have made, with the images' own chance.
 
     McNemar's test knows only the images: two seeds of one small network do differ, so that it called the luckier one
-    better in 22 % of the comparisons at a level of 5 % (CIFAR-10, 51 % accuracy, 14 seeds).
+    better in 22 % of the comparisons at a level of 5 % (CIFAR-10, 51 % accuracy, 14 seeds). `error_rate` is what the
+    opponent's score is below 1.
     """
     from scipy.special import ndtri, stdtrit
 
-    right, was_right = labels == new, labels == old
-    change = right.astype(float) - was_right
-    images = change.std() / np.sqrt(len(labels))
-    seeds = len(seed_accuracies)
+    gain, images = paired_difference(evidence.objective, evidence.labels, new, old, len(evidence.classes))
+    seeds = len(evidence.seed_scores)
     if seeds >= MIN_SEEDS:  # Student's quantile: a spread that is measured on a few seeds is itself uncertain
-        spread, quantile = float(np.std(seed_accuracies, ddof=1)), stdtrit(seeds - 1, 1 - rules.alpha)
+        spread, quantile = float(np.std(evidence.seed_scores, ddof=1)), stdtrit(seeds - 1, 1 - rules.alpha)
         source = f"measured on {seeds}"
     else:
-        spread, quantile = rules.seed_spread / 100 * float(1 - was_right.mean()), ndtri(1 - rules.alpha)
+        spread, quantile = rules.seed_spread / 100 * error_rate, ndtri(1 - rules.alpha)
         source = f"assumed, {rules.seed_spread:g} % of the error rate: `finals` measures it"
     limit = float(quantile * np.sqrt(images**2 + 2 * spread**2))
     reason = f"chance of the images and of the seeds, whose standard deviation is {100 * spread:.2f} points ({source})"
-    gain = float(change.mean())
-    number, threshold = f"{100 * gain:+.2f} points of accuracy", f"above {100 * limit:.2f}"
+    number, threshold = f"{100 * gain:+.2f} points of {SCORE_NAMES[evidence.objective]}", f"above {100 * limit:.2f}"
     return _result("beyond seeds", number, threshold, gain > limit, reason)
-
-
-def _disagreements(labels: np.ndarray, new: np.ndarray, old: np.ndarray) -> tuple[int, int]:
-    """Images that only the new one has right, and only the old one."""
-    right, was_right = labels == new, labels == old
-    return int((right & ~was_right).sum()), int((was_right & ~right).sum())
 
 
 # --------------------------------------------------------------------------------------------------- not to be worse
@@ -268,21 +302,26 @@ def _result(rule: str, number: str, threshold: str, passed: bool, reason: str) -
 # --------------------------------------------------------------------------------------------------------- bootstrap
 
 
+def _counts(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """float32 (N, 3 C): what each image adds to its class's images, its hits, and the predictions of a class."""
+    rows = np.arange(len(labels))
+    counts = np.zeros((len(labels), 3 * num_classes), dtype=np.float32)
+    counts[rows, labels] = 1
+    counts[rows, num_classes + labels] = predicted == labels
+    counts[rows, 2 * num_classes + predicted] = 1
+    return counts
+
+
 def _columns(model: ModelEvidence, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """float32 (N, 3 C + BINS): what each image adds to its class's images, hits, predictions, and to its bin's gap.
+    """float32 (N, 3 C + BINS): `_counts`, and what each image adds to its bin's gap between accuracy and confidence.
 
     Every score is made of such sums, so that a draw of images is a product with their counts.
     """
     predicted, confidence = model.probabilities.argmax(1), model.probabilities.max(1)
-    right = predicted == labels
-    rows = np.arange(len(labels))
-    columns = np.zeros((len(labels), 3 * num_classes + BINS), dtype=np.float32)
-    columns[rows, labels] = 1
-    columns[rows, num_classes + labels] = right
-    columns[rows, 2 * num_classes + predicted] = 1
     bins = np.digitize(confidence, np.linspace(0, 1, BINS + 1)[1:-1], right=True)
-    columns[rows, 3 * num_classes + bins] = right - confidence
-    return columns
+    gaps = np.zeros((len(labels), BINS), dtype=np.float32)
+    gaps[np.arange(len(labels)), bins] = (predicted == labels) - confidence
+    return np.concatenate([_counts(labels, predicted, num_classes), gaps], axis=1)
 
 
 def _resampled(columns: np.ndarray) -> np.ndarray:
@@ -297,12 +336,18 @@ def _resampled(columns: np.ndarray) -> np.ndarray:
 
 
 def _scores(sums: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
-    """Accuracy and ECE (D, 1), F1 and recall (D, C) in [0, 1], from D rows of sums; 0 where a class has no images."""
+    """The objectives and ECE (D, 1), F1 and recall (D, C) in [0, 1], from D rows of sums; 0 where a class has no images.
+
+    Balanced accuracy is the mean recall of the classes that have images.
+    """
     true, hits, predicted = (sums[:, i * num_classes : (i + 1) * num_classes] for i in range(3))
     images = true.sum(axis=1, keepdims=True)
+    f1, recall = 2 * hits / np.maximum(true + predicted, 1), hits / np.maximum(true, 1)
     return {
-        "accuracy": hits.sum(axis=1, keepdims=True) / images,
-        "f1": 2 * hits / np.maximum(true + predicted, 1),
-        "recall": hits / np.maximum(true, 1),
+        ACCURACY: hits.sum(axis=1, keepdims=True) / images,
+        "val/f1_macro": f1.mean(axis=1, keepdims=True),
+        "val/balanced_accuracy": recall.sum(axis=1, keepdims=True) / (true > 0).sum(axis=1, keepdims=True),
+        "f1": f1,
+        "recall": recall,
         "ece": np.abs(sums[:, 3 * num_classes :]).sum(axis=1, keepdims=True) / images,
     }

@@ -21,6 +21,7 @@ from mlflow.types import Schema, TensorSpec
 from pydantic import ValidationError
 from torch import Tensor
 
+from pipeline.data.mapped import MappedImages
 from pipeline.errors import UserError
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.registry import export
@@ -55,7 +56,7 @@ def package(
     folder: Path,
     evidence: VerdictEvidence | None = None,
     onnx_file: Path | None = None,
-    images: Tensor | None = None,
+    images: Tensor | MappedImages | None = None,
 ) -> Package:
     """Pack the checkpoint of a run into `folder`, which is made, or replaced where it holds an earlier package.
 

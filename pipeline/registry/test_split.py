@@ -6,7 +6,7 @@ on the size of the images, so that models that see the same images at different 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from pipeline.data import cifar10, digits
-from pipeline.data.cache import in_memory
+from pipeline.data.cache import in_batches
 from pipeline.data.datasets import Split, default_image_size, listed
 from pipeline.data.images import resized
 from pipeline.data.listing import TEST, Listing
 from pipeline.data.splits import sealed
 from pipeline.data.survey import Survey, survey_files, survey_pixels
 from pipeline.errors import DataError, lines_of
+from pipeline.evaluation.logits import images_together
 from pipeline.sections.data import Data, Form
+
+BATCHES = 8  # of a prediction, that are read together
 
 
 def digest_of(about: Data, data_dir: Path, home: Path | None = None) -> str:
@@ -38,7 +41,7 @@ def digest_of(about: Data, data_dir: Path, home: Path | None = None) -> str:
         return hashlib.sha256(load_digits().data.tobytes() + seal).hexdigest()
     test, digest = _test_images(about, home), hashlib.sha256()
     try:
-        for path, name, label in zip(test.paths, test.names, test.labels, strict=True):
+        for path, name, label in zip(map(Path, test.files), test.names, test.labels, strict=True):
             in_class = f"{test.classes[label]}: {name}" if test.is_manifest else name
             with path.open("rb") as file:
                 digest.update(json.dumps([in_class, path.stat().st_size]).encode())
@@ -49,16 +52,26 @@ def digest_of(about: Data, data_dir: Path, home: Path | None = None) -> str:
 
 
 def open_test_split(about: Data, form: Form, data_dir: Path, classes: Sequence[str], home: Path | None = None) -> Split:
+    """All of `read_test_split` at once."""
+    parts = list(read_test_split(about, form, data_dir, classes, home))
+    images = [part.images for part in parts if isinstance(part.images, Tensor)]
+    return Split(torch.cat(images), torch.cat([part.labels for part in parts]))
+
+
+def read_test_split(
+    about: Data, form: Form, data_dir: Path, classes: Sequence[str], home: Path | None = None
+) -> Iterator[Split]:
     """The images in the form that a model sees, on the CPU, and labels that are indices into its `classes`.
 
-    Record the test evaluation in the ledger first. DataError as from `digest_of`, and where there are classes that
-    aren't the model's.
+    Those of files come a batch at a time, so that they need not fit in memory. Record the test evaluation in the ledger
+    first. DataError as from `digest_of`, and where there are classes that aren't the model's.
     """
-    names, images, labels = _opened(about, form, data_dir.absolute(), home)
-    if unknown := sorted({names[i] for i in labels.tolist()} - set(classes)):
-        raise DataError(about.dataset, f"the test split has classes that the model doesn't know: {', '.join(unknown)}")
-    place = torch.tensor([classes.index(name) if name in classes else -1 for name in names])
-    return Split(images, place[labels])
+    for names, images, labels in _opened(about, form, data_dir.absolute(), home):
+        if unknown := sorted({names[i] for i in labels.tolist()} - set(classes)):
+            rule = f"the test split has classes that the model doesn't know: {', '.join(unknown)}"
+            raise DataError(about.dataset, rule)
+        place = torch.tensor([classes.index(name) if name in classes else -1 for name in names])
+        yield Split(images, place[labels])
 
 
 def survey_test_split(about: Data, data_dir: Path, home: Path) -> Survey:
@@ -68,20 +81,22 @@ def survey_test_split(about: Data, data_dir: Path, home: Path) -> Survey:
     missing or damaged.
     """
     if size := default_image_size(about.dataset):
-        _, images, labels = _opened(about, Form(size), data_dir.absolute(), home)
+        [(_, images, labels)] = _opened(about, Form(size), data_dir.absolute(), home)
         return survey_pixels(images, labels, TEST)
     return survey_files(listed(about, home).listing.sealed_part)
 
 
-def _opened(about: Data, form: Form, data_dir: Path, home: Path | None) -> tuple[Sequence[str], Tensor, Tensor]:
-    """Class names, images, and labels that are indices into them."""
+def _opened(
+    about: Data, form: Form, data_dir: Path, home: Path | None
+) -> Iterator[tuple[Sequence[str], Tensor, Tensor]]:
+    """Class names, images, and labels that are indices into them; of a data set with a name all at once."""
     if about.dataset == "cifar10":
         from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
 
         _check_cifar10(data_dir)
         data = CIFAR10(data_dir, train=False)
-        return data.classes, resized(torch.from_numpy(data.data).permute(0, 3, 1, 2), form), torch.tensor(data.targets)
-    if about.dataset == "digits":
+        yield data.classes, resized(torch.from_numpy(data.data).permute(0, 3, 1, 2), form), torch.tensor(data.targets)
+    elif about.dataset == "digits":
         from sklearn.datasets import load_digits
 
         loaded = load_digits()
@@ -89,11 +104,11 @@ def _opened(about: Data, form: Form, data_dir: Path, home: Path | None) -> tuple
         _, chosen = sealed(labels, digits.TEST_FRACTION, digits.TEST_SEED)
         grey = torch.from_numpy(np.rint(loaded.images * (255 / 16)).astype(np.uint8))[chosen]
         names = [str(digit) for digit in range(10)]
-        return names, resized(grey[:, None].expand(-1, 3, -1, -1), form), labels[chosen]
-    test = _test_images(about, home)
-    found = in_memory(test, form, about.corrupt == "skip")
-    assert isinstance(found.images, Tensor)
-    return test.classes, found.images, torch.from_numpy(test.labels[found.rows])
+        yield names, resized(grey[:, None].expand(-1, 3, -1, -1), form), labels[chosen]
+    else:
+        test, count = _test_images(about, home), BATCHES * images_together(form.size)
+        for rows, images in in_batches(test, form, count, about.corrupt == "skip"):
+            yield test.classes, images, torch.from_numpy(test.labels[rows])
 
 
 def _cifar10_digest(data_dir: Path) -> str:
@@ -117,7 +132,7 @@ def _check_cifar10(data_dir: Path) -> None:
 def _test_images(about: Data, home: Path | None) -> Listing:
     """The test split of a folder or manifest, in the order of classes and paths."""
     test = listed(about, home).listing.sealed_part
-    if not test.paths:
+    if not test.names:
         rule = "has no test split: promotion needs images that no trial has seen"
         remedy = "run the study again without `--test-fraction 0`, or with images in test/<class>/"
         raise DataError(str(test.place), rule, remedy)

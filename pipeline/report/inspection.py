@@ -193,6 +193,7 @@ def _files(about: Data, home: Path) -> _Source:
         digests = [one for one, used in zip(survey.prints.digests, is_used, strict=True) if used]
         return digest_of(readable.where(is_used), digests)
 
+    files = readable.files
     return _Source(
         name=found.listing.short_name,
         place=str(found.listing.place),
@@ -201,7 +202,7 @@ def _files(about: Data, home: Path) -> _Source:
         groups=readable.group_numbers,
         notes=tuple(found.lines()),
         digest=digest,
-        picture=lambda row, size: read_image(readable.paths[row], Form(size, "pad")),
+        picture=lambda row, size: read_image(Path(files[row]), Form(size, "pad")),
     )
 
 

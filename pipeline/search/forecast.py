@@ -21,7 +21,7 @@ from pipeline.evaluation.logits import bf16_supported
 from pipeline.recipe import Recipe
 from pipeline.search.search import Search
 from pipeline.search.short_trials import short_epochs, simulate
-from pipeline.search.speed import fastest_precision, measure, measure_overhead, trial_seconds
+from pipeline.search.speed import fastest_precision, measure_mean, measure_overhead, trial_seconds
 from pipeline.search.storage import num_finished
 from pipeline.search.study_attributes import Choice, StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes, is_feasible
@@ -103,7 +103,7 @@ def measure_ways(
     for execution in executions:
         recipe = search.base.changed({"training.execution": execution})
         try:
-            speed = measure(recipe, data, device, CONTROL_S, on_step)
+            speed = measure_mean(recipe, data, device, CONTROL_S, on_step)
         except RuntimeError as error:  # as torch's are, of a capture and of memory
             if not ways:
                 raise
@@ -268,13 +268,13 @@ def measure_costs(
     counter, on_cpu, start = _FileCounter(), device.type == "cpu", time.perf_counter()
     with _one_thread() if choice.workers > 1 and on_cpu else contextlib.nullcontext():
         control = search.base
-        speeds = [measure(control, data, device, CONTROL_S, on_step)]
+        speeds = [measure_mean(control, data, device, CONTROL_S, on_step)]
         overhead = measure_overhead(control, data, device, speeds[0], counter)
         trial_s = sum(trial_seconds(control, speeds[0], overhead).values()) + TRACKING_S
         for recipe in _random_recipes(search, NUM_OTHER_RECIPES):
             if time.perf_counter() - start > MEASURING_FRACTION * min(total_s, trial_s * trials):
                 break
-            speeds.append(measure(recipe, data, device, CONTROL_S / 3, on_step))
+            speeds.append(measure_mean(recipe, data, device, CONTROL_S / 3, on_step))
     return Costs(
         epoch_s=statistics.mean(speed.epoch_s for speed in speeds) + overhead.epoch_s,
         end_s=trial_s - control.training.epochs * (speeds[0].epoch_s + overhead.epoch_s),

@@ -10,6 +10,7 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
+from pipeline.data import cache
 from pipeline.processes import StopOnSignal, study_lock, this_process
 from pipeline.search.budget import Allowance, BudgetPlan
 from pipeline.search.forecast import Forecast, actual, forecast, size_mib
@@ -155,7 +156,8 @@ def _run_trials(study: optuna.Study, context: StudyContext, lock: StudyLock, all
         lock.check()
         release_trials(study, context.search, trials, 1, remaining)
         if trial := claim_trial(study, context.storage, worker):
-            run_trial(trial, context)
+            with cache.reading(context.check_stop):
+                run_trial(trial, context)
 
 
 def _study_metrics(study: optuna.Study) -> dict[str, float]:

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,7 @@ from pipeline.search.trial_attributes import counts_toward_budget, is_feasible
 from pipeline.tracking.study_key import StudyKey
 
 if TYPE_CHECKING:  # importing it imports torch, and a wrong name has to be refused at once
+    from pipeline.data.datasets import Listed
     from pipeline.data.prepare import TrainingData
 
 MAX_STARTS = 4  # trials of a new study that are given, besides the control
@@ -61,6 +62,9 @@ class Search:
     precision: str = ""  # what `training.precision = auto` turned out to be for this study's network, where measured
     start_from: StartFrom = "all"  # what a new study's first trials after the control are given
     prune: bool = True
+    listed: "Listed | None" = field(
+        default=None, repr=False, compare=False
+    )  # the data set's files, by `--dataset`'s look
     # Both are set by `storage.resolved`.
     stored_key: str | None = None  # the study's name in Optuna and MLflow
     dataset_path: str | None = None  # the data set as `load` takes it here, where `base` has the name that it had first

@@ -118,14 +118,37 @@ class _Measured(Exception):
     """Ends a training that was measured for long enough."""
 
 
-def measure(
+def measure_mean(
     recipe: Recipe,
     data: TrainingData,
     device: torch.device,
     seconds: float,
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
 ) -> Speed:
+    """`measure`, of the mean of a recipe's epochs: those in which only the head learns are cheaper than the others."""
+    share = min(1.0, recipe.transfer.frozen_epochs / recipe.training.epochs)
+    parts = [(part, head_only) for part, head_only in ((1 - share, False), (share, True)) if part]
+    speeds = [(part, measure(recipe, data, device, part * seconds, on_step, head_only)) for part, head_only in parts]
+    first = speeds[0][1]
+    return replace(
+        first,
+        step_s={name: sum(part * speed.step_s[name] for part, speed in speeds) for name in first.step_s},
+        evaluation_s=sum(part * speed.evaluation_s for part, speed in speeds),
+        memory_gib=max(speed.memory_gib for _, speed in speeds),
+    )
+
+
+def measure(
+    recipe: Recipe,
+    data: TrainingData,
+    device: torch.device,
+    seconds: float,
+    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
+    head_only: bool = False,
+) -> Speed:
     """Train for `seconds`, and at least two short epochs, of which the first warms up and isn't counted.
+
+    All layers learn that ever do, or the head alone.
 
     The epochs are of a few batches and validation images; both are scaled to the complete splits. `on_step` may raise to
     end it. The learning rate is almost zero, which changes no time and lets nothing diverge.
@@ -134,6 +157,7 @@ def measure(
     batch_size = min(recipe.training.batch_size, len(data.train.images))
     steps = len(data.train.images) // batch_size
     part = few_images(data, min(steps, _STEPS[device.type]) * batch_size, _VALIDATION[device.type])
+    frozen = _MANY_EPOCHS if head_only else 0
     watch, start, last_metrics = Stopwatch(device), time.perf_counter(), {}
 
     def on_epoch(report: EpochReport) -> None:
@@ -145,7 +169,7 @@ def measure(
 
     try:
         train(
-            recipe.changed({"training.epochs": _MANY_EPOCHS, "optimizer.lr": 1e-9, "transfer.frozen_epochs": 0}),
+            recipe.changed({"training.epochs": _MANY_EPOCHS, "optimizer.lr": 1e-9, "transfer.frozen_epochs": frozen}),
             part,
             device,
             on_epoch,

@@ -22,6 +22,7 @@ import optuna
 import torch
 from optuna.exceptions import UpdateFinishedTrialError
 
+from pipeline.data import cache
 from pipeline.data.datasets import load
 from pipeline.data.prepare import prepare
 from pipeline.errors import Problem, UserError, error_of
@@ -49,7 +50,7 @@ class Limits:
 
     heartbeat_s: float = 5.0  # between a worker's heartbeats
     heartbeat_timeout_s: float = 60.0  # without one, while the database answers, a worker is dead
-    stall_timeout_s: float = 900.0  # without a step or an epoch a training is stalled
+    stall_timeout_s: float = 900.0  # without an image that is read, a step or an epoch a training is stalled
     term_s: float = 7.0  # from SIGTERM until workers that have not stopped are killed; systems kill after 10
 
 
@@ -97,7 +98,7 @@ def packed(search: Search) -> bytes:
     if by_value:
         cloudpickle.register_pickle_by_value(module)
     try:
-        return cloudpickle.dumps(search)
+        return cloudpickle.dumps(replace(search, listed=None))
     finally:
         if by_value:
             cloudpickle.unregister_pickle_by_value(module)
@@ -138,7 +139,7 @@ class Heartbeat:
             self._trial = None
 
     def note_activity(self) -> None:
-        """The worker is not stalled: it made a step, or it waits for the database."""
+        """The worker is not stalled: it made a step, read an image, or waits for the database."""
         self._last_activity = time.monotonic()
 
     def planned(self, forecast: Mapping[str, Any]) -> None:
@@ -250,7 +251,8 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
         storage.while_waiting = while_waiting
         worker = this_process() | {"id": assignment.id, "launch": assignment.launch}
         try:
-            _run_trials(study, context, heartbeat, worker)
+            with cache.reading(while_waiting):
+                _run_trials(study, context, heartbeat, worker)
         finally:
             context.tracker.flush(FLUSH_S)  # what is not sent by then waits on disk, for the supervisor
 

@@ -1,9 +1,14 @@
 """Options are validated once, all problems together."""
 
+from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
+import torch
+from PIL import Image
 
+from pipeline.cli.common import load_data
 from pipeline.cli.options import (
     StudyOptions,
     budget_of,
@@ -12,8 +17,10 @@ from pipeline.cli.options import (
     database_problems,
     resolve,
 )
+from pipeline.data import datasets
 from pipeline.errors import Problem, UserError
 from pipeline.search.budget import Budget
+from pipeline.search.worker import packed
 
 
 def test_durations_are_seconds_or_have_a_unit() -> None:
@@ -40,6 +47,26 @@ def test_settings_reach_the_search() -> None:
     assert search.settings["data.dataset"] == "digits" and search.settings["training.epochs"] == 3
     base = search.base
     assert (base.training.seed, base.training.batch_size, base.optimizer.lr) == (5, 32, 0.5)
+
+
+def test_a_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of hundreds of thousands of images that takes seconds."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(40):
+        folder = tmp_path / "pets" / ("cat" if number % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10, 14), (number, 0, 0)).save(folder / f"{number}.png")
+    read, listings = datasets.read_folder, []
+
+    def counted(root: Path) -> Any:
+        listings.append(read(root))
+        return listings[-1]
+
+    monkeypatch.setattr(datasets, "read_folder", counted)
+    search = resolve("attention", StudyOptions(), "pets", [])
+    data = load_data(search, tmp_path, torch.device("cpu"))
+    assert len(listings) == 1 and data.listed and data.listed.listing.test_digest
+    assert cloudpickle.loads(packed(search)).listed is None, "other processes look themselves"
 
 
 def test_a_cluster_needs_reachable_databases() -> None:

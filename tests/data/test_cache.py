@@ -41,6 +41,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     original = cache.read_images
 
     def read_images(paths, *arguments, **options):
+        paths = list(paths)
         names.extend(path.name for path in paths)
         return original(paths, *arguments, **options)
 
@@ -103,7 +104,7 @@ def test_a_changed_file_is_noticed_and_decoded_alone(pets: Path, home: Path, rea
 
 def test_a_cache_of_mostly_other_files_is_made_anew(pets: Path, home: Path) -> None:
     for colour in range(1, 4):
-        for path in read_folder(pets).paths:
+        for path in map(Path, read_folder(pets).files):
             add_image(path, colour)
         check(read_folder(pets), home)
     assert num_bytes(caches(home)[0]) < 11 * (3 * 8**2 + 3 * 12**2 + 200)
@@ -131,6 +132,25 @@ def test_a_killed_command_is_gone_on_with(
     decoded(read_folder(pets), FORM, home)
     assert read == ["1.bmp", "2.webp", "0.tiff"]
     check(read_folder(pets), home)
+
+
+def test_progress_is_told_while_it_waits_and_reads(pets: Path, home: Path, read: list[str]) -> None:
+    decoded(read_folder(pets), Form(9), home)
+    other = FileLock(f"{caches(home)[0]}.lock")
+    told: list[bool] = []
+
+    def on_progress() -> None:
+        told.append(other.is_locked)
+        other.release()
+
+    add_image(pets / "train" / "cat" / "3.png", 7)
+    add_image(pets / "train" / "cat" / "4.png", 8)
+    read.clear()
+    with other, cache.reading(on_progress):
+        decoded(read_folder(pets), Form(9), home)
+    assert told == [True, False, False] and read == ["3.png", "4.png"]
+    decoded(read_folder(pets), Form(9), home)
+    assert len(told) == 3, "the block is over"
 
 
 def test_shortened_files_are_decoded_again(pets: Path, home: Path, read: list[str]) -> None:

@@ -12,11 +12,11 @@ from pipeline.errors import DataError
 
 @pytest.fixture
 def listing(tmp_path: Path) -> Listing:
-    names = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
+    names = ["cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"]
     return Listing(
         place=tmp_path,
         classes=("cat", "dog"),
-        paths=tuple(tmp_path / name for name in names),
+        names=names,
         labels=np.array([0, 0, 1, 1]),
         splits=np.array([TRAIN] * 4),
         groups=np.array(["b", "a", "b", "c"]),

@@ -62,7 +62,7 @@ def test_fixed_seal_outlives_growth_and_a_move(tmp_path: Path, home: Path) -> No
     add_image(tmp_path / "moved" / "cow" / "1.png")
     add_image(tmp_path / "moved" / "cow" / "2.png")
     grown = drawn(tmp_path / "moved", home)
-    assert grown.listing.sealed_part.names == first.listing.sealed_part.names and len(grown.listing.usable.paths) == 78
+    assert grown.listing.sealed_part.names == first.listing.sealed_part.names and len(grown.listing.usable.names) == 78
     assert grown.lines()[1] == "it has no images of cow, of which promotion will say nothing"
     pets(root, 40)
     assert drawn(root, tmp_path / "other").listing.sealed_part.names != first.listing.sealed_part.names
@@ -115,7 +115,7 @@ def test_images_of_a_sealed_group_stay_sealed(tmp_path: Path, home: Path) -> Non
     first = drawn(manifest(root, rows), home)
     first.fix(home)
     (group,) = set(first.listing.sealed_part.groups)
-    assert len(first.listing.sealed_part.paths) == 4 and group not in first.listing.usable.groups
+    assert len(first.listing.sealed_part.names) == 4 and group not in first.listing.usable.groups
     add_image(root / "new.png")
     add_image(root / "old.png")
     grown = drawn(manifest(root, [*rows, f"new.png,cat,{group}", "old.png,cat,p99"]), home)

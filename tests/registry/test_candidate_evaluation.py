@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import balanced_accuracy_score
 
 from pipeline.cli.exit_codes import exit_code
 from pipeline.data.prepare import TrainingData
@@ -15,6 +18,7 @@ from pipeline.registry.candidate_evaluation import TEST_EVALUATIONS, control_of
 from pipeline.registry.ledger import PASSED, REFUSED, TEST_EVALUATION
 from pipeline.registry.promote import promote
 from pipeline.sections.data import Data
+from pipeline.tracking import queries
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest
 from registry.helpers import DATA, RULES, RecordingObserver, Store, kinds, record
@@ -49,6 +53,24 @@ def test_control_as_first_champion_must_beat_constant_answer(store: Store, tmp_p
     with pytest.raises(PromotionRefused, match=r"^better: .* only the constant answer"):
         promote(registry, store.control, RULES, DATA, view)
     assert "must be better than a constant answer" in view.lines[0]
+
+
+def test_promotion_judges_by_the_objective_of_the_study(store: Store, tmp_path: Path) -> None:
+    registry, view = store.registry(tmp_path, "balanced"), RecordingObserver()
+    client = registry.tracker.client
+    [study] = queries.studies(registry.tracker)
+    client.set_tag(study.parent, "objective", "val/balanced_accuracy")
+    try:
+        promote(registry, store.good, RULES, DATA, view)
+    finally:
+        client.set_tag(study.parent, "objective", "val/accuracy")
+    record = next(event for event in registry.ledger.events() if event.kind == PASSED).evidence.record
+    assert "points of balanced accuracy" in record.verdict.results[1].number
+    tables = [pd.read_parquet(path) for path in sorted((tmp_path / TEST_EVALUATIONS).iterdir())]
+    expected = {balanced_accuracy_score(t["label"], np.stack(t["probabilities"]).argmax(1)) for t in tables}
+    assert sorted(record.scores.values()) == pytest.approx(sorted(expected)) and store.good in record.scores
+    version = client.get_model_version("balanced", "1")
+    assert f"balanced accuracy, the study's objective: {record.scores[store.good]:.1%} against" in version.description
 
 
 def test_other_onnx_than_was_evaluated_is_not_registered(store: Store, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
@@ -16,7 +16,16 @@ from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
 from pipeline.recipe import parse_recipe
 from pipeline.registry import gate
-from pipeline.registry.gate import Evidence, ModelEvidence, RuleResult, Rules, Verdict, decide, mcnemar_one_sided
+from pipeline.registry.gate import (
+    Evidence,
+    ModelEvidence,
+    RuleResult,
+    Rules,
+    Verdict,
+    decide,
+    mcnemar_one_sided,
+    swap_test,
+)
 from pipeline.sections.data import Data
 from pipeline.training.loop import train
 
@@ -143,6 +152,57 @@ def test_one_point_of_accuracy_passes_on_10_000_images(monkeypatch: pytest.Monke
 def test_mcnemar_p_value_equals_binomial_test(gained: int, lost: int) -> None:
     expected = binomtest(gained, gained + lost, alternative="greater").pvalue if gained + lost else 1.0
     assert mcnemar_one_sided(gained, lost) == pytest.approx(expected)
+
+
+@given(seed=st.integers(0, 1000), share=st.floats(0.3, 0.7))
+@settings(max_examples=10)
+def test_swapped_answers_give_mcnemars_p_value_of_accuracy(seed: int, share: float) -> None:
+    random = np.random.default_rng(seed)
+    labels, moved = random.integers(4, size=300), random.random(300)
+    new, old = (
+        np.where(wrong, (labels + random.integers(1, 4, size=300)) % 4, labels) for wrong in disagreeing(moved, share)
+    )
+    gained, lost = int(((new == labels) & (old != labels)).sum()), int(((new != labels) & (old == labels)).sum())
+    assert swap_test("val/accuracy", labels, new, old, 4) == pytest.approx(mcnemar_one_sided(gained, lost), abs=0.02)
+
+
+def disagreeing(draw: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where the new model is wrong, and the old: a tenth each of all images, `share` of them the old one's alone."""
+    return (draw < 0.05) | ((draw > 0.8) & (draw > 0.8 + 0.2 * share)), (draw < 0.05) | (
+        (draw > 0.8) & (draw <= 0.8 + 0.2 * share)
+    )
+
+
+@pytest.mark.parametrize("objective", ["val/balanced_accuracy", "val/f1_macro"])
+def test_equally_good_models_of_rare_classes_rarely_differ(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "SWAPS", 400)
+    random, found = np.random.default_rng(0), 0
+    labels = np.repeat([0, 1, 2], [360, 30, 10])
+    for _ in range(200):
+        new, old = (np.where(random.random(400) < 0.7, labels, random.integers(3, size=400)) for _ in range(2))
+        found += swap_test(objective, labels, new, old, 3) <= 0.05
+    assert 2 <= found <= binom.ppf(0.99, 200, 0.05)
+
+
+def test_challenger_is_judged_by_the_objective_of_its_study() -> None:
+    """It has 60 of 100 rare images more right, and 100 of 1,900 frequent ones less."""
+    labels = np.repeat([0, 1], [1900, 100])
+    place = np.arange(2000)
+    was_right = (place >= 100) & (place < 1920)
+    right = (place >= 200) & (place < 1980)
+    verdicts = {}
+    for objective in ("val/accuracy", "val/balanced_accuracy", "val/f1_macro"):
+        sides = [model(made(labels, which, 2)) for which in (right, was_right)]
+        evidence = Evidence(*sides, labels, ["many", "few"], [0.8, 0.801, 0.802], objective=objective)
+        verdicts[objective] = decide(evidence, Rules(class_margin=100))
+    failed = [problem.subject for problem in verdicts["val/accuracy"].problems]
+    assert failed == ["better", "gain", "beyond seeds"]
+    balanced = verdicts["val/balanced_accuracy"]
+    assert balanced.passed, balanced.problems
+    assert "+27.37 points of balanced accuracy" in result_of(balanced, "gain").number
+    assert "permutation test of balanced accuracy" in result_of(balanced, "better").reason
+    assert verdicts["val/f1_macro"].passed
+    assert swap_test("val/f1_macro", labels, labels, labels, 2) == 1
 
 
 def base(size: int = 2000, classes: int = 10) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import PromotionRefused, UserError
 from pipeline.inference.classifier import Classifier
 from pipeline.recipe import parse_recipe
-from pipeline.registry.export import TOLERANCE, as_pixels, float32_probabilities
+from pipeline.registry.export import TOLERANCE, as_pixels
 from pipeline.registry.package import Package, package
 from pipeline.tracking.models import digests, find_model
 from pipeline.tracking.tracker import MlflowTracker
@@ -45,7 +45,7 @@ def test_mlflow_loads_it_with_onnxruntime_and_it_predicts(packed: Package, digit
     images = digits.validation.images[:9]
     probabilities = model.predict(as_pixels(images))["probabilities"]
     torchs = Classifier.load(packed.folder, torch.device("cpu"))
-    np.testing.assert_allclose(probabilities, float32_probabilities(torchs, images), atol=TOLERANCE)
+    np.testing.assert_allclose(probabilities, torchs.probabilities(images), atol=TOLERANCE)
     for wrong in (as_pixels(images).astype(np.float32), as_pixels(images)[:, :5]):
         with pytest.raises(Exception, match="schema"):
             model.predict(wrong)

@@ -45,13 +45,13 @@ def test_first_champion_second_champion_and_rollback(
 ) -> None:
     registry, view = store.registry(tmp_path, "way"), RecordingObserver()
     opened: list[list[str]] = []
-    open_test_split = opener.open_test_split
+    read_test_split = opener.read_test_split
 
     def watched(*arguments: Any) -> Any:
         opened.append(kinds(registry))
-        return open_test_split(*arguments)
+        return read_test_split(*arguments)
 
-    monkeypatch.setattr(opener, "open_test_split", watched)
+    monkeypatch.setattr(opener, "read_test_split", watched)
     first = promote(registry, store.good, RULES, DATA, view, chosen="the best trial")
     assert first == Champion("1", store.good)
     assert opened == [[TEST_EVALUATION], [TEST_EVALUATION, TEST_EVALUATION]], (

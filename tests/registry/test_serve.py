@@ -99,7 +99,7 @@ def test_champion_answers_curl_and_server_ends_with_command(trained: Trained, pa
             predicted = shared_fork_server().run(words, home)
             assert predicted.stdout.startswith("model: the champion, image-classifier version 1"), predicted.stderr
             [expected] = np.genfromtxt(table, delimiter=",", skip_header=1, ndmin=2)[:, 2:]
-            np.testing.assert_allclose(got, [expected], atol=0.05)  # predict computes in bf16 where that is fast
+            np.testing.assert_allclose(got, [expected], atol=1e-4)
         finally:
             serving.send_signal(signal.SIGTERM)
             assert serving.wait(30) == 0

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.data.datasets import listed, load
@@ -115,6 +116,22 @@ def test_digest_of_a_manifests_test_split_changes_with_a_label(tmp_path: Path) -
         names.append(opener.digest_of(about(tmp_path / "pets.csv"), tmp_path))
     split = opener.open_test_split(about(tmp_path / "pets.csv"), Form(8), tmp_path, ["dog", "cat"])
     assert names[0] != names[1] and split.labels.tolist() == [1, 1, 1, 1, 0, 0]
+
+
+def test_images_of_files_are_read_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, without those that can't be read; so a test split need not fit in memory."""
+    monkeypatch.setattr(opener, "BATCHES", 1)
+    monkeypatch.setattr(opener, "images_together", lambda size: 2)
+    root = folder(tmp_path)
+    arguments = (Form(8), tmp_path, ["cat", "dog"])
+    whole = opener.open_test_split(about(root), *arguments)
+    (root / "test" / "cat" / "0.png").write_bytes(b"")
+    parts = list(opener.read_test_split(about(root).model_copy(update={"corrupt": "skip"}), *arguments))
+    assert {len(part.labels) for part in parts} == {1, 2} and len(parts) == len(whole.labels) // 2
+    assert torch.equal(torch.cat([part.images[:] for part in parts]), whole.images[1:])
+    assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels[1:])
+    with pytest.raises(DataError, match=r"cat/0\.png.*empty"):
+        list(opener.read_test_split(about(root), *arguments))
 
 
 def test_class_unknown_to_the_model_is_refused(tmp_path: Path) -> None:

@@ -204,14 +204,14 @@ def test_choice_reports_what_was_measured() -> None:
 def test_ways_are_measured_and_a_failing_one_is_reported(
     small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = forecast_module.measure
+    measured = forecast_module.measure_mean
 
     def measure(recipe: Recipe, *rest: Any) -> Any:
         if recipe.training.execution == "graphed":
             raise RuntimeError("capture failed\nmore")
         return measured(recipe, *rest)
 
-    monkeypatch.setattr(forecast_module, "measure", measure)
+    monkeypatch.setattr(forecast_module, "measure_mean", measure)
     search = search_of(small_recipe, 2)
     ways, failed = measure_ways(search, digits, CPU, ("eager", "graphed"))
     assert ([way.execution for way in ways], failed) == (["eager"], "graphed fails (capture failed)")

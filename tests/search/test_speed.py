@@ -2,13 +2,24 @@
 
 import contextlib
 import time
+from typing import Any
 
 import pytest
 import torch
 
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.recipe import Recipe
-from pipeline.search.speed import Overhead, Speed, Stopwatch, few_images, measure, measure_overhead, trial_seconds
+from pipeline.search import speed as speed_module
+from pipeline.search.speed import (
+    Overhead,
+    Speed,
+    Stopwatch,
+    few_images,
+    measure,
+    measure_mean,
+    measure_overhead,
+    trial_seconds,
+)
 from pipeline.sections.data import Data
 from pipeline.tracking.tracker import NullTracker
 from pipeline.training.loop import PARTS, train
@@ -65,6 +76,30 @@ def test_measurement_counts_the_steps_of_the_complete_data(small_recipe: Recipe,
 def test_recipe_that_would_diverge_is_measured(small_recipe: Recipe, digits: TrainingData) -> None:
     wild = {"optimizer.lr": 99, "optimizer.weight_decay": 9, "training.clip_norm": 0}
     assert measure(small_recipe.changed(wild), digits, CPU, 0.2).images_per_second > 0
+
+
+def test_epochs_of_the_head_alone_count_by_their_share(
+    small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, measured = [], []
+
+    def watched_train(recipe: Recipe, *arguments: Any) -> Any:
+        trained.append(recipe.transfer.frozen_epochs >= recipe.training.epochs)
+        return train(recipe, *arguments)
+
+    def watched_measure(*arguments: Any) -> Speed:
+        measured.append(measure(*arguments))
+        return measured[-1]
+
+    monkeypatch.setattr(speed_module, "train", watched_train)
+    monkeypatch.setattr(speed_module, "measure", watched_measure)
+    for frozen_epochs, head_only in ((0, [False]), (1, [False, True]), (4, [True])):
+        recipe = small_recipe.changed({"training.epochs": 4, "transfer.frozen_epochs": frozen_epochs})
+        trained.clear(), measured.clear()
+        mean = measure_mean(recipe, digits, CPU, 0)
+        assert trained == head_only
+        first, last = measured[0].step_s["backward"], measured[-1].step_s["backward"]
+        assert mean.step_s["backward"] == pytest.approx((3 * first + last) / 4)
 
 
 def test_measurement_ends_where_on_step_raises(small_recipe: Recipe, digits: TrainingData) -> None:

@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from study_harness import StudyHarness
 
+from pipeline.data.cache import in_memory
+from pipeline.data.folder import read_folder
 from pipeline.errors import DataError, Problem, UserError
 from pipeline.search import worker
 from pipeline.search.optuna_internals import fail_trial
+from pipeline.search.search import Search
 from pipeline.search.trial_attributes import Progress, TrialAttributes
 from pipeline.search.worker import Assignment, Ended, Heartbeat, Limits, packed, work
+from pipeline.sections.data import Form
 from pipeline.tracking.tracker import OwnershipLost
 from pipeline.training.loop import EpochReport
 
@@ -54,17 +59,43 @@ def test_process_that_stalls_or_does_not_stop_ends_itself(
     assert ends[0] == f"{expected}; its process ends"
 
 
-def test_errors_of_a_worker_reach_the_supervisor(harness: StudyHarness, tmp_path: Path) -> None:
-    base = harness.base.changed({"data.dataset": str(tmp_path / "none")})
-    assignment = Assignment(
-        search=packed(harness.search(1, base=base)),
+def test_reading_images_is_a_sign_of_life_and_can_be_stopped(
+    harness: StudyHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first trial of another size may read images for longer than a training may stall."""
+    harness.run(1)
+    for number in range(4):
+        file = tmp_path / "pets" / ("cat" if number % 2 else "dog") / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(file)
+    assignment = assignment_of(harness, harness.search(2), tmp_path)
+    is_noted: list[bool] = []
+
+    def read(study: Any, context: Any, heartbeat: Heartbeat, owner: Any) -> None:
+        heartbeat._last_activity = -1.0
+        try:
+            in_memory(read_folder(tmp_path / "pets"), Form(8))
+        finally:
+            is_noted.append(heartbeat._last_activity > 0)
+
+    monkeypatch.setattr(worker, "_run_trials", read)
+    assert work(assignment, lambda: False) == work(assignment, lambda: True) == Ended() and is_noted == [True, True]
+
+
+def assignment_of(harness: StudyHarness, search: Search, data_dir: Path) -> Assignment:
+    return Assignment(
+        search=packed(search),
         storage=harness.storage.url,
         tracking_uri=harness.tracker.uri,
         home=harness.home,
-        data_dir=tmp_path,
+        data_dir=data_dir,
         parent_run="",
     )
-    ended = work(assignment, lambda: False)
+
+
+def test_errors_of_a_worker_reach_the_supervisor(harness: StudyHarness, tmp_path: Path) -> None:
+    base = harness.base.changed({"data.dataset": str(tmp_path / "none")})
+    ended = work(assignment_of(harness, harness.search(1, base=base), tmp_path), lambda: False)
     assert ended.error and not ended.bug
     error = Ended(**asdict(ended)).as_error()
     assert isinstance(error, UserError) and "none" in error.lines[0]
