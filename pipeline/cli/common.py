@@ -101,6 +101,7 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
     from pipeline.data.prepare import prepare
     from pipeline.models.build import initial_network
     from pipeline.training.execution import check_execution
+    from pipeline.training.teacher import load_teacher
 
     for recipe in search.executed() if execute else ():
         check_execution(recipe, device)
@@ -108,6 +109,8 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
         initial_network(recipe.model, 2, recipe.data.image_size, seed=0)
     about = search.base.data
     data = prepare(load(about, expand(data_dir), HOME), about, device)
+    for recipe in search.taught():
+        load_teacher(recipe, data, device)
     freeze_imports()
     return data
 

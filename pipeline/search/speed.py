@@ -15,6 +15,7 @@ from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import RunRequest, Tracker
+from pipeline.training.curriculum import mean_size
 from pipeline.training.loop import PARTS, EpochReport, train
 
 # Measured epochs are short, so that slow networks are measured too; a GPU must not run out of steps that are queued.
@@ -128,7 +129,8 @@ def measure(
     """Train for `seconds`, and at least two short epochs, of which the first warms up and isn't counted.
 
     The epochs are of a few batches and validation images; both are scaled to the complete splits. `on_step` may raise to
-    end it. The learning rate is almost zero, which changes no time and lets nothing diverge.
+    end it. The learning rate is almost zero, which changes no time and lets nothing diverge. Where images grow, those of
+    the mean size are trained on.
     """
     data = data.at(recipe.data)
     batch_size = min(recipe.training.batch_size, len(data.train.images))
@@ -145,7 +147,14 @@ def measure(
 
     try:
         train(
-            recipe.changed({"training.epochs": _MANY_EPOCHS, "optimizer.lr": 1e-9, "transfer.frozen_epochs": 0}),
+            recipe.changed(
+                {
+                    "training.epochs": _MANY_EPOCHS,
+                    "optimizer.lr": 1e-9,
+                    "transfer.frozen_epochs": 0,
+                    "curriculum.start_size": mean_size(recipe) if recipe.curriculum.start_size else 0,
+                }
+            ),
             part,
             device,
             on_epoch,
