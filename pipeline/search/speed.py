@@ -15,8 +15,8 @@ from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import RunRequest, Tracker
-from pipeline.training.curriculum import mean_size
 from pipeline.training.loop import PARTS, EpochReport, train
+from pipeline.training.progressive import mean_size
 
 # Measured epochs are short, so that slow networks are measured too; a GPU must not run out of steps that are queued.
 _STEPS = {"cpu": 4, "cuda": 64}

@@ -1,4 +1,4 @@
-"""The section `curriculum`; `training/curriculum.py` computes it."""
+"""The section `curriculum`; `training/progressive.py` computes it."""
 
 from pydantic import Field
 

@@ -26,7 +26,7 @@ from pipeline.models.layers import FitsFirstLayer
 from pipeline.recipe import Recipe
 from pipeline.runtime import keep_freed_memory
 from pipeline.sections.data import Form
-from pipeline.training import curriculum
+from pipeline.training import progressive
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
 from pipeline.training.freezing import Freezing
@@ -205,8 +205,8 @@ class _Learner:
         order = self._sampler.epoch(self.generator)
         self._loss_sum.zero_()
         self._num_correct.zero_()
-        self._augmenter.start_epoch(epoch, curriculum.strength(self._recipe, epoch))
-        self._size = curriculum.image_size(self._recipe, epoch)
+        self._augmenter.start_epoch(epoch, progressive.strength(self._recipe, epoch))
+        self._size = progressive.image_size(self._recipe, epoch)
         self.parts.network.train()
         if self._freezing:
             self._freezing.start_epoch(epoch)
@@ -239,7 +239,7 @@ class _Learner:
         batch, targets = self._augmenter.batch(self._indices, self.generator, on_part)
         on_part("forward")
         with autocast(self._device, settings.precision):
-            logits = self._forward(curriculum.at_size(batch, self._size))
+            logits = self._forward(progressive.at_size(batch, self._size))
             with torch.no_grad():  # sees images of full size, as it was trained with
                 teacher_logits = self._teacher(batch) if self._teacher else None
         loss = self._loss(logits, targets, teacher_logits)

@@ -52,6 +52,7 @@ VALUES = [
     "bf16",
     "compiled",
     "default",
+    f"/teacher#sha256={'0' * 64}",
     "pad",
     "path,label,split,patient",
     "none",

@@ -46,5 +46,6 @@ def at_size(images: Tensor, size: int) -> Tensor:
 
 
 def _progress(curriculum: Curriculum, epoch: int, epochs: int) -> float:
-    """From 0 in the first epoch to 1 at the share `until` of all."""
-    return min((epoch - 1) / max(curriculum.until * epochs, 1), 1.0)
+    """From 0 in the first epoch to 1 at the share `until` of all, in the last epoch in any case."""
+    rise = min(curriculum.until * epochs, epochs - 1)
+    return 1.0 if epoch - 1 >= rise else (epoch - 1) / rise
