@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import Trained, registered
 
+from pipeline.cli.options import StudyOptions, resolve
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import Recipe
@@ -31,7 +32,9 @@ def test_run_is_found_by_id_and_its_files_go_with_the_block(trained: Trained) ->
     assert not model.folder.exists()
 
 
-def test_model_is_kept_in_a_folder_of_its_run(trained: Trained, tmp_path: Path) -> None:
+def test_model_is_kept_in_a_folder_of_its_run(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Which is a checkpoint, made once; so a teacher stays when its run or alias goes."""
     trained.copy(home := tmp_path / "mlruns")
     folder = keep_model(home, None, trained.finished)
@@ -39,7 +42,10 @@ def test_model_is_kept_in_a_folder_of_its_run(trained: Trained, tmp_path: Path) 
     assert folder == home / "teachers" / f"{trained.finished}-{sha256[:8]}"
     assert read_checkpoint(folder)["run_id"] == trained.finished
     before = (folder / RECORD).stat().st_mtime_ns
-    assert keep_model(home, None, trained.finished) == folder and (folder / RECORD).stat().st_mtime_ns == before
+    monkeypatch.chdir(tmp_path)
+    search = resolve("baseline", StudyOptions(), "digits", [f"loss.teacher={trained.finished}"])
+    assert search.base.loss.teacher_folder == (str(folder), sha256)
+    assert (folder / RECORD).stat().st_mtime_ns == before
 
 
 def test_run_without_a_model_is_refused_with_its_state(trained: Trained) -> None:
