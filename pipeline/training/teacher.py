@@ -61,13 +61,18 @@ def load_teacher(recipe: Recipe, data: TrainingData, device: torch.device) -> Te
     folder, sha256 = Path(pinned[0]), pinned[1]
     facts = _facts(folder, sha256)
     _check_suits(facts, recipe, data, folder)
-    shape = facts.recipe.model, len(facts.classes), data.image_size
     _check_size(folder, facts, data.image_size)
-    network = build_network(*shape, seed=0)
+    network = build_network(facts.recipe.model, len(facts.classes), data.image_size, seed=0)
     load_weights(folder / WEIGHTS, network)
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std = (torch.tensor(values, device=device) for values in (facts.mean, facts.std))
     return Teacher(network, data.std / std, (data.mean - mean) / std)
+
+
+def check_teacher(recipe: Recipe, data: TrainingData, device: torch.device) -> None:
+    """UserError as of `load_teacher`, for data that may be in another form, before anything starts."""
+    if recipe.loss.teacher_folder:
+        load_teacher(recipe, data.at(recipe.data), device)
 
 
 def _facts(folder: Path, sha256: str) -> _Facts:
