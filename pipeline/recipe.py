@@ -15,6 +15,7 @@ from pydantic import ValidationError, model_validator
 
 from pipeline.errors import NO_SUCH_FIELD, Problem, UserError, did_you_mean, validation_problems
 from pipeline.sections.augmentation import AnyAugmentation, Augmentation, Custom
+from pipeline.sections.curriculum import Curriculum
 from pipeline.sections.data import COLUMNS, Data
 from pipeline.sections.loss import AnyLoss, CrossEntropy, Loss
 from pipeline.sections.model import Model
@@ -78,6 +79,12 @@ LATER = {
     "model.attention": "cbam",
     "augmentation.policy": "custom",
     "training.execution": "eager",
+    "loss.teacher": "none",
+    "loss.teacher_weight": 0.9,
+    "loss.temperature": 4.0,
+    "curriculum.start_size": 0,
+    "curriculum.start_strength": 1.0,
+    "curriculum.until": 0.8,
     "transfer.frozen_epochs": 0,
     "transfer.frozen_share": 0.0,
     "transfer.layer_decay": 1.0,
@@ -95,6 +102,7 @@ class Recipe(Section):
     schedule: AnySchedule = Cosine()
     loss: AnyLoss = CrossEntropy()
     transfer: Transfer = Transfer()
+    curriculum: Curriculum = Curriculum()
     training: Training
 
     @model_validator(mode="after")
@@ -104,6 +112,16 @@ class Recipe(Section):
             raise ValueError(
                 f"model.network {self.model.network} halves images {halvings} times: data.image_size {size} must be at "
                 f"least {2**halvings}, or model.widths fewer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _images_grow(self) -> Self:
+        start, size, halvings = self.curriculum.start_size, self.data.image_size, self.model.halvings
+        if start > size or 0 < start < 2**halvings:
+            raise ValueError(
+                f"curriculum.start_size {start}: must be 0, or from {2**halvings} (model.network {self.model.network} "
+                f"halves images {halvings} times) to data.image_size {size}"
             )
         return self
 

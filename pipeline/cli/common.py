@@ -101,6 +101,7 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
     from pipeline.data.prepare import prepare
     from pipeline.models.build import initial_network
     from pipeline.training.execution import check_execution
+    from pipeline.training.teacher import check_teacher
 
     for recipe in search.executed() if execute else ():
         check_execution(recipe, device)
@@ -108,6 +109,8 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
         initial_network(recipe.model, 2, recipe.data.image_size, seed=0)
     about = search.base.data
     data = prepare(load(about, expand(data_dir), HOME, found=search.listed), about, device)
+    for recipe in search.taught():
+        check_teacher(recipe, data, device)
     freeze_imports()
     return data
 
@@ -129,6 +132,7 @@ def load_data_of_run(
     from pipeline.tracking import queries
     from pipeline.tracking.run_data import RunData, find_data
     from pipeline.training.execution import check_execution
+    from pipeline.training.teacher import check_teacher
 
     for recipe in recipes:
         check_execution(recipe, device)
@@ -136,6 +140,8 @@ def load_data_of_run(
     digest = tracker.client.get_run(run_id).data.tags["data_digest"]
     seen = RunData(what, about, digest, queries.data_places(tracker, run_id), HOME)
     data = prepare(find_data(seen, expand(data_dir), dataset).images, about, device)
+    for recipe in recipes:
+        check_teacher(recipe, data, device)
     freeze_imports()
     return data
 

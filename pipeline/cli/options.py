@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # The fields that say which images a folder or manifest holds, and which of them are sealed.
 FILE_FIELDS = ("data.dataset", "data.columns", "data.test_fraction", "data.duplicates", "data.corrupt")
+_REFERENCE = re.compile(r"[0-9a-f]{32}$|models:/")  # of a model that isn't named by its folder
 # What several commands ask for.
 DatasetOption = Annotated[
     str | None,
@@ -198,16 +199,28 @@ def with_study_options(*omitted: str) -> Callable[[Callable[..., None]], Callabl
 
 
 def resolve(
-    name: str, options: StudyOptions, dataset: str | None, changes: Sequence[str], problems: Sequence[Problem] = ()
+    name: str,
+    options: StudyOptions,
+    dataset: str | None,
+    changes: Sequence[str],
+    problems: Sequence[Problem] = (),
+    tracking_uri: str | None = None,
 ) -> "Search":
-    """A study with the options applied; UserError with every problem, those given too, before anything starts."""
+    """A study with the options applied; UserError with every problem, those given too, before anything starts.
+
+    A teacher that is a run or a registered model is copied from the tracking store into a folder, as recipes name it.
+    """
     from pipeline.data.datasets import SOURCES, listed
     from pipeline.search.search import Search
     from pipeline.search.study import load_study
 
     definition, problems = load_study(name), list(problems)
-    settings, note = definition.settings(_fields(options, dataset, changes, problems)), ""
-    files = None
+    fields, files = _fields(options, dataset, changes, problems), None
+    if _REFERENCE.match(teacher := str(fields.get("loss.teacher"))):
+        from pipeline.tracking.models import keep_model
+
+        fields["loss.teacher"] = str(keep_model(HOME, tracking_uri, teacher))
+    settings, note = definition.settings(fields), ""
     if dataset and dataset not in SOURCES:
         about = definition.base.changed({name: settings[name] for name in FILE_FIELDS if name in settings}).data
         files = listed(about, HOME)

@@ -72,7 +72,7 @@ def study(
     problems += cluster_problems(storage, tracking_uri, str(typed["device"])) if typed["cluster"] is not None else []
     options = StudyOptions.parse(typed, problems)
     problems += budget_problems(options)
-    search = resolve(name, options, dataset, change or [], problems)
+    search = resolve(name, options, dataset, change or [], problems, tracking_uri)
     say(console := make_console(), *search.remarks())
     budgeted = budget_of(options, change or [], started)
     _run(console, search, options, budgeted, expand(data_dir), storage, tracking_uri)

@@ -162,12 +162,19 @@ class Augmenter:
         self._mirrored_when_odd = coins.to(images.device)
         self._mirrored = self._mirrored_when_odd.clone()
         self._policy = policy_of(augmentation, self._size, images.device)
+        self._strength: Tensor | None = None
         self._mixup_quantiles = beta_quantiles(augmentation.mixup_alpha, images.device)
         self._cutmix_quantiles = beta_quantiles(augmentation.cutmix_alpha, images.device)
 
-    def start_epoch(self, epoch: int) -> None:
-        """The next batches belong to `epoch`, from 1; only an alternating flip depends on it."""
+    def start_epoch(self, epoch: int, strength: float | None = None) -> None:
+        """The next batches belong to `epoch`, from 1, which alternating flips depend on.
+
+        `strength`: in [0, 1], the share of the images that get what policy, erasing and mixing do; None: all.
+        """
         self._mirrored.copy_(self._mirrored_when_odd ^ (epoch % 2 == 0))  # in place: a captured batch reads it there
+        if strength is not None:
+            self._strength = torch.zeros((), device=self._mirrored.device) if self._strength is None else self._strength
+            self._strength.fill_(strength)
 
     def load(self, images: Tensor) -> None:
         """The next batch's images (B, 3, S, S), on the device, in the order of its indices: for images in a file."""
@@ -186,11 +193,21 @@ class Augmenter:
         draw = Draws(len(indices), generator)
         pixels = self._randomly_resized(indices, self._cut, draw) if self._cut else self._cropped(indices, draw)
         on_part("augmentation")
-        images = _standardise(self._policy(_unit(pixels), draw), self._mean, self._std)
+        images = _standardise(self._changed(_unit(pixels), draw), self._mean, self._std)
         labels = self._labels.index_select(0, indices)
         targets = images.new_zeros(len(indices), self._num_classes).scatter_(1, labels[:, None], 1.0)
         images, targets = self._mixed(self._erased(images, draw), targets, draw)
         return images.contiguous(memory_format=torch.channels_last), targets
+
+    def _changed(self, images: Tensor, draw: Draws) -> Tensor:
+        """What the policy makes of the images, or of some of them."""
+        if self._strength is None:
+            return self._policy(images, draw)
+        chosen = per_image(draw.chance(self._strength))
+        return torch.where(chosen, self._policy(images.clone(), draw), images)
+
+    def _chance(self, probability: float) -> float | Tensor:
+        return probability if self._strength is None else probability * self._strength
 
     def _source(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Padded images, and which of them are the batch's, int64 (B,)."""
@@ -221,7 +238,7 @@ class Augmenter:
         if not self._augmentation.erasing:
             return images
         height, width = _erased_sizes(draw, self._size)
-        height = height * draw.chance(self._augmentation.erasing)
+        height = height * draw.chance(self._chance(self._augmentation.erasing))
         top, left = draw.below(self._size + 1 - height), draw.below(self._size + 1 - width)
         return erase(images, top, left, height, width)
 
@@ -230,13 +247,13 @@ class Augmenter:
         if not a.mixup and not a.cutmix:
             return images, targets
         share = images.new_ones(len(images), 1, size, size)
-        choice = per_image(draw.unit())
+        choice, mixup, both = per_image(draw.unit()), self._chance(a.mixup), self._chance(a.mixup + a.cutmix)
         if a.mixup:
-            share = torch.where(choice < a.mixup, per_image(draw.of(self._mixup_quantiles)), share)
+            share = torch.where(choice < mixup, per_image(draw.of(self._mixup_quantiles)), share)
         if a.cutmix:
             kept = draw.of(self._cutmix_quantiles)
             pasted = cutmix_share(kept, draw.integers(size), draw.integers(size), size)
-            share = torch.where((choice >= a.mixup) & (choice < a.mixup + a.cutmix), pasted, share)
+            share = torch.where((choice >= mixup) & (choice < both), pasted, share)
         return mix(images, targets, share)
 
 

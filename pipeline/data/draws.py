@@ -32,8 +32,8 @@ class Draws:
         """Whole numbers in [0, stop), as float32; `stop` (count,) is whole and has its own value for each image."""
         return (self.unit() * stop).floor_()
 
-    def chance(self, probability: float) -> Tensor:
-        """bool, true with this probability."""
+    def chance(self, probability: float | Tensor) -> Tensor:
+        """bool, true with this probability, a number or ()."""
         return self.unit() < probability
 
     def of(self, values: Tensor, *shape: int) -> Tensor:

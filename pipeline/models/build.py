@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from pipeline.models.attention import AttentionNetwork
 from pipeline.models.baseline import BaselineNetwork
 from pipeline.models.cct import CctNetwork
@@ -60,6 +61,19 @@ def check_network(model: Model, image_size: int) -> None:
     """UserError where there is no such network, or it can't take images of that size; before anything starts."""
     if isinstance(model, Timm):
         _timm().check(model, image_size)
+
+
+def check_start_size(model: Model, image_size: int, start_size: int) -> None:
+    """UserError where images are to grow from `start_size`, if it isn't 0, which the network of the full size can't take."""
+    if not start_size:
+        return
+    try:
+        with torch.device("meta"):
+            build_network(model, 2, image_size, seed=0).eval()(torch.zeros(1, 3, start_size, start_size))
+    except Exception:  # whatever a layer raises for a shape
+        rule = f"the network {model.network}, built for data.image_size {image_size}, takes no such images"
+        remedy = "0 trains on full size throughout; attention, efficient, expert and fast take several"
+        raise UserError(f"curriculum.start_size = {start_size}", rule, remedy) from None
 
 
 def pixel_statistics_of(model: Model) -> tuple[Sequence[float], Sequence[float]] | None:

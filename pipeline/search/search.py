@@ -232,13 +232,17 @@ class Search:
             raise UserError(" and ".join(type(part).__name__ for part in own), rule, remedy) from error
 
     def _check_networks(self) -> None:
-        """UserError where a network of timm, the control's or one that is searched, is not known or can't be built."""
+        """UserError where a network of timm, the control's or one that is searched, is not known or can't be built, or where
+        images are to grow and the control's network takes no smaller ones."""
         problems: dict[Problem, None] = {}
-        for recipe in self.networks():
-            from pipeline.models.build import check_network  # imports torch and timm, for these networks alone
+        sizes = self.values("curriculum.start_size") or [self.recipe({}).curriculum.start_size]
+        for recipe in self.networks() or ([self.recipe({})] if any(sizes) else []):
+            from pipeline.models.build import check_network, check_start_size  # imports torch, for these recipes alone
 
             try:
                 check_network(recipe.model, recipe.data.image_size)
+                for size in sizes:
+                    check_start_size(recipe.model, recipe.data.image_size, size)
             except UserError as error:
                 problems.update(dict.fromkeys(error.problems))
         if problems:
@@ -252,6 +256,11 @@ class Search:
         return [
             base.changed({"model.backbone": name}) for name in self.values("model.backbone") or [base.model.backbone]
         ]
+
+    def taught(self) -> list[Recipe]:
+        """The control, with each teacher that a trial may have."""
+        base = self.recipe({})
+        return [base.changed({"loss.teacher": name}) for name in self.values("loss.teacher") or [base.loss.teacher]]
 
     def space(self) -> dict[str, BaseDistribution]:
         """Every parameter that the space can ask for, with its range."""

@@ -16,6 +16,7 @@ from pipeline.recipe import Recipe
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import RunRequest, Tracker
 from pipeline.training.loop import PARTS, EpochReport, train
+from pipeline.training.progressive import mean_size
 
 # Measured epochs are short, so that slow networks are measured too; a GPU must not run out of steps that are queued.
 _STEPS = {"cpu": 4, "cuda": 64}
@@ -151,7 +152,8 @@ def measure(
     All layers learn that ever do, or the head alone.
 
     The epochs are of a few batches and validation images; both are scaled to the complete splits. `on_step` may raise to
-    end it. The learning rate is almost zero, which changes no time and lets nothing diverge.
+    end it. The learning rate is almost zero, which changes no time and lets nothing diverge. Where images grow, those of
+    the mean size are trained on.
     """
     data = data.at(recipe.data)
     batch_size = min(recipe.training.batch_size, len(data.train.images))
@@ -169,7 +171,14 @@ def measure(
 
     try:
         train(
-            recipe.changed({"training.epochs": _MANY_EPOCHS, "optimizer.lr": 1e-9, "transfer.frozen_epochs": frozen}),
+            recipe.changed(
+                {
+                    "training.epochs": _MANY_EPOCHS,
+                    "optimizer.lr": 1e-9,
+                    "transfer.frozen_epochs": frozen,
+                    "curriculum.start_size": mean_size(recipe) if recipe.curriculum.start_size else 0,
+                }
+            ),
             part,
             device,
             on_epoch,

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pipeline.sections.section import Fraction, Section, by_default
+from pipeline.sections.weights import pinned_file, pinned_folder
 
 
 class Loss(Section):
@@ -16,6 +17,20 @@ class Loss(Section):
         description="power: an image of a class with n training images weighs n^-power, 1 on average over these images; "
         "0: all the same, 1: all classes the same",
     )
+    teacher: Annotated[str, AfterValidator(pinned_folder)] = Field(
+        "none",
+        description="a model whose predictions are targets, too: its folder, kept with the digest of its weights, "
+        "path#sha256=...; on the command line also a run's id or models:/NAME@ALIAS",
+    )
+    teacher_weight: Fraction = Field(0.9, description="share of the loss that is against the teacher's predictions")
+    temperature: float = Field(
+        4.0, gt=0, le=100, description="by which the logits of both are divided for that share: softer targets"
+    )
+
+    @property
+    def teacher_folder(self) -> tuple[str, str] | None:
+        """(path, SHA-256 of its weights) where there is a teacher."""
+        return pinned_file(self.teacher)
 
 
 class CrossEntropy(Loss):

@@ -1,4 +1,4 @@
-"""Weights that a network starts from, as its section names them: a file's content belongs to the recipe."""
+"""Weights that a network starts or learns from, as its section names them: a file's content belongs to the recipe."""
 
 import hashlib
 import os
@@ -35,7 +35,21 @@ def pinned(value: str) -> str:
     return f"{path}#sha256={file_digest(path)}"
 
 
+def pinned_folder(value: str) -> str:
+    """A model's folder with the digest of its weights; else as `pinned`."""
+    if value == "none" or _PINNED.fullmatch(value):
+        return value
+    path = os.path.abspath(os.path.expanduser(value))
+    weights = os.path.join(path, "weights.safetensors")
+    if not os.path.isfile(weights):
+        raise ValueError(
+            "should be none, a model's folder (there is no such one with weights.safetensors), or on the command line a "
+            "run's id or models:/NAME@ALIAS"
+        )
+    return f"{path}#sha256={file_digest(weights)}"
+
+
 def pinned_file(weights: str) -> tuple[str, str] | None:
-    """(path, SHA-256) where the weights are a file of the user's."""
+    """(path, SHA-256) where the weights are a file or folder of the user's."""
     found = _PINNED.fullmatch(weights)
     return (found["path"], found["sha256"]) if found else None

@@ -20,9 +20,18 @@ from pipeline.tracking.intact import run_label
 from pipeline.tracking.store import is_active
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
-from pipeline.training.checkpoints import PLAIN_WEIGHTS, RECORD, WEIGHTS, amend, read_checkpoint, read_facts
+from pipeline.training.checkpoints import (
+    PLAIN_WEIGHTS,
+    RECORD,
+    WEIGHTS,
+    amend,
+    read_checkpoint,
+    read_facts,
+    save_folder,
+)
 
 CHAMPION = "models:/image-classifier@champion"
+TEACHERS = "teachers"  # in the folder `mlruns`: copies of models that others learn from
 DIGEST_TAG = "sha256."  # prefix of a registered version's tags; the name of a file follows
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias that isn't set
 _NO_RUN = Problem(
@@ -103,6 +112,17 @@ def find_model(home: Path, uri: str | None, wanted: str | None) -> Iterator[Mode
             yield Model(_checkpoint(tracker, source, label, Path(name)), label)
         else:
             yield Model(_package(tracker, source, label, Path(name)), label)
+
+
+def keep_model(home: Path, uri: str | None, wanted: str) -> Path:
+    """A folder below `home` with the checkpoint of `find_model`, for recipes that name it; it is named by the model's run."""
+    with find_model(home, uri, wanted) as model:
+        facts, weights = read_checkpoint(model.folder), (model.folder / WEIGHTS).read_bytes()
+        name = f"{facts.get('run_id') or 'model'}-{hashlib.sha256(weights).hexdigest()[:8]}"
+        folder = home / TEACHERS / name
+        if not (folder / RECORD).exists():
+            save_folder(folder, {WEIGHTS: weights}, facts)
+    return folder
 
 
 def _checkpoint(tracker: MlflowTracker, run: Run, label: str, folder: Path) -> Path:

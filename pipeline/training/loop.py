@@ -20,16 +20,18 @@ from pipeline.data.prepare import TrainingData
 from pipeline.data.sampler import Sampler
 from pipeline.evaluation.logits import autocast, predict_logits
 from pipeline.evaluation.scores import CLASS_F1, accuracy_from, balanced_accuracy_from, f1_from, metric_names
-from pipeline.models.build import initial_network, pixel_statistics_of
+from pipeline.models.build import check_start_size, initial_network, pixel_statistics_of
 from pipeline.models.layers import FitsFirstLayer
 from pipeline.recipe import Recipe
 from pipeline.runtime import keep_freed_memory
+from pipeline.training import progressive
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
 from pipeline.training.freezing import Freezing
 from pipeline.training.losses import loss_of
 from pipeline.training.optimizers import build_optimizer, set_lr
 from pipeline.training.resume import Parts, Resume
+from pipeline.training.teacher import load_teacher
 
 FIRST_LAYER_IMAGES = 5000  # as many as the speed runs take; a covariance of 12 numbers needs no more
 
@@ -90,9 +92,11 @@ def train(
     An epoch's data order, augmentation and dropout depend on (seed, epoch) alone; on a CPU with the same number of
     threads, and on a GPU with `training.deterministic`, equal recipes give equal weights, bit for bit.
     Raises Diverged as soon as a loss that is not finite is seen, UserError where the device does not support the recipe's
-    `training.execution`, or where the saved state belongs to another recipe or other data.
+    `training.execution`, the network takes no smaller images and they are to grow, there is no such teacher or it doesn't
+    suit the data, or where the saved state belongs to another recipe or other data.
     """
     check_execution(recipe, device)
+    check_start_size(recipe.model, recipe.data.image_size, recipe.curriculum.start_size)
     data = normalised_for(recipe, data)
     settings, graphed = recipe.training, is_graphed(recipe)
     history: list[EpochReport] = []
@@ -178,6 +182,9 @@ class _Learner:
         self.generator = torch.Generator(device)
         self._loss_watch = _LossWatch(device)
         self._forward = forward_of(network, recipe)
+        teacher = load_teacher(recipe, data, device)
+        self._teacher = forward_of(teacher, recipe) if teacher else None
+        self._size = data.image_size
         self._indices = torch.zeros(self._batch_size, dtype=torch.int64, device=device)
         self._last_loss, self._loss_sum, self._num_correct = (torch.zeros((), device=device) for _ in range(3))
 
@@ -195,7 +202,8 @@ class _Learner:
         order = self._sampler.epoch(self.generator)
         self._loss_sum.zero_()
         self._num_correct.zero_()
-        self._augmenter.start_epoch(epoch)
+        self._augmenter.start_epoch(epoch, progressive.strength(self._recipe, epoch))
+        self._size = progressive.image_size(self._recipe, epoch)
         self.parts.network.train()
         if self._freezing:
             self._freezing.start_epoch(epoch)
@@ -207,7 +215,7 @@ class _Learner:
             self._indices.copy_(indices)
             if graphed_step:
                 on_part("forward")
-                graphed_step(form=tuple(p.requires_grad for p in self._parameters))
+                graphed_step(form=(self._size, *(p.requires_grad for p in self._parameters)))
             else:
                 self.step(on_part)
             self._loss_watch.check_newest(self._last_loss, epoch, step)
@@ -228,8 +236,10 @@ class _Learner:
         batch, targets = self._augmenter.batch(self._indices, self.generator, on_part)
         on_part("forward")
         with autocast(self._device, settings.precision):
-            logits = self._forward(batch)
-        loss = self._loss(logits, targets)
+            logits = self._forward(progressive.at_size(batch, self._size))
+            with torch.no_grad():  # sees images of full size, as it was trained with
+                teacher_logits = self._teacher(batch) if self._teacher else None
+        loss = self._loss(logits, targets, teacher_logits)
         with torch.no_grad():
             self._last_loss.copy_(loss)
             self._loss_sum.add_(loss)

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy or focal loss, and how much an image counts in it."""
+"""The training loss: cross-entropy or focal loss, how much an image counts in it, and what a teacher says."""
 
 from collections.abc import Callable
 
@@ -8,18 +8,39 @@ from torch.nn import functional
 from pipeline.data.sampler import class_counts
 from pipeline.sections.loss import CrossEntropy, Focal
 
+LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-def loss_of(recipe: CrossEntropy | Focal, labels: Tensor, num_classes: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of logits (B, C) and targets (B, C), a float32 scalar, for training images with these labels (N,)."""
+
+def loss_of(recipe: CrossEntropy | Focal, labels: Tensor, num_classes: int) -> LossFunction:
+    """The loss of logits (B, C), targets (B, C) and a teacher's logits (B, C), if there are any; a float32 scalar.
+
+    labels: (N,), of all training images.
+    """
     weights = class_weights(labels, num_classes, recipe.class_weights) if recipe.class_weights else None
     gamma = recipe.gamma if isinstance(recipe, Focal) else 0.0
 
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+    def of_targets(logits: Tensor, targets: Tensor) -> Tensor:
         if weights is None and not gamma:
             return soft_cross_entropy(logits, targets, recipe.label_smoothing)
         return weighted_focal(logits, targets, recipe.label_smoothing, gamma, weights)
 
+    def loss(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
+        own = of_targets(logits, targets)
+        if teacher_logits is None:
+            return own
+        taught = distillation(logits, teacher_logits, recipe.temperature)
+        return (1 - recipe.teacher_weight) * own + recipe.teacher_weight * taught
+
     return loss
+
+
+def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student) of both logits (N, C) divided by T, mean over the images (arXiv 1503.02531, section 2).
+
+    The factor keeps the gradient's size, whatever the temperature.
+    """
+    log_p, log_q = ((each.float() / temperature).log_softmax(1) for each in (logits, teacher_logits))
+    return functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:

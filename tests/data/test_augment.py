@@ -403,3 +403,21 @@ def test_random_parts_come_at_the_networks_size_and_differ() -> None:
     batches = [made.batch(torch.arange(6), torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1)]
     assert batches[0].shape == (6, 3, 8, 8) and 0 <= batches[0].min() <= batches[0].max() <= 1
     assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
+
+
+def test_strength_is_the_share_of_images_that_change() -> None:
+    """By policy, erasing and mixing; in place, as a captured batch reads it there."""
+    images = flat_images(400)
+    changes: dict[str, Any] = OFF | {"brightness": 0.4, "erasing": 0.3, "mixup": 0.2, "cutmix": 0.2}
+    made = Augmenter(images, torch.arange(400), 400, torch.zeros(3), torch.ones(3), Custom(**changes))
+    counts = []
+    for strength in (0.0, 0.5, 1.0):
+        made.start_epoch(1, strength)
+        batch, targets = made.batch(torch.arange(400), generator())
+        counts.append(
+            [len(of) for of in ((batch != images / 255).any(3).any(2).any(1).nonzero(), (targets == 1).nonzero())]
+        )
+    (changed, pure), half, full = counts
+    assert (changed, pure) == (0, 400)
+    assert 200 < half[0] < 340 and full[0] > 390, "half by the policy, some more by erasing and mixing"
+    assert 310 < half[1] < 350 and 240 < full[1] < 290, "mixed: up to a fifth, and up to two"

@@ -16,10 +16,12 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from pipeline.cli.common import find_device
 from pipeline.data import policies
+from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.evaluation.latency import latency_ms
 from pipeline.evaluation.logits import predict_logits
 from pipeline.inference.methods import views
+from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.search.speed import Stopwatch
 from pipeline.search.study import load_study
@@ -27,6 +29,7 @@ from pipeline.tracking.lineage import hardware
 from pipeline.training import execution, loop, losses
 from pipeline.training.execution import own_stream
 from pipeline.training.loop import Result, train
+from pipeline.training.teacher import Teacher
 
 EVERYTHING = {
     "augmentation.policy": "custom",
@@ -252,6 +255,24 @@ def test_a_step_of_each_policy_is_the_devices_alone(policy: str, tiny: Recipe) -
     assert OF_POLICY[policy] * 0.9 < step.launches("augmentation") <= OF_POLICY[policy]
     assert not list(filter(REFUSED.fullmatch, {name for of in step.kernels.values() for name in of}))
     assert gpu.kernels.reads == 1
+
+
+def test_a_taught_step_of_growing_images_is_the_devices_alone(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its teacher is made here, as real weights can't be read into tensors that aren't there."""
+
+    def load_teacher(recipe: Recipe, data: TrainingData, device: torch.device) -> Teacher:
+        network = build_network(recipe.model, len(data.classes), data.image_size, seed=1)
+        return Teacher(network.to(device), data.std, data.mean)
+
+    monkeypatch.setattr(loop, "load_teacher", load_teacher)
+    growing = {"curriculum.start_size": 16, "curriculum.start_strength": 0.5, "training.epochs": 2}
+    attention = tiny.changed({"model.network": "attention", "model.widths": (4, 8)} | growing)
+    _, gpu = trained(attention)
+    names = {name for of in gpu.kernels.steps[0].kernels.values() for name in of}
+    assert "_upsample_bilinear2d_aa" in names and not list(filter(REFUSED.fullmatch, names))
+    assert gpu.kernels.reads == 2
+    _, gpu = trained(attention.changed({"training.execution": "graphed"}), num_train=5 * 8)
+    assert [graph.replays for graph in gpu.graphs] == [2, 2], "a graph for each size"
 
 
 def test_a_frozen_parameter_is_another_graph(tiny: Recipe) -> None:

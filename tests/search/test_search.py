@@ -219,6 +219,26 @@ def test_all_searched_executions_are_checked_before_the_start(small_recipe: Reci
     assert [recipe.training.execution for recipe in eager.executed()] == ["eager"]
 
 
+def test_searched_teachers_and_sizes_are_checked_before_the_start(small_recipe: Recipe, tmp_path: Path) -> None:
+    """The teachers with the data, which say the classes."""
+    (tmp_path / "weights.safetensors").touch()
+
+    def searched(trial: Any) -> None:
+        trial.suggest_categorical("loss.teacher", ["none", str(tmp_path)])
+        trial.suggest_categorical("curriculum.start_size", [0, 4])
+
+    study = Study(question="?", base=small_recipe, space=searched, objective="val/accuracy", trials=8)
+    search = Search("tiny", study, {}, 1, 8, None)
+    search.check()
+    with pytest.raises(UserError, match=rf"loss.teacher = {tmp_path}: there is no such model any more"):
+        load_data(search, tmp_path, torch.device("cpu"))
+    flat = replace(search, settings={"model.network": "plain", "model.widths": (4, 8)})
+    with pytest.raises(
+        UserError, match=r"curriculum.start_size = 4: the network plain, .* takes no such images; 0 trains"
+    ):
+        flat.check()
+
+
 def test_fields_of_searched_kinds_are_in_the_fingerprint(search: Search, digits: TrainingData) -> None:
     """Otherwise a study would be resumed with another value."""
     fingerprints = [replace(search, settings={"optimizer.beta2": beta}).fingerprint(digits) for beta in (0.9, 0.95)]

@@ -22,6 +22,7 @@ from pipeline.search.speed import (
 )
 from pipeline.sections.data import Data
 from pipeline.tracking.tracker import NullTracker
+from pipeline.training import progressive
 from pipeline.training.loop import PARTS, train
 
 CPU = torch.device("cpu")
@@ -169,3 +170,13 @@ def test_stopwatch_never_waits_for_a_gpu(small_recipe: Recipe, digits: TrainingD
     total, steps = watch.seconds()
     assert steps == 2 * (len(data.train.images) // 64)
     assert sum(total.values()) == pytest.approx(time.perf_counter() - began, rel=0.2)
+
+
+def test_growing_images_are_measured_at_their_mean_size(
+    small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+    real = progressive.at_size
+    monkeypatch.setattr(progressive, "at_size", lambda images, size: seen.add(size) or real(images, size))
+    measure(small_recipe.changed({"curriculum.start_size": 4, "training.epochs": 10}), digits, CPU, 0)
+    assert seen == {6}

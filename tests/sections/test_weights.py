@@ -8,6 +8,21 @@ from recipe_cases import RECIPE, lines_of
 from pipeline.recipe import parse_recipe
 
 
+def test_teacher_is_kept_with_the_digest_of_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"weights")
+    recipe = RECIPE.changed({"loss.teacher": str(tmp_path)})
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    assert recipe.loss.teacher == f"{tmp_path}#sha256={sha256}"
+    assert recipe.loss.teacher_folder == (str(tmp_path), sha256)
+    assert recipe.changed({"loss.name": "focal"}).loss.teacher == recipe.loss.teacher
+    (tmp_path / "weights.safetensors").unlink()
+    assert parse_recipe(recipe.to_json()) == recipe
+    assert lines_of({"loss.teacher": "0123"}) == [
+        "loss.teacher = 0123: should be none, a model's folder (there is no such one with weights.safetensors), or on the "
+        "command line a run's id or models:/NAME@ALIAS"
+    ]
+
+
 def test_weights_file_is_kept_with_its_digest(tmp_path: Path) -> None:
     """So the recipe of equal bytes is equal, and a stored one needs no file."""
     file = tmp_path / "own.pth"

@@ -50,6 +50,7 @@ VALUES = [
     "bf16",
     "compiled",
     "default",
+    f"/teacher#sha256={'0' * 64}",
     "pad",
     "path,label,split,patient",
     "none",
@@ -84,7 +85,8 @@ def settable(base: Recipe) -> list[dict[str, Any]]:
     flat, columns = base.flat(), []
     for section in Recipe.model_fields:
         fields = {f"{section}.{name}": info for kind in kinds_of(section) for name, info in kind.model_fields.items()}
-        for name in (f"{section}.{KIND.get(section)}", "data.dataset", "data.fold"):  # a fold needs data.folds
+        # A fold needs data.folds, and the first size suits image and network.
+        for name in (f"{section}.{KIND.get(section)}", "data.dataset", "data.fold", "curriculum.start_size"):
             fields.pop(name, None)
         columns.append([(name, other_value(info, flat.get(name, info.default))) for name, info in fields.items()])
     return [dict(filter(None, row)) for row in itertools.zip_longest(*columns)]

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from conftest import Trained, registered
 
+from pipeline.cli.options import StudyOptions, resolve
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import Recipe
 from pipeline.registry.package import Package
 from pipeline.tracking import queries
-from pipeline.tracking.models import digests, find_model
+from pipeline.tracking.models import digests, find_model, keep_model
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest
 from pipeline.training.checkpoints import RECORD, amend, read_checkpoint
@@ -29,6 +30,22 @@ def test_run_is_found_by_id_and_its_files_go_with_the_block(trained: Trained) ->
         assert model.label == f"trial 0 of tiny-v1-digits, run {trained.finished}"
         assert read_checkpoint(model.folder)["run_id"] == trained.finished
     assert not model.folder.exists()
+
+
+def test_model_is_kept_in_a_folder_of_its_run(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is a checkpoint, made once; so a teacher stays when its run or alias goes."""
+    trained.copy(home := tmp_path / "mlruns")
+    folder = keep_model(home, None, trained.finished)
+    sha256 = digests(folder)["weights.safetensors"]
+    assert folder == home / "teachers" / f"{trained.finished}-{sha256[:8]}"
+    assert read_checkpoint(folder)["run_id"] == trained.finished
+    before = (folder / RECORD).stat().st_mtime_ns
+    monkeypatch.chdir(tmp_path)
+    search = resolve("baseline", StudyOptions(), "digits", [f"loss.teacher={trained.finished}"])
+    assert search.base.loss.teacher_folder == (str(folder), sha256)
+    assert (folder / RECORD).stat().st_mtime_ns == before
 
 
 def test_run_without_a_model_is_refused_with_its_state(trained: Trained) -> None:

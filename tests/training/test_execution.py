@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training_cases import save_model
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
@@ -147,6 +148,19 @@ def test_a_replayed_training_is_the_called_one(
     for one, two in zip(replayed.history, eager.history, strict=True):
         for metric in ("train/loss", "train/accuracy", "val/loss", "optimizer/lr"):
             assert one.metrics[metric] == pytest.approx(two.metrics[metric], rel=near, abs=1e-7), metric
+
+
+def test_a_replayed_step_is_captured_for_each_size_with_its_teacher(
+    tapes: list[Tape], small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    taught = {"loss.teacher": str(save_model(tmp_path / "teacher", small_recipe, digits)), "training.epochs": 3}
+    growing = {"curriculum.start_size": 4, "curriculum.start_strength": 0.5, "training.execution": "graphed"}
+    recipe = exact(small_recipe, taught | growing)
+    replayed = train(recipe, digits, CPU)
+    assert len(tapes) == 3, "one for each size"
+    monkeypatch.setattr(execution, "capture", lambda step, generator: step)
+    called = train(recipe, digits, CPU)
+    assert all(torch.equal(one, two) for one, two in zip(tensors(replayed), tensors(called), strict=True))
 
 
 def test_a_replayed_step_tells_no_parts_but_its_start_and_its_end(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.sections.loss import CrossEntropy, Focal
-from pipeline.training.losses import class_weights, loss_of, soft_cross_entropy, weighted_focal
+from pipeline.training.losses import class_weights, distillation, loss_of, soft_cross_entropy, weighted_focal
 
 LABELS = torch.tensor([0] * 100 + [1] * 10 + [2] * 4)
 
@@ -115,3 +115,22 @@ def test_an_image_weighs_as_its_class_and_keeps_its_target():
     best = (one_hot[:1] * 0.7 + 0.1).log().requires_grad_()
     weighted_focal(best, one_hot[:1], 0.3, 0, weights).backward()
     torch.testing.assert_close(best.grad, torch.zeros(1, 3), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_distillation_is_hintons(temperature):
+    """T^2 times the divergence of the softened predictions, in float64; with T = 1, its gradient is that of soft targets."""
+    logits, _ = batch()
+    teacher = logits.flip(0) * 2
+    z, v = (each.double().numpy() / temperature for each in (logits, teacher))
+    p, q = (np.exp(each) / np.exp(each).sum(axis=1, keepdims=True) for each in (z, v))
+    expected = temperature**2 * (q * (np.log(q) - np.log(p))).sum(axis=1).mean()
+    assert distillation(logits, teacher, temperature).item() == pytest.approx(expected, rel=1e-5)
+    assert distillation(logits, logits.bfloat16(), 1).item() < 1e-3
+
+    teach = CrossEntropy(label_smoothing=0.1, temperature=temperature, teacher_weight=0.7)
+    targets = teacher.softmax(1)
+    loss = loss_of(teach, LABELS, 10)
+    own = soft_cross_entropy(logits, targets, 0.1).item()
+    assert loss(logits, targets, teacher).item() == pytest.approx(0.3 * own + 0.7 * expected, rel=1e-5)
+    assert loss(logits, targets).item() == pytest.approx(own)

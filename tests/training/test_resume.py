@@ -41,6 +41,8 @@ FAST = {
     "optimizer.bias_lr": 10,
     "optimizer.head_lr": 100,
     "optimizer.whitening_share": 0.5,
+    "curriculum.start_size": 6,
+    "curriculum.start_strength": 0.3,
 }
 KINDS = {
     "sgd nesterov, one-cycle, mixup, dropout, average": {"optimizer.momentum": 0.9, **ONE_CYCLE},
@@ -54,7 +56,7 @@ KINDS = {
         "loss.class_weights": 0.5,
         **ADAPTIVE,
     },
-    "muon, whitening that freezes, alternating flip": FAST,
+    "muon, whitening that freezes, alternating flip, growing images": FAST,
     "adamw, frozen layers and epochs, rates by layer, stochastic depth": {
         "data.image_size": 32,
         "model.network": "timm",
