@@ -69,7 +69,7 @@ lock: $(READY) ## write the versions that .venv has to .constraints.txt, which s
 
 # Every direct dependency at its floor; what needs a browser, a server or a study's length is left out.
 FLOORS := grep -oE '"[A-Za-z0-9_-]+(\[[a-z,]+\])?>=[0-9.]+' pyproject.toml | sed -E 's/"([^[>]+)(\[.*\])?>=/\1==/' | grep -v '^setuptools='
-FAST := tests/data tests/evaluation tests/models tests/search tests/studies tests/training tests/tracking/test_tracker.py tests/registry/test_export.py tests/inference/test_classifier.py tests/test_experiment.py tests/test_recipe.py
+FAST := tests/data tests/evaluation tests/models tests/search tests/sections tests/studies tests/training tests/tracking/test_tracker.py tests/registry/test_export.py tests/inference/test_classifier.py tests/test_experiment.py tests/test_recipe.py
 
 test-floors: ## the fast tests with the oldest versions that pyproject.toml allows, in .venv-floors
 	@test -d .venv-floors || $(PYTHON) -m venv .venv-floors

@@ -39,10 +39,11 @@ from pipeline.data.datasets import Split, load
 from pipeline.data.mapped import MappedImages, PixelFile, sums_of
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.experiment import ExperimentRequest
-from pipeline.recipe import Data, Recipe, parse_recipe
+from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.gate import GateRecord, RuleResult, Rules, Verdict
 from pipeline.registry.ledger import VerdictEvidence
 from pipeline.registry.package import Package, package
+from pipeline.sections.data import Data
 from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.relocate import relocate
 from pipeline.tracking.tags import RunTags, State

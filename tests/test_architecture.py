@@ -26,6 +26,7 @@ LAYERS = [
     {"evaluation"},
     {"data", "models"},
     {"recipe"},
+    {"sections"},
     {"processes"},
     {"errors"},
     {"runtime"},
@@ -45,7 +46,7 @@ ALLOWED_IN = {
     "rich": ("pipeline/cli/",),
 }
 # Where a study's name means the network of that name; `plain` is also a method of prediction.
-NETWORKS = ("pipeline/recipe.py", "pipeline/models/", "pipeline/benchmarks/")
+NETWORKS = ("pipeline/sections/model.py", "pipeline/models/", "pipeline/benchmarks/")
 METHOD = "plain"
 # Modules without tests of their own: nothing to run (protocols), or run by a process that is tested elsewhere.
 WITHOUT_TESTS = {"__main__.py", "registry/serve_app.py", "tracking/server_app.py", "search/worker_pool.py"}

@@ -38,9 +38,10 @@ from pipeline.errors import UserError
 from pipeline.inference.classifier import Classifier
 from pipeline.inference.pickles import read_pickle
 from pipeline.models.build import build_network
-from pipeline.recipe import Data, Form, Recipe, parse_recipe
+from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry import serve
 from pipeline.registry.package import Package
+from pipeline.sections.data import Data, Form
 from pipeline.tracking.models import find_model
 from pipeline.training import checkpoints
 

@@ -10,8 +10,9 @@ import torch
 
 from pipeline.data.datasets import default_image_size, load
 from pipeline.data.prepare import TrainingData, prepare
-from pipeline.recipe import Data, Recipe
+from pipeline.recipe import Recipe
 from pipeline.search.study import load_study
+from pipeline.sections.data import Data
 
 
 @dataclass(frozen=True)

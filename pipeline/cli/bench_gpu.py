@@ -40,7 +40,7 @@ def bench_gpu(
     from pipeline.benchmarks.gpu_settings import GpuBenchmark
     from pipeline.benchmarks.part_runner import failures
     from pipeline.data.datasets import load
-    from pipeline.recipe import Data
+    from pipeline.sections.data import Data
 
     scripts = [expand(script) if script else None for script in (peer, airbench)]
     if missing := [script for script in scripts if script and not script.is_file()]:

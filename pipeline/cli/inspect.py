@@ -15,8 +15,8 @@ from pipeline.cli.options import DataDirOption, StudyOptions, TrackingOption, wi
 from pipeline.errors import Problem, UserError, escape_control
 
 if TYPE_CHECKING:
-    from pipeline.recipe import Data
     from pipeline.report.inspection import Inspection
+    from pipeline.sections.data import Data
 
 _OF_FILES = ("columns", "test_fraction", "duplicates")
 _MOST_CLASSES = 20  # that the terminal lists
@@ -61,7 +61,7 @@ def inspect(
 
 def _about(dataset: str, typed: dict[str, str | bool | None]) -> "Data":
     """The data set's section of a recipe; UserError for options that are none."""
-    from pipeline.recipe import Data
+    from pipeline.sections.data import Data
 
     problems: list[Problem] = []
     options = StudyOptions.parse(typed, problems)

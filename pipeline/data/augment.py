@@ -19,7 +19,7 @@ from pipeline.data.draws import Draws, beta_quantiles
 from pipeline.data.mapped import MappedImages
 from pipeline.data.operations import per_image
 from pipeline.data.policies import policy_of
-from pipeline.recipe import AnyAugmentation
+from pipeline.sections.augmentation import AnyAugmentation
 
 ERASED_AREA = (0.02, 0.33)  # share of the image, uniform
 ERASED_RATIO = (0.3, 3.3)  # height by width, log-uniform

@@ -27,7 +27,7 @@ from pipeline.data.images import BadImage, Decoded, FileImage, HeldImages, check
 from pipeline.data.listing import Listing, first
 from pipeline.data.mapped import MappedImages, PixelFile, sums_of
 from pipeline.errors import DataError, Problem
-from pipeline.recipe import Form
+from pipeline.sections.data import Form
 
 FOLDER = "cache"  # below mlruns
 RESERVE = 2 * 2**30  # bytes of the disk that stay free, for runs

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.data.images import LabelledImages, check_memory, of_pixels
 from pipeline.errors import DataError, Problem, proxies
-from pipeline.recipe import Form
+from pipeline.sections.data import Form
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]

@@ -28,7 +28,7 @@ from pipeline.data.manifest import SUFFIXES, read_manifest
 from pipeline.data.mapped import MappedImages
 from pipeline.data.seal import Seal
 from pipeline.errors import DataError, UserError, did_you_mean
-from pipeline.recipe import Data, Form
+from pipeline.sections.data import Data, Form
 
 MAX_IMBALANCE = 10  # the largest class by the smallest, beyond which a person is told
 SUFFIX_DIGITS = 6  # hexadecimal digits of a folder's digest in its name

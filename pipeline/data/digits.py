@@ -7,7 +7,7 @@ import torch
 
 from pipeline.data.images import LabelledImages, check_memory, of_pixels
 from pipeline.data.splits import sealed
-from pipeline.recipe import Form
+from pipeline.sections.data import Form
 
 NATURAL_SIZE = 16  # pixels; the digits' own 8 leave little to pool
 IMAGES = 1797

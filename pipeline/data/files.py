@@ -14,7 +14,7 @@ from pipeline.data.cache import decoded, in_memory
 from pipeline.data.exclusions import COPY, Excluded, check_enough, test_copies
 from pipeline.data.images import LabelledImages, read_header
 from pipeline.data.listing import VALIDATION, Listing
-from pipeline.recipe import Data, Form
+from pipeline.sections.data import Data, Form
 
 MAX_LOOKED_AT = 200  # images whose sizes a default goes by
 

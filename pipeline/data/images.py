@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline.data.ahead import ahead
 from pipeline.data.mapped import MappedImages
 from pipeline.errors import DataError, UserError
-from pipeline.recipe import Form
+from pipeline.sections.data import Form
 
 # Given to Pillow by name, so that a file's content never reaches another decoder (EPS would start Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")

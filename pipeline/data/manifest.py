@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.data.listing import ORDER, SPLITS, TRAIN, Listing, check_classes, check_inside, check_names, first
 from pipeline.errors import DataError, Problem, did_you_mean, first_line
-from pipeline.recipe import COLUMNS
+from pipeline.sections.data import COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -29,7 +29,7 @@ from pipeline.data.operations import (
     solarize,
     warp,
 )
-from pipeline.recipe import AnyAugmentation, AugMix, Custom, NoPolicy, RandAugment, TrivialAugment
+from pipeline.sections.augmentation import AnyAugmentation, AugMix, Custom, NoPolicy, RandAugment, TrivialAugment
 
 # Images float32 (B, 3, S, S) in [0, 1], which it may change in place, and draws for them -> images.
 Policy = Callable[[Tensor, Draws], Tensor]

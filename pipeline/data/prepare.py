@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.data.datasets import Dataset, Listed, Split
 from pipeline.data.mapped import MappedImages, sums_of
 from pipeline.data.splits import Partition, fold, of_mask, partition, thinned
-from pipeline.recipe import Data, Form
+from pipeline.sections.data import Data, Form
 
 # Of a device's memory: what a data set of files may take, which trainings need twice, padded. Workers share a device.
 MEMORY_SHARE = {"cuda": 1 / 8, "cpu": 1 / 16}

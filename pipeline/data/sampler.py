@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pipeline.recipe import Data
+from pipeline.sections.data import Data
 
 
 def class_counts(labels: Tensor, num_classes: int) -> Tensor:

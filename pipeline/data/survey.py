@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.data.duplicates import HASHED, THUMBNAIL, Fingerprints, perceptual_hashes, thumbnails
 from pipeline.data.images import BadImage, read_file, read_header, resized
 from pipeline.data.listing import Listing
-from pipeline.recipe import Form
+from pipeline.sections.data import Form
 
 _BATCH = 1024  # images that are hashed at once
 

@@ -15,7 +15,8 @@ from pipeline.evaluation.calibration import Calibration
 from pipeline.evaluation.logits import predict_logits
 from pipeline.inference.methods import METHODS, MethodScores, combine, views, views_of
 from pipeline.models.build import build_network
-from pipeline.recipe import Form, Recipe
+from pipeline.recipe import Recipe
+from pipeline.sections.data import Form
 from pipeline.training.checkpoints import RECORD, WEIGHTS, check_weights, load_weights, read_checkpoint
 
 _Channels = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]

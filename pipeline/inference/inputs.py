@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.data.images import SUFFIXES, BadImage, image_files, read_images, resized
 from pipeline.errors import escape_control
 from pipeline.inference.pickles import read_pickle
-from pipeline.recipe import Form
+from pipeline.sections.data import Form
 
 OnFault = Callable[[BadImage], None]
 Batch = tuple[list[str], Tensor]

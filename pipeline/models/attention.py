@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pipeline.recipe import Attention
+from pipeline.sections.model import Attention
 
 
 class ChannelAttention(nn.Module):

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from pipeline.models.layers import flat_size, halved
-from pipeline.recipe import Baseline
+from pipeline.sections.model import Baseline
 
 
 class BaselineNetwork(nn.Module):

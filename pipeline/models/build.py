@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline import recipe
 from pipeline.models.attention import AttentionNetwork
 from pipeline.models.baseline import BaselineNetwork
 from pipeline.models.cct import CctNetwork
@@ -16,55 +15,56 @@ from pipeline.models.expert import ExpertNetwork
 from pipeline.models.fast import FastNetwork
 from pipeline.models.improved import ImprovedNetwork
 from pipeline.models.plain import PlainNetwork
+from pipeline.sections.model import Attention, Baseline, Cct, Efficient, Expert, Fast, Improved, Model, Plain, Timm
 
 
-def build_network(model: recipe.Model, num_classes: int, image_size: int, seed: int) -> nn.Module:
+def build_network(model: Model, num_classes: int, image_size: int, seed: int) -> nn.Module:
     """A fresh network on the CPU, (N, 3, S, S) float -> (N, num_classes) logits, its weights drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _build(model, num_classes, image_size)
 
 
-def _build(model: recipe.Model, num_classes: int, image_size: int) -> nn.Module:
+def _build(model: Model, num_classes: int, image_size: int) -> nn.Module:
     match model:
-        case recipe.Attention():
+        case Attention():
             return AttentionNetwork(model, num_classes)
-        case recipe.Baseline():
+        case Baseline():
             return BaselineNetwork(model, num_classes, image_size)
-        case recipe.Cct():
+        case Cct():
             return CctNetwork(model, num_classes, image_size)
-        case recipe.Efficient():
+        case Efficient():
             return EfficientNetwork(model, num_classes)
-        case recipe.Expert():
+        case Expert():
             return ExpertNetwork(model, num_classes)
-        case recipe.Fast():
+        case Fast():
             return FastNetwork(model, num_classes, image_size)
-        case recipe.Improved():
+        case Improved():
             return ImprovedNetwork(model, num_classes, image_size)
-        case recipe.Plain():
+        case Plain():
             return PlainNetwork(model, num_classes, image_size)
-        case recipe.Timm():
+        case Timm():
             return _timm().build(model, num_classes, image_size)
     raise TypeError(f"no network is known for a section of type {type(model).__name__}")
 
 
-def initial_network(model: recipe.Model, num_classes: int, image_size: int, seed: int) -> nn.Module:
+def initial_network(model: Model, num_classes: int, image_size: int, seed: int) -> nn.Module:
     """`build_network`, with the weights that a training starts from; errors as of `timm.load_pretrained`."""
     network = build_network(model, num_classes, image_size, seed)
-    if isinstance(model, recipe.Timm):
+    if isinstance(model, Timm):
         _timm().load_pretrained(network, model)
     return network
 
 
-def check_network(model: recipe.Model, image_size: int) -> None:
+def check_network(model: Model, image_size: int) -> None:
     """UserError where there is no such network, or it can't take images of that size; before anything starts."""
-    if isinstance(model, recipe.Timm):
+    if isinstance(model, Timm):
         _timm().check(model, image_size)
 
 
-def pixel_statistics_of(model: recipe.Model) -> tuple[Sequence[float], Sequence[float]] | None:
+def pixel_statistics_of(model: Model) -> tuple[Sequence[float], Sequence[float]] | None:
     """Mean and standard deviation that the network's initial weights expect of pixels; None: those of the data set."""
-    return _timm().statistics(model) if isinstance(model, recipe.Timm) and model.weights != "none" else None
+    return _timm().statistics(model) if isinstance(model, Timm) and model.weights != "none" else None
 
 
 def layer_ids(network: nn.Module) -> dict[str, int]:
@@ -83,14 +83,14 @@ def layer_ids(network: nn.Module) -> dict[str, int]:
     return ids
 
 
-def weights_origin(model: recipe.Model) -> str | None:
+def weights_origin(model: Model) -> str | None:
     """Where a pretrained network's weights are from, with their licence and data; None where it starts from random ones."""
-    return _timm().origin(model) if isinstance(model, recipe.Timm) and model.weights != "none" else None
+    return _timm().origin(model) if isinstance(model, Timm) and model.weights != "none" else None
 
 
-def weights_digest(model: recipe.Model) -> str | None:
+def weights_digest(model: Model) -> str | None:
     """SHA-256 of the file that a pretrained network starts from; errors as of `timm.load_pretrained`."""
-    return _timm().weights_digest(model) if isinstance(model, recipe.Timm) and model.weights != "none" else None
+    return _timm().weights_digest(model) if isinstance(model, Timm) and model.weights != "none" else None
 
 
 def _timm() -> types.ModuleType:
@@ -123,7 +123,7 @@ def receptive_field(features: nn.Module, image_size: int = 128) -> int:
     return int(columns[-1] - columns[0]) + 1  # dilated convolutions leave gaps
 
 
-def prediction_flop(model: recipe.Model, num_classes: int, image_size: int) -> int:
+def prediction_flop(model: Model, num_classes: int, image_size: int) -> int:
     """What one prediction costs: FLOP of matrix products and convolutions of one image, two for each multiply-add."""
     from torch.utils.flop_counter import FlopCounterMode
 

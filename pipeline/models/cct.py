@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.models.layers import Dropout
-from pipeline.recipe import Cct
+from pipeline.sections.model import Cct
 
 HIDDEN = 64  # channels between two convolutions of the tokenizer
 

@@ -7,7 +7,7 @@ quarter; global average pooling. The receptive field is 46 pixels, as `receptive
 from torch import Tensor, nn
 
 from pipeline.models.layers import conv_bn_relu
-from pipeline.recipe import Efficient
+from pipeline.sections.model import Efficient
 
 
 class Residual(nn.Module):

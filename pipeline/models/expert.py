@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from pipeline.models.layers import conv_bn_relu
-from pipeline.recipe import Expert
+from pipeline.sections.model import Expert
 
 
 class ExpertBlock(nn.Module):

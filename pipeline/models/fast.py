@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from pipeline.models.layers import Whitening
-from pipeline.recipe import Fast
+from pipeline.sections.model import Fast
 
 
 class FastNetwork(nn.Module):

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from pipeline.models.layers import Dropout, conv_bn_relu, flat_size, halved
-from pipeline.recipe import Improved
+from pipeline.sections.model import Improved
 
 
 class ImprovedNetwork(nn.Module):

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from pipeline.models.layers import Dropout, conv_bn_relu, flat_size, halved
-from pipeline.recipe import Plain
+from pipeline.sections.model import Plain
 
 
 class PlainNetwork(nn.Module):

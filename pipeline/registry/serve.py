@@ -13,9 +13,9 @@ import numpy as np
 
 from pipeline.data.images import BadImage, read_image
 from pipeline.errors import DataError, UserError
-from pipeline.recipe import Form
 from pipeline.registry.export import GEOMETRIES, session
 from pipeline.registry.package import MODEL
+from pipeline.sections.data import Form
 from pipeline.tracking.server import HOST, launch
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from pipeline.data.augment import pad
 from pipeline.data.datasets import Split, load
 from pipeline.data.prepare import TrainingData, pixel_statistics
 from pipeline.evaluation.logits import predict_logits
-from pipeline.recipe import Data
 from pipeline.registry.ledger import TEST_EVALUATION, Ledger
 from pipeline.registry.test_split import digest_of, open_test_split
+from pipeline.sections.data import Data
 
 SPEED_RUNS = "speed runs"  # stands in the ledger for a registered model
 NUM_VALIDATION = 500  # training images in place of the validation split; nothing is chosen by them

@@ -21,7 +21,7 @@ from pipeline.data.listing import TEST, Listing
 from pipeline.data.splits import sealed
 from pipeline.data.survey import Survey, survey_files, survey_pixels
 from pipeline.errors import DataError, lines_of
-from pipeline.recipe import Data, Form
+from pipeline.sections.data import Data, Form
 
 
 def digest_of(about: Data, data_dir: Path, home: Path | None = None) -> str:

@@ -10,10 +10,10 @@ from PIL import Image
 
 from pipeline.data.mapped import MappedImages
 from pipeline.errors import UserError
-from pipeline.recipe import Data
 from pipeline.report.control_comparison import Comparison
 from pipeline.report.render import picture
 from pipeline.report.stored import Predictions
+from pipeline.sections.data import Data
 from pipeline.tracking import queries
 from pipeline.tracking.run_data import LocatedData, RunData
 from pipeline.tracking.tags import RunTags

@@ -18,9 +18,9 @@ from pipeline.data.listing import ORDER, TEST, TRAIN, VALIDATION
 from pipeline.data.splits import partition
 from pipeline.data.survey import Survey, survey_files, survey_pixels
 from pipeline.errors import UserError
-from pipeline.recipe import Data, Form
 from pipeline.registry.test_split import survey_test_split
 from pipeline.report.label_suspects import Suspects, find_suspects
+from pipeline.sections.data import Data, Form
 from pipeline.tracking.tracker import MlflowTracker
 
 

@@ -15,8 +15,9 @@ from optuna.distributions import (
 )
 
 from pipeline.errors import Problem, UserError
-from pipeline.recipe import FORM_FIELDS, KIND, SAMPLER_FIELDS, Recipe
+from pipeline.recipe import KIND, Recipe
 from pipeline.search.optuna_internals import contains
+from pipeline.sections.data import FORM_FIELDS, SAMPLER_FIELDS
 
 Space = Callable[[Any], None]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.data.datasets import SOURCES, Dataset, load
 from pipeline.errors import DataError, UserError
-from pipeline.recipe import Data
+from pipeline.sections.data import Data
 
 MAX_PLACES = 10  # that are kept of a study
 

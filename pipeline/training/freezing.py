@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.models.build import layer_ids
-from pipeline.recipe import Transfer
+from pipeline.sections.transfer import Transfer
 
 
 class Freezing:

@@ -23,8 +23,9 @@ from pipeline.evaluation.logits import autocast, predict_logits
 from pipeline.evaluation.scores import CLASS_F1, accuracy_from, balanced_accuracy_from, f1_from, metric_names
 from pipeline.models.build import initial_network, pixel_statistics_of
 from pipeline.models.layers import FitsFirstLayer
-from pipeline.recipe import Form, Recipe
+from pipeline.recipe import Recipe
 from pipeline.runtime import keep_freed_memory
+from pipeline.sections.data import Form
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
 from pipeline.training.freezing import Freezing

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.data.sampler import class_counts
-from pipeline.recipe import CrossEntropy, Focal
+from pipeline.sections.loss import CrossEntropy, Focal
 
 
 def loss_of(recipe: CrossEntropy | Focal, labels: Tensor, num_classes: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import recipe
 from pipeline.models.build import layer_ids
 from pipeline.models.layers import HasUndecayed, Whitening
+from pipeline.sections import optimizer as sections
+from pipeline.sections.schedule import AnySchedule
+from pipeline.sections.transfer import Transfer
 from pipeline.training.schedules import lr_factor
 
 # Measured on a CPU, one step of a 2.4 M-parameter convnet with 1 / 2 threads: SGD 2.6 / 1.6 ms against foreach's
@@ -24,10 +26,10 @@ _Tensors = list[Tensor] | tuple[Tensor, ...]
 
 def build_optimizer(
     network: nn.Module,
-    optimizer: recipe.Optimizer,
+    optimizer: sections.Optimizer,
     device: torch.device,
     on_device: bool = False,
-    transfer: recipe.Transfer | None = None,
+    transfer: Transfer | None = None,
 ) -> torch.optim.Optimizer:
     """torch's SGD, Adam or AdamW over every parameter of `network`, which lies on `device`; or Muon.
 
@@ -36,7 +38,7 @@ def build_optimizer(
     `scale`. `on_device` keeps rates and counts there, so that a step can be captured and replayed.
     """
     fused = True if device.type in _FUSED else None  # None: torch chooses
-    built = _build(network, optimizer, transfer or recipe.Transfer(), fused, on_device)
+    built = _build(network, optimizer, transfer or Transfer(), fused, on_device)
     for group in built.param_groups:
         group.setdefault("scale", 1.0)
         group["initial_lr"] = group["lr"]
@@ -47,13 +49,13 @@ def build_optimizer(
 
 
 def _build(
-    network: nn.Module, optimizer: recipe.Optimizer, transfer: recipe.Transfer, fused: bool | None, capturable: bool
+    network: nn.Module, optimizer: sections.Optimizer, transfer: Transfer, fused: bool | None, capturable: bool
 ) -> torch.optim.Optimizer:
     all_parameters = [{"params": list(network.parameters()), "lr": optimizer.lr}]
     match optimizer:
-        case recipe.Muon():
+        case sections.Muon():
             return Muon(_divided(_muon_groups(network, optimizer), network, transfer))
-        case recipe.Sgd():
+        case sections.Sgd():
             return torch.optim.SGD(
                 _divided(all_parameters, network, transfer),
                 lr=optimizer.lr,
@@ -62,8 +64,8 @@ def _build(
                 weight_decay=optimizer.weight_decay,
                 fused=fused,
             )
-        case recipe.Adam() | recipe.AdamW():
-            kind = torch.optim.Adam if isinstance(optimizer, recipe.Adam) else torch.optim.AdamW
+        case sections.Adam() | sections.AdamW():
+            kind = torch.optim.Adam if isinstance(optimizer, sections.Adam) else torch.optim.AdamW
             return kind(
                 _divided(all_parameters, network, transfer),
                 lr=optimizer.lr,
@@ -75,7 +77,7 @@ def _build(
     raise TypeError(f"no optimizer is known for a section of type {type(optimizer).__name__}")
 
 
-def _divided(groups: list[dict[str, Any]], network: nn.Module, transfer: recipe.Transfer) -> list[dict[str, Any]]:
+def _divided(groups: list[dict[str, Any]], network: nn.Module, transfer: Transfer) -> list[dict[str, Any]]:
     """The groups as they are; or divided, where parameters differ in decay, in rate or in when they learn."""
     return _by_layer(_by_decay(groups, network), network, transfer)
 
@@ -90,14 +92,14 @@ def _by_decay(groups: list[dict[str, Any]], network: nn.Module) -> list[dict[str
     return [group for group in divided if group["params"]]
 
 
-def _by_layer(groups: list[dict[str, Any]], network: nn.Module, transfer: recipe.Transfer) -> list[dict[str, Any]]:
+def _by_layer(groups: list[dict[str, Any]], network: nn.Module, transfer: Transfer) -> list[dict[str, Any]]:
     """The groups as they are; or divided by layer, where layers differ in rate or in when they learn.
 
     timm's `param_groups_layer_decay` would also take weight decay from biases and norms, for these networks alone; so
     only its division into layers is used (`models.build.layer_ids`). torch's fused SGD refuses a group of which some
     parameters have momentum and others, frozen so far, have none.
     """
-    if transfer == recipe.Transfer():
+    if transfer == Transfer():
         return groups
     layers = layer_ids(network)
     of_parameter = {parameter: layers[name] for name, parameter in network.named_parameters()}
@@ -116,7 +118,7 @@ def _by_layer(groups: list[dict[str, Any]], network: nn.Module, transfer: recipe
     return [group for group in divided if group["params"]]
 
 
-def set_lr(optimizer: torch.optim.Optimizer, schedule: recipe.AnySchedule, step: int, total_steps: int) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, schedule: AnySchedule, step: int, total_steps: int) -> None:
     """The rates of `step` (from 0) of `total_steps`: each group's own, times the schedule's factor.
 
     A group that learns in a `share` of the training has the full schedule in that share. Then its parameters are
@@ -194,7 +196,7 @@ class Muon(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def _muon_groups(network: nn.Module, optimizer: recipe.Muon) -> list[dict[str, Any]]:
+def _muon_groups(network: nn.Module, optimizer: sections.Muon) -> list[dict[str, Any]]:
     """Filters, whitening biases, other parameters of one dimension, matrices; without the empty ones."""
     whitening = [p for module in network.modules() if isinstance(module, Whitening) for p in module.parameters()]
     others = [p for p in network.parameters() if p not in set(whitening)]

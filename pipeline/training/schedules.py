@@ -2,7 +2,7 @@
 
 import math
 
-from pipeline.recipe import AnySchedule, Constant, Cosine, Linear, OneCycle, Step
+from pipeline.sections.schedule import AnySchedule, Constant, Cosine, Linear, OneCycle, Step
 
 
 def lr_factor(schedule: AnySchedule, step: int, total_steps: int) -> float:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
-from pipeline.recipe import Data, Recipe, parse_recipe
+from pipeline.recipe import Recipe, parse_recipe
 from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget
+from pipeline.sections.data import Data
 from pipeline.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]

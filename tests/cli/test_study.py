@@ -15,7 +15,7 @@ from conftest import NO_RETRIES, ROOT, TINY_NETWORK, run_pipeline
 from PIL import Image
 
 from cli.helpers import assert_refused, rows
-from pipeline.recipe import Data
+from pipeline.sections.data import Data
 from pipeline.tracking import queries
 from pipeline.tracking.tracker import MlflowTracker
 

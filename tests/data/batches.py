@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
 from pipeline.data.augment import Augmenter
-from pipeline.recipe import AnyAugmentation
+from pipeline.sections.augmentation import AnyAugmentation
 
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.25])
 OFF: dict[str, Any] = {"crop_padding": 0, "horizontal_flip": 0.0}

@@ -7,7 +7,7 @@ from PIL import Image
 
 from pipeline.data.datasets import load
 from pipeline.errors import UserError
-from pipeline.recipe import Data
+from pipeline.sections.data import Data
 
 NO_DATA_DIR = Path("/nonexistent")
 

@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as reference
 from pipeline.data import augment
 from pipeline.data.augment import Augmenter, RandomCrop, _part_shares, part
 from pipeline.data.draws import Draws
-from pipeline.recipe import Custom
+from pipeline.sections.augmentation import Custom
 
 EVERYTHING: dict[str, Any] = {
     "rotation": 30.0,

@@ -19,7 +19,7 @@ from pipeline.data.folder import read_folder
 from pipeline.data.listing import Listing
 from pipeline.data.mapped import sums_of
 from pipeline.errors import DataError
-from pipeline.recipe import Form
+from pipeline.sections.data import Form
 
 FORM = Form(8, "crop", 12)
 

@@ -25,7 +25,7 @@ from pipeline.data import cifar10
 from pipeline.data.datasets import Dataset, load
 from pipeline.data.splits import partition
 from pipeline.errors import DataError, UserError
-from pipeline.recipe import Data
+from pipeline.sections.data import Data
 
 
 def test_images_that_exceed_memory_are_refused_before_reading() -> None:

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from pipeline.data.datasets import load
 from pipeline.data.digits import TEST_FRACTION, TEST_SEED
 from pipeline.data.splits import sealed
-from pipeline.recipe import Data
+from pipeline.sections.data import Data
 
 
 def test_digits_never_change_and_leave_out_the_test_split() -> None:

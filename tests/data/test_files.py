@@ -9,7 +9,7 @@ from PIL import Image
 from pipeline.data.files import Sizes, look, read
 from pipeline.data.folder import read_folder
 from pipeline.data.manifest import read_manifest
-from pipeline.recipe import Data, Form
+from pipeline.sections.data import Data, Form
 
 
 @pytest.fixture

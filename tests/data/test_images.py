@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from pipeline.data.images import BadImage, read_file, read_image, resized
-from pipeline.recipe import Form
+from pipeline.sections.data import Form
 
 RANDOM = np.random.RandomState(0)
 RGB = RANDOM.randint(0, 256, (12, 12, 3), dtype=np.uint8)

@@ -9,7 +9,7 @@ from data_cases import NO_DATA_DIR, about, add_image, lines_of, make_pets
 from pipeline.data.datasets import load
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import DataError
-from pipeline.recipe import Data
+from pipeline.sections.data import Data
 
 ROWS = ["train/dog/more/0.tiff,dog", "train/cat/1.png,cat", "./train/cat/2.JPG, cat", "train/dog/2.webp,dog"]
 

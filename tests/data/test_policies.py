@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as reference
 from pipeline.data import policies
 from pipeline.data.draws import Draws
 from pipeline.data.policies import OPERATIONS, operate, policy_of
-from pipeline.recipe import Augmentation, AugMix, RandAugment, TrivialAugment
+from pipeline.sections.augmentation import Augmentation, AugMix, RandAugment, TrivialAugment
 
 CPU = torch.device("cpu")
 POLICIES: list[Augmentation] = [

@@ -10,7 +10,7 @@ from pipeline.data.datasets import load
 from pipeline.data.mapped import MappedImages
 from pipeline.data.prepare import MEMORY_SHARE, TrainingData, pixel_statistics, prepare
 from pipeline.errors import DataError
-from pipeline.recipe import Data
+from pipeline.sections.data import Data
 
 
 def test_pixel_statistics_equal_those_of_the_floats() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.sampler import Sampler
-from pipeline.recipe import Data
+from pipeline.sections.data import Data
 
 COUNTS = torch.tensor([500, 100, 7, 0, 3])  # in any order, and a class may have none, as where a forecast times a few
 LABELS = torch.arange(5).repeat_interleave(COUNTS)[torch.randperm(610, generator=torch.Generator().manual_seed(3))]

@@ -6,7 +6,7 @@ from torch import nn
 
 from pipeline.evaluation.logits import autocast, images_together, predict_logits
 from pipeline.models.build import build_network
-from pipeline.recipe import Attention
+from pipeline.sections.model import Attention
 
 CPU = torch.device("cpu")
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])

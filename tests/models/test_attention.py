@@ -13,7 +13,7 @@ from pipeline.models.attention import (
     channel_attention,
 )
 from pipeline.models.build import build_network, num_parameters
-from pipeline.recipe import Attention
+from pipeline.sections.model import Attention
 
 
 @pytest.fixture(scope="module")

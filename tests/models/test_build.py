@@ -4,54 +4,55 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import recipe
 from pipeline.models.build import build_network, layer_ids, num_parameters, prediction_flop, receptive_field
 from pipeline.models.layers import conv_bn_relu
+from pipeline.sections.model import Attention, Baseline, Cct, Efficient, Expert, Fast, Improved, Model, Plain, Timm
+from pipeline.sections.section import Section
 
 EVERY = [
-    recipe.Baseline(),
-    recipe.Efficient(),
-    recipe.Expert(),
-    recipe.Fast(),
-    recipe.Fast(depth=3, whitening_kernel=4),
-    recipe.Improved(),
-    recipe.Plain(),
-    recipe.Attention(),
-    *(recipe.Attention(widths=(4, 8), attention=kind) for kind in ("se", "eca", "none")),
-    recipe.Cct(),
+    Baseline(),
+    Efficient(),
+    Expert(),
+    Fast(),
+    Fast(depth=3, whitening_kernel=4),
+    Improved(),
+    Plain(),
+    Attention(),
+    *(Attention(widths=(4, 8), attention=kind) for kind in ("se", "eca", "none")),
+    Cct(),
 ]
 each = pytest.mark.parametrize("model", EVERY, ids=lambda model: model.network)
 
 
 @each
 @pytest.mark.parametrize(("size", "classes"), [(8, 10), (16, 3), (32, 10), (45, 2)])
-def test_input_size_and_classes_come_from_the_data(model: recipe.Model, size: int, classes: int) -> None:
+def test_input_size_and_classes_come_from_the_data(model: Model, size: int, classes: int) -> None:
     network = build_network(model, classes, size, seed=0).eval()
     assert network(torch.randn(2, 3, size, size)).shape == (2, classes)
 
 
 @each
-def test_smallest_image_that_can_be_halved_gives_finite_logits(model: recipe.Model) -> None:
+def test_smallest_image_that_can_be_halved_gives_finite_logits(model: Model) -> None:
     smallest = max(2**model.halvings, 8)
     network = build_network(model, 10, smallest, seed=0).eval()
     assert network(torch.randn(1, 3, smallest, smallest)).isfinite().all()
 
 
 @each
-def test_every_parameter_gets_a_gradient(model: recipe.Model) -> None:
+def test_every_parameter_gets_a_gradient(model: Model) -> None:
     network = build_network(model, 10, 32, seed=0)
     network(torch.randn(8, 3, 32, 32)).square().sum().backward()
     assert not [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
 
 
 @each
-def test_seed_draws_the_weights(model: recipe.Model) -> None:
+def test_seed_draws_the_weights(model: Model) -> None:
     first, second = (build_network(model, 10, 32, seed=3) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("model", [*EVERY, recipe.Timm(), recipe.Timm(backbone="test_vit")], ids=repr)
-def test_layers_are_counted_from_the_image_to_the_head(model: recipe.Model) -> None:
+@pytest.mark.parametrize("model", [*EVERY, Timm(), Timm(backbone="test_vit")], ids=repr)
+def test_layers_are_counted_from_the_image_to_the_head(model: Model) -> None:
     network = build_network(model, 7, 32, seed=0)
     layers, parameters = layer_ids(network), dict(network.named_parameters())
     assert layers.keys() == parameters.keys() and set(layers.values()) == set(range(max(layers.values()) + 1))
@@ -62,18 +63,18 @@ def test_layers_are_counted_from_the_image_to_the_head(model: recipe.Model) -> N
 @pytest.mark.parametrize(
     ("model", "parameters"),
     [
-        (recipe.Baseline(), 136_874),
-        (recipe.Improved(), 814_570),
-        (recipe.Efficient(), 774_010),
-        (recipe.Plain(), 429_866),
-        (recipe.Expert(), 1_786_905),
-        (recipe.Cct(), 283_723),  # the paper's CCT-2/3x2: 0.28 M
-        (recipe.Cct(blocks=7, heads=4, mlp_ratio=2, convolutions=1), 3_760_139),  # CCT-7/3x1: 3.76 M
-        (recipe.Fast(), 1_971_352),  # airbench94_muon's 1,972,792 less what is frozen there
+        (Baseline(), 136_874),
+        (Improved(), 814_570),
+        (Efficient(), 774_010),
+        (Plain(), 429_866),
+        (Expert(), 1_786_905),
+        (Cct(), 283_723),  # the paper's CCT-2/3x2: 0.28 M
+        (Cct(blocks=7, heads=4, mlp_ratio=2, convolutions=1), 3_760_139),  # CCT-7/3x1: 3.76 M
+        (Fast(), 1_971_352),  # airbench94_muon's 1,972,792 less what is frozen there
     ],
     ids=lambda value: getattr(value, "network", ""),
 )
-def test_number_of_parameters_is_known(model: recipe.Model, parameters: int) -> None:
+def test_number_of_parameters_is_known(model: Model, parameters: int) -> None:
     assert num_parameters(build_network(model, 10, 32, seed=0)) == parameters
 
 
@@ -95,7 +96,7 @@ def test_receptive_field_of_known_networks(features: nn.Module, expected: int) -
 
 def test_prediction_flop_equals_the_count_by_hand() -> None:
     """Convolutions of 3 x 3 at full and half size, then two linear layers; two FLOP for each multiply-add."""
-    model = recipe.Baseline(widths=(4, 8), hidden=16)
+    model = Baseline(widths=(4, 8), hidden=16)
     features = build_network(model, 10, 8, seed=0)
     linear = sum(2 * m.in_features * m.out_features for m in features.modules() if isinstance(m, nn.Linear))
     convolutions = 2 * 9 * (3 * 4 * 8 * 8 + 4 * 8 * 4 * 4)
@@ -104,4 +105,4 @@ def test_prediction_flop_equals_the_count_by_hand() -> None:
 
 def test_unknown_kind_of_network_is_refused() -> None:
     with pytest.raises(TypeError, match="type Section"):
-        build_network(recipe.Section(), 10, 32, seed=0)  # type: ignore[arg-type]
+        build_network(Section(), 10, 32, seed=0)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from timm.layers import DropPath
 
 from pipeline.models.build import build_network
 from pipeline.models.cct import EncoderBlock, StochasticDepth
-from pipeline.recipe import Cct
+from pipeline.sections.model import Cct
 
 
 def waves(*shape: int, phase: float) -> torch.Tensor:

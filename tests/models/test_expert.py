@@ -5,9 +5,9 @@ import torch
 from network_cases import layers
 from torch import nn
 
-from pipeline import recipe
 from pipeline.models.build import build_network
 from pipeline.models.expert import ExpertBlock, ExpertNetwork
+from pipeline.sections.model import Expert
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_mixing_kernels_equals_mixing_outputs(block: ExpertBlock) -> None:
 
 
 def test_every_branch_gets_a_gradient() -> None:
-    network = build_network(recipe.Expert(), 10, 32, seed=0)
+    network = build_network(Expert(), 10, 32, seed=0)
     assert isinstance(network, ExpertNetwork)
     network(torch.randn(8, 3, 32, 32)).square().sum().backward()
     for block in layers(network, ExpertBlock):

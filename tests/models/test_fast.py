@@ -5,13 +5,13 @@ import torch
 from network_cases import layers
 from torch import nn
 
-from pipeline import recipe
 from pipeline.models.build import build_network
 from pipeline.models.fast import FastNetwork
+from pipeline.sections.model import Fast
 
 
 def test_fast_is_the_network_of_the_speed_runs() -> None:
-    network = build_network(recipe.Fast(), 10, 32, seed=0).eval()
+    network = build_network(Fast(), 10, 32, seed=0).eval()
     assert isinstance(network, FastNetwork)
     convolutions = layers(network, nn.Conv2d)
     assert [(c.in_channels, c.out_channels) for c in convolutions] == [
@@ -33,7 +33,7 @@ def test_fast_is_the_network_of_the_speed_runs() -> None:
 
 
 def test_third_convolution_has_a_shortcut_around_two() -> None:
-    network = build_network(recipe.Fast(widths=(4,), depth=3), 10, 16, seed=0).eval()
+    network = build_network(Fast(widths=(4,), depth=3), 10, 16, seed=0).eval()
     assert isinstance(network, FastNetwork)
     block = network.blocks[0]
     nn.init.zeros_(block.convolutions[2].weight)  # so that the shortcut alone is left

@@ -22,7 +22,7 @@ from pipeline.models.build import (
     weights_digest,
     weights_origin,
 )
-from pipeline.recipe import Timm
+from pipeline.sections.model import Timm
 
 LITE0 = Timm(weights="efficientnet-lite0")
 

@@ -8,12 +8,13 @@ import pytest
 from pipeline.cli.exit_codes import exit_code
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PromotionRefused
-from pipeline.recipe import Data, Recipe
+from pipeline.recipe import Recipe
 from pipeline.registry import candidate_evaluation
 from pipeline.registry import test_split as opener
 from pipeline.registry.candidate_evaluation import TEST_EVALUATIONS, control_of
 from pipeline.registry.ledger import PASSED, REFUSED, TEST_EVALUATION
 from pipeline.registry.promote import promote
+from pipeline.sections.data import Data
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest
 from registry.helpers import DATA, RULES, RecordingObserver, Store, kinds, record

@@ -12,7 +12,6 @@ from conftest import Trained
 from PIL import Image
 from torch import nn
 
-from pipeline import recipe
 from pipeline.data.datasets import Split, load
 from pipeline.data.images import read_image, resized
 from pipeline.data.prepare import TrainingData, prepare
@@ -22,27 +21,29 @@ from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.inference.methods import METHODS, MethodScores
 from pipeline.inference.predictions import predict_files
 from pipeline.models.build import build_network
-from pipeline.recipe import Data, Form, Recipe
+from pipeline.recipe import Recipe
 from pipeline.registry import export
 from pipeline.registry.test_split import open_test_split
+from pipeline.sections.data import Data, Form
+from pipeline.sections.model import Attention, Baseline, Cct, Efficient, Expert, Fast, Improved, Model, Plain, Timm
 from pipeline.tracking.models import find_model
 
 CPU = torch.device("cpu")
 SMALL = [
-    recipe.Attention(widths=(4, 8), blocks_per_stage=1, reduction=2),
-    recipe.Baseline(widths=(4, 8), hidden=8),
-    recipe.Attention(widths=(4, 8), blocks_per_stage=1, attention="eca"),
-    recipe.Cct(heads=2, head_width=4),
-    recipe.Efficient(widths=(8, 8, 8), separable_blocks=1),
-    recipe.Expert(widths=(8, 12), branches=2, reduction=2),
-    recipe.Fast(widths=(4, 6), depth=3),
-    recipe.Improved(widths=(4, 8), hidden=8),
-    recipe.Plain(widths=(4, 8)),
-    recipe.Timm(backbone="test_efficientnet"),
+    Attention(widths=(4, 8), blocks_per_stage=1, reduction=2),
+    Baseline(widths=(4, 8), hidden=8),
+    Attention(widths=(4, 8), blocks_per_stage=1, attention="eca"),
+    Cct(heads=2, head_width=4),
+    Efficient(widths=(8, 8, 8), separable_blocks=1),
+    Expert(widths=(8, 12), branches=2, reduction=2),
+    Fast(widths=(4, 6), depth=3),
+    Improved(widths=(4, 8), hidden=8),
+    Plain(widths=(4, 8)),
+    Timm(backbone="test_efficientnet"),
 ]
 
 
-def classifier(model: recipe.Model, size: int = 11, classes: int = 3) -> Classifier:
+def classifier(model: Model, size: int = 11, classes: int = 3) -> Classifier:
     """Random, but as after a training: statistics of batch norm that are not those of a new one, sure of its classes."""
     network = build_network(model, classes, size, seed=1)
     draw = torch.Generator().manual_seed(1)
@@ -83,7 +84,7 @@ def noise(count: int, size: int, seed: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model", SMALL, ids=lambda model: model.network)
-def test_every_network_gives_torch_probabilities(model: recipe.Model, tmp_path: Path) -> None:
+def test_every_network_gives_torch_probabilities(model: Model, tmp_path: Path) -> None:
     size = 32 if model.network == "timm" else 11
     torchs, path = classifier(model, size), tmp_path / "model.onnx"
     export.export_onnx(torchs, path)
@@ -226,7 +227,7 @@ def test_validation_split_of_a_trained_model(trained: Trained, packed: object, d
 
 
 def test_validation_split_of_cifar10(cifar10_dir: Path, tmp_path: Path) -> None:
-    torchs, path = classifier(recipe.Plain(widths=(8, 16)), size=32, classes=10), tmp_path / "model.onnx"
+    torchs, path = classifier(Plain(widths=(8, 16)), size=32, classes=10), tmp_path / "model.onnx"
     data = prepare(load(Data(dataset="cifar10", image_size=32), cifar10_dir), torchs.metadata.recipe.data, CPU)
     export.export_onnx(torchs, path)
     assert export.check(torchs, path, data.validation.images) <= export.TOLERANCE
@@ -239,7 +240,7 @@ def test_calibration_takes_images_as_the_model_does(digits: TrainingData) -> Non
 
 
 def test_8_bit_model_is_smaller_and_close(tmp_path: Path) -> None:
-    torchs, path = classifier(recipe.Plain(widths=(32, 64))), tmp_path / "model.onnx"
+    torchs, path = classifier(Plain(widths=(32, 64))), tmp_path / "model.onnx"
     export.export_onnx(torchs, path)
     pixels = export.as_pixels(noise(200, 11))
     expected = export.run_session(export.session(path), pixels)

@@ -14,9 +14,10 @@ from scipy.stats import binom, binomtest
 from pipeline.data.datasets import load
 from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
-from pipeline.recipe import Data, parse_recipe
+from pipeline.recipe import parse_recipe
 from pipeline.registry import gate
 from pipeline.registry.gate import Evidence, ModelEvidence, RuleResult, Rules, Verdict, decide, mcnemar_one_sided
+from pipeline.sections.data import Data
 from pipeline.training.loop import train
 
 DIGITS = [str(digit) for digit in range(10)]

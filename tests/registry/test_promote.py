@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PromotionRefused, UserError
-from pipeline.recipe import Data, Recipe
+from pipeline.recipe import Recipe
 from pipeline.registry import promote as module
 from pipeline.registry import test_split as opener
 from pipeline.registry.ledger import (
@@ -29,6 +29,7 @@ from pipeline.registry.ledger import (
 from pipeline.registry.package import Package
 from pipeline.registry.promote import promote, registry_lock, roll_back, settle
 from pipeline.registry.registered_model import Registry
+from pipeline.sections.data import Data
 from pipeline.tracking.models import digests, find_model
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import RunRequest

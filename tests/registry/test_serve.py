@@ -22,9 +22,9 @@ from PIL import Image
 
 from pipeline.data.images import read_image
 from pipeline.errors import DataError, UserError
-from pipeline.recipe import Form
 from pipeline.registry import serve
 from pipeline.registry.package import Package
+from pipeline.sections.data import Form
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "pipeline"]

@@ -8,8 +8,8 @@ from PIL import Image
 
 from pipeline.data.datasets import listed, load
 from pipeline.errors import DataError
-from pipeline.recipe import Data, Form
 from pipeline.registry import test_split as opener
+from pipeline.sections.data import Data, Form
 
 DIGITS = [str(digit) for digit in range(10)]
 

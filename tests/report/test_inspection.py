@@ -9,8 +9,8 @@ from conftest import Trained
 from PIL import Image
 
 from pipeline.data.datasets import load
-from pipeline.recipe import Data
 from pipeline.report.inspection import Inspection, inspect
+from pipeline.sections.data import Data
 from pipeline.tracking.tracker import MlflowTracker
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pipeline.evaluation.label_errors import LabelErrors
-from pipeline.recipe import Data
 from pipeline.report.inspection import Inspection, inspect
 from pipeline.report.inspection_page import _sheet, findings, inspection_page
 from pipeline.report.label_suspects import Suspects
+from pipeline.sections.data import Data
 from report.helpers import ATTACK, body
 from report.test_inspection import make_photos
 

@@ -16,10 +16,11 @@ from pipeline.cli.common import load_data
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import UserError
-from pipeline.recipe import Data, Recipe
+from pipeline.recipe import Recipe
 from pipeline.search.search import Search, check_same
 from pipeline.search.study import Study
 from pipeline.search.study_attributes import StudyAttributes
+from pipeline.sections.data import Data
 
 
 def space(trial: Any) -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pipeline.data.prepare import TrainingData, prepare
-from pipeline.recipe import Data, Recipe
+from pipeline.recipe import Recipe
 from pipeline.search.speed import Overhead, Speed, Stopwatch, few_images, measure, measure_overhead, trial_seconds
+from pipeline.sections.data import Data
 from pipeline.tracking.tracker import NullTracker
 from pipeline.training.loop import PARTS, train
 

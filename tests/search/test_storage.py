@@ -21,7 +21,7 @@ from sqlalchemy.exc import PendingRollbackError
 from pipeline.data.datasets import listed
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
-from pipeline.recipe import Data, Recipe
+from pipeline.recipe import Recipe
 from pipeline.search import storage
 from pipeline.search.optuna_internals import TrialParam, study_id, trial_id
 from pipeline.search.search import Search
@@ -36,6 +36,7 @@ from pipeline.search.storage import (
 )
 from pipeline.search.study import Study
 from pipeline.search.study_attributes import StudyAttributes
+from pipeline.sections.data import Data
 
 ME, OTHER = {"id": "me"}, {"id": "other"}
 

@@ -9,7 +9,8 @@ from PIL import Image
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError
-from pipeline.recipe import Data, Recipe
+from pipeline.recipe import Recipe
+from pipeline.sections.data import Data
 from pipeline.tracking import queries
 from pipeline.tracking.run_data import MAX_PLACES, RunData, find_data, newest_first
 from pipeline.tracking.tags import State

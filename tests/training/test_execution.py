@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.models.baseline import BaselineNetwork
-from pipeline.recipe import Baseline, Data, Recipe
+from pipeline.recipe import Recipe
+from pipeline.sections.data import Data
+from pipeline.sections.model import Baseline
 from pipeline.training import execution, loop
 from pipeline.training.loop import Result, train
 

@@ -16,7 +16,8 @@ from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.models.build import build_network
 from pipeline.models.fast import FastNetwork
-from pipeline.recipe import Data, Recipe
+from pipeline.recipe import Recipe
+from pipeline.sections.data import Data
 from pipeline.training import loop
 from pipeline.training.loop import Diverged, EpochReport, train
 

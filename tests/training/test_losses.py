@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.recipe import CrossEntropy, Focal
+from pipeline.sections.loss import CrossEntropy, Focal
 from pipeline.training.losses import class_weights, loss_of, soft_cross_entropy, weighted_focal
 
 LABELS = torch.tensor([0] * 100 + [1] * 10 + [2] * 4)

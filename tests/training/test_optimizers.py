@@ -6,37 +6,41 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import recipe
 from pipeline.models.build import build_network
 from pipeline.models.layers import Whitening
+from pipeline.sections import optimizer as sections
+from pipeline.sections.model import Cct
+from pipeline.sections.schedule import Linear
+from pipeline.sections.section import Section
+from pipeline.sections.transfer import Transfer
 from pipeline.training.optimizers import build_optimizer, orthogonalise, set_lr
 
 CPU = torch.device("cpu")
 
 # A section, and torch's own class with its slowest, plainest loop and the same settings.
 KINDS = [
-    (recipe.Sgd(lr=0.1), torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}),
+    (sections.Sgd(lr=0.1), torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}),
     (
-        recipe.Sgd(lr=0.3, momentum=0.8, nesterov=True, weight_decay=0.02),
+        sections.Sgd(lr=0.3, momentum=0.8, nesterov=True, weight_decay=0.02),
         torch.optim.SGD,
         {"lr": 0.3, "momentum": 0.8, "nesterov": True, "weight_decay": 0.02},
     ),
-    (recipe.Sgd(lr=0.3, momentum=0.0), torch.optim.SGD, {"lr": 0.3, "weight_decay": 5e-4}),
-    (recipe.Adam(lr=0.01), torch.optim.Adam, {"lr": 0.01}),
+    (sections.Sgd(lr=0.3, momentum=0.0), torch.optim.SGD, {"lr": 0.3, "weight_decay": 5e-4}),
+    (sections.Adam(lr=0.01), torch.optim.Adam, {"lr": 0.01}),
     (
-        recipe.Adam(lr=0.01, beta1=0.8, beta2=0.9, weight_decay=0.1),
+        sections.Adam(lr=0.01, beta1=0.8, beta2=0.9, weight_decay=0.1),
         torch.optim.Adam,
         {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1},
     ),
     (
-        recipe.AdamW(lr=0.01, beta1=0.7, beta2=0.95, weight_decay=0.3),
+        sections.AdamW(lr=0.01, beta1=0.7, beta2=0.95, weight_decay=0.3),
         torch.optim.AdamW,
         {"lr": 0.01, "betas": (0.7, 0.95), "weight_decay": 0.3},
     ),
 ]
 
 
-MUON = recipe.Muon(lr=0.3, momentum=0.6, bias_lr=2, head_lr=5, sgd_momentum=0.8, weight_decay=0.01)
+MUON = sections.Muon(lr=0.3, momentum=0.6, bias_lr=2, head_lr=5, sgd_momentum=0.8, weight_decay=0.01)
 
 
 def convnet() -> nn.Module:
@@ -67,13 +71,13 @@ def test_steps_equal_torchs_plain_loop(section, kind, settings):
 
 
 @pytest.mark.parametrize("section", [*(section for section, _, _ in KINDS), MUON])
-def test_rates_on_the_device_equal_rates_as_numbers(section: recipe.Optimizer) -> None:
+def test_rates_on_the_device_equal_rates_as_numbers(section: sections.Optimizer) -> None:
     networks = [convnet(), convnet()]
     for network, on_device in zip(networks, (False, True), strict=True):
         optimizer = build_optimizer(network, section, CPU, on_device)
         rates = [group["lr"] for group in optimizer.param_groups]
         for step in (0, 1):
-            set_lr(optimizer, recipe.Linear(), step, 4)
+            set_lr(optimizer, Linear(), step, 4)
             fit(network, optimizer, 2)
         same = [rate is group["lr"] for rate, group in zip(rates, optimizer.param_groups, strict=True)]
         assert same == [on_device] * len(rates), "a captured step reads its rates where they were"
@@ -82,7 +86,7 @@ def test_rates_on_the_device_equal_rates_as_numbers(section: recipe.Optimizer) -
         torch.testing.assert_close(one, other, **near)
 
 
-@pytest.mark.parametrize("section", [recipe.Sgd(lr=0.5, weight_decay=0.1), recipe.AdamW(lr=0.5, weight_decay=0.1)])
+@pytest.mark.parametrize("section", [sections.Sgd(lr=0.5, weight_decay=0.1), sections.AdamW(lr=0.5, weight_decay=0.1)])
 def test_every_parameter_decays(section):
     network = convnet()
     with torch.no_grad():
@@ -95,27 +99,27 @@ def test_every_parameter_decays(section):
 
 
 @pytest.mark.parametrize(
-    "section", [recipe.Sgd(lr=0.5, weight_decay=0.1), recipe.AdamW(lr=0.5, weight_decay=0.1), MUON]
+    "section", [sections.Sgd(lr=0.5, weight_decay=0.1), sections.AdamW(lr=0.5, weight_decay=0.1), MUON]
 )
-def test_positions_biases_and_norms_of_a_transformer_do_not_decay(section: recipe.Optimizer) -> None:
-    network = build_network(recipe.Cct(head_width=4), 5, 16, seed=0)
+def test_positions_biases_and_norms_of_a_transformer_do_not_decay(section: sections.Optimizer) -> None:
+    network = build_network(Cct(head_width=4), 5, 16, seed=0)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.fill_(1.0)
             parameter.grad = torch.zeros_like(parameter)
-    optimizer = build_optimizer(network, section, CPU, transfer=recipe.Transfer(layer_decay=0.9))
+    optimizer = build_optimizer(network, section, CPU, transfer=Transfer(layer_decay=0.9))
     optimizer.step()
     for name, parameter in network.named_parameters():
         assert (parameter == 1).all() == (parameter.ndim == 1 or name == "position"), name
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
 
 
-@pytest.mark.parametrize("section", [recipe.Sgd(lr=0.5), recipe.AdamW(lr=0.5)])
-def test_layers_have_rates_that_fall_towards_the_image(section: recipe.Optimizer) -> None:
-    transfer = recipe.Transfer(layer_decay=0.5, head_multiple=10)
+@pytest.mark.parametrize("section", [sections.Sgd(lr=0.5), sections.AdamW(lr=0.5)])
+def test_layers_have_rates_that_fall_towards_the_image(section: sections.Optimizer) -> None:
+    transfer = Transfer(layer_decay=0.5, head_multiple=10)
     network = convnet()
     optimizer = build_optimizer(network, section, CPU, transfer=transfer)
-    set_lr(optimizer, recipe.Linear(), 2, 5)
+    set_lr(optimizer, Linear(), 2, 5)
     rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
     by_name = {name: rates[parameter] for name, parameter in network.named_parameters()}
     convolutions = {"0.weight": 0.0625, "0.bias": 0.0625, "1.weight": 0.0625, "1.bias": 0.0625}
@@ -124,7 +128,7 @@ def test_layers_have_rates_that_fall_towards_the_image(section: recipe.Optimizer
 
 def test_muons_groups_are_divided_by_layer_too() -> None:
     plain, divided = (
-        build_optimizer(convnet(), MUON, CPU, transfer=recipe.Transfer(layer_decay=decay)) for decay in (1.0, 0.5)
+        build_optimizer(convnet(), MUON, CPU, transfer=Transfer(layer_decay=decay)) for decay in (1.0, 0.5)
     )
     assert sorted({group["lr"] for group in plain.param_groups}) == [0.3, 2, 5]
     assert sorted({group["lr"] for group in divided.param_groups}) == [0.075, 0.15, 0.5, 1, 2, 5]
@@ -132,18 +136,18 @@ def test_muons_groups_are_divided_by_layer_too() -> None:
 
 def test_a_set_rate_holds_from_the_next_step():
     network = nn.Linear(1, 1, bias=False)
-    optimizer = build_optimizer(network, recipe.Sgd(lr=0.5, momentum=0.0, weight_decay=0.0), CPU)
+    optimizer = build_optimizer(network, sections.Sgd(lr=0.5, momentum=0.0, weight_decay=0.0), CPU)
     with torch.no_grad():
         network.weight.fill_(1.0)
     network.weight.grad = torch.ones_like(network.weight)
     optimizer.step()
     assert network.weight.item() == 0.5
-    set_lr(optimizer, recipe.Linear(final_fraction=0.25), 3, 4)
+    set_lr(optimizer, Linear(final_fraction=0.25), 3, 4)
     optimizer.step()
     assert network.weight.item() == 0.375
 
 
-def muon_by_hand(network: nn.Module, section: recipe.Muon, steps: int) -> None:
+def muon_by_hand(network: nn.Module, section: sections.Muon, steps: int) -> None:
     """`fit` with Muon, a parameter and a step at a time."""
     generator, momenta = torch.Generator().manual_seed(1), {}
     for _ in range(steps):
@@ -212,7 +216,7 @@ def test_each_group_has_its_rate_times_the_factor() -> None:
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
 
     def rates(step: int) -> dict[int, float]:
-        set_lr(optimizer, recipe.Linear(), step, 5)
+        set_lr(optimizer, Linear(), step, 5)
         return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
     expected = {"1.weight": 0.3, "4.weight": 5}
@@ -230,7 +234,7 @@ def test_whitening_bias_learns_in_its_share_and_is_frozen_then() -> None:
     assert group["params"] == [bias]
     seen = []
     for step in range(10):
-        set_lr(optimizer, recipe.Linear(), step, 10)
+        set_lr(optimizer, Linear(), step, 10)
         before = bias.detach().clone()
         for parameter in network.parameters():
             if parameter.requires_grad:
@@ -253,7 +257,7 @@ def test_steps_on_a_gpu_equal_those_on_the_cpu(section, kind, settings):
 
 
 def test_unknown_kind_of_optimizer_is_refused() -> None:
-    class Unknown(recipe.Section):
+    class Unknown(Section):
         lr: float = 0.1
 
     with pytest.raises(TypeError, match="type Unknown"):

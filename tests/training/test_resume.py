@@ -20,8 +20,9 @@ from training_cases import at_size
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.models.build import build_network
-from pipeline.recipe import Data, Recipe
+from pipeline.recipe import Recipe
 from pipeline.search.speed import few_images
+from pipeline.sections.data import Data
 from pipeline.training.checkpoints import read_checkpoint, save_folder
 from pipeline.training.loop import EpochReport, Result, train
 from pipeline.training.optimizers import build_optimizer

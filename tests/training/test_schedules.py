@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from pipeline.recipe import Constant, Cosine, Linear, OneCycle, Schedule, Step
+from pipeline.sections.schedule import Constant, Cosine, Linear, OneCycle, Schedule, Step
 from pipeline.training.schedules import lr_factor
 
 fractions = st.floats(0, 1)

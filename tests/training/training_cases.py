@@ -5,7 +5,7 @@ from dataclasses import replace
 from pipeline.data.datasets import Split
 from pipeline.data.images import resized
 from pipeline.data.prepare import TrainingData
-from pipeline.recipe import Form
+from pipeline.sections.data import Form
 
 
 def at_size(data: TrainingData, size: int) -> TrainingData:

@@ -1,0 +1,41 @@
+"""Weights that a network starts from, as its section names them: a file's content belongs to the recipe."""
+
+import hashlib
+import os
+import re
+from functools import cache
+
+from pipeline.errors import did_you_mean
+
+# Weights that need no file of the user's: none, timm's own download, and those of a package of that name.
+NAMED_WEIGHTS = ("none", "default", "efficientnet-lite0")
+_PINNED = re.compile(r"(?P<path>.+)#sha256=(?P<sha256>[0-9a-f]{64})")
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file, read once in a process: a space is explored with hundreds of recipes of the same weights."""
+    stat = os.stat(path)
+    return _file_digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _file_digest(path: str, size: int, changed_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pinned(value: str) -> str:
+    """A file's name with the digest of its content, which belongs to the recipe; a pinned one need not be here any more."""
+    if value in NAMED_WEIGHTS or _PINNED.fullmatch(value):
+        return value
+    path = os.path.abspath(os.path.expanduser(value))
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
+        known = f"{', '.join(NAMED_WEIGHTS)} or a file{did_you_mean(value, NAMED_WEIGHTS)}"
+        raise ValueError(f"should be {known}; there is no such file")
+    return f"{path}#sha256={file_digest(path)}"
+
+
+def pinned_file(weights: str) -> tuple[str, str] | None:
+    """(path, SHA-256) where the weights are a file of the user's."""
+    found = _PINNED.fullmatch(weights)
+    return (found["path"], found["sha256"]) if found else None
