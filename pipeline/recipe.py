@@ -77,6 +77,7 @@ LATER = {
     "loss.class_weights": 0.0,
     "model.attention": "cbam",
     "augmentation.policy": "custom",
+    "augmentation.consistency": 0.0,
     "training.execution": "eager",
     "transfer.frozen_epochs": 0,
     "transfer.frozen_share": 0.0,

@@ -17,6 +17,7 @@ from pipeline.data.augment import Augmenter, RandomCrop, normalise
 from pipeline.data.datasets import Split
 from pipeline.data.images import resized
 from pipeline.data.mapped import MappedImages
+from pipeline.data.policies import num_views
 from pipeline.data.prepare import TrainingData
 from pipeline.data.sampler import Sampler
 from pipeline.evaluation.logits import autocast, predict_logits
@@ -25,11 +26,12 @@ from pipeline.models.build import initial_network, pixel_statistics_of
 from pipeline.models.layers import FitsFirstLayer
 from pipeline.recipe import Recipe
 from pipeline.runtime import keep_freed_memory
+from pipeline.sections.augmentation import AugMix
 from pipeline.sections.data import Form
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
 from pipeline.training.freezing import Freezing
-from pipeline.training.losses import loss_of
+from pipeline.training.losses import consistency_loss, loss_of
 from pipeline.training.optimizers import build_optimizer, set_lr
 from pipeline.training.resume import Parts, Resume
 
@@ -232,7 +234,7 @@ class _Learner:
         on_part("forward")
         with autocast(self._device, settings.precision):
             logits = self._forward(batch)
-        loss = self._loss(logits, targets)
+        loss, logits = self._loss_of_views(logits, targets)
         with torch.no_grad():
             self._last_loss.copy_(loss)
             self._loss_sum.add_(loss)
@@ -246,6 +248,14 @@ class _Learner:
         optimizer.step()
         if self.parts.average:
             self.parts.average.update(network)
+
+    def _loss_of_views(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the logits (B, C) of the images themselves, of which further views may follow."""
+        own, augmentation = logits[: len(targets)], self._recipe.augmentation
+        loss = self._loss(own, targets)
+        if isinstance(augmentation, AugMix) and augmentation.consistency:
+            loss = loss + augmentation.consistency * consistency_loss(logits, num_views(augmentation))
+        return loss, own
 
     def evaluate(self, score_plain: bool) -> tuple[Tensor, dict[str, float]]:
         """Validation logits (num_validation, num_classes), and the epoch's losses and scores by MLflow name."""
