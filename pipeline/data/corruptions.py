@@ -28,7 +28,7 @@ from pipeline.data.distortions import (
     rounded,
     snowed,
     truncated,
-    zoom_matrix,
+    zoomed,
 )
 from pipeline.data.draws import Draws
 
@@ -93,7 +93,7 @@ def _zoom_blur(images: Tensor, level: int, draw: Draws) -> Tensor:
     most = (6, 11, 15, 20, 25)[level]  # hundredths; numpy's arange includes its end in the first two
     result = images.clone()
     for hundredths in range(most + 1):
-        result += filtered(images, zoom_matrix(images.shape[-1], 1 + hundredths / 100).to(images.device))
+        result += zoomed(images, 1 + hundredths / 100)
     return result / (most + 2)
 
 
@@ -106,7 +106,7 @@ def _snow(images: Tensor, level: int, draw: Draws) -> Tensor:
         (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
     )[level]
     size = images.shape[-1]
-    layer = filtered(mean + sd * draw.normal(1, size, size), zoom_matrix(size, zoom).to(images.device))
+    layer = zoomed(mean + sd * draw.normal(1, size, size), zoom)
     layer = truncated(layer * (layer >= least))
     flakes = motion_blurred(layer, draw.uniform(-135, -45), radius * size / _SIZE, sigma * size / _SIZE)
     return snowed(images, flakes, kept)

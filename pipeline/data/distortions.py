@@ -49,17 +49,15 @@ def gaussian_matrix(size: int, sigma: float, truncate: float, border: str) -> Te
     return matrix.scatter_add_(1, source, (weights / weights.sum()).expand(size, -1)).float()
 
 
-def zoom_matrix(size: int, factor: float) -> Tensor:
-    """The middle enlarged by `factor` and cut to `size`: bilinear, from corner to corner, as scipy's `zoom` of order 1."""
+def zoomed(images: Tensor, factor: float) -> Tensor:
+    """The middle enlarged by `factor` and cut to the size: bilinear, from corner to corner, as scipy's `zoom` of order 1."""
+    size = images.shape[-1]
     part = math.ceil(size / factor)
-    enlarged = round(part * factor)
-    source = (torch.arange(size) + (enlarged - size) // 2).double() * (part - 1) / max(enlarged - 1, 1)
-    low = source.floor().long()
-    share = source - low
-    matrix = torch.zeros(size, part, dtype=torch.float64).scatter_add_(1, low[:, None], 1 - share[:, None])
-    matrix.scatter_add_(1, (low + 1).clamp_(max=part - 1)[:, None], share[:, None])
-    before = (size - part) // 2
-    return functional.pad(matrix, (before, size - part - before)).float()
+    enlarged, top = round(part * factor), (size - part) // 2
+    middle = images[..., top : top + part, top : top + part]
+    middle = functional.interpolate(middle, enlarged, mode="bilinear", align_corners=True)
+    trim = (enlarged - size) // 2
+    return middle[..., trim : trim + size, trim : trim + size]
 
 
 def box_matrix(size: int, target: int) -> Tensor:

@@ -28,7 +28,7 @@ from pipeline.data.distortions import (
     rounded,
     snowed,
     truncated,
-    zoom_matrix,
+    zoomed,
 )
 
 DICE = np.random.default_rng(0)
@@ -61,7 +61,7 @@ def test_zoom_is_scipys_cut_to_the_middle(factor: float) -> None:
     top = (32 - part) // 2
     theirs = ndimage.zoom(IMAGES[0, 0].double().numpy()[top : top + part, top : top + part], factor, order=1)
     trim = (len(theirs) - 32) // 2
-    ours = filtered(IMAGES[:1, :1], zoom_matrix(32, factor))[0, 0].numpy()
+    ours = zoomed(IMAGES[:1, :1], factor)[0, 0].numpy()
     assert np.abs(ours - theirs[trim : trim + 32, trim : trim + 32]).max() < 1e-6
 
 
