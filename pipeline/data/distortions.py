@@ -94,14 +94,14 @@ def motion_blurred(images: Tensor, degrees: Tensor, radius: float, sigma: float)
     size = images.shape[-1]
     taps = torch.arange(min(2 * math.ceil(radius) + 1, int(6 * sigma) + 2), device=images.device).double()
     weights = (taps**2 / (-2 * sigma**2)).exp()
-    weights = (weights / weights.sum()).tolist()
+    weights /= weights.sum()
     angle = torch.deg2rad(degrees.double())[:, None]
     steps = torch.arange(size, device=images.device)
     columns, rows = (
         (steps + (taps * way - 0.5).ceil().long()[..., None]).clamp_(0, size - 1) for way in (angle.cos(), angle.sin())
     )
     flat, result = images.flatten(2), torch.zeros_like(images).flatten(2)
-    for tap, weight in enumerate(weights):
+    for tap, weight in enumerate(weights.tolist()):
         places = (rows[:, tap, :, None] * size + columns[:, tap, None, :]).flatten(1)
         result.add_(flat.gather(2, places[:, None].expand_as(flat)), alpha=weight)
     return rounded(result.view_as(images))
