@@ -9,9 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.cli.common import HOME, expand, find_device, make_console, open_tracker, say
+from pipeline.cli.common import HOME, expand, find_device, is_folder, make_console, open_tracker, say
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
 from pipeline.cli.views import duration
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.evaluation.robustness import Robustness
@@ -37,6 +38,8 @@ def robustness(
     from pipeline.tracking.models import find_model
     from pipeline.tracking.tags import RunTags
 
+    if model and is_folder(model):
+        raise UserError(model, "a folder; what is measured of a model is kept in its run", "name the run by its id")
     console, torch_device = make_console(), find_device(device)
     tracker = open_tracker(tracking_uri)
     with find_model(HOME, tracking_uri, model) as files:
