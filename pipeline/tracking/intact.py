@@ -12,6 +12,7 @@ _REQUIRED = {
     "trial": _TRIAL,
     "final": _TRIAL,
     "reproduction": _TRAINED,
+    "ensemble": (*_TRAINED, "method", "members"),
 }
 
 

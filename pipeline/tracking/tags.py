@@ -14,7 +14,7 @@ from pipeline.evaluation.scores import OBJECTIVES
 from mlflow.entities import Run as StoredRun
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
-Role = Literal["study", "trial", "final", "reproduction"]
+Role = Literal["study", "trial", "final", "reproduction", "ensemble"]
 TRAINED_ROLES: tuple[Role, ...] = ("trial", "final", "reproduction")
 
 
@@ -51,6 +51,8 @@ class RunTags:
     seed: int | None = None  # of a final
     reproduces: str | None = None  # of a reproduction: the first run
     reproduced: str | None = None  # of a reproduction: how far it equals the first run
+    method: str | None = None  # of an ensemble: mean or soup
+    members: Mapping[str, str] | None = None  # of an ensemble: run -> SHA-256 of its weights
     worker: Mapping[str, Any] | None = None  # the process that trains it; see processes.this_process
     recipe_digest: str | None = None
     data_digest: str | None = None
@@ -150,6 +152,7 @@ _PARSERS: Mapping[str, Any] = {
     "reproduces": _hex_id,
     "objective": _one_of(*OBJECTIVES),
     "constraints": _bounds,
+    "members": _mapping,
     "worker": _mapping,
     "data_places": _strings,
     "replaces": _strings,
