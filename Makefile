@@ -5,7 +5,7 @@
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11 python,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
 BIN := .venv/bin
 READY := .venv/ready
-COMMANDS := inspect study plan compare finals promote rollback history reproduce sync audit relocate clean-cache predict ensemble export serve ui bench bench-gpu
+COMMANDS := inspect study plan compare finals promote rollback history reproduce robustness sync audit relocate clean-cache predict ensemble export serve ui bench bench-gpu
 
 define newline
 
@@ -35,6 +35,7 @@ promote: ## evaluate a study's winner on the test split and make it champion if 
 rollback: ## make the champion before champion again: REASON= [VERSION= MODEL= TRACKING_URI=]
 history: ## who was champion when, every test evaluation and every verdict: [MODEL= TRACKING_URI=]
 reproduce: ## train a run again and compare, bit for bit where that can be: RUN= [DATASET= DATA_DIR= DEVICE= TOLERANCE=points TRACKING_URI=]
+robustness: ## a model on corrupted validation images, 15 kinds at 5 strengths; kept in its run: [RUN= or MODEL= DATASET= DATA_DIR= DEVICE= TRACKING_URI=]
 sync: ## send MLflow what is pending on disk since it was away or a command was killed: [DROP_DELETED=1 TRACKING_URI=]
 audit: ## check that trials, runs, points, models and files are complete: [FIX=1 STORAGE= TRACKING_URI=]
 relocate: ## after mlruns/ was moved: write its new place into its database

@@ -78,6 +78,7 @@ LATER = {
     "loss.class_weights": 0.0,
     "model.attention": "cbam",
     "augmentation.policy": "custom",
+    "augmentation.consistency": 0.0,
     "training.execution": "eager",
     "loss.teacher": "none",
     "loss.teacher_weight": 0.9,

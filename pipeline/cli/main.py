@@ -32,6 +32,7 @@ from pipeline.cli.predict import predict
 from pipeline.cli.promote import promote
 from pipeline.cli.relocate import relocate
 from pipeline.cli.reproduce import reproduce
+from pipeline.cli.robustness import robustness
 from pipeline.cli.rollback import rollback
 from pipeline.cli.serve import serve
 from pipeline.cli.study import study
@@ -59,6 +60,7 @@ for _command in (
         rollback,
         history,
         reproduce,
+        robustness,
         sync,
         audit,
         relocate,

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pipeline.data.draws import Draws, beta_quantiles
 from pipeline.data.mapped import MappedImages
 from pipeline.data.operations import per_image
-from pipeline.data.policies import policy_of
+from pipeline.data.policies import num_views, policy_of
 from pipeline.sections.augmentation import AnyAugmentation
 
 ERASED_AREA = (0.02, 0.33)  # share of the image, uniform
@@ -157,7 +157,8 @@ class Augmenter:
         self._padded = None if isinstance(images, MappedImages) else _padded_once(images, *self._padding)
         self._loaded: Tensor | None = None
         self._labels, self._num_classes = labels, num_classes
-        self._mean, self._std = mean, std
+        self._views = num_views(augmentation)
+        self._mean, self._std = mean.repeat(self._views), std.repeat(self._views)
         coins = torch.rand(len(images), generator=torch.Generator().manual_seed(seed)) < 0.5
         self._mirrored_when_odd = coins.to(images.device)
         self._mirrored = self._mirrored_when_odd.clone()
@@ -188,7 +189,8 @@ class Augmenter:
         """The images `indices` (B,), int64 on the device, with random numbers from `generator` (of the same device).
 
         Returns images float32 (B, 3, S, S), normalised, in channels_last, and targets float32 (B, num_classes), rows
-        summing to 1. Calls `on_part("augmentation")` when the pixels are gathered (`training.loop.PARTS`).
+        summing to 1. Of several views (`policies.num_views`) there are (views * B) images: first all as they are.
+        Calls `on_part("augmentation")` when the pixels are gathered (`training.loop.PARTS`).
         """
         draw = Draws(len(indices), generator)
         pixels = self._randomly_resized(indices, self._cut, draw) if self._cut else self._cropped(indices, draw)
@@ -197,6 +199,7 @@ class Augmenter:
         labels = self._labels.index_select(0, indices)
         targets = images.new_zeros(len(indices), self._num_classes).scatter_(1, labels[:, None], 1.0)
         images, targets = self._mixed(self._erased(images, draw), targets, draw)
+        images = images.unflatten(1, (self._views, 3)).transpose(0, 1).flatten(0, 1)
         return images.contiguous(memory_format=torch.channels_last), targets
 
     def _changed(self, images: Tensor, draw: Draws) -> Tensor:
@@ -204,7 +207,7 @@ class Augmenter:
         if self._strength is None:
             return self._policy(images, draw)
         chosen = per_image(draw.chance(self._strength))
-        return torch.where(chosen, self._policy(images.clone(), draw), images)
+        return torch.where(chosen, self._policy(images.clone(), draw), images.repeat(1, self._views, 1, 1))
 
     def _chance(self, probability: float) -> float | Tensor:
         return probability if self._strength is None else probability * self._strength

@@ -11,14 +11,25 @@ _QUANTILES = 4096
 
 
 class Draws:
-    """Random numbers for `count` images, each (count,) or (count, *shape), on the generator's device."""
+    """Random numbers for `count` images, each (count,) or (count, *shape), on the generator's device, or moved to another."""
 
-    def __init__(self, count: int, generator: torch.Generator):
+    def __init__(self, count: int, generator: torch.Generator, device: torch.device | None = None):
         self._count, self._generator = count, generator
+        self._device = device or generator.device
 
     def unit(self, *shape: int) -> Tensor:
         """In [0, 1); without the two kernels that `uniform` takes to get there."""
-        return torch.rand(self._count, *shape, generator=self._generator, device=self._generator.device)
+        numbers = torch.rand(self._count, *shape, generator=self._generator, device=self._generator.device)
+        return numbers.to(self._device)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Of mean 0 and standard deviation 1."""
+        numbers = torch.randn(self._count, *shape, generator=self._generator, device=self._generator.device)
+        return numbers.to(self._device)
+
+    def poisson(self, rates: Tensor) -> Tensor:
+        """Whole numbers, as float32, of these rates (count, ...)."""
+        return torch.poisson(rates.to(self._generator.device), generator=self._generator).to(self._device)
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         """In [low, high)."""
@@ -26,15 +37,17 @@ class Draws:
 
     def integers(self, stop: int, *shape: int) -> Tensor:
         """int64 in [0, stop)."""
-        return torch.randint(stop, (self._count, *shape), generator=self._generator, device=self._generator.device)
+        shape = (self._count, *shape)
+        numbers = torch.randint(stop, shape, generator=self._generator, device=self._generator.device)
+        return numbers.to(self._device)
 
     def below(self, stop: Tensor) -> Tensor:
         """Whole numbers in [0, stop), as float32; `stop` (count,) is whole and has its own value for each image."""
         return (self.unit() * stop).floor_()
 
-    def chance(self, probability: float | Tensor) -> Tensor:
+    def chance(self, probability: float | Tensor, *shape: int) -> Tensor:
         """bool, true with this probability, a number or ()."""
-        return self.unit() < probability
+        return self.unit(*shape) < probability
 
     def of(self, values: Tensor, *shape: int) -> Tensor:
         """Of `values` (n,), all equally likely."""

@@ -31,7 +31,7 @@ from pipeline.data.operations import (
 )
 from pipeline.sections.augmentation import AnyAugmentation, AugMix, Custom, NoPolicy, RandAugment, TrivialAugment
 
-# Images float32 (B, 3, S, S) in [0, 1], which it may change in place, and draws for them -> images.
+# Images float32 (B, 3, S, S) in [0, 1], which it may change in place, and draws for them -> images (B, 3 * views, S, S).
 Policy = Callable[[Tensor, Draws], Tensor]
 
 _GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
@@ -59,9 +59,15 @@ def policy_of(augmentation: AnyAugmentation, size: int, device: torch.device) ->
             return partial(_in_turn, count, _Space(_NARROW, slice(magnitude, magnitude + 1), size, device))
         case AugMix(severity=severity):
             own, chains = beta_quantiles(augmentation.alpha, device), log_gamma_quantiles(augmentation.alpha, device)
-            return partial(_mixture, augmentation, _Space(_MIXED, slice(severity), size, device), own, chains)
+            mixture = partial(_mixture, augmentation, _Space(_MIXED, slice(severity), size, device), own, chains)
+            return partial(_with_mixtures, mixture) if augmentation.consistency else mixture
         case NoPolicy():
             return lambda images, draw: images
+
+
+def num_views(augmentation: AnyAugmentation) -> int:
+    """As how many images each one is trained: with a consistency loss as itself and as two mixtures."""
+    return 3 if isinstance(augmentation, AugMix) and augmentation.consistency else 1
 
 
 def _custom(a: Custom, size: int, images: Tensor, draw: Draws) -> Tensor:
@@ -172,6 +178,11 @@ def _mixture(a: AugMix, space: _Space, betas: Tensor, log_gammas: Tensor, images
     weights = draw.of(log_gammas, a.width).softmax(1)[..., None, None, None]
     mean = chains.view(-1, a.width, *images.shape[1:]).mul_(weights).sum(1)
     return torch.lerp(mean, images, per_image(draw.of(betas)))
+
+
+def _with_mixtures(mixture: Policy, images: Tensor, draw: Draws) -> Tensor:
+    """Views side by side as channels, so that what is erased or mixed afterwards is the same in all of them."""
+    return torch.cat([images, mixture(images, draw), mixture(images, draw)], dim=1)
 
 
 def operate(images: Tensor, operation: Tensor, parameter: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from safetensors.torch import load
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import NotReproduced, UserError
+from pipeline.evaluation.robustness import PREFIX as ROBUSTNESS
 from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
 from pipeline.models.build import weights_digest
 from pipeline.processes import StopOnSignal, this_process
@@ -32,8 +33,8 @@ from pipeline.training.loop import EpochReport
 
 # Packages whose code computes something of a run; a change of another one changes no bit.
 COMPUTING = frozenset({"torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow"})
-# Prefixes of metrics that depend on the machine's load, and not only on the training.
-MEASURED = ("time/", "throughput/", "memory/", "system/", "model/latency_ms")
+# Prefixes of metrics that depend on the machine's load, or were measured later: not on the training alone.
+MEASURED = ("time/", "throughput/", "memory/", "system/", "model/latency_ms", ROBUSTNESS)
 DEVIATIONS = 3
 
 

@@ -1,5 +1,6 @@
 """A study as one page: its answer, and everything that it rests on; templates/study.html has its order and its words."""
 
+import logging
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
@@ -11,12 +12,15 @@ import plotly.graph_objects as go
 
 from pipeline.errors import UserError, escape_control
 from pipeline.evaluation.calibration import reweighting_line
+from pipeline.evaluation.robustness import PREFIX
 from pipeline.registry.decision import FinalsDecision, find_winner
+from pipeline.registry.robustness import stored as stored_robustness
 from pipeline.report.analysis import effects, finals, importances
 from pipeline.report.best_trials import best_trials, changes
 from pipeline.report.control_comparison import Comparison, compare_with_control
 from pipeline.report.disagreement import FindData, disagreement
 from pipeline.report.figures import classes, parameters, scores
+from pipeline.report.figures.robustness import robustness
 from pipeline.report.render import render
 from pipeline.report.stored import aliases, histories
 from pipeline.report.trials import (
@@ -36,6 +40,8 @@ from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.run_data import find_data
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
+
+log = logging.getLogger(__name__)
 
 Section = tuple[dict[str, Any], dict[str, go.Figure]]  # what the template knows by name, and the figures
 
@@ -86,6 +92,7 @@ def study_page(
         for more_values, more_figures in (
             _parameters(tracker, frame),
             _results(tracker, frame, comparison),
+            _robustness(tracker, frame, comparison, decision),
             _disagreement(tracker, comparison, find),
         ):
             values |= more_values
@@ -193,6 +200,27 @@ def _class_curves(tracker: MlflowTracker, frame: pd.DataFrame, comparison: Compa
     curves = {metric: histories(tracker, run_ids, metric) for metric in classes.weakest_metrics(best)}
     is_complete = [(curve["run_id"] == best["run_id"]).sum() == best["epochs"] for curve in curves.values()]
     return {"class_curves": classes.curves(frame, best, curves)} if curves and all(is_complete) else {}
+
+
+def _robustness(
+    tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison, decision: FinalsDecision | None
+) -> Section:
+    """Of the finals' winner, the best trial or the control: the first of them that was measured."""
+    means = frame.set_index("run_id").get(f"{PREFIX}mean", pd.Series(dtype=float)).dropna()
+    shown = {decision.winner.run_id: "the winner"} if decision and decision.winner else {}
+    shown.setdefault(str(comparison.best["run_id"]), f"the {comparison.label}")
+    base = None if comparison.control is None else str(comparison.control["run_id"])
+    names = shown | ({base: "the control"} if base and base not in shown else {})
+    for run_id, name in names.items():
+        try:
+            found = stored_robustness(tracker, run_id) if run_id in means else None
+        except UserError as error:
+            log.warning(error.lines[0])
+            continue
+        if found:
+            control_mean = means.get(base) if base != run_id else None
+            return {}, {"robustness": robustness(found, name, control_mean)}
+    return {}, {}
 
 
 def _disagreement(tracker: MlflowTracker, comparison: Comparison, find: FindData) -> Section:

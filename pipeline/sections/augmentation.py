@@ -75,7 +75,7 @@ class RandAugment(Augmentation):
 
 
 class AugMix(Augmentation):
-    """The image, blended with a mean of chains of 13 operations (AugMix, arXiv 1912.02781), without its loss."""
+    """The image, blended with a mean of chains of 13 operations (AugMix, arXiv 1912.02781)."""
 
     policy: Literal["augmix"] = "augmix"
     severity: int = Field(3, ge=1, le=10, description="a magnitude is one of the lowest so many of 10")
@@ -83,6 +83,12 @@ class AugMix(Augmentation):
     depth: Literal[-1, 1, 2, 3] = Field(-1, description="operations of a chain; -1: one to three, at random")
     alpha: float = Field(
         1.0, ge=0.1, le=10, description="chains' parts: Dirichlet(alpha, ...); own: Beta(alpha, alpha)"
+    )
+    consistency: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="weight of a loss for differing predictions of the image and two mixtures of it; 12 in the paper",
     )
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from pipeline.data.augment import Augmenter, RandomCrop, normalise
 from pipeline.data.datasets import Split
 from pipeline.data.mapped import MappedImages
+from pipeline.data.policies import num_views
 from pipeline.data.prepare import TrainingData
 from pipeline.data.sampler import Sampler
 from pipeline.evaluation.logits import autocast, predict_logits
@@ -24,11 +25,12 @@ from pipeline.models.build import check_start_size, initial_network, pixel_stati
 from pipeline.models.layers import FitsFirstLayer
 from pipeline.recipe import Recipe
 from pipeline.runtime import keep_freed_memory
+from pipeline.sections.augmentation import AugMix
 from pipeline.training import progressive
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
 from pipeline.training.freezing import Freezing
-from pipeline.training.losses import loss_of
+from pipeline.training.losses import consistency_loss, loss_of
 from pipeline.training.optimizers import build_optimizer, set_lr
 from pipeline.training.resume import Parts, Resume
 from pipeline.training.teacher import load_teacher
@@ -238,8 +240,8 @@ class _Learner:
         with autocast(self._device, settings.precision):
             logits = self._forward(progressive.at_size(batch, self._size))
             with torch.no_grad():  # sees images of full size, as it was trained with
-                teacher_logits = self._teacher(batch) if self._teacher else None
-        loss = self._loss(logits, targets, teacher_logits)
+                teacher_logits = self._teacher(batch[: len(targets)]) if self._teacher else None
+        loss, logits = self._loss_of_views(logits, targets, teacher_logits)
         with torch.no_grad():
             self._last_loss.copy_(loss)
             self._loss_sum.add_(loss)
@@ -253,6 +255,14 @@ class _Learner:
         optimizer.step()
         if self.parts.average:
             self.parts.average.update(network)
+
+    def _loss_of_views(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss, and the logits (B, C) of the images themselves, of which further views may follow."""
+        own, augmentation = logits[: len(targets)], self._recipe.augmentation
+        loss = self._loss(own, targets, teacher_logits)
+        if isinstance(augmentation, AugMix) and augmentation.consistency:
+            loss = loss + augmentation.consistency * consistency_loss(logits, num_views(augmentation))
+        return loss, own
 
     def evaluate(self, score_plain: bool) -> tuple[Tensor, dict[str, float]]:
         """Validation logits (num_validation, num_classes), and the epoch's losses and scores by MLflow name."""

@@ -70,6 +70,17 @@ def weighted_focal(
     return (losses if weights is None else losses * (targets * weights).sum(1)).mean()
 
 
+def consistency_loss(logits: Tensor, views: int) -> Tensor:
+    """How much predictions of several views of the same images differ: logits (views * N, C) -> a float32 scalar, nats.
+
+    The Jensen-Shannon divergence between an image's views, averaged over images (AugMix, arXiv 1912.02781); the mean
+    prediction is kept above 1e-7, as there.
+    """
+    log_p = logits.float().unflatten(0, (views, -1)).log_softmax(2)
+    p = log_p.exp()
+    return (p * (log_p - p.mean(0).clamp(1e-7, 1).log())).sum(2).mean()
+
+
 def class_weights(labels: Tensor, num_classes: int, power: float) -> Tensor:
     """float32 (C,) of images with these labels (N,): counts^-power, scaled so that their mean over the images is 1."""
     counts = class_counts(labels, num_classes).double()

@@ -34,6 +34,7 @@ def test_commands_and_options_are_frozen() -> None:
         "promote": "--data-dir --dataset --force --model --reason --rules --run --tracking-uri name",
         "relocate": "",
         "reproduce": "--data-dir --dataset --device --tolerance --tracking-uri run",
+        "robustness": "--data-dir --dataset --device --tracking-uri model",
         "rollback": "--model --reason --tracking-uri --version",
         "serve": "--port --tracking-uri model",
         "study": (

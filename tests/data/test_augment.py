@@ -123,6 +123,18 @@ def test_each_image_of_a_batch_gets_its_own_draw(changes: Any) -> None:
     assert len(result[::2].flatten(1).unique(dim=0)) > 16
 
 
+def test_views_share_all_but_what_the_policy_does() -> None:
+    images, views = random_images(20), {"policy": "augmix", "consistency": 12.0}
+    own, one, other = augmenter(images, **views).batch(torch.arange(20), generator())[0].chunk(3)
+    assert torch.equal(own, augment.normalise(images, MEAN, STD))
+    assert not torch.equal(one, own) and not torch.equal(one, other)
+    erased, targets = augmenter(images, **views, erasing=1.0).batch(torch.arange(20), generator())
+    own, one, other = (erased == 0).all(1).chunk(3)  # in all channels; one alone may be the mean by chance
+    assert own.any() and torch.equal(own, one) and torch.equal(own, other) and len(targets) == 20
+    mixed = augmenter(images, **views, mixup=1.0).batch(torch.arange(20), generator())[0].chunk(3)
+    assert (mixed[0] - mixed[1]).abs().mean() < 0.6 * (mixed[0] - mixed[1].roll(1, 0)).abs().mean()
+
+
 def test_no_step_waits_for_the_device() -> None:
     made = augmenter(random_images(20), crop_padding=4, horizontal_flip=0.5, **EVERYTHING)
     indices, state, values = torch.arange(20), generator(), torch.rand(3)

@@ -13,8 +13,10 @@ from playwright.sync_api import Browser, sync_playwright
 
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
+from pipeline.evaluation.robustness import Robustness
 from pipeline.experiment import ExperimentRequest
 from pipeline.recipe import Recipe
+from pipeline.registry.robustness import find_run, keep
 from pipeline.report.render import write
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
@@ -46,6 +48,9 @@ def store(
             tags=RunTags(role="trial", study="odd-v1-digits", trial=number),
         )
         ids.append(tracker.id_of(experiment.run(request, tracker).run_key))
+    robustness = Robustness(144, 0.9, np.full((15, 5), 0.5))
+    for run_id in ids:
+        keep(tracker, find_run(tracker, run_id), robustness)
     dice = np.random.default_rng(0)
     for number in range(2, 16):  # without files
         state = {14: State.PRUNED, 15: State.FAILED}.get(number, State.FINISHED)

@@ -71,6 +71,8 @@ def test_the_answer_is_in_numbers_that_the_store_has(store: Store, odd: Path) ->
     assert said.count("rare classes counted more") == 1
     assert "The best: rare classes counted more in training (class weights of power 0.25): the rarer half" in said
     assert 'href="http://127.0.0.1:5000/#/a?b=1&amp;c=2"' in said
+    assert "The best: accuracy 0.9000 on 144 images as they are, 0.5000 (the control 0.5000) corrupted" in said
+    assert "<h2>Accuracy on corrupted images" not in page_of(store, "tiny"), "where nothing was measured"
     assert "0.4000" in said.split("<h2>Finals")[1].split("</section>")[0], "the mean of two seeds"
 
 

@@ -227,6 +227,17 @@ def test_every_policy_trains(policy: str, small_recipe: Recipe, digits: Training
     assert math.isfinite(result.history[-1].metrics["train/loss"])
 
 
+def test_a_consistency_loss_counts_by_its_weight(small_recipe: Recipe, digits: TrainingData) -> None:
+    one_step = {"augmentation.policy": "augmix", "training.epochs": 1, "training.batch_size": len(digits.train.labels)}
+    losses = [
+        train(small_recipe.changed(one_step | {"augmentation.consistency": weight}), digits, CPU).history[0].metrics
+        for weight in (5.0, 10.0, 15.0)
+    ]
+    first, second, third = (metrics["train/loss"] for metrics in losses)
+    assert second - first == pytest.approx(third - second, rel=1e-3) and second - first > 1e-3
+    assert losses[0]["train/accuracy"] == losses[2]["train/accuracy"] <= 1
+
+
 def test_the_loop_knows_neither_mlflow_nor_optuna() -> None:
     source = inspect.getsource(loop)
     assert "mlflow" not in source.lower().replace("neither mlflow", "").replace("by mlflow name", "")

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from pipeline.sections.loss import CrossEntropy, Focal
-from pipeline.training.losses import class_weights, distillation, loss_of, soft_cross_entropy, weighted_focal
+from pipeline.training.losses import (
+    class_weights,
+    consistency_loss,
+    distillation,
+    loss_of,
+    soft_cross_entropy,
+    weighted_focal,
+)
 
 LABELS = torch.tensor([0] * 100 + [1] * 10 + [2] * 4)
 
@@ -134,3 +141,16 @@ def test_distillation_is_hintons(temperature):
     own = soft_cross_entropy(logits, targets, 0.1).item()
     assert loss(logits, targets, teacher).item() == pytest.approx(0.3 * own + 0.7 * expected, rel=1e-5)
     assert loss(logits, targets).item() == pytest.approx(own)
+
+
+def test_consistency_is_the_papers_divergence_between_views():
+    """Restated: the mean over three views of KL(view || mean prediction), summed over classes, averaged over images."""
+    logits = torch.randn(3 * 20, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    p = np.exp(logits.numpy()).reshape(3, 20, 10)
+    p /= p.sum(axis=2, keepdims=True)
+    log_mean = np.log(np.clip(p.mean(axis=0), 1e-7, 1))
+    expected = sum((view * (np.log(view) - log_mean)).sum() / 20 for view in p) / 3
+    for dtype, precision in ((torch.float32, 1e-6), (torch.bfloat16, 0.01)):
+        loss = consistency_loss(logits.to(dtype), 3)
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=precision)
+    assert consistency_loss(logits[:20].repeat(3, 1), 3).item() == pytest.approx(0, abs=1e-6)

@@ -1,0 +1,67 @@
+"""A run's accuracy on corrupted validation images: measured once, and kept in the run as metrics and a table."""
+
+from collections.abc import Callable
+
+import torch
+from mlflow.entities import Metric
+
+from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
+from pipeline.evaluation.logits import predict_logits
+from pipeline.evaluation.robustness import Robustness, measure_robustness
+from pipeline.inference.classifier import Classifier
+from pipeline.tracking import queries
+from pipeline.tracking.run import now_ms
+from pipeline.tracking.store import is_active
+from pipeline.tracking.tags import StoredRun
+from pipeline.tracking.tracker import MlflowTracker
+
+FILE = "robustness.csv"
+
+
+def find_run(tracker: MlflowTracker, run_id: str) -> StoredRun:
+    """The run that keeps what is measured of its model; UserError where it can't."""
+    run = tracker.store.run(run_id) if run_id else None
+    if run is None:
+        rule = "is not in this tracking store, which would keep what is measured of its model"
+        raise UserError(f"run {run_id}".strip(), rule, "name another store by `--tracking-uri`")
+    if not is_active(run):
+        raise UserError(f"run {run_id}", "was deleted in MLflow", tracker.store.how_to_restore(run.info.experiment_id))
+    return run
+
+
+def measure(
+    classifier: Classifier, data: TrainingData, on_part: Callable[[int, int], None] = lambda done, parts: None
+) -> Robustness:
+    """Of the validation images of its data, by its plain predictions; `on_part` as in `measure_robustness`."""
+    metadata, device = classifier.metadata, classifier.device
+    mean, std = (torch.tensor(values, device=device) for values in (metadata.mean, metadata.std))
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        return predict_logits(classifier.network, images, mean, std, metadata.recipe.training.precision).argmax(1)
+
+    return measure_robustness(predict, data.validation.images, data.validation.labels, device, on_part)
+
+
+def keep(tracker: MlflowTracker, run: StoredRun, robustness: Robustness) -> None:
+    """Into the run. Cut off, it can be repeated: the table comes first, and no metric gets a second point."""
+    tracker.client.log_text(run.info.run_id, robustness.to_csv(), FILE)
+    step = int(run.data.params["training.epochs"])
+    missing = {name: value for name, value in robustness.metrics().items() if name not in run.data.metrics}
+    metrics = [Metric(name, value, now_ms(), step) for name, value in missing.items()]
+    tracker.client.log_batch(run.info.run_id, metrics=metrics)
+
+
+def stored(tracker: MlflowTracker, run_id: str) -> Robustness | None:
+    """What a run keeps; None where it was not measured yet, UserError where its table is damaged."""
+    content = queries.read_file(tracker, run_id, FILE)
+    if content is None:
+        return None
+    try:
+        return Robustness.from_csv(content.decode())
+    except ValueError as error:  # UnicodeDecodeError and pandas' own are some
+        rule, remedy = (
+            f"its {FILE} is damaged ({error})",
+            f"remove that artifact, and `robustness {run_id}` measures anew",
+        )
+        raise UserError(f"run {run_id}", rule, remedy) from None
