@@ -99,7 +99,8 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
     """The search's data set, split and on the device, which can execute the steps of all trials if it has to."""
     from pipeline.data.datasets import load
     from pipeline.data.prepare import prepare
-    from pipeline.models.build import initial_network
+    from pipeline.models.build import build_network, initial_network
+    from pipeline.training.checkpoints import load_initial
     from pipeline.training.execution import check_execution
 
     for recipe in search.executed() if execute else ():
@@ -108,6 +109,9 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
         initial_network(recipe.model, 2, recipe.data.image_size, seed=0)
     about = search.base.data
     data = prepare(load(about, expand(data_dir), HOME), about, device)
+    control = search.recipe({})
+    if file := control.transfer.weights_file:
+        load_initial(file, build_network(control.model, len(data.classes), control.data.image_size, seed=0))
     freeze_imports()
     return data
 
