@@ -47,7 +47,7 @@ class Compression:
     @property
     def name(self) -> str:
         """Of its run."""
-        return f"{self.parent.info.run_name}, pruned by {self.sparsity:g}"
+        return f"{self.parent.info.run_name} (sparsity {self.sparsity:g})"
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def measure(
             package(tracker, run_id, model.folder, folder, images=data.validation.images[:].cpu())
         recipes = {"original": (compression.original.metadata.recipe, original)}
         recipes["pruned"] = (compression.recipe, folder / MODEL)
-        models = {}
+        models: dict[str, tuple[Recipe, Path]] = {}
         for title, (recipe, path) in recipes.items():
             quantised = path.with_name(QUANTISED_MODEL)
             export.quantise(path, quantised, export.calibration_pixels(data))

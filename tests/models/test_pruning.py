@@ -64,6 +64,6 @@ def test_network_whose_channels_can_not_be_followed_is_refused() -> None:
     recipe = recipe_of({"network": "expert", "widths": (8, 16)})
     narrow = narrower(recipe, 0.5, 10)
     with pytest.raises(
-        UserError, match="ExpertNetwork: torch-pruning can't follow its channels: .* not called as a layer"
+        UserError, match=r"ExpertNetwork: torch-pruning can't follow its channels: .* not called as a layer"
     ):
         pruned(build_network(recipe.model, 10, 16, seed=0), narrow, 10)

@@ -1,15 +1,16 @@
 """A run is pruned, trained on under a run of its own, and from there on is a run like any other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Trained
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError
 from pipeline.inference.classifier import Classifier
+from pipeline.models.build import build_network
+from pipeline.recipe import Recipe
 from pipeline.registry import compress, initial_weights, reproduce
 from pipeline.registry.compress import Compression
 from pipeline.registry.promote import promote
@@ -17,6 +18,7 @@ from pipeline.tracking import queries
 from pipeline.tracking.models import find_model, sha256_of
 from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker
+from pipeline.training.loop import train
 from registry.helpers import DATA, RULES, RecordingObserver, Store
 
 CPU = torch.device("cpu")
@@ -79,11 +81,8 @@ def test_reproduced_bit_for_bit_where_the_initial_weights_are_gone(done: Done, d
 
 
 def test_initial_weights_that_are_others_are_refused(
-    trained: Trained, small_recipe, digits: TrainingData, tmp_path: Path
+    small_recipe: Recipe, digits: TrainingData, tmp_path: Path
 ) -> None:
-    from pipeline.models.build import build_network
-    from pipeline.training.loop import train
-
     network = build_network(small_recipe.model, 10, 8, seed=0)
     recipe = small_recipe.changed({"transfer.weights": initial_weights.keep(network, tmp_path)})
     narrow = recipe.changed({"model.widths": (4, 7)})
@@ -105,7 +104,5 @@ def test_promoted_as_any_run(store: Store, done: Done, tmp_path: Path) -> None:
 
 
 def test_other_data_is_refused(done: Done, digits: TrainingData) -> None:
-    from dataclasses import replace
-
     with pytest.raises(DataError, match="trained on other data than is here"):
         compress.train(done.tracker, done.plan, replace(digits, digest="other"), CPU)
