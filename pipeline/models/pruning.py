@@ -78,7 +78,8 @@ def pruned(network: nn.Module, recipe: Recipe, num_classes: int) -> nn.Module:
     """The network of a recipe that `narrower` gave, with the weights of the most important channels of `network`.
 
     What depends on a channel (the filter that makes it, its norm, what reads it, what is added to it) goes with it, and
-    its importance is the sum of their squared weights, averaged over these layers. UserError where torch-pruning can't follow the channels of such a network.
+    its importance is the sum of their squared weights, averaged over these layers. UserError where
+    torch-pruning can't follow the channels of such a network.
     """
     size = recipe.data.image_size
     narrow = build_network(recipe.model, num_classes, size, recipe.training.seed)

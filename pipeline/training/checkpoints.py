@@ -51,8 +51,7 @@ def load_initial(weights: tuple[str, str], network: nn.Module) -> None:
     path, sha256 = Path(weights[0]), weights[1]
     if damage := _damage(path, sha256):
         rule = f"the weights that the recipe starts from: {damage}"
-        remedy = f"put the file of SHA-256 {sha256[:16]}... there, or name another by `--set transfer.weights=...`"
-        raise UserError(str(path), rule, remedy)
+        raise UserError(str(path), rule, f"put the file of SHA-256 {sha256[:16]}... there")
     load_weights(path, network)
 
 

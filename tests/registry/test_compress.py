@@ -7,18 +7,15 @@ import pytest
 import torch
 
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import DataError, UserError
+from pipeline.errors import DataError
 from pipeline.inference.classifier import Classifier
-from pipeline.models.build import build_network
-from pipeline.recipe import Recipe
-from pipeline.registry import compress, initial_weights, reproduce
+from pipeline.registry import compress, reproduce
 from pipeline.registry.compress import Compression
 from pipeline.registry.promote import promote
 from pipeline.tracking import queries
 from pipeline.tracking.models import find_model, sha256_of
 from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker
-from pipeline.training.loop import train
 from registry.helpers import DATA, RULES, RecordingObserver, Store
 
 CPU = torch.device("cpu")
@@ -78,20 +75,6 @@ def test_reproduced_bit_for_bit_where_the_initial_weights_are_gone(done: Done, d
     comparison = reproduce.compare(done.tracker, original, done.tracker.id_of(outcome.run_key), 144, None)
     assert comparison.equal, comparison.lines
     assert Path(path).exists()
-
-
-def test_initial_weights_that_are_others_are_refused(
-    small_recipe: Recipe, digits: TrainingData, tmp_path: Path
-) -> None:
-    network = build_network(small_recipe.model, 10, 8, seed=0)
-    recipe = small_recipe.changed({"transfer.weights": initial_weights.keep(network, tmp_path)})
-    narrow = recipe.changed({"model.widths": (4, 7)})
-    with pytest.raises(UserError, match=r"shape \(8,.* in the file and shape \(7,.* in the network"):
-        train(narrow, digits, CPU)
-    path = Path((recipe.transfer.weights_file or ("",))[0])
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="the weights that the recipe starts from: damaged"):
-        train(recipe, digits, CPU)
 
 
 @pytest.mark.usefixtures("one_export_a_model")
