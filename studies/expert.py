@@ -36,7 +36,7 @@ BASE = parse_recipe(
 def space(trial: Trial) -> None:
     """Augmentation, optimizer, schedule, label smoothing and batch size."""
     suggest_augmentation(trial)
-    suggest_optimizer(trial, kinds=("sgd", "adamw", "adam"))
+    suggest_optimizer(trial, kinds=("sgd", "adamw", "adam", "muon"))
     suggest_schedule(trial, kinds=("one_cycle", "cosine", "step"))
     suggest_training(trial)
 

@@ -37,7 +37,7 @@ BASE = parse_recipe(
 def space(trial: Trial) -> None:
     """Augmentation, optimizer, schedule, label smoothing, batch size and dropout."""
     suggest_augmentation(trial)
-    suggest_optimizer(trial, kinds=("sgd", "adamw", "adam"))
+    suggest_optimizer(trial, kinds=("sgd", "adamw", "adam", "muon"))
     suggest_schedule(trial)
     suggest_training(trial)
     trial.suggest_float("model.dropout", 0, 0.5, step=0.1)

@@ -35,7 +35,7 @@ BASE = parse_recipe(
 def space(trial: Trial) -> None:
     """Augmentation, optimizer and schedule, where dropout stands, and how long is best."""
     suggest_augmentation(trial)
-    suggest_optimizer(trial, kinds=("sgd", "adamw", "adam"))
+    suggest_optimizer(trial, kinds=("sgd", "adamw", "adam", "muon"))
     suggest_schedule(trial, kinds=("one_cycle", "cosine", "constant"))
     suggest_training(trial)
     trial.suggest_float("model.convolution_dropout", 0, 0.2, step=0.1)

@@ -64,7 +64,6 @@ hypothesis.settings.load_profile("same")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# Settings of `attention` that train in a second.
 @pytest.fixture(autouse=True)
 def _environment_of_a_training_ends_with_its_test() -> Iterator[None]:
     """A deterministic training sets a variable for its process; the commands that later tests start would report it."""
@@ -74,14 +73,20 @@ def _environment_of_a_training_ends_with_its_test() -> Iterator[None]:
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
+# Settings of `attention` that train in a second.
 TINY_NETWORK = (
     "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 augmentation.crop_padding=2"
 )
 NO_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 
 
+def run_forked(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process that is forked, without 2 to 5 s of imports: for all but a command's first run."""
+    return shared_fork_server().run(words, cwd, **environment)
+
+
 def run_pipeline(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command as a user types it, in a process of its own."""
+    """A command as a user types it, in a process of its own that imports everything."""
     command = [sys.executable, "-m", "pipeline", *words]
     settings = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", **environment}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=settings)

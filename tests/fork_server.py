@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ PRELOADED = (
         "pipeline.search.run_study",
     ),
 )
+
+
+# As it is before a test changes it: the server may be started inside one.
+INHERITED = dict(os.environ)
 
 
 class Forked:
@@ -155,15 +160,19 @@ def begin(request: dict[str, Any], files: list[int], hook: dict[str, Any] | None
     os.chdir(request["cwd"])
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         setattr(sys, name, open(number, "r" if not number else "w", closefd=False))  # noqa: SIM115
-    tune(LIMITS | json.loads(os.environ.get("CHAOS_LIMITS", "{}")))
+    if request["role"] != "script":
+        tune(LIMITS | json.loads(os.environ.get("CHAOS_LIMITS", "{}")))
     if seed := os.environ.get("CHAOS_CLOCK"):
         jump(random.Random(int(seed)))
     if hook:
         arm(hook)
-    code = 1
+    ended_with = 1
     try:
         if request["role"] == "worker":
             from pipeline.search.worker import main
+        elif request["role"] == "script":
+            code, *sys.argv[1:] = request["words"]
+            main = functools.partial(exec, code, {"__name__": "__main__"})
         else:
             from pipeline.cli.main import main
             from pipeline.search import local_pool
@@ -172,14 +181,16 @@ def begin(request: dict[str, Any], files: list[int], hook: dict[str, Any] | None
             module.subprocess = type("Spawning", (), {"Popen": Forked, "PIPE": -1})
             sys.argv = ["pipeline", *request["words"]]
         main()
-        code = 0
+        ended_with = 0
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
+        ended_with = ended.code if isinstance(ended.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)
+        os._exit(ended_with)
 
 
 def serve(path: str) -> None:
@@ -194,7 +205,7 @@ def serve(path: str) -> None:
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(woken)
     children: dict[int, tuple[str, socket.socket]] = {}
-    hooks: dict[str, list[dict[str, Any]]] = {"worker": [], "command": []}
+    hooks: dict[str, list[dict[str, Any]]] = {"worker": [], "command": [], "script": []}
     watch = selectors.DefaultSelector()
     for source in (listening, wake, 0):
         watch.register(source, selectors.EVENT_READ)
@@ -257,7 +268,7 @@ class ForkServer:
 
     def __init__(self, folder: Path):
         self.address = str(folder / "fork_server")
-        environment = os.environ | {
+        environment = INHERITED | {
             "PYTHONPATH": str(Path(__file__).parents[1]),
             "OMP_NUM_THREADS": "1",
             "FORK_SERVER": self.address,
@@ -297,15 +308,64 @@ class ForkServer:
         """Whoever is started from now on lives."""
         self.ask({"role": "disarm"}).close()
 
-    def run(self, words: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    def run(self, words: Sequence[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         """`python -m pipeline WORDS` in a folder, to its end."""
-        request = {"role": "command", "words": list(words), "cwd": str(folder), "env": {"COLUMNS": "120"}}
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, open(os.devnull) as nothing:
-            with self.ask(request, [file.fileno() for file in (nothing, out, err)]) as talk, talk.makefile() as answers:
-                _, code = int(answers.readline()), int(answers.readline())
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            command = Process(self, words, folder, (out.fileno(), err.fileno()), {"COLUMNS": "120", **environment})
+            code = command.wait()
             out.seek(0)
             err.seek(0)
             return subprocess.CompletedProcess(list(words), code, out.read(), err.read())
+
+    def start(self, words: Sequence[str], folder: Path, log: Path, **environment: str) -> "Process":
+        """`python -m pipeline WORDS` in a folder; what it says is added to a log."""
+        with log.open("ab") as out:
+            return Process(self, words, folder, (out.fileno(), out.fileno()), {"COLUMNS": "200", **environment})
+
+    def script(self, code: str, *words: str) -> "Process":
+        """`python -c CODE WORDS` in the current folder."""
+        return Process(self, [code, *words], Path.cwd(), (1, 2), dict(os.environ), role="script")
+
+
+class Process:
+    """A process of the fork server's: a command's words, or a script's code and words."""
+
+    def __init__(
+        self,
+        server: ForkServer,
+        words: Sequence[str],
+        folder: Path,
+        output: tuple[int, int],
+        environment: dict[str, str],
+        role: str = "command",
+    ):
+        request = {"role": role, "words": list(words), "cwd": str(folder), "env": environment}
+        with open(os.devnull) as nothing:
+            self._talk = server.ask(request, [nothing.fileno(), *output])
+        with self._talk.makefile("rb", buffering=0) as heard:  # reads no byte too many
+            self.pid = int(heard.readline())
+        self._code: int | None = None
+
+    def code(self, timeout_s: float = 0.001) -> int | None:
+        """How it ended; None where it has not by then."""
+        if self._code is None:
+            self._talk.settimeout(timeout_s)
+            with contextlib.suppress(TimeoutError):
+                self._code = int(self._talk.recv(64) or b"-9")
+                self._talk.close()
+        return self._code
+
+    def wait(self, timeout_s: float = 300) -> int:
+        """How it ended."""
+        code = self.code(timeout_s)
+        assert code is not None, "it still runs"
+        return code
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it lives."""
+        if self.code() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
 
 @functools.cache

@@ -53,10 +53,7 @@ def test_change_of_kind_starts_from_its_defaults() -> None:
 
 def test_change_of_kind_keeps_fields_without_default() -> None:
     assert RECIPE.changed({"optimizer.name": "adam"}).optimizer.lr == 0.1
-    assert lines_of({"optimizer.name": "muon"}) == [
-        "optimizer.bias_lr: needs a value",
-        "optimizer.head_lr: needs a value",
-    ]
+    assert RECIPE.changed({"optimizer.name": "muon"}).optimizer.lr == 0.1
 
 
 def test_a_recipe_without_a_policy_and_a_loss_has_the_former_ones() -> None:

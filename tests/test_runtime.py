@@ -207,7 +207,8 @@ import os, sys
 class Finder:
     def find_spec(self, name, *others):
         if name == "mlflow":
-            print(os.environ.get("MLFLOW_DISABLE_TELEMETRY"))
+            print(os.environ.get("MLFLOW_DISABLE_TELEMETRY"), flush=True)
+            os._exit(0)  # the rest of the imports takes seconds
 sys.meta_path.insert(0, Finder())
 import {start}
 """

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import psutil
 import pytest
-from conftest import TINY_NETWORK, run_pipeline
+from conftest import TINY_NETWORK, run_forked
 
 from pipeline.cli.main import _Formatter, main
 from pipeline.errors import UserError, redact_secrets, redact_uri
@@ -24,7 +24,7 @@ STUDY = ("study", "attention", "--dataset", "digits", "--epochs", "1", "--trials
 
 def pipeline(*words: str, cwd: Path, **environment: str) -> str:
     """All that the command says."""
-    done = run_pipeline(*words, cwd=cwd, **{"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"} | environment)
+    done = run_forked(*words, cwd=cwd, **{"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"} | environment)
     return done.stdout + done.stderr
 
 

@@ -14,19 +14,27 @@ _LIGHT = {
     "augmentation.mixup": 0,
     "augmentation.cutmix": 0,
 }
+_ONE_CYCLE = {"schedule.name": "one_cycle", "schedule.peak": 0.25}
 _SGD = {
+    **_ONE_CYCLE,
     "optimizer.name": "sgd",
     "optimizer.momentum": 0.9,
     "optimizer.nesterov": True,
     "optimizer.weight_decay": 5e-4,
-    "schedule.name": "one_cycle",
-    "schedule.peak": 0.25,
 }
-# Strong for many networks, and of different kinds, so that one of them is likely to be near a study's best. Rates are
-# for batches of 128 images unless they say other. Trainings of a search are short and rather fit too little: two of them
-# have less dropout than most networks were published with.
+# Strong for many networks, and of different kinds, so that one of them is likely to be near a study's best; the best
+# first, as a study takes only some (`search.MAX_STARTS`), of the optimizers that it searches. Rates are for batches of
+# 128 images unless they say other. Trainings of a search are short and rather fit too little: three of
+# them have less dropout than most networks were published with.
 PORTFOLIO: Mapping[str, Mapping[str, Any]] = {
-    "SGD, one-cycle": {**_LIGHT, **_SGD, "optimizer.lr": 0.1},
+    "Muon, smoothing": {
+        **_LIGHT,
+        **_ONE_CYCLE,
+        "optimizer.name": "muon",
+        "optimizer.lr": 0.06,
+        "loss.label_smoothing": 0.1,
+        "model.dropout": 0.1,
+    },
     "SGD, small batches, smoothing": {
         **_LIGHT,
         **_SGD,
@@ -45,6 +53,7 @@ PORTFOLIO: Mapping[str, Mapping[str, Any]] = {
         "model.dropout": 0.1,
     },
     "SGD, CutMix": {**_LIGHT, **_SGD, "optimizer.lr": 0.1, "augmentation.cutmix": 0.3},
+    "SGD, one-cycle": {**_LIGHT, **_SGD, "optimizer.lr": 0.1},
 }
 
 

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from optuna import Trial
 
 # For batches of 128 images.
-LR = {"sgd": (5e-3, 0.3), "adam": (3e-4, 1e-2), "adamw": (3e-4, 1e-2), "muon": (0.05, 1.0)}
+LR = {"sgd": (5e-3, 0.3), "adam": (3e-4, 1e-2), "adamw": (3e-4, 1e-2), "muon": (0.01, 0.3)}
 WEIGHT_DECAY = {
     "sgd": (0, 1e-4, 5e-4, 2e-3),
     "adam": (0, 1e-4, 5e-4, 2e-3),
     "adamw": (0, 0.01, 0.05, 0.2),
-    "muon": (0, 0.004, 0.02),
 }
 POLICIES = ("none", "trivialaugment", "randaugment", "custom")
 
@@ -39,11 +38,14 @@ def suggest_augmentation(trial: Trial, policies: Sequence[str] = POLICIES) -> No
         trial.suggest_float("augmentation.hue", 0, 0.1, step=0.05)
 
 
-def suggest_optimizer(trial: Trial, kinds: Sequence[str] = ("sgd", "adamw")) -> None:
-    """One of these kinds of optimizer, its rate and weight decay."""
+def suggest_optimizer(trial: Trial, kinds: Sequence[str] = ("sgd", "adamw", "muon")) -> None:
+    """One of these kinds of optimizer, its rate and weight decay; Muon, whose filters don't decay, its other rate."""
     kind = trial.suggest_categorical("optimizer.name", kinds)
     trial.suggest_float(f"optimizer.lr@{kind}", *LR[kind], log=True)
-    trial.suggest_categorical(f"optimizer.weight_decay@{kind}", WEIGHT_DECAY[kind])
+    if kind == "muon":
+        trial.suggest_float("optimizer.head_lr", 0.02, 0.5, log=True)
+    else:
+        trial.suggest_categorical(f"optimizer.weight_decay@{kind}", WEIGHT_DECAY[kind])
     if kind == "sgd":
         trial.suggest_categorical("optimizer.nesterov", [False, True])
 

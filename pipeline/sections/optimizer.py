@@ -49,18 +49,18 @@ class Muon(Section):
     """Orthogonalised momentum for convolution filters, SGD with Nesterov momentum for everything else.
 
     After airbench94_muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/). Every rate is of the mean loss and
-    follows the schedule. A step first sets the norm of each convolution's weights to the root of its output channels,
-    so batch norm has to follow every convolution; filters don't decay.
+    follows the schedule. A step first sets the norm of each convolution's weights to the root of its output channels, as
+    if batch norm followed every convolution; filters don't decay. Defaults are for batches of about 128 images.
     """
 
     name: Literal["muon"] = "muon"
     lr: float = Field(gt=0, le=100, description="of the filters: about the length that a step moves each of them")
     momentum: float = Field(0.6, ge=0, lt=1, description="of the filters")
-    bias_lr: float = Field(gt=0, le=1e6, description="of biases, scales and all else that has one dimension")
-    head_lr: float = Field(gt=0, le=1e6, description="of linear layers' weights")
-    sgd_momentum: float = Field(0.85, ge=0, lt=1, description="of all but the filters")
+    bias_lr: float = Field(0.1, gt=0, le=1e6, description="of biases, scales and all else that has one dimension")
+    head_lr: float = Field(0.1, gt=0, le=1e6, description="of linear layers' weights")
+    sgd_momentum: float = Field(0.9, ge=0, lt=1, description="of all but the filters")
     weight_decay: float = Field(
-        0.004, ge=0, le=1, description="of all but the filters: their rate * L2 coefficient, whatever the rate"
+        5e-5, ge=0, le=1, description="of all but the filters: their rate * L2 coefficient, whatever the rate"
     )
     whitening_share: Fraction = Field(
         1.0, description="of the training, in which a whitening layer's bias learns, the schedule squeezed into it"

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sqlite3
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 import optuna
 import torch
 from conftest import TINY_NETWORK as TINY
-from fork_server import ForkServer
+from fork_server import ForkServer, Process
 from optuna.trial import FrozenTrial
 from safetensors.torch import load_file
 
@@ -76,32 +75,6 @@ def write_table(rows: list[Row], folder: Path) -> str:
     return "\n".join(lines)
 
 
-class Command:
-    """`python -m pipeline WORDS` as a process of the fork server's; its output goes to a log."""
-
-    def __init__(self, fork_server: ForkServer, words: list[str], folder: Path, log: Path, environment: dict[str, str]):
-        request = {"role": "command", "words": words, "cwd": str(folder), "env": {"COLUMNS": "200"} | environment}
-        with log.open("ab") as out, open(os.devnull) as nothing:
-            self._talk = fork_server.ask(request, [nothing.fileno(), out.fileno(), out.fileno()])
-        self._heard = self._talk.makefile("rb")
-        self.pid = int(self._heard.readline())
-        self._code: int | None = None
-
-    def code(self, timeout_s: float = 0.001) -> int | None:
-        """How it ended; None where it has not by then."""
-        if self._code is None:
-            self._talk.settimeout(timeout_s)
-            with contextlib.suppress(TimeoutError):
-                self._code = int(self._talk.recv(64) or b"-9")
-        return self._code
-
-    def signal(self, number: int) -> None:
-        """Send it a signal, if it lives."""
-        if self.code() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
-
-
 class FaultInjector:
     """A folder with a tiny study of digits, and what is done to it."""
 
@@ -119,7 +92,7 @@ class FaultInjector:
         """Other times than fork_server.LIMITS."""
         self.environment["CHAOS_LIMITS"] = json.dumps(seconds)
 
-    def study(self) -> Command:
+    def study(self) -> Process:
         """The command of the study."""
         words = ["study", "attention", "--dataset", self.dataset, "--epochs", str(EPOCHS), "--trials", str(self.trials)]
         words += ["--workers", str(self.workers), *self.options]
@@ -127,9 +100,9 @@ class FaultInjector:
         words += ["--tracking-uri", self.tracking] if self.tracking else []
         return self.command(*words)
 
-    def command(self, *words: str) -> Command:
+    def command(self, *words: str) -> Process:
         """Another command in this folder."""
-        return Command(self.fork_server, list(words), self.folder, self.log, self.environment)
+        return self.fork_server.start(words, self.folder, self.log, **self.environment)
 
     def complete(self, tries: int = 5) -> None:
         """The same command until the study has ended."""
@@ -160,7 +133,7 @@ class FaultInjector:
         log.unlink(missing_ok=True)
         words = ["audit", *(["--storage", self.storage] if self.storage else [])]
         words += ["--tracking-uri", self.tracking] if self.tracking else []
-        code = Command(self.fork_server, words, self.folder, log, self.environment).code(120)
+        code = self.fork_server.start(words, self.folder, log, **self.environment).code(120)
         said = [line for line in log.read_text().splitlines() if not line.startswith("not checked:")]
         assert said and (code == 0) == said[-1].endswith("nothing found"), log.read_text()
         return said[:-1] if code else []

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fork_server import ForkServer
-from harness import TINY, Command, FaultInjector, Row
+from fork_server import ForkServer, Process
+from harness import TINY, FaultInjector, Row
 from proxy import HOST, Proxy
 
 from pipeline.search.trial_attributes import TrialAttributes
@@ -42,7 +42,7 @@ def check(table: list[Row]) -> Callable[[FaultInjector, str, int], None]:
 Check = Callable[[FaultInjector, str, int], None]
 
 
-def wait_for(what: Callable[[], object], command: Command | None = None, seconds: float = 120) -> None:
+def wait_for(what: Callable[[], object], command: Process | None = None, seconds: float = 120) -> None:
     limit = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < limit and (command is None or command.code() is None)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import run_pipeline
+from conftest import run_forked, run_pipeline
 
 from cli.helpers import assert_refused
 
@@ -23,5 +23,5 @@ def test_those_used_last_are_kept_up_to_the_size(tmp_path: Path) -> None:
     done = run_pipeline("clean-cache", "--keep", "0.0015", cwd=tmp_path)
     assert done.stdout == "2 sets of decoded images removed, 2 MiB; 1 MiB stay in mlruns/cache\n"
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["new"]
-    assert "1 set of decoded" in run_pipeline("clean-cache", cwd=tmp_path).stdout
-    assert run_pipeline("clean-cache", cwd=tmp_path).returncode == 0
+    assert "1 set of decoded" in run_forked("clean-cache", cwd=tmp_path).stdout
+    assert run_forked("clean-cache", cwd=tmp_path).returncode == 0

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import NO_RETRIES, Trained, run_pipeline
+from conftest import NO_RETRIES, Trained, run_forked, run_pipeline
 
 from cli.helpers import assert_refused
 from pipeline.cli.compare import page_name
@@ -13,7 +13,7 @@ from pipeline.tracking.tracker import MlflowTracker
 
 
 def test_server_that_goes_away_is_one_line(fading_server: str, tmp_path: Path) -> None:
-    done = run_pipeline("compare", "attention", "--tracking-uri", fading_server, cwd=tmp_path, **NO_RETRIES)
+    done = run_forked("compare", "attention", "--tracking-uri", fading_server, cwd=tmp_path, **NO_RETRIES)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith(f"error: MLflow: does not answer any more (API request to {fading_server}/")
@@ -32,9 +32,9 @@ def test_compare_prints_the_best_trials_and_writes_a_page(trained: Trained, tmp_
     assert links.startswith(f"{tmp_path / 't.html'} (") and "#/experiments/1/runs?workflowType=" in links
     assert (tmp_path / "t.html").read_text().startswith("<!DOCTYPE html>")
 
-    wrong = run_pipeline("compare", "tiny", "tinny", cwd=trained.home.parent)
+    wrong = run_forked("compare", "tiny", "tinny", cwd=trained.home.parent)
     assert wrong.returncode == 2 and "tinny" in wrong.stderr
-    folder = run_pipeline("compare", "tiny", "--output", str(tmp_path), cwd=trained.home.parent)
+    folder = run_forked("compare", "tiny", "--output", str(tmp_path), cwd=trained.home.parent)
     assert folder.returncode == 2 and "is a folder; name a file" in folder.stderr
     assert not (trained.home / "reports").exists()
 
@@ -52,7 +52,7 @@ def test_compare_needs_trials(trained: Trained, tmp_path: Path) -> None:
     tracker = MlflowTracker(tmp_path / "mlruns")
     tracker.open_study("bare-v1-digits", "?", "val/accuracy", []).end(State.FINISHED)
     assert tracker.flush(30)
-    bare = run_pipeline("compare", "tiny bare", cwd=tmp_path)
+    bare = run_forked("compare", "tiny bare", cwd=tmp_path)
     assert (
         bare.returncode == 2
         and "error: bare-v1-digits: has no trials yet; `python -m pipeline study NAME` runs some" in bare.stderr

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Trained, run_pipeline
+from conftest import Trained, run_forked, run_pipeline
 
 from cli.helpers import assert_refused, write_digits
 from pipeline.inference.predictions import read_predictions
@@ -16,7 +16,7 @@ def test_ensemble_averages_predictions_of_two_methods(trained: Trained, tmp_path
     for method in ("plain", "tta"):
         tables.append(tmp_path / f"{method}.csv")
         words = ["predict", str(tmp_path), "--method", method, "--model", trained.finished, "--output", str(tables[-1])]
-        done = run_pipeline(*words, cwd=trained.home.parent)
+        done = run_forked(*words, cwd=trained.home.parent)
         assert done.returncode == 0, done.stderr
         assert ("tta on the 144 validation images: " in done.stdout) == (method == "tta")
         assert "and 20 more" in done.stdout
@@ -29,7 +29,7 @@ def test_ensemble_averages_predictions_of_two_methods(trained: Trained, tmp_path
     assert not np.allclose(plain, tta)
     np.testing.assert_allclose(mean, (plain + tta) / 2)
     tables[1].write_text("".join(tables[1].read_text().splitlines(keepends=True)[:-1]))
-    done = run_pipeline("ensemble", *map(str, tables), "--output", str(out), cwd=tmp_path)
+    done = run_forked("ensemble", *map(str, tables), "--output", str(out), cwd=tmp_path)
     assert done.returncode == 3
     assert "ids" in done.stderr and str(tables[1]) in done.stderr
 

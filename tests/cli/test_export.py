@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Trained, run_pipeline
+from conftest import Trained, run_forked, run_pipeline
 
 from cli.helpers import assert_refused, write_digits
 from pipeline.tracking.models import find_model
@@ -28,7 +28,7 @@ def test_export_writes_a_model_and_its_8_bit_form(trained: Trained, tmp_path: Pa
         assert re.search(rf"^ *{row} +\d+\.\d+%? +\d+\.\d+%? *$", done.stdout, re.MULTILINE), done.stdout
     files = {file.name for file in out.iterdir()}
     assert {"model.onnx", "model.int8.onnx", "weights.safetensors", "recipe.json", "card.md", "MLmodel"} <= files
-    again = run_pipeline("predict", str(digit), "--model", str(out), cwd=tmp_path)
+    again = run_forked("predict", str(digit), "--model", str(out), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith(f"model: {out}\n{digit}: ")
 
@@ -41,7 +41,7 @@ def test_export_int8_refuses_other_data_before_it_writes(trained: Trained, tmp_p
     body = {key: record[key] for key in ("format", "facts", "sha256")}
     record["digest"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     (tmp_path / "model" / "checkpoint.json").write_text(json.dumps(record))
-    done = run_pipeline("export", "model", "--int8", "--output", "out", cwd=tmp_path)
+    done = run_forked("export", "model", "--int8", "--output", "out", cwd=tmp_path)
     assert done.returncode == 3
     first, second, third = done.stderr.splitlines()
     assert first.startswith("error: `--int8`: needs the data set that the model was trained on")

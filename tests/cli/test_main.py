@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from conftest import run_pipeline
+from conftest import run_forked, run_pipeline
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -54,7 +54,7 @@ def test_help_lists_the_exit_codes() -> None:
 
 def test_unknown_commands_and_options_are_one_line(tmp_path: Path) -> None:
     for words, line in ((["stduy"], "stduy"), (["study", "--trails", "3"], "`--trails`: no such option of")):
-        done = run_pipeline(*words, cwd=tmp_path)
+        done = run_forked(*words, cwd=tmp_path)
         lines = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
         assert done.returncode == 2 and len(lines) == 1 and line in lines[0]
         assert "Usage" not in done.stderr

@@ -13,8 +13,8 @@ from cli.helpers import assert_refused
         (["plan"], ["type `python -m pipeline plan NAME`"]),
         (["plan", "attention", "--workers", "many"], ["`--workers many`:"]),
         (
-            ["plan", "attention", "--set", "optimizer.sgd_momentum=0.5"],
-            ["no such field where optimizer.name is sgd or adamw; muon can have it"],
+            ["plan", "cct", "--set", "optimizer.sgd_momentum=0.5"],
+            ["no such field where optimizer.name is adamw or sgd; muon can have it"],
         ),
     ],
 )

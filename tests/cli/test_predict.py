@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Trained, run_pipeline
+from conftest import ROOT, Trained, run_forked, run_pipeline
 from PIL import Image
 
 from cli.helpers import assert_refused, write_digits
@@ -67,7 +67,7 @@ def test_odd_file_names_are_printed_on_one_line(trained: Trained, tmp_path: Path
         shutil.copy(digit, tmp_path / name)
     digit.unlink()
     out = tmp_path / "out.csv"
-    done = run_pipeline("predict", str(tmp_path), "--output", str(out), cwd=trained.home.parent)
+    done = run_forked("predict", str(tmp_path), "--output", str(out), cwd=trained.home.parent)
     assert done.returncode == 0, done.stderr
     shown = [
         f"{tmp_path}/{name}"
@@ -83,7 +83,7 @@ def test_failed_output_hides_no_unusable_file(trained: Trained, tmp_path: Path) 
     (tmp_path / "mlruns").touch()
     with find_model(trained.home, None, trained.finished) as model:
         words = ["predict", str(digit), "none.png", "--model", str(model.folder), "--show"]
-        done = run_pipeline(*words, cwd=tmp_path)
+        done = run_forked(*words, cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines() == [
@@ -101,7 +101,7 @@ def test_predict_reads_a_pickle_of_images(trained: Trained, tmp_path: Path) -> N
     images = np.random.RandomState(0).randint(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     (tmp_path / "cifar_test_nolabels.pkl").write_bytes(pickle.dumps({b"data": images}))
     words = ["predict", "cifar_test_nolabels.pkl", "--model", "model", "--output", "out.parquet"]
-    done = run_pipeline(*words, cwd=tmp_path)
+    done = run_forked(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "model: model" in done.stdout
     assert list(read_predictions(tmp_path / "out.parquet")["id"]) == [str(number) for number in range(12)]

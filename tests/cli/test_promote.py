@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import Trained, run_pipeline
+from conftest import Trained, run_forked, run_pipeline
 
 from cli.helpers import assert_refused
 from pipeline.tracking.models import find_model
@@ -22,7 +22,7 @@ def test_promote_history_and_rollback_of_the_first_champion(trained: Trained, tm
     assert f"its best trial, run {trained.finished}; one seed can't tell the best from the lucky" in said
     assert "against the constant answer, on the test split" in said and "at most 0.4" in said
     assert f"champion: image-classifier version 1, run {trained.finished}" in said
-    again = run_pipeline("promote", "--run", trained.finished, cwd=tmp_path)
+    again = run_forked("promote", "--run", trained.finished, cwd=tmp_path)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     shown = run_pipeline("history", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr

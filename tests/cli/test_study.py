@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import NO_RETRIES, ROOT, TINY_NETWORK, run_pipeline
+from conftest import NO_RETRIES, ROOT, TINY_NETWORK, run_forked, run_pipeline
+from fork_server import shared_fork_server
 from PIL import Image
 
 from cli.helpers import assert_refused, rows
@@ -68,18 +69,18 @@ def test_study_runs_resumes_and_names_the_next_commands(tmp_path: Path) -> None:
     finals = {key for (key,) in rows(runs / "mlflow.db", "select distinct key from metrics")}
     assert {"val/f1/7", "val/precision/7", "val/recall/7", "val/ece", "model/parameters", "model/latency_ms"} <= finals
 
-    more = run_pipeline(*study, "--trials", "3", cwd=tmp_path)
+    more = run_forked(*study, "--trials", "3", cwd=tmp_path)
     assert more.returncode == 0, more.stderr
     assert "attention-v1-digits: 2 of 3 trials" in more.stdout
     assert "trial 0:" not in more.stdout.split("best")[0]
     assert len(rows(runs / "optuna.db", "select number from trials")) == 3
 
-    other = run_pipeline(*study[:5], "2", *study[6:], "--trials", "3", cwd=tmp_path)
+    other = run_forked(*study[:5], "2", *study[6:], "--trials", "3", cwd=tmp_path)
     assert other.returncode == 2
     assert "  base training.epochs: 1 then, 2 now" in other.stderr
     assert "--version 2" in other.stderr or "VERSION=2" in other.stderr
 
-    new = run_pipeline(*study, "--trials", "1", "--version", "2", "--budget", "1h", cwd=tmp_path)
+    new = run_forked(*study, "--trials", "1", "--version", "2", "--budget", "1h", cwd=tmp_path)
     assert new.returncode == 0, new.stderr
     assert "a budget of 1 h 00 min: 1 trial of 1 epoch (" in new.stdout
     assert "then finals of the best 3 and the control with 5 seeds (" in new.stdout
@@ -111,13 +112,13 @@ def test_killed_study_leaves_nothing_running_and_resumes(number: signal.Signals,
         assert rows(runs / "optuna.db", "select count(*) from trials where state = 'RUNNING'") == [(1,)]
 
     # The interrupted trial is asked again by the resumed study; stop it once it is seen to be under way.
-    with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out, env=environment)
-        while "epoch 1/400:" not in log.read_text() and time.monotonic() < limit + 60:
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 130
+    log.unlink()
+    resumed = shared_fork_server().start(words, tmp_path, log)
+    while "epoch 1/400:" not in log.read_text() and time.monotonic() < limit + 60:
+        assert resumed.code() is None, log.read_text()
+        time.sleep(0.1)
+    resumed.signal(signal.SIGTERM)
+    assert resumed.wait(30) == 130
     assert "trial 1: the control, the base recipe" in log.read_text()
     assert rows(runs / "optuna.db", "select count(*) from trials where state = 'RUNNING'") == [(0,)]
     assert rows(runs / "mlflow.db", "select count(*) from runs where status = 'RUNNING'") == [(0,)]
@@ -126,7 +127,7 @@ def test_killed_study_leaves_nothing_running_and_resumes(number: signal.Signals,
 def test_study_on_all_of_cifar10(tmp_path: Path, cifar10_dir: Path) -> None:
     tiny = f"{TINY_NETWORK} training.batch_size=1000"
     words = ("study", "attention", "--data-dir", str(cifar10_dir), "--trials", "1", "--epochs", "1", "--set", tiny)
-    done = run_pipeline(*words, cwd=tmp_path)
+    done = run_forked(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "45,000 training and 5,000 validation images of 10 classes" in done.stdout
     keys = {key for (key,) in rows(tmp_path / "mlruns" / "mlflow.db", "select distinct key from metrics")}
@@ -143,7 +144,7 @@ def test_study_on_a_folder_of_images(tmp_path: Path, cifar10_dir: Path) -> None:
         for i in np.flatnonzero(whole.train.labels.numpy() == label)[:60]:
             Image.fromarray(whole.train.images[i].permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     words = ("study", "attention", "--dataset", "pets", "--trials", "1", "--epochs", "1")
-    done = run_pipeline(*words, "--set", TINY_NETWORK.replace("image_size=8", "image_size=24"), cwd=tmp_path)
+    done = run_forked(*words, "--set", TINY_NETWORK.replace("image_size=8", "image_size=24"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search("attention-v1-pets-[0-9a-f]{6} on", done.stdout)
     keys = {key for (key,) in rows(tmp_path / "mlruns" / "mlflow.db", "select distinct key from metrics")}
@@ -152,7 +153,7 @@ def test_study_on_a_folder_of_images(tmp_path: Path, cifar10_dir: Path) -> None:
     (tmp_path / "pets" / "train" / "dög" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
     (tmp_path / "pets" / "train" / "dög" / "empty.jpg").touch()
     before = rows(tmp_path / "mlruns" / "optuna.db", "select count(*) from trials")
-    refused = run_pipeline(*words, cwd=tmp_path)
+    refused = run_forked(*words, cwd=tmp_path)
     assert refused.returncode == 3
     assert "broken.png" in refused.stderr
     assert "empty.jpg" in refused.stderr
@@ -176,7 +177,7 @@ def test_finals_find_a_folder_that_moved(tmp_path: Path) -> None:
         TINY_NETWORK.replace("image_size=8", "image_size=16") + " training.batch_size=8",
     )
     (tmp_path / "digits" / "train" / "0" / "empty.png").touch()
-    done = run_pipeline("study", "attention", "--dataset", "./digits", "--corrupt", "skip", *words, cwd=tmp_path)
+    done = run_forked("study", "attention", "--dataset", "./digits", "--corrupt", "skip", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search("attention-v1-digits-[0-9a-f]{6} on", done.stdout), (
         "not the study of the digits that need no folder"
@@ -186,7 +187,7 @@ def test_finals_find_a_folder_that_moved(tmp_path: Path) -> None:
     (excluded,) = (tmp_path / "mlruns").glob("artifacts/*/artifacts/excluded.csv")
     assert excluded.read_text() == "path,reason\ntrain/0/empty.png,empty file\n"
     moved = (tmp_path / "digits").rename(tmp_path / "zeros and ones")
-    refused = run_pipeline("promote", "attention", cwd=tmp_path)
+    refused = run_forked("promote", "attention", cwd=tmp_path)
     assert refused.returncode == 3
     assert f"is not in {tmp_path / 'digits'}" in refused.stderr
     finals = ("finals", "attention-v1-digits", "--top", "1", "--seeds", "1", "--dataset", moved.name)
@@ -199,7 +200,7 @@ def test_finals_find_a_folder_that_moved(tmp_path: Path) -> None:
 
 def test_cifar10_that_cannot_be_downloaded_is_one_message(tmp_path: Path) -> None:
     closed = "http://127.0.0.1:9"
-    done = run_pipeline("study", "attention", cwd=tmp_path, http_proxy=closed, https_proxy=closed, no_proxy="")
+    done = run_forked("study", "attention", cwd=tmp_path, http_proxy=closed, https_proxy=closed, no_proxy="")
     assert done.returncode == 3
     assert "Traceback" not in done.stderr
     assert f"not in {tmp_path / 'data' / 'cifar-10-batches-py'}" in done.stderr
@@ -300,7 +301,7 @@ def test_bad_input_is_refused(words: list[str], lines: list[str], tmp_path: Path
 
 def test_unreachable_store_is_reported_before_any_download(tmp_path: Path) -> None:
     for option, uri in (("--tracking-uri", "http://127.0.0.1:9"), ("--storage", "postgresql://127.0.0.1:9/x")):
-        done = run_pipeline("study", "attention", option, uri, cwd=tmp_path)
+        done = run_forked("study", "attention", option, uri, cwd=tmp_path)
         assert done.returncode == 2, done.stdout + done.stderr
         assert uri.partition("//")[2] in done.stderr
         assert "download" not in done.stderr

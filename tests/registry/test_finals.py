@@ -5,8 +5,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fork_server import shared_fork_server
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError
@@ -288,27 +287,21 @@ def test_interrupted_finals_resume_and_void_the_old_decision(
 
 def test_killed_finals_resume_under_the_same_run(harness: StudyHarness) -> None:
     harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=200)
-    command = [sys.executable, "-m", "pipeline", "finals", harness.name, "--top", "1", "--seeds", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    words = ["finals", harness.name, "--top", "1", "--seeds", "1"]
+    log = harness.home.parent / "log"
 
     def until_the_long_one_runs(number: signal.Signals) -> tuple[int, str]:
-        process = subprocess.Popen(
-            command,
-            cwd=harness.home.parent,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        log.unlink(missing_ok=True)
+        process = shared_fork_server().start(words, harness.home.parent, log)
         limit = time.monotonic() + 120
-        while time.monotonic() < limit and process.poll() is None:
+        while time.monotonic() < limit and process.code() is None:
             if any(
                 run.info.status == "RUNNING" and run.data.metrics for run in harness.runs() if mine(run, process.pid)
             ):
                 break
             time.sleep(0.5)
-        process.send_signal(number)
-        return process.wait(60), process.communicate()[0]
+        process.signal(number)
+        return process.wait(60), log.read_text()
 
     def mine(run: Any, pid: int) -> bool:
         return run.data.tags["trial"] == "2" and json.loads(run.data.tags["worker"])["pid"] == pid

@@ -18,6 +18,7 @@ import onnx
 import psutil
 import pytest
 from conftest import Trained, registered
+from fork_server import shared_fork_server
 from PIL import Image
 
 from pipeline.data.images import read_image
@@ -95,7 +96,7 @@ def test_champion_answers_curl_and_server_ends_with_command(trained: Trained, pa
             np.testing.assert_allclose(same, got, atol=1e-6)
             table = tmp_path / "out.csv"
             words = ["predict", str(tmp_path / "cat.jpg"), "--output", str(table)]
-            predicted = subprocess.run([*COMMAND, *words], cwd=home, capture_output=True, text=True, env=ENVIRONMENT)
+            predicted = shared_fork_server().run(words, home)
             assert predicted.stdout.startswith("model: the champion, image-classifier version 1"), predicted.stderr
             [expected] = np.genfromtxt(table, delimiter=",", skip_header=1, ndmin=2)[:, 2:]
             np.testing.assert_allclose(got, [expected], atol=0.05)  # predict computes in bf16 where that is fast

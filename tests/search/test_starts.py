@@ -19,8 +19,9 @@ from pipeline.search.search import MAX_STARTS, Search
 from pipeline.search.space_check import to_choice
 from pipeline.search.starts import nearest, starts
 from pipeline.search.storage import open_study
-from pipeline.search.study import Study
+from pipeline.search.study import Study, load_study
 from pipeline.search.study_attributes import StudyAttributes
+from pipeline.search.suggest import suggest_optimizer
 from pipeline.search.trial_attributes import TrialAttributes
 
 
@@ -78,10 +79,20 @@ def test_at_most_half_of_the_trials_are_given(trials: int, given: int, small_rec
     assert len(starts(a_search(small_recipe, trials, starts=many), "portfolio", [])) == given
 
 
-def test_the_portfolio_is_all_of_use_where_its_kinds_are(small_recipe: Recipe) -> None:
-    given = starts(a_search(small_recipe), "portfolio", [])
-    assert {start.params["optimizer.name"] for start in given} == {"sgd", "adamw"}
-    assert [start.source.removeprefix("portfolio: ") in PORTFOLIO for start in given]
+@pytest.mark.parametrize("kinds", [("sgd", "adamw"), ("sgd", "adamw", "muon")])
+def test_the_portfolio_is_of_use_where_its_kinds_are(small_recipe: Recipe, kinds: tuple[str, ...]) -> None:
+    given = starts(a_search(small_recipe, space=lambda trial: suggest_optimizer(trial, kinds)), "portfolio", [])
+    assert {start.params["optimizer.name"] for start in given} == set(kinds)
+    assert all(start.source.removeprefix("portfolio: ") in PORTFOLIO for start in given)
+
+
+def test_studies_of_networks_for_small_images_start_with_muon() -> None:
+    for name in ("attention", "baseline", "efficient", "expert", "improved", "plain"):
+        study = load_study(name)
+        search = Search(name, study, study.settings({"data.dataset": "cifar10"}), 1, 24, None)
+        first = starts(search, "portfolio", [])[0]
+        assert first.params["optimizer.name"] == "muon"
+        assert first.params["optimizer.lr@muon"] == 0.06 and first.params["optimizer.head_lr"] == 0.1
 
 
 def earlier(name: str, base: Recipe, scores: Mapping[float, float]) -> optuna.Study:

@@ -2,8 +2,6 @@
 
 import datetime
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
+from fork_server import shared_fork_server
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from sqlalchemy import event, text
@@ -291,7 +290,7 @@ def test_eight_first_starts_create_one_store(tmp_path: Path) -> None:
         "from pipeline.tracking.tracker import MlflowTracker; home = Path(sys.argv[1]) / 'mlruns';"
         "s = open_storage(home); print(len(s.get_all_studies())); MlflowTracker(home).store.experiment('x')"
     )
-    starts = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(8)]
+    starts = [shared_fork_server().script(code, str(tmp_path)) for _ in range(8)]
     assert [start.wait() for start in starts] == [0] * 8
 
 
@@ -308,7 +307,7 @@ def test_several_first_starts_create_one_database(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from pipeline.search.storage import open_storage; import optuna;"
         "from filelock import FileLock; s = open_storage(Path(sys.argv[1])); print(len(s.get_all_studies()))"
     )
-    starts = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
+    starts = [shared_fork_server().script(code, str(tmp_path)) for _ in range(4)]
     assert [start.wait() for start in starts] == [0] * 4
 
 

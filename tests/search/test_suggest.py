@@ -48,6 +48,10 @@ def test_a_policy_is_asked_for_its_own_parameters_only(policy: str, own: set[str
     assert found["augmentation.policy"] == CategoricalDistribution(POLICIES)
 
 
+def decay(kind: str) -> dict[str, CategoricalDistribution]:
+    return {f"optimizer.weight_decay@{kind}": CategoricalDistribution(WEIGHT_DECAY[kind])}
+
+
 def test_augmentation_turns_every_operation_off_at_the_lowest() -> None:
     found = asked(suggest_augmentation, augmentation_policy="custom")
     for name in (SHARED | STRENGTHS) - {"policy"}:
@@ -56,15 +60,22 @@ def test_augmentation_turns_every_operation_off_at_the_lowest() -> None:
         assert distribution.low == 0 and distribution.step and not distribution.log, name
 
 
-@pytest.mark.parametrize("kind", LR)
-def test_an_optimizer_has_a_range_of_its_own(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "others"),
+    [
+        ("sgd", {**decay("sgd"), "optimizer.nesterov": CategoricalDistribution([False, True])}),
+        ("adam", decay("adam")),
+        ("adamw", decay("adamw")),
+        ("muon", {"optimizer.head_lr": FloatDistribution(0.02, 0.5, log=True)}),
+    ],
+)
+def test_an_optimizer_has_a_range_of_its_own(kind: str, others: Any) -> None:
     found = asked(lambda trial: suggest_optimizer(trial, list(LR)), optimizer_name=kind)
     low, high = LR[kind]
     assert found == {
         "optimizer.name": CategoricalDistribution(list(LR)),
         f"optimizer.lr@{kind}": FloatDistribution(low, high, log=True),
-        f"optimizer.weight_decay@{kind}": CategoricalDistribution(WEIGHT_DECAY[kind]),
-        **({"optimizer.nesterov": CategoricalDistribution([False, True])} if kind == "sgd" else {}),
+        **others,
     }
 
 
@@ -95,7 +106,7 @@ def test_all_values_make_recipes_and_optunas_trials_take_them(small_recipe: Reci
     def recipe(params: Any) -> Recipe:
         return small_recipe.changed({field_of(name): value for name, value in params.items()})
 
-    assert len(explore(space, recipe)) == 6 + 2 + 5 + 6 + 3 + 2 + 5
+    assert len(explore(space, recipe)) == 6 + 2 + 5 + 8 + 3 + 2 + 5
     trial = ScriptedTrial({}, lowest)
     space(trial)
     space(FixedTrial(trial.params))

@@ -3,12 +3,11 @@
 import re
 import shutil
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import Trained
+from fork_server import shared_fork_server
 
 from pipeline.cli.relocate import relocate as relocate_command
 from pipeline.data.prepare import TrainingData
@@ -132,15 +131,6 @@ def test_folder_in_use_is_not_relocated(old: Path, tmp_path: Path, small_recipe:
 
 def test_commands_name_relocate(old: Path, tmp_path: Path, trained: Trained) -> None:
     new = moved(old, tmp_path / "mlruns")
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "pipeline", "compare", "tiny"]
-    done = subprocess.run(
-        command,
-        cwd=new.parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    )
+    done = shared_fork_server().run(["compare", "tiny"], new.parent)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "was moved here from" in done.stderr and "relocate` writes" in done.stderr

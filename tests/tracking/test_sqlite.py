@@ -1,15 +1,13 @@
 """Commits do not wait for the disk, and outlive their process all the same."""
 
 import contextlib
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import mlflow.store.tracking.sqlalchemy_store
 import optuna
+from fork_server import shared_fork_server
 from sqlalchemy import create_engine, text
 
 from pipeline.search.storage import open_storage
@@ -40,8 +38,7 @@ study = optuna.create_study(storage=open_storage(Path(sys.argv[1])), study_name=
 study.set_user_attr("committed", True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=dict(os.environ))
-    assert done.returncode == -signal.SIGKILL
+    assert shared_fork_server().script(script, str(tmp_path)).wait() == -signal.SIGKILL
     with create_engine(f"sqlite:///{tmp_path / 'optuna.db'}").connect() as connection:
         assert connection.execute(text("SELECT value_json FROM study_user_attributes")).scalars().all() == ["true"]
 

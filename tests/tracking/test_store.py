@@ -1,18 +1,16 @@
 """Who may open a store, and what of it can be tried again."""
 
 import multiprocessing
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import shared_fork_server
 from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2 as codes
 from requests import ConnectionError
@@ -100,8 +98,7 @@ def die(connection, cursor, words, *others):
 
 MlflowTracker(Path(sys.argv[1]))
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=dict(os.environ))
-    assert done.returncode == -signal.SIGKILL
+    assert shared_fork_server().script(script, str(tmp_path)).wait() == -signal.SIGKILL
     assert not (tmp_path / "mlflow.db").exists()
     assert MlflowTracker(tmp_path).client.search_experiments()
     assert {path.name for path in tmp_path.iterdir() if "mlflow.db" in path.name} <= {

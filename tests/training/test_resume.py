@@ -4,8 +4,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -13,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fork_server import shared_fork_server
 from safetensors.torch import load_file, save
 from test_checkpoints import killed_at
 from training_cases import at_size
@@ -148,8 +147,7 @@ def test_resume_after_many_stops_equals_an_uninterrupted_training(
 def test_resume_continues_after_kill(recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(recipe.to_json())
     at = 2 * 4 + 3  # the third epoch's third step
-    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(at)], timeout=120)
-    assert process.returncode == -signal.SIGKILL
+    assert shared_fork_server().script(KILLED, str(tmp_path), str(at)).wait() == -signal.SIGKILL
     keep = Resume(tmp_path / "state", every_s=0)
     result = train(recipe, few, CPU, resume=keep)
     assert keep.notes == ["resumes after epoch 2 of 5"]
