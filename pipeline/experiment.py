@@ -4,9 +4,10 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -184,9 +185,19 @@ def _split(metrics: Mapping[str, float], data: TrainingData) -> tuple[dict[str, 
     return {name: value for name, value in metrics.items() if name not in at_the_end}, at_the_end
 
 
-def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) -> dict[str, float]:
-    """Score a finished training on the validation split; log the scores and everything that explains them."""
-    data = normalised_for(recipe, data)
+def publish(
+    tracked: Run,
+    recipe: Recipe,
+    data: TrainingData,
+    result: Result,
+    method: Literal["single", "mean", "soup"] = "single",
+    members: Sequence[ModelMetadata] = (),
+) -> dict[str, float]:
+    """Score a finished training on the validation split; log the scores and everything that explains them.
+
+    Or an ensemble of trained members, which has no epochs, and whose pixel statistics are those of `data`.
+    """
+    data = data if members else normalised_for(recipe, data)
     labels = data.validation.labels.cpu().numpy()
     logits = _logits_of_views(recipe, data, result)
     probabilities = torch.from_numpy(logits[0]).softmax(1).numpy()
@@ -204,6 +215,8 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
         run_id=tracked.id or "",
         calibration=fit_calibration(logits[0], labels),
         measured=measured,
+        method=method,
+        members=tuple(members),
     )
     metrics = scores.metrics(data.classes) | {
         "calibration/temperature": metadata.calibration.temperature,
@@ -218,9 +231,10 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
         "model/latency_ms": latency_ms(result.network, data.image_size, recipe.training.precision),
         "time/training_s": result.seconds,
     }
-    logged_names = result.history[-1].metrics.keys()  # by `run`, of the same logits: a point is logged once
+    history = [{"epoch": report.epoch, **report.metrics} for report in result.history]
+    logged_names = history[-1].keys() if history else ()  # by `run`, of the same logits: a point is logged once
     final_metrics = {name: value for name, value in metrics.items() if name not in logged_names}
-    tracked.log_metrics(final_metrics, len(result.history))
+    tracked.log_metrics(final_metrics, max(len(history), 1))
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "artifacts"
@@ -231,10 +245,9 @@ def publish(tracked: Run, recipe: Recipe, data: TrainingData, result: Result) ->
         _write_predictions(folder / "predictions.parquet", data, labels, probabilities)
         if data.listed and data.listed.excluded:
             excluded_table(data.listed.excluded).to_csv(folder / "excluded.csv", index=False)
-        history = [{"epoch": report.epoch, **report.metrics} for report in result.history]
         images = {
             "confusion_matrix": figures.confusion_matrix_figure(scores, data.classes),
-            "learning_curves": figures.learning_curves_figure(history),
+            **({"learning_curves": figures.learning_curves_figure(history)} if history else {}),
             "reliability": figures.reliability_figure(
                 reliability(probabilities, labels),
                 reliability(predicted["plain"], labels),

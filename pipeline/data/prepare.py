@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.datasets import Dataset, Listed, Split
+from pipeline.data.images import resized
 from pipeline.data.mapped import MappedImages, sums_of
 from pipeline.data.splits import Partition, fold, of_mask, partition, thinned
 from pipeline.sections.data import Data, Form
@@ -49,6 +50,11 @@ class TrainingData:
     def image_size(self) -> int:
         """Height and width in pixels that the network sees."""
         return self.validation.images.shape[-1]
+
+    def sample(self, count: int) -> Tensor:
+        """At most so many training images, uint8 (N, 3, S, S) on the CPU; squashed where held larger, for random crops."""
+        step = -(-len(self.train.labels) // count)  # spread out: a folder's images lie class by class
+        return resized(self.train.images[::step].cpu(), Form(self.image_size))
 
     def at(self, recipe: Data) -> "TrainingData":
         """The same data in the form and fold of a recipe: read again where it is another one, and kept for the next trial."""

@@ -1,9 +1,9 @@
 """A trained model as it is used: the network with all that its training fixed, from pixels to probabilities."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -15,10 +15,12 @@ from pipeline.evaluation.calibration import Calibration
 from pipeline.evaluation.logits import predict_logits
 from pipeline.inference.methods import METHODS, MethodScores, combine, views, views_of
 from pipeline.models.build import build_network
+from pipeline.models.ensemble import Ensemble
 from pipeline.recipe import Recipe
 from pipeline.sections.data import Form
 from pipeline.training.checkpoints import RECORD, WEIGHTS, check_weights, load_weights, read_checkpoint
 
+MOST_MEMBERS = 40  # of an ensemble; a run's tag holds their names
 _Channels = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
 
 
@@ -39,6 +41,13 @@ class ModelMetadata(BaseModel):
     )
     calibration: Calibration = Field(description="on the whole validation split")
     measured: Mapping[str, MethodScores] = Field(description="each method on the validation split, out of fold")
+    method: Literal["single", "mean", "soup"] = Field(
+        "single",
+        description="one training, the mean of its members' probabilities, or one network with their mean weights",
+    )
+    members: tuple["ModelMetadata", ...] = Field(
+        (), max_length=MOST_MEMBERS, description="of an ensemble, the best first; its recipe is the first one's"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelMetadata":
@@ -53,11 +62,25 @@ class ModelMetadata(BaseModel):
         of_each_class = all(m.n > 0 and len(m.f1) == len(self.classes) for m in self.measured.values())
         if set(self.measured) != set(METHODS) or not of_each_class:
             raise ValueError(f"measured should have {', '.join(METHODS)}, each with the F1 of every class")
+        if (self.method == "single") != (not self.members) or any(m.classes != self.classes for m in self.members):
+            raise ValueError(f"method {self.method} with {len(self.members)} members; their classes should be the same")
         return self
+
+    def build_network(self) -> nn.Module:
+        """The network that the weights belong to, with others, on the CPU."""
+        if self.method == "mean":
+            return mean_of(self.members, [member.build_network() for member in self.members])
+        return build_network(self.recipe.model, len(self.classes), self.recipe.data.image_size, seed=0)
 
     def as_json(self) -> dict[str, Any]:
         """What `save_checkpoint` takes."""
         return self.model_dump(mode="json")
+
+
+def mean_of(members: Sequence[ModelMetadata], networks: Sequence[nn.Module]) -> Ensemble:
+    """The network that gives the mean of theirs."""
+    temperatures = [member.calibration.temperature for member in members]
+    return Ensemble(networks, temperatures, [member.mean for member in members], [member.std for member in members])
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +100,9 @@ class Classifier:
             rule = f"the metadata in {RECORD} can't be used"
             details = [line for problem in validation_problems(error) for line in problem.lines]
             raise UserError(str(folder), rule, "train it again", details) from None
-        shape = (metadata.recipe.model, len(metadata.classes), metadata.recipe.data.image_size)
         with torch.device("meta"):
-            check_weights(folder / WEIGHTS, build_network(*shape, seed=0))
-        network = build_network(*shape, seed=0)
+            check_weights(folder / WEIGHTS, metadata.build_network())
+        network = metadata.build_network()
         load_weights(folder / WEIGHTS, network)
         return cls(network.to(device).to(memory_format=torch.channels_last).eval(), metadata, device)
 

@@ -25,7 +25,7 @@ from pipeline.tracking.intact import control_runs
 from pipeline.tracking.models import find_model, sha256_of
 from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.run_data import LocatedData
-from pipeline.tracking.tags import Role, RunTags, State
+from pipeline.tracking.tags import TRAINED_ROLES, Role, RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 
 TEST_EVALUATIONS = "test_evaluations"  # the folder of the predictions, beside the ledger
@@ -283,10 +283,10 @@ class CandidateEvaluation:
 def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
     """The control's run that the first champion has to beat; None outside a study, and for the control, whatever its seed.
 
-    A trial is compared with the control's trial. A final is the best of several seeds, so it is compared with the best of
-    the control's finals: against a single run, luck alone won in up to 9 % of the cases with 5 seeds and 19 % with 10,
-    instead of 5 % (simulated). None for an infeasible control, which could not become champion. UserError where the
-    study has none.
+    A trial is compared with the control's trial. A final is the best of several seeds, and an ensemble made of them, so it
+    is compared with the best of the control's finals: against a single run, luck alone won in up to 9 % of the cases with
+    5 seeds and 19 % with 10, instead of 5 % (simulated). None for an infeasible control, which could not become champion.
+    UserError where the study has none.
     """
     run = tracker.client.get_run(run_id)
     study, tags = study_of(tracker, run), RunTags.of(run)
@@ -298,7 +298,7 @@ def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
     ids = {control.info.run_id for control in controls or control_runs(deleted)}
     if ids & {run_id, tags.trial_run} or any(study.broken_by(control) for control in controls):
         return None
-    if tags.role != "final" and controls:
+    if tags.role == "trial" and controls:
         return controls[0].info.run_id
     finals = [other for other in finished if RunTags.of(other).trial_run in ids]
     # All of some finals have the epochs that `finals --epochs` says, which need not be the trials'.
@@ -316,15 +316,22 @@ def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
 
 
 def _seed_accuracies(tracker: MlflowTracker, run_id: str) -> list[float]:
-    """Validation accuracies of the finished runs of the study that differ from this one by their seed at most."""
+    """Validation accuracies of the study's finished trainings that differ from this run's recipe by their seed at most.
+
+    Of an ensemble they are those of its first member, which spread more than ensembles would.
+    """
     run = tracker.client.get_run(run_id)
+    for member in list(RunTags.of(run).members or ())[:1]:
+        run = tracker.store.run(member) or run
     study = study_of(tracker, run)
     if study is None:
         return []
     by_seed = {
         other.data.params.get("training.seed"): other.data.metrics["val/accuracy"]
         for other in _finished(queries.children(tracker, study))
-        if _without_seed(other.data.params) == _without_seed(run.data.params) and "val/accuracy" in other.data.metrics
+        if RunTags.of(other).role in TRAINED_ROLES
+        and _without_seed(other.data.params) == _without_seed(run.data.params)
+        and "val/accuracy" in other.data.metrics
     }
     return list(by_seed.values())
 

@@ -61,18 +61,17 @@ def model_card(
     reweighted = reweighting_line(metadata.recipe.flat(), np.stack(table["probabilities"].to_numpy()), labels)
     confusion = confusion_matrix(labels, predicted, len(metadata.classes))
     sections = {
-        f"Image classifier: {metadata.recipe.model.network} on {metadata.recipe.data.dataset}": _head(
-            metadata, run, confusion
-        ),
+        f"Image classifier: {_kind(metadata)} on {metadata.recipe.data.dataset}": _head(metadata, run, confusion),
+        **({"Members": _members(metadata)} if metadata.members else {}),
         "Validation split": _classes(metadata.classes, confusion),
         "Evidence of the gate": _evidence(evidence) if evidence else "None: not evaluated on the test split.",
         "Calibration": _calibration(metadata, run) + (f"\n\nAs trained, {reweighted}." if reweighted else ""),
         "Known weaknesses": _weaknesses(metadata.classes, confusion, ids, labels, predicted, confidence),
         "Data": _data(metadata, len(labels)),
         **({"Weights": _weights(origin, run)} if (origin := weights_origin(metadata.recipe)) else {}),
-        "Recipe": f"Digest `{metadata.recipe_digest}`. What differs from the defaults:\n\n{_recipe(metadata.recipe)}",
+        "Recipe": _recipe(metadata),
         "Cost": _cost(metadata, run, costs),
-        "Reproduce": _reproduce(run),
+        "Reproduce": _reproduce(metadata, run),
     }
     first, *others = (f"{title}\n\n{text}\n" for title, text in sections.items())
     return "\n".join([f"# {first}", *(f"## {other}" for other in others)])
@@ -96,6 +95,30 @@ def _head(metadata: ModelMetadata, run: Run, confusion: np.ndarray) -> str:
         f"{', '.join(map(_plain, metadata.classes))}. Of an image of another shape it sees {GEOMETRIES[geometry]}.\n\n"
         f"Validation accuracy {_share(hits, total)}, {total:,} images. From {_plain(name)}, run `{metadata.run_id}`."
     )
+
+
+def _kind(metadata: ModelMetadata) -> str:
+    networks = ", ".join(dict.fromkeys(member.recipe.model.network for member in metadata.members or (metadata,)))
+    return f"{metadata.method} of {len(metadata.members)} networks ({networks})" if metadata.members else networks
+
+
+def _members(metadata: ModelMetadata) -> str:
+    how = {
+        "mean": "The mean of their probabilities, each with its own temperature.",
+        "soup": "One network with the mean of their weights, batch norm's statistics measured anew.",
+    }
+    rows = [
+        (
+            f"`{member.run_id}`",
+            member.recipe.model.network,
+            str(member.recipe.training.seed),
+            f"{member.measured['plain'].accuracy:.2%}",
+            f"`{member.recipe_digest[:16]}`",
+        )
+        for member in metadata.members
+    ]
+    heads = ("run", "network", "seed", "validation accuracy", "recipe's digest")
+    return f"{how[metadata.method]} Their recipes are in checkpoint.json.\n\n" + _table(heads, rows)
 
 
 def _classes(classes: Sequence[str], confusion: np.ndarray) -> str:
@@ -170,7 +193,13 @@ def _weights(origin: str, run: Run) -> str:
     return f"Started from {origin}{digest}" + (channels if tags.compresses else "")
 
 
-def _recipe(recipe: Recipe) -> str:
+def _recipe(metadata: ModelMetadata) -> str:
+    whose = f" of the first member, run `{metadata.members[0].run_id}`" if metadata.members else ""
+    head = f"Digest `{metadata.recipe_digest}`{whose}. What differs from the defaults:"
+    return f"{head}\n\n{_changes(metadata.recipe)}"
+
+
+def _changes(recipe: Recipe) -> str:
     changed = recipe.model_dump(mode="json", exclude_defaults=True)
     for section, kind in KIND.items():
         changed[section] = {kind: getattr(getattr(recipe, section), kind), **changed.get(section, {})}
@@ -187,16 +216,20 @@ def _setting(value: object) -> str:
 
 def _cost(metadata: ModelMetadata, run: Run, costs: ModelCosts) -> str:
     metrics, tags = run.data.metrics, RunTags.of(run)
+    epochs = sum(each.recipe.training.epochs for each in metadata.members or (metadata,))
     return (
-        f"Trained {metadata.recipe.training.epochs} epochs in {_number(metrics.get('time/training_s'), ',.0f')} s on "
+        f"Trained {epochs} epochs in {_number(metrics.get('time/training_s'), ',.0f')} s on "
         f"{_plain(tags.hardware or 'unknown hardware')} (torch {tags.torch or 'unknown'}). "
         f"{_number(metrics.get('model/parameters'), ',.0f')} parameters; model.onnx has {costs.bytes / 1e6:.2f} MB and takes "
         f"{costs.latency_ms:.2f} ms for an image (onnxruntime, one CPU thread, median, where it was packed)."
     )
 
 
-def _reproduce(run: Run) -> str:
+def _reproduce(metadata: ModelMetadata, run: Run) -> str:
     tags = RunTags.of(run)
+    if metadata.members:
+        members = " ".join(member.run_id for member in metadata.members)
+        return f"`reproduce` each member; `ensemble --runs '{members}' --method {metadata.method}` combines them."
     changed = ", with changes that were not committed: `diff.patch` of the run" if tags.git_dirty else ""
     return f"`reproduce {run.info.run_id}`; commit `{tags.commit or 'none'}`{changed}."
 

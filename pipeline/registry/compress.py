@@ -70,6 +70,10 @@ def plan_compression(
     `epochs` default to EPOCHS_SHARE of the original's. UserError where the network can't be pruned, or not so far.
     """
     metadata = original.metadata
+    if metadata.members:
+        raise UserError(
+            f"run {metadata.run_id}", "is an ensemble, which has no recipe to train on by", "compress a member"
+        )
     recipe, num_classes = metadata.recipe, len(metadata.classes)
     narrow = narrower(recipe, sparsity, num_classes)
     network = pruned(original.network, narrow, num_classes)

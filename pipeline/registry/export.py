@@ -23,14 +23,12 @@ from torch import Tensor, nn
 
 from pipeline.data.augment import normalise
 from pipeline.data.datasets import Dataset
-from pipeline.data.images import resized
 from pipeline.data.prepare import TrainingData, prepare
 from pipeline.errors import DataError, PromotionRefused
 from pipeline.evaluation.logits import images_together, predict_logits
 from pipeline.evaluation.scores import score
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.inference.methods import combine
-from pipeline.sections.data import Form
 from pipeline.tracking import queries
 from pipeline.tracking.run_data import LocatedData, RunData, find_data
 from pipeline.tracking.tracker import MlflowTracker
@@ -178,9 +176,8 @@ def as_pixels(images: Tensor) -> np.ndarray:
 
 
 def calibration_pixels(data: TrainingData) -> np.ndarray:
-    """At most CALIBRATION_IMAGES of the training images, (N, S, S, 3); squashed where held larger, for random crops."""
-    step = -(-len(data.train.labels) // CALIBRATION_IMAGES)  # spread out: a folder's images lie class by class
-    return as_pixels(resized(data.train.images[::step].cpu(), Form(data.image_size)))
+    """At most CALIBRATION_IMAGES of the training images, (N, S, S, 3)."""
+    return as_pixels(data.sample(CALIBRATION_IMAGES))
 
 
 def float32_probabilities(classifier: Classifier, images: Tensor) -> np.ndarray:

@@ -98,6 +98,10 @@ def find_original(tracker: MlflowTracker, run_id: str) -> OriginalRun:
     if run is None:
         raise UserError(subject, "no such run in the tracking store", "`ui` shows those there are")
     tags = RunTags.of(run)
+    if tags.role == "ensemble":
+        again = f"`ensemble --runs '{' '.join(tags.members or ())}' --method {tags.method}` combines them"
+        remedy = f"`reproduce` repeats each of them, {again}"
+        raise UserError(subject, "an ensemble, which is made of other runs without a training", remedy)
     if tags.recipe_digest is None:
         raise UserError(subject, "a study's own run, or no run of this pipeline", "its trials can be reproduced")
     if tags.state is None:

@@ -57,7 +57,11 @@ def _finished(tracker: MlflowTracker, data_digest: str) -> list[StoredRun]:
     """The finished trials and finals on this data, by accuracy."""
     runs = [run for study in queries.studies(tracker) for run in queries.children(tracker, study)]
     tagged = [(run, RunTags.of(run)) for run in runs]
-    kept = [run for run, tags in tagged if tags.state is State.FINISHED and tags.data_digest == data_digest]
+    kept = [
+        run
+        for run, tags in tagged
+        if tags.role in ("trial", "final") and tags.state is State.FINISHED and tags.data_digest == data_digest
+    ]
     return sorted(kept, key=_accuracy, reverse=True)
 
 

@@ -13,6 +13,7 @@ _REQUIRED = {
     "final": _TRIAL,
     "reproduction": _TRAINED,
     "compressed": (*_TRAINED, "compresses"),
+    "ensemble": (*_TRAINED, "method", "members"),
 }
 
 

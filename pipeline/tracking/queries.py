@@ -197,6 +197,13 @@ def omitted_lines(tracker: MlflowTracker, study: StudyRuns) -> list[str]:
     return describe_omitted(runs, deleted, tracker.store.how_to_restore(study.experiment))
 
 
+def ensembles(tracker: MlflowTracker) -> list[StoredRun]:
+    """The runs that combine others, of all studies and of none."""
+    experiments = tracker.client.search_experiments(max_results=_MOST_EXPERIMENTS)
+    ids = [experiment.experiment_id for experiment in experiments]
+    return list(intact(tracker.store.search(ids, "tags.role = 'ensemble'")))
+
+
 # ------------------------------------------------------------------------------------------------------------ one run
 
 

@@ -14,7 +14,7 @@ from pipeline.evaluation.scores import OBJECTIVES
 from mlflow.entities import Run as StoredRun
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
-Role = Literal["study", "trial", "final", "reproduction", "compressed"]
+Role = Literal["study", "trial", "final", "reproduction", "compressed", "ensemble"]
 TRAINED_ROLES: tuple[Role, ...] = ("trial", "final", "reproduction", "compressed")
 
 
@@ -54,6 +54,8 @@ class RunTags:
     compresses: str | None = None  # of a compressed run: the run whose network was pruned
     sparsity: float | None = None  # of a compressed run: the share of multiply-adds that was to go
     pruner: str | None = None  # of a compressed run: the library and its version
+    method: str | None = None  # of an ensemble: mean or soup
+    members: Mapping[str, str] | None = None  # of an ensemble: run -> SHA-256 of its weights
     worker: Mapping[str, Any] | None = None  # the process that trains it; see processes.this_process
     recipe_digest: str | None = None
     data_digest: str | None = None
@@ -160,6 +162,7 @@ _PARSERS: Mapping[str, Any] = {
     "sparsity": _share,
     "objective": _one_of(*OBJECTIVES),
     "constraints": _bounds,
+    "members": _mapping,
     "worker": _mapping,
     "data_places": _strings,
     "replaces": _strings,

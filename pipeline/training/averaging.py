@@ -1,10 +1,14 @@
-"""An exponential moving average of a network's weights, which is then evaluated and saved in their place."""
+"""Averages of weights, evaluated and saved in their place: over the steps of a training, or over several trainings."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.data.augment import normalise
+from pipeline.evaluation.logits import autocast, images_together
 
 
 class WeightAverage:
@@ -54,3 +58,36 @@ def _tensors(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The floating parameters and buffers, and all the others, in a fixed order."""
     tensors = [*network.parameters(), *network.buffers()]
     return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
+
+
+def mean_weights(networks: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """The mean of each floating tensor of networks alike, the first one's others: a state dict."""
+    states = [network.state_dict() for network in networks]
+    return {
+        name: torch.stack([state[name].double() for state in states]).mean(0).to(first.dtype)
+        if first.is_floating_point()
+        else first
+        for name, first in states[0].items()
+    }
+
+
+@torch.no_grad()
+def measure_norms(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor, precision: str) -> None:
+    """Batch norm's running statistics anew, as those of averaged weights are no average: the mean over batches of images.
+
+    The uint8 images (N, 3, S, S) are not augmented, as those that are predicted, and nothing is dropped out. Leaves the
+    network in evaluation mode.
+    """
+    network.eval()
+    norms = [module for module in network.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+        norm.train()
+    for chunk in images.split(images_together(images.shape[-1])) if norms else ():
+        with autocast(images.device, precision):
+            network(normalise(chunk, mean, std))
+    network.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 
 from pipeline.data.augment import Augmenter, RandomCrop, normalise
 from pipeline.data.datasets import Split
-from pipeline.data.images import resized
 from pipeline.data.mapped import MappedImages
 from pipeline.data.prepare import TrainingData
 from pipeline.data.sampler import Sampler
@@ -25,7 +24,6 @@ from pipeline.models.build import initial_network, pixel_statistics_of
 from pipeline.models.layers import FitsFirstLayer
 from pipeline.recipe import Recipe
 from pipeline.runtime import keep_freed_memory
-from pipeline.sections.data import Form
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.checkpoints import load_initial
 from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
@@ -159,8 +157,7 @@ class _Learner:
             load_initial(transfer.weights_file, network)
         network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if isinstance(network, FitsFirstLayer):
-            stride = math.ceil(len(images) / FIRST_LAYER_IMAGES)  # a folder's images come class by class
-            seen = resized(images[::stride].cpu(), Form(data.image_size)).to(device)
+            seen = data.sample(FIRST_LAYER_IMAGES).to(device)
             network.fit_first_layer(normalise(seen, data.mean, data.std))
         average = WeightAverage(network, settings.ema_decay, graphed) if settings.ema_decay else None
         self.parts = Parts(network, build_optimizer(network, recipe.optimizer, device, graphed, transfer), average)

@@ -37,9 +37,11 @@ def test_ensemble_averages_predictions_of_two_methods(trained: Trained, tmp_path
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
-        (["ensemble", "a.csv", "--output", "c.csv"], ["a.csv: is one file; an ensemble needs at least two"]),
+        (["ensemble", "a.csv", "--output", "c.csv"], ["a.csv: an ensemble needs at least two tables"]),
         (["ensemble", "a.csv", "./a.csv", "--output", "c.csv"], ["a.csv: is named twice; each file has one vote"]),
-        (["ensemble", "a.csv", "b.csv"], ["`--output`: needs a value: Where the mean goes"]),
+        (["ensemble", "a.csv", "b.csv"], ["NAME or RUNS: needs one study, or runs in its place; `python -m pipeline"]),
+        (["ensemble", "attention", "--runs", "0" * 32], ["tables need `--output`"]),
+        (["ensemble", "--runs", f"{'0' * 32} 12"], ["`--runs` 12: not a run's id (32 of 0-9a-f)"]),
     ],
 )
 def test_bad_input_is_refused(words: list[str], lines: list[str], tmp_path: Path) -> None:

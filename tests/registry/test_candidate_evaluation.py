@@ -87,6 +87,8 @@ def test_first_champion_is_compared_with_a_control_alike(
     longer = made("seed 1", 0.8, 7, role="final", trial="0", trial_run=control)
     rival = made("seed 1", 0.9, 7, role="final", trial="1", trial_run=trial)
     assert control_of(tracker, alone) == lucky[0] and control_of(tracker, rival) == longer, "of finals as long"
+    mean = made("mean of 2 runs", 0.9, 1, role="ensemble", method="mean", members="{}")
+    assert control_of(tracker, mean) == lucky[0], "it is made of finals"
     assert control_of(tracker, trial) == control, "one seed against one"
     assert [control_of(tracker, run) for run in (*lucky, longer)] == [None] * 3, "the control, whatever its seed"
     tracker.client.set_tag(parent.id, "constraints", '{"val/accuracy": 0.4}')

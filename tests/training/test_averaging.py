@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.training.averaging import WeightAverage
+from pipeline.data.augment import normalise
+from pipeline.training.averaging import WeightAverage, mean_weights, measure_norms
 
 
 def convnet(dtype=torch.float32):
@@ -112,3 +113,26 @@ def test_an_update_never_waits_for_the_gpu():
         average.update(network)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_mean_weights_are_the_mean_of_each_tensor():
+    networks, generator = [convnet() for _ in range(3)], torch.Generator().manual_seed(2)
+    for number, network in enumerate(networks):
+        for _ in range(number):
+            a_step(network, generator)
+    mean = mean_weights(networks)
+    assert mean["1.num_batches_tracked"] == 0
+    for name in ("0.weight", "1.running_var", "5.bias"):
+        parts = [network.state_dict()[name] for network in networks]
+        torch.testing.assert_close(mean[name], sum(parts) / 3)
+
+
+def test_norms_are_measured_on_images_without_dropout_or_memory():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5), nn.BatchNorm2d(4, momentum=0.3)).train()
+    images = torch.randint(0, 256, (1100, 3, 8, 8), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
+    measure_norms(network, images, mean, std, "fp32")
+    features = [network[0](normalise(chunk, mean, std)).transpose(0, 1).flatten(1) for chunk in images.split(500)]
+    torch.testing.assert_close(network[2].running_mean, torch.stack([f.mean(1) for f in features]).mean(0))
+    torch.testing.assert_close(network[2].running_var, torch.stack([f.var(1) for f in features]).mean(0))
+    assert not network.training and not network[2].training and network[2].momentum == 0.3
