@@ -23,6 +23,7 @@ from pipeline.evaluation.scores import CLASS_F1, most_confident, per_class_table
 from pipeline.inference.classifier import ModelMetadata
 from pipeline.inference.methods import measure, methods_table, out_of_fold, views, views_of
 from pipeline.models.build import build_network, num_parameters
+from pipeline.processes import StopOnSignal
 from pipeline.recipe import Recipe
 from pipeline.tracking.tracker import Run, RunRequest, State, Tracker
 from pipeline.training.checkpoints import save_checkpoint
@@ -140,6 +141,24 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
         seconds=time.perf_counter() - start + (resume.seconds if resume else 0),
         notes=tuple(resume.notes) if resume else (),
     )
+
+
+def run_until_stopped(request: ExperimentRequest, tracker: Tracker) -> Outcome:
+    """`run`, which a signal of the user's ends at the next step: Interrupted then."""
+
+    def check_stop(*progress: object) -> None:
+        if stop.requested:
+            raise Interrupted
+
+    def after_epoch(report: EpochReport) -> None:
+        request.on_epoch(report)
+        check_stop()
+
+    with StopOnSignal() as stop:
+        outcome = run(replace(request, on_epoch=after_epoch, on_step=check_stop), tracker)
+    if outcome.state is State.INTERRUPTED:
+        raise Interrupted
+    return outcome
 
 
 def known_before(constraints: Mapping[str, float], recipe: Recipe, data: TrainingData) -> dict[str, float]:

@@ -90,6 +90,7 @@ LATER = {
     "transfer.frozen_share": 0.0,
     "transfer.layer_decay": 1.0,
     "transfer.head_multiple": 1.0,
+    "transfer.weights": "none",
 }
 
 

@@ -41,6 +41,7 @@ ALLOWED_IN = {
     "matplotlib": ("pipeline/evaluation/figures.py",),
     "cloudpickle": ("pipeline/search/",),  # a search's space on its way to a worker; see `worker.packed`
     "timm": ("pipeline/models/",),
+    "torch_pruning": ("pipeline/models/pruning.py",),
     "typer": ("pipeline/cli/",),
     "click": ("pipeline/cli/",),
     "rich": ("pipeline/cli/",),

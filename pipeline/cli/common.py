@@ -99,7 +99,8 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
     """The search's data set, split and on the device, which can execute the steps of all trials if it has to."""
     from pipeline.data.datasets import load
     from pipeline.data.prepare import prepare
-    from pipeline.models.build import initial_network
+    from pipeline.models.build import build_network, initial_network
+    from pipeline.training.checkpoints import load_initial
     from pipeline.training.execution import check_execution
     from pipeline.training.teacher import check_teacher
 
@@ -111,6 +112,9 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
     data = prepare(load(about, expand(data_dir), HOME, found=search.listed), about, device)
     for recipe in search.taught():
         check_teacher(recipe, data, device)
+    control = search.recipe({})
+    if file := control.transfer.weights_file:
+        load_initial(file, build_network(control.model, len(data.classes), control.data.image_size, seed=0))
     freeze_imports()
     return data
 

@@ -20,6 +20,7 @@ from pipeline.cli.bench_gpu import bench_gpu
 from pipeline.cli.clean_cache import clean_cache
 from pipeline.cli.common import is_away
 from pipeline.cli.compare import compare
+from pipeline.cli.compress import compress
 from pipeline.cli.ensemble import ensemble
 from pipeline.cli.exit_codes import HELP, INTERRUPTED, exit_code
 from pipeline.cli.export import export
@@ -66,7 +67,7 @@ for _command in (
         relocate,
         clean_cache,
     ),
-    *(predict, ensemble, export, serve, bench, bench_gpu),
+    *(predict, ensemble, compress, export, serve, bench, bench_gpu),
 ):
     app.command()(_command)
 

@@ -3,6 +3,7 @@
 import copy
 import types
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from pipeline.models.expert import ExpertNetwork
 from pipeline.models.fast import FastNetwork
 from pipeline.models.improved import ImprovedNetwork
 from pipeline.models.plain import PlainNetwork
+from pipeline.recipe import Recipe
 from pipeline.sections.model import Attention, Baseline, Cct, Efficient, Expert, Fast, Improved, Model, Plain, Timm
 
 
@@ -97,13 +99,19 @@ def layer_ids(network: nn.Module) -> dict[str, int]:
     return ids
 
 
-def weights_origin(model: Model) -> str | None:
+def weights_origin(recipe: Recipe) -> str | None:
     """Where a pretrained network's weights are from, with their licence and data; None where it starts from random ones."""
+    if file := recipe.transfer.weights_file:
+        return f"{Path(file[0]).name}, all tensors of this network."
+    model = recipe.model
     return _timm().origin(model) if isinstance(model, Timm) and model.weights != "none" else None
 
 
-def weights_digest(model: Model) -> str | None:
-    """SHA-256 of the file that a pretrained network starts from; errors as of `timm.load_pretrained`."""
+def weights_digest(recipe: Recipe) -> str | None:
+    """SHA-256 of the file that a network starts from; errors as of `timm.load_pretrained`."""
+    if file := recipe.transfer.weights_file:
+        return file[1]
+    model = recipe.model
     return _timm().weights_digest(model) if isinstance(model, Timm) and model.weights != "none" else None
 
 

@@ -153,7 +153,9 @@ class CandidateEvaluation:
             raise DataError(str(folder), "the labels of two models differ", "remove the folder")
         study = study_of(self.registry.tracker, self.registry.tracker.client.get_run(challenger.run))
         objective = study.objective if study else ACCURACY
-        latencies_ms = _latencies_ms(models)
+        latencies_ms = export.latencies_ms(
+            [(model.folder / MODEL, model.metadata.recipe.data.image_size) for model in models]
+        )
         sides = [
             ModelEvidence(np.stack(table["probabilities"].to_list()), latency_ms, (model.folder / MODEL).stat().st_size)
             for model, table, latency_ms in zip(models, predictions, latencies_ms, strict=True)
@@ -358,12 +360,3 @@ def _finished(runs: Iterable[Run], role: Role | None = None) -> list[Run]:
     """Those of the runs that finished, of one role or of all."""
     tagged = ((run, RunTags.of(run)) for run in runs)
     return [run for run, tags in tagged if tags.state is State.FINISHED and role in (None, tags.role)]
-
-
-def _latencies_ms(models: list[EvaluatedModel]) -> list[float]:
-    """Milliseconds of one image, on this machine: the least of three medians, measured in turn."""
-    rounds = [
-        [export.latency_ms(model.folder / MODEL, model.metadata.recipe.data.image_size) for model in models]
-        for _ in range(3)
-    ]
-    return [min(times) for times in zip(*rounds, strict=True)]

@@ -69,7 +69,7 @@ def model_card(
         "Calibration": _calibration(metadata, run) + (f"\n\nAs trained, {reweighted}." if reweighted else ""),
         "Known weaknesses": _weaknesses(metadata.classes, confusion, ids, labels, predicted, confidence),
         "Data": _data(metadata, len(labels)),
-        **({"Weights": _weights(origin, run)} if (origin := weights_origin(metadata.recipe.model)) else {}),
+        **({"Weights": _weights(origin, run)} if (origin := weights_origin(metadata.recipe)) else {}),
         "Recipe": _recipe(metadata),
         "Cost": _cost(metadata, run, costs),
         "Reproduce": _reproduce(metadata, run),
@@ -188,8 +188,10 @@ def _data(metadata: ModelMetadata, num_validation: int) -> str:
 
 
 def _weights(origin: str, run: Run) -> str:
-    digest = RunTags.of(run).weights_sha256
-    return f"Started from {origin}" + (f" SHA-256 of the file: `{digest}`." if digest else "")
+    tags = RunTags.of(run)
+    digest = f" SHA-256 of the file: `{tags.weights_sha256}`." if tags.weights_sha256 else ""
+    channels = f" They are the most important channels of run `{tags.compresses}`, by {tags.pruner}."
+    return f"Started from {origin}{digest}" + (channels if tags.compresses else "")
 
 
 def _recipe(metadata: ModelMetadata) -> str:

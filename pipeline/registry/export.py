@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,6 +277,12 @@ def benchmark(path: Path, images: Tensor | MappedImages, labels: np.ndarray) -> 
 def latency_ms(path: Path, image_size: int, threads: int = 1, repeats: int = 50) -> float:
     """Median milliseconds of one image, after five that warm up."""
     return 1000 * _seconds(path, np.zeros((1, image_size, image_size, 3), np.uint8), threads, repeats)
+
+
+def latencies_ms(models: Sequence[tuple[Path, int]]) -> list[float]:
+    """Milliseconds of one image of S x S pixels on one thread, of each (path, S): the least of three medians, in turn."""
+    rounds = [[latency_ms(path, image_size) for path, image_size in models] for _ in range(3)]
+    return [min(times) for times in zip(*rounds, strict=True)]
 
 
 def images_per_second(path: Path, image_size: int, threads: int = 1, batch_size: int = 64, repeats: int = 10) -> float:

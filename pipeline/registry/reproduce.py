@@ -18,10 +18,11 @@ from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import NotReproduced, UserError
 from pipeline.evaluation.robustness import PREFIX as ROBUSTNESS
-from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
+from pipeline.experiment import ExperimentRequest, Outcome, Prune
 from pipeline.models.build import weights_digest
-from pipeline.processes import StopOnSignal, this_process
+from pipeline.processes import this_process
 from pipeline.recipe import Recipe
+from pipeline.registry import initial_weights
 from pipeline.registry.finals import check_same_data, execution_line, recipe_of
 from pipeline.tracking import queries, recovery
 from pipeline.tracking.lineage import code, environment, same_code
@@ -136,7 +137,7 @@ def _code_differences(tracker: MlflowTracker, original: OriginalRun) -> Iterator
 
 
 def _weights_differences(original: OriginalRun) -> Iterator[Difference]:
-    then, now = original.tags.weights_sha256, weights_digest(original.recipe.model)
+    then, now = original.tags.weights_sha256, weights_digest(original.recipe)
     if then and then != now:
         yield Difference(f"weights: SHA-256 {then[:16]}... then, {str(now)[:16]}... now", True)
 
@@ -176,15 +177,11 @@ def reproduce(
     Raises Interrupted where the user asks to stop, DataError where the data is not what it was.
     """
     check_same_data(original.name, original.tags, data)
+    initial_weights.restore(tracker, original.run.info.run_id, original.recipe)
     recovery.close_abandoned_runs(tracker, original.run.info.experiment_id)
-
-    def check_stop(*progress: object) -> None:
-        if stop.requested:
-            raise Interrupted
 
     def after_epoch(report: EpochReport) -> None:
         on_epoch(report)
-        check_stop()
         if report.epoch == original.epochs and original.state is not State.FINISHED:
             raise Prune(f"the run that is reproduced ended {original.state} after epoch {original.epochs}")
 
@@ -194,7 +191,7 @@ def reproduce(
         study=original.tags.study,
         worker=this_process(),
     )
-    with StopOnSignal() as stop, use_threads(original.threads if device.type == "cpu" else None):
+    with use_threads(original.threads if device.type == "cpu" else None):
         request = ExperimentRequest(
             recipe=original.recipe_on(device),
             data=data,
@@ -203,12 +200,8 @@ def reproduce(
             parent_run=original.tags.parent_run,
             tags=tags,
             on_epoch=after_epoch,
-            on_step=check_stop,
         )
-        outcome = experiment.run(request, tracker)
-    if outcome.state is State.INTERRUPTED:
-        raise Interrupted
-    return outcome
+        return experiment.run_until_stopped(request, tracker)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,12 @@
 """The section `transfer`."""
 
-from pydantic import Field
+from functools import partial
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from pipeline.sections.section import Fraction, Section
+from pipeline.sections.weights import pinned, pinned_file
 
 
 class Transfer(Section):
@@ -16,3 +20,13 @@ class Transfer(Section):
     frozen_share: Fraction = Field(0.0, description="share of the layers below the head that never learn")
     layer_decay: float = Field(1.0, gt=0, le=1, description="each layer's rate, as a fraction of that of the next one")
     head_multiple: float = Field(1.0, gt=0, le=1000, description="the head's rate, as a multiple of the optimizer's")
+    weights: Annotated[str, AfterValidator(partial(pinned, names=("none",)))] = Field(
+        "none",
+        description="none; or a .safetensors file with all tensors of the network, such as a run's weights.safetensors, "
+        "kept with its digest: path#sha256=...",
+    )
+
+    @property
+    def weights_file(self) -> tuple[str, str] | None:
+        """(path, SHA-256) of the file that all tensors start from."""
+        return pinned_file(self.weights)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from functools import cache
 
 from pipeline.errors import did_you_mean
@@ -24,15 +25,23 @@ def _file_digest(path: str, size: int, changed_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def pinned(value: str) -> str:
-    """A file's name with the digest of its content, which belongs to the recipe; a pinned one need not be here any more."""
-    if value in NAMED_WEIGHTS or _PINNED.fullmatch(value):
+def pinned(value: str, names: Sequence[str] = NAMED_WEIGHTS) -> str:
+    """A file's name with the digest of its content, which belongs to the recipe; a pinned one need not be here any more.
+
+    What is one of `names` stays as it is.
+    """
+    if value in names or _PINNED.fullmatch(value):
         return value
     path = os.path.abspath(os.path.expanduser(value))
     if not os.path.isfile(path):  # opening a pipe would wait for ever
-        known = f"{', '.join(NAMED_WEIGHTS)} or a file{did_you_mean(value, NAMED_WEIGHTS)}"
+        known = f"{', '.join(names)} or a file{did_you_mean(value, names)}"
         raise ValueError(f"should be {known}; there is no such file")
-    return f"{path}#sha256={file_digest(path)}"
+    return with_digest(path, file_digest(path))
+
+
+def with_digest(path: str, sha256: str) -> str:
+    """A file's name as a recipe has it."""
+    return f"{path}#sha256={sha256}"
 
 
 def pinned_folder(value: str) -> str:

@@ -12,6 +12,7 @@ _REQUIRED = {
     "trial": _TRIAL,
     "final": _TRIAL,
     "reproduction": _TRAINED,
+    "compressed": (*_TRAINED, "compresses"),
     "ensemble": (*_TRAINED, "method", "members"),
 }
 

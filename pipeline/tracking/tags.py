@@ -14,8 +14,8 @@ from pipeline.evaluation.scores import OBJECTIVES
 from mlflow.entities import Run as StoredRun
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
-Role = Literal["study", "trial", "final", "reproduction", "ensemble"]
-TRAINED_ROLES: tuple[Role, ...] = ("trial", "final", "reproduction")
+Role = Literal["study", "trial", "final", "reproduction", "compressed", "ensemble"]
+TRAINED_ROLES: tuple[Role, ...] = ("trial", "final", "reproduction", "compressed")
 
 
 class State(enum.StrEnum):
@@ -51,6 +51,9 @@ class RunTags:
     seed: int | None = None  # of a final
     reproduces: str | None = None  # of a reproduction: the first run
     reproduced: str | None = None  # of a reproduction: how far it equals the first run
+    compresses: str | None = None  # of a compressed run: the run whose network was pruned
+    sparsity: float | None = None  # of a compressed run: the share of multiply-adds that was to go
+    pruner: str | None = None  # of a compressed run: the library and its version
     method: str | None = None  # of an ensemble: mean or soup
     members: Mapping[str, str] | None = None  # of an ensemble: run -> SHA-256 of its weights
     worker: Mapping[str, Any] | None = None  # the process that trains it; see processes.this_process
@@ -106,6 +109,11 @@ def _number(text: str) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
+def _share(text: str) -> float | None:
+    value = _json(text)
+    return value if isinstance(value, float) and 0 < value < 1 else None
+
+
 def _state(text: str) -> State | None:
     return State(text) if text in set(State) else None
 
@@ -150,6 +158,8 @@ _PARSERS: Mapping[str, Any] = {
     "seed": _number,
     "trial_run": _hex_id,
     "reproduces": _hex_id,
+    "compresses": _hex_id,
+    "sparsity": _share,
     "objective": _one_of(*OBJECTIVES),
     "constraints": _bounds,
     "members": _mapping,

@@ -223,7 +223,7 @@ class MlflowTracker:
             recipe_digest=recipe.digest(),
             data_digest=data.digest,
             split_digest=data.split_digest,
-            weights_sha256=weights_digest(recipe.model),
+            weights_sha256=weights_digest(recipe),
             test_digest=data.listed.listing.test_digest if data.listed else None,
             parent_run=request.parent_run,
         )

@@ -46,6 +46,15 @@ def load_weights(path: Path, network: nn.Module) -> None:
     network.load_state_dict(load_file(path))
 
 
+def load_initial(weights: tuple[str, str], network: nn.Module) -> None:
+    """Fill `network` from a file that a recipe names, (path, SHA-256); UserError where it isn't that one, or doesn't fit."""
+    path, sha256 = Path(weights[0]), weights[1]
+    if damage := _damage(path, sha256):
+        rule = f"the weights that the recipe starts from: {damage}"
+        raise UserError(str(path), rule, f"put the file of SHA-256 {sha256[:16]}... there")
+    load_weights(path, network)
+
+
 def check_weights(path: Path, network: nn.Module) -> None:
     """UserError unless the file has the network's tensors, by name and shape. Only its header is read.
 

@@ -28,6 +28,7 @@ from pipeline.runtime import keep_freed_memory
 from pipeline.sections.augmentation import AugMix
 from pipeline.training import progressive
 from pipeline.training.averaging import WeightAverage
+from pipeline.training.checkpoints import load_initial
 from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
 from pipeline.training.freezing import Freezing
 from pipeline.training.losses import consistency_loss, loss_of
@@ -158,6 +159,8 @@ class _Learner:
         self._batch_size = min(settings.batch_size, len(images))
         self._steps = len(images) // self._batch_size  # of an epoch; images that don't fill a batch are left out of it
         network = initial_network(recipe.model, len(data.classes), data.image_size, settings.seed)
+        if transfer.weights_file:
+            load_initial(transfer.weights_file, network)
         network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if isinstance(network, FitsFirstLayer):
             seen = data.sample(FIRST_LAYER_IMAGES).to(device)

@@ -45,6 +45,7 @@ MAKE_COMMANDS = re.findall(r"^COMMANDS := (.*)", MAKEFILE, re.MULTILINE)[0].spli
         ("export", ["MODEL=models:/x@y"], "--|models:/x@y"),
         ("serve", ["MODEL=m", "PORT=5"], "--port=5|--|m"),
         ("reproduce", ["RUN=0123", "TOLERANCE=2"], "--tolerance=2|--|0123"),
+        ("compress", ["RUN=0123", "SPARSITY=0.3"], "--sparsity=0.3|--|0123"),
         ("sync", ["DROP_DELETED=1"], "--drop-deleted"),
         ("bench", ["JSON=1", "AGAINST=a peer.py"], "--json|--against=a peer.py"),
         ("relocate", [], ""),

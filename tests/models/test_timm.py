@@ -22,6 +22,7 @@ from pipeline.models.build import (
     weights_digest,
     weights_origin,
 )
+from pipeline.recipe import Recipe, parse_recipe
 from pipeline.sections.model import Timm
 
 LITE0 = Timm(weights="efficientnet-lite0")
@@ -42,6 +43,12 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def resnet() -> nn.Module:
     return build_network(Timm(backbone="resnet18"), 3, 32, seed=0)
+
+
+def recipe_of(model: Timm) -> Recipe:
+    return parse_recipe(
+        {"model": model.model_dump(), "optimizer": {"name": "sgd", "lr": 0.1}, "training": {"epochs": 1}}
+    )
 
 
 def problem(model: Timm, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> list[str]:
@@ -75,8 +82,8 @@ def test_training_starts_from_the_weights_with_a_new_head() -> None:
     images = torch.randn(2, 3, 32, 32)
     assert not network.eval()(images).any() and plain.eval()(images).any(), "the head has no opinion yet"
     assert pixel_statistics_of(LITE0) == ((0.5,) * 3, (0.5,) * 3) and pixel_statistics_of(Timm()) is None
-    assert "Apache-2.0" in str(weights_origin(LITE0)) and weights_origin(Timm()) is None
-    assert str(weights_digest(LITE0)).startswith("57934424") and weights_digest(Timm()) is None
+    assert "Apache-2.0" in str(weights_origin(recipe_of(LITE0))) and weights_origin(recipe_of(Timm())) is None
+    assert str(weights_digest(recipe_of(LITE0))).startswith("57934424") and weights_digest(recipe_of(Timm())) is None
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -86,8 +93,8 @@ def test_file_fills_all_but_the_head(tmp_path: Path, resnet: nn.Module, suffix: 
     model = Timm(backbone="resnet18", weights=str(path))
     network = initial_network(model, 5, 32, seed=1)
     assert torch.equal(network.state_dict()["layer4.1.conv2.weight"], resnet.state_dict()["layer4.1.conv2.weight"])
-    assert str(weights_origin(model)).startswith(path.name)
-    assert weights_digest(model) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert str(weights_origin(recipe_of(model))).startswith(path.name)
+    assert weights_digest(recipe_of(model)) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path, resnet: nn.Module) -> None:
@@ -136,7 +143,7 @@ def test_downloaded_weights_are_used_offline_and_have_a_digest(
     model = Timm(backbone="resnet18", weights="default")
     weight = initial_network(model, 5, 32, seed=1).state_dict()["layer4.1.conv2.weight"]
     assert torch.equal(weight, resnet.state_dict()["layer4.1.conv2.weight"])
-    assert weights_digest(model) == hashlib.sha256((snapshot / "model.safetensors").read_bytes()).hexdigest()
+    assert weights_digest(recipe_of(model)) == hashlib.sha256((snapshot / "model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(

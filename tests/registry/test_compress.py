@@ -1,0 +1,91 @@
+"""A run is pruned, trained on under a run of its own, and from there on is a run like any other."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.data.prepare import TrainingData
+from pipeline.errors import DataError
+from pipeline.inference.classifier import Classifier
+from pipeline.registry import compress, reproduce
+from pipeline.registry.compress import Compression
+from pipeline.registry.promote import promote
+from pipeline.tracking import queries
+from pipeline.tracking.models import find_model, sha256_of
+from pipeline.tracking.tags import RunTags
+from pipeline.tracking.tracker import MlflowTracker
+from registry.helpers import DATA, RULES, RecordingObserver, Store
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A compression that was trained."""
+
+    tracker: MlflowTracker
+    plan: Compression
+    run: str
+
+
+def plan_of(store: Store, tracker: MlflowTracker, epochs: int | None) -> Compression:
+    with find_model(store.home, None, store.rival) as model:
+        original = Classifier.load(model.folder, CPU)
+    return compress.plan_compression(tracker, original, 0.05, epochs, CPU)
+
+
+@pytest.fixture(scope="module")
+def done(store: Store, digits: TrainingData) -> Done:
+    tracker = MlflowTracker(store.home)
+    plan = plan_of(store, tracker, None)
+    outcome = compress.train(tracker, plan, digits, CPU)
+    return Done(tracker, plan, tracker.id_of(outcome.run_key))
+
+
+def test_pruned_network_is_a_child_of_its_run(store: Store, done: Done) -> None:
+    recipe, original = done.plan.recipe, done.plan.original.metadata.recipe
+    run = done.tracker.client.get_run(done.run)
+    tags = RunTags.of(run)
+    assert (tags.role, tags.compresses, tags.parent_run) == ("compressed", store.rival, store.rival)
+    assert (tags.sparsity, tags.study) == (0.05, "tiny-v1-digits") and (tags.pruner or "").startswith("torch-pruning ")
+    assert (
+        run.data.metrics["model/parameters"] < done.tracker.client.get_run(store.rival).data.metrics["model/parameters"]
+    )
+    changed = original.difference(recipe)
+    assert changed.keys() == {"model.widths", "optimizer.lr", "training.epochs", "transfer.weights"}
+    assert changed["training.epochs"] == (9, 3) and changed["optimizer.lr"][1] == pytest.approx(0.03)
+    file = recipe.transfer.weights_file
+    assert file and tags.weights_sha256 == file[1] == sha256_of(Path(file[0]))
+    [study] = queries.studies(done.tracker)
+    assert done.run not in {child.info.run_id for child in queries.children(done.tracker, study)}
+
+
+def test_trained_only_once(store: Store, done: Done) -> None:
+    assert compress.finished_run(done.tracker, plan_of(store, done.tracker, None)) == done.run
+    assert compress.finished_run(done.tracker, plan_of(store, done.tracker, 1)) is None
+
+
+def test_reproduced_bit_for_bit_where_the_initial_weights_are_gone(done: Done, digits: TrainingData) -> None:
+    path, _ = done.plan.recipe.transfer.weights_file or ("", "")
+    original = reproduce.find_original(done.tracker, done.run)
+    Path(path).unlink()
+    outcome = reproduce.reproduce(done.tracker, original, digits, CPU)
+    comparison = reproduce.compare(done.tracker, original, done.tracker.id_of(outcome.run_key), 144, None)
+    assert comparison.equal, comparison.lines
+    assert Path(path).exists()
+
+
+@pytest.mark.usefixtures("one_export_a_model")
+def test_promoted_as_any_run(store: Store, done: Done, tmp_path: Path) -> None:
+    registry, observer = store.registry(tmp_path, "small"), RecordingObserver()
+    champion = promote(registry, done.run, RULES, DATA, observer)
+    assert champion.run == done.run and observer.verdicts[0].passed
+    card = registry.tracker.client.get_model_version("small", champion.version).description
+    assert f"the most important channels of run `{store.rival}`, by torch-pruning" in str(card)
+
+
+def test_other_data_is_refused(done: Done, digits: TrainingData) -> None:
+    with pytest.raises(DataError, match="trained on other data than is here"):
+        compress.train(done.tracker, done.plan, replace(digits, digest="other"), CPU)
