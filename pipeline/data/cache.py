@@ -185,9 +185,12 @@ def _read(files: Sequence[str], form: Form, unreadable: list[BadImage], skip: bo
         else:
             yield number, result
     if unreadable and not skip:
-        problems = first([problem for image in unreadable for problem in image.problems])
-        rule, remedy = "images can't be used", "replace or remove them, or `--corrupt skip` leaves them out"
-        raise DataError.many([*problems, Problem(f"{len(unreadable)} of {len(files)} {rule}", remedy=remedy)])
+        raise _unusable(unreadable, len(files), "replace or remove them, or `--corrupt skip` leaves them out")
+
+
+def _unusable(unreadable: Sequence[BadImage], count: int, remedy: str) -> DataError:
+    problems = first([problem for image in unreadable for problem in image.problems])
+    return DataError.many([*problems, Problem(f"{len(unreadable)} of {count} images can't be used", remedy=remedy)])
 
 
 def _keys(files: Sequence[str]) -> list[bytes]:
@@ -238,6 +241,8 @@ class _Cache:
         os.utime(self.folder)  # `caches` sorts by it
         row_of = _row_of_key(records)
         numbers = [number for number, key in enumerate(keys) if key in row_of]
+        if not numbers:
+            raise _unusable(unreadable, len(files), "replace them")
         images, held, digests = self._images(
             records, np.array([row_of[keys[number]] for number in numbers], dtype=np.int64)
         )

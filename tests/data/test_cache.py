@@ -79,6 +79,15 @@ def test_unreadable_files_may_be_skipped_and_are_tried_again(pets: Path, home: P
     assert list(kept.digests) == [found.digests[1], found.digests[3]]
 
 
+def test_where_no_file_can_be_read_skipping_them_is_refused(pets: Path, home: Path) -> None:
+    files = read_folder(pets).files
+    for file in files:
+        Path(file).write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        decoded(read_folder(pets), FORM, home, skip=True)
+    assert caught.value.lines[-1] == f"{len(files)} of {len(files)} images can't be used; replace them"
+
+
 def test_they_are_decoded_once_for_each_form(pets: Path, home: Path, read: list[str]) -> None:
     for form in (FORM, FORM, Form(8), FORM):
         decoded(read_folder(pets), form, home)
