@@ -15,6 +15,7 @@ from mlflow.entities import Run
 from pipeline.errors import DataError, PromotionRefused, UserError, lines_of
 from pipeline.evaluation.significance import small_split_line
 from pipeline.inference.classifier import Classifier, ModelMetadata
+from pipeline.recipe import LATER
 from pipeline.registry import export, test_split
 from pipeline.registry.gate import ACCURACY, Evidence, GateRecord, ModelEvidence, Rules, Verdict, decide
 from pipeline.registry.ledger import DELETED, PASSED, PROMOTED, REFUSED, TEST_EVALUATION, Champion, Event
@@ -349,7 +350,12 @@ def study_of(tracker: MlflowTracker, run: Run) -> StudyRuns | None:
 
 
 def _without_seed(params: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in params.items() if name not in ("training.seed", "data.dataset", "data.fold")}
+    """What two seeds of a recipe share; a run that is older than a field has what the field adds nothing to."""
+    return {
+        name: value
+        for name, value in params.items()
+        if name not in ("training.seed", "data.dataset", "data.fold") and value != str(LATER.get(name))
+    }
 
 
 def _epochs(run: Run) -> str | None:

@@ -117,6 +117,24 @@ def test_first_champion_is_compared_with_a_control_alike(
     assert control_of(tracker, trial) is None, "an infeasible control"
 
 
+def test_a_run_from_before_a_field_is_a_seed_of_the_same_recipe(
+    tmp_path: Path, small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = MlflowTracker(tmp_path / "mlruns")
+    parent, flat, ids = tracker.open_study("old-v1-digits", "?", "val/accuracy", []), Recipe.flat, list[str]()
+    for seed, score, added in ((1, 0.5, True), (2, 0.6, False)):
+        recipe = small_recipe.changed({"training.seed": seed})
+        if not added:
+            kept = {name: value for name, value in flat(recipe).items() if name != "loss.teacher"}
+            monkeypatch.setattr(Recipe, "flat", lambda self, kept=kept: kept)
+        tags = RunTags.parse({"study": "old-v1-digits", "role": "final"})
+        with tracker.run(RunRequest(name="", recipe=recipe, data=digits, parent_run=parent.id, tags=tags)) as run:
+            run.log_metrics({"val/accuracy": score}, 1)
+            run.end(State.FINISHED)
+        ids.append(tracker.id_of(run.key))
+    assert sorted(candidate_evaluation._seed_scores(tracker, ids[0], "val/accuracy")) == [0.5, 0.6]
+
+
 def test_tampered_predictions_are_not_used(store: Store, tmp_path: Path) -> None:
     registry = store.registry(tmp_path, "tampered")
     promote(registry, store.good, RULES, DATA, RecordingObserver())
