@@ -127,8 +127,10 @@ def test_a_run_from_before_a_field_is_a_seed_of_the_same_recipe(
         if not added:
             kept = {name: value for name, value in flat(recipe).items() if name != "loss.teacher"}
             monkeypatch.setattr(Recipe, "flat", lambda self, kept=kept: kept)
-        tags = RunTags.parse({"study": "old-v1-digits", "role": "final"})
-        with tracker.run(RunRequest(name="", recipe=recipe, data=digits, parent_run=parent.id, tags=tags)) as run:
+        tags = RunTags.parse({"study": "old-v1-digits", "role": "final", "trial": "1"})
+        with tracker.run(
+            RunRequest(name=f"seed {seed}", recipe=recipe, data=digits, parent_run=parent.id, tags=tags)
+        ) as run:
             run.log_metrics({"val/accuracy": score}, 1)
             run.end(State.FINISHED)
         ids.append(tracker.id_of(run.key))
