@@ -34,6 +34,10 @@ READ_VALUE = 0.5  # of every number that is read from the device
 
 _RealGenerator = torch.Generator
 
+# The first backward starts a thread for each device that there is, and no later one does. With the one that isn't there
+# this process could no longer be forked, as tests of the benchmarks do that may follow in it.
+torch.zeros((), requires_grad=True).backward()
+
 
 class HostWaits(AssertionError):
     """A training step waits for the device, or uses a tensor of the host."""

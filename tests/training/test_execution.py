@@ -30,6 +30,8 @@ MUON = {
     "optimizer.lr": 0.1,
     "optimizer.bias_lr": 10,
     "optimizer.head_lr": 100,
+    "optimizer.sgd_momentum": 0.85,
+    "optimizer.weight_decay": 0.004,
     "model.network": "fast",
     "model.widths": (8, 16),
     "augmentation.horizontal_flip": "alternating",
