@@ -71,11 +71,11 @@ B = {"kind": "b", "rate@b": 0.1, **{f"x{i}": 0.25 for i in range(8)}}
 
 def test_a_new_trial_differs_from_its_parent_in_a_few_parameters() -> None:
     study = study_with(B, A)
-    differing = []
+    parents, differing = study.trials[:2], []
     for _ in range(300):
         trial = study.ask()
         space(trial)
-        differing.append([_differing(trial.params, parent.params) for parent in study.trials[:2]])
+        differing.append([_differing(trial.params, parent.params) for parent in parents])
         study.tell(trial, state=TrialState.FAIL)
     counts = [min(pair) for pair in differing]
     assert min(counts) >= 1
