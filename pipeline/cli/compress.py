@@ -102,7 +102,7 @@ def _changes(plan: "Compression") -> str:
 
 
 def _print_rows(console: Console, rows: "list[ModelRow]") -> None:
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for head in ("", "val/accuracy", "parameters", "MFLOP", "ms, one thread", "MB"):
         table.add_column(head, no_wrap=True, justify="right" if head else "left")
     for row in rows:
