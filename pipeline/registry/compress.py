@@ -11,6 +11,7 @@ import torch
 from mlflow.entities import Run as StoredRun
 
 from pipeline import experiment
+from pipeline.data.datasets import Split
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.evaluation.scores import score
@@ -147,11 +148,12 @@ def measure(
 
     `folder` becomes the package of the pruned one, its 8-bit form included; the table becomes an artifact of its run.
     """
+    validation = data.validation.on(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
         original = Path(name) / MODEL
         export.export_onnx(compression.original, original)
         with find_model(tracker.home, tracker.uri, run_id) as model:
-            package(tracker, run_id, model.folder, folder, images=data.validation.images[:].cpu())
+            package(tracker, run_id, model.folder, folder, images=validation.images)
         recipes = {"original": (compression.original.metadata.recipe, original)}
         recipes["pruned"] = (compression.recipe, folder / MODEL)
         models: dict[str, tuple[Recipe, Path]] = {}
@@ -159,21 +161,19 @@ def measure(
             quantised = path.with_name(QUANTISED_MODEL)
             export.quantise(path, quantised, export.calibration_pixels(data))
             models |= {title: (recipe, path), f"{title}, 8 bits": (recipe, quantised)}
-        rows = _rows(models, data)
+        rows = _rows(models, validation, data.image_size, len(data.classes))
     table = pd.DataFrame([asdict(row) for row in rows])
     tracker.client.log_text(run_id, table.to_csv(index=False), TABLE)
     return rows
 
 
-def _rows(models: dict[str, tuple[Recipe, Path]], data: TrainingData) -> list[ModelRow]:
+def _rows(models: dict[str, tuple[Recipe, Path]], validation: Split, size: int, num_classes: int) -> list[ModelRow]:
     """One for each name -> (recipe, ONNX file)."""
-    pixels, labels = export.as_pixels(data.validation.images[:].cpu()), data.validation.labels.cpu().numpy()
-    size, num_classes = data.image_size, len(data.classes)
     latencies_ms = export.latencies_ms([(path, size) for _, path in models.values()])
     return [
         ModelRow(
             model=title,
-            accuracy=score(export.run_session(export.session(path), pixels), labels).accuracy,
+            accuracy=score(export.predict(export.session(path), validation.images), validation.labels.numpy()).accuracy,
             parameters=num_parameters(build_network(recipe.model, num_classes, size, seed=0)),
             flop=prediction_flop(recipe.model, num_classes, size),
             latency_ms=latency_ms,

@@ -16,6 +16,7 @@ from pipeline.report.figures.layout import (
     CYCLE,
     FAINT,
     as_label,
+    heatmap_of_scores,
     set_axes,
     set_heatmap_labels,
     set_integer_ticks,
@@ -43,19 +44,7 @@ def per_class(frame: pd.DataFrame) -> go.Figure:
         gains = (f1.iloc[0] - base[names].astype(float)).sort_values()
     names = _telling(every, gains)
     columns = [f"{row['trial']}" + ("<br>control" if row["control"] else "") for _, row in rows.iterrows()]
-    figure = go.Figure()
-    figure.add_heatmap(
-        z=f1[names].to_numpy().T,
-        x=list(range(len(columns))),
-        y=list(range(len(names))),
-        colorscale="Cividis",
-        texttemplate="%{z:.2f}",
-        textfont={"size": 10},
-        showscale=False,
-        xgap=1,
-        ygap=1,
-        hovertemplate="F1 %{z:.4f}<extra></extra>",
-    )
+    figure = heatmap_of_scores(f1[names].to_numpy().T, "F1")
     set_axes(figure, "trial, the best first", "", 75 + 28 * max(len(names), 3))
     set_heatmap_labels(figure, columns, [as_label(name.removeprefix(CLASS_F1), 16) for name in names])
     if rows.empty or not names:

@@ -4,6 +4,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -90,6 +91,25 @@ def add_row_label(figure: go.Figure, row: float, name: str, shift: float) -> Non
     figure.add_annotation(
         xref="paper", x=0, y=row, yshift=shift, text=name, showarrow=False, xanchor="left", font_size=11, align="left"
     )
+
+
+def heatmap_of_scores(scores: np.ndarray, name: str) -> go.Figure:
+    """Scores in [0, 1], (rows, columns), as colours and numbers; `name` says what they are to whoever points at one."""
+    rows, columns = scores.shape
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=scores,
+        x=list(range(columns)),
+        y=list(range(rows)),
+        colorscale="Cividis",
+        texttemplate="%{z:.2f}",
+        textfont={"size": 10},
+        showscale=False,
+        xgap=1,
+        ygap=1,
+        hovertemplate=f"{name} %{{z:.4f}}<extra></extra>",
+    )
+    return figure
 
 
 def set_heatmap_labels(figure: go.Figure, columns: Sequence[str], rows: Sequence[str], tickangle: int = 0) -> None:

@@ -4,24 +4,12 @@ import plotly.graph_objects as go
 
 from pipeline.data.corruptions import KINDS, STRENGTHS
 from pipeline.evaluation.robustness import Robustness
-from pipeline.report.figures.layout import set_axes, set_heatmap_labels, with_caption
+from pipeline.report.figures.layout import heatmap_of_scores, set_axes, set_heatmap_labels, with_caption
 
 
 def robustness(found: Robustness, name: str, control_mean: float | None) -> go.Figure:
     """Accuracy by kind and strength of the run called `name`; beside it the control's mean over all, in [0, 1]."""
-    figure = go.Figure()
-    figure.add_heatmap(
-        z=found.accuracy,
-        x=list(range(len(STRENGTHS))),
-        y=list(range(len(KINDS))),
-        colorscale="Cividis",
-        texttemplate="%{z:.2f}",
-        textfont={"size": 10},
-        showscale=False,
-        xgap=1,
-        ygap=1,
-        hovertemplate="accuracy %{z:.4f}<extra></extra>",
-    )
+    figure = heatmap_of_scores(found.accuracy, "accuracy")
     set_axes(figure, "strength", "", 75 + 24 * len(KINDS))
     set_heatmap_labels(figure, [str(strength) for strength in STRENGTHS], [kind.replace("_", " ") for kind in KINDS])
     weakest = KINDS[found.by_kind.argmin()].replace("_", " ")
