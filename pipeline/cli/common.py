@@ -4,11 +4,14 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
 
 from pipeline.cli.exit_codes import INTERRUPTED
 from pipeline.cli.make import COMMAND_LINE
@@ -34,6 +37,24 @@ class _Console(Console):
         """Print nothing more where the reader has gone, as `| head -1`; the command goes on."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """Rich's, but a table takes the width that its longest words need: rich would cut them, and numbers with them."""
+        whole = [_Whole(each) if isinstance(each, Table) else each for each in objects]
+        super().print(*whole, **{"crop": not any(isinstance(each, _Whole) for each in whole)} | how)
+
+
+@dataclass
+class _Whole:
+    """A table that is wider than the terminal where its longest words are, and never shortens one by an ellipsis."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for column in self.table.columns:
+            column.overflow = "fold"
+        least = Measurement.get(console, options.update(max_width=10_000), self.table).minimum
+        yield from console.render(self.table, options.update(max_width=max(least, options.max_width)))
 
 
 def make_console(stderr: bool = False) -> Console:

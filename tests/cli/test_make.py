@@ -217,6 +217,8 @@ def test_make_never_expands_values(value: str, make_folder: Path) -> None:
 def test_make_refuses_variables_that_its_own_targets_ignore(make_folder: Path) -> None:
     done = make(make_folder, "check", "NAME=attention")
     assert done.returncode == 2 and "no such variable: NAME" in done.stderr
+    mistyped = make(make_folder, "stdy", "NAME=attention")
+    assert mistyped.returncode == 2 and "no such command: stdy (make help lists them)" in mistyped.stderr
 
 
 def test_make_runs_the_real_command(make_folder: Path, tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ import torch
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError
 from pipeline.inference.classifier import Classifier
-from pipeline.registry import compress, reproduce
+from pipeline.registry import compress, initial_weights, reproduce
 from pipeline.registry.compress import Compression
 from pipeline.registry.promote import promote
 from pipeline.tracking import queries
 from pipeline.tracking.models import find_model, sha256_of
 from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker
+from pipeline.training.checkpoints import read_checkpoint
 from registry.helpers import DATA, RULES, RecordingObserver, Store
 
 CPU = torch.device("cpu")
@@ -65,6 +66,12 @@ def test_pruned_network_is_a_child_of_its_run(store: Store, done: Done) -> None:
 def test_trained_only_once(store: Store, done: Done) -> None:
     assert compress.finished_run(done.tracker, plan_of(store, done.tracker, None)) == done.run
     assert compress.finished_run(done.tracker, plan_of(store, done.tracker, 1)) is None
+
+
+def test_its_checkpoint_holds_what_its_record_names(done: Done) -> None:
+    artifacts = done.tracker.home / "artifacts" / done.run / "artifacts"
+    assert (artifacts / initial_weights.ARTIFACT).exists()
+    read_checkpoint(artifacts)  # or `audit` finds a fault in every compressed run
 
 
 def test_reproduced_bit_for_bit_where_the_initial_weights_are_gone(done: Done, digits: TrainingData) -> None:
