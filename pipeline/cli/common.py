@@ -4,12 +4,11 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -39,22 +38,14 @@ class _Console(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
     def print(self, *objects: Any, **how: Any) -> None:
-        """Rich's, but a table takes the width that its longest words need: rich would cut them, and numbers with them."""
-        whole = [_Whole(each) if isinstance(each, Table) else each for each in objects]
-        super().print(*whole, **{"crop": not any(isinstance(each, _Whole) for each in whole)} | how)
-
-
-@dataclass
-class _Whole:
-    """A table that is wider than the terminal where its longest words are, and never shortens one by an ellipsis."""
-
-    table: Table
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for column in self.table.columns:
-            column.overflow = "fold"
-        least = Measurement.get(console, options.update(max_width=10_000), self.table).minimum
-        yield from console.render(self.table, options.update(max_width=max(least, options.max_width)))
+        """Rich's, but no column of a table is narrower than its longest word: rich would cut it, and numbers with it."""
+        tables = [each for each in objects if isinstance(each, Table)]
+        for column in [column for table in tables for column in table.columns]:
+            cells = [column.header, *column.cells]
+            column.min_width = max(
+                Measurement.get(self, self.options.update(max_width=1000), cell).minimum for cell in cells
+            )
+        super().print(*objects, **{"crop": not tables} | how)
 
 
 def make_console(stderr: bool = False) -> Console:

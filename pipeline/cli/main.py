@@ -152,7 +152,7 @@ def _usage(error: Any) -> UserError:
     """click's error as one line: an unknown option, or a value out of its range."""
     parameter = getattr(error, "param", None)
     if parameter is not None:
-        faults = getattr(error.__cause__, "errors", list)()  # pydantic's, of one value
+        faults: list[Any] = getattr(error.__cause__, "errors", list)()  # pydantic's, of one value
         value = "".join(f" {fault['input']}" for fault in faults)
         return UserError(f"`{parameter.opts[-1]}{value}`", error.message.removeprefix("Input ").rstrip("."))
     option = getattr(error, "option_name", None)
