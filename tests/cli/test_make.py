@@ -70,6 +70,7 @@ def test_only_data_dir_counts_in_the_environment() -> None:
             ["DATSET=x"],
             "DATSET: no such variable of `study` (did you mean DATASET?); there are BUDGET, CLUSTER, COLUMNS, CORRUPT, DAT",
         ),
+        ("study", ["name=x"], "name: no such variable of `study` (did you mean NAME?)"),
         ("relocate", ["NAME=x"], "NAME: no such variable of `relocate`; it takes none"),
         ("promote", ["FORCE=yes"], "FORCE=yes: should be 1 or 0"),
         ("export", ["RUN=a", "MODEL=b"], "RUN and MODEL: are the same here; give one of them"),
