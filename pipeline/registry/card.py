@@ -252,7 +252,7 @@ def _evidence(evidence: VerdictEvidence) -> str:
     passed = "passed" if record.verdict.passed else "refused"
     return (
         f"{'; '.join(shares)}.\n\n"
-        f"Against the {opponent}, by {_plain(evidence.user)} on {evidence.decided[:10]}: {passed}. Test split "
+        f"Against the {opponent}{record.terms}, by {_plain(evidence.user)} on {evidence.decided[:10]}: {passed}. Test split "
         f"`{evidence.test_split[:16]}`.{_reason(evidence.reason)}\n\n"
         + _table(("rule", "result", "should be", "passed", "how"), rows)
     )
