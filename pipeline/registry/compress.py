@@ -91,7 +91,9 @@ def plan_compressions(
         )
     if distil and metadata.recipe.transfer.weights_file:
         rule = "started from trained weights, so its recipe is none for the random ones of a distilled network"
-        raise UserError(f"run {metadata.run_id}", rule, "`--no-distil` prunes it, or distil the run that it is made of")
+        raise UserError(
+            f"run {metadata.run_id}", rule, "without `--distil` it is pruned only; or distil the run that it is made of"
+        )
     narrow = narrower(metadata.recipe, sparsity, len(metadata.classes))
     changes: dict[Method, dict[str, Any]] = {"pruned": _pruned(tracker, original, narrow, epochs)}
     if distil:

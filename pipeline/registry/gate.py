@@ -317,21 +317,21 @@ def _beyond_seeds(evidence: Evidence, chance: _Chance) -> RuleResult:
 
 
 def _not_worse(evidence: Evidence, chance: _Chance, rules: Rules) -> RuleResult:
-    """Non-inferiority, one-sided (Wellek 2010; Piaggio et al. 2012, JAMA 308): the gain's lower end is above -may_lose.
+    """Non-inferiority, one-sided (Wellek 2010; Piaggio et al. 2012, JAMA 308): the gain exceeds -may_lose beyond chance.
 
     Where few images differ, their own spread says too little: on 40 images, a model that loses 2 points would pass in up
-    to 45 % of the cases. So the error is at least that of a loss of may_lose (in each class) and no gain, and the lower
-    end lies an image lower. Then at most alpha of them pass: of accuracy always (see the tests), of the other objectives
-    unless the loss is all in a class of a dozen images.
+    to 45 % of the cases. So the error is at least that of a loss of may_lose (in each class) and no gain, and an image is
+    added. Then at most alpha of them pass: of accuracy always (see the tests), of the other objectives unless the loss is
+    all in a class of a dozen images.
     """
     most = rules.may_lose / 100
     _, of_classes = np.unique(evidence.labels, return_counts=True)
     images = np.array([len(evidence.labels)]) if evidence.objective == ACCURACY else of_classes
     error = np.sqrt((most * (1 - most) / images).sum()) / len(images)
-    low = chance.gain - chance.limit(float(error)) - 1 / (len(images) * images.min())
-    number = f"{100 * chance.gain:+.2f} points of {SCORE_NAMES[evidence.objective]}, lower end {100 * low:+.2f}"
-    reason = f"one-sided {100 * (1 - rules.alpha):g} % interval; {chance.reason}"
-    return _result("not worse", number, f"above -{rules.may_lose:g} with its lower end", low > -most, reason)
+    limit = chance.limit(float(error)) + 1 / (len(images) * images.min())
+    number = f"{100 * chance.gain:+.2f} points of {SCORE_NAMES[evidence.objective]}"
+    threshold = f"above {100 * (limit - most):+.2f}: -{rules.may_lose:g} and {100 * limit:.2f} for chance"
+    return _result("not worse", number, threshold, chance.gain > limit - most, chance.reason)
 
 
 def _no_class_worse(score: str, draws: np.ndarray, classes: Sequence[str], rules: Rules) -> RuleResult:

@@ -201,10 +201,11 @@ def test_cheaper_model_may_lose_what_the_rules_say(images: int, lost: int, size:
     verdict = decide(Evidence(*sides, labels, DIGITS, [0.8, 0.801, 0.802]), CHEAPER)
     assert [problem.subject for problem in verdict.problems] == failed
     assert [result.rule for result in verdict.results][:2] == ["not worse", "F1 by class"]
-    lower_end = re.fullmatch(
-        rf"[+-]{100 * lost / images:.2f} points of accuracy, lower end -(.*)", verdict.results[0].number
-    )
-    assert lower_end and (float(lower_end[1]) < 2) == ("not worse" not in failed)
+    gain = re.fullmatch(r"(.*) points of accuracy", verdict.results[0].number)
+    least = re.fullmatch(r"above (.*): -2 and (.*) for chance", verdict.results[0].threshold)
+    assert gain and least and float(gain[1]) == -100 * lost / images
+    assert float(least[1]) == pytest.approx(float(least[2]) - 2)
+    assert (float(gain[1]) > float(least[1])) == ("not worse" not in failed)
 
 
 # --------------------------------------------------------------------------------------------------- rule after rule
