@@ -216,9 +216,9 @@ def test_a_new_study_is_given_the_control_and_the_starts_once(
     named = {"a": {"optimizer.lr": 0.2}, "b": {"optimizer.lr": 0.3}}
     search = replace(search, study=replace(search.study, starts=named))
     study = open_study(search, harness.data, harness.storage, harness.home)
-    all_given = [(True, ""), (False, "study: a"), (False, "portfolio: b")]
+    all_given = [(True, ""), (False, "study: a"), (False, "study: b")]
     assert given(harness) == all_given
-    assert "first trials after the control: portfolio: a; portfolio: b" in caplog.text
+    assert "first trials after the control: study: a; study: b" in caplog.text
 
     # As a kill in the middle leaves it: the control and the first start are there.
     optuna.delete_study(study_name=harness.key, storage=harness.storage)
