@@ -1,5 +1,6 @@
 """Distillation's teacher: a trained network whose predictions are targets (Hinton et al. 2015, arXiv 1503.02531)."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -98,6 +99,9 @@ def _check_suits(facts: _Facts, recipe: Recipe, data: TrainingData, folder: Path
         rule = f"knows {len(facts.classes)} classes ({theirs}), the data set has {len(data.classes)} ({ours})"
         raise UserError(subject, rule, "choose a model of the same classes in the same order")
     own = facts.recipe.data
+    if facts.data_digest != data.digest and os.path.realpath(os.path.expanduser(own.dataset)) == data.place:
+        rule = "was trained on other images of this data set, so maybe on some that are for validation or test here"
+        raise UserError(subject, rule, "train it on the same ones")
     others = [name for name in _VALIDATION_FIELDS if getattr(own, name) != getattr(recipe.data, name)]
     if facts.data_digest == data.digest and facts.split_digest != data.split_digest and others:
         settings = ", ".join(f"data.{name} {getattr(own, name)}" for name in others)

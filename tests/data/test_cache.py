@@ -1,6 +1,7 @@
 """Images are decoded once, to mlruns/cache."""
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -234,6 +235,7 @@ def test_a_cache_that_is_written_is_not_removed_and_its_reader_waits(
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             held.set()
             done.wait(1.2)
+            shutil.rmtree(folder)
 
     threading.Thread(target=hold).start()
     held.wait()
@@ -241,4 +243,4 @@ def test_a_cache_that_is_written_is_not_removed_and_its_reader_waits(
     with caplog.at_level("INFO"):
         check(read_folder(pets), home)
     assert "waiting for it" in caplog.text
-    assert remove(folder) and not caches(home)
+    assert remove(folder) and remove(folder) and not caches(home)

@@ -59,7 +59,7 @@ def refusal(recipe: Recipe, data: TrainingData) -> str:
 
 
 def test_teacher_that_does_not_suit_is_refused_before_the_first_step(
-    taught: Recipe, folder: Path, few: TrainingData
+    taught: Recipe, folder: Path, small_recipe: Recipe, few: TrainingData
 ) -> None:
     subject = f"loss.teacher = {folder}: "
     other = replace(few, classes=("a", *few.classes[1:]))
@@ -73,6 +73,16 @@ def test_teacher_that_does_not_suit_is_refused_before_the_first_step(
     )
     thinned = replace(few, split_digest="other")  # of fewer training images, the same validate
     assert load_teacher(taught, thinned, CPU)
+
+    assert load_teacher(taught.changed({"data.split_seed": 3}), few, CPU), "the data set has a split of its own"
+    grown = replace(few, digest="other", source=str(folder.parent / "photos"))  # its seal or its images changed
+    assert load_teacher(taught, grown, CPU), "of another data set"
+    save_model(folder, small_recipe.changed({"data.dataset": grown.source}), few)
+    photos = taught.changed({"loss.teacher": str(folder)})
+    assert "was trained on other images of this data set, so maybe on some that are for validation or test" in refusal(
+        photos, grown
+    )
+    taught = photos
 
     (folder / "weights.safetensors").write_bytes(b"")
     assert "weights.safetensors: damaged, its digest differs" in refusal(taught, few)
