@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
         (224, 128, 0.75, 4, [128, 156, 184, 224]),
         (8, 4, 0.8, 3, [4, 6, 8]),
         (32, 16, 0.8, 1, [32]),
+        (16, 2, 0.8, 7, [2, 4, 6, 8, 12, 14, 16]),  # floats are a little below a whole number of steps
     ],
 )
 def test_sizes_grow_by_eighths_of_the_full_one(
