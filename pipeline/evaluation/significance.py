@@ -69,7 +69,7 @@ def wilson(right: float, images: int) -> tuple[float, float]:
     z, share = float(ndtri((1 + LEVEL) / 2)), right / images
     middle = (share + z**2 / (2 * images)) / (1 + z**2 / images)
     half = z * math.sqrt(share * (1 - share) / images + z**2 / (4 * images**2)) / (1 + z**2 / images)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def small_split_line(images: int, fraction: float | None) -> str | None:

@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.logits import predict_logits
 from pipeline.recipe import Recipe
 from pipeline.search.speed import few_images
+from pipeline.training.checkpoints import amend
 from pipeline.training.loop import train
 from pipeline.training.resume import Resume
 from pipeline.training.teacher import load_teacher
@@ -98,6 +99,8 @@ def test_teacher_is_the_recipes_or_refused(
     again = taught.changed({"loss.teacher": str(folder)})
     assert again.digest() != taught.digest() != small_recipe.digest(), "the digest is part of the recipe's"
     load_teacher(again, few, CPU)
+    amend(folder, {"recipe": small_recipe.changed({"model.widths": (4, 4)}).model_dump(mode="json")})
+    assert "in the file and shape" in refusal(again, few), "not by the size of the images, which is the same"
 
 
 def test_teacher_of_another_image_size_is_used_where_its_network_takes_it(
