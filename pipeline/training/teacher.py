@@ -30,6 +30,7 @@ class _Facts(BaseModel):
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    method: str = "single"
 
 
 class Teacher(nn.Module):
@@ -94,6 +95,8 @@ def _facts(folder: Path, sha256: str) -> _Facts:
 
 def _check_suits(facts: _Facts, recipe: Recipe, data: TrainingData, folder: Path) -> None:
     subject = f"loss.teacher = {folder}"
+    if facts.method == "mean":
+        raise UserError(subject, "is several networks, and a teacher is one", "choose a member, or a soup")
     if facts.classes != data.classes:
         theirs, ours = (", ".join(names[:5]) + ", ..." * (len(names) > 5) for names in (facts.classes, data.classes))
         rule = f"knows {len(facts.classes)} classes ({theirs}), the data set has {len(data.classes)} ({ours})"

@@ -83,6 +83,9 @@ def test_search_of_a_plan_has_its_trials_and_epochs(search: Search) -> None:
         plan.epochs,
     )
     assert takes(plan) <= 590
+    made = plan.forecast
+    assert made and made.pruned > 0, "only what is complete is scored, drawn and stored"
+    assert made.seconds == pytest.approx(2.0 * made.epochs + 3.0 * (made.trials - made.pruned))
     assert found.deadline == 1600 - CLOSING_S
     whole, _ = plan_budget(search, COSTS, Budget(HOUR, 0.0), 0, now=0.0)
     assert "training.epochs" not in whole.settings, "it asks the question that it asks without a budget"

@@ -99,7 +99,11 @@ def test_teacher_is_the_recipes_or_refused(
     again = taught.changed({"loss.teacher": str(folder)})
     assert again.digest() != taught.digest() != small_recipe.digest(), "the digest is part of the recipe's"
     load_teacher(again, few, CPU)
-    amend(folder, {"recipe": small_recipe.changed({"model.widths": (4, 4)}).model_dump(mode="json")})
+    amend(folder, {"method": "mean"})
+    assert refusal(again, few).endswith("is several networks, and a teacher is one; choose a member, or a soup")
+    amend(
+        folder, {"method": "single", "recipe": small_recipe.changed({"model.widths": (4, 4)}).model_dump(mode="json")}
+    )
     assert "in the file and shape" in refusal(again, few), "not by the size of the images, which is the same"
 
 
