@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import UserError
 from pipeline.recipe import LATER, kind_field, kinds_with
-from pipeline.search.portfolio import fields_for
+from pipeline.search.portfolio import PORTFOLIO, fields_for
 from pipeline.search.search import MAX_STARTS, Search, StartFrom
 from pipeline.search.space_check import ScriptedTrial, field_of, from_choice, lowest, nearest_value, to_choice
 from pipeline.search.study_attributes import StudyAttributes
@@ -32,19 +32,23 @@ class Start:
 def starts(search: Search, start_from: StartFrom, earlier: Sequence[optuna.Study]) -> list[Start]:
     """What a search's first trials after the control are given; none is given twice, nor equals the control.
 
-    `earlier` studies are this project's, whatever they searched. At most half of the trials is given.
+    `earlier` studies are this project's, whatever they searched. Starts that the study names are part of its question: all
+    are given. Of others it is at most MAX_STARTS, theirs included, and half of the trials.
     """
-    candidates: dict[str, Mapping[str, Any]] = {}
-    if start_from in ("all", "winners"):
-        candidates |= _winners(search, earlier)
-    if start_from in ("all", "portfolio"):
-        candidates |= {f"portfolio: {name}": changes for name, changes in search.study.starts.items()}
+    is_own = search.study.starts != PORTFOLIO
+    where = "study" if is_own else "portfolio"
+    named = {f"{where}: {name}": changes for name, changes in search.study.starts.items()}
+    named = named if start_from in ("all", "portfolio") else {}
+    winners = _winners(search, earlier) if start_from in ("all", "winners") else {}
+    candidates = named | winners if is_own else winners | named
     control, found = search.control(), dict[str, dict[str, Any]]()
     for source, changes in candidates.items():
         params = nearest(search, changes)
         if params is not None and params not in (control, *found.values()):
             found[source] = params
     most = min(MAX_STARTS, (search.trials - 1) // 2)
+    if is_own:
+        most = max(most, min(search.trials - 1, sum(source in named for source in found)))
     return [Start(params, source) for source, params in found.items()][:most]
 
 

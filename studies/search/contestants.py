@@ -168,6 +168,14 @@ class Line:
         yield Step(recipe, "given", 0, None, recipe, None)
 
 
+def _first_start(search: Search) -> Recipe:
+    study = optuna.create_study(sampler=RandomSampler(seed=0))  # which draws what the start leaves open
+    study.enqueue_trial(dict(next(iter(starts(search, "all", []))).params))
+    trial = study.ask()
+    search.ask(trial)
+    return search.recipe(trial.params)
+
+
 def hand_of(system: System) -> Line:
     """The hand's recipe for a system."""
     return Line(lambda search: search.base.changed(system.hand))
@@ -181,6 +189,7 @@ def seeded(make: Callable[..., BaseSampler], **options: Any) -> Callable[[Search
 OURS = OptunaSearch()
 VARIANTS: Mapping[str, Strategy] = {
     "control": Line(lambda search: search.base),
+    "first-start": Line(_first_start),
     # `hand` depends on the system: see `hand_of`.
     "ours": OURS,
     "optuna": OptunaSearch(sampler=seeded(TPESampler), pruner=MedianPruner, first=False),

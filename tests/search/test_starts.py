@@ -69,14 +69,22 @@ def test_a_kind_that_the_trials_cannot_have_is_not_started_with(small_recipe: Re
 def test_starts_are_each_given_once_and_not_as_the_control_is(small_recipe: Recipe) -> None:
     two = {"optimizer.lr": 0.03}
     search = a_search(small_recipe, starts={"one": {}, "two": two, "three": two, "four": {"optimizer.lr": 0.04}})
-    assert [start.source for start in starts(search, "all", [])] == ["portfolio: two", "portfolio: four"]
+    assert [start.source for start in starts(search, "all", [])] == ["study: two", "study: four"]
     assert starts(search, "none", []) == starts(search, "winners", []) == []
 
 
 @pytest.mark.parametrize(("trials", "given"), [(1, 0), (2, 0), (3, 1), (9, 4), (30, MAX_STARTS)])
 def test_at_most_half_of_the_trials_are_given(trials: int, given: int, small_recipe: Recipe) -> None:
+    kinds = ("sgd", "adamw", "muon")
+    search = a_search(small_recipe, trials, space=lambda trial: suggest_optimizer(trial, kinds))
+    assert len(starts(search, "portfolio", [])) == given
+
+
+@pytest.mark.parametrize(("trials", "given"), [(1, 0), (3, 2), (9, 8), (30, 9)])
+def test_all_that_a_study_names_are_given(trials: int, given: int, small_recipe: Recipe) -> None:
     many = {str(number): {"optimizer.lr": 0.021 + number / 1000} for number in range(9)}
-    assert len(starts(a_search(small_recipe, trials, starts=many), "portfolio", [])) == given
+    assert len(starts(a_search(small_recipe, trials, starts=many), "all", [])) == given
+    assert starts(a_search(small_recipe, trials, starts=many), "winners", []) == []
 
 
 @pytest.mark.parametrize("kinds", [("sgd", "adamw"), ("sgd", "adamw", "muon")])
@@ -126,7 +134,7 @@ def test_a_field_of_other_networks_is_left_out_and_one_of_no_network_refused(sma
 RANGE = FloatDistribution(1e-3, 1)
 
 
-def test_winners_of_earlier_studies_come_first_those_of_the_same_network_before_others(small_recipe: Recipe) -> None:
+def test_winners_of_earlier_studies_follow_own_starts_those_of_the_same_network_first(small_recipe: Recipe) -> None:
     other = small_recipe.changed({"model.network": "baseline", "augmentation.crop_padding": 3, "training.epochs": 7})
     studies = [
         earlier("other-v1-pets", other, {0.03: 0.9, 0.04: 0.7}),
@@ -136,11 +144,11 @@ def test_winners_of_earlier_studies_come_first_those_of_the_same_network_before_
     ]
     found = starts(a_search(small_recipe, starts={"own": {"optimizer.lr": 0.011}}), "all", studies)
     assert [(start.source, start.params["optimizer.lr@sgd"]) for start in found] == [
+        ("study: own", 0.011),
         ("same-v1-digits, trial 0", 0.04),
         ("newer-v1-pets, trial 0", 0.02),
-        ("portfolio: own", 0.011),
     ]
-    assert found[1].params["augmentation.crop_padding"] == 3  # of its study's base
+    assert found[2].params["augmentation.crop_padding"] == 3  # of its study's base
 
 
 def test_a_winner_keeps_only_the_fields_of_its_own_kinds_and_a_study_is_no_winner_of_itself(
@@ -209,14 +217,14 @@ def test_a_new_study_is_given_the_control_and_the_starts_once(
     named = {"a": {"optimizer.lr": 0.2}, "b": {"optimizer.lr": 0.3}}
     search = replace(search, study=replace(search.study, starts=named))
     study = open_study(search, harness.data, harness.storage, harness.home)
-    all_given = [(True, ""), (False, "portfolio: a"), (False, "portfolio: b")]
+    all_given = [(True, ""), (False, "study: a"), (False, "study: b")]
     assert given(harness) == all_given
-    assert "first trials after the control: portfolio: a; portfolio: b" in caplog.text
+    assert "first trials after the control: study: a; study: b" in caplog.text
 
     # As a kill in the middle leaves it: the control and the first start are there.
     optuna.delete_study(study_name=harness.key, storage=harness.storage)
     study = open_study(replace(search, start_from="none"), harness.data, harness.storage, harness.home)
-    study.enqueue_trial({"optimizer.lr": 0.2}, user_attrs=TrialAttributes(start="portfolio: a").to_optuna())
+    study.enqueue_trial({"optimizer.lr": 0.2}, user_attrs=TrialAttributes(start="study: a").to_optuna())
     for _ in range(2):
         open_study(search, harness.data, harness.storage, harness.home)
         assert given(harness) == all_given
@@ -234,5 +242,5 @@ def test_a_run_says_where_its_parameters_come_from(harness: StudyHarness) -> Non
     named = replace(search.study, starts={"mine": {"optimizer.lr": 0.2}})
     run_study(harness.context(replace(search, study=named)))
     runs = harness.runs_by_trial()
-    assert [runs[number].data.tags.get("start") for number in range(3)] == [None, "portfolio: mine", None]
+    assert [runs[number].data.tags.get("start") for number in range(3)] == [None, "study: mine", None]
     assert float(runs[1].data.params["optimizer.lr"]) == 0.2
