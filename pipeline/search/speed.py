@@ -154,7 +154,7 @@ def measure(
 
     The epochs are of a few batches and validation images; both are scaled to the complete splits. `on_step` may raise to
     end it. All learning rates are almost zero, which changes no time and lets nothing diverge. Where images grow, those of
-    the mean size are trained on.
+    about the mean size are trained on.
     """
     data = data.at(recipe.data)
     batch_size = min(recipe.training.batch_size, len(data.train.images))
