@@ -42,7 +42,7 @@ relocate: ## after mlruns/ was moved: write its new place into its database
 clean-cache: ## remove the decoded images of folders and manifests: [KEEP=20 for up to 20 GiB of those used last]
 predict: ## classify an image, a folder or a pickle of images: IMAGE= [MODEL= METHOD=plain SHOW=1 OUTPUT=out.csv DEVICE= TRACKING_URI=]
 ensemble: ## several runs as one model to promote, or the mean of tables of predictions: NAME= or RUNS='ID ...' or TABLE='FILE ...' [METHOD=mean OUTPUT=mean.csv DATASET= DATA_DIR= DEVICE= TRACKING_URI=]
-compress: ## remove the least important channels of a run, train on and compare, in 8 bits too: RUN= [SPARSITY=0.5 EPOCHS= DATASET= DATA_DIR= DEVICE= TRACKING_URI=]
+compress: ## remove the least important channels of a run, train on and compare, in 8 bits too: RUN= [SPARSITY=0.5 EPOCHS= DISTIL=1 DATASET= DATA_DIR= DEVICE= TRACKING_URI=]
 export: ## a model as ONNX with weights, recipe and card: [RUN= or MODEL= OUTPUT=folder INT8=1 DATASET= DATA_DIR= TRACKING_URI=]
 serve: ## the champion behind MLflow's scoring server on 127.0.0.1: [MODEL= PORT=5001 TRACKING_URI=]
 ui: ## open the MLflow UI on 127.0.0.1 with links to the studies: [NAME= PORT=5000 TRACKING_URI=]

@@ -1,5 +1,6 @@
-"""`compress`: a run's network pruned, trained on and compared."""
+"""`compress`: a run's network pruned, trained on and compared, and one distilled from it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +24,11 @@ from pipeline.cli.common import (
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
 
 if TYPE_CHECKING:
+    import torch
+
+    from pipeline.data.prepare import TrainingData
     from pipeline.registry.compress import Compression, ModelRow
+    from pipeline.tracking.tracker import MlflowTracker
 
 
 def compress(
@@ -48,6 +53,14 @@ def compress(
             "the run's.",
         ),
     ] = None,
+    distil: Annotated[
+        bool,
+        typer.Option(
+            "--distil/--no-distil",
+            help="Also train a network of the pruned one's shape from random weights, by the run's own recipe and with the "
+            "run as teacher.",
+        ),
+    ] = False,
     dataset: SeenDatasetOption = None,
     data_dir: DataDirOption = Path("data"),
     device: DeviceOption = "auto",
@@ -55,12 +68,11 @@ def compress(
 ) -> None:
     """Remove a run's least important channels, train on, and compare: original and pruned, both in 8 bits too.
 
-    The pruned network is a run of its own, which can be promoted, exported and reproduced. The same command shows it again.
+    The pruned network, and the distilled one, is a run of its own, which can be promoted, exported and reproduced. The same
+    command shows it again.
     """
     import torch
 
-    from pipeline.cli.views_finals import FinalsView
-    from pipeline.experiment import Interrupted
     from pipeline.inference.classifier import Classifier
     from pipeline.registry import compress as compression
 
@@ -69,35 +81,45 @@ def compress(
     with model_files(run, tracking_uri) as (checkpoint, what):
         original = Classifier.load(checkpoint, torch.device("cpu"))
     with quiet.status("pruning"):
-        plan = compression.plan_compression(tracker, original, sparsity, epochs, torch_device)
-    parent = plan.parent.info.run_id
-    data = load_data_of_run(tracker, parent, f"run {parent}", [plan.recipe], data_dir, dataset, torch_device)
-    say(console, f"{what}: {_changes(plan)}")
-    compressed = compression.finished_run(tracker, plan)
-    if compressed:
-        say(console, f"trained already: run {compressed}")
-    else:
-        with (
-            interruptible(
-                console, tracker, (Interrupted, KeyboardInterrupt), "interrupted; the same command starts anew"
-            ),
-            FinalsView(console, 1) as view,
-        ):
-            view.started(plan.name, plan.recipe)
-            outcome = compression.train(tracker, plan, data, torch_device, view.epoch)
-            view.ended(plan.name, outcome)
-        compressed = tracker.id_of(outcome.run_key)
+        plans = compression.plan_compressions(tracker, original, sparsity, epochs, distil, torch_device)
+    parent, recipes = plans[0].parent.info.run_id, [plan.recipe for plan in plans]
+    data = load_data_of_run(tracker, parent, f"run {parent}", recipes, data_dir, dataset, torch_device)
+    say(console, what, *(f"{plan.method}: {_changes(plan)}" for plan in plans))
+    runs = {_trained(console, tracker, plan, data, torch_device): plan for plan in plans}
     with quiet.status("exporting and measuring"):
-        rows = compression.measure(tracker, plan, compressed, data, HOME / "exports" / compressed)
+        rows = compression.measure(tracker, runs, data, HOME / "exports")
     _print_rows(console, rows)
-    _print_next(console, compressed, tracking_uri)
+    _print_next(console, runs, tracking_uri)
+
+
+def _trained(
+    console: Console, tracker: "MlflowTracker", plan: "Compression", data: "TrainingData", device: "torch.device"
+) -> str:
+    """The run that trained this, before or now."""
+    from pipeline.cli.views_finals import FinalsView
+    from pipeline.experiment import Interrupted
+    from pipeline.registry import compress as compression
+
+    if found := compression.finished_run(tracker, plan):
+        say(console, f"{plan.method}: trained already, run {found}")
+        return found
+    line = f"interrupted; the same command trains {plan.name} anew"
+    with (
+        interruptible(console, tracker, (Interrupted, KeyboardInterrupt), line),
+        FinalsView(console, 1) as view,
+    ):
+        view.started(plan.name, plan.recipe)
+        outcome = compression.train(tracker, plan, data, device, view.epoch)
+        view.ended(plan.name, outcome)
+    return tracker.id_of(outcome.run_key)
 
 
 def _changes(plan: "Compression") -> str:
     """What differs from the original's recipe, for a person."""
-    before, after = plan.original.metadata.recipe, plan.recipe
-    fields = before.difference(after)
+    fields = plan.original.metadata.recipe.difference(plan.recipe)
     fields.pop("transfer.weights", None)
+    if teacher := fields.pop("loss.teacher", None):
+        fields["loss.teacher"] = (teacher[0], "this run")
     return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in fields.items())
 
 
@@ -117,11 +139,16 @@ def _print_rows(console: Console, rows: "list[ModelRow]") -> None:
     console.print(table)
 
 
-def _print_next(console: Console, run_id: str, tracking_uri: str | None) -> None:
-    folder = HOME / "exports" / run_id
+def _print_next(console: Console, runs: "Mapping[str, Compression]", tracking_uri: str | None) -> None:
+    """`runs`: run -> what it trained."""
+    rules = "--rules 'may_lose=1 size_factor=0.9'"  # points of the objective, for so many of the champion's bytes
     links = [
-        ("its files", str(folder)),
-        ("make it champion", next_command(f"promote --run {run_id}", tracking_uri)),
-        ("classify with it", next_command(f"predict IMAGE --model {run_id}", tracking_uri)),
+        link
+        for run_id, plan in runs.items()
+        for link in (
+            (f"{plan.method}: its files", str(HOME / "exports" / run_id)),
+            ("make it champion", next_command(f"promote --run {run_id} {rules}", tracking_uri)),
+            ("classify with it", next_command(f"predict IMAGE --model {run_id}", tracking_uri)),
+        )
     ]
     print_links(console, "Next:", links)

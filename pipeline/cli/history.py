@@ -46,7 +46,9 @@ def _lines(event: "Event") -> list[str]:
     if event.version:
         parts = [f"version {event.version}", *parts]
     if record:
-        parts.append(f"against {record.opponent}{f' run {record.opponent_run}' if record.opponent_run else ''}")
+        parts.append(
+            f"against {record.opponent}{f' run {record.opponent_run}' if record.opponent_run else ''}{record.terms}"
+        )
     if details.get("over"):
         parts.append(f"over version {details['over']}")
     if "source" in details:

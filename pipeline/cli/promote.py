@@ -52,7 +52,12 @@ def promote(
     dataset: SeenDatasetOption = None,
     data_dir: DataDirOption = Path("data"),
     rules: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Change rules, e.g. class_margin=3.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Change rules, e.g. class_margin=3. For a model that costs less and is not worse: may_lose=1 (points of "
+            "the objective) with latency_factor=0.9 or size_factor=0.9, of the champion's.",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Evaluate a run again; needs --reason.")] = False,
     reason: Annotated[str, typer.Option(metavar="TEXT", help="Why it is evaluated again, for the ledger.")] = "",

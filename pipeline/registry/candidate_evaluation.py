@@ -199,7 +199,7 @@ class CandidateEvaluation:
             kind, self.registry.model, challenger.run, split=split, reason=reason, details=details
         )
         opponent = opponents[0].name if opponents else CONSTANT
-        self.observer.decided(verdict, f"run {challenger.run}", f"the {opponent}")
+        self.observer.decided(verdict, f"run {challenger.run}", f"the {opponent}{record.terms}")
         artifact = f"gate/verdict-{event.id}.json"
         self.registry.tracker.client.log_text(challenger.run, event.evidence.model_dump_json(indent=2), artifact)
         return event
@@ -325,11 +325,12 @@ def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
 def _seed_scores(tracker: MlflowTracker, run_id: str, objective: str) -> list[float]:
     """Scores of the study's finished trainings that differ from this run's recipe by their seed at most.
 
-    Of an ensemble they are those of its first member, which spread more than ensembles would.
+    Of an ensemble they are those of its first member, which spread more than ensembles would, and of a narrower network
+    those of the run that it was made of, which were trained alike.
     """
     run = tracker.client.get_run(run_id)
-    for member in list(RunTags.of(run).members or ())[:1]:
-        run = tracker.store.run(member) or run
+    while source := _made_of(tracker, run):
+        run = source
     study = study_of(tracker, run)
     if study is None:
         return []
@@ -341,6 +342,13 @@ def _seed_scores(tracker: MlflowTracker, run_id: str, objective: str) -> list[fl
         and objective in other.data.metrics
     }
     return list(by_seed.values())
+
+
+def _made_of(tracker: MlflowTracker, run: Run) -> Run | None:
+    """The run whose network was made narrower, or an ensemble's first member, if it is still there."""
+    tags = RunTags.of(run)
+    sources = [*([tags.compresses] if tags.compresses else []), *(tags.members or ())]
+    return tracker.store.run(sources[0]) if sources else None
 
 
 def study_of(tracker: MlflowTracker, run: Run) -> StudyRuns | None:

@@ -59,7 +59,7 @@ def model_card(
         "Calibration": _calibration(metadata, run) + (f"\n\nAs trained, {reweighted}." if reweighted else ""),
         "Known weaknesses": _weaknesses(metadata.classes, confusion, ids, labels, predicted, confidence),
         "Data": _data(metadata, len(labels)),
-        **({"Weights": _weights(origin, run)} if (origin := weights_origin(metadata.recipe)) else {}),
+        **({"Weights": weights} if (weights := _weights(weights_origin(metadata.recipe), RunTags.of(run))) else {}),
         "Recipe": _recipe(metadata),
         "Cost": _cost(metadata, run, costs),
         "Reproduce": _reproduce(metadata, run),
@@ -177,11 +177,15 @@ def _data(metadata: ModelMetadata, num_validation: int) -> str:
     )
 
 
-def _weights(origin: str, run: Run) -> str:
-    tags = RunTags.of(run)
-    digest = f" SHA-256 of the file: `{tags.weights_sha256}`." if tags.weights_sha256 else ""
-    channels = f" They are the most important channels of run `{tags.compresses}`, by {tags.pruner}."
-    return f"Started from {origin}{digest}" + (channels if tags.compresses else "")
+def _weights(origin: str | None, tags: RunTags) -> str:
+    lines = [f"Started from {origin}"] if origin else []
+    if origin and tags.weights_sha256:
+        lines.append(f"SHA-256 of the file: `{tags.weights_sha256}`.")
+    if tags.pruner:
+        lines.append(f"They are the most important channels of run `{tags.compresses}`, by {tags.pruner}.")
+    elif tags.compresses:
+        lines.append(f"Started from random ones, and learnt from the predictions of run `{tags.compresses}`, too.")
+    return " ".join(lines)
 
 
 def _recipe(metadata: ModelMetadata) -> str:
@@ -242,7 +246,7 @@ def _evidence(evidence: VerdictEvidence) -> str:
     passed = "passed" if record.verdict.passed else "refused"
     return (
         f"{'; '.join(shares)}.\n\n"
-        f"Against the {opponent}, by {_plain(evidence.user)} on {evidence.decided[:10]}: {passed}. Test split "
+        f"Against the {opponent}{record.terms}, by {_plain(evidence.user)} on {evidence.decided[:10]}: {passed}. Test split "
         f"`{evidence.test_split[:16]}`.{_reason(evidence.reason)}\n\n"
         + _table(("rule", "result", "should be", "passed", "how"), rows)
     )

@@ -1,10 +1,15 @@
-"""A finished run's network without its least important channels, trained on for a while; what that costs and saves."""
+"""A finished run's network made narrower, and what that costs and saves.
+
+Either it is pruned, without its least important channels, and trained on for a while; or it is distilled: a network of the
+same narrow shape learns from the original, from random weights and by the original's recipe.
+"""
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -25,7 +30,7 @@ from pipeline.registry import export, initial_weights
 from pipeline.registry.finals import check_same_data
 from pipeline.registry.package import MODEL, QUANTISED_MODEL, package
 from pipeline.tracking import recovery
-from pipeline.tracking.models import find_model
+from pipeline.tracking.models import find_model, keep_model
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.execution import executable_on
@@ -35,20 +40,23 @@ EPOCHS_SHARE = 0.25  # of the original's, by default
 RATE_SHARE = 0.3  # of the original's learning rates
 TABLE = "compression.csv"  # among the run's artifacts
 
+Method = Literal["pruned", "distilled"]
+
 
 @dataclass(frozen=True)
 class Compression:
-    """What is to be trained: the pruned network of a finished run, by the rest of its recipe."""
+    """What is to be trained: a narrower network of a finished run, pruned or distilled from it."""
 
     parent: StoredRun
     original: Classifier  # on the CPU
     recipe: Recipe
     sparsity: float
+    method: Method
 
     @property
     def name(self) -> str:
         """Of its run."""
-        return f"{self.parent.info.run_name} (sparsity {self.sparsity:g})"
+        return f"{self.parent.info.run_name} ({self.method}, sparsity {self.sparsity:g})"
 
 
 @dataclass(frozen=True)
@@ -63,35 +71,55 @@ class ModelRow:
     bytes: int
 
 
-def plan_compression(
-    tracker: MlflowTracker, original: Classifier, sparsity: float, epochs: int | None, device: torch.device
-) -> Compression:
-    """The pruned network's recipe, whose initial weights are kept.
+def plan_compressions(
+    tracker: MlflowTracker,
+    original: Classifier,
+    sparsity: float,
+    epochs: int | None,
+    distil: bool,
+    device: torch.device,
+) -> list[Compression]:
+    """The pruned network's recipe, and the distilled one's of the same shape if that is wanted.
 
-    `epochs` default to EPOCHS_SHARE of the original's. UserError where the network can't be pruned, or not so far.
+    The files that they start or learn from are kept. `epochs`, of the pruned one, default to EPOCHS_SHARE of the original's.
+    UserError where the network can't be pruned, or not so far, or its recipe is for no training from random weights.
     """
     metadata = original.metadata
     if metadata.members:
         raise UserError(
             f"run {metadata.run_id}", "is an ensemble, which has no recipe to train on by", "compress a member"
         )
-    recipe, num_classes = metadata.recipe, len(metadata.classes)
-    narrow = narrower(recipe, sparsity, num_classes)
-    network = pruned(original.network, narrow, num_classes)
+    if distil and metadata.recipe.transfer.weights_file:
+        rule = "started from trained weights, so its recipe is none for the random ones of a distilled network"
+        raise UserError(
+            f"run {metadata.run_id}", rule, "without `--distil` it is pruned only; or distil the run that it is made of"
+        )
+    narrow = narrower(metadata.recipe, sparsity, len(metadata.classes))
+    changes: dict[Method, dict[str, Any]] = {"pruned": _pruned(tracker, original, narrow, epochs)}
+    if distil:
+        changes["distilled"] = {"loss.teacher": str(keep_model(tracker.home, tracker.uri, metadata.run_id))}
+    parent = tracker.client.get_run(metadata.run_id)
+    return [
+        Compression(parent, original, executable_on(narrow.changed(fields), device), sparsity, method)
+        for method, fields in changes.items()
+    ]
+
+
+def _pruned(tracker: MlflowTracker, original: Classifier, narrow: Recipe, epochs: int | None) -> dict[str, Any]:
+    """What the pruned network's recipe changes in that of the narrow network; its initial weights are kept."""
     rates = {
         name: rate * RATE_SHARE
-        for name, rate in recipe.flat().items()
+        for name, rate in narrow.flat().items()
         if name.startswith("optimizer.") and name.endswith("lr")
     }
-    changes = {
+    network = pruned(original.network, narrow, len(original.metadata.classes))
+    return {
         **rates,
-        "training.epochs": epochs or math.ceil(recipe.training.epochs * EPOCHS_SHARE),
+        "training.epochs": epochs or math.ceil(narrow.training.epochs * EPOCHS_SHARE),
         "transfer.weights": initial_weights.keep(network, tracker.home),
         "transfer.frozen_epochs": 0,
         "transfer.frozen_share": 0.0,
     }
-    parent = tracker.client.get_run(metadata.run_id)
-    return Compression(parent, original, executable_on(narrow.changed(changes), device), sparsity)
 
 
 def finished_run(tracker: MlflowTracker, compression: Compression) -> str | None:
@@ -108,7 +136,7 @@ def train(
     device: torch.device,
     on_epoch: Callable[[EpochReport], None] = lambda report: None,
 ) -> experiment.Outcome:
-    """Train the pruned network under a run of its own, a child of the original's, with the role `compressed`.
+    """Train the narrower network under a run of its own, a child of the original's, with the role `compressed`.
 
     Raises Interrupted where the user asks to stop, DataError where the data is not what the original saw, UserError where
     the training fails.
@@ -122,7 +150,8 @@ def train(
         study=tags.study,
         compresses=run_id,
         sparsity=compression.sparsity,
-        pruner=LIBRARY,
+        method=compression.method,
+        pruner=LIBRARY if compression.method == "pruned" else None,
         worker=this_process(),
     )
     request = ExperimentRequest(
@@ -142,28 +171,31 @@ def train(
 
 
 def measure(
-    tracker: MlflowTracker, compression: Compression, run_id: str, data: TrainingData, folder: Path
+    tracker: MlflowTracker, compressions: Mapping[str, Compression], data: TrainingData, exports: Path
 ) -> list[ModelRow]:
-    """Original and pruned network, each in float32 and in 8 bits, on the validation split.
+    """The original and its compressions, run -> what it trained, each in float32 and in 8 bits, on the validation split.
 
-    `folder` becomes the package of the pruned one, its 8-bit form included; the table becomes an artifact of its run.
+    The folder `exports / run` becomes the package of each, its 8-bit form included; the table an artifact of each run.
     """
     validation = data.validation.on(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
-        original = Path(name) / MODEL
-        export.export_onnx(compression.original, original)
-        with find_model(tracker.home, tracker.uri, run_id) as model:
-            package(tracker, run_id, model.folder, folder, images=validation.images)
-        recipes = {"original": (compression.original.metadata.recipe, original)}
-        recipes["pruned"] = (compression.recipe, folder / MODEL)
+        original = next(iter(compressions.values())).original
+        export.export_onnx(original, path := Path(name) / MODEL)
+        files = {"original": (original.metadata.recipe, path)}
+        for run_id, compression in compressions.items():
+            folder = exports / run_id
+            with find_model(tracker.home, tracker.uri, run_id) as model:
+                package(tracker, run_id, model.folder, folder, images=validation.images)
+            files[compression.method] = (compression.recipe, folder / MODEL)
         models: dict[str, tuple[Recipe, Path]] = {}
-        for title, (recipe, path) in recipes.items():
+        for title, (recipe, path) in files.items():
             quantised = path.with_name(QUANTISED_MODEL)
             export.quantise(path, quantised, export.calibration_pixels(data))
             models |= {title: (recipe, path), f"{title}, 8 bits": (recipe, quantised)}
         rows = _rows(models, validation, data.image_size, len(data.classes))
-    table = pd.DataFrame([asdict(row) for row in rows])
-    tracker.client.log_text(run_id, table.to_csv(index=False), TABLE)
+    table = pd.DataFrame([asdict(row) for row in rows]).to_csv(index=False)
+    for run_id in compressions:
+        tracker.client.log_text(run_id, table, TABLE)
     return rows
 
 

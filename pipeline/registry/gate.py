@@ -2,16 +2,17 @@
 
 Both models are compared image by image on one test split, because what counts is where they disagree. A challenger has to
 be *shown* to be better; on what it must not lose (a class, calibration) it has to be *shown* to be worse before it is
-refused, and by more than a margin: with 10 classes and as many tests, noise alone would refuse nearly everything.
+refused, and by more than a margin: with 10 classes and as many tests, noise alone would refuse nearly everything. Only of
+one that costs less may a person say what it may lose (`may_lose`): then it has to be shown to lose no more than that.
 Better is what the challenger's study maximised, its objective: accuracy, balanced accuracy or macro-F1.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import Problem, UserError, did_you_mean, validation_problems
 from pipeline.evaluation.scores import BINS, SCORE_NAMES
@@ -30,9 +31,18 @@ class Rules(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    alpha: float = Field(0.05, gt=0, lt=0.5, description="the chance that a model which isn't better is promoted")
+    alpha: float = Field(
+        0.05, gt=0, lt=0.5, description="the chance that a model which isn't better, or loses may_lose, is promoted"
+    )
     least_gain: float = Field(
         0.0, ge=0, le=100, description="points of the objective that the gain's interval must be above"
+    )
+    may_lose: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="points of the objective that a model may lose which costs less: it need not be better then; for a "
+        "latency_factor or size_factor below 1",
     )
     seed_spread: float = Field(
         10.0,
@@ -44,6 +54,17 @@ class Rules(BaseModel):
     ece_margin: float = Field(1.0, ge=0, le=100, description="points by which the calibration error may grow")
     latency_factor: float = Field(2.0, gt=0, description="times the champion's latency that it may take")
     size_factor: float = Field(4.0, gt=0, description="times the champion's bytes that it may have")
+
+    @model_validator(mode="after")
+    def _a_loss_buys_something(self) -> Self:
+        if self.may_lose and self.least_gain:
+            raise ValueError(f"may_lose = {self.may_lose:g} and least_gain = {self.least_gain:g} exclude each other")
+        if self.may_lose and min(self.latency_factor, self.size_factor) >= 1:
+            raise ValueError(
+                f"may_lose = {self.may_lose:g} is for a model that costs less: latency_factor or size_factor should be "
+                f"below 1, as in `--rules 'may_lose={self.may_lose:g} size_factor=0.8'`"
+            )
+        return self
 
     def changed(self, assignments: Sequence[str]) -> "Rules":
         """These with `NAME=VALUE` applied (several in a text, between spaces); UserError with all problems."""
@@ -60,7 +81,9 @@ class Rules(BaseModel):
         try:
             rules = Rules.model_validate(values)
         except ValidationError as error:
-            problems += [Problem(f"`--rules` {p.subject}", p.rule, p.remedy) for p in validation_problems(error)]
+            problems += [
+                Problem(f"`--rules` {p.subject}".strip(), p.rule, p.remedy) for p in validation_problems(error)
+            ]
         if problems:
             raise UserError.many(problems)
         return rules
@@ -142,16 +165,24 @@ class GateRecord(BaseModel):
     verdict: Verdict
     rules: Rules
     recipe_digest: str
-    objective: str = ACCURACY  # by which the challenger had to be better
+    objective: str = ACCURACY  # by which the two were compared
     scores: Mapping[str, float] = {}  # by run, of the objective; empty in records that are older than the field
     images: int  # of the test split
     correct: Mapping[str, int]  # by run: images that it has right
     onnx_sha256: str  # of the challenger's model that was evaluated
     predictions_sha256: Mapping[str, str]  # by run, of the stored predictions
 
+    @property
+    def terms(self) -> str:
+        """As what it was compared, to follow the opponent's name, where it need not be better; else empty."""
+        if not (self.rules.may_lose and self.opponent_run):
+            return ""
+        points = f"{self.rules.may_lose:g} point{'s' * (self.rules.may_lose != 1)}"
+        return f", as a cheaper model that may lose {points} of {SCORE_NAMES[self.objective]}"
+
 
 def decide(evidence: Evidence, rules: Rules) -> Verdict:
-    """Compare the challenger with its opponent; without one it only has to be better than naming the largest class."""
+    """Compare the challenger with its opponent; without one it has to be better than naming the largest class, no more."""
     challenger, opponent, labels = evidence.challenger, evidence.opponent, evidence.labels
     classes, name, objective = evidence.classes, evidence.opponent_name, evidence.objective
     new = challenger.probabilities.argmax(1)
@@ -163,11 +194,18 @@ def decide(evidence: Evidence, rules: Rules) -> Verdict:
     half = drawn.shape[1] // 2
     before, after = (_scores(sums, len(classes)) for sums in (drawn[:, :half], drawn[:, half:]))
     change = {score: after[score] - before[score] for score in after}  # (1 + draws, ...) with the split itself first
-    return Verdict(
-        results=(
+    chance = _chance(evidence, new, old, rules, 1 - float(before[objective][0, 0]))
+    if rules.may_lose:
+        compared = [_not_worse(evidence, chance, rules)]
+    else:
+        compared = [
             _better(evidence, new, old, rules, f"the {name}"),
             _gain(change[objective][:, 0], rules, SCORE_NAMES[objective]),
-            _beyond_seeds(evidence, new, old, rules, 1 - float(before[objective][0, 0])),
+            _beyond_seeds(evidence, chance),
+        ]
+    return Verdict(
+        results=(
+            *compared,
             _no_class_worse("F1", change["f1"], classes, rules),
             _no_class_worse("recall", change["recall"], classes, rules),
             _calibrated(change["ece"][:, 0], rules),
@@ -233,7 +271,22 @@ def _gain(draws: np.ndarray, rules: Rules, score: str) -> RuleResult:
     return _result("gain", number, threshold, bool(low > rules.least_gain), f"paired bootstrap over images, {level}")
 
 
-def _beyond_seeds(evidence: Evidence, new: np.ndarray, old: np.ndarray, rules: Rules, error_rate: float) -> RuleResult:
+@dataclass(frozen=True)
+class _Chance:
+    """The gain in the objective, and what could have made it, all in [0, 1]."""
+
+    gain: float
+    images: float  # standard error
+    seeds: float  # standard deviation of a training
+    quantile: float
+    reason: str
+
+    def limit(self, least_error: float = 0.0) -> float:
+        """What chance exceeds with alpha; the images' standard error is at least `least_error`."""
+        return float(self.quantile * np.hypot(max(self.images, least_error), np.sqrt(2) * self.seeds))
+
+
+def _chance(evidence: Evidence, new: np.ndarray, old: np.ndarray, rules: Rules, error_rate: float) -> _Chance:
     """The gain against what another seed of either recipe could have made, with the images' own chance.
 
     McNemar's test knows only the images: two seeds of one small network do differ, so that it called the luckier one
@@ -250,13 +303,35 @@ def _beyond_seeds(evidence: Evidence, new: np.ndarray, old: np.ndarray, rules: R
     else:
         spread, quantile = rules.seed_spread / 100 * error_rate, ndtri(1 - rules.alpha)
         source = f"assumed, {rules.seed_spread:g} % of the error rate: `finals` measures it"
-    limit = float(quantile * np.sqrt(images**2 + 2 * spread**2))
     reason = f"chance of the images and of the seeds, whose standard deviation is {100 * spread:.2f} points ({source})"
-    number, threshold = f"{100 * gain:+.2f} points of {SCORE_NAMES[evidence.objective]}", f"above {100 * limit:.2f}"
-    return _result("beyond seeds", number, threshold, gain > limit, reason)
+    return _Chance(gain, images, spread, float(quantile), reason)
+
+
+def _beyond_seeds(evidence: Evidence, chance: _Chance) -> RuleResult:
+    limit = chance.limit()
+    number = f"{100 * chance.gain:+.2f} points of {SCORE_NAMES[evidence.objective]}"
+    return _result("beyond seeds", number, f"above {100 * limit:.2f}", chance.gain > limit, chance.reason)
 
 
 # --------------------------------------------------------------------------------------------------- not to be worse
+
+
+def _not_worse(evidence: Evidence, chance: _Chance, rules: Rules) -> RuleResult:
+    """Non-inferiority, one-sided (Wellek 2010; Piaggio et al. 2012, JAMA 308): the gain exceeds -may_lose beyond chance.
+
+    Where few images differ, their own spread says too little: on 40 images, a model that loses 2 points would pass in up
+    to 45 % of the cases. So the error is at least that of a loss of may_lose (in each class) and no gain, and an image is
+    added. Then at most alpha of them pass: of accuracy always (see the tests), of the other objectives unless the loss is
+    all in a class of a dozen images.
+    """
+    most = rules.may_lose / 100
+    _, of_classes = np.unique(evidence.labels, return_counts=True)
+    images = np.array([len(evidence.labels)]) if evidence.objective == ACCURACY else of_classes
+    error = np.sqrt((most * (1 - most) / images).sum()) / len(images)
+    limit = chance.limit(float(error)) + 1 / (len(images) * images.min())
+    number = f"{100 * chance.gain:+.2f} points of {SCORE_NAMES[evidence.objective]}"
+    threshold = f"above {100 * (limit - most):+.2f}: -{rules.may_lose:g} and {100 * limit:.2f} for chance"
+    return _result("not worse", number, threshold, chance.gain > limit - most, chance.reason)
 
 
 def _no_class_worse(score: str, draws: np.ndarray, classes: Sequence[str], rules: Rules) -> RuleResult:

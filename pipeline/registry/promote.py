@@ -198,7 +198,7 @@ def _refusal(verdict: Event) -> PromotionRefused:
     problems = record.verdict.problems
     if record.opponent == CONTROL:
         remedy = f"`promote --run {record.opponent_run}` takes that one"
-        hint = f"no champion yet, and not shown to be better than the control: {remedy}"
+        hint = f"no champion yet, and the control is its opponent: {remedy}"
         problems[-1] = replace(problems[-1], details=(hint,))
     return PromotionRefused.many(problems)
 

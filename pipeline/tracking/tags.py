@@ -51,10 +51,10 @@ class RunTags:
     seed: int | None = None  # of a final
     reproduces: str | None = None  # of a reproduction: the first run
     reproduced: str | None = None  # of a reproduction: how far it equals the first run
-    compresses: str | None = None  # of a compressed run: the run whose network was pruned
+    compresses: str | None = None  # of a compressed run: the run whose network was made narrower
     sparsity: float | None = None  # of a compressed run: the share of multiply-adds that was to go
-    pruner: str | None = None  # of a compressed run: the library and its version
-    method: str | None = None  # of an ensemble: mean or soup
+    pruner: str | None = None  # of a pruned run: the library and its version
+    method: str | None = None  # of a compressed run: pruned or distilled; of an ensemble: mean or soup
     members: Mapping[str, str] | None = None  # of an ensemble: run -> SHA-256 of its weights
     worker: Mapping[str, Any] | None = None  # the process that trains it; see processes.this_process
     recipe_digest: str | None = None

@@ -21,7 +21,7 @@ def test_commands_and_options_are_frozen() -> None:
         "bench-gpu": "--airbench --data-dir --only --output --peer",
         "clean-cache": "--keep",
         "compare": "--data-dir --dataset --output --tracking-uri names",
-        "compress": "--data-dir --dataset --device --epochs --sparsity --tracking-uri run",
+        "compress": "--data-dir --dataset --device --distil --epochs --sparsity --tracking-uri run",
         "ensemble": "--data-dir --dataset --device --method --output --runs --tracking-uri names",
         "export": "--data-dir --dataset --int8 --output --tracking-uri model",
         "finals": "--data-dir --dataset --device --epochs --folds --seeds --top --tracking-uri name",

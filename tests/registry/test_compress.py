@@ -7,17 +7,21 @@ import pytest
 import torch
 
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UserError
 from pipeline.inference.classifier import Classifier
 from pipeline.registry import compress, reproduce
+from pipeline.registry.candidate_evaluation import _seed_scores
 from pipeline.registry.compress import Compression
+from pipeline.registry.gate import Rules
 from pipeline.registry.promote import promote
 from pipeline.tracking import queries
 from pipeline.tracking.models import find_model, sha256_of
 from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker
+from pipeline.training.checkpoints import WEIGHTS
 from registry.helpers import DATA, RULES, RecordingObserver, Store
 
+CHEAPER = {"may_lose": 1, "size_factor": 0.9999}
 CPU = torch.device("cpu")
 
 
@@ -30,16 +34,16 @@ class Done:
     run: str
 
 
-def plan_of(store: Store, tracker: MlflowTracker, epochs: int | None) -> Compression:
-    with find_model(store.home, None, store.rival) as model:
+def plans_of(store: Store, tracker: MlflowTracker, run: str, distil: bool = False) -> list[Compression]:
+    with find_model(store.home, None, run) as model:
         original = Classifier.load(model.folder, CPU)
-    return compress.plan_compression(tracker, original, 0.05, epochs, CPU)
+    return compress.plan_compressions(tracker, original, 0.05, None, distil, CPU)
 
 
 @pytest.fixture(scope="module")
 def done(store: Store, digits: TrainingData) -> Done:
     tracker = MlflowTracker(store.home)
-    plan = plan_of(store, tracker, None)
+    [plan] = plans_of(store, tracker, store.rival)
     outcome = compress.train(tracker, plan, digits, CPU)
     return Done(tracker, plan, tracker.id_of(outcome.run_key))
 
@@ -49,7 +53,8 @@ def test_pruned_network_is_a_child_of_its_run(store: Store, done: Done) -> None:
     run = done.tracker.client.get_run(done.run)
     tags = RunTags.of(run)
     assert (tags.role, tags.compresses, tags.parent_run) == ("compressed", store.rival, store.rival)
-    assert (tags.sparsity, tags.study) == (0.05, "tiny-v1-digits") and (tags.pruner or "").startswith("torch-pruning ")
+    assert (tags.sparsity, tags.study, tags.method) == (0.05, "tiny-v1-digits", "pruned")
+    assert (tags.pruner or "").startswith("torch-pruning ")
     assert (
         run.data.metrics["model/parameters"] < done.tracker.client.get_run(store.rival).data.metrics["model/parameters"]
     )
@@ -63,8 +68,26 @@ def test_pruned_network_is_a_child_of_its_run(store: Store, done: Done) -> None:
 
 
 def test_trained_only_once(store: Store, done: Done) -> None:
-    assert compress.finished_run(done.tracker, plan_of(store, done.tracker, None)) == done.run
-    assert compress.finished_run(done.tracker, plan_of(store, done.tracker, 1)) is None
+    pruned, distilled = plans_of(store, done.tracker, store.rival, distil=True)
+    assert compress.finished_run(done.tracker, pruned) == done.run
+    assert compress.finished_run(done.tracker, distilled) is None
+
+
+def test_distilled_network_learns_by_the_recipe_of_its_teacher(store: Store, done: Done) -> None:
+    pruned, distilled = plans_of(store, done.tracker, store.rival, distil=True)
+    assert distilled.recipe.model == pruned.recipe.model
+    changed = distilled.original.metadata.recipe.difference(distilled.recipe)
+    assert changed.keys() == {"model.widths", "loss.teacher"}
+    folder, sha256 = distilled.recipe.loss.teacher_folder or ("", "")
+    with find_model(store.home, None, store.rival) as model:
+        assert sha256_of(model.folder / WEIGHTS) == sha256 == sha256_of(Path(folder) / WEIGHTS)
+    with pytest.raises(UserError, match=rf"^run {done.run}: started from trained weights, so its recipe is none for"):
+        plans_of(store, done.tracker, done.run, distil=True)
+
+
+def test_seeds_are_those_of_the_original(store: Store, done: Done) -> None:
+    original, pruned = (_seed_scores(done.tracker, run, "val/accuracy") for run in (store.rival, done.run))
+    assert original == pruned and len(original) == 1
 
 
 def test_reproduced_bit_for_bit_where_the_initial_weights_are_gone(done: Done, digits: TrainingData) -> None:
@@ -78,11 +101,13 @@ def test_reproduced_bit_for_bit_where_the_initial_weights_are_gone(done: Done, d
 
 
 @pytest.mark.usefixtures("one_export_a_model")
-def test_promoted_as_any_run(store: Store, done: Done, tmp_path: Path) -> None:
+def test_promoted_as_a_cheaper_model(store: Store, done: Done, tmp_path: Path) -> None:
     registry, observer = store.registry(tmp_path, "small"), RecordingObserver()
-    champion = promote(registry, done.run, RULES, DATA, observer)
+    champion = promote(registry, done.run, Rules(**RULES.model_dump() | CHEAPER), DATA, observer)
     assert champion.run == done.run and observer.verdicts[0].passed
+    assert [result.rule for result in observer.verdicts[0].results][:2] == ["not worse", "F1 by class"]
     card = registry.tracker.client.get_model_version("small", champion.version).description
+    assert "Against the control, as a cheaper model that may lose 1 point of accuracy, by " in str(card)
     assert f"the most important channels of run `{store.rival}`, by torch-pruning" in str(card)
 
 
