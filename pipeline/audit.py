@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.errors import Problem, PromotionRefused, UserError, redact_uri
 from pipeline.evaluation.scores import CLASS_F1
 from pipeline.processes import process_has_exited
-from pipeline.registry import ledger, promote
+from pipeline.registry import initial_weights, ledger, promote
 from pipeline.registry.registered_model import CHAMPION, Registry
 from pipeline.search.snapshot import StudySnapshot, TrialSnapshot, requeue_abandoned, study_snapshots
 from pipeline.search.storage import RetryingStorage
@@ -346,6 +346,7 @@ def leftovers(home: Path) -> list[Path]:
     others = [
         *home.glob(".*"),
         *home.glob("exports/.*"),
+        *home.glob(f"{initial_weights.FOLDER}/.*"),
         *home.glob("reports/tmp*"),
         *home.parent.glob("data/.cifar10-*"),
     ]

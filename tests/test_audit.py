@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import sqlite3
@@ -263,13 +264,16 @@ def test_leftovers_of_killed_processes_are_repaired_losslessly(home: Path) -> No
     journal.append({"kind": "metrics", "step": 2, "time": 1, "values": {"val/new": 1.0}}, durable=True)
     journal.append({"kind": "end", "status": "FINISHED", "time": 2, "tags": {"state": "finished"}}, durable=True)
     journal.release()
+    (home / "weights").mkdir()
+    (home / "weights" / ".7.new").touch()
+    os.utime(home / "weights" / ".7.new", (0, 0))
     seen = findings(home)
     expected = [
         "is not in MLflow yet",
         "the checkpoints of a training that has ended",
         "was left by a command that was killed",
     ]
-    assert len(seen) == 3 and all(any(words in line for line in seen) for words in expected), seen
+    assert len(seen) == 4 and all(any(words in line for line in seen) for words in expected), seen
     done = fix(home)
     assert any("1 journals of processes that are gone: sent to MLflow" in line for line in done), done
     assert findings(home) == []

@@ -33,7 +33,8 @@ def networks(benchmark: GpuBenchmark) -> Iterator[Row]:
     for name in NETWORKS:
         recipe = benchmark.recipe(name, {})
         data = benchmark.data(recipe)
-        yield attempt(f"{name}, eager", _network, benchmark, name, recipe, data)
+        measured = measure_networks([(name, recipe, data)], benchmark.torch_device, benchmark.seconds)
+        yield attempt(f"{name}, eager", next, measured)
         peers: list[float] = []
         ours: dict[str, list[float]] = {execution: [] for execution in benchmark.executions[:2]}
         for number in range(benchmark.rounds if benchmark.peer else 0):
@@ -51,10 +52,6 @@ def networks(benchmark: GpuBenchmark) -> Iterator[Row]:
             if ratios:
                 ratio = {f.__name__: round(f(ratios), 2) for f in (min, statistics.median, max)}
                 yield {"what": f"{name}, {execution}, by the peer's", "ratio": ratio}
-
-
-def _network(benchmark: GpuBenchmark, name: str, recipe: Recipe, data: TrainingData) -> Row:
-    return next(measure_networks([(name, recipe, data)], benchmark.torch_device, benchmark.seconds))
 
 
 def executions(benchmark: GpuBenchmark) -> Iterator[Row]:

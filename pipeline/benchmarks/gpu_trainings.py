@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from pipeline.search.search import Search
 from pipeline.search.speed import Stopwatch, measure, measure_overhead, trial_seconds
 from pipeline.search.storage import open_storage
 from pipeline.search.study import load_study
-from pipeline.search.trial import StudyContext
+from pipeline.search.trial import StudyContext, StudyObserver
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest, Tracker
 from pipeline.training.loop import train
@@ -222,8 +222,8 @@ def study(benchmark: GpuBenchmark) -> Iterator[Row]:
         data = benchmark.data(search.base)
         began = time.perf_counter()
         search, choice = decide(search, data, benchmark.torch_device, None)
-        execution = choice.execution
-        yield {"what": f"choice: {execution}", "workers": choice.workers, "why": choice.why, "seconds": _since(began)}
+        execution, seconds = choice.execution, round(time.perf_counter() - began, 2)
+        yield {"what": f"choice: {execution}", "workers": choice.workers, "why": choice.why, "seconds": seconds}
         yield attempt(
             f"forecast of {STUDY_TRIALS} trials, {execution}", _forecast, search, choice, data, benchmark.torch_device
         )
@@ -233,10 +233,6 @@ def study(benchmark: GpuBenchmark) -> Iterator[Row]:
         )
         yield attempt(f"tracking, {execution}", _tracking, search.base, data, benchmark, tracker)
         tracker.flush(60)
-
-
-def _since(began: float) -> float:
-    return round(time.perf_counter() - began, 2)
 
 
 def _forecast(search: Search, choice: Choice, data: TrainingData, device: torch.device) -> Row:
@@ -265,8 +261,5 @@ def _trials(search: Search, data: TrainingData, device: torch.device, tracker: M
     return {"seconds": round(seconds, 2), "trial_s": round(seconds / search.trials, 2), "best": result.best_value}
 
 
-class _Silent:
-    """Observes a study and prints nothing (`search.trial.Observer`)."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *arguments: None
+class _Silent(StudyObserver):
+    """Prints nothing."""

@@ -60,10 +60,11 @@ def ensemble(
     if output:
         _average_tables([Path(word) for word in words], output)
         return
-    if (len(words), runs is None) not in ((1, True), (0, False)):
+    ids = (runs or "").split()
+    if len(words) > 1 or bool(words) == bool(ids):
         rule = "needs one study, or runs in its place"
         raise UserError("NAME or RUNS", rule, "`ensemble NAME`, or `--runs`; tables need `--output`")
-    if runs and (odd := [run for run in runs.split() if not re.fullmatch(r"[0-9a-f]{32}", run)]):
+    if odd := [run for run in ids if not re.fullmatch(r"[0-9a-f]{32}", run)]:
         raise UserError(f"`--runs` {odd[0]}", "not a run's id (32 of 0-9a-f)", "`ui` shows them")
 
     from pipeline.registry.ensemble import find_members, make_ensemble, seeds_of_winner
@@ -73,9 +74,7 @@ def ensemble(
     torch_device = find_device(device)
     tracker, console = open_tracker(tracking_uri), make_console()
     say_what_is_missing(console, tracker)
-    if runs:
-        ids = runs.split()
-    else:
+    if words:
         study, note = find_study(tracker, words[0])
         say(console, *filter(None, [note]))
         ids = seeds_of_winner(tracker, study)

@@ -23,7 +23,7 @@ from pipeline.recipe import KIND, Recipe
 from pipeline.search.progress import StudyProgress
 from pipeline.search.search import Search
 from pipeline.search.space_check import field_of, to_choice
-from pipeline.search.trial import SHORT
+from pipeline.search.trial import SHORT, StudyObserver
 from pipeline.search.trial_attributes import Progress
 from pipeline.training.loop import EpochReport
 
@@ -46,7 +46,7 @@ class _RunningTrial:
     shown_at: float = field(default_factory=time.monotonic)
 
 
-class StudyView:
+class StudyView(StudyObserver):
     """A StudyObserver that shows the study and the trials under way."""
 
     def __init__(self, console: Console, search: Search):

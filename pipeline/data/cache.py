@@ -65,8 +65,9 @@ def decoded(listing: Listing, form: Form, home: Path, skip: bool = False) -> Dec
     """
     cache = _Cache(home / FOLDER / _name(listing, form), form)
     try:
-        cache.folder.mkdir(parents=True, exist_ok=True)
+        cache.folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(cache.folder):
+            cache.folder.mkdir(exist_ok=True)  # in here: who has the lock may remove it
             return cache.complete(listing, skip)
     except OSError as error:
         if error.errno in DISK_FULL:
@@ -117,7 +118,7 @@ def num_bytes(cache: Path) -> int:
 def remove(cache: Path) -> bool:
     """Remove a cache, unless a command writes it. Whoever reads it reads on."""
     try:
-        with _lock(cache).acquire(timeout=0):
+        with _lock(cache).acquire(timeout=0), contextlib.suppress(FileNotFoundError):  # two may make room at once
             shutil.rmtree(cache)
     except Timeout:
         return False

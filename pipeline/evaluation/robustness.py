@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from io import StringIO
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,9 +12,6 @@ from torch import Tensor
 from pipeline.data.corruptions import KINDS, STRENGTHS, corrupted, generator_of
 from pipeline.data.mapped import MappedImages
 from pipeline.evaluation.logits import images_together
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SEED = 0  # of the corruptions: all models meet the same images
 PREFIX = "robustness/"  # of the metrics
@@ -47,9 +43,12 @@ class Robustness:
 
     def to_csv(self) -> str:
         """Columns kind, strength, accuracy, images; the first row is of the images as they are: `clean`, strength 0."""
+        import pandas as pd
+
         rows = [("clean", 0, self.clean)]
         rows += [(kind, s, self.accuracy[k, s - 1]) for k, kind in enumerate(KINDS) for s in STRENGTHS]
-        return _frame(rows).assign(images=self.num_images).to_csv(index=False)
+        frame = pd.DataFrame(rows, columns=["kind", "strength", "accuracy"])
+        return frame.assign(images=self.num_images).to_csv(index=False)
 
     @classmethod
     def from_csv(cls, text: str) -> "Robustness":
@@ -63,12 +62,6 @@ class Robustness:
             raise ValueError("not a table of accuracies by kind and strength")
         accuracy = frame["accuracy"].to_numpy(float)
         return cls(int(frame["images"].iloc[0]), float(accuracy[0]), accuracy[1:].reshape(len(KINDS), len(STRENGTHS)))
-
-
-def _frame(rows: list[tuple[str, int, float]]) -> "pd.DataFrame":
-    import pandas as pd
-
-    return pd.DataFrame(rows, columns=["kind", "strength", "accuracy"])
 
 
 def measure_robustness(

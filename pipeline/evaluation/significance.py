@@ -69,7 +69,7 @@ def wilson(right: float, images: int) -> tuple[float, float]:
     z, share = float(ndtri((1 + LEVEL) / 2)), right / images
     middle = (share + z**2 / (2 * images)) / (1 + z**2 / images)
     half = z * math.sqrt(share * (1 - share) / images + z**2 / (4 * images**2)) / (1 + z**2 / images)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def small_split_line(images: int, fraction: float | None) -> str | None:
@@ -79,17 +79,14 @@ def small_split_line(images: int, fraction: float | None) -> str | None:
     recipe's validation_fraction, None where that drew no split.
     """
 
-    def interval(count: int) -> tuple[float, float]:
-        return wilson(count / 2, count)
-
     def is_wide(count: int) -> bool:
-        low, high = interval(count)
+        low, high = wilson(count / 2, count)
         return high - low > MAX_WIDTH
 
     if not is_wide(images):
         return None
     needed = next(count for count in count_from(images + 1) if not is_wide(count))
-    low, high = interval(images)
+    low, high = wilson(images / 2, images)
     return (
         f"caution: {images} validation images say little: an accuracy of 50 % among them has a 95 % interval from "
         f"{100 * low:.0f} to {100 * high:.0f} % (Wilson); {needed} narrow it to {100 * MAX_WIDTH:.0f} points"

@@ -65,17 +65,20 @@ def check_network(model: Model, image_size: int) -> None:
         _timm().check(model, image_size)
 
 
-def check_start_size(model: Model, image_size: int, start_size: int) -> None:
-    """UserError where images are to grow from `start_size`, if it isn't 0, which the network of the full size can't take."""
-    if not start_size:
+def check_sizes(model: Model, image_size: int, smaller: Sequence[int]) -> None:
+    """UserError where the network of the full size can't take one of the sizes, if any, that images are to have before."""
+    if not smaller:
         return
+    size = smaller[0]
     try:
         with torch.device("meta"):
-            build_network(model, 2, image_size, seed=0).eval()(torch.zeros(1, 3, start_size, start_size))
+            network = build_network(model, 2, image_size, seed=0).eval()
+            for size in smaller:
+                network(torch.zeros(1, 3, size, size))
     except Exception:  # whatever a layer raises for a shape
-        rule = f"the network {model.network}, built for data.image_size {image_size}, takes no such images"
+        rule = f"the network {model.network}, built for data.image_size {image_size}, takes none of {size} pixels"
         remedy = "0 trains on full size throughout; attention, efficient, expert and fast take several"
-        raise UserError(f"curriculum.start_size = {start_size}", rule, remedy) from None
+        raise UserError(f"curriculum.start_size = {smaller[0]}", rule, remedy) from None
 
 
 def pixel_statistics_of(model: Model) -> tuple[Sequence[float], Sequence[float]] | None:

@@ -13,6 +13,7 @@ from mlflow.entities import Run
 
 from pipeline.evaluation.calibration import reweighting_line
 from pipeline.evaluation.scores import SCORE_NAMES, confusion_matrix
+from pipeline.evaluation.significance import wilson
 from pipeline.inference.classifier import ModelMetadata
 from pipeline.models.build import weights_origin
 from pipeline.recipe import KIND, Recipe
@@ -23,7 +24,6 @@ from pipeline.tracking.tags import RunTags
 
 DESCRIPTION_LIMIT = 5000  # characters; the registry's column, which PostgreSQL holds it to
 WEAKEST = 5  # pairs, and errors
-_Z = 1.959964  # of a normal distribution's middle 95 %
 
 _LICENCES = {
     "cifar10": "CIFAR-10 has no formal licence; its authors ask to cite Krizhevsky, Learning Multiple Layers of "
@@ -39,16 +39,6 @@ class ModelCosts:
 
     latency_ms: float  # one image
     bytes: int
-
-
-def wilson(hits: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927, JASA 22); (0, 1) of no images."""
-    if not total:
-        return 0.0, 1.0
-    share, spread = hits / total, _Z**2 / total
-    middle = (share + spread / 2) / (1 + spread)
-    reach = _Z * np.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return max(0.0, float(middle - reach)), min(1.0, float(middle + reach))
 
 
 def model_card(
@@ -273,7 +263,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def share(hits: int, total: int) -> str:
     """A rate with its 95 % interval: `80.0% (79.2% to 80.8%)`."""
-    low, high = wilson(int(hits), int(total))
+    low, high = wilson(hits, total) if total else (0.0, 1.0)
     return f"{hits / total if total else 0:.1%} ({low:.1%} to {high:.1%})"
 
 

@@ -1,5 +1,6 @@
 """The weights that a run starts from, where they are a file of this project's own: kept by digest, and with the run."""
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.sections.weights import with_digest
 from pipeline.tracking import queries
@@ -25,7 +27,7 @@ def keep(network: nn.Module, home: Path) -> str:
     new = folder / f".{os.getpid()}.new"
     save_weights(new, network, {})
     sha256 = sha256_of(new)
-    path = folder / f"{sha256}.safetensors"
+    path = folder / _file_name(sha256)
     os.replace(new, path)
     return with_digest(str(path), sha256)
 
@@ -41,9 +43,25 @@ def attach(tracker: MlflowTracker, run_id: str, recipe: Recipe) -> None:
 
 
 def restore(tracker: MlflowTracker, run_id: str, recipe: Recipe) -> None:
-    """Write the file that a run started from where its recipe has it, if it is gone and the run holds it."""
+    """Write the file that a run started from where its recipe has it, if it is gone and the run holds it.
+
+    No other file: the recipe may be a stranger's. UserError where it can't be written there.
+    """
     if not (file := recipe.transfer.weights_file) or (path := Path(file[0])).exists():
         return
-    if content := queries.read_file(tracker, run_id, ARTIFACT):
+    is_ours = path.parts[-2:] == (FOLDER, _file_name(file[1]))
+    content = queries.read_file(tracker, run_id, ARTIFACT) if is_ours else None
+    if not content or hashlib.sha256(content).hexdigest() != file[1]:
+        return
+    new = path.with_name(f".{os.getpid()}.new")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        new.write_bytes(content)
+        os.replace(new, path)
+    except OSError as error:
+        rule = f"the weights that the run starts from can't be put there: {error.strerror}"
+        raise UserError(str(path), rule, f"they are {ARTIFACT} of run {run_id}") from None
+
+
+def _file_name(sha256: str) -> str:
+    return f"{sha256}.safetensors"

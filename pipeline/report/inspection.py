@@ -17,7 +17,7 @@ from pipeline.data.images import read_image
 from pipeline.data.listing import ORDER, TEST, TRAIN, VALIDATION
 from pipeline.data.splits import partition
 from pipeline.data.survey import Survey, survey_files, survey_pixels
-from pipeline.errors import UserError
+from pipeline.errors import UserError, counted
 from pipeline.registry.test_split import survey_test_split
 from pipeline.report.label_suspects import Suspects, find_suspects
 from pipeline.sections.data import Data, Form
@@ -99,25 +99,21 @@ class Inspection:
             if sets:
                 images = sum(len(one.rows) for one in sets)
                 lines.append(
-                    f"{_count(len(sets), 'picture')} more than once {where}: {images:,} images, {exact:,} exact"
+                    f"{counted(len(sets), 'picture')} more than once {where}: {images:,} images, {exact:,} exact"
                 )
         if self.survey.unreadable:
-            lines.append(f"{_count(len(self.survey.unreadable), 'file')} can't be read")
+            lines.append(f"{counted(len(self.survey.unreadable), 'file')} can't be read")
         if self.suspects and len(self.suspects.ids):
             share = len(self.suspects.ids) / self.suspects.num_images
             of = f"{self.suspects.num_images:,} images ({100 * share:.1f} %)"
             lines.append(
-                f"{_count(len(self.suspects.ids), 'suspected wrong label')} among {of}, by {self.suspects.source}"
+                f"{counted(len(self.suspects.ids), 'suspected wrong label')} among {of}, by {self.suspects.source}"
             )
         train = self.counts.get(TRAIN, np.zeros(1))
         if train.max() >= MAX_IMBALANCE * train.min():
             most, least = self.classes[train.argmax()], self.classes[train.argmin()]
             lines.append(f"unbalanced: {most} has {train.max():,} training images, {least} {train.min():,}")
         return lines or ["nothing was found that needs a decision"]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 @dataclass(frozen=True, eq=False)

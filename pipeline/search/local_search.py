@@ -8,7 +8,6 @@ mutation alone, as in Real et al. 2019 (arXiv 1802.01548).
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
@@ -28,12 +27,8 @@ NEXT = 0.5  # probability of the parent's being not the best recipe but one belo
 MAX_DRAWS = 100  # before a trial is drawn at random, as all that is near was tried
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How a trial is drawn: the parent, then the other recipes, best first; and what is not as in the parent."""
-
-    recipes: Sequence[FrozenTrial]
-    changes: Mapping[str, Any]
+# A recipe that values are taken from: its parameters' distributions and values.
+_Source = tuple[Mapping[str, BaseDistribution], Mapping[str, Any]]
 
 
 class LocalSearchSampler(RandomSampler):
@@ -45,36 +40,37 @@ class LocalSearchSampler(RandomSampler):
     def __init__(self, n_startup_trials: int = 0, seed: int | None = None):
         super().__init__(seed)
         self._n_startup_trials = n_startup_trials
-        self._plans: dict[int, _Plan] = {}  # of the trial that is being drawn, by number
+        # Number of the trial that is being drawn -> its parent, a few values changed, then the other recipes, best first.
+        self._sources: dict[int, Sequence[_Source]] = {}
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Choose the parent, and what changes; a recipe that there is already is chosen again."""
         trials = study.get_trials(deepcopy=False)
         recipes = ranked(trials) if trial.number >= self._n_startup_trials else []
-        plan = _Plan([], {})
+        sources: Sequence[_Source] = []
         if recipes:
             tried = [other.params for other in trials]
-            plans = (self._plan(recipes) for _ in range(MAX_DRAWS))
-            plan = next((plan for plan in plans if {**plan.recipes[0].params, **plan.changes} not in tried), plan)
-        self._plans = {trial.number: plan}
+            drawn = (self._draw(recipes) for _ in range(MAX_DRAWS))
+            sources = next((drawn for drawn in drawn if drawn[0][1] not in tried), sources)
+        self._sources = {trial.number: sources}
 
-    def _plan(self, recipes: Sequence[FrozenTrial]) -> _Plan:
+    def _draw(self, recipes: Sequence[FrozenTrial]) -> list[_Source]:
         rng = self._rng.rng
         index = min(rng.geometric(1 - NEXT), len(recipes)) - 1
         parent = recipes[index]
         names = sorted(name for name, asked in parent.distributions.items() if not asked.single())
         chosen = rng.choice(names, min(1 + rng.poisson(MUTATIONS - 1), len(names)), replace=False)
         changes = {name: changed_value(parent.distributions[name], parent.params[name], rng) for name in chosen}
-        return _Plan([parent, *recipes[:index], *recipes[index + 1 :]], changes)
+        others = [(other.distributions, other.params) for other in recipes if other is not parent]
+        return [(parent.distributions, parent.params | changes), *others]
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """What was chosen for the parameter, else the value of the first recipe that has it."""
-        plan = self._plans[trial.number]
-        for recipe in plan.recipes:
-            if recipe.distributions.get(param_name) == param_distribution:
-                return plan.changes.get(param_name, recipe.params[param_name])
+        """The value of the first recipe that has the parameter, with this range."""
+        for distributions, params in self._sources[trial.number]:
+            if distributions.get(param_name) == param_distribution:
+                return params[param_name]
         return super().sample_independent(study, trial, param_name, param_distribution)
 
 

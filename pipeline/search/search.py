@@ -233,16 +233,18 @@ class Search:
 
     def _check_networks(self) -> None:
         """UserError where a network of timm, the control's or one that is searched, is not known or can't be built, or where
-        images are to grow and the control's network takes no smaller ones."""
+        images are to grow and the control's network doesn't take all their sizes."""
         problems: dict[Problem, None] = {}
-        sizes = self.values("curriculum.start_size") or [self.recipe({}).curriculum.start_size]
-        for recipe in self.networks() or ([self.recipe({})] if any(sizes) else []):
-            from pipeline.models.build import check_network, check_start_size  # imports torch, for these recipes alone
+        starts = self.values("curriculum.start_size") or [self.recipe({}).curriculum.start_size]
+        for recipe in self.networks() or ([self.recipe({})] if any(starts) else []):
+            from pipeline.models.build import check_network, check_sizes  # imports torch, for these recipes alone
+            from pipeline.training.progressive import smaller_sizes
 
+            model, full = recipe.model, recipe.data.image_size
             try:
-                check_network(recipe.model, recipe.data.image_size)
-                for size in sizes:
-                    check_start_size(recipe.model, recipe.data.image_size, size)
+                check_network(model, full)
+                for start in starts:
+                    check_sizes(model, full, smaller_sizes(full, start))
             except UserError as error:
                 problems.update(dict.fromkeys(error.problems))
         if problems:

@@ -1,8 +1,9 @@
 """How fast a recipe trains on this machine, measured with the real loop; what one trial of it takes, part by part."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -152,8 +153,8 @@ def measure(
     All layers learn that ever do, or the head alone.
 
     The epochs are of a few batches and validation images; both are scaled to the complete splits. `on_step` may raise to
-    end it. The learning rate is almost zero, which changes no time and lets nothing diverge. Where images grow, those of
-    the mean size are trained on.
+    end it. All learning rates are almost zero, which changes no time and lets nothing diverge. Where images grow, those of
+    about the mean size are trained on.
     """
     data = data.at(recipe.data)
     batch_size = min(recipe.training.batch_size, len(data.train.images))
@@ -169,22 +170,13 @@ def measure(
         elif time.perf_counter() - start >= seconds:
             raise _Measured
 
+    changes = {
+        "training.epochs": _MANY_EPOCHS,
+        "transfer.frozen_epochs": frozen,
+        "curriculum.start_size": mean_size(recipe) if recipe.curriculum.start_size else 0,
+    }
     try:
-        train(
-            recipe.changed(
-                {
-                    "training.epochs": _MANY_EPOCHS,
-                    "optimizer.lr": 1e-9,
-                    "transfer.frozen_epochs": frozen,
-                    "curriculum.start_size": mean_size(recipe) if recipe.curriculum.start_size else 0,
-                }
-            ),
-            part,
-            device,
-            on_epoch,
-            on_step,
-            watch,
-        )
+        train(_hardly_learning(recipe, changes), part, device, on_epoch, on_step, watch)
     except _Measured:
         watch("tracking")
     total, num_steps = watch.seconds()
@@ -219,12 +211,18 @@ def measure_overhead(
             tracked.log_metrics(report.metrics, report.epoch)
             epoch_s = time.perf_counter() - epoch_start
 
-        result = train(recipe.changed({"training.epochs": 1, "optimizer.lr": 1e-9}), part, device, on_epoch)
+        result = train(_hardly_learning(recipe, {"training.epochs": 1}), part, device, on_epoch)
         start = time.perf_counter()
         publish(tracked, recipe, part, result)
         tracked.end(State.FINISHED)
     predicted_s = _other_views(recipe) * speed.evaluation_s * len(part.validation.images) / len(data.validation.images)
     return Overhead(started_s + max(0.0, time.perf_counter() - start - predicted_s), epoch_s)
+
+
+def _hardly_learning(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """With almost no rate; Muon has three."""
+    rates = [name for name in recipe.flat() if name.startswith("optimizer.") and name.endswith("lr")]
+    return recipe.changed({**changes, **dict.fromkeys(rates, 1e-9)})
 
 
 def trial_seconds(recipe: Recipe, speed: Speed, overhead: Overhead) -> dict[str, float]:

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 import torch
@@ -32,8 +32,8 @@ from pipeline.training.resume import CHECKPOINTS
 SHORT = "a short trial"  # why it ends as one that was pruned
 
 
-class StudyObserver(Protocol):
-    """Sees a study happen; for a person at a terminal."""
+class StudyObserver:
+    """Sees a study happen; for a person at a terminal. What a class of it doesn't say does nothing."""
 
     def planned(self, forecast: Mapping[str, Any]) -> None:
         """The study's cost is known: `search.forecast.Forecast` as a mapping."""

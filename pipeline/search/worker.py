@@ -26,13 +26,11 @@ from pipeline.data import cache
 from pipeline.data.datasets import load
 from pipeline.data.prepare import prepare
 from pipeline.errors import Problem, UserError, error_of
-from pipeline.experiment import Interrupted, Outcome
+from pipeline.experiment import Interrupted
 from pipeline.processes import this_process
-from pipeline.recipe import Recipe
-from pipeline.search.progress import StudyProgress
 from pipeline.search.search import Search
 from pipeline.search.storage import RetryingStorage, find_study, open_storage
-from pipeline.search.trial import StudyContext, StudyInterrupted, claim_trial, run_trial
+from pipeline.search.trial import StudyContext, StudyInterrupted, StudyObserver, claim_trial, run_trial
 from pipeline.search.trial_attributes import Beat, Progress, update_attributes
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost
 from pipeline.training.execution import check_execution
@@ -104,7 +102,7 @@ def packed(search: Search) -> bytes:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-class Heartbeat:
+class Heartbeat(StudyObserver):
     """Tells the database every few seconds that a worker lives and how far its trial is; a StudyObserver of its trials.
 
     The supervisor goes by these heartbeats alone, and a database that is away does not end them. A thread that hangs can't
@@ -142,15 +140,6 @@ class Heartbeat:
         """The worker is not stalled: it made a step, read an image, or waits for the database."""
         self._last_activity = time.monotonic()
 
-    def planned(self, forecast: Mapping[str, Any]) -> None:
-        """See StudyObserver."""
-
-    def study_progress(self, progress: StudyProgress) -> None:
-        """See StudyObserver."""
-
-    def trial_started(self, number: int, recipe: Recipe, params: Mapping[str, Any], full_of: int | None = None) -> None:
-        """See StudyObserver."""
-
     def step(self, number: int, progress: Progress) -> None:
         """See StudyObserver. Raises OwnershipLost where the trial is known to have been declared dead."""
         if self._is_lost:
@@ -162,9 +151,6 @@ class Heartbeat:
         """See StudyObserver."""
         self._report = report
         self.note_activity()
-
-    def trial_ended(self, number: int, outcome: Outcome) -> None:
-        """See StudyObserver."""
 
     def _run(self) -> None:
         while not self._closed.wait(self._limits.heartbeat_s):

@@ -1,6 +1,7 @@
 """Averages of weights, evaluated and saved in their place: over the steps of a training, or over several trainings."""
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,8 +76,9 @@ def mean_weights(networks: Sequence[nn.Module]) -> dict[str, Tensor]:
 def measure_norms(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor, precision: str) -> None:
     """Batch norm's running statistics anew, as those of averaged weights are no average: the mean over batches of images.
 
-    The uint8 images (N, 3, S, S) are not augmented, as those that are predicted, and nothing is dropped out. Leaves the
-    network in evaluation mode.
+    The uint8 images (N, 3, S, S) are not augmented, as those that are predicted, and nothing is dropped out. Each batch has
+    images of all classes, which lie one after the other in a folder, and as many as the others. Leaves the network in
+    evaluation mode.
     """
     network.eval()
     norms = [module for module in network.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
@@ -85,9 +87,10 @@ def measure_norms(network: nn.Module, images: Tensor, mean: Tensor, std: Tensor,
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over batches
         norm.train()
-    for chunk in images.split(images_together(images.shape[-1])) if norms else ():
+    num_batches = math.ceil(len(images) / images_together(images.shape[-1])) if norms else 0
+    for first in range(num_batches):
         with autocast(images.device, precision):
-            network(normalise(chunk, mean, std))
+            network(normalise(images[first::num_batches], mean, std))
     network.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

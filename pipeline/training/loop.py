@@ -21,7 +21,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.data.sampler import Sampler
 from pipeline.evaluation.logits import autocast, predict_logits
 from pipeline.evaluation.scores import CLASS_F1, accuracy_from, balanced_accuracy_from, f1_from, metric_names
-from pipeline.models.build import check_start_size, initial_network, pixel_statistics_of
+from pipeline.models.build import check_sizes, initial_network, pixel_statistics_of
 from pipeline.models.layers import FitsFirstLayer
 from pipeline.recipe import Recipe
 from pipeline.runtime import keep_freed_memory
@@ -99,7 +99,8 @@ def train(
     suit the data, or where the saved state belongs to another recipe or other data.
     """
     check_execution(recipe, device)
-    check_start_size(recipe.model, recipe.data.image_size, recipe.curriculum.start_size)
+    full = recipe.data.image_size
+    check_sizes(recipe.model, full, progressive.smaller_sizes(full, recipe.curriculum.start_size))
     data = normalised_for(recipe, data)
     settings, graphed = recipe.training, is_graphed(recipe)
     history: list[EpochReport] = []

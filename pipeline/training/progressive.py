@@ -4,6 +4,7 @@ Progressive image size and regularisation, after EfficientNetV2 (Tan and Le 2021
 """
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -24,10 +25,17 @@ def image_size(recipe: Recipe, epoch: int) -> int:
     return full if progress == 1 else start + step * math.floor((full - start) * progress / step + 1e-9)
 
 
+def smaller_sizes(full: int, start: int) -> Sequence[int]:
+    """Those that images have, in a training of any length, before they have the full one; none where `start` is 0."""
+    return range(start, full, max(full // STAGES, 1)) if start else ()
+
+
 def mean_size(recipe: Recipe) -> int:
-    """The size of as many pixels as the training's images have on average: a training at it takes as long."""
-    epochs = range(1, recipe.training.epochs + 1)
-    return round(math.sqrt(sum(image_size(recipe, epoch) ** 2 for epoch in epochs) / len(epochs)))
+    """Of the sizes that images may have the nearest to a training's mean in pixels: one at it takes about as long."""
+    full, epochs = recipe.data.image_size, range(1, recipe.training.epochs + 1)
+    mean = sum(image_size(recipe, epoch) ** 2 for epoch in epochs) / len(epochs)
+    sizes = [*smaller_sizes(full, recipe.curriculum.start_size), full]
+    return min(sizes, key=lambda size: abs(size**2 - mean))
 
 
 def strength(recipe: Recipe, epoch: int) -> float | None:

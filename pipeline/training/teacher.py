@@ -1,5 +1,6 @@
 """Distillation's teacher: a trained network whose predictions are targets (Hinton et al. 2015, arXiv 1503.02531)."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ class _Facts(BaseModel):
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    method: str = "single"
 
 
 class Teacher(nn.Module):
@@ -93,11 +95,16 @@ def _facts(folder: Path, sha256: str) -> _Facts:
 
 def _check_suits(facts: _Facts, recipe: Recipe, data: TrainingData, folder: Path) -> None:
     subject = f"loss.teacher = {folder}"
+    if facts.method == "mean":
+        raise UserError(subject, "is several networks, and a teacher is one", "choose a member, or a soup")
     if facts.classes != data.classes:
         theirs, ours = (", ".join(names[:5]) + ", ..." * (len(names) > 5) for names in (facts.classes, data.classes))
         rule = f"knows {len(facts.classes)} classes ({theirs}), the data set has {len(data.classes)} ({ours})"
         raise UserError(subject, rule, "choose a model of the same classes in the same order")
     own = facts.recipe.data
+    if facts.data_digest != data.digest and os.path.realpath(os.path.expanduser(own.dataset)) == data.place:
+        rule = "was trained on other images of this data set, so maybe on some that are for validation or test here"
+        raise UserError(subject, rule, "train it on the same ones")
     others = [name for name in _VALIDATION_FIELDS if getattr(own, name) != getattr(recipe.data, name)]
     if facts.data_digest == data.digest and facts.split_digest != data.split_digest and others:
         settings = ", ".join(f"data.{name} {getattr(own, name)}" for name in others)

@@ -41,6 +41,7 @@ def test_ensemble_averages_predictions_of_two_methods(trained: Trained, tmp_path
         (["ensemble", "a.csv", "./a.csv", "--output", "c.csv"], ["a.csv: is named twice; each file has one vote"]),
         (["ensemble", "a.csv", "b.csv"], ["NAME or RUNS: needs one study, or runs in its place; `python -m pipeline"]),
         (["ensemble", "attention", "--runs", "0" * 32], ["tables need `--output`"]),
+        (["ensemble", "--runs", ""], ["NAME or RUNS: needs one study, or runs in its place; "]),
         (["ensemble", "--runs", f"{'0' * 32} 12"], ["`--runs` 12: not a run's id (32 of 0-9a-f)"]),
     ],
 )

@@ -88,3 +88,10 @@ def test_the_strengths_are_those_of_cifar_10_c(kind: str) -> None:
     images = smooth(32, 8)
     found = [(changed(images, kind, strength).double() - images).abs().mean().item() for strength in STRENGTHS]
     assert found == pytest.approx(CHANGES[kind], rel=0.01)
+
+
+@pytest.mark.parametrize(("size", "reach"), [(32, 1), (64, 2)])
+def test_glass_moves_pixels_by_a_length_that_grows_with_the_image(size: int, reach: int) -> None:
+    rows = torch.arange(size, dtype=torch.uint8).mul(3)[:, None].expand(1, 3, size, size)
+    moved = (changed(rows, "glass_blur", 1).double() - rows).abs().max().item()
+    assert moved == pytest.approx(3 * reach, abs=1)

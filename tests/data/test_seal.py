@@ -64,6 +64,12 @@ def test_fixed_seal_outlives_growth_and_a_move(tmp_path: Path, home: Path) -> No
     grown = drawn(tmp_path / "moved", home)
     assert grown.listing.sealed_part.names == first.listing.sealed_part.names and len(grown.listing.usable.names) == 78
     assert grown.lines()[1] == "it has no images of cow, of which promotion will say nothing"
+    assert drawn(pets(root, 41), home).listing.sealed_part.names == first.listing.sealed_part.names, "known by paths"
+    for file in root.rglob("*.png"):
+        file.rename(file.with_stem(f"new{file.stem}"))
+    others = drawn(root, home).listing.sealed_part.names
+    assert others and all("new" in name for name in others), "other images, in that place"
+    shutil.rmtree(root)
     pets(root, 40)
     assert drawn(root, tmp_path / "other").listing.sealed_part.names != first.listing.sealed_part.names
 

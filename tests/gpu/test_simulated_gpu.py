@@ -265,9 +265,7 @@ def test_a_taught_step_of_growing_images_is_the_devices_alone(tiny: Recipe, monk
         return Teacher(network.to(device), data.std, data.mean)
 
     monkeypatch.setattr(loop, "load_teacher", load_teacher)
-    monkeypatch.setattr(
-        loop, "check_start_size", lambda *sizes: None
-    )  # by tensors of another kind than the simulation's
+    monkeypatch.setattr(loop, "check_sizes", lambda *sizes: None)  # by tensors of another kind than the simulation's
     growing = {"curriculum.start_size": 16, "curriculum.start_strength": 0.5, "training.epochs": 2}
     attention = tiny.changed({"model.network": "attention", "model.widths": (4, 8)} | growing)
     _, gpu = trained(attention)

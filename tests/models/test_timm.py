@@ -17,6 +17,7 @@ from pipeline.models import timm
 from pipeline.models.build import (
     build_network,
     check_network,
+    check_sizes,
     initial_network,
     pixel_statistics_of,
     weights_digest,
@@ -166,3 +167,10 @@ def test_network_is_checked_before_it_is_built(model: Timm, complaint: str | Non
     else:
         with pytest.raises(UserError, match=complaint):
             check_network(model, 96)
+
+
+def test_images_that_grow_through_a_size_that_it_cannot_take_are_refused() -> None:
+    """It adds maps of half the size to others, enlarged; multiples of 32 fit, 128 and 224 among them."""
+    check_sizes(Timm(backbone="dla34"), 256, [128, 160, 192, 224])
+    with pytest.raises(UserError, match=r"start_size = 128: the network timm, .* 224, takes none of 156 pixels"):
+        check_sizes(Timm(backbone="dla34"), 224, [128, 156, 184, 212])

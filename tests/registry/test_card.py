@@ -12,16 +12,10 @@ from pipeline.registry.package import Package
 from pipeline.tracking.tracker import MlflowTracker
 
 
-@pytest.mark.parametrize(
-    ("hits", "total", "low", "high"), [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]
-)
-def test_wilson_intervals_equal_newcombe_1998(hits: int, total: int, low: float, high: float) -> None:
-    assert card.wilson(hits, total) == pytest.approx((low, high), abs=5e-5)
-    assert card.wilson(total - hits, total) == pytest.approx((1 - high, 1 - low), abs=5e-5)
-
-
-def test_interval_of_no_images_is_0_to_1() -> None:
-    assert card.wilson(0, 0) == (0, 1)
+def test_shares_have_intervals_also_of_no_images() -> None:
+    shares = [card._share(*counts) for counts in ((81, 263), (0, 20), (20, 20), (0, 0))]
+    assert shares[0] == "30.8% (25.5% to 36.6%)", "Newcombe 1998"
+    assert shares[1:] == ["0.0% (0.0% to 16.1%)", "100.0% (83.9% to 100.0%)", "0.0% (0.0% to 100.0%)"]
 
 
 def test_card_shows_what_the_run_predicted(packed: Package, trained: Trained) -> None:

@@ -83,6 +83,9 @@ def test_search_of_a_plan_has_its_trials_and_epochs(search: Search) -> None:
         plan.epochs,
     )
     assert takes(plan) <= 590
+    made = plan.forecast
+    assert made and made.pruned > 0, "only what is complete is scored, drawn and stored"
+    assert made.seconds == pytest.approx(2.0 * made.epochs + 3.0 * (made.trials - made.pruned))
     assert found.deadline == 1600 - CLOSING_S
     whole, _ = plan_budget(search, COSTS, Budget(HOUR, 0.0), 0, now=0.0)
     assert "training.epochs" not in whole.settings, "it asks the question that it asks without a budget"
@@ -229,7 +232,7 @@ def test_no_trial_starts_that_cannot_end_before_the_finals(search: Search) -> No
     plan = planned(search, HOUR)
     trials, reserve_s = [ended(30, 2.0)] * 3, finals_s(plan.finals, COSTS.trial_s(30))
     last = plan.budget.limit.deadline - reserve_s
-    assert allowed(search, trials, last - 75, plan) >= 1
+    assert allowed(search, trials, last - 75, plan) == 1, "the best in full, as another short one would leave no time"
     assert allowed(search, trials, last - 65, plan) == 0
     assert allowed(search, trials, last - 600, plan) > 10, "most are pruned"
 

@@ -100,6 +100,17 @@ def test_what_the_parent_lacks_comes_from_the_best_that_has_it() -> None:
     assert len(rates) > 10 and rates.count(0.1) > len(rates) / 2, "B's rate, unless it was changed"
 
 
+def test_a_change_of_the_parent_is_not_used_in_another_range() -> None:
+    """A range that depends on another parameter, by one name."""
+    study = optuna.create_study(direction="maximize", sampler=LocalSearchSampler(n_startup_trials=4, seed=0))
+    for _ in range(40):
+        trial = study.ask()
+        low = trial.suggest_categorical("low", [1, 10])
+        rate = trial.suggest_float("rate", low, 2 * low)
+        assert low <= rate <= 2 * low
+        study.tell(trial, -low + rate / 100)
+
+
 def test_it_draws_at_random_where_nothing_ended_or_too_early() -> None:
     for study in (study_with(), study_with(A)):
         trial = study.ask()

@@ -234,7 +234,7 @@ def test_searched_teachers_and_sizes_are_checked_before_the_start(small_recipe: 
         load_data(search, tmp_path, torch.device("cpu"))
     flat = replace(search, settings={"model.network": "plain", "model.widths": (4, 8)})
     with pytest.raises(
-        UserError, match=r"curriculum.start_size = 4: the network plain, .* takes no such images; 0 trains"
+        UserError, match=r"curriculum.start_size = 4: the network plain, .* takes none of 4 pixels; 0 trains"
     ):
         flat.check()
 

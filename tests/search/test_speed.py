@@ -77,6 +77,8 @@ def test_measurement_counts_the_steps_of_the_complete_data(small_recipe: Recipe,
 def test_recipe_that_would_diverge_is_measured(small_recipe: Recipe, digits: TrainingData) -> None:
     wild = {"optimizer.lr": 99, "optimizer.weight_decay": 9, "training.clip_norm": 0}
     assert measure(small_recipe.changed(wild), digits, CPU, 0.2).images_per_second > 0
+    wild = {"optimizer.name": "muon", "optimizer.head_lr": 1e6, "optimizer.bias_lr": 1e6, "optimizer.weight_decay": 1}
+    assert measure(small_recipe.changed(wild), digits, CPU, 0.2).images_per_second > 0
 
 
 def test_epochs_of_the_head_alone_count_by_their_share(

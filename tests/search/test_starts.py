@@ -140,12 +140,13 @@ def test_winners_of_earlier_studies_follow_own_starts_those_of_the_same_network_
         earlier("other-v1-pets", other, {0.03: 0.9, 0.04: 0.7}),
         earlier("same-v1-digits", small_recipe, {0.04: 0.5, 0.045: 0.4}),
         earlier("none-v1-digits", small_recipe, {}),
+        earlier("newer-v1-pets", other, {0.02: 0.1}),
     ]
     found = starts(a_search(small_recipe, starts={"own": {"optimizer.lr": 0.011}}), "all", studies)
     assert [(start.source, start.params["optimizer.lr@sgd"]) for start in found] == [
         ("study: own", 0.011),
         ("same-v1-digits, trial 0", 0.04),
-        ("other-v1-pets, trial 0", 0.03),
+        ("newer-v1-pets, trial 0", 0.02),
     ]
     assert found[2].params["augmentation.crop_padding"] == 3  # of its study's base
 

@@ -1,6 +1,7 @@
 """Weights to start from."""
 
 import hashlib
+import os
 from pathlib import Path
 
 from recipe_cases import RECIPE, lines_of
@@ -15,6 +16,9 @@ def test_teacher_is_kept_with_the_digest_of_its_weights(tmp_path: Path) -> None:
     assert recipe.loss.teacher == f"{tmp_path}#sha256={sha256}"
     assert recipe.loss.teacher_folder == (str(tmp_path), sha256)
     assert recipe.changed({"loss.name": "focal"}).loss.teacher == recipe.loss.teacher
+    (tmp_path / "weights.safetensors").write_bytes(b"WEIGHTS")  # of the same size
+    os.utime(tmp_path / "weights.safetensors", ns=(0, 0))
+    assert recipe.changed({"loss.teacher": str(tmp_path)}).digest() != recipe.digest()
     (tmp_path / "weights.safetensors").unlink()
     assert parse_recipe(recipe.to_json()) == recipe
     assert lines_of({"loss.teacher": "0123"}) == [

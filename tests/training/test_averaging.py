@@ -132,7 +132,19 @@ def test_norms_are_measured_on_images_without_dropout_or_memory():
     images = torch.randint(0, 256, (1100, 3, 8, 8), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
     measure_norms(network, images, mean, std, "fp32")
-    features = [network[0](normalise(chunk, mean, std)).transpose(0, 1).flatten(1) for chunk in images.split(500)]
+    chunks = [images[first::3] for first in range(3)]
+    features = [network[0](normalise(chunk, mean, std)).transpose(0, 1).flatten(1) for chunk in chunks]
     torch.testing.assert_close(network[2].running_mean, torch.stack([f.mean(1) for f in features]).mean(0))
     torch.testing.assert_close(network[2].running_var, torch.stack([f.var(1) for f in features]).mean(0))
     assert not network.training and not network[2].training and network[2].momentum == 0.3
+
+
+def test_norms_are_measured_alike_whatever_the_order_and_number_of_images():
+    """Classes lie one after the other in a folder; a last batch of one image would count as much as all others."""
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.BatchNorm1d(192))
+    images = torch.zeros(1001, 3, 8, 8, dtype=torch.uint8)
+    images[500:] = 255
+    measure_norms(network, images, torch.zeros(3), torch.ones(3), "fp32")
+    for norm, size in ((network[0], 3), (network[2], 192)):
+        torch.testing.assert_close(norm.running_mean, torch.full((size,), 0.5 * (size == 3)), atol=5e-3, rtol=0)
+        torch.testing.assert_close(norm.running_var, torch.full((size,), 0.25 if size == 3 else 1.0), atol=0.01, rtol=0)

@@ -154,3 +154,5 @@ def test_consistency_is_the_papers_divergence_between_views():
         loss = consistency_loss(logits.to(dtype), 3)
         assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=precision)
     assert consistency_loss(logits[:20].repeat(3, 1), 3).item() == pytest.approx(0, abs=1e-6)
+    certain = torch.tensor([[300.0, 0.0]] * 2)  # of the other class a probability that is 0 in float32
+    assert consistency_loss(certain, 2).item() == 0

@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.logits import predict_logits
 from pipeline.recipe import Recipe
 from pipeline.search.speed import few_images
+from pipeline.training.checkpoints import amend
 from pipeline.training.loop import train
 from pipeline.training.resume import Resume
 from pipeline.training.teacher import load_teacher
@@ -59,7 +60,7 @@ def refusal(recipe: Recipe, data: TrainingData) -> str:
 
 
 def test_teacher_that_does_not_suit_is_refused_before_the_first_step(
-    taught: Recipe, folder: Path, few: TrainingData
+    taught: Recipe, folder: Path, small_recipe: Recipe, few: TrainingData
 ) -> None:
     subject = f"loss.teacher = {folder}: "
     other = replace(few, classes=("a", *few.classes[1:]))
@@ -73,6 +74,16 @@ def test_teacher_that_does_not_suit_is_refused_before_the_first_step(
     )
     thinned = replace(few, split_digest="other")  # of fewer training images, the same validate
     assert load_teacher(taught, thinned, CPU)
+
+    assert load_teacher(taught.changed({"data.split_seed": 3}), few, CPU), "the data set has a split of its own"
+    grown = replace(few, digest="other", source=str(folder.parent / "photos"))  # its seal or its images changed
+    assert load_teacher(taught, grown, CPU), "of another data set"
+    save_model(folder, small_recipe.changed({"data.dataset": grown.source}), few)
+    photos = taught.changed({"loss.teacher": str(folder)})
+    assert "was trained on other images of this data set, so maybe on some that are for validation or test" in refusal(
+        photos, grown
+    )
+    taught = photos
 
     (folder / "weights.safetensors").write_bytes(b"")
     assert "weights.safetensors: damaged, its digest differs" in refusal(taught, few)
@@ -88,6 +99,12 @@ def test_teacher_is_the_recipes_or_refused(
     again = taught.changed({"loss.teacher": str(folder)})
     assert again.digest() != taught.digest() != small_recipe.digest(), "the digest is part of the recipe's"
     load_teacher(again, few, CPU)
+    amend(folder, {"method": "mean"})
+    assert refusal(again, few).endswith("is several networks, and a teacher is one; choose a member, or a soup")
+    amend(
+        folder, {"method": "single", "recipe": small_recipe.changed({"model.widths": (4, 4)}).model_dump(mode="json")}
+    )
+    assert "in the file and shape" in refusal(again, few), "not by the size of the images, which is the same"
 
 
 def test_teacher_of_another_image_size_is_used_where_its_network_takes_it(
