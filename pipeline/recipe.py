@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import Any, Self, get_args
 
 from pydantic import ValidationError, model_validator
@@ -59,6 +60,21 @@ def has_default(name: str, kind: str) -> bool:
     """Whether the field of this dotted name has a default in this kind, which has the field."""
     section, _, field = name.partition(".")
     return not _KINDS[section][kind].model_fields[field].is_required()
+
+
+def field_label(name: str) -> str:
+    """A dotted field for a reader: without its section; a kind is called by its section: `optimizer.name` -> `optimizer`."""
+    section, _, field = name.partition(".")
+    return section if KIND.get(section) == field else field.replace("_", " ")
+
+
+def value_label(value: Any) -> str:
+    """A field's value for a reader: a number in three digits, a whole one in all of them; yes and no for flags."""
+    if str(value) in ("True", "False"):  # numpy's too
+        return "yes" if value else "no"
+    if not isinstance(value, Real):
+        return str(value)
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.3g}"
 
 
 # Fields added later, with the value that equals the behaviour before: with it they are left out of the digest.

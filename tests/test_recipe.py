@@ -3,13 +3,14 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from recipe_cases import RECIPE, lines_of
 
 from pipeline.errors import UserError
-from pipeline.recipe import KIND, Recipe, parse_recipe
+from pipeline.recipe import KIND, Recipe, parse_recipe, value_label
 
 
 def test_json_round_trip_keeps_recipe_and_digest() -> None:
@@ -119,3 +120,13 @@ def test_difference_lists_what_differs() -> None:
 def test_every_section_with_kinds_is_known() -> None:
     for section, field in KIND.items():
         assert f"{section}.{field}" in RECIPE.flat()
+
+
+def test_values_are_shown_the_same_as_a_recipe_and_as_a_table_have_them() -> None:
+    shown = {"0.00123": 0.00123456, "1024": 1024, "adam": "adam", "yes": True, "no": False, "[16, 32]": "[16, 32]"}
+    assert [value_label(value) for value in shown.values()] == list(shown)
+    assert [value_label(value) for value in (np.float64(1024), np.int64(1024), np.bool_(True))] == [
+        "1024",
+        "1024",
+        "yes",
+    ]

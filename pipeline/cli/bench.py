@@ -14,7 +14,7 @@ from rich.table import Table
 from pipeline.cli.common import expand, find_device, load_data, make_console
 from pipeline.cli.options import DataDirOption, DatasetOption, DeviceOption, StudyOptions, resolve
 from pipeline.cli.views import duration
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from pipeline.data.prepare import TrainingData
@@ -37,6 +37,12 @@ def bench(
 
     if peer and model == "all":
         raise UserError("`--against`", "compares one network", "name it by `--model`")
+    if model not in ("all", *available()):
+        raise UserError(
+            f"`--model {model}`",
+            f"no such network{did_you_mean(model, available())}",
+            f"there are all, {', '.join(available())}",
+        )
     problems: list[Problem] = []
     options = StudyOptions.parse({"device": device}, problems)
     names = available() if model == "all" else [model]

@@ -97,15 +97,14 @@ def _print_trials(console: Console, frame: "pd.DataFrame", most: int = 8) -> Non
 
     objective, num_finished = frame["objective"].iloc[0], len(finished(frame))
     trials = trial_rows(frame)
+    states = [f"{number} {state}" for state, number in state_words(trials).value_counts().items()]
     num_infeasible = (trials["infeasible"] != "").sum()
-    infeasible = f", {num_infeasible} infeasible" if num_infeasible else ""
+    states += [f"{num_infeasible} infeasible"] if num_infeasible else []
     title = (
-        f"{frame['study'].iloc[0]}: best {min(num_finished, most)} of {len(trials)} trials, "
-        f"{num_finished} finished{infeasible}; {objective} and F1 on the validation split, lead over the control in "
-        "points"
+        f"{frame['study'].iloc[0]}: best {min(num_finished, most)} of {len(trials)} trials, {', '.join(states)}; "
+        f"{objective} and F1 on the validation split, lead over the control in points"
     )
     headings = ("trial", "score", "lead", "weakest class (F1)", "training", "parameters", "latency")
     print_best_trials(console, title, objective, best_trials(frame, most), headings)
     if not num_finished:
-        listed = ", ".join(f"{number} {state}" for state, number in state_words(frame).value_counts().items())
-        say(console, f"no trial finished ({listed}); the page says why")
+        say(console, f"no trial finished ({', '.join(states)}); the page says why")

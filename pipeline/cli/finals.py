@@ -37,7 +37,9 @@ SeedsOption = Annotated[
 
 def finals(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A study, e.g. attention or attention-v1-cifar10.")],
-    top: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="How many of the best recipes.")] = 3,
+    top: Annotated[
+        int, typer.Option(metavar="N", min=1, max=1000, help="How many of the best recipes, the control not counted.")
+    ] = 3,
     seeds: SeedsOption = None,
     folds: Annotated[
         int | None,

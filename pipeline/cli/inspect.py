@@ -1,6 +1,7 @@
 """`inspect`: a data set before anything is trained on it."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,10 +10,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.common import HOME, expand, make_console, say, writable
+from pipeline.cli.common import HOME, expand, make_console, next_command, print_links, say, writable
 from pipeline.cli.make import COMMAND_LINE
 from pipeline.cli.options import DataDirOption, StudyOptions, TrackingOption, with_study_options
-from pipeline.errors import Problem, UserError, escape_control
+from pipeline.errors import Problem, UserError, counted, escape_control
 
 if TYPE_CHECKING:
     from pipeline.report.inspection import Inspection
@@ -57,6 +58,8 @@ def inspect(
     write(page, file)
     write(findings(found).to_csv(index=False), table)
     say(console, f"page: {file} ({len(page.encode()) / 1e6:.1f} MB, opens offline); all that was found: {table}")
+    if steps := _next(found, about, tracking_uri):
+        print_links(console, "Next:", steps)
 
 
 def _about(dataset: str, typed: dict[str, str | bool | None]) -> "Data":
@@ -69,6 +72,20 @@ def _about(dataset: str, typed: dict[str, str | bool | None]) -> "Data":
     if problems:
         raise UserError.many(problems)
     return Data.model_validate({"dataset": os.path.expanduser(dataset), **fields})
+
+
+def _next(found: "Inspection", about: "Data", tracking_uri: str | None) -> list[tuple[str, str]]:
+    """What to do with the data set, and the command; nothing where a study would refuse it."""
+    from pipeline.data.listing import VALIDATION
+
+    if VALIDATION not in found.counts:
+        return []
+    what, given = "search on it", [name for name in ("dataset", *_OF_FILES) if name in about.model_fields_set]
+    options = [f"--{name.replace('_', '-')} {shlex.quote(str(getattr(about, name)))}" for name in given]
+    if unreadable := found.survey.unreadable:
+        what += f", without {counted(len(unreadable), 'file')} that can't be read"
+        options.append("--corrupt skip")
+    return [(what, next_command(f"study NAME {' '.join(options)}", tracking_uri))]
 
 
 def _print_counts(found: "Inspection") -> None:

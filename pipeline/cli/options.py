@@ -220,12 +220,15 @@ def resolve(
         from pipeline.tracking.models import keep_model
 
         fields["loss.teacher"] = str(keep_model(HOME, tracking_uri, teacher))
-    settings, note = definition.settings(fields), ""
+    settings, notes = definition.settings(fields), list[str]()
     if dataset and dataset not in SOURCES:
         about = definition.base.changed({name: settings[name] for name in FILE_FIELDS if name in settings}).data
         files = listed(about, HOME)
         definition, note = definition.suited_to(files.listing, settings)
-    variant = definition.variants.get(str(settings["data.dataset"]))
+        notes += [note] if note else []
+    if variant := definition.variants.get(str(settings["data.dataset"])):
+        given = {*fields, "trials"} if options.trials or options.budget else fields
+        notes += variant.lines(str(settings["data.dataset"]), given)
     search = Search(
         name=name,
         study=definition,
@@ -234,7 +237,7 @@ def resolve(
         trials=options.trials or (variant or definition).trials,
         timeout_s=options.timeout,
         patience=options.patience or definition.patience,
-        note=note,
+        notes=notes,
         listed=files,
         start_from=options.start,
         prune=options.prune,

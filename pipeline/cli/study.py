@@ -99,8 +99,10 @@ def _run(
     tracker = None if is_new(tracking_uri, "mlflow.db") else MlflowTracker(HOME, tracking_uri)
     storage = None if is_new(storage_uri, "optuna.db") else open_storage(HOME, storage_uri)
     data = load_data(search, data_dir, device, execute=not options.cluster)
-    tracker = tracker or MlflowTracker(HOME, tracking_uri)
-    storage = storage or open_storage(HOME, storage_uri)
+    if not (tracker and storage):
+        with make_console(stderr=True).status(f"creating the databases of {HOME}, once"):
+            tracker = tracker or MlflowTracker(HOME, tracking_uri)
+            storage = storage or open_storage(HOME, storage_uri)
     search, choice, plan = resolved(search, data, storage), None, None
     if not options.cluster:  # a measurement here says little of other machines, and so would a forecast
         own_epochs = search.max_epochs

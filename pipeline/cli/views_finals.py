@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cli.common import say
-from pipeline.cli.views import PLAIN_INTERVAL_S, duration, format_value
+from pipeline.cli.views import PLAIN_INTERVAL_S, duration
 from pipeline.errors import counted
 from pipeline.experiment import Outcome
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, value_label
 from pipeline.training.loop import EpochReport
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def print_finals(console: Console, decision: "FinalsDecision") -> None:
         )
     console.print(table)
     for row in decision.candidates:
-        changes = ", ".join(f"{name} {format_value(value)}" for name, value in row.changes.items())
+        changes = ", ".join(f"{name} {value_label(value)}" for name, value in row.changes.items())
         stopped = f"; {row.stopped}" if row.stopped else ""
         say(console, f"{row.name}: {changes or 'the base recipe'}{stopped}")
     say(console, *(f"  {rule}" for rule in decision.rules))

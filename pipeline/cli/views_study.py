@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from rich import box
@@ -13,13 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cli.common import say
-from pipeline.cli.views import PLAIN_INTERVAL_S, duration, format_value
+from pipeline.cli.views import PLAIN_INTERVAL_S, duration
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import counted
 from pipeline.evaluation.constraints import violations
 from pipeline.evaluation.scores import SCORE_NAMES
 from pipeline.experiment import Outcome, known_before
-from pipeline.recipe import KIND, Recipe
+from pipeline.recipe import Recipe, field_label, value_label
+from pipeline.search.forecast import mean_epochs, remaining_epochs
 from pipeline.search.progress import StudyProgress
 from pipeline.search.search import Search
 from pipeline.search.space_check import field_of, to_choice
@@ -56,8 +58,8 @@ class StudyView(StudyObserver):
         self._study_bar = ProgressBar(total=search.trials, width=_BAR_WIDTH)
         self._study = ""
         self._trials: dict[int, _RunningTrial] = {}
-        self._started = time.monotonic()
-        self._finished_before: int | None = None
+        self._started: float | None = None  # the first trial of this command, by time.monotonic()
+        self._epochs = 0  # of the trials that have ended since
 
     def __enter__(self) -> Self:
         if self._live:
@@ -74,10 +76,10 @@ class StudyView(StudyObserver):
 
     def study_progress(self, progress: StudyProgress) -> None:
         """See StudyObserver."""
-        if self._finished_before is None:
-            self._finished_before = progress.finished
+        if self._started is None:
+            self._started = time.monotonic()
         parts = [f"{progress.finished} of {progress.trials} trials"]
-        parts += [f"{progress.short} short"] if self._search.shortens else []
+        parts += [f"{progress.in_full} in full", f"{progress.short} short"] if self._search.shortens else []
         parts += [f"{progress.pruned} pruned"] if progress.pruned or not self._search.shortens else []
         parts += [f"{progress.failed} failed"]
         parts += [f"{progress.infeasible} infeasible"] if progress.infeasible else []
@@ -126,20 +128,25 @@ class StudyView(StudyObserver):
         score = outcome.metrics.get(self._search.study.objective)
         reason = f" ({outcome.reason})" if outcome.reason and outcome.reason != SHORT else ""
         scored = f", {self._search.study.objective} {score:.4f}" if score is not None else ""
-        state = "finished, a short one" if outcome.reason == SHORT else outcome.state
+        state = "ended, a short one" if outcome.reason == SHORT else outcome.state
         line = (
             f"trial {number} {state}{reason}{scored}, {counted(outcome.epochs, 'epoch')} in {duration(outcome.seconds)}"
         )
         if outcome.epochs and (broken := violations(self._search.study.constraints, outcome.metrics)):
             line += f"; infeasible: {broken}"
         self._trials.pop(number, None)
+        self._epochs += outcome.epochs
         say(self._console, line, *(f"  {note}" for note in outcome.notes))
 
     def _seconds_left(self, progress: StudyProgress) -> float | None:
-        num_new = progress.finished - (self._finished_before or 0)
-        if not num_new:
+        if self._started is None or not self._epochs:
             return None
-        return (time.monotonic() - self._started) / num_new * (progress.trials - progress.finished)
+        epochs = remaining_epochs(self._search, progress.trials, progress.finished, self._mean_epochs)
+        return (time.monotonic() - self._started) / self._epochs * epochs
+
+    @cached_property
+    def _mean_epochs(self) -> float:
+        return mean_epochs(self._search)
 
     def _show(self, line: str) -> None:
         """Refresh the live lines, or print one."""
@@ -232,8 +239,9 @@ def say_infeasible_control(console: Console, search: Search, data: TrainingData)
 def changes_text(params: Mapping[str, Any], search: Search) -> str:
     """A trial's parameters that differ from the control's: `rotation 10, optimizer adam, lr 0.003`."""
     base = search.base.flat()
-    kinds = {f"{section}.{field}": section for section, field in KIND.items()}
     fields = {field_of(name): value for name, value in params.items()}
     changed = {name: value for name, value in fields.items() if to_choice(base.get(name)) != value}
-    shown = [f"{kinds.get(name, name.partition('.')[2])} {format_value(value)}" for name, value in changed.items()]
-    return ", ".join(shown) or "the control, the base recipe"
+    return (
+        ", ".join(f"{field_label(name)} {value_label(value)}" for name, value in changed.items())
+        or "the control, the base recipe"
+    )

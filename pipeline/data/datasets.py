@@ -87,8 +87,11 @@ class Listed:
 
     def lines(self, validation: Tensor | None = None) -> list[str]:
         """What a person should know before it is used, a line each; `validation`: which of the images validate."""
-        seal = self.seal.lines(self.listing) if self.seal else []
-        return [*self.listing.lines(), *seal, *self._warnings(validation)]
+        return [*self.facts(), *self._warnings(validation)]
+
+    def facts(self) -> list[str]:
+        """What its files and splits are, a line each."""
+        return [*self.listing.lines(), *(self.seal.lines(self.listing) if self.seal else [])]
 
     def _warnings(self, validation: Tensor | None) -> Iterator[str]:
         """What makes scores worse, or better than they should be."""

@@ -111,7 +111,7 @@ def plan_finals(
     epochs: int | None = None,
     folds: int = 0,
 ) -> FinalsPlan:
-    """The `top` best recipes of a study's feasible trials and its control; `epochs` instead of their own, where given.
+    """A study's control and the `top` best other recipes of its feasible trials; `epochs` instead of their own, where given.
 
     Seeds count up from 1, leaving out those of the study's trials, so a later command with more seeds continues with the
     same ones; with `folds` there are so many, each on another fold. Recipes that were executed as CUDA graphs run eagerly
@@ -134,24 +134,22 @@ def plan_finals(
         timed = run if run.info.run_id in finished_ids else finished[0]
         return _candidate(tracker, study, run, timed, is_control, epochs, device)
 
-    pairs, best = [made(_control(tracker, study, trials), is_control=True)], set[str]()
+    first = made(_control(tracker, study, trials), is_control=True)
+    pairs = {first[0].digest: first}
     for run in feasible:
-        if len(best) == top:
+        if len(pairs) == top + 1:
             break
-        pairs.append(made(run))
-        best.add(pairs[-1][0].digest)
-    candidates: dict[str, Candidate] = {}
-    for candidate, _ in pairs:
-        candidates.setdefault(candidate.digest, candidate)
+        pair = made(run)
+        pairs.setdefault(pair[0].digest, pair)
     notes = [
         f"{candidate.name}: {execution_line(trained, candidate.recipe, device)}"
-        for candidate, trained in pairs
+        for candidate, trained in pairs.values()
         if candidate.recipe.training.execution != trained.training.execution
     ]
     used = {int(run.data.params["training.seed"]) for run in trials if "training.seed" in run.data.params}
     seeds = list(islice((seed for seed in count(1) if seed not in used), folds or num_seeds))
     done = _finals_done(tracker, study, *digests.pop(), folds)
-    return FinalsPlan(study, list(candidates.values()), seeds, done, folds, list(dict.fromkeys(notes)))
+    return FinalsPlan(study, [candidate for candidate, _ in pairs.values()], seeds, done, folds, notes)
 
 
 def _candidate(

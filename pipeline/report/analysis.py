@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.evaluation.significance import Sample, mcnemar, paired_difference, sample
-from pipeline.report.best_trials import value_label
+from pipeline.recipe import value_label
 from pipeline.report.stored import Predictions
 from pipeline.report.trials import control, finished, param_names, ranked, searched, trial_rows, with_role
 from pipeline.search.importances import importance_function

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from pipeline.recipe import KIND
+from pipeline.recipe import field_label, value_label
 from pipeline.report.trials import control, finished, searched, weakest_class, with_control
 
 
@@ -71,16 +70,3 @@ def changes(row: pd.Series, base: pd.Series | None, names: Sequence[str]) -> str
     changed = [name for name in names if pd.notna(row[name]) and (base is None or row[name] != base[name])]
     none = "no field differs between the trials" if base is None else "as the control"
     return ", ".join(f"{field_label(name)} {value_label(row[name])}" for name in changed) or none
-
-
-def field_label(name: str) -> str:
-    """A field without its section; a kind is called by its section: `optimizer.name` -> `optimizer`."""
-    section, _, field = name.partition(".")
-    return section if KIND.get(section) == field else field.replace("_", " ")
-
-
-def value_label(value: Any) -> str:
-    """A value in three digits; yes and no for flags."""
-    if isinstance(value, (bool, np.bool_)):
-        return "yes" if value else "no"
-    return f"{value:.3g}" if isinstance(value, (int, float, np.number)) else str(value)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.recipe import value_label
 from pipeline.report.analysis import Lead, lead
-from pipeline.report.best_trials import value_label
 from pipeline.report.control_comparison import Comparison, compare_with_control
 from pipeline.report.figures import scores
 from pipeline.report.render import render

@@ -112,7 +112,10 @@ class Inspection:
         train = self.counts.get(TRAIN, np.zeros(1))
         if train.max() >= MAX_IMBALANCE * train.min():
             most, least = self.classes[train.argmax()], self.classes[train.argmin()]
-            lines.append(f"unbalanced: {most} has {train.max():,} training images, {least} {train.min():,}")
+            lines.append(
+                f"unbalanced: {most} has {train.max():,} training images, {least} {train.min():,}; "
+                "`--set data.sampler=balanced` evens them out"
+            )
         return lines or ["nothing was found that needs a decision"]
 
 
@@ -196,7 +199,7 @@ def _files(about: Data, home: Path) -> _Source:
         classes=found.listing.classes,
         survey=survey,
         groups=readable.group_numbers,
-        notes=tuple(found.lines()),
+        notes=tuple(found.facts()),
         digest=digest,
         picture=lambda row, size: read_image(Path(files[row]), Form(size, "pad")),
     )

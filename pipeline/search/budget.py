@@ -306,8 +306,6 @@ def finals_in_time(
     left_s = plan.budget.limit.deadline - time.monotonic()
     for top, seeds in FINALS:
         planned = plan_finals(tracker, runs, device, top, seeds)
-        if len(planned.candidates) <= top:  # the control is one of the best
-            planned = plan_finals(tracker, runs, device, top + 1, seeds)
         grace_s = plan.budget.limit.grace_s if (top, seeds) == FINALS[-1] else 0.0
         if planned.remaining_s + len(planned.remaining) * end_s <= left_s + grace_s:
             return planned

@@ -326,6 +326,11 @@ def estimate(search: Search, costs: Costs, trials: int, done: int, epochs: float
     )
 
 
+def remaining_epochs(search: Search, trials: int, done: int, epochs: float) -> float:
+    """What the trials from number `done` up to `trials`, of `epochs` on average, will be trained, as `estimate` has it."""
+    return (trials - done) * epochs * _pruning(search, trials, done)[0] if trials > done else 0.0
+
+
 def actual(study: optuna.Study, first: int, seconds: float, disk_mib: float) -> Actual:
     """What the trials from number `first` on took; `seconds` and `disk_mib` are those of this command."""
     trials = [trial for trial in study.get_trials(deepcopy=False)[first:] if trial.state.is_finished()]

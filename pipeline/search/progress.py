@@ -24,6 +24,7 @@ class StudyProgress:
     best: tuple[int, float] | None  # number and score of a feasible one
     infeasible: int = 0  # completed, or pruned before they were trained
     short: int = 0  # of which none is counted as pruned
+    in_full: int = 0  # completed, infeasible ones too
 
 
 def study_progress(study: optuna.Study, finished: int, in_all: int = 0) -> StudyProgress:
@@ -43,6 +44,7 @@ def study_progress(study: optuna.Study, finished: int, in_all: int = 0) -> Study
         best=(best.number, best.value or 0.0) if best else None,
         infeasible=len(infeasible),
         short=len(short),
+        in_full=len(completed),
     )
 
 

@@ -58,7 +58,7 @@ class Search:
     trials: int
     timeout_s: float | None
     patience: int | None = None
-    note: str = ""  # what was chosen for this data set
+    notes: Sequence[str] = ()  # what was chosen for this data set, a line each
     precision: str = ""  # what `training.precision = auto` turned out to be for this study's network, where measured
     start_from: StartFrom = "all"  # what a new study's first trials after the control are given
     prune: bool = True
@@ -296,7 +296,7 @@ class Search:
         original, current = self.study.base.flat(), self.base.flat()
         trial = self._with_settings(ScriptedTrial(self.control(), lowest))
         self.study.space(trial)
-        lines = [self.note] if self.note else []
+        lines = [*self.notes]
         lines += [
             f"{name} = {self.settings[name]}: not where {kind_field(name)} is {_listed(kinds, 'or')}, "
             "which can't have it; it applies to all other trials"

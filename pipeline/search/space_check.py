@@ -5,6 +5,8 @@ import math
 import random
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from optuna.distributions import (
@@ -14,12 +16,13 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from pipeline.errors import Problem, UserError
+from pipeline.errors import NO_SUCH_FIELD, Problem, UserError
 from pipeline.recipe import KIND, Recipe
 from pipeline.search.optuna_internals import contains
 from pipeline.sections.data import FORM_FIELDS, SAMPLER_FIELDS
 
 Space = Callable[[Any], None]
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def field_of(parameter: str) -> str:
@@ -191,9 +194,8 @@ def _ask(
     try:
         space(trial)
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
         rule = f"space: {type(error).__name__}: {error}"
-        raise UserError(f"{frame.filename}, line {frame.lineno}", rule) from error
+        raise UserError(_place(error), rule) from error
     set_by = [field_of(name) for name in trial.params]
     trial.problems += [
         Problem(name, "asked twice in a trial, under two names")
@@ -212,9 +214,34 @@ def _ask(
     try:
         recipe(trial.params)
     except UserError as error:
-        trial.problems += error.problems
+        trial.problems += [_located(problem, space, trial.params) for problem in error.problems]
     problems.update(dict.fromkeys(trial.problems))
     return trial
+
+
+def _located(problem: Problem, space: Space, params: Mapping[str, Any]) -> Problem:
+    """Of a field that there isn't: with the line of the study that asked for it, found by asking again."""
+
+    def choose(name: str, distribution: BaseDistribution) -> Any:
+        if field_of(name) == problem.subject:
+            raise LookupError
+        return params[name]
+
+    if not problem.rule.startswith(NO_SUCH_FIELD):
+        return problem
+    try:
+        space(ScriptedTrial({}, choose))
+    except LookupError as error:
+        return replace(problem, rule=f"{problem.rule}, asked for in {_place(error)}")
+    return problem
+
+
+def _place(error: Exception) -> str:
+    """The line of the study that led to an error, though that was raised deeper, as by a parameter's range."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame.filename for frame in frames if not Path(frame.filename).is_relative_to(PACKAGE)]
+    frame = [frame for frame in frames if frame.filename == (own or [frames[-1].filename])[0]][-1]
+    return f"{frame.filename}, line {frame.lineno}"
 
 
 def extremes(distribution: BaseDistribution) -> list[Any]:

@@ -5,7 +5,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,15 @@ class Variant:
 
     changes: Mapping[str, Any]
     trials: int
+
+    def lines(self, dataset: str, given: Collection[str]) -> list[str]:
+        """What it changes for this data set, as a line: of the fields, and `trials`, those that are not given otherwise."""
+        parts = [] if "trials" in given else [f"trials={self.trials}"]
+        parts += [f"{name}={value}" for name, value in self.changes.items() if name not in given]
+        line = f"{dataset} has a variant of this study: {' '.join(parts)} for all trials; "
+        return (
+            [f"{line}`--trials`, `--epochs` and `--set` change it, for good `variants` in its module"] if parts else []
+        )
 
 
 # Digits are few: a study without a variant of its own for them takes a few minutes on two cores.
@@ -188,16 +197,17 @@ def load_study(name: str) -> Study:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-        study = module.STUDY
     except UserError as error:
         problems = [replace(problem, subject=f"{file.name}: {problem.subject}") for problem in error.problems]
         raise UserError.many(problems) from None
     except (Exception, SystemExit) as error:
         rule = f"{type(error).__name__}: {str(error) or 'no reason given'}"
         raise UserError(f"{file}{_line_of(error, file)}", rule) from error
-    if not isinstance(study, Study):
-        raise UserError(str(file), f"STUDY is a {type(study).__name__}: must be a pipeline.search.study.Study")
-    return study
+    if not hasattr(module, "STUDY"):
+        raise UserError(str(file), "defines no STUDY", "end it with `STUDY = Study(...)`, see pipeline/README.md")
+    if not isinstance(module.STUDY, Study):
+        raise UserError(str(file), f"STUDY is a {type(module.STUDY).__name__}: must be a pipeline.search.study.Study")
+    return module.STUDY
 
 
 def _line_of(error: BaseException, file: Path) -> str:

@@ -197,14 +197,21 @@ def _resolve(tracker: MlflowTracker, wanted: str | None) -> tuple[Run | ModelVer
             raise UserError(wanted, "no champion", "`promote NAME` chooses one")
         if version is None:
             rule = "no such registered model"
-            raise UserError(wanted, rule, "name one as models:/NAME@ALIAS or models:/NAME/VERSION")
+            raise UserError(f"model {wanted}", rule, _known(tracker))
         return version
     if not re.fullmatch(r"[0-9a-f]{32}", wanted):
-        raise UserError(wanted, "neither a folder, nor a run's id (32 of 0-9a-f), nor models:/NAME@ALIAS")
+        rule = "neither a folder, nor a run's id (32 of 0-9a-f), nor models:/NAME@ALIAS"
+        raise UserError(f"model {wanted}", rule, _known(tracker))
     run = tracker.store.run(wanted)
     if run is None:
         raise UserError(wanted, "no such run in the tracking store", "`ui` shows all runs")
     return run, run_label(run) + ("" if is_active(run) else ", which was deleted in MLflow")
+
+
+def _known(tracker: MlflowTracker) -> str:
+    models = tracker.client.search_registered_models()
+    names = [f"models:/{model.name}@{alias}" for model in models for alias in model.aliases]
+    return f"registered: {', '.join(names) or 'none yet'}; `ui` shows all runs"
 
 
 def _champion(tracker: MlflowTracker) -> tuple[ModelVersion, str] | None:

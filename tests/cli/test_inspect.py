@@ -16,6 +16,7 @@ def test_inspect_prints_counts_and_findings_and_writes_both_files(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "dog       12    4     3" in done.stdout and "all       25    7     6" in done.stdout
     assert "1 file can't be read" in done.stdout
+    assert "python -m pipeline study NAME --dataset photos --corrupt skip" in done.stdout
     reports = tmp_path / "mlruns" / "reports"
     assert sorted(file.name for file in reports.iterdir()) == ["inspect-photos.csv", "inspect-photos.html"]
     assert (reports / "inspect-photos.csv").read_text().count("\n") == 12

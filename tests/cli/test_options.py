@@ -50,6 +50,16 @@ def test_settings_reach_the_search() -> None:
     assert (base.training.seed, base.training.batch_size, base.optimizer.lr) == (5, 32, 0.5)
 
 
+def test_a_variant_is_told_as_far_as_nothing_else_was_given() -> None:
+    def told(typed: dict[str, str | bool | None], *changes: str) -> str:
+        lines = resolve("attention", StudyOptions.parse(typed, []), "digits", changes).remarks()
+        return " ".join(lines).partition(": ")[2].partition(" for all")[0]
+
+    assert told({}) == "trials=10 training.epochs=8 training.batch_size=64"
+    assert told({"budget": "5m"}) == "training.epochs=8 training.batch_size=64"
+    assert told({"trials": "3", "epochs": "2"}, "training.batch_size=32") == ""
+
+
 def test_a_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of hundreds of thousands of images that takes seconds."""
     monkeypatch.chdir(tmp_path)

@@ -5,17 +5,13 @@ import math
 import pytest
 
 from pipeline.cli.common import make_console
-from pipeline.cli.views import duration, format_value, print_best_trials
+from pipeline.cli.views import duration, print_best_trials
 from pipeline.report.best_trials import BestTrial
 
 
 def test_durations_have_two_units_at_most() -> None:
     shown = [duration(seconds) for seconds in (0.04, 9.94, 9.96, 59.4, 59.6, 3599.6, 7500)]
     assert shown == ["0.0 s", "9.9 s", "10 s", "59 s", "1 min 00 s", "1 h 00 min", "2 h 05 min"]
-
-
-def test_numbers_are_printed_with_three_digits() -> None:
-    assert [format_value(value) for value in (0.00123456, 12, "adam", 1 / 3)] == ["0.00123", "12", "adam", "0.333"]
 
 
 def test_best_trials_have_a_row_and_their_changes(capsys: pytest.CaptureFixture[str]) -> None:

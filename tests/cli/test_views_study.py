@@ -29,12 +29,12 @@ def search() -> Search:
 
 def test_progress_is_a_line_on_a_pipe(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
     with StudyView(make_console(), search) as view:
-        view.study_progress(StudyProgress("a-v1-digits", 2, 1, 0, 7, (0, 0.5)))
+        view.study_progress(StudyProgress("a-v1-digits", 2, 1, 0, 7, (0, 0.5), in_full=1))
         view.trial_started(3, search.base, {"optimizer.lr": 0.123456})
         metrics = {search.study.objective: 0.25}
         view.trial_ended(3, Outcome(State.FAILED, "k", None, "diverged", metrics, 1, 2.0, ("a note",)))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("a-v1-digits: 2 of 7 ") and ", 0 short, 1 pruned, 0 failed, best " in lines[0]
+    assert lines[0].startswith("a-v1-digits: 2 of 7 ") and ", 1 in full, 0 short, 1 pruned, 0 failed, best " in lines[0]
     assert lines[1] == "trial 3: lr 0.123"
     assert lines[2].startswith("trial 3 failed (diverged), ") and lines[3] == "  a note"
 
@@ -60,7 +60,27 @@ def test_short_trials_and_their_recipes_in_full_are_named(search: Search, capsys
     lines = capsys.readouterr().out.splitlines()
     assert ", 4 short, 0 failed, " in lines[0]
     assert lines[1] == "trial 6 (3 in full): lr 0.2"
-    assert lines[2].startswith("trial 7 finished, a short one, val/accuracy 0.2500, 2 epochs")
+    assert lines[2].startswith("trial 7 ended, a short one, val/accuracy 0.2500, 2 epochs")
+
+
+def test_time_left_counts_most_trials_as_short(
+    search: Search, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial in full has 8 epochs, a short one 2; of 9 after the control about 2 are in full."""
+    now = 0.0
+    monkeypatch.setattr("pipeline.cli.views_study.time.monotonic", lambda: now)
+    with StudyView(make_console(), search) as view:
+        view.study_progress(StudyProgress("a", 0, 0, 0, 10, None))
+        now = 80.0
+        view.trial_ended(0, Outcome(State.FINISHED, "k", None, "", {}, 8, 80.0))
+        view.study_progress(StudyProgress("a", 1, 0, 0, 10, None))
+        now = 100.0
+        view.trial_ended(1, Outcome(State.PRUNED, "k", None, SHORT, {}, 2, 20.0))
+        view.study_progress(StudyProgress("a", 9, 0, 0, 10, None))
+    first, _, soon, _, last = capsys.readouterr().out.splitlines()
+    assert " left" not in first
+    assert ", about 5 min " in soon, "31 epochs of 10 s, not 72"
+    assert last.endswith("about 1 min 20 s left"), "the last one is in full"
 
 
 def test_infeasible_trials_are_named_with_what_they_break(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +89,7 @@ def test_infeasible_trials_are_named_with_what_they_break(search: Search, capsys
         view.study_progress(StudyProgress("a-v1-digits", 2, 0, 0, 9, None, 1))
         view.trial_ended(1, Outcome(State.FINISHED, "k", None, "", {"model/latency_ms": 6.25}, 1, 2.0))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith(" trials, 0 short, 0 failed, 1 infeasible")
+    assert lines[0].endswith(" trials, 0 in full, 0 short, 0 failed, 1 infeasible")
     assert lines[1] == "trial 1 finished, 1 epoch in 2.0 s; infeasible: model/latency_ms 6.25, at most 5"
 
 

@@ -148,6 +148,8 @@ def test_candidates_are_the_control_and_the_best_distinct_recipes(harness: Study
     harness.trial(4, 0.6, optimizer__lr=0.02)
     harness.trial(5, 0.55, optimizer__lr=0.03)
     assert [c.trial for c in harness.plan(2, 1).candidates] == [0, 3, 4]
+    harness.trial(6, 0.95)
+    assert [c.trial for c in harness.plan(2, 1).candidates] == [0, 3, 4], "the control's recipe is none of the best two"
     assert harness.plan(1, 1).candidates[1].trial_run == best
     assert [c.trial for c in harness.plan(9, 1).candidates] == [0, 3, 4, 5], "the control counts once"
 

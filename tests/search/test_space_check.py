@@ -125,9 +125,16 @@ def test_space_that_raises_is_reported_with_its_line(small_recipe: Recipe) -> No
     def broken(trial: Any) -> None:
         trial.number  # noqa: B018
 
-    (line,) = problems(broken, small_recipe)
-    assert "test_space_check.py, line " in line
-    assert "AttributeError" in line
+    def broken_range(trial: Any) -> None:
+        trial.suggest_float("optimizer.lr", "a", 1)
+
+    def wrong_field(trial: Any) -> None:
+        trial.suggest_float("a", 0, 1)
+
+    first = broken.__code__.co_firstlineno
+    for space, after, what in ((broken, 1, "Attribute"), (broken_range, 4, "Type"), (wrong_field, 7, "no such field")):
+        (text,) = problems(space, small_recipe)
+        assert f"test_space_check.py, line {first + after}" in text and what in text
 
 
 def test_ranges_are_described_as_a_person_would() -> None:

@@ -68,7 +68,7 @@ def test_unknown_study_is_refused_with_the_nearest_name() -> None:
         ("STUDY = ", "line 1: SyntaxError"),
         ("x = 1\ny = x / 0\n", "line 2: ZeroDivisionError: division by zero"),
         ("STUDY = 3\n", "STUDY is a int: must be a pipeline.search.study.Study"),
-        ("pass\n", "AttributeError: module 'studies.broken' has no attribute 'STUDY'"),
+        ("pass\n", "broken.py: defines no STUDY; end it with `STUDY = Study(...)`"),
         ("import nothing_of_that_name\n", "line 1: ModuleNotFoundError"),
         (
             "from pipeline.recipe import parse_recipe\nBASE = parse_recipe({'optimizer': {'name': 'sgd', 'lr': -1}})\n",

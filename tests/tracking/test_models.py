@@ -55,10 +55,11 @@ def test_run_without_a_model_is_refused_with_its_state(trained: Trained) -> None
     parent = queries.studies(MlflowTracker(trained.home))[0].parent
     assert "a study, not one of its trials" in refusal(trained.home, parent)
     assert refusal(trained.home, "0" * 32).startswith(f"{'0' * 32}: no such run")
-    assert refusal(trained.home, "best").startswith("best: neither a folder, nor a run's id")
+    assert refusal(trained.home, "best").startswith("model best: neither a folder, nor a run's id")
+    assert refusal(trained.home, "best").endswith("registered: none yet; `ui` shows all runs")
     assert "no champion; `promote" in refusal(trained.home, "models:/image-classifier@champion")
     for name in ("models:/image-classifier@other", "models:/x/3", "models:/x", "models:/a/b@c", "models:/"):
-        assert refusal(trained.home, name).startswith(f"{name}: no such registered model")
+        assert refusal(trained.home, name).startswith(f"model {name}: no such registered model")
 
 
 def test_unknown_recipe_is_refused_before_weights_are_read(

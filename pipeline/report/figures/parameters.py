@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from pipeline.recipe import field_label, value_label
 from pipeline.report.analysis import Effects
-from pipeline.report.best_trials import field_label, value_label
 from pipeline.report.figures.layout import (
     BEST,
     CONTROL,
