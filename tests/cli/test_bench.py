@@ -10,7 +10,10 @@ from cli.helpers import assert_refused
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
-        (["bench", "--model", "improvd"], ["no study improvd", "(did you mean improved?)"]),
+        (
+            ["bench", "--model", "improvd"],
+            ["`--model improvd`: no such network (did you mean improved?)", "there are all, attention, "],
+        ),
         (["bench", "--against", "peer.py"], ["`--against`: compares one network; name it by `--model`"]),
         (
             ["bench", "--against", "peer.py", "--model", "plain", "--dataset", "digits"],

@@ -150,7 +150,10 @@ def test_champion_comes_before_the_best_run(trained: Trained, packed: Package) -
                 assert read_checkpoint(model.folder)["run_id"] == trained.finished
                 assert set(packed.sha256) <= set(digests(model.folder)), "its own files, not the run's"
                 assert model.folder != packed.folder
-        assert "champion" not in refusal(trained.home, f"models:/image-classifier/{int(version) + 1}")
+        refused = refusal(trained.home, f"models:/image-classifier/{int(version) + 1}")
+        assert refused.endswith(
+            "no such registered model; registered: models:/image-classifier@champion; `ui` shows all runs"
+        )
 
 
 def damaged(packed: Package, folder: Path, name: str) -> Package:
