@@ -30,7 +30,7 @@ SET = (
 LENIENT = ("--rules", "class_margin=100 ece_margin=100 latency_factor=1000 alpha=0.49 seed_spread=0")
 STUDY = ("study", "attention", "--dataset", "digits", "--epochs", "1", "--set", SET, "--trials", "3")
 MORE = (*STUDY[:-1], "4")
-FINALS = ("finals", "attention", "--top", "2", "--seeds", "1", "--epochs", "2")
+FINALS = ("finals", "attention", "--top", "1", "--seeds", "1", "--epochs", "2")
 COMPARE, PREDICT = ("compare", "attention"), ("predict", "picture.png")
 PROMOTE = ("promote", "attention", *LENIENT)
 ROLLBACK = ("rollback", "--reason", "slower")
@@ -126,7 +126,7 @@ EDITS: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
     ),
     "the control is deleted": (
         lambda s: s.delete(s.trials[0]),
-        [(FINALS, 0, "omitted, deleted in MLflow: trial 0 (control);", "2 candidates and the control", "winner: "),
+        [(FINALS, 0, "omitted, deleted in MLflow: trial 0 (control);", "1 candidate and the control", "winner: "),
          (PREDICT, 0, "the champion, image-classifier version 2"), (ROLLBACK, 0, "version 1"), (PREDICT, 0, "version 1"),
          (AUDIT, 0, "nothing found")],
     ),

@@ -191,7 +191,7 @@ def test_each_difference_has_a_line(
         run.end(State.FINISHED)
     digest = RunTags.of(tracker.client.get_run(tracker.id_of(run.key))).weights_sha256
     assert digest and digest.startswith("57934424"), "as the package's file is called"
-    assert digest in card._weights("a file.", tracker.client.get_run(tracker.id_of(run.key)))
+    assert digest in card._weights("a file.", RunTags.of(tracker.client.get_run(tracker.id_of(run.key))))
     assert differences(tracker, find_original(tracker, tracker.id_of(run.key)), CPU) == []
 
     environment = (queries.read_file(tracker, tracker.id_of(run.key), "environment.txt") or b"").decode()
