@@ -5,6 +5,7 @@
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11 python,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
 BIN := .venv/bin
 READY := .venv/ready
+OTHERS := help setup test chaos test-floors check format lock
 COMMANDS := inspect study plan compare finals promote rollback history reproduce robustness sync audit relocate clean-cache predict ensemble compress export serve ui bench bench-gpu
 
 define newline
@@ -14,12 +15,13 @@ endef
 TYPED := $(foreach v,$(filter-out -% MAKE% PYTHON LOCKED,$(.VARIABLES)),$(if $(filter command line,$(origin $(v))),$(v)))
 unexport $(TYPED)
 assignments = $(foreach v,$(1),'$(v)=$(subst ','\'',$(subst $(newline), ,$(value $(v))))')
+$(if $(filter-out $(COMMANDS) $(OTHERS) $(READY),$(MAKECMDGOALS)),$(error no such command: $(filter-out $(COMMANDS) $(OTHERS) $(READY),$(MAKECMDGOALS)) (make help lists them)))
 ifeq ($(filter $(COMMANDS),$(MAKECMDGOALS)),)
 $(if $(filter-out DATA_DIR OUTPUT,$(TYPED)),$(error no such variable: $(filter-out DATA_DIR OUTPUT,$(TYPED)) (there are DATA_DIR OUTPUT PYTHON LOCKED)))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup $(COMMANDS) test chaos test-floors check format lock
+.PHONY: $(COMMANDS) $(OTHERS)
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done

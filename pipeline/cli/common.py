@@ -5,10 +5,12 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 from pipeline.cli.exit_codes import INTERRUPTED
 from pipeline.cli.make import COMMAND_LINE
@@ -34,6 +36,16 @@ class _Console(Console):
         """Print nothing more where the reader has gone, as `| head -1`; the command goes on."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """Rich's, but no column of a table is narrower than its longest word: rich would cut it, and numbers with it."""
+        tables = [each for each in objects if isinstance(each, Table)]
+        for column in [column for table in tables for column in table.columns]:
+            cells = [column.header, *column.cells]
+            column.min_width = max(
+                Measurement.get(self, self.options.update(max_width=1000), cell).minimum for cell in cells
+            )
+        super().print(*objects, **{"crop": not tables} | how)
 
 
 def make_console(stderr: bool = False) -> Console:

@@ -14,6 +14,7 @@ from pipeline.cli.common import (
     UI_PORT,
     expand,
     make_console,
+    next_command,
     open_tracker,
     print_links,
     say,
@@ -74,6 +75,10 @@ def compare(
     say(console, f"page: {file} ({len(page.encode()) / 1e6:.1f} MB, opens offline)")
     for name, of_study in links.items():
         print_links(console, f"{name} in MLflow (`ui`):", list(of_study.items()))
+    steps = {"try the best with more seeds": "finals", "make the winner champion": "promote"}
+    for study in studies:
+        commands = [(what, next_command(f"{step} {study.name}", tracking_uri)) for what, step in steps.items()]
+        print_links(console, "Next:", commands)
 
 
 def page_name(studies: Sequence[str]) -> str:

@@ -152,7 +152,9 @@ def _usage(error: Any) -> UserError:
     """click's error as one line: an unknown option, or a value out of its range."""
     parameter = getattr(error, "param", None)
     if parameter is not None:
-        return UserError(f"`{parameter.opts[-1]}`", error.message.removeprefix("Input ").rstrip("."))
+        faults: list[Any] = getattr(error.__cause__, "errors", list)()  # pydantic's, of one value
+        value = "".join(f" {fault['input']}" for fault in faults)
+        return UserError(f"`{parameter.opts[-1]}{value}`", error.message.removeprefix("Input ").rstrip("."))
     option = getattr(error, "option_name", None)
     if option and error.ctx:
         known = [name for each in error.ctx.command.params for name in each.opts]

@@ -91,7 +91,9 @@ def to_options(command: Any, words: Sequence[str], environment: Mapping[str, str
     for name, value in given.items():
         if name not in known:
             remedy = f"there are {', '.join(sorted(known))}" if known else "it takes none"
-            problems.append(Problem(name, f"no such variable of `{command.name}`{did_you_mean(name, known)}", remedy))
+            problems.append(
+                Problem(name, f"no such variable of `{command.name}`{did_you_mean(name.upper(), known)}", remedy)
+            )
         elif is_flag(known[name]):
             if value not in ("", "0", "1"):
                 problems.append(Problem(f"{name}={value}", "should be 1 or 0"))

@@ -11,7 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.common import HOME, expand, make_console, open_tracker, say, say_what_is_missing
+from pipeline.cli.common import (
+    HOME,
+    expand,
+    make_console,
+    next_command,
+    open_tracker,
+    print_links,
+    say,
+    say_what_is_missing,
+)
 from pipeline.cli.options import MODEL, DataDirOption, ModelNameOption, SeenDatasetOption, TrackingOption
 from pipeline.errors import UserError, escape_control
 
@@ -66,7 +75,7 @@ def promote(
     """Evaluate a run's model against the champion on the test split; if it passes, it is made champion."""
     if (name is None) == (run is None):
         raise UserError(
-            "NAME or RUN", "needs one of them", "`promote NAME` takes a study's model, `promote --run RUN` a run's"
+            "NAME or RUN", "needs exactly one", "`promote NAME` takes a study's model, `promote --run RUN` a run's"
         )
     if run is not None and not re.fullmatch(r"[0-9a-f]{32}", run):
         raise UserError(f"`--run {run}`", "not a run's id (32 of 0-9a-f)", "`ui` shows them")
@@ -94,6 +103,21 @@ def promote(
             registry, run, changed_rules, expand(data_dir), view, reason, reason_chosen, dataset
         )
     view.note(f"champion: {model} version {champion.version}, run {champion.run}")
+    _show_next(console, model, tracking_uri)
+
+
+def _show_next(console: Console, model: str, tracking_uri: str | None) -> None:
+    """What to do with a champion."""
+    from pipeline.registry.registered_model import CHAMPION
+
+    reference = "" if model == MODEL else f"models:/{model}@{CHAMPION}"
+    steps = {
+        "classify with it": f"predict IMAGE --model {reference}" if reference else "predict IMAGE",
+        "serve it": f"serve {reference}".rstrip(),
+        "see all champions": f"history --model {model}" if reference else "history",
+    }
+    commands = [(what, next_command(step, tracking_uri)) for what, step in steps.items()]
+    print_links(console, "Next:", commands)
 
 
 def _chosen(tracker: "MlflowTracker", name: str, say_line: Callable[[str], None]) -> tuple[str, str]:

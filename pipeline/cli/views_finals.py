@@ -62,7 +62,7 @@ class FinalsView:
         seconds_left = (time.monotonic() - self._started) / self._ended * (self._trainings - self._ended)
         more = f"; {self._ended} of {self._trainings}, about {duration(seconds_left)} left" if seconds_left > 0 else ""
         text = ", ".join(
-            [f"{outcome.state}{reason}", *scores, f"{outcome.epochs} epochs in {duration(outcome.seconds)}"]
+            [f"{outcome.state}{reason}", *scores, f"{counted(outcome.epochs, 'epoch')} in {duration(outcome.seconds)}"]
         )
         self.note(f"{name} {text}{more}")
 

@@ -127,7 +127,9 @@ class StudyView(StudyObserver):
         reason = f" ({outcome.reason})" if outcome.reason and outcome.reason != SHORT else ""
         scored = f", {self._search.study.objective} {score:.4f}" if score is not None else ""
         state = "finished, a short one" if outcome.reason == SHORT else outcome.state
-        line = f"trial {number} {state}{reason}{scored}, {outcome.epochs} epochs in {duration(outcome.seconds)}"
+        line = (
+            f"trial {number} {state}{reason}{scored}, {counted(outcome.epochs, 'epoch')} in {duration(outcome.seconds)}"
+        )
         if outcome.epochs and (broken := violations(self._search.study.constraints, outcome.metrics)):
             line += f"; infeasible: {broken}"
         self._trials.pop(number, None)

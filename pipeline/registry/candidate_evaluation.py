@@ -17,6 +17,7 @@ from pipeline.evaluation.significance import small_split_line
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.recipe import LATER
 from pipeline.registry import export, test_split
+from pipeline.registry.card import share
 from pipeline.registry.gate import ACCURACY, Evidence, GateRecord, ModelEvidence, Rules, Verdict, decide
 from pipeline.registry.ledger import DELETED, PASSED, PROMOTED, REFUSED, TEST_EVALUATION, Champion, Event
 from pipeline.registry.package import MODEL
@@ -206,6 +207,9 @@ class CandidateEvaluation:
         )
         opponent = opponents[0].name if opponents else CONSTANT
         self.observer.decided(verdict, f"run {challenger.run}", f"the {opponent}{record.terms}")
+        names = ["the challenger", *(f"the {model.name}" for model in opponents)]
+        rates = [f"{name} {share(number, record.images)}" for name, number in zip(names, num_correct, strict=True)]
+        self.observer.note(f"accuracy on the {record.images:,} images of the test split: {', '.join(rates)}")
         artifact = f"gate/verdict-{event.id}.json"
         self.registry.tracker.client.log_text(challenger.run, event.evidence.model_dump_json(indent=2), artifact)
         return event

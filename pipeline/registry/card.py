@@ -84,7 +84,7 @@ def _head(metadata: ModelMetadata, run: Run, confusion: np.ndarray) -> str:
     return (
         f"Takes RGB images of {size} x {size} pixels, gives a probability for each of {len(metadata.classes)} classes: "
         f"{', '.join(map(_plain, metadata.classes))}. Of an image of another shape it sees {GEOMETRIES[geometry]}.\n\n"
-        f"Validation accuracy {_share(hits, total)}, {total:,} images. From {_plain(name)}, run `{metadata.run_id}`."
+        f"Validation accuracy {share(hits, total)}, {total:,} images. From {_plain(name)}, run `{metadata.run_id}`."
     )
 
 
@@ -118,8 +118,8 @@ def _classes(classes: Sequence[str], confusion: np.ndarray) -> str:
         (
             _plain(name),
             f"{true[i]:,}",
-            _share(hits[i], true[i]),
-            _share(hits[i], predicted[i]),
+            share(hits[i], true[i]),
+            share(hits[i], predicted[i]),
             _f1(hits[i], true[i] + predicted[i]),
         )
         for i, name in enumerate(classes)
@@ -232,9 +232,9 @@ def _reproduce(metadata: ModelMetadata, run: Run) -> str:
 def _evidence(evidence: VerdictEvidence) -> str:
     record = evidence.record
     opponent, correct = _plain(record.opponent), record.correct
-    shares = [f"Test accuracy {_share(correct[evidence.run], record.images)}, {record.images:,} images"]
+    shares = [f"Test accuracy {share(correct[evidence.run], record.images)}, {record.images:,} images"]
     if run := record.opponent_run:
-        shares.append(f"that of the {opponent}, run `{run}`: {_share(correct[run], record.images)}")
+        shares.append(f"that of the {opponent}, run `{run}`: {share(correct[run], record.images)}")
     if record.objective != ACCURACY:  # by which it was judged
         runs = [evidence.run, record.opponent_run]
         values = " against ".join(f"{record.scores[run]:.1%}" for run in runs if run)
@@ -261,7 +261,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _share(hits: int, total: int) -> str:
+def share(hits: int, total: int) -> str:
+    """A rate with its 95 % interval: `80.0% (79.2% to 80.8%)`."""
     low, high = wilson(hits, total) if total else (0.0, 1.0)
     return f"{hits / total if total else 0:.1%} ({low:.1%} to {high:.1%})"
 

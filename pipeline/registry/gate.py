@@ -229,7 +229,7 @@ def _better(evidence: Evidence, new: np.ndarray, old: np.ndarray, rules: Rules, 
         p, how = swap_test(objective, labels, new, old, len(evidence.classes)), "paired permutation test of "
         how += SCORE_NAMES[objective]
     reason = f"{how}, one-sided: only the challenger is right on {gained:,} images, only {other} on {lost:,}"
-    return _result("better", f"p = {p:.4f}", f"at most {rules.alpha:g}", p <= rules.alpha, reason)
+    return _result("better", f"p = {p:.3g}", f"at most {rules.alpha:g}", p <= rules.alpha, reason)
 
 
 def mcnemar_one_sided(gained: int, lost: int) -> float:

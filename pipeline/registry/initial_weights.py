@@ -17,7 +17,7 @@ from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import save_weights
 
 FOLDER = "weights"  # in the folder `mlruns`
-ARTIFACT = "initial.safetensors"  # of the run
+ARTIFACT = "initial/weights.safetensors"  # of the run; not beside its checkpoint, whose record names every file there
 
 
 def keep(network: nn.Module, home: Path) -> str:
@@ -36,8 +36,10 @@ def attach(tracker: MlflowTracker, run_id: str, recipe: Recipe) -> None:
     """Make the file that a run started from an artifact of it, so that the run can be reproduced where the file isn't."""
     if file := recipe.transfer.weights_file:
         with tempfile.TemporaryDirectory() as folder:
-            copy = shutil.copyfile(file[0], Path(folder) / ARTIFACT)
-            tracker.client.log_artifact(run_id, str(copy))
+            copy = Path(folder) / ARTIFACT
+            copy.parent.mkdir()
+            shutil.copyfile(file[0], copy)
+            tracker.client.log_artifacts(run_id, folder)
 
 
 def restore(tracker: MlflowTracker, run_id: str, recipe: Recipe) -> None:

@@ -173,7 +173,8 @@ def choose(racing: Racing, flop: Mapping[str, int]) -> tuple[Candidate, list[Can
     leader = max(eligible, key=racing.mean)
     tied = [c for c in eligible if c is leader or racing.num_seeds < MIN_SEEDS or racing.p_value(leader, c) >= ALPHA]
     if len(tied) == 1:
-        sole = "every other recipe was stopped early, diverged or is infeasible"
+        stopped = "every other recipe was stopped early, diverged or is infeasible"
+        sole = stopped if len(racing.candidates) > 1 else "the only recipe in the finals"
         return leader, tied, "beyond the noise" if len(eligible) > 1 else sole
 
     def cost(c: Candidate) -> tuple[float, ...]:

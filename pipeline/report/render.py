@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
@@ -24,7 +25,7 @@ from pipeline.report.figures.layout import template as figure_template
 def render(template: str, figures: Mapping[str, go.Figure], word: Callable[[str], str] = str, **data: Any) -> str:
     """A page; its template finds the figures by their names, and each value of `data` by its own.
 
-    `word` puts the commands that values name in backticks as the reader types them.
+    `word` puts the commands that values name in backticks as the reader types them; they are shown as code.
     """
     environment = Environment(
         loader=PackageLoader("pipeline.report"),
@@ -46,8 +47,10 @@ def render(template: str, figures: Mapping[str, go.Figure], word: Callable[[str]
 
 
 def _finalize(value: object, word: Callable[[str], str]) -> object:
-    """What is printed: HTML that a macro made, or a value on one line and without control characters."""
-    return value if isinstance(value, Markup) else word(escape_control(str(value)))
+    """What is printed: HTML that a macro made, or a value on one line and without control characters, commands as code."""
+    if isinstance(value, Markup):
+        return value
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(word(escape_control(str(value)))))))
 
 
 def _plain(figure: go.Figure) -> dict[str, Any]:

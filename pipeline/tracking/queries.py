@@ -108,7 +108,7 @@ def find_studies(tracker: MlflowTracker, name: str) -> list[StudyRuns]:
         raise UserError(
             f"no study {name} in the tracking store{did_you_mean(name, [study.name for study in known])}",
             f"the studies are: {names}",
-            f"`study {name}` runs one, and repairs one whose tags were removed in MLflow",
+            "`study NAME` runs one, and repairs one whose tags were removed in MLflow",
         )
     return matching
 
@@ -209,7 +209,7 @@ def ensembles(tracker: MlflowTracker) -> list[StoredRun]:
 
 def read_file(tracker: MlflowTracker, run_id: str, name: str) -> bytes | None:
     """An artifact's bytes; None where the run has none of this name."""
-    if name not in {file.path for file in tracker.client.list_artifacts(run_id)}:
+    if name not in {file.path for file in tracker.client.list_artifacts(run_id, os.path.dirname(name) or None)}:
         return None
     with tempfile.TemporaryDirectory() as folder:
         return Path(tracker.client.download_artifacts(run_id, name, folder)).read_bytes()

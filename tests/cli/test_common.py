@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from pipeline.cli import common
 from pipeline.cli.common import expand, find_device, is_new, make_console, next_command, print_links, say, writable
@@ -12,6 +13,15 @@ from pipeline.errors import UserError
 def test_say_prints_odd_names_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     say(make_console(), ":smile: [red]\x1b[31m\n" + "x" * 300)
     assert capsys.readouterr().out == ":smile: [red]\\x1b[31m\\n" + "x" * 300 + "\n"
+
+
+def test_a_narrow_terminal_cuts_no_number(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    table = Table("parameters", "latency", "validation")
+    table.add_row("2,707,745", "15.11 ms", "0.97221234")
+    make_console().print(table)
+    printed = capsys.readouterr().out
+    assert "2,707,745" in printed and "0.97221234" in printed and "…" not in printed
 
 
 def test_links_stand_in_two_columns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,11 @@ def test_help_lists_the_exit_codes() -> None:
 
 
 def test_unknown_commands_and_options_are_one_line(tmp_path: Path) -> None:
-    for words, line in ((["stduy"], "stduy"), (["study", "--trails", "3"], "`--trails`: no such option of")):
+    for words, line in (
+        (["stduy"], "stduy"),
+        (["study", "--trails", "3"], "`--trails`: no such option of"),
+        (["serve", "--port", "99999"], "`--port 99999`: should be less than or equal to 65535"),
+    ):
         done = run_forked(*words, cwd=tmp_path)
         lines = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
         assert done.returncode == 2 and len(lines) == 1 and line in lines[0]

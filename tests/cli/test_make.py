@@ -70,6 +70,7 @@ def test_only_data_dir_counts_in_the_environment() -> None:
             ["DATSET=x"],
             "DATSET: no such variable of `study` (did you mean DATASET?); there are BUDGET, CLUSTER, COLUMNS, CORRUPT, DAT",
         ),
+        ("study", ["name=x"], "name: no such variable of `study` (did you mean NAME?)"),
         ("relocate", ["NAME=x"], "NAME: no such variable of `relocate`; it takes none"),
         ("promote", ["FORCE=yes"], "FORCE=yes: should be 1 or 0"),
         ("export", ["RUN=a", "MODEL=b"], "RUN and MODEL: are the same here; give one of them"),
@@ -217,6 +218,8 @@ def test_make_never_expands_values(value: str, make_folder: Path) -> None:
 def test_make_refuses_variables_that_its_own_targets_ignore(make_folder: Path) -> None:
     done = make(make_folder, "check", "NAME=attention")
     assert done.returncode == 2 and "no such variable: NAME" in done.stderr
+    mistyped = make(make_folder, "stdy", "NAME=attention")
+    assert mistyped.returncode == 2 and "no such command: stdy (make help lists them)" in mistyped.stderr
 
 
 def test_make_runs_the_real_command(make_folder: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_all_problems_are_reported_together() -> None:
     assert StudyOptions.parse(typed, problems) == StudyOptions(), "nothing of what was typed is used"
     subjects = {"`--trials 0`", "`--cluster a b`", "`--stall-timeout soon`"}
     assert {problem.subject for problem in problems} == subjects
+    assert "should be a time: seconds, or 90s, 30m, 2h or 1d" in {problem.rule for problem in problems}
     with pytest.raises(UserError) as refused:
         resolve("attention", StudyOptions(), None, ["lr", "optimizer.lr=-1"], problems)
     assert len(refused.value.problems) == 5

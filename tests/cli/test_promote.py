@@ -37,8 +37,8 @@ def test_promote_history_and_rollback_of_the_first_champion(trained: Trained, tm
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
-        (["promote"], ["NAME or RUN: needs one of them; `python -m pipeline promote NAME` takes a study's model"]),
-        (["promote", "a", "--run", "b"], ["NAME or RUN: needs one of them"]),
+        (["promote"], ["NAME or RUN: needs exactly one; `python -m pipeline promote NAME` takes a study's model"]),
+        (["promote", "a", "--run", "b"], ["NAME or RUN: needs exactly one"]),
         (["promote", "--run", "b"], ["`--run b`: not a run's id"]),
         (["promote", "a", "--force"], ["`--force` and `--reason TEXT`: go together"]),
         (["promote", "a", "--rules", "alpha=2 x=1"], ["should be NAME=VALUE", "alpha"]),

@@ -70,7 +70,7 @@ def test_infeasible_trials_are_named_with_what_they_break(search: Search, capsys
         view.trial_ended(1, Outcome(State.FINISHED, "k", None, "", {"model/latency_ms": 6.25}, 1, 2.0))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(" trials, 0 short, 0 failed, 1 infeasible")
-    assert lines[1] == "trial 1 finished, 1 epochs in 2.0 s; infeasible: model/latency_ms 6.25, at most 5"
+    assert lines[1] == "trial 1 finished, 1 epoch in 2.0 s; infeasible: model/latency_ms 6.25, at most 5"
 
 
 def test_infeasible_control_is_said_before_the_start(

@@ -13,7 +13,7 @@ from pipeline.tracking.tracker import MlflowTracker
 
 
 def test_shares_have_intervals_also_of_no_images() -> None:
-    shares = [card._share(*counts) for counts in ((81, 263), (0, 20), (20, 20), (0, 0))]
+    shares = [card.share(*counts) for counts in ((81, 263), (0, 20), (20, 20), (0, 0))]
     assert shares[0] == "30.8% (25.5% to 36.6%)", "Newcombe 1998"
     assert shares[1:] == ["0.0% (0.0% to 16.1%)", "100.0% (83.9% to 100.0%)", "0.0% (0.0% to 100.0%)"]
 

@@ -20,7 +20,7 @@ from pipeline.tracking import queries
 from pipeline.tracking.models import find_model, sha256_of
 from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker
-from pipeline.training.checkpoints import WEIGHTS
+from pipeline.training.checkpoints import WEIGHTS, read_checkpoint
 from registry.helpers import DATA, RULES, RecordingObserver, Store
 
 CHEAPER = {"may_lose": 1, "size_factor": 0.9999}
@@ -113,6 +113,12 @@ def test_distilled_network_learns_by_the_recipe_of_its_teacher(store: Store, don
 def test_seeds_are_those_of_the_original(store: Store, done: Done) -> None:
     original, pruned = (_seed_scores(done.tracker, run, "val/accuracy") for run in (store.rival, done.run))
     assert original == pruned and len(original) == 1
+
+
+def test_its_checkpoint_holds_what_its_record_names(done: Done) -> None:
+    artifacts = done.tracker.home / "artifacts" / done.run / "artifacts"
+    assert (artifacts / initial_weights.ARTIFACT).exists()
+    read_checkpoint(artifacts)  # or `audit` finds a fault in every compressed run
 
 
 def test_reproduced_bit_for_bit_where_the_initial_weights_are_gone(done: Done, digits: TrainingData) -> None:

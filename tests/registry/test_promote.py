@@ -71,6 +71,7 @@ def test_first_champion_second_champion_and_rollback(
             "what was evaluated is what serves"
         )
     assert "torch in float32 differ by" in view.lines[0] and "the 144 images of the validation split" in view.lines[0]
+    assert "images of the test split: the challenger " in view.lines[1], "the number that a promotion is about"
     assert f"Test accuracy {verdict.evidence.record.correct[store.good] / 359:.1%} (" in version.description
 
     again = promote(registry, store.good, RULES, DATA, view)

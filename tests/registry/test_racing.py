@@ -50,7 +50,16 @@ def test_infeasible_final_stops_its_recipe_and_the_control_is_trained_on(small_r
     assert racing.stopped[candidates[1].digest] == "infeasible with seed 0: model/latency_ms 2, at most 1"
     assert racing.eligible() == [candidates[2]] and racing.running() == [candidates[0], candidates[2]]
     choice = choose(racing, {candidate.digest: 1 for candidate in candidates})
-    assert choice and choice[0] is candidates[2], "though its score is the lowest"
+    assert choice and choice[0] is candidates[2] and "every other recipe was stopped" in choice[2], (
+        "of the lowest score"
+    )
+
+
+def test_the_only_recipe_of_finals_beat_nobody(small_recipe: Recipe) -> None:
+    [alone] = candidates_of(small_recipe, 1)
+    racing = Racing([alone], 1, 0.0002)
+    racing.add(alone, 0, Final("", 0.9, 1.0, ""))
+    assert choose(racing, {alone.digest: 1}) == (alone, [alone], "the only recipe in the finals")
 
 
 def test_best_recipe_is_stopped_in_at_most_5_percent_of_finals(small_recipe: Recipe) -> None:

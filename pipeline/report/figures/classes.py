@@ -8,7 +8,6 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.errors import counted
 from pipeline.evaluation.scores import CLASS_F1, confusion_matrix, reliability
 from pipeline.report.figures.layout import (
     BEST,
@@ -82,10 +81,10 @@ def curves(frame: pd.DataFrame, best: pd.Series, histories: Mapping[str, pd.Data
         "horizontal_spacing": 0.04,
         "vertical_spacing": 0.2 / num_rows,
     }
-    figure, num_pruned = make_subplots(num_rows, num_columns, subplot_titles=titles, **shared), 0
+    figure, grey = make_subplots(num_rows, num_columns, subplot_titles=titles, **shared), ""
     for place, points in enumerate(histories.values()):
         where = {"row": place // 2 + 1, "col": place % 2 + 1, "showlegend": place == 0}
-        _, num_pruned = add_curves(figure, frame, points, **where)
+        _, grey = add_curves(figure, frame, points, **where)
         set_integer_ticks(figure, points["epoch"])
     set_axes(figure, "", "", 110 + 120 * num_rows)
     figure.update_layout(margin_t=64).update_annotations(font_size=12).update_xaxes(title_text="epoch", row=num_rows)
@@ -95,8 +94,7 @@ def curves(frame: pd.DataFrame, best: pd.Series, histories: Mapping[str, pd.Data
     at = f"{curve[middle]:.3f} after epoch {middle} and " if middle < end else ""
     caption = f"Trial {best['trial']}'s weakest class, {weakest.removeprefix(CLASS_F1)}, has F1 {at}{curve[end]:.3f} "
     caption += f"after epoch {end}, where the mean of all classes is {best['val/f1_macro']:.3f}"
-    grey = f". Grey: {counted(num_pruned, 'pruned trial')}" if num_pruned else ""
-    return with_caption(figure, f"{caption}{grey}.")
+    return with_caption(figure, f"{caption}{f'. Grey: {grey}' if grey else ''}.")
 
 
 def weakest_metrics(best: pd.Series) -> list[str]:

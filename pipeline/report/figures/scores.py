@@ -167,10 +167,10 @@ def _progress(done: pd.DataFrame) -> str:
 def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
     """The objective by epoch, from `stored.histories`: the best trial, the control, and pruned ones in grey."""
     figure = go.Figure()
-    named, num_pruned = add_curves(figure, frame, histories)
+    named, grey = add_curves(figure, frame, histories)
     set_axes(figure, "epoch", objective_label(frame), 360)
     set_integer_ticks(figure, histories["epoch"])
-    caption = f"Grey: {counted(num_pruned, 'pruned trial')}" if num_pruned else "No trial was pruned"
+    caption = f"Grey: {grey}" if grey else "No trial was pruned"
     if len(named) == 2:
         of_control, of_other = (curve.set_index("epoch")["value"] for curve in named.values())
         difference = (of_other - of_control).dropna()
@@ -181,19 +181,22 @@ def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
 
 def add_curves(
     figure: go.Figure, frame: pd.DataFrame, histories: pd.DataFrame, **options: Any
-) -> tuple[dict[str, pd.DataFrame], int]:
-    """Draw a metric by epoch: pruned trials in grey, the control, and the best or the runner-up; `options` of each trace.
+) -> tuple[dict[str, pd.DataFrame], str]:
+    """Draw a metric by epoch: short and pruned trials in grey, the control, and the best or the runner-up; `options` of
+    each trace.
 
-    Returns what is drawn of the last two by name, and how many are grey.
+    Returns what is drawn of the last two by name, and what is grey: `7 short trials`, or nothing.
     """
     base, curves = control(frame), dict(iter(histories.groupby("run_id")))
-    pruned = [curves[run_id] for run_id in frame["run_id"][frame["state"] == State.PRUNED] if run_id in curves]
+    rows = frame[(frame["state"] == State.PRUNED) & frame["run_id"].isin(curves)]
+    pruned = [curves[run_id] for run_id in rows["run_id"]]
+    state = " or ".join(sorted(set(state_words(rows)), reverse=True))
     if pruned:
         x = [epoch for curve in pruned for epoch in [*curve["epoch"], None]]
         y = [value for curve in pruned for value in [*curve["value"], None]]
         line, marker = {"color": FAINT, "width": 1}, {"size": 3}
-        grey = {"name": "pruned", "legendgroup": "pruned", "opacity": 0.6, "line": line, "marker": marker}
-        figure.add_scatter(x=x, y=y, mode="lines+markers", **grey, **options)
+        style = {"name": state, "legendgroup": "pruned", "opacity": 0.6, "line": line, "marker": marker}
+        figure.add_scatter(x=x, y=y, mode="lines+markers", **style, **options)
     named = {} if base is None else {"control": (base, CONTROL)}
     if (other := challenger(frame)) and (base is None or other[0]["run_id"] != base["run_id"]):
         named[other[1]] = (other[0], BEST)
@@ -210,7 +213,8 @@ def add_curves(
             hovertemplate="epoch %{x}: %{y:.4f}<extra></extra>",
             **options,
         )
-    return {label: curves[row["run_id"]] for label, (row, _) in named.items()}, len(pruned)
+    grey_trials = counted(len(pruned), f"{state} trial") if pruned else ""
+    return {label: curves[row["run_id"]] for label, (row, _) in named.items()}, grey_trials
 
 
 # ------------------------------------------------------------------------------------------------------------- by cost

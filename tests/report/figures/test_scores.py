@@ -59,3 +59,7 @@ def test_learning_curves_count_the_epochs_ahead_of_the_control() -> None:
     figure = scores.learning_curves(frame, pd.DataFrame(points, columns=["run_id", "epoch", "value"]))
     assert [trace.name for trace in figure.data] == ["pruned", "control (trial 0)", "best (trial 1)"]
     assert figure.layout.meta == "The best was ahead of the control in 2 of 3 epochs. Grey: 1 pruned trial."
+    short = scores.learning_curves(
+        frame.assign(short=frame["state"] == "pruned"), pd.DataFrame(points, columns=["run_id", "epoch", "value"])
+    )
+    assert short.data[0].name == "short" and str(short.layout.meta).endswith("Grey: 1 short trial.")
