@@ -288,7 +288,7 @@ def main() -> None:
 
     threading.Thread(target=listen, daemon=True, name="stop").start()
     ended = work(cloudpickle.loads(bytes(message)), stop.is_set)
-    with open(answer, "wb") as pipe:
-        pipe.write(json.dumps(asdict(ended)).encode())
+    with open(answer, "wb") as out:
+        out.write(json.dumps(asdict(ended)).encode())
     sys.stderr.flush()
     os._exit(0)  # the listening thread would keep the process alive
