@@ -341,13 +341,13 @@ def point_faults(metrics: Mapping[str, Points], by_epoch: Collection[str]) -> li
 
 
 def leftovers(home: Path) -> list[Path]:
-    """Temporary files and folders that no running command can be using."""
+    """Temporary files and folders of ours that no running command can be using; other hidden files are a person's."""
     unsaved = [path for path in (home / CHECKPOINTS).glob("*/.*") if not is_busy(home / FOLDER / path.parent.name)]
     others = [
-        *home.glob(".*"),
-        *home.glob("exports/.*"),
-        *home.glob(f"{initial_weights.FOLDER}/.*"),
-        *home.glob("reports/tmp*"),
+        *home.glob(".mlflow.db.new*"),
+        *(path for path in home.glob("exports/.*.*") if path.is_dir()),
+        *home.glob(f"{initial_weights.FOLDER}/.*.new"),
+        *home.glob("reports/.*.tmp"),
         *home.parent.glob("data/.cifar10-*"),
     ]
     old = [path for path in others if time.time() - path.stat().st_mtime > _IN_USE_S]

@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError
 
+PROBE_S = 0.5  # for others that only look whether a study is running, for which they take its lock for a moment
+
 
 class StopOnSignal:
     """While it is open, Ctrl-C, SIGTERM and a closed terminal set `requested`, and the training ends at its next step.
@@ -52,7 +54,7 @@ def study_lock(key: str, home: Path) -> Iterator[None]:
     """
     home.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(home / f"{key}.lock", timeout=0):
+        with FileLock(home / f"{key}.lock", timeout=PROBE_S):
             yield
     except Timeout:
         raise UserError(f"study {key}", "another command is running it", "wait for it, or stop it") from None

@@ -7,6 +7,7 @@ The fields are those of `sections/`. A section that comes in kinds (`model.netwo
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Real
@@ -25,6 +26,7 @@ from pipeline.sections.schedule import AnySchedule, Cosine
 from pipeline.sections.section import Section
 from pipeline.sections.training import Training
 from pipeline.sections.transfer import Transfer
+from pipeline.sections.weights import without_place
 
 # The field of a section that says which kind it is; a change of kind starts from that kind's defaults.
 KIND = {"model": "network", "augmentation": "policy", "optimizer": "name", "schedule": "name", "loss": "name"}
@@ -160,6 +162,11 @@ class Recipe(Section):
             for field, value in fields.items()
         }
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Dotted field -> learning rate, of each that the optimizer has; Muon has three."""
+        return {name: value for name, value in self.flat().items() if re.fullmatch(r"optimizer\.(\w+_)?lr", name)}
+
     def changed(self, changes: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> "Recipe":
         """A copy with some dotted fields changed, validated together.
 
@@ -218,14 +225,27 @@ class Recipe(Section):
         return self.model_dump_json(indent=2)
 
     def digest(self) -> str:
-        """64 hexadecimal digits that change with any field."""
+        """64 hexadecimal digits that change with any field; of a file of weights with its content, not with its place."""
+        return self.digests[0]
+
+    @property
+    def digests(self) -> tuple[str, str]:
+        """The digest, and the one that older runs have, which holds the places of files of weights, too."""
         sections = self.model_dump(mode="json")
         for section, field in (name.split(".") for name, before in LATER.items() if self.flat().get(name) == before):
             del sections[section][field]
             if not sections[section]:
                 del sections[section]
-        canonical = json.dumps(sections, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        wherever = {
+            section: {field: without_place(value) for field, value in fields.items()}
+            for section, fields in sections.items()
+        }
+        return _digest(wherever), _digest(sections)
+
+
+def _digest(sections: Mapping[str, Any]) -> str:
+    canonical = json.dumps(sections, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _section_of_kind(section: str, kind: Any, before: Mapping[str, Any]) -> dict[str, Any]:

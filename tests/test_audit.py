@@ -266,7 +266,9 @@ def test_leftovers_of_killed_processes_are_repaired_losslessly(home: Path) -> No
     journal.release()
     (home / "weights").mkdir()
     (home / "weights" / ".7.new").touch()
-    os.utime(home / "weights" / ".7.new", (0, 0))
+    (home / ".gitignore").touch()  # a person's
+    for path in (home / "weights" / ".7.new", home / ".gitignore"):
+        os.utime(path, (0, 0))
     seen = findings(home)
     expected = [
         "is not in MLflow yet",
@@ -276,7 +278,7 @@ def test_leftovers_of_killed_processes_are_repaired_losslessly(home: Path) -> No
     assert len(seen) == 4 and all(any(words in line for line in seen) for words in expected), seen
     done = fix(home)
     assert any("1 journals of processes that are gone: sent to MLflow" in line for line in done), done
-    assert findings(home) == []
+    assert findings(home) == [] and (home / ".gitignore").exists()
     with contextlib.closing(sqlite3.connect(home / "mlflow.db")) as connection:
         assert connection.execute("SELECT value FROM metrics WHERE key = 'val/new'").fetchall() == [(1.0,)]
 

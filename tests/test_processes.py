@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from pipeline.errors import UserError
 from pipeline.processes import StopOnSignal, process_has_exited, study_lock, this_process
@@ -23,6 +25,14 @@ def test_first_signal_requests_a_stop_and_the_second_interrupts() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_study_lock_outlasts_a_look_whether_the_study_runs(tmp_path: Path) -> None:
+    looking = FileLock(tmp_path / "a.lock", thread_local=False)  # as `study_is_running` takes it
+    looking.acquire()
+    threading.Timer(0.1, looking.release, [True]).start()
+    with study_lock("a", tmp_path):
+        pass
 
 
 def test_study_lock_excludes_the_same_study_only(tmp_path: Path) -> None:

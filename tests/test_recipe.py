@@ -38,6 +38,12 @@ def test_the_digest_changes_with_any_number(name: str, value: float) -> None:
     assert RECIPE.changed({name: value}).digest() != RECIPE.digest()
 
 
+def test_rates_are_those_of_the_optimizer() -> None:
+    assert RECIPE.rates == {"optimizer.lr": 0.1}
+    muon = RECIPE.changed({"optimizer.name": "muon"})
+    assert muon.rates.keys() == {"optimizer.lr", "optimizer.bias_lr", "optimizer.head_lr"}
+
+
 def test_every_field_has_its_dotted_name() -> None:
     flat = RECIPE.flat()
     assert flat["optimizer.lr"] == 0.1

@@ -122,7 +122,7 @@ def _show_next(console: Console, model: str, tracking_uri: str | None) -> None:
 
 def _chosen(tracker: "MlflowTracker", name: str, say_line: Callable[[str], None]) -> tuple[str, str]:
     """The run that a study stands for, and why that one."""
-    from pipeline.registry.decision import find_winner
+    from pipeline.registry.decision import FinalsDecision, find_winner
     from pipeline.tracking import queries
 
     study, note = queries.find_study(tracker, name)
@@ -130,6 +130,9 @@ def _chosen(tracker: "MlflowTracker", name: str, say_line: Callable[[str], None]
         say_line(line)
     if chosen := find_winner(tracker, study):
         run, why = chosen.run_id, f"{study.name}: {chosen.summary}"
+    elif FinalsDecision.load(tracker, study):
+        rule = "no winner: with some seed every recipe diverged or was infeasible"
+        raise UserError(f"finals of {study.name}", rule, "`promote --run RUN` takes a run all the same")
     elif best := queries.best_run_ids(tracker, study, 1):
         run = best[0]
         rule = f"one seed can't tell the best from the lucky, `finals {study.name}` can"

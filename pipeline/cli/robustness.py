@@ -60,8 +60,7 @@ def robustness(
                 status.update(f"{done} of {parts} passes over the images, {duration(left)} left")
 
             found = registry.measure(classifier, data, on_part)
-    registry.keep(tracker, run, found)
-    _print(console, found)
+    _print(console, registry.keep(tracker, metadata.run_id, found))
     study = RunTags.of(run).study
     say(console, f"kept in run {metadata.run_id}: {registry.FILE} and metrics robustness/...")
     if study:

@@ -56,13 +56,23 @@ class Seal:
 
     @classmethod
     def find(cls, listing: Listing, home: Path) -> Self | None:
-        """The one of this data set: drawn at this place, or wherever the same paths lay; DataError where it is damaged."""
-        seals = [cls._read(file) for file in sorted((home / FOLDER).glob("*.json"))]
+        """The one of this data set: drawn at this place, or wherever the same paths lay.
+
+        DataError where it is damaged, or most of its images are gone and a few are not: then nobody knows whether this is
+        the data set, or another one that has some names in common with it.
+        """
+        seals = {file: cls._read(file) for file in sorted((home / FOLDER).glob("*.json"))}
         names, place = set(listing.names), str(listing.place)
-        if here := [seal for seal in seals if seal.place == place and not names.isdisjoint(seal.paths)]:
-            return here[0]
+        here = {file: len(names.intersection(seal.paths)) for file, seal in seals.items() if seal.place == place}
+        if here and (left := max(here.values())):
+            file = max(here, key=here.__getitem__)
+            if 2 * left < (drawn := len(seals[file].paths)):
+                rule = f"only {left} of the {drawn} images are left that {file} has sealed: is it another data set?"
+                remedy = "if it is, remove that file, and another test split is drawn; else bring the images back"
+                raise DataError(place, rule, remedy)
+            return seals[file]
         digest = _digest(listing) if seals else ""
-        return next((replace(seal, place=place) for seal in seals if seal.listing == digest), None)
+        return next((replace(seal, place=place) for seal in seals.values() if seal.listing == digest), None)
 
     @classmethod
     def _read(cls, file: Path) -> Self:

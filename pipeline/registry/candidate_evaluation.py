@@ -128,6 +128,12 @@ class CandidateEvaluation:
                 raise PromotionRefused(subject, f"{served}, which was deleted in MLflow", _EVALUATE_AGAIN)
             remedy = f"`rollback --version {version}` makes it champion without"
             raise PromotionRefused(subject, f"{served}, which was rolled back", _EVALUATE_AGAIN, [remedy])
+        if record.rules != self.rules:
+            then, now = record.rules.model_dump(), self.rules.model_dump()
+            changed = ", ".join(
+                f"{name} {then[name]:g} then, {now[name]:g} now" for name in now if then[name] != now[name]
+            )
+            raise PromotionRefused(subject, f"{passed} by other rules ({changed})", _EVALUATE_AGAIN)
         if former.model != self.registry.model or record.opponent_run != opponent_run:
             beaten = record.opponent_run or f"a {CONSTANT}"
             rule = f"{passed} against {beaten}, which isn't its opponent now"
@@ -258,7 +264,7 @@ class CandidateEvaluation:
         The ledger has the test evaluation first.
         """
         path = self._path(model.run, split)
-        stored = self._is_stored(model.run, split)
+        stored = self._is_stored(model, split)
         details = {
             "recipe_digest": model.metadata.recipe_digest,
             "source": "stored predictions" if stored else "images",
@@ -278,11 +284,18 @@ class CandidateEvaluation:
             os.replace(new, path)
         return pd.read_parquet(path)
 
-    def _is_stored(self, run: str, split: str) -> bool:
-        """Whether its predictions are there, and are those of a verdict in the ledger, by their digest."""
-        path = self._path(run, split)
-        digests = {event.evidence.record.predictions_sha256.get(run) for event in self._verdicts(split)}
-        return path.is_file() and sha256_of(path) in digests
+    def _is_stored(self, model: EvaluatedModel, split: str) -> bool:
+        """Whether its predictions are there, and are those of a verdict in the ledger, by their digest.
+
+        Where a verdict was about this model, they are those of the ONNX file that it was about.
+        """
+        path = self._path(model.run, split)
+        if not path.is_file():
+            return False
+        events, digest = self._verdicts(split), sha256_of(path)
+        named = [event for event in events if event.evidence.record.predictions_sha256.get(model.run) == digest]
+        files = {event.evidence.record.onnx_sha256 for event in named if event.run == model.run}
+        return bool(named) and (not files or sha256_of(model.folder / MODEL) in files)
 
     def _path(self, run: str, split: str) -> Path:
         return self.registry.ledger.home / TEST_EVALUATIONS / f"{run}-{split[:16]}.parquet"

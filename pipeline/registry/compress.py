@@ -27,8 +27,9 @@ from pipeline.models.pruning import LIBRARY, narrower, pruned
 from pipeline.processes import this_process
 from pipeline.recipe import Recipe
 from pipeline.registry import export, initial_weights
-from pipeline.registry.finals import check_same_data
+from pipeline.registry.finals import check_same_data, recipe_of
 from pipeline.registry.package import MODEL, QUANTISED_MODEL, package
+from pipeline.sections.curriculum import Curriculum
 from pipeline.tracking import recovery
 from pipeline.tracking.models import find_model, keep_model
 from pipeline.tracking.tags import RunTags, State
@@ -107,26 +108,34 @@ def plan_compressions(
 
 def _pruned(tracker: MlflowTracker, original: Classifier, narrow: Recipe, epochs: int | None) -> dict[str, Any]:
     """What the pruned network's recipe changes in that of the narrow network; its initial weights are kept."""
-    rates = {
-        name: rate * RATE_SHARE
-        for name, rate in narrow.flat().items()
-        if name.startswith("optimizer.") and name.endswith("lr")
-    }
     network = pruned(original.network, narrow, len(original.metadata.classes))
     return {
-        **rates,
+        **{name: rate * RATE_SHARE for name, rate in narrow.rates.items()},
         "training.epochs": epochs or math.ceil(narrow.training.epochs * EPOCHS_SHARE),
         "transfer.weights": initial_weights.keep(network, tracker.home),
         "transfer.frozen_epochs": 0,
         "transfer.frozen_share": 0.0,
+        **{f"curriculum.{field}": value for field, value in Curriculum().model_dump().items()},  # it knows the images
     }
 
 
 def finished_run(tracker: MlflowTracker, compression: Compression) -> str | None:
-    """The run that trained just this already, if there is one."""
-    info, digest = compression.parent.info, compression.recipe.digest()
-    query = f"tags.compresses = '{info.run_id}' and tags.recipe_digest = '{digest}' and tags.state = '{State.FINISHED}'"
-    return next((str(run.info.run_id) for run in tracker.store.search([info.experiment_id], query)), None)
+    """The run that trained just this already, if there is one; a kill may have kept from it what it started from."""
+    info = compression.parent.info
+    query = f"tags.compresses = '{info.run_id}' and tags.state = '{State.FINISHED}'"
+    for run in tracker.store.search([info.experiment_id], query):
+        if _digest_now(tracker, run) == compression.recipe.digest():
+            initial_weights.attach(tracker, run.info.run_id, compression.recipe)
+            return str(run.info.run_id)
+    return None
+
+
+def _digest_now(tracker: MlflowTracker, run: StoredRun) -> str | None:
+    """Of a run's recipe as it is made now: the tag of an older run holds places of files. None where it can't be read."""
+    try:
+        return recipe_of(tracker, run).digest()
+    except UserError:
+        return None
 
 
 def train(

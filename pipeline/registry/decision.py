@@ -86,11 +86,10 @@ class FinalsDecision(_Stored):
         return sorted(self.candidates, key=lambda candidate: -(candidate.score.mean if candidate.score else 0))
 
     def store(self, tracker: MlflowTracker, study: StudyRuns) -> None:
-        """Write it to the study's run, whose tags name the winner."""
+        """Write it to the study's run, whose tags name the winner; without one they are empty, whatever they were."""
         tracker.client.log_text(study.parent, self.model_dump_json(indent=2), FILE)
-        if self.winner:
-            tags = RunTags(finals_run=self.winner.run_id, finals_summary=self.winner.summary)
-            tracker.store.set_tags(study.parent, tags)
+        run, summary = (self.winner.run_id, self.winner.summary) if self.winner else ("", "")
+        tracker.store.set_tags(study.parent, RunTags(finals_run=run, finals_summary=summary))
 
     @classmethod
     def load(cls, tracker: MlflowTracker, study: StudyRuns) -> Self | None:

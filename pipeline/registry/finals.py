@@ -213,7 +213,7 @@ def recipe_of(tracker: MlflowTracker, run: StoredRun) -> Recipe:
         recipe = parse_recipe(content)
     except UserError as error:
         raise UserError(subject, "its recipe.json can't be read by this code", remedy, error.lines) from None
-    if recipe.digest() != tags.recipe_digest:
+    if tags.recipe_digest not in recipe.digests:
         raise UserError(subject, "its recipe.json is not what was trained", remedy)
     return recipe
 
@@ -242,7 +242,7 @@ def _find_final(done: Mapping[str, Final], recipe: Recipe) -> Final | None:
     """The final of this recipe, or of the same one executed as a graph: that replays the same kernels."""
     graphed = {"eager": "graphed", "compiled": "compiled_graphed"}.get(recipe.training.execution)
     same = recipe.changed({"training.execution": graphed}) if graphed else recipe
-    return done.get(recipe.digest()) or done.get(same.digest())
+    return next((done[digest] for digest in (*recipe.digests, *same.digests) if digest in done), None)
 
 
 # ------------------------------------------------------------------------------------------------------------- the data

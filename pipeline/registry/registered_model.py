@@ -62,11 +62,14 @@ class Registry:
         return next(iter(self._versions(run)), None)
 
     def run_of(self, version: str) -> str:
-        """The run of a version; UserError where there is no such version, or it is of no run."""
+        """The run of a version; UserError where there is no such version, it is of no run, or no promotion made it."""
         found = self._find(version)
         if found is None or not found.run_id:
             rule = f"{self.model} has no such version of a run"
             raise UserError(f"`--version {version}`", rule, "`ui` shows those there are")
+        if TOKEN_TAG not in found.tags:
+            rule = "was registered by hand and never evaluated"
+            raise UserError(f"`--version {version}`", rule, f"`promote --run {found.run_id}` evaluates its run")
         return str(found.run_id)
 
     def champion(self) -> Champion | None:

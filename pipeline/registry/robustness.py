@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from filelock import FileLock
 from mlflow.entities import Metric
 
 from pipeline.data.prepare import TrainingData
@@ -43,13 +44,23 @@ def measure(
     return measure_robustness(predict, data.validation.images, data.validation.labels, device, on_part)
 
 
-def keep(tracker: MlflowTracker, run: StoredRun, robustness: Robustness) -> None:
-    """Into the run. Cut off, it can be repeated: the table comes first, and no metric gets a second point."""
-    tracker.client.log_text(run.info.run_id, robustness.to_csv(), FILE)
-    step = int(run.data.params["training.epochs"])
-    missing = {name: value for name, value in robustness.metrics().items() if name not in run.data.metrics}
-    metrics = [Metric(name, value, now_ms(), step) for name, value in missing.items()]
-    tracker.client.log_batch(run.info.run_id, metrics=metrics)
+def keep(tracker: MlflowTracker, run_id: str, measured: Robustness) -> Robustness:
+    """Into the run; what it has then, which another command may have measured meanwhile.
+
+    Cut off, it can be repeated: the table comes first, and no metric gets a second point.
+    """
+    with FileLock(tracker.home / "robustness.lock"):
+        kept = stored(tracker, run_id)
+        if kept is None:
+            tracker.client.log_text(run_id, measured.to_csv(), FILE)
+            kept = measured
+        data = tracker.client.get_run(run_id).data
+        missing = {name: value for name, value in kept.metrics().items() if name not in data.metrics}
+        step = int(data.params["training.epochs"])
+        tracker.client.log_batch(
+            run_id, metrics=[Metric(name, value, now_ms(), step) for name, value in missing.items()]
+        )
+    return kept
 
 
 def stored(tracker: MlflowTracker, run_id: str) -> Robustness | None:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.evaluation.significance import Sample, mcnemar, paired_difference, sample
-from pipeline.recipe import value_label
+from pipeline.recipe import LATER, value_label
 from pipeline.report.stored import Predictions
 from pipeline.report.trials import control, finished, param_names, ranked, searched, trial_rows, with_role
 from pipeline.search.importances import importance_function
@@ -211,6 +211,11 @@ def importances(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     )
 
 
+def _or_default(values: pd.Series) -> pd.Series:
+    """A field's values; of runs that are older than the field what it adds nothing to, and a text where a kind has none."""
+    return values.astype(object).where(values.notna(), LATER.get(str(values.name), ""))
+
+
 def pareto(cost: np.ndarray, score: np.ndarray) -> np.ndarray:
     """bool (N,): which are on the front, no other being as good at less cost, or better at no more."""
     front, best = np.zeros(len(cost), bool), -np.inf
@@ -230,10 +235,11 @@ class Repeats:
 
 
 def finals(frame: pd.DataFrame) -> list[Repeats]:
-    """The repeats of each recipe, the best mean first; they differ in nothing but `training.seed`."""
+    """The repeats of each recipe, the best mean first; they differ by their seed, and maybe by how steps were executed."""
     runs = with_role(frame, "final").dropna(subset="score")
-    names = [name for name in param_names(frame) if name not in ("training.seed", "data.fold")]
-    groups = [group for _, group in runs.groupby([runs[name].map(str) for name in names])] if len(runs) else []
+    own = ("training.seed", "data.fold", "training.execution")
+    fields = [_or_default(runs[name]) for name in param_names(frame) if name not in own]
+    groups = [group for _, group in runs.groupby(fields, sort=False)] if len(runs) else []
     repeats = [
         Repeats(group["run_id"].iloc[0], sample(list(group["score"])), float(group["seconds"].mean()))
         for group in groups

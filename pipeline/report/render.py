@@ -80,7 +80,7 @@ def write(page: str, file: Path) -> None:
     """Complete or not at all; UserError where it can't be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, suffix=".html")
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as out:
             out.write(page)
         os.chmod(name, 0o644)

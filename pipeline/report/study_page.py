@@ -115,10 +115,16 @@ def champions(tracker: MlflowTracker, frame: pd.DataFrame) -> list[str]:
     """A line for each run of the table that the registry has under an alias."""
     names = aliases(tracker)
     return [
-        f"{names[row['run_id']]} is a run of this study: "
-        f"{'final of ' if row['role'] == 'final' else ''}trial {row['trial']}, {row['run_id']}."
+        f"{names[row['run_id']]} is a run of this study: {_described(row)}, {row['run_id']}."
         for _, row in frame[frame["run_id"].isin(list(names))].iterrows()
     ]
+
+
+def _described(run: pd.Series) -> str:
+    """`trial 3`, `final of trial 3`, or what else it is, as an ensemble."""
+    if pd.isna(run["trial"]):
+        return str(run["role"])
+    return f"{'final of ' if run['role'] == 'final' else ''}trial {run['trial']}"
 
 
 # ----------------------------------------------------------------------------------------------------------- sections

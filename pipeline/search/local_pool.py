@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -65,6 +66,10 @@ class ProcessWorker:
             env=environment,
             start_new_session=True,  # a terminal's Ctrl-C and hang-up are for the supervisor
         )
+        self._answer = b""
+        # Read from the start: a worker with more to say than a pipe holds would wait for ever for its reader.
+        self._reader = threading.Thread(target=self._read, daemon=True, name="answer")
+        self._reader.start()
         message = cloudpickle.dumps(assignment)
         self._send(len(message).to_bytes(8, "big") + message)
 
@@ -72,11 +77,11 @@ class ProcessWorker:
         """See Worker."""
         if self._ended is None and (code := self._process.poll()) is not None:
             assert self._process.stdout and self._process.stdin
-            answer = self._process.stdout.read()
+            self._reader.join()
             for pipe in (self._process.stdout, self._process.stdin):
                 with contextlib.suppress(OSError):  # it may have died before it read everything
                     pipe.close()
-            self._ended = Ended(**json.loads(answer)) if answer else Ended(died=_cause(code))
+            self._ended = Ended(**json.loads(self._answer)) if self._answer else Ended(died=_cause(code))
         return self._ended
 
     def stop(self) -> None:
@@ -88,6 +93,10 @@ class ProcessWorker:
         if self.ended() is None:
             self._process.kill()
             self._process.wait()
+
+    def _read(self) -> None:
+        assert self._process.stdout
+        self._answer = self._process.stdout.read()
 
     def _send(self, message: bytes) -> None:
         assert self._process.stdin

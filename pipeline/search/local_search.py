@@ -78,7 +78,8 @@ def ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The trials whose recipes can be parents, best first, by the score that they have in full.
 
     A recipe that was only trained short is credited with what those trained both ways gained on average. Before there is
-    one of these, short trials are compared with each other alone.
+    one of these, short trials are compared with each other alone; but where a study began with trials in full, as without
+    pruning, with what the mean of these is above their own.
     """
     attributes = {trial.number: TrialAttributes.of(trial) for trial in trials}
     feasible = [trial for trial in trials if is_feasible(trial)]
@@ -87,13 +88,17 @@ def ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         for trial in feasible
         if trial.state is TrialState.PRUNED and attributes[trial.number].short and trial.intermediate_values
     }
-    full, gains = dict[int, float](), list[float]()
+    full, gains, begun = dict[int, float](), list[float](), list[float]()
     for trial in feasible:
         if trial.state is TrialState.COMPLETE and trial.value is not None:
             source = attributes[trial.number].full_of
             full[trial.number if source is None else source] = trial.value
             if source in short:
                 gains.append(trial.value - short[source])
+            elif not attributes[trial.number].control:
+                begun.append(trial.value)
+    if short and begun and not gains:
+        gains = [mean(begun) - mean(short.values())]
     scores = short
     if gains or not short:
         scores = {number: score + mean(gains) for number, score in short.items()} | full

@@ -32,6 +32,7 @@ from pipeline.search.space_check import (
 from pipeline.search.study import Study
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import counts_toward_budget, is_feasible
+from pipeline.sections.weights import without_place
 from pipeline.tracking.study_key import StudyKey
 
 if TYPE_CHECKING:  # importing it imports torch, and a wrong name has to be refused at once
@@ -347,7 +348,7 @@ def check_same(name: str, stored: Mapping[str, Any], current: Mapping[str, Any],
         details += [
             f"{part} {key}: {show(former.get(key))} then, {show(present.get(key))} now"
             for key in sorted(former.keys() | present.keys())
-            if former.get(key) != present.get(key)
+            if without_place(former.get(key)) != without_place(present.get(key))
         ]
     if details:
         raise UserError(

@@ -1,5 +1,6 @@
 """Stored studies and their trials as values without types of Optuna, for whoever compares them with runs."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,10 +101,11 @@ def _is_live(name: str, storage: RetryingStorage, home: Path) -> bool:
 
 def requeue_abandoned(storage: RetryingStorage, study: StudySnapshot, tracker: MlflowTracker, home: Path) -> list[int]:
     """Requeue a study's trials whose processes are gone; their numbers. None where a command is running the study."""
-    try:
-        with study_lock(study.name, home):
-            StudyLock(storage, study.name).close()
-            stored = optuna.load_study(study_name=study.name, storage=storage)
-            return reconcile(stored, tracker, study.run_id, home)
-    except UserError:
-        return []
+    with contextlib.ExitStack() as locks:
+        try:
+            locks.enter_context(study_lock(study.name, home))
+            locks.enter_context(contextlib.closing(StudyLock(storage, study.name)))
+        except UserError:
+            return []
+        stored = optuna.load_study(study_name=study.name, storage=storage)
+        return reconcile(stored, tracker, study.run_id, home)

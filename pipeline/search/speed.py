@@ -220,9 +220,8 @@ def measure_overhead(
 
 
 def _hardly_learning(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """With almost no rate; Muon has three."""
-    rates = [name for name in recipe.flat() if name.startswith("optimizer.") and name.endswith("lr")]
-    return recipe.changed({**changes, **dict.fromkeys(rates, 1e-9)})
+    """With almost no rate."""
+    return recipe.changed({**changes, **dict.fromkeys(recipe.rates, 1e-9)})
 
 
 def trial_seconds(recipe: Recipe, speed: Speed, overhead: Overhead) -> dict[str, float]:

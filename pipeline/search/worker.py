@@ -39,7 +39,6 @@ from pipeline.training.loop import EpochReport
 MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 1.0  # of a worker that finds no released trial
 FLUSH_S = 3.0  # for a worker that ends, until MLflow has all that it measured
 STALLED_EXIT_CODE = 75  # of a process that ended itself
-MAX_TRACEBACK = 20_000  # characters: so many fit into the pipe
 
 
 @dataclass(frozen=True)
@@ -289,7 +288,7 @@ def main() -> None:
 
     threading.Thread(target=listen, daemon=True, name="stop").start()
     ended = work(cloudpickle.loads(bytes(message)), stop.is_set)
-    ended = replace(ended, bug=ended.bug[-MAX_TRACEBACK:])
-    os.write(answer, json.dumps(asdict(ended)).encode())
+    with open(answer, "wb") as out:
+        out.write(json.dumps(asdict(ended)).encode())
     sys.stderr.flush()
     os._exit(0)  # the listening thread would keep the process alive

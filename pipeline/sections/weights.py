@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from pipeline.errors import did_you_mean
 
@@ -56,6 +57,12 @@ def pinned_folder(value: str) -> str:
             "run's id or models:/NAME@ALIAS"
         )
     return f"{path}#sha256={file_digest(weights)}"
+
+
+def without_place(value: Any) -> Any:
+    """A field's value as it counts: of a file or folder that is kept with its digest only that, wherever it lies."""
+    found = _PINNED.fullmatch(value) if isinstance(value, str) else None
+    return f"#sha256={found['sha256']}" if found else value
 
 
 def pinned_file(weights: str) -> tuple[str, str] | None:

@@ -163,7 +163,7 @@ class _Learner:
         if transfer.weights_file:
             load_initial(transfer.weights_file, network)
         network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if isinstance(network, FitsFirstLayer):
+        if isinstance(network, FitsFirstLayer) and not transfer.weights_file:  # the others learnt from that first layer
             seen = data.sample(FIRST_LAYER_IMAGES).to(device)
             network.fit_first_layer(normalise(seen, data.mean, data.std))
         average = WeightAverage(network, settings.ema_decay, graphed) if settings.ema_decay else None

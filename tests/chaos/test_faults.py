@@ -117,7 +117,7 @@ def test_full_disk_costs_no_point(place: str, injector: FaultInjector, check: Ch
         if place == "journal":
             assert code == 2 and "No space left" in said and "the same command resumes" in said, injector.tail()
         if place == "artifacts":
-            assert code == 0 and "make sync sends them" in said, injector.tail()
+            assert code == 0 and "`python -m pipeline sync` sends them" in said, injector.tail()
         make("50m")
         assert injector.command("sync").code(120) == 0, injector.tail()
         injector.complete()
@@ -258,7 +258,7 @@ def test_paused_worker_is_replaced(injector: FaultInjector, check: Check) -> Non
 
 
 def test_stalled_trial_is_ended_and_run_again(injector: FaultInjector, check: Check) -> None:
-    injector.limit(stall_timeout_s=4)
+    injector.limit(stall_timeout_s=12)
     for at in (3, 5):
         injector.fork_server.arm("worker", "pipeline.training.loop:EpochReport", at, "hang", injector.folder / "note")
     assert injector.study().code(300) == 0, injector.tail()

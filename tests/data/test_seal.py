@@ -94,6 +94,21 @@ def test_two_commands_do_not_seal_twice(tmp_path: Path, home: Path) -> None:
     assert len(list((home / "splits").glob("*.json"))) == 1
 
 
+def test_seal_of_which_few_images_are_left_is_not_used(tmp_path: Path, home: Path) -> None:
+    root = pets(tmp_path / "pets")
+    first = drawn(root, home)
+    first.fix(home)
+    sealed = [root / name for name in first.listing.sealed_part.names]
+    for file in sealed[:2]:
+        file.unlink()
+    assert len(drawn(root, home).listing.sealed_part.names) == 2, "half of them"
+    sealed[2].unlink()
+    with pytest.raises(
+        DataError, match=r"only 1 of the 4 images are left that .*/pets-\w+.json has sealed: .*; if it is"
+    ):
+        drawn(root, home)
+
+
 def test_damaged_seal_is_not_drawn_anew(tmp_path: Path, home: Path) -> None:
     root = pets(tmp_path / "pets")
     drawn(root, home).fix(home)

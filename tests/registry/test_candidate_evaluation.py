@@ -19,6 +19,7 @@ from pipeline.registry.ledger import PASSED, REFUSED, TEST_EVALUATION
 from pipeline.registry.promote import promote
 from pipeline.sections.data import Data
 from pipeline.tracking import queries
+from pipeline.tracking.models import sha256_of
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest
 from registry.helpers import DATA, RULES, RecordingObserver, Store, kinds, record
@@ -81,6 +82,30 @@ def test_other_onnx_than_was_evaluated_is_not_registered(store: Store, tmp_path:
     verdict = registry.ledger.record(PASSED, registry.model, store.best, split=split, details=details)
     with pytest.raises(PromotionRefused, match="exported now, its ONNX model isn't the one that was evaluated"):
         evaluation.onnx_of_verdict(challenger, verdict)
+
+
+def test_predictions_of_another_onnx_file_are_not_used(store: Store, tmp_path: Path) -> None:
+    registry = store.registry(tmp_path, "other-file")
+    evaluation = candidate_evaluation.CandidateEvaluation(
+        registry, RULES, DATA, tmp_path / "files", RecordingObserver()
+    )
+    model, split = evaluation.model(store.best, "challenger"), "0" * 64
+    evaluation._export(model)
+    path = evaluation._path(store.best, split)
+    path.parent.mkdir()
+    path.write_bytes(b"predictions")
+    for onnx_sha256, is_used in (("0" * 64, False), (sha256_of(model.folder / "model.onnx"), True)):
+        details = record(onnx_sha256=onnx_sha256, predictions_sha256={store.best: sha256_of(path)})
+        registry.ledger.record(PASSED, registry.model, store.best, split=split, details=details)
+        assert evaluation._is_stored(model, split) is is_used
+
+
+def test_pass_by_other_rules_does_not_hold(store: Store, tmp_path: Path) -> None:
+    registry, view = store.registry(tmp_path, "rules"), RecordingObserver()
+    split, details = opener.digest_of(Data(dataset="digits"), DATA), record(opponent_run=store.control)
+    registry.ledger.record(PASSED, registry.model, store.best, split=split, details=details)
+    with pytest.raises(PromotionRefused, match=r"and passed by other rules \(alpha 0.05 then, 0.01 now\); `--force`"):
+        promote(registry, store.best, RULES.changed(["alpha=0.01"]), DATA, view)
 
 
 def test_first_champion_is_compared_with_a_control_alike(

@@ -1,5 +1,6 @@
 """A run is pruned, trained on under a run of its own, and from there on is a run like any other."""
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pipeline.registry.candidate_evaluation import _seed_scores
 from pipeline.registry.compress import Compression
 from pipeline.registry.gate import Rules
 from pipeline.registry.promote import promote
+from pipeline.sections.curriculum import Curriculum
 from pipeline.tracking import queries
 from pipeline.tracking.models import find_model, sha256_of
 from pipeline.tracking.tags import RunTags
@@ -71,6 +73,29 @@ def test_trained_only_once(store: Store, done: Done) -> None:
     pruned, distilled = plans_of(store, done.tracker, store.rival, distil=True)
     assert compress.finished_run(done.tracker, pruned) == done.run
     assert compress.finished_run(done.tracker, distilled) is None
+
+
+def test_pruned_network_is_trained_on_with_whole_images(done: Done) -> None:
+    original = done.plan.original
+    growing = original.metadata.recipe.changed({"curriculum.start_size": 4, "curriculum.start_strength": 0.2})
+    metadata = original.metadata.model_copy(update={"recipe": growing})
+    [plan] = compress.plan_compressions(done.tracker, replace(original, metadata=metadata), 0.05, None, False, CPU)
+    assert plan.recipe.curriculum == Curriculum()
+
+
+def test_found_where_the_weights_lie_elsewhere(done: Done) -> None:
+    """As after a move of the folder; also a run from when its digest held the place. The run gets what a kill kept away."""
+    moved = done.plan.recipe.transfer.weights.replace("/weights/", "/other/weights/")
+    file, (there, _) = Path((done.plan.recipe.transfer.weights_file or ("",))[0]), (moved.split("#"))
+    Path(there).parent.mkdir(parents=True)
+    shutil.copyfile(file, there)
+    plan = replace(done.plan, recipe=done.plan.recipe.changed({"transfer.weights": moved}))
+    folder = queries.artifact_folder(done.tracker.client.get_run(done.run))
+    assert folder
+    (folder / initial_weights.ARTIFACT).unlink()
+    done.tracker.client.set_tag(done.run, "recipe_digest", done.plan.recipe.digests[1])
+    assert compress.finished_run(done.tracker, plan) == done.run
+    assert sha256_of(folder / initial_weights.ARTIFACT) == sha256_of(file)
 
 
 def test_distilled_network_learns_by_the_recipe_of_its_teacher(store: Store, done: Done) -> None:

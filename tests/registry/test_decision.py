@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pipeline.cli.promote import _chosen
 from pipeline.cli.views_finals import print_finals
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
@@ -74,6 +75,13 @@ def test_decision_is_read_back_as_it_was_stored(
     assert find_winner(tracker, study) == decision.winner
     tags = RunTags.of(tracker.client.get_run(study.parent))
     assert (tags.finals_run, tags.finals_summary) == (decision.winner.run_id, decision.winner.summary)
+    decision.model_copy(update={"winner": None}).store(tracker, study)
+    tags = RunTags.of(tracker.client.get_run(study.parent))
+    assert (tags.finals_run, tags.finals_summary) == (None, None), "not those of the winner before"
+    with pytest.raises(
+        UserError, match=f"^finals of {study.name}: no winner: .*; `promote --run RUN` takes a run all the"
+    ):
+        _chosen(tracker, study.name, lambda line: None)
 
 
 def test_decision_is_void_where_its_finals_changed(

@@ -157,6 +157,9 @@ def test_moved_alias_is_reported_with_both_ways_out(store: Store, tmp_path: Path
     assert registry.champion() == Champion("2", store.best)
     with pytest.raises(UserError, match=r"`--version 7`: moved has no such version"):
         roll_back(registry, "7", "?")
+    registry.tracker.client.create_model_version("moved", f"runs:/{store.control}/model", store.control)
+    with pytest.raises(UserError, match=r"`--version 3`: was registered by hand and never evaluated; `promote --run"):
+        roll_back(registry, "3", "?")
     with pytest.raises(UserError, match=r"`--version 2`: is champion already"):
         roll_back(registry, "2", "?")
     with pytest.raises(UserError, match="`--reason`: is empty; say why"):

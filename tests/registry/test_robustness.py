@@ -23,8 +23,9 @@ def tracker(trained: Trained, tmp_path: Path) -> MlflowTracker:
 def test_what_is_kept_is_found_and_gets_no_second_point(tracker: MlflowTracker, trained: Trained) -> None:
     found = Robustness(144, 0.9, np.random.default_rng(0).random((15, 5)))
     assert stored(tracker, trained.finished) is None
-    for _ in range(2):
-        keep(tracker, find_run(tracker, trained.finished), found)
+    later = Robustness(144, 0.8, np.random.default_rng(1).random((15, 5)))  # of a second command, that began with it
+    for measured in (found, later):
+        assert keep(tracker, trained.finished, measured).clean == 0.9
     again, run = stored(tracker, trained.finished), find_run(tracker, trained.finished)
     assert again and np.array_equal(again.accuracy, found.accuracy)
     assert run.data.metrics["robustness/mean"] == pytest.approx(found.mean)

@@ -16,7 +16,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.evaluation.robustness import Robustness
 from pipeline.experiment import ExperimentRequest
 from pipeline.recipe import Recipe
-from pipeline.registry.robustness import find_run, keep
+from pipeline.registry.robustness import keep
 from pipeline.report.render import write
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
@@ -50,7 +50,7 @@ def store(
         ids.append(tracker.id_of(experiment.run(request, tracker).run_key))
     robustness = Robustness(144, 0.9, np.full((15, 5), 0.5))
     for run_id in ids:
-        keep(tracker, find_run(tracker, run_id), robustness)
+        keep(tracker, run_id, robustness)
     dice = np.random.default_rng(0)
     for number in range(2, 16):  # without files
         state = {14: State.PRUNED, 15: State.FAILED}.get(number, State.FINISHED)

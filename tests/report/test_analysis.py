@@ -161,6 +161,9 @@ def test_repeats_of_a_recipe_are_one_row_with_students_interval() -> None:
     half = 4.302653 * 0.02 / np.sqrt(3)  # t(0.975, 2 degrees)
     assert (repeats[1].score.low, repeats[1].score.high) == pytest.approx((0.82 - half, 0.82 + half))
     assert finals(runs.assign(role="trial")) == []
+    runs["data.folds"] = [np.nan, 0, 0] + [0] * 3  # the first is older than that field
+    runs["training.execution"] = ["graphed", *["eager"] * 5]  # as where a GPU began
+    assert [repeat.score.n for repeat in finals(runs)] == [1, 3, 2]
 
 
 def test_effects_are_beside_the_choice_of_a_control_that_has_no_such_score() -> None:

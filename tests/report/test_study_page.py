@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import Trained
 from mlflow.entities import Metric, Param
@@ -14,7 +15,7 @@ from pipeline.evaluation.significance import Sample
 from pipeline.recipe import Recipe
 from pipeline.registry.decision import CandidateResult, FinalsDecision, Winner
 from pipeline.report.render import write
-from pipeline.report.study_page import _parameters, study_page
+from pipeline.report.study_page import _parameters, champions, study_page
 from pipeline.report.trials import choose, finished, table, table_of
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker
@@ -143,6 +144,12 @@ def test_what_finals_decided_comes_first(halved: Store) -> None:
     client.create_registered_model(model)
     version = client.create_model_version(model, "file:///nowhere", runs["run_id"][5]).version
     client.set_registered_model_alias(model, "champion", version)
+    run_id = tracker.store.create_run(study.experiment, "mean", {"role": "ensemble"}, 0)
+    ensemble = runs.iloc[:1].assign(run_id=run_id, role="ensemble", trial=pd.NA)
+    version = client.create_model_version(model, "file:///nowhere", run_id).version
+    client.set_registered_model_alias(model, "previous", version)
+    assert f"image-classifier@previous is a run of this study: ensemble, {run_id}." in champions(tracker, ensemble)
+    client.delete_registered_model_alias(model, "previous")
     said = body(page_of(halved, "halved"))
     assert '<div class="answer"><p>Finals: the winner is trial 0 (control), a tie with trial 1: cheaper' in said
     assert f"trial {top} was not in these finals" in said.split("</div>")[0], "it scored best"

@@ -20,13 +20,13 @@ from study_harness import CPU, RecordingObserver, StudyHarness, attributes_of
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.search import run_study
+from pipeline.search import local_pool, run_study
 from pipeline.search.local_pool import LocalPool, placements
 from pipeline.search.storage import num_finished
 from pipeline.search.supervisor import WorkerBug
 from pipeline.search.trial import StudyInterrupted
 from pipeline.search.trial_attributes import TrialAttributes
-from pipeline.search.worker import Limits
+from pipeline.search.worker import Assignment, Ended, Limits
 
 LIMITS = Limits(heartbeat_s=0.2, heartbeat_timeout_s=20)
 
@@ -68,6 +68,22 @@ def living_workers() -> list[psutil.Process]:
 @pytest.fixture
 def processes(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> ProcessHarness:
     return ProcessHarness(tmp_path / "mlruns", small_recipe, digits)
+
+
+def test_worker_with_much_to_say_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the 64 KiB of a pipe, as a long traceback or a line for each of many files."""
+    long = "x" * 200_000
+    monkeypatch.setattr(local_pool, "WORKER", f"import json; print(json.dumps({{'bug': 'x' * {len(long)}}}))")
+    worker = local_pool.ProcessWorker(
+        Assignment(search=b"", storage="", tracking_uri="", home=Path("."), data_dir=Path("."), parent_run="")
+    )
+    deadline = time.monotonic() + 60
+    while worker.ended() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    try:
+        assert worker.ended() == Ended(bug=long)
+    finally:
+        worker.kill()
 
 
 def test_gpus_are_assigned_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

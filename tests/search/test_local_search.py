@@ -38,6 +38,14 @@ def test_parents_are_ranked_by_their_score_in_full() -> None:
     assert ranked([control, worse, better, disappointing]) == [control, better, worse]
 
 
+def test_trials_in_full_are_parents_beside_short_ones() -> None:
+    """As in a study that began without pruning."""
+    control = ended(0, 0.9, short=False, control=True)
+    good, bad = ended(1, 0.8, short=False), ended(2, 0.6, short=False)
+    best, worst = ended(3, 0.55), ended(4, 0.25)
+    assert ranked([control, good, bad, best, worst]) == [control, best, good, bad, worst], "0.55 + 0.3, 0.25 + 0.3"
+
+
 def test_trials_that_tell_no_score_are_no_parents() -> None:
     infeasible = ended(0, 0.9)
     infeasible.system_attrs = {"constraints:model/parameters": 1.0}

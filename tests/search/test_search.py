@@ -74,6 +74,15 @@ def test_changed_base_objective_data_or_split_is_refused(search: Search, digits:
     assert "  base training.epochs: 2 then, 5 now" in refusal(search, longer, digits)
 
 
+def test_weights_that_moved_are_the_same_question(search: Search, digits: TrainingData) -> None:
+    def taught(place: str, sha256: str) -> Search:
+        return replace(search, settings={"loss.teacher": f"{place}#sha256={sha256 * 64}"})
+
+    stored = taught("/here", "0").fingerprint(digits)
+    check_same("tiny", stored, taught("/there", "0").fingerprint(digits), 1)
+    assert any("base loss.teacher" in line for line in refusal(taught("/here", "0"), taught("/here", "1"), digits))
+
+
 def test_fraction_of_the_training_images_changes_the_split(
     search: Search, digits: TrainingData, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from pipeline.models.fast import FastNetwork
 from pipeline.recipe import Recipe
 from pipeline.sections.data import Data
 from pipeline.training import loop
+from pipeline.training.checkpoints import save_weights
 from pipeline.training.loop import Diverged, EpochReport, train
 
 CPU = torch.device("cpu")
@@ -204,6 +205,17 @@ def test_fast_repeats_bit_for_bit_and_whitens_by_the_data(small_recipe: Recipe, 
     other = train(recipe.changed({"training.seed": 1}), digits, CPU)
     assert torch.equal(other.network.whitening.weight, fitted.whitening.weight)
     assert not torch.equal(other.network.head.weight, first.network.head.weight)
+
+
+def test_first_layer_of_given_weights_stays_as_it_is(
+    small_recipe: Recipe, digits: TrainingData, tmp_path: Path
+) -> None:
+    """What follows it was trained behind it, maybe on other images."""
+    recipe = small_recipe.changed(FAST)
+    network = build_network(recipe.model, 10, 8, seed=0)
+    save_weights(tmp_path / "weights.safetensors", network, {})
+    recipe = recipe.changed({"transfer.weights": str(tmp_path / "weights.safetensors"), "training.epochs": 1})
+    assert torch.equal(train(recipe, digits, CPU).network.whitening.weight, network.whitening.weight)
 
 
 def test_the_speed_runs_recipe_learns_digits(small_recipe: Recipe, digits: TrainingData) -> None:
