@@ -73,7 +73,7 @@ def field_label(name: str) -> str:
 def value_label(value: Any) -> str:
     """A field's value for a reader: a number in three digits, a whole one in all of them; yes and no for flags."""
     if str(value) in ("True", "False"):  # numpy's too
-        return "yes" if value else "no"
+        return "yes" if str(value) == "True" else "no"
     if not isinstance(value, Real):
         return str(value)
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.3g}"

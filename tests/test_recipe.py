@@ -131,8 +131,9 @@ def test_every_section_with_kinds_is_known() -> None:
 def test_values_are_shown_the_same_as_a_recipe_and_as_a_table_have_them() -> None:
     shown = {"0.00123": 0.00123456, "1024": 1024, "adam": "adam", "yes": True, "no": False, "[16, 32]": "[16, 32]"}
     assert [value_label(value) for value in shown.values()] == list(shown)
-    assert [value_label(value) for value in (np.float64(1024), np.int64(1024), np.bool_(True))] == [
+    assert [value_label(value) for value in (np.float64(1024), np.int64(1024), np.bool_(True), "False")] == [
         "1024",
         "1024",
         "yes",
+        "no",
     ]

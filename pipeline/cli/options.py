@@ -154,7 +154,7 @@ class StudyOptions(BaseModel):
     @classmethod
     def _duration(cls, value: str | None) -> object:
         """Seconds, or a number with s, m, h or d behind it."""
-        if not (match := re.fullmatch(r"(-?\d+(?:\.\d+)?)([smhd]?)", value or "")):
+        if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", value or "")):
             raise ValueError("should be a time: seconds, or 90s, 30m, 2h or 1d")
         return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 

@@ -48,7 +48,7 @@ def test_compress_prints_one_table_and_predict_takes_the_runs(
     [
         (["compress"], ["RUN: needs a value: a finished run's id, or models:/NAME@ALIAS; type `python -m pipeline"]),
         (["compress", "0" * 32], ["no runs yet in mlruns"]),
-        (["compress", "0" * 32, "--sparsity", "1"], ["`--sparsity`: should be less than or equal to 0.99"]),
+        (["compress", "0" * 32, "--sparsity", "1"], ["`--sparsity 1`: should be less than or equal to 0.99"]),
     ],
 )
 def test_bad_input_is_refused(words: list[str], lines: list[str], tmp_path: Path) -> None:

@@ -90,8 +90,11 @@ def test_where_no_file_can_be_read_skipping_them_is_refused(pets: Path, home: Pa
 
 
 def test_they_are_decoded_once_for_each_form(pets: Path, home: Path, read: list[str]) -> None:
-    for form in (FORM, FORM, Form(8), FORM):
+    for form in (FORM, FORM, Form(8)):
         decoded(read_folder(pets), form, home)
+    for folder in caches(home):
+        os.utime(folder, (0, 0))
+    decoded(read_folder(pets), FORM, home)
     assert len(read) == 2 * 5
     assert ["crop" in folder.name for folder in caches(home)] == [False, True], "the one that was used last comes last"
 

@@ -295,7 +295,7 @@ def test_clearly_better_model_passes_and_its_twin_fails() -> None:
     assert "+10.00 points" in result_of(verdict, "gain").number
     twin = verdict_of(was_right, was_right, labels)
     assert [problem.subject for problem in twin.problems] == ["better", "gain", "beyond seeds"]
-    assert twin.problems[0].lines[0].startswith("better: p = 1.0000, should be at most 0.05; exact McNemar test")
+    assert twin.problems[0].lines[0].startswith("better: p = 1, should be at most 0.05; exact McNemar test")
 
 
 def test_bootstrap_interval_is_normal_for_many_images() -> None:

@@ -54,5 +54,5 @@ def test_only_a_file_of_this_project_is_put_back(small_recipe: Recipe, trained: 
     assert list(kept.parent.iterdir()) == [kept], "the run holds another one"
     shutil.rmtree(tmp_path / "here")
     (tmp_path / "here").touch()
-    with pytest.raises(UserError, match=f"can't be put there: .*initial.safetensors of run {run}"):
+    with pytest.raises(UserError, match=f"can't be put there: .*weights.safetensors of run {run}"):
         initial_weights.restore(tracker, run, recipe)
