@@ -60,10 +60,14 @@ def compare(
     if empty := [study.name for study in studies if study.name not in set(frame["study"])]:
         raise UserError(", ".join(empty), "has no trials yet", "`study NAME` runs some")
     links = {study.name: links_of(tracker, study, UI_PORT) for study in studies}
+    next_steps = []
     for study in studies:
         own = frame[frame["study"] == study.name]
         _print_trials(console, own)
-        say(console, *filter(None, [finals_verdict(tracker, study)[1], *champions(tracker, own)]))
+        decision, verdict = finals_verdict(tracker, study)
+        say(console, *filter(None, [verdict, *champions(tracker, own)]))
+        finals = {} if decision else {"try the best with more seeds": f"finals {study.name}"}
+        next_steps.append({**finals, "make the winner champion": f"promote {study.name}"})
     with make_console(stderr=True).status("writing the page"):
         word = COMMAND_LINE.word
         if len(studies) == 1:
@@ -75,10 +79,8 @@ def compare(
     say(console, f"page: {file} ({len(page.encode()) / 1e6:.1f} MB, opens offline)")
     for name, of_study in links.items():
         print_links(console, f"{name} in MLflow (`ui`):", list(of_study.items()))
-    steps = {"try the best with more seeds": "finals", "make the winner champion": "promote"}
-    for study in studies:
-        commands = [(what, next_command(f"{step} {study.name}", tracking_uri)) for what, step in steps.items()]
-        print_links(console, "Next:", commands)
+    for steps in next_steps:
+        print_links(console, "Next:", [(what, next_command(step, tracking_uri)) for what, step in steps.items()])
 
 
 def page_name(studies: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ def test_compare_prints_the_best_trials_and_writes_a_page(trained: Trained, tmp_
     )
     assert max(map(len, table.splitlines()[1:])) <= 100
     assert links.startswith(f"{tmp_path / 't.html'} (") and "#/experiments/1/runs?workflowType=" in links
+    assert "pipeline finals tiny" in links and "pipeline promote tiny" in links
     assert (tmp_path / "t.html").read_text().startswith("<!DOCTYPE html>")
 
     wrong = run_forked("compare", "tiny", "tinny", cwd=trained.home.parent)
