@@ -6,13 +6,12 @@ Run by hand, `run` and then `report`; README.md beside this file says how it mea
 import argparse
 import csv
 import logging
-import math
 import os
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # equal sums need equal threads, and an epoch more would not be faster
@@ -21,12 +20,14 @@ import pipeline.runtime  # noqa: F401, I001  before torch is imported
 import optuna
 import torch
 from filelock import FileLock, Timeout
+from scipy.stats import ttest_ind
 
 from contestants import SYSTEMS, VARIANTS, Line, Step, Strategy, System, hand_of
 from meter import Meter, Spent, Trainer
 from pipeline.data.datasets import load
 from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
+from pipeline.evaluation.significance import sample
 from pipeline.recipe import Recipe
 from pipeline.search.search import Search
 from pipeline.training.loop import Diverged
@@ -187,31 +188,35 @@ def changes(recipe: Recipe, base: Recipe) -> str:
 
 
 def report(output: Path) -> Iterator[str]:
-    """Markdown: of each system, variant and point the mean over searches, its standard error, and how many."""
+    """Markdown: of each system, variant and point the mean over searches, its 95 % interval, and the lead of `ours`."""
     with (output / "scores.csv").open(newline="") as table:
         rows = list(csv.DictReader(table))
     for system in dict.fromkeys(row["system"] for row in rows):
         yield f"### {system}"
-        yield "| variant | epochs used | handed over, % | standard error | searches | each search | as the search saw it, % |"
+        yield "| variant | epochs used | handed over, % | 95 % interval | lead of `ours` | each search | seen by the search, % |"
         yield "|---|---|---|---|---|---|---|"
-        groups: dict[tuple[int, str], list[dict[str, str]]] = defaultdict(list)
-        for row in rows:
-            if row["system"] == system:
-                groups[int(row["at"]), row["variant"]].append(row)
-        for (at, variant), group in sorted(groups.items(), key=lambda item: (item[0][0], -mean_of(item[1]))):
-            each = [100 * float(row["mean"]) for row in group]
-            n = len(each)
-            error = f"{statistics.stdev(each) / math.sqrt(n):.2f}" if n > 1 else ""
-            saw = [100 * float(row["search_score"]) for row in group if row["search_score"]]
-            seen = f"{statistics.mean(saw):.2f}" if saw else ""
-            listed = ", ".join(f"{mean:.2f}" for mean in each)
-            yield f"| {variant} | {at} | {statistics.mean(each):.2f} | {error} | {n} | {listed} | {seen} |"
+        groups: dict[tuple[int, str], list[float]] = defaultdict(list)
+        saw: dict[tuple[int, str], list[float]] = defaultdict(list)
+        for row in [row for row in rows if row["system"] == system]:
+            groups[int(row["at"]), row["variant"]].append(100 * float(row["mean"]))
+            if row["search_score"]:
+                saw[int(row["at"]), row["variant"]].append(100 * float(row["search_score"]))
+        for (at, variant), each in sorted(groups.items(), key=lambda item: (item[0][0], -statistics.mean(item[1]))):
+            found = sample(each)
+            interval = f"{found.low:.2f} to {found.high:.2f}" if found.n > 1 else ""
+            listed, seen = ", ".join(f"{mean:.2f}" for mean in each), saw[at, variant]
+            seen_mean = f"{statistics.mean(seen):.2f}" if seen else ""
+            lead = lead_of(groups[at, "ours"], each) if variant != "ours" else ""
+            yield f"| {variant} | {at} | {found.mean:.2f} | {interval} | {lead} | {listed} | {seen_mean} |"
         yield ""
 
 
-def mean_of(rows: Iterable[dict[str, str]]) -> float:
-    """Of the handed-over recipes' scores."""
-    return statistics.mean(float(row["mean"]) for row in rows)
+def lead_of(ours: Sequence[float], others: Sequence[float]) -> str:
+    """By how many points the searches `ours` are better than others, with Welch's 95 % interval; "" for fewer than two."""
+    if min(len(ours), len(others)) < 2:
+        return ""
+    interval = ttest_ind(ours, others, equal_var=False).confidence_interval()
+    return f"{statistics.mean(ours) - statistics.mean(others):+.2f} ({interval.low:.2f} to {interval.high:.2f})"
 
 
 def main() -> None:
