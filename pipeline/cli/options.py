@@ -221,7 +221,7 @@ def resolve(
 
         fields["loss.teacher"] = str(keep_model(HOME, tracking_uri, teacher))
     settings, notes = definition.settings(fields), list[str]()
-    if dataset and dataset not in SOURCES:
+    if "data.dataset" in fields and str(settings["data.dataset"]) not in SOURCES:
         about = definition.base.changed({name: settings[name] for name in FILE_FIELDS if name in settings}).data
         files = listed(about, HOME)
         definition, note = definition.suited_to(files.listing, settings)

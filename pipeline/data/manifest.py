@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.data.listing import ORDER, SPLITS, TRAIN, Listing, check_classes, check_inside, check_names, first
+from pipeline.data.listing import (
+    ORDER,
+    SPLITS,
+    TRAIN,
+    Listing,
+    check_classes,
+    check_groups,
+    check_inside,
+    check_names,
+    first,
+)
 from pipeline.errors import DataError, Problem, did_you_mean, first_line
 from pipeline.sections.data import COLUMNS
 
@@ -51,7 +61,7 @@ def read_manifest(place: Path, columns: Mapping[str, str]) -> Listing:
         splits=table["split"].to_numpy(str),
         groups=table["group"].to_numpy(str) if "group" in table else None,
     )
-    _check_groups(listing)
+    check_groups(listing, "put it on one side, or leave out one of the columns split and group")
     return listing
 
 
@@ -81,7 +91,8 @@ def _table(place: Path, columns: Mapping[str, str]) -> "pd.DataFrame":
     text = {
         name: column.astype(object).where(column.notna(), "").map(str).str.strip() for name, column in named.items()
     }
-    text["path"] = text["path"].map(lambda path: path and os.path.normpath(path))
+    root = os.path.join(place.parent, "")
+    text["path"] = text["path"].map(lambda path: path and os.path.normpath(path).removeprefix(root))
     return pd.DataFrame(text)
 
 
@@ -99,20 +110,3 @@ def _problems(place: Path, table: "pd.DataFrame", columns: Mapping[str, str]) ->
             yield Problem(f"{where}: {columns['split']} = {split}", rule)
         if row["path"] and seen.setdefault(row["path"], number) != number:
             yield Problem(where, f"{row['path']} stands in row {seen[row['path']]}, too", "remove one of them")
-
-
-def _check_groups(listing: Listing) -> None:
-    """DataError where images of one group are in two splits by the manifest itself."""
-    if listing.groups is None:
-        return
-    splits: dict[str, set[str]] = {}
-    for group, split in zip(listing.groups.tolist(), listing.splits.tolist(), strict=True):
-        splits.setdefault(group, set()).add(split)
-    remedy = "put it on one side, or leave out one of the columns split and group"
-    problems = [
-        Problem(f"{listing.place.name}, group {group}", f"is in {' and '.join(sorted(found, key=ORDER.index))}", remedy)
-        for group, found in sorted(splits.items())
-        if len(found) > 1
-    ]
-    if problems:
-        raise DataError.many(first(problems))

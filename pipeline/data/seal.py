@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from pipeline.data.listing import TEST, TRAIN, Listing
+from pipeline.data.listing import TEST, TRAIN, Listing, check_groups
 from pipeline.data.splits import sealed
 from pipeline.errors import DataError, UserError
 
@@ -84,12 +84,15 @@ class Seal:
             raise DataError(str(file), rule, "restore it; without it the test split is drawn anew") from None
 
     def apply(self, listing: Listing) -> Listing:
-        """The listing with its test split."""
+        """The listing with its test split; DataError where that divides a group, which it was drawn without."""
         paths = set(self.paths)
         is_test = np.array([name in paths for name in listing.names])
         if listing.groups is not None:
             is_test |= np.isin(listing.groups, self.groups)
-        return listing.with_splits(np.where(is_test, TEST, listing.splits))
+        result = listing.with_splits(np.where(is_test, TEST, listing.splits))
+        remedy = f"remove the seal in mlruns/{FOLDER}, and another test split is drawn; or leave out the column group"
+        check_groups(result, f"its test images were sealed without these groups: {remedy}")
+        return result
 
     def lines(self, listing: Listing) -> list[str]:
         """What a person should know of it, a line each; `listing` has this test split."""

@@ -78,6 +78,7 @@ def test_a_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     data = load_data(search, tmp_path, torch.device("cpu"))
     assert len(listings) == 1 and data.listed and data.listed.listing.test_digest
     assert cloudpickle.loads(packed(search)).listed is None, "other processes look themselves"
+    assert resolve("attention", StudyOptions(), None, ["data.dataset=pets"]).base == search.base, "however it is named"
 
 
 def test_a_cluster_needs_reachable_databases() -> None:

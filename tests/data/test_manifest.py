@@ -72,7 +72,8 @@ def test_splits_are_given_in_any_case_and_order(pets: Path) -> None:
 
 
 def test_every_bad_row_is_named_at_once(pets: Path) -> None:
-    rows = [f"{ROWS[0]},train", "train/dog/more/0.tiff,dog,train", ",dog,train", f"{ROWS[1]},tst", "x.png,,val"]
+    same = pets / "train/dog/more/../more/0.tiff"
+    rows = [f"{ROWS[0]},train", f"{same},dog,test", ",dog,train", f"{ROWS[1]},tst", "x.png,,val"]
     assert lines_of(DataError, write(pets, rows, "path,label,split")) == [
         "photos.csv, row 2: train/dog/more/0.tiff stands in row 1, too; remove one of them",
         "photos.csv, row 3: path is empty; fill it in, or remove the row",

@@ -143,6 +143,16 @@ def test_images_of_a_sealed_group_stay_sealed(tmp_path: Path, home: Path) -> Non
     assert set(grown.listing.sealed_part.names) == {*first.listing.sealed_part.names, "new.png"}
 
 
+def test_groups_that_come_later_are_never_divided(tmp_path: Path, home: Path) -> None:
+    root = pets(tmp_path / "pets")
+    rows = [f"{name}/{number:02}.png,{name}" for number in range(20) for name in ("cat", "dog")]
+    drawn(manifest(root, rows, "path,label"), home).fix(home)
+    with pytest.raises(
+        DataError, match=r"^photos.csv, group p\d: is in train and test; .* sealed without these groups"
+    ):
+        drawn(manifest(root, [f"{row},p{number // 10}" for number, row in enumerate(rows)]), home)
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_sealed_labels_change_no_score(given: bool, tmp_path: Path, home: Path, small_recipe: Recipe) -> None:
     root = pets(tmp_path / "pets")
