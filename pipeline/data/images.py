@@ -134,7 +134,7 @@ def image_files(folder: Path, left_out: Counter[str] | None = None) -> list[str]
             continue
         visited.add(real)
         left_out[HIDDEN] += sum(map(is_litter, [*subfolders, *names]))
-        subfolders[:] = [name for name in subfolders if not is_litter(name)]
+        subfolders[:] = sorted(name for name in subfolders if not is_litter(name))  # of links to one the first counts
         kept = [name for name in names if not is_litter(name)]
         files += [(parent, name) for name in kept if name.lower().endswith(SUFFIXES)]
         left_out.update(_kind(name) for name in kept if not name.lower().endswith(SUFFIXES))
