@@ -14,7 +14,7 @@ from rich.text import Text
 
 from pipeline.cli.common import HOME, expand, make_console, next_command, page_file, print_links, say
 from pipeline.cli.make import COMMAND_LINE
-from pipeline.cli.options import DataDirOption, StudyOptions, TrackingOption, with_study_options
+from pipeline.cli.options import DataDirOption, StudyOptions, TrackingOption, file_problems, with_study_options
 from pipeline.errors import Problem, UserError, counted, escape_control, validation_problems
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def _about(dataset: str, typed: dict[str, str | bool | None]) -> "Data":
     problems: list[Problem] = []
     options = StudyOptions.parse(typed, problems)
     fields = {name: value for name in _OF_FILES if (value := getattr(options, name)) is not None}
+    problems += file_problems({f"data.{name}": value for name, value in fields.items()}, dataset, None)
     if problems:
         raise UserError.many(problems)
     try:
