@@ -74,6 +74,7 @@ def _table(place: Path, columns: Mapping[str, str]) -> "pd.DataFrame":
             table = pd.read_csv(place, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         else:
             table = pd.read_parquet(place)
+            table = table if table.index.names == [None] else table.reset_index()
     except OSError as error:
         raise DataError(str(place), error.strerror or first_line(error)) from None
     except Exception as error:  # whatever a parser raises
@@ -82,10 +83,11 @@ def _table(place: Path, columns: Mapping[str, str]) -> "pd.DataFrame":
     table.columns = table.columns.map(str)
     wanted = [name for name in COLUMNS if name in REQUIRED or columns[name] != name]
     if absent := [columns[name] for name in wanted if columns[name] not in table]:
+        renamed = "`--columns path=file,label=species` names those that are called otherwise"
         raise DataError(
             str(place),
             f"has no column {' and '.join(absent)}{did_you_mean(absent[0], table.columns)}; it has {', '.join(table.columns)}",
-            "`--columns path=file,label=species` names those that are called otherwise",
+            renamed if len(table.columns) > 1 else "separate the columns by commas",
         )
     named = {name: table[columns[name]] for name in COLUMNS if columns[name] in table}
     text = {
