@@ -38,6 +38,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "augmix": {"augmentation.policy": "augmix"},
     "augmix, consistency 12": {"augmentation.policy": "augmix", "augmentation.consistency": 12.0},
     "trivialaugment": {"augmentation.policy": "trivialaugment"},
+    # What AugMix costs, and what it costs with consistency, spent on more epochs instead.
+    "none, 17 epochs": {"training.epochs": 17},
+    "none, 40 epochs": {"training.epochs": 40},
 }
 GROUPS = {"noise": slice(0, 3), "blur": slice(3, 7), "weather": slice(7, 11), "digital": slice(11, 15)}
 SCORES = ("clean", "corrupted", *GROUPS)

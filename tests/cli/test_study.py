@@ -1,18 +1,15 @@
 """The command `study`, in a process of its own as a user runs it."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import NO_RETRIES, ROOT, TINY_NETWORK, run_forked, run_pipeline
-from fork_server import shared_fork_server
+from conftest import NO_RETRIES, TINY_NETWORK, run_forked, run_pipeline
+from fork_server import Process, shared_fork_server
 from PIL import Image
 
 from cli.helpers import assert_refused, rows
@@ -89,20 +86,22 @@ def test_study_runs_resumes_and_names_the_next_commands(tmp_path: Path) -> None:
     assert "  python -m pipeline promote attention-v2-digits\n" in new.stdout
 
 
+def _trains(words: list[str], folder: Path, log: Path) -> Process:
+    """The command, once it has trained an epoch."""
+    process, limit = shared_fork_server().start(words, folder, log), time.monotonic() + 120
+    while not re.search(r"epoch \d+/400:", log.read_text()):
+        assert process.code() is None and time.monotonic() < limit, log.read_text()
+        time.sleep(0.1)
+    return process
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_study_leaves_nothing_running_and_resumes(number: signal.Signals, tmp_path: Path) -> None:
     words = ["study", "attention", "--dataset", "digits", "--epochs", "400", "--trials", "1", "--set", TINY_NETWORK]
-    command = [sys.executable, "-m", "pipeline", *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     log = tmp_path / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out, env=environment)
-        limit = time.monotonic() + 120
-        while "epoch 2/400:" not in log.read_text() and time.monotonic() < limit:
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        process.send_signal(number)
-        assert process.wait(30) == (130 if number == signal.SIGTERM else -number)
+    process = _trains(words, tmp_path, log)
+    process.signal(number)
+    assert process.wait(30) == (130 if number == signal.SIGTERM else -number)
     runs = tmp_path / "mlruns"
     if number == signal.SIGTERM:
         assert "interrupted; the same command resumes" in log.read_text()
@@ -113,10 +112,7 @@ def test_killed_study_leaves_nothing_running_and_resumes(number: signal.Signals,
 
     # The interrupted trial is asked again by the resumed study; stop it once it is seen to be under way.
     log.unlink()
-    resumed = shared_fork_server().start(words, tmp_path, log)
-    while "epoch 1/400:" not in log.read_text() and time.monotonic() < limit + 60:
-        assert resumed.code() is None, log.read_text()
-        time.sleep(0.1)
+    resumed = _trains(words, tmp_path, log)
     resumed.signal(signal.SIGTERM)
     assert resumed.wait(30) == 130
     assert "trial 1: the control, the base recipe" in log.read_text()
