@@ -63,7 +63,12 @@ class Seal:
         """
         seals = {file: cls._read(file) for file in sorted((home / FOLDER).glob("*.json"))}
         names, place = set(listing.names), str(listing.place)
-        here = {file: len(names.intersection(seal.paths)) for file, seal in seals.items() if seal.place == place}
+        real = os.path.realpath(place)  # as `find_data` names it, whatever link was typed when it was drawn
+        here = {
+            file: len(names.intersection(seal.paths))
+            for file, seal in seals.items()
+            if os.path.realpath(seal.place) == real
+        }
         if here and (left := max(here.values())):
             file = max(here, key=here.__getitem__)
             if 2 * left < (drawn := len(seals[file].paths)):
@@ -112,7 +117,7 @@ class Seal:
         identity = hashlib.sha256(json.dumps([self.place, self.paths]).encode()).hexdigest()
         file = folder / f"{listing.short_name}-{identity[:8]}.json"
         with FileLock(folder / ".lock"):
-            if file.exists():
+            if any(folder.glob(f"*-{identity[:8]}.json")):  # whatever the data set, or a link to it, is called
                 return
             found = Seal.find(listing, home)
             if found and found.paths != self.paths:

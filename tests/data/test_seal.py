@@ -74,6 +74,19 @@ def test_fixed_seal_outlives_growth_and_a_move(tmp_path: Path, home: Path) -> No
     assert drawn(root, tmp_path / "other").listing.sealed_part.names != first.listing.sealed_part.names
 
 
+def test_a_link_to_the_data_set_is_that_data_set(tmp_path: Path, home: Path) -> None:
+    root = pets(tmp_path / "pets")
+    (tmp_path / "link").symlink_to(root)
+    first = drawn(tmp_path / "link", home)
+    first.fix(home)
+    pets(root, 40)
+    for place in (root, tmp_path / "link"):
+        found = drawn(place, home)
+        found.fix(home)
+        assert found.listing.sealed_part.names == first.listing.sealed_part.names
+    assert len(list((home / "splits").glob("*.json"))) == 1
+
+
 def test_other_share_of_a_fixed_seal_is_refused_and_none_is_none(tmp_path: Path, home: Path) -> None:
     root = pets(tmp_path / "pets")
     drawn(root, home, 0.2).fix(home)
