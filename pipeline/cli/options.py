@@ -227,6 +227,8 @@ def resolve(
         files = listed(about, HOME)
         definition, note = definition.suited_to(files.listing, settings)
         notes += [note] if note else []
+    if dataset in SOURCES and Path(dataset).is_dir():
+        notes.append(f"{dataset} is the data set of that name, not the folder here: `--dataset ./{dataset}` is that")
     problems += file_problems(fields, str(settings["data.dataset"]), files)
     if variant := definition.variants.get(str(settings["data.dataset"])):
         given = {*fields, "trials"} if options.trials or options.budget else fields

@@ -99,6 +99,10 @@ def test_options_of_files_that_would_change_nothing_are_refused(
     rest = "is for folders and manifests, not for digits; leave it out"
     values = ("columns = label=x", "test_fraction = 0.2", "corrupt = skip")
     assert refused("digits") == [f"data.{value}: {rest}" for value in values]
+    (tmp_path / "digits").mkdir()
+    assert (
+        "not the folder here: `--dataset ./digits`" in resolve("attention", StudyOptions(), "digits", []).remarks()[0]
+    )
     assert refused("pets") == [
         "data.columns = label=x: is for manifests, and pets is a folder; leave it out",
         "data.test_fraction = 0.2: is for data without test images, and pets has some; leave it out",
