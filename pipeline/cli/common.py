@@ -203,6 +203,16 @@ def writable(file: Path) -> Path:
     return file
 
 
+def page_file(output: Path) -> Path:
+    """`writable` for a page; UserError where it isn't called so, as it would replace what a person has there."""
+    file = expand(output)
+    if (is_folder := file.is_dir()) or file.suffix.lower() != ".html":
+        example = file / "report.html" if is_folder else file.with_suffix(".html")
+        rule = "is a folder" if is_folder else "should end in .html"
+        raise UserError(f"`--output {file}`", rule, f"name a file, e.g. {example}")
+    return writable(file)
+
+
 def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) -> bool:
     """Wait until MLflow has what this command measured; else print what it has not, and False."""
     if tracker.flush(timeout_s):

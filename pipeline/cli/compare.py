@@ -16,6 +16,7 @@ from pipeline.cli.common import (
     make_console,
     next_command,
     open_tracker,
+    page_file,
     print_links,
     say,
     say_what_is_missing,
@@ -51,9 +52,7 @@ def compare(
     from pipeline.report.trials import choose, table
 
     studies = choose(tracker, names)
-    file = expand(output) if output else HOME / "reports" / page_name([study.name for study in studies])
-    if file.is_dir():
-        raise UserError(f"`--output {file}`", "is a folder", f"name a file, e.g. {file / 'report.html'}")
+    file = page_file(output) if output else HOME / "reports" / page_name([study.name for study in studies])
     console = make_console()
     say_what_is_missing(console, tracker, studies)
     frame = table(tracker, studies)

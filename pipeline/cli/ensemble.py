@@ -127,6 +127,8 @@ def _average_tables(files: Sequence[Path], output: Path) -> None:
     resolved = [file.resolve() for file in files]
     if repeated := [file for i, file in enumerate(files) if resolved[i] in resolved[:i]]:
         raise UserError(str(repeated[0]), "is named twice; each file has one vote")
+    if output.resolve() in resolved:
+        raise UserError(f"`--output {output}`", "is one of the tables, which it would replace", "name another file")
     table = average({str(file): read_predictions(file) for file in files})
     write_predictions(table, output)
     say(make_console(), f"{output}: {len(table):,} images, the mean of {len(files)} files")

@@ -2,18 +2,20 @@
 
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import ValidationError
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.common import HOME, expand, make_console, next_command, print_links, say, writable
+from pipeline.cli.common import HOME, expand, make_console, next_command, page_file, print_links, say
 from pipeline.cli.make import COMMAND_LINE
-from pipeline.cli.options import DataDirOption, StudyOptions, TrackingOption, with_study_options
-from pipeline.errors import Problem, UserError, counted, escape_control
+from pipeline.cli.options import DataDirOption, StudyOptions, TrackingOption, file_problems, with_study_options
+from pipeline.errors import Problem, UserError, counted, escape_control, validation_problems
 
 if TYPE_CHECKING:
     from pipeline.report.inspection import Inspection
@@ -45,7 +47,7 @@ def inspect(
     from pipeline.tracking.tracker import MlflowTracker
 
     console = make_console()
-    file = writable(output) if output else None
+    file = page_file(output) if output else None
     has_runs = tracking_uri is not None or (HOME / "mlflow.db").exists()
     tracker = MlflowTracker(HOME, tracking_uri) if has_runs else None
     with make_console(stderr=True).status("looking at every image"):
@@ -53,7 +55,7 @@ def inspect(
     file = file or HOME / "reports" / f"inspect-{found.name}.html"
     _print_counts(found)
     say(console, *found.notes, *found.lines())
-    table = file.with_suffix(".csv")
+    table = file.with_name(f"{file.stem}-findings.csv")  # photos.csv may be the manifest
     page = inspection_page(found, table.name, COMMAND_LINE.word)
     write(page, file)
     write(findings(found).to_csv(index=False), table)
@@ -69,9 +71,14 @@ def _about(dataset: str, typed: dict[str, str | bool | None]) -> "Data":
     problems: list[Problem] = []
     options = StudyOptions.parse(typed, problems)
     fields = {name: value for name in _OF_FILES if (value := getattr(options, name)) is not None}
+    problems += file_problems({f"data.{name}": value for name, value in fields.items()}, dataset, None)
     if problems:
         raise UserError.many(problems)
-    return Data.model_validate({"dataset": os.path.expanduser(dataset), **fields})
+    try:
+        return Data.model_validate({"dataset": os.path.expanduser(dataset), **fields})
+    except ValidationError as error:
+        problems = validation_problems(error)
+        raise UserError.many([replace(problem, subject=f"data.{problem.subject}") for problem in problems]) from None
 
 
 def _next(found: "Inspection", about: "Data", tracking_uri: str | None) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from pipeline.cli.common import DEVICE_NAMES, HOME
 from pipeline.errors import Problem, UserError
 
 if TYPE_CHECKING:
+    from pipeline.data.datasets import Listed
     from pipeline.search.budget import Budget
     from pipeline.search.search import Search
 
@@ -221,11 +222,14 @@ def resolve(
 
         fields["loss.teacher"] = str(keep_model(HOME, tracking_uri, teacher))
     settings, notes = definition.settings(fields), list[str]()
-    if dataset and dataset not in SOURCES:
+    if "data.dataset" in fields and str(settings["data.dataset"]) not in SOURCES:
         about = definition.base.changed({name: settings[name] for name in FILE_FIELDS if name in settings}).data
         files = listed(about, HOME)
         definition, note = definition.suited_to(files.listing, settings)
         notes += [note] if note else []
+    if dataset in SOURCES and Path(dataset).is_dir():
+        notes.append(f"{dataset} is the data set of that name, not the folder here: `--dataset ./{dataset}` is that")
+    problems += file_problems(fields, str(settings["data.dataset"]), files)
     if variant := definition.variants.get(str(settings["data.dataset"])):
         given = {*fields, "trials"} if options.trials or options.budget else fields
         notes += variant.lines(str(settings["data.dataset"]), given)
@@ -249,6 +253,21 @@ def resolve(
     if problems:
         raise UserError.many(problems)
     return search
+
+
+def file_problems(fields: Mapping[str, Any], dataset: str, files: "Listed | None") -> list[Problem]:
+    """Each field of FILE_FIELDS that would change nothing about this data set; `files` are its, if it was listed."""
+    from pipeline.data.datasets import SOURCES
+    from pipeline.data.listing import TEST
+
+    rules = dict.fromkeys(FILE_FIELDS[1:], f"is for folders and manifests, not for {dataset}")
+    if dataset not in SOURCES:
+        rules = {}
+        if files and not files.listing.is_manifest:
+            rules["data.columns"] = f"is for manifests, and {dataset} is a folder"
+        if files and not files.seal and files.listing.has(TEST) and fields.get("data.test_fraction"):
+            rules["data.test_fraction"] = f"is for data without test images, and {dataset} has some"
+    return [Problem(f"{name} = {fields[name]}", rule, "leave it out") for name, rule in rules.items() if name in fields]
 
 
 def budget_of(options: StudyOptions, changes: Sequence[str], started: float) -> "Budget | None":

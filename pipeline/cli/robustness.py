@@ -35,6 +35,7 @@ def robustness(
     from pipeline.inference.classifier import Classifier
     from pipeline.registry import robustness as registry
     from pipeline.registry.export import find_data_of, split_as_then
+    from pipeline.tracking import queries
     from pipeline.tracking.models import find_model
     from pipeline.tracking.tags import RunTags
 
@@ -46,7 +47,7 @@ def robustness(
         say(console, f"model: {files.label}")
         classifier = Classifier.load(files.folder, torch_device)
     metadata = classifier.metadata
-    run = registry.find_run(tracker, metadata.run_id)
+    run = queries.find_run(tracker, metadata.run_id)
     found = registry.stored(tracker, metadata.run_id)
     if found:
         say(console, "measured before:")

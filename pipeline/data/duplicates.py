@@ -80,19 +80,22 @@ def find_duplicates(prints: Fingerprints) -> Duplicates:
 
 
 def _near_pairs(hashes: np.ndarray, small: np.ndarray) -> np.ndarray:
-    """int64 (P, 2): indices of those that are nearly the same."""
+    """int64 (P, 2): indices of those that are nearly the same.
+
+    Candidates are confirmed block by block: thousands of plain images have one hash, and millions of pairs that aren't.
+    """
     found = [np.empty((0, 2), dtype=np.int64)]
-    flat = small.reshape(len(small), 3 * THUMBNAIL**2)
     width = 64 // _BANDS
-    for band in range(_BANDS):
-        keys = hashes >> np.uint64(band * width) & np.uint64(2**width - 1)
-        order = np.argsort(keys, kind="stable")
-        for rows in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
-            found += [rows[pairs] for pairs in _candidates(hashes[rows])]
-    pairs = np.concatenate(found)
-    pairs = np.unique(np.sort(pairs, axis=1), axis=0)
-    parts = np.array_split(pairs, len(pairs) // 4096 + 1)
-    return np.concatenate([part[_is_near(flat[part[:, 0]], flat[part[:, 1]])] for part in parts])
+    keys = [hashes >> np.uint64(band * width) & np.uint64(2**width - 1) for band in range(_BANDS)]
+    for band, of_band in enumerate(keys):
+        order = np.argsort(of_band, kind="stable")
+        for rows in np.split(order, np.flatnonzero(np.diff(of_band[order])) + 1):
+            for candidates in _candidates(hashes[rows]):
+                pairs = rows[candidates]
+                for earlier in keys[:band]:
+                    pairs = pairs[earlier[pairs[:, 0]] != earlier[pairs[:, 1]]]  # the others were found there
+                found.append(pairs[_is_near(small, pairs)])
+    return np.concatenate(found)
 
 
 def _candidates(hashes: np.ndarray) -> Iterator[np.ndarray]:
@@ -105,9 +108,13 @@ def _candidates(hashes: np.ndarray) -> Iterator[np.ndarray]:
         yield start + np.stack([first[is_later], second[is_later] + 1], axis=1)
 
 
-def _is_near(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """bool (P,) of thumbnails uint8 (P, D)."""
-    one, other = one.astype(np.float32), other.astype(np.float32)
-    difference = np.sqrt(((one - other) ** 2).mean(axis=1))
-    contrast = np.minimum(one.std(axis=1), other.std(axis=1))
-    return (difference <= MAX_DIFFERENCE) & (difference <= MAX_RELATIVE * contrast)
+def _is_near(small: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """bool (P,) of pairs of thumbnails, int64 (P, 2)."""
+    flat = small.reshape(len(small), 3 * THUMBNAIL**2)
+    result = np.empty(len(pairs), dtype=bool)
+    for start in range(0, len(pairs), 4096):
+        one, other = (flat[indices].astype(np.float32) for indices in pairs[start : start + 4096].T)
+        difference = np.sqrt(((one - other) ** 2).mean(axis=1))
+        contrast = np.minimum(one.std(axis=1), other.std(axis=1))
+        result[start : start + 4096] = (difference <= MAX_DIFFERENCE) & (difference <= MAX_RELATIVE * contrast)
+    return result

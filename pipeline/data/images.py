@@ -134,7 +134,7 @@ def image_files(folder: Path, left_out: Counter[str] | None = None) -> list[str]
             continue
         visited.add(real)
         left_out[HIDDEN] += sum(map(is_litter, [*subfolders, *names]))
-        subfolders[:] = [name for name in subfolders if not is_litter(name)]
+        subfolders[:] = sorted(name for name in subfolders if not is_litter(name))  # of links to one the first counts
         kept = [name for name in names if not is_litter(name)]
         files += [(parent, name) for name in kept if name.lower().endswith(SUFFIXES)]
         left_out.update(_kind(name) for name in kept if not name.lower().endswith(SUFFIXES))
@@ -234,7 +234,8 @@ def read_file(path: Path, form: Form, digest: bool = False) -> FileImage:
 def _decode(path: Path, form: Form, digest: bool) -> FileImage:
     if not path.is_file():  # opening a pipe would wait for ever
         raise ValueError("not a file" if path.exists() else "no such file")
-    with Image.open(path, formats=FORMATS) as image:
+    # A file, not its path: of a path Pillow maps uncompressed grey TIFFs, and confuses their sides where EXIF turns them.
+    with path.open("rb") as content, Image.open(content, formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
@@ -286,8 +287,9 @@ def read_header(path: Path) -> Header | None:
     try:
         with Image.open(path, formats=FORMATS) as image:
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            size = (image.height, image.width) if is_turned else image.size
-            return Header(size, f"{image.format} {image.mode}")
+            tags = getattr(image, "tag_v2", {})  # of a TIFF, whose size newer Pillows turn themselves
+            size = (tags.get(256, image.width), tags.get(257, image.height))  # ImageWidth, ImageLength
+            return Header(size[::-1] if is_turned else size, f"{image.format} {image.mode}")
     except Exception:  # see `read_file`; who reads the images will say it
         return None
 

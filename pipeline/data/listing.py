@@ -167,6 +167,22 @@ def check_inside(root: Path, files: Sequence[str]) -> None:
         raise DataError.many(first([Problem(file, f"leads out of {root}", remedy) for file in outside]))
 
 
+def check_groups(listing: Listing, remedy: str) -> None:
+    """DataError where images of one group are in two splits."""
+    if listing.groups is None:
+        return
+    splits: dict[str, set[str]] = {}
+    for group, split in zip(listing.groups.tolist(), listing.splits.tolist(), strict=True):
+        splits.setdefault(group, set()).add(split)
+    problems = [
+        Problem(f"{listing.place.name}, group {group}", f"is in {' and '.join(sorted(found, key=ORDER.index))}", remedy)
+        for group, found in sorted(splits.items())
+        if len(found) > 1
+    ]
+    if problems:
+        raise DataError.many(first(problems))
+
+
 def first(problems: list[Problem]) -> list[Problem]:
     """As many as an error lists, and how many more there are."""
     more = len(problems) - MAX_LISTED

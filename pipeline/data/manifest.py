@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.data.listing import ORDER, SPLITS, TRAIN, Listing, check_classes, check_inside, check_names, first
+from pipeline.data.listing import (
+    ORDER,
+    SPLITS,
+    TRAIN,
+    Listing,
+    check_classes,
+    check_groups,
+    check_inside,
+    check_names,
+    first,
+)
 from pipeline.errors import DataError, Problem, did_you_mean, first_line
 from pipeline.sections.data import COLUMNS
 
@@ -51,7 +61,7 @@ def read_manifest(place: Path, columns: Mapping[str, str]) -> Listing:
         splits=table["split"].to_numpy(str),
         groups=table["group"].to_numpy(str) if "group" in table else None,
     )
-    _check_groups(listing)
+    check_groups(listing, "put it on one side, or leave out one of the columns split and group")
     return listing
 
 
@@ -64,6 +74,7 @@ def _table(place: Path, columns: Mapping[str, str]) -> "pd.DataFrame":
             table = pd.read_csv(place, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         else:
             table = pd.read_parquet(place)
+            table = table if table.index.names == [None] else table.reset_index()
     except OSError as error:
         raise DataError(str(place), error.strerror or first_line(error)) from None
     except Exception as error:  # whatever a parser raises
@@ -72,16 +83,18 @@ def _table(place: Path, columns: Mapping[str, str]) -> "pd.DataFrame":
     table.columns = table.columns.map(str)
     wanted = [name for name in COLUMNS if name in REQUIRED or columns[name] != name]
     if absent := [columns[name] for name in wanted if columns[name] not in table]:
+        renamed = "`--columns path=file,label=species` names those that are called otherwise"
         raise DataError(
             str(place),
             f"has no column {' and '.join(absent)}{did_you_mean(absent[0], table.columns)}; it has {', '.join(table.columns)}",
-            "`--columns path=file,label=species` names those that are called otherwise",
+            renamed if len(table.columns) > 1 else "separate the columns by commas",
         )
     named = {name: table[columns[name]] for name in COLUMNS if columns[name] in table}
     text = {
         name: column.astype(object).where(column.notna(), "").map(str).str.strip() for name, column in named.items()
     }
-    text["path"] = text["path"].map(lambda path: path and os.path.normpath(path))
+    root = os.path.join(place.parent, "")
+    text["path"] = text["path"].map(lambda path: path and os.path.normpath(path).removeprefix(root))
     return pd.DataFrame(text)
 
 
@@ -99,20 +112,3 @@ def _problems(place: Path, table: "pd.DataFrame", columns: Mapping[str, str]) ->
             yield Problem(f"{where}: {columns['split']} = {split}", rule)
         if row["path"] and seen.setdefault(row["path"], number) != number:
             yield Problem(where, f"{row['path']} stands in row {seen[row['path']]}, too", "remove one of them")
-
-
-def _check_groups(listing: Listing) -> None:
-    """DataError where images of one group are in two splits by the manifest itself."""
-    if listing.groups is None:
-        return
-    splits: dict[str, set[str]] = {}
-    for group, split in zip(listing.groups.tolist(), listing.splits.tolist(), strict=True):
-        splits.setdefault(group, set()).add(split)
-    remedy = "put it on one side, or leave out one of the columns split and group"
-    problems = [
-        Problem(f"{listing.place.name}, group {group}", f"is in {' and '.join(sorted(found, key=ORDER.index))}", remedy)
-        for group, found in sorted(splits.items())
-        if len(found) > 1
-    ]
-    if problems:
-        raise DataError.many(first(problems))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from pipeline.data.listing import TEST, TRAIN, Listing
+from pipeline.data.listing import TEST, TRAIN, Listing, check_groups
 from pipeline.data.splits import sealed
 from pipeline.errors import DataError, UserError
 
@@ -63,7 +63,12 @@ class Seal:
         """
         seals = {file: cls._read(file) for file in sorted((home / FOLDER).glob("*.json"))}
         names, place = set(listing.names), str(listing.place)
-        here = {file: len(names.intersection(seal.paths)) for file, seal in seals.items() if seal.place == place}
+        real = os.path.realpath(place)  # as `find_data` names it, whatever link was typed when it was drawn
+        here = {
+            file: len(names.intersection(seal.paths))
+            for file, seal in seals.items()
+            if os.path.realpath(seal.place) == real
+        }
         if here and (left := max(here.values())):
             file = max(here, key=here.__getitem__)
             if 2 * left < (drawn := len(seals[file].paths)):
@@ -84,12 +89,15 @@ class Seal:
             raise DataError(str(file), rule, "restore it; without it the test split is drawn anew") from None
 
     def apply(self, listing: Listing) -> Listing:
-        """The listing with its test split."""
+        """The listing with its test split; DataError where that divides a group, which it was drawn without."""
         paths = set(self.paths)
         is_test = np.array([name in paths for name in listing.names])
         if listing.groups is not None:
             is_test |= np.isin(listing.groups, self.groups)
-        return listing.with_splits(np.where(is_test, TEST, listing.splits))
+        result = listing.with_splits(np.where(is_test, TEST, listing.splits))
+        remedy = f"remove the seal in mlruns/{FOLDER}, and another test split is drawn; or leave out the column group"
+        check_groups(result, f"its test images were sealed without these groups: {remedy}")
+        return result
 
     def lines(self, listing: Listing) -> list[str]:
         """What a person should know of it, a line each; `listing` has this test split."""
@@ -109,7 +117,7 @@ class Seal:
         identity = hashlib.sha256(json.dumps([self.place, self.paths]).encode()).hexdigest()
         file = folder / f"{listing.short_name}-{identity[:8]}.json"
         with FileLock(folder / ".lock"):
-            if file.exists():
+            if any(folder.glob(f"*-{identity[:8]}.json")):  # whatever the data set, or a link to it, is called
                 return
             found = Seal.find(listing, home)
             if found and found.paths != self.paths:

@@ -30,7 +30,7 @@ from pipeline.registry import export, initial_weights
 from pipeline.registry.finals import check_same_data, recipe_of
 from pipeline.registry.package import MODEL, QUANTISED_MODEL, package
 from pipeline.sections.curriculum import Curriculum
-from pipeline.tracking import recovery
+from pipeline.tracking import queries, recovery
 from pipeline.tracking.models import find_model, keep_model
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
@@ -85,7 +85,7 @@ def plan_compressions(
     The files that they start or learn from are kept. `epochs`, of the pruned one, default to EPOCHS_SHARE of the original's.
     UserError where the network can't be pruned, or not so far, or its recipe is for no training from random weights.
     """
-    metadata = original.metadata
+    metadata, parent = original.metadata, queries.find_run(tracker, original.metadata.run_id)
     if metadata.members:
         raise UserError(
             f"run {metadata.run_id}", "is an ensemble, which has no recipe to train on by", "compress a member"
@@ -99,7 +99,6 @@ def plan_compressions(
     changes: dict[Method, dict[str, Any]] = {"pruned": _pruned(tracker, original, narrow, epochs)}
     if distil:
         changes["distilled"] = {"loss.teacher": str(keep_model(tracker.home, tracker.uri, metadata.run_id))}
-    parent = tracker.client.get_run(metadata.run_id)
     return [
         Compression(parent, original, executable_on(narrow.changed(fields), device), sparsity, method)
         for method, fields in changes.items()

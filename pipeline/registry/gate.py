@@ -320,15 +320,15 @@ def _not_worse(evidence: Evidence, chance: _Chance, rules: Rules) -> RuleResult:
     """Non-inferiority, one-sided (Wellek 2010; Piaggio et al. 2012, JAMA 308): the gain exceeds -may_lose beyond chance.
 
     Where few images differ, their own spread says too little: on 40 images, a model that loses 2 points would pass in up
-    to 45 % of the cases. So the error is at least that of a loss of may_lose (in each class) and no gain, and an image is
-    added. Then at most alpha of them pass: of accuracy always (see the tests), of the other objectives unless the loss is
-    all in a class of a dozen images.
+    to 45 % of the cases. So the error is at least that of a loss of may_lose, in each class or all of it in the smallest,
+    and no gain, and an image is added. Then at most alpha of them pass (see the tests).
     """
     most = rules.may_lose / 100
     _, of_classes = np.unique(evidence.labels, return_counts=True)
     images = np.array([len(evidence.labels)]) if evidence.objective == ACCURACY else of_classes
-    error = np.sqrt((most * (1 - most) / images).sum()) / len(images)
-    limit = chance.limit(float(error)) + 1 / (len(images) * images.min())
+    lost = min(len(images) * most, 0.5)  # of the smallest class, if all is lost there; at half, chance is largest
+    variance = max((most * (1 - most) / images).sum(), lost * (1 - lost) / images.min())
+    limit = chance.limit(float(np.sqrt(variance)) / len(images)) + 1 / (len(images) * images.min())
     number = f"{100 * chance.gain:+.2f} points of {SCORE_NAMES[evidence.objective]}"
     threshold = f"above {100 * (limit - most):+.2f}: -{rules.may_lose:g} and {100 * limit:.2f} for chance"
     return _result("not worse", number, threshold, chance.gain > limit - most, chance.reason)

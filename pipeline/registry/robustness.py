@@ -13,22 +13,9 @@ from pipeline.evaluation.robustness import Robustness, measure_robustness
 from pipeline.inference.classifier import Classifier
 from pipeline.tracking import queries
 from pipeline.tracking.run import now_ms
-from pipeline.tracking.store import is_active
-from pipeline.tracking.tags import StoredRun
 from pipeline.tracking.tracker import MlflowTracker
 
 FILE = "robustness.csv"
-
-
-def find_run(tracker: MlflowTracker, run_id: str) -> StoredRun:
-    """The run that keeps what is measured of its model; UserError where it can't."""
-    run = tracker.store.run(run_id) if run_id else None
-    if run is None:
-        rule = "is not in this tracking store, which would keep what is measured of its model"
-        raise UserError(f"run {run_id}".strip(), rule, "name another store by `--tracking-uri`")
-    if not is_active(run):
-        raise UserError(f"run {run_id}", "was deleted in MLflow", tracker.store.how_to_restore(run.info.experiment_id))
-    return run
 
 
 def measure(

@@ -1,7 +1,6 @@
 """MLflow's own scoring server for a packed model, on this machine only."""
 
 import base64
-import binascii
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -112,7 +111,7 @@ def decoded(images: Sequence[str], form: Form) -> np.ndarray:
                 file.write(base64.b64decode(text, validate=True))
                 file.flush()
                 pixels.append(read_image(Path(file.name), form).transpose(1, 2, 0))
-            except binascii.Error:
+            except ValueError:  # of base64, or of letters that aren't ASCII
                 raise UserError(f"images.{number}", "is not base64") from None
             except BadImage as error:
                 raise UserError(f"images.{number}", error.reason) from None

@@ -185,8 +185,8 @@ def _files(about: Data, home: Path) -> _Source:
     found = listed(about, home)
     usable = found.listing.usable
     survey = survey_files(usable)
-    rows = np.flatnonzero(np.isin(np.array(usable.names, dtype=object), survey.names))
-    readable = usable.where(rows)
+    known = set(survey.names.tolist())  # of objects np.isin compares all pairs
+    readable = usable.where(np.array([name in known for name in usable.names], dtype=bool))
 
     def digest(is_used: np.ndarray) -> str:
         digests = [one for one, used in zip(survey.prints.digests, is_used, strict=True) if used]

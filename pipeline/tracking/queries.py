@@ -173,6 +173,17 @@ def no_best_run(tracker: MlflowTracker, study: StudyRuns) -> UserError:
     )
 
 
+def find_run(tracker: MlflowTracker, run_id: str) -> StoredRun:
+    """The run of a model, which keeps what is made and measured of it; UserError where it can't."""
+    run = tracker.store.run(run_id) if run_id else None
+    if run is None:
+        rule = "is not in this tracking store, which would keep what is made of its model"
+        raise UserError(f"run {run_id}".strip(), rule, "name another store by `--tracking-uri`")
+    if not is_active(run):
+        raise UserError(f"run {run_id}", "was deleted in MLflow", tracker.store.how_to_restore(run.info.experiment_id))
+    return run
+
+
 def deleted_children(tracker: MlflowTracker, parent: str) -> list[StoredRun]:
     """The deleted runs of a study that can still be restored, the oldest first; `parent` is the study's own run."""
     run = tracker.client.get_run(parent)

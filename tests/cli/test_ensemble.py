@@ -38,6 +38,7 @@ def test_ensemble_averages_predictions_of_two_methods(trained: Trained, tmp_path
     ("words", "lines"),
     [
         (["ensemble", "a.csv", "--output", "c.csv"], ["a.csv: an ensemble needs at least two tables"]),
+        (["ensemble", "a.csv", "b.csv", "--output", "./a.csv"], ["`--output a.csv`: is one of the tables"]),
         (["ensemble", "a.csv", "./a.csv", "--output", "c.csv"], ["a.csv: is named twice; each file has one vote"]),
         (["ensemble", "a.csv", "b.csv"], ["NAME or RUNS: needs one study, or runs in its place; `python -m pipeline"]),
         (["ensemble", "attention", "--runs", "0" * 32], ["tables need `--output`"]),

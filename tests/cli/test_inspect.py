@@ -7,7 +7,7 @@ from conftest import Trained
 from fork_server import shared_fork_server
 from report.test_inspection import make_photos
 
-from cli.helpers import assert_refused
+from cli.helpers import assert_refused, write_digits
 
 
 def test_inspect_prints_counts_and_findings_and_writes_both_files(tmp_path: Path) -> None:
@@ -18,8 +18,8 @@ def test_inspect_prints_counts_and_findings_and_writes_both_files(tmp_path: Path
     assert "1 file can't be read" in done.stdout
     assert "python -m pipeline study NAME --dataset photos --corrupt skip" in done.stdout
     reports = tmp_path / "mlruns" / "reports"
-    assert sorted(file.name for file in reports.iterdir()) == ["inspect-photos.csv", "inspect-photos.html"]
-    assert (reports / "inspect-photos.csv").read_text().count("\n") == 12
+    assert sorted(file.name for file in reports.iterdir()) == ["inspect-photos-findings.csv", "inspect-photos.html"]
+    assert (reports / "inspect-photos-findings.csv").read_text().count("\n") == 12
 
 
 def test_inspect_knows_suspects_where_there_are_runs(trained: Trained, tmp_path: Path) -> None:
@@ -37,3 +37,17 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
         "error: `--duplicates no`: should be 'drop' or 'keep'",
     ]
     assert_refused(words, lines, tmp_path)
+    assert_refused(
+        ["inspect", "x.csv", "--columns", "no=x"], ["error: data.columns = no=x: should be path=..."], tmp_path
+    )
+
+
+def test_a_manifest_is_never_replaced(tmp_path: Path) -> None:
+    words = ["inspect", "photos.csv", "--test-fraction", "0", "--output"]
+    lines = ["error: `--output photos.csv`: should end in .html; name a file, e.g. photos.html"]
+    assert_refused([*words, "photos.csv"], lines, tmp_path)
+    rows = [f"{file.name},{file.stem[-1]}" for file in write_digits(tmp_path, 22)]
+    (tmp_path / "photos.csv").write_text(manifest := "\n".join(["path,label", *rows]))
+    done = shared_fork_server().run([*words, "photos.html"], tmp_path)
+    assert done.returncode == 0 and (tmp_path / "photos-findings.csv").exists(), done.stderr
+    assert (tmp_path / "photos.csv").read_text() == manifest

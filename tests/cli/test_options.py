@@ -78,6 +78,35 @@ def test_a_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     data = load_data(search, tmp_path, torch.device("cpu"))
     assert len(listings) == 1 and data.listed and data.listed.listing.test_digest
     assert cloudpickle.loads(packed(search)).listed is None, "other processes look themselves"
+    assert resolve("attention", StudyOptions(), None, ["data.dataset=pets"]).base == search.base, "however it is named"
+
+
+def test_options_of_files_that_would_change_nothing_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(12):
+        folder = tmp_path / "pets" / ("test" if number > 7 else "train") / ("cat" if number % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    typed: dict[str, str | bool | None] = {"columns": "label=x", "test_fraction": "0.2", "corrupt": "skip"}
+
+    def refused(dataset: str) -> list[str]:
+        with pytest.raises(UserError) as error:
+            resolve("attention", StudyOptions.parse(typed, []), dataset, [])
+        return error.value.lines
+
+    rest = "is for folders and manifests, not for digits; leave it out"
+    values = ("columns = label=x", "test_fraction = 0.2", "corrupt = skip")
+    assert refused("digits") == [f"data.{value}: {rest}" for value in values]
+    (tmp_path / "digits").mkdir()
+    assert (
+        "not the folder here: `--dataset ./digits`" in resolve("attention", StudyOptions(), "digits", []).remarks()[0]
+    )
+    assert refused("pets") == [
+        "data.columns = label=x: is for manifests, and pets is a folder; leave it out",
+        "data.test_fraction = 0.2: is for data without test images, and pets has some; leave it out",
+    ]
 
 
 def test_a_cluster_needs_reachable_databases() -> None:

@@ -13,6 +13,7 @@ from pipeline.data.duplicates import (
     HASHED,
     Fingerprints,
     _candidates,
+    _near_pairs,
     exact_groups,
     find_duplicates,
     perceptual_hashes,
@@ -85,6 +86,13 @@ def test_near_is_passed_on_and_exact_is_told() -> None:
     assert [one.tolist() for one in found.sets()] == [[1, 2, 3, 4]]
     assert found.exact.tolist() == [0, 1, 2, 1, 4]
     assert exact_groups([b"a", b"b", b"a"]).tolist() == [0, 1, 0]
+
+
+def test_pairs_of_one_hash_are_found_once_and_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all seven bands of ten thousand white tiles they would take 24 GB."""
+    monkeypatch.setattr("pipeline.data.duplicates._PAIRS_AT_ONCE", 100)
+    pairs = _near_pairs(np.zeros(30, np.uint64), np.full((30, 3, 16, 16), 250, np.uint8))
+    assert sorted(map(tuple, pairs.tolist())) == [(i, j) for i in range(30) for j in range(i + 1, 30)]
 
 
 def test_blocks_find_all_pairs_of_hashes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,13 @@ def test_links_are_followed_once_even_in_a_circle(pets: Path) -> None:
     assert data.train.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 2]
 
 
+def test_of_links_to_one_folder_the_first_counts(pets: Path) -> None:
+    """Not the one that the file system lists first: names say which images are sealed."""
+    for name in "hgfedcba":
+        (pets / "train" / "dog" / name).symlink_to(pets / "train" / "dog" / "more")
+    assert read_folder(pets).names[-1] == "train/dog/a/0.tiff"
+
+
 @pytest.mark.parametrize("link", ["train/bird", "train/cat/more", "train/cat/3.png", "train"])
 def test_link_out_of_the_folder_is_refused(link: str, pets: Path) -> None:
     private = pets.parent / "private"

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipeline.data.images import BadImage, read_file, read_image, resized
+from pipeline.data.images import BadImage, read_file, read_header, read_image, resized
 from pipeline.sections.data import Form
 
 RANDOM = np.random.RandomState(0)
@@ -226,6 +226,17 @@ def test_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int
     path = saved(tmp_path / name, Image.fromarray(stored), exif=exif)
     pixels = seen(path, 32).astype(int)
     assert np.abs(pixels[4:28:23, 4:28:23] - UPRIGHT[orientation](colours)).max() <= 10
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_grey_tiff_is_turned_with_its_sides(tmp_path: Path, dtype: type) -> None:
+    """Pillow 13 scrambles such an image where it is given the file's path, and swaps its sides when it opens one."""
+    stored = np.linspace(0, 255, 96).round().reshape(6, 16)
+    path = saved(
+        tmp_path / "a.tif", Image.fromarray((stored * (np.iinfo(dtype).max // 255)).astype(dtype)), tiffinfo={274: 6}
+    )
+    image = read_file(path, Form(16, "pad")).image[0, :, 5:11]
+    assert np.array_equal(image, np.rot90(stored, -1)) and read_header(path).size == (6, 16)
 
 
 def test_unreadable_exif_leaves_the_pixels(tmp_path: Path) -> None:

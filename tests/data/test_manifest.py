@@ -37,7 +37,8 @@ def test_manifest_of_a_folder_is_the_same_data_set(pets: Path) -> None:
 
 def test_parquet_says_the_same_as_csv(pets: Path) -> None:
     place = write(pets, ROWS)
-    pd.read_csv(place, skipinitialspace=True).astype({"label": "category"}).to_parquet(pets / "photos.PARQUET")
+    table = pd.read_csv(place, skipinitialspace=True).astype({"label": "category"})
+    table.set_index("path").to_parquet(pets / "photos.PARQUET")
     listings = [read_manifest(file, columns()) for file in (place, pets / "photos.PARQUET")]
     assert (
         listings[0].names
@@ -72,7 +73,8 @@ def test_splits_are_given_in_any_case_and_order(pets: Path) -> None:
 
 
 def test_every_bad_row_is_named_at_once(pets: Path) -> None:
-    rows = [f"{ROWS[0]},train", "train/dog/more/0.tiff,dog,train", ",dog,train", f"{ROWS[1]},tst", "x.png,,val"]
+    same = pets / "train/dog/more/../more/0.tiff"
+    rows = [f"{ROWS[0]},train", f"{same},dog,test", ",dog,train", f"{ROWS[1]},tst", "x.png,,val"]
     assert lines_of(DataError, write(pets, rows, "path,label,split")) == [
         "photos.csv, row 2: train/dog/more/0.tiff stands in row 1, too; remove one of them",
         "photos.csv, row 3: path is empty; fill it in, or remove the row",
@@ -117,3 +119,5 @@ def test_file_that_is_no_table_is_refused(pets: Path) -> None:
     assert line.startswith(f"{pets}/photos.parquet: can't be read (") and line.endswith("or as Parquet")
     (pets / "empty.csv").touch()
     assert "can't be read (No columns to parse" in lines_of(DataError, pets / "empty.csv")[0]
+    spreadsheet = write(pets, [row.replace(",", ";") for row in ROWS], "path;label")
+    assert lines_of(DataError, spreadsheet)[0].endswith("it has path;label; separate the columns by commas")

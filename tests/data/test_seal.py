@@ -74,6 +74,19 @@ def test_fixed_seal_outlives_growth_and_a_move(tmp_path: Path, home: Path) -> No
     assert drawn(root, tmp_path / "other").listing.sealed_part.names != first.listing.sealed_part.names
 
 
+def test_a_link_to_the_data_set_is_that_data_set(tmp_path: Path, home: Path) -> None:
+    root = pets(tmp_path / "pets")
+    (tmp_path / "link").symlink_to(root)
+    first = drawn(tmp_path / "link", home)
+    first.fix(home)
+    pets(root, 40)
+    for place in (root, tmp_path / "link"):
+        found = drawn(place, home)
+        found.fix(home)
+        assert found.listing.sealed_part.names == first.listing.sealed_part.names
+    assert len(list((home / "splits").glob("*.json"))) == 1
+
+
 def test_other_share_of_a_fixed_seal_is_refused_and_none_is_none(tmp_path: Path, home: Path) -> None:
     root = pets(tmp_path / "pets")
     drawn(root, home, 0.2).fix(home)
@@ -141,6 +154,16 @@ def test_images_of_a_sealed_group_stay_sealed(tmp_path: Path, home: Path) -> Non
     add_image(root / "old.png")
     grown = drawn(manifest(root, [*rows, f"new.png,cat,{group}", "old.png,cat,p99"]), home)
     assert set(grown.listing.sealed_part.names) == {*first.listing.sealed_part.names, "new.png"}
+
+
+def test_groups_that_come_later_are_never_divided(tmp_path: Path, home: Path) -> None:
+    root = pets(tmp_path / "pets")
+    rows = [f"{name}/{number:02}.png,{name}" for number in range(20) for name in ("cat", "dog")]
+    drawn(manifest(root, rows, "path,label"), home).fix(home)
+    with pytest.raises(
+        DataError, match=r"^photos.csv, group p\d: is in train and test; .* sealed without these groups"
+    ):
+        drawn(manifest(root, [f"{row},p{number // 10}" for number, row in enumerate(rows)]), home)
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -142,6 +142,12 @@ def test_promoted_as_a_cheaper_model(store: Store, done: Done, tmp_path: Path) -
     assert f"the most important channels of run `{store.rival}`, by torch-pruning" in str(card)
 
 
+def test_model_whose_run_is_not_here_is_refused(done: Done) -> None:
+    metadata = done.plan.original.metadata.model_copy(update={"run_id": "0" * 32})
+    with pytest.raises(UserError, match=r"^run 0{32}: is not in this tracking store.*`--tracking-uri`"):
+        compress.plan_compressions(done.tracker, replace(done.plan.original, metadata=metadata), 0.05, None, False, CPU)
+
+
 def test_other_data_is_refused(done: Done, digits: TrainingData) -> None:
     with pytest.raises(DataError, match="trained on other data than is here"):
         compress.train(done.tracker, done.plan, replace(digits, digest="other"), CPU)

@@ -9,8 +9,8 @@ from conftest import Trained
 from pipeline.audit import point_faults
 from pipeline.errors import UserError
 from pipeline.evaluation.robustness import Robustness
-from pipeline.registry.robustness import FILE, find_run, keep, stored
-from pipeline.tracking.queries import all_points
+from pipeline.registry.robustness import FILE, keep, stored
+from pipeline.tracking.queries import all_points, find_run
 from pipeline.tracking.tracker import MlflowTracker
 
 

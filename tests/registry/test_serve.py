@@ -107,6 +107,12 @@ def test_champion_answers_curl_and_server_ends_with_command(trained: Trained, pa
     assert len(gone) >= 1 and not alive
 
 
+@pytest.mark.parametrize("text", ["%", "é"])
+def test_text_that_is_not_base64_is_named(text: str) -> None:
+    with pytest.raises(UserError, match=r"^images\.0: is not base64$"):
+        serve.decoded([text], Form(8))
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
