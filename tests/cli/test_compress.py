@@ -33,7 +33,7 @@ def test_compress_prints_one_table_and_predict_takes_the_runs(
         assert {"model.onnx", "model.int8.onnx", "card.md", "MLmodel"} <= files
         [table] = (home / "artifacts").rglob(f"{run}/artifacts/compression.csv")
         assert pd.read_csv(table)["model"].tolist() == titles
-        assert f"promote --run {run} --rules 'may_lose=1 size_factor=0.9'" in done.stdout
+        assert f"promote --run {run} --rules 'may_lose=2 size_factor=0.9'" in done.stdout
     card = (home / "exports" / runs["distilled"] / "card.md").read_text()
     assert f"Started from random ones, and learnt from the predictions of run `{trained.finished}`, too." in card
     (digit,) = write_digits(tmp_path, 1)
