@@ -52,6 +52,28 @@ def starts(search: Search, start_from: StartFrom, earlier: Sequence[optuna.Study
     return [Start(params, source) for source, params in found.items()][:most]
 
 
+def not_as_named(search: Search, given: Sequence[Start]) -> list[str]:
+    """A line for each start that the study names and that isn't given, or not with the values that it names."""
+    if search.study.starts == PORTFOLIO or search.start_from not in ("all", "portfolio"):
+        return []
+    params, lines = {start.source: start.params for start in given}, []
+    for name, changes in search.study.starts.items():
+        found = params.get(f"study: {name}")
+        if found is None:
+            lines.append(
+                f"start {name} is not given: it equals the control or another start, has an optimizer that isn't searched, "
+                "or the trials are too few"
+            )
+            continue
+        has = search.recipe(found).flat()
+        lines += [
+            f"start {name}: {field} = {wanted} is not in the space; it gets {has.get(field, 'none')}"
+            for field, wanted in fields_for(search.base, changes).items()
+            if to_choice(has.get(field)) != to_choice(wanted)
+        ]
+    return lines
+
+
 def nearest(search: Search, changes: Mapping[str, Any]) -> dict[str, Any] | None:
     """The parameters whose recipe is nearest to the study's with these fields; None where its optimizer can't be had.
 

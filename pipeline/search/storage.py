@@ -25,7 +25,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line, redact_uri
 from pipeline.search.optuna_internals import SqlStorage, TrialParam, check_compatible
 from pipeline.search.search import Search, check_same
-from pipeline.search.starts import starts
+from pipeline.search.starts import not_as_named, starts
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget
 from pipeline.tracking.run_data import newest_first
@@ -323,6 +323,8 @@ def _give_first_trials(study: optuna.Study, search: Search, storage: RDBStorage)
         study.enqueue_trial(params, user_attrs=attributes.to_optuna())
     if given and not trials:
         log.info("first trials after the control: %s", "; ".join(start.source for start in given))
+    for line in [] if trials else not_as_named(search, given):
+        log.info("%s", line)
 
 
 def find_study(search: Search, data: TrainingData, storage: RDBStorage) -> optuna.Study | None:

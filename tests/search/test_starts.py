@@ -17,7 +17,7 @@ from pipeline.search.portfolio import PORTFOLIO
 from pipeline.search.run_study import run_study
 from pipeline.search.search import MAX_STARTS, Search
 from pipeline.search.space_check import to_choice
-from pipeline.search.starts import nearest, starts
+from pipeline.search.starts import nearest, not_as_named, starts
 from pipeline.search.storage import open_study
 from pipeline.search.study import Study, load_study
 from pipeline.search.study_attributes import StudyAttributes
@@ -71,6 +71,22 @@ def test_starts_are_each_given_once_and_not_as_the_control_is(small_recipe: Reci
     search = a_search(small_recipe, starts={"one": {}, "two": two, "three": two, "four": {"optimizer.lr": 0.04}})
     assert [start.source for start in starts(search, "all", [])] == ["study: two", "study: four"]
     assert starts(search, "none", []) == starts(search, "winners", []) == []
+
+
+def test_a_start_that_is_not_given_as_named_is_said(small_recipe: Recipe) -> None:
+    named = {
+        "as it is": {"optimizer.lr": 0.04},
+        "too high": {"optimizer.lr": 0.1, "augmentation.crop_padding": 3, "loss.label_smoothing": 0.2},
+        "control": {},
+    }
+    search = a_search(small_recipe, starts=named)
+    high, unasked, control = not_as_named(search, starts(search, "all", []))
+    assert high == "start too high: optimizer.lr = 0.1 is not in the space; it gets 0.05"
+    assert unasked == "start too high: loss.label_smoothing = 0.2 is not in the space; it gets 0.1"
+    assert control.startswith("start control is not given: it equals the control or another start")
+    assert not not_as_named(replace(search, start_from="none"), [])
+    portfolio = a_search(small_recipe)
+    assert not not_as_named(portfolio, starts(portfolio, "all", []))
 
 
 @pytest.mark.parametrize(("trials", "given"), [(1, 0), (2, 0), (3, 1), (9, 4), (30, MAX_STARTS)])
