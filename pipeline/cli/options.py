@@ -221,12 +221,15 @@ def resolve(
         from pipeline.tracking.models import keep_model
 
         fields["loss.teacher"] = str(keep_model(HOME, tracking_uri, teacher))
-    settings, notes = definition.settings(fields), list[str]()
+    settings, notes, unlisted = definition.settings(fields), list[str](), None
     if "data.dataset" in fields and str(settings["data.dataset"]) not in SOURCES:
-        about = definition.base.changed({name: settings[name] for name in FILE_FIELDS if name in settings}).data
-        files = listed(about, HOME)
-        definition, note = definition.suited_to(files.listing, settings)
-        notes += [note] if note else []
+        try:
+            about = definition.base.changed({name: settings[name] for name in FILE_FIELDS if name in settings}).data
+            files = listed(about, HOME)
+            definition, note = definition.suited_to(files.listing, settings)
+            notes += [note] if note else []
+        except UserError as error:  # told beside what else is wrong
+            unlisted = error
     if dataset in SOURCES and Path(dataset).is_dir():
         notes.append(f"{dataset} is the data set of that name, not the folder here: `--dataset ./{dataset}` is that")
     problems += file_problems(fields, str(settings["data.dataset"]), files)
@@ -250,8 +253,10 @@ def resolve(
         search.check()
     except UserError as error:
         problems += error.problems
+    if unlisted and not problems:
+        raise unlisted
     if problems:
-        raise UserError.many(problems)
+        raise UserError.many(list(dict.fromkeys([*problems, *(unlisted.problems if unlisted else [])])))
     return search
 
 
