@@ -305,8 +305,7 @@ class _Auditor:
         for event in unfinished:
             rule = f"a change of champion, begun {event.time}, was cut off"
             self._find(event.model, rule, "`history` finishes or undoes it")
-        changes = (ledger.PROMOTED, ledger.ROLLED_BACK)
-        for model in {event.model for event in entries.events() if event.kind in changes}:
+        for model in {event.model for event in entries.events() if event.kind in ledger.CHANGES}:
             registry, champions = Registry(self._tracker, entries, model), entries.champions(model)
             if deleted := registry.deleted():
                 versions = ", ".join(champion.version for champion in deleted)

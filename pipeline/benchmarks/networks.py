@@ -1,12 +1,13 @@
 """The networks' speed: images per second, shares of a trial's time, and the ratio to a peer's script."""
 
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -107,7 +108,8 @@ class _StepDone(Exception):
 
 def step_work(recipe: Recipe, data: TrainingData, device: torch.device) -> Work:
     """Counted on one real step, executed eagerly."""
-    traffic, flops = _Traffic(), FlopCounterMode(display=False)
+    counts = {torch.ops.aten.convolution_backward: _convolution_backward_flop}
+    traffic, flops = _Traffic(), FlopCounterMode(display=False, custom_mapping=counts)
 
     def on_part(part: str) -> None:
         if part == "augmentation":
@@ -123,6 +125,25 @@ def step_work(recipe: Recipe, data: TrainingData, device: torch.device) -> Work:
     except _StepDone:
         pass
     return Work(flops.get_total_flops(), traffic.bytes)
+
+
+def _convolution_backward_flop(
+    output: torch.Size,
+    images: torch.Size,
+    weight: torch.Size,
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    wanted: Sequence[bool],
+    **_: Any,
+) -> int:
+    """Each gradient that is wanted costs what the convolution does; torch's own count ignores the groups of the weight's."""
+    positions, channels = (images if transposed else output)[2:], weight[0] * weight[1]
+    return 2 * output[0] * math.prod(positions) * channels * math.prod(weight[2:]) * sum(wanted[:2])
 
 
 class _Traffic(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """The list of commands, and how they end."""
 
+import faulthandler
 import io
 import logging
 import signal
@@ -102,6 +103,8 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # under nohup a hang-up is to be ignored
             signal.signal(number, _interrupt)  # or what we started, as the UI's server, would outlive us
+    if sys.stderr is not None:
+        faulthandler.enable()  # a crash in a library shows where
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where a name has letters that the encoding lacks

@@ -169,21 +169,25 @@ def _run_finals(
 def _worker_pool(
     console: Console, options: StudyOptions, workers: int, data_dir: Path
 ) -> "Iterator[WorkerPool | None]":
-    """The processes that train: None for this one alone, in which a stalled trial can't be stopped."""
+    """The processes that train: None for this one alone, in which a stalled trial can't be stopped.
+
+    On a GPU it is another one: after an error of the device, or a crash in its libraries, no process can go on.
+    """
     from pipeline.search.local_pool import LocalPool
     from pipeline.search.worker import Limits
 
     limits = Limits(stall_timeout_s=options.stall_timeout) if options.stall_timeout else Limits()
+    device = find_device("cpu" if options.cluster else options.device)
     if options.cluster:
         from pipeline.search.ray_pool import connect
 
         with connect(options.cluster, options.device, data_dir, options.workers, limits) as pool:
             say(console, f"{pool.name}; capacity for {pool.capacity()} workers on {pool.device}")
             yield pool
-    elif workers == 1 and not options.stall_timeout:
+    elif workers == 1 and not options.stall_timeout and device.type == "cpu":
         yield None
     else:
-        yield LocalPool(find_device(options.device), workers, data_dir, limits)
+        yield LocalPool(device, workers, data_dir, limits)
 
 
 # `done` is what `run_study` returns, an Optuna study; Optuna's types stay in search/.

@@ -26,6 +26,7 @@ FILE = "ledger.db"
 TEST_EVALUATION, PASSED, REFUSED = "test evaluation", "passed", "refused"
 BEGUN, PROMOTED, ROLLED_BACK, UNDONE = "begun", "promoted", "rolled back", "undone"
 DELETED = "deleted"  # in MLflow, which can't restore a version: it can't be champion again
+CHANGES = (PROMOTED, ROLLED_BACK)
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS events (

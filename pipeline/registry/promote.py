@@ -24,7 +24,7 @@ from pipeline.registry.candidate_evaluation import (
     study_of,
 )
 from pipeline.registry.gate import Rules
-from pipeline.registry.ledger import DELETED, PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Event, Ledger
+from pipeline.registry.ledger import CHANGES, DELETED, PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Event, Ledger
 from pipeline.registry.package import Package, package
 from pipeline.registry.registered_model import CHAMPION, PREVIOUS, TOKEN_TAG, Registry, version_label
 from pipeline.tracking.models import DIGEST_TAG
@@ -65,7 +65,7 @@ def settle(tracker: MlflowTracker, ledger: Ledger, note: Callable[[str], None]) 
             why = "its version was not registered yet" if version is None else "the alias was moved by hand meanwhile"
             ledger.end(begun, UNDONE, version, f"interrupted: {why}")
             note(f"{change}, was undone ({why}): {version_label(aliased)} is champion; the same command repeats it")
-    for model in dict.fromkeys(event.model for event in ledger.events()):
+    for model in dict.fromkeys(event.model for event in ledger.events() if event.kind in CHANGES):
         for deleted in (registry := Registry(tracker, ledger, model)).deleted():
             role = "the champion" if deleted == ledger.champions(model)[-1] else "a former champion"
             reason = f"deleted in MLflow; was {role}"

@@ -75,8 +75,7 @@ def choose(
     counts = [workers] if workers else range(1, max_workers + 1)
 
     def seconds(way: Way, count: int) -> float:
-        start_s = WORKER_START_S if count > 1 else 0.0
-        return start_s + trials * max((way.training_s + way.tracking_s) / count, least_s)
+        return WORKER_START_S + trials * max((way.training_s + way.tracking_s) / count, least_s)
 
     options = [(way, count) for count in counts for way in ways]  # the simplest first
     fastest_s = min(seconds(*option) for option in options)
@@ -278,7 +277,7 @@ def measure_costs(
     return Costs(
         epoch_s=statistics.mean(speed.epoch_s for speed in speeds) + overhead.epoch_s,
         end_s=trial_s - control.training.epochs * (speeds[0].epoch_s + overhead.epoch_s),
-        start_s=WORKER_START_S if choice.workers > 1 else 0.0,
+        start_s=WORKER_START_S if choice.workers > 1 or not on_cpu else 0.0,
         parallel=min(choice.workers, os.cpu_count() or 1) if on_cpu else choice.workers,
         taken=choice.taken,
         file_bytes=counter.bytes,

@@ -1,6 +1,7 @@
 """One worker: claims released trials and runs them, and shows that it lives; in a process of its own, or an actor."""
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -268,6 +269,7 @@ def main() -> None:
 
     A byte on stdin, or its end, asks the worker to stop. The terminal's signals are the supervisor's.
     """
+    faulthandler.enable(2)  # a crash in a library shows where
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     stop = threading.Event()

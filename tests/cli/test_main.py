@@ -1,5 +1,8 @@
 """The list of commands, and how they end."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from conftest import run_forked, run_pipeline
@@ -68,3 +71,12 @@ def test_unknown_commands_and_options_are_one_line(tmp_path: Path) -> None:
 def test_no_command_prints_the_help(tmp_path: Path) -> None:
     done = run_pipeline(cwd=tmp_path)
     assert done.returncode == 0 and "Usage: python -m pipeline" in done.stdout
+
+
+def test_crash_in_a_library_shows_where() -> None:
+    """A segmentation fault on a GPU told nothing but its name, at first."""
+    crash = "main._run = lambda words: os.kill(os.getpid(), signal.SIGSEGV); main.main()"
+    code = f"import os, signal; from pipeline.cli import main; {crash}"
+    crashed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert crashed.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in crashed.stderr and "in main" in crashed.stderr

@@ -8,11 +8,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import NO_RETRIES, TINY_NETWORK, run_forked, run_pipeline
 from fork_server import Process, shared_fork_server
 from PIL import Image
 
 from cli.helpers import assert_refused, rows
+from pipeline.cli import study as module
+from pipeline.cli.common import make_console
+from pipeline.cli.options import StudyOptions
+from pipeline.search.local_pool import LocalPool
 from pipeline.sections.data import Data
 from pipeline.tracking import queries
 from pipeline.tracking.tracker import MlflowTracker
@@ -32,6 +37,27 @@ ARTIFACTS = {
     "weights_plain.safetensors",
     "checkpoint.json",
 }
+
+
+@pytest.mark.parametrize(
+    ("typed", "workers", "expected"),
+    [
+        ({"device": "cpu"}, 1, None),
+        ({"device": "cpu", "stall_timeout": "60s"}, 1, 1),
+        ({"device": "cpu"}, 2, 2),
+        ({"device": "cuda"}, 1, 1),
+        ({"device": "cuda"}, 2, 2),
+    ],
+)
+def test_a_gpu_is_left_to_another_process(
+    typed: dict[str, str], workers: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What crashes there ends a worker, and not the study."""
+    monkeypatch.setattr(module, "find_device", torch.device)
+    options = StudyOptions.model_validate(typed)
+    with module._worker_pool(make_console(), options, workers, Path("data")) as pool:
+        found = (pool.workers, pool.device) if isinstance(pool, LocalPool) else pool
+    assert found == (None if expected is None else (expected, torch.device(typed["device"])))
 
 
 def test_study_runs_resumes_and_names_the_next_commands(tmp_path: Path) -> None:

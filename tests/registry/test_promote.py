@@ -29,6 +29,7 @@ from pipeline.registry.ledger import (
 from pipeline.registry.package import Package
 from pipeline.registry.promote import promote, registry_lock, roll_back, settle
 from pipeline.registry.registered_model import Registry
+from pipeline.registry.speed_runs import SPEED_RUNS
 from pipeline.sections.data import Data
 from pipeline.tracking.models import digests, find_model
 from pipeline.tracking.tags import RunTags, State
@@ -99,6 +100,13 @@ def test_first_champion_second_champion_and_rollback(
     assert registry.ledger.events()[-1].reason == "the other was slow too"
     assert roll_back(registry, "1", "slow") == first and roll_back(registry, "2", "it wasn't") == second
     assert len(opened) == 3
+
+
+def test_speed_runs_in_the_ledger_are_no_registered_model(store: Store, tmp_path: Path) -> None:
+    registry, notes = store.registry(tmp_path, "beside"), list[str]()
+    registry.ledger.record(TEST_EVALUATION, SPEED_RUNS, "", split="a digest", reason="bench-gpu")
+    settle(registry.tracker, registry.ledger, notes.append)
+    assert notes == []
 
 
 def test_refusal_against_the_control_names_the_way_out(store: Store, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ EAGER, GRAPHED = Way("eager", 53.0, 0.5, 1.0), Way("graphed", 18.0, 0.5, 1.0)
         ([Way("eager", 4.0, 3.0, 1), Way("graphed", 1.0, 3.0, 1)], 100, 16, 70, ("graphed", 4)),
         ([Way("eager", 4.0, 3.0, 1), Way("graphed", 1.0, 3.0, 1)], 100, 16, 9.5, ("graphed", 3)),  # 3 GiB each
         ([Way("eager", 4.0, 3.0, 1), Way("graphed", 1.0, 3.0, 1)], 100, 2, 70, ("graphed", 2)),
-        ([Way("eager", 4.0, 3.0, 1), Way("graphed", 1.0, 3.0, 1)], 3, 16, 70, ("graphed", 1)),  # starts cost more
+        ([Way("eager", 4.0, 3.0, 1), Way("graphed", 1.0, 3.0, 1)], 3, 16, 70, ("graphed", 2)),  # three save 2 s of 12
         ([Way("eager", 53.0, 0.5, 60)], 100, 16, 1, ("eager", 1)),  # the graph failed, and there is no room
     ],
 )
