@@ -40,6 +40,16 @@ class Augmentation(Section):
             raise ValueError(f"mixup {self.mixup} and cutmix {self.cutmix} exclude each other: their sum is at most 1")
         return self
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether an image looks the same in every epoch."""
+        common = self.crop_padding, self.horizontal_flip, self.erasing, self.mixup, self.cutmix
+        return not any(common) and self._policy_changes_nothing
+
+    @property
+    def _policy_changes_nothing(self) -> bool:
+        return False
+
 
 class Custom(Augmentation):
     """Geometry and colours as these fields say, in this order; 0 switches a step off."""
@@ -53,11 +63,20 @@ class Custom(Augmentation):
     saturation: Fraction = Field(0.0, description="the factor is uniform in [1 - s, 1 + s]")
     hue: float = Field(0.0, ge=0, le=0.5, description="the shift is uniform in [-hue, hue] turns of the colour wheel")
 
+    @property
+    def _policy_changes_nothing(self) -> bool:
+        strengths = self.rotation, self.perspective, self.brightness, self.contrast, self.saturation, self.hue
+        return not any(strengths)
+
 
 class NoPolicy(Augmentation):
     """Nothing but what all policies have."""
 
     policy: Literal["none"] = "none"
+
+    @property
+    def _policy_changes_nothing(self) -> bool:
+        return True
 
 
 class TrivialAugment(Augmentation):

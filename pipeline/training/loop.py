@@ -34,7 +34,7 @@ from pipeline.training.freezing import Freezing
 from pipeline.training.losses import consistency_loss, loss_of
 from pipeline.training.optimizers import build_optimizer, set_lr
 from pipeline.training.resume import Parts, Resume
-from pipeline.training.teacher import load_teacher
+from pipeline.training.teacher import fixed_logits, load_teacher
 
 FIRST_LAYER_IMAGES = 5000  # as many as the speed runs take; a covariance of 12 numbers needs no more
 
@@ -189,6 +189,7 @@ class _Learner:
         self._loss_watch = _LossWatch(device)
         self._forward = forward_of(network, recipe)
         teacher = load_teacher(recipe, data, device)
+        self._taught = fixed_logits(teacher, recipe, data) if teacher else None
         self._teacher = forward_of(teacher, recipe) if teacher else None
         self._size = data.image_size
         self._indices = torch.zeros(self._batch_size, dtype=torch.int64, device=device)
@@ -243,8 +244,7 @@ class _Learner:
         on_part("forward")
         with autocast(self._device, settings.precision):
             logits = self._forward(progressive.at_size(batch, self._size))
-            with torch.no_grad():  # sees images of full size, as it was trained with
-                teacher_logits = self._teacher(batch[: len(targets)]) if self._teacher else None
+            teacher_logits = self._teacher_logits(batch[: len(targets)])
         loss, logits = self._loss_of_views(logits, targets, teacher_logits)
         with torch.no_grad():
             self._last_loss.copy_(loss)
@@ -259,6 +259,13 @@ class _Learner:
         optimizer.step()
         if self.parts.average:
             self.parts.average.update(network)
+
+    @torch.no_grad()
+    def _teacher_logits(self, images: Tensor) -> Tensor | None:
+        """Of a step's images, in full size, as the teacher was trained with; None where there is no teacher."""
+        if self._taught is not None:
+            return self._taught.index_select(0, self._indices)
+        return self._teacher(images) if self._teacher else None
 
     def _loss_of_views(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """The loss, and the logits (B, C) of the images themselves, of which further views may follow."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
+from pipeline.evaluation.logits import predict_logits
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.sections.weights import file_digest
@@ -69,6 +70,17 @@ def load_teacher(recipe: Recipe, data: TrainingData, device: torch.device) -> Te
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std = (torch.tensor(values, device=device) for values in (facts.mean, facts.std))
     return Teacher(network, data.std / std, (data.mean - mean) / std)
+
+
+def fixed_logits(teacher: Teacher, recipe: Recipe, data: TrainingData) -> Tensor | None:
+    """(num_training, classes), float32: what the teacher says of each training image, where no epoch shows it another one.
+
+    None where augmentation, or cutting images at random, changes them: then it has to be asked at each step.
+    """
+    if not recipe.augmentation.changes_nothing or data.train.aspects is not None:
+        return None
+    logits = predict_logits(teacher, data.train.images, data.mean, data.std, recipe.training.precision)
+    return logits.clone()  # a tensor of inference mode can't take part in a training
 
 
 def check_teacher(recipe: Recipe, data: TrainingData, device: torch.device) -> None:

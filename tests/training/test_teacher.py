@@ -15,10 +15,11 @@ from pipeline.errors import UserError
 from pipeline.evaluation.logits import predict_logits
 from pipeline.recipe import Recipe
 from pipeline.search.speed import few_images
+from pipeline.sections.augmentation import Augmentation
 from pipeline.training.checkpoints import amend
 from pipeline.training.loop import train
 from pipeline.training.resume import Resume
-from pipeline.training.teacher import load_teacher
+from pipeline.training.teacher import Teacher, fixed_logits, load_teacher
 
 CPU = torch.device("cpu")
 
@@ -125,6 +126,63 @@ def test_student_learns_the_teachers_predictions(taught: Recipe, few: TrainingDa
         train(taught.changed(change), few, CPU).validation_logits,
         train(taught.changed(change | {"augmentation.mixup": 0.3}), wrong, CPU).validation_logits,
     )
+
+
+FIXED: dict[str, Any] = {
+    "augmentation.policy": "none",
+    "augmentation.crop_padding": 0,
+    "augmentation.horizontal_flip": 0,
+    "augmentation.erasing": 0,
+    "augmentation.mixup": 0,
+    "augmentation.cutmix": 0,
+}
+
+
+def test_teacher_is_asked_once_where_images_stay_the_same(
+    taught: Recipe, few: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    forward = Teacher.forward
+
+    def counting(teacher: Teacher, images: torch.Tensor) -> torch.Tensor:
+        asked.append(len(images))
+        return forward(teacher, images)
+
+    monkeypatch.setattr(Teacher, "forward", counting)
+    fixed = taught.changed(FIXED)
+    once = train(fixed, few, CPU)
+    assert asked == [len(few.train.images)]
+    monkeypatch.setattr(Augmentation, "changes_nothing", False)
+    at_each_step = train(fixed, few, CPU)
+    steps = fixed.training.epochs * (len(few.train.images) // fixed.training.batch_size)
+    assert len(asked) == 1 + steps
+    torch.testing.assert_close(once.validation_logits, at_each_step.validation_logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"augmentation.crop_padding": 1},
+        {"augmentation.horizontal_flip": 0.5},
+        {"augmentation.horizontal_flip": "alternating"},
+        {"augmentation.erasing": 0.1},
+        {"augmentation.mixup": 0.1},
+        {"augmentation.cutmix": 0.1},
+        {"augmentation.policy": "trivialaugment"},
+        {"augmentation.policy": "custom", "augmentation.hue": 0.1},
+    ],
+    ids=str,
+)
+def test_teacher_is_asked_at_each_step_where_images_change(
+    change: dict[str, Any], taught: Recipe, few: TrainingData
+) -> None:
+    teacher = load_teacher(taught, few, CPU)
+    assert teacher
+    assert fixed_logits(teacher, taught.changed(FIXED), few) is not None
+    assert fixed_logits(teacher, taught.changed(FIXED | {"augmentation.policy": "custom"}), few) is not None
+    assert fixed_logits(teacher, taught.changed(FIXED | change), few) is None
+    cut = replace(few, train=replace(few.train, aspects=torch.ones(len(few.train.labels))))
+    assert fixed_logits(teacher, taught.changed(FIXED), cut) is None, "random parts of larger images"
 
 
 def test_taught_training_resumes_bit_for_bit(taught: Recipe, few: TrainingData, tmp_path: Path) -> None:
