@@ -42,7 +42,7 @@ class FinalsPlan:
     seeds: Sequence[int]
     done: Mapping[str, Final]  # by the recipe's digest
     folds: int = 0  # each seed trains on another of so many; 0: all on the study's split
-    notes: Sequence[str] = ()  # a line each: which recipe the device can't execute as its trial did
+    notes: Sequence[str] = ()  # a line each: a recipe that the device can't execute so, seeds that decide nothing
 
     @property
     def num_trainings(self) -> int:
@@ -148,6 +148,11 @@ def plan_finals(
     ]
     used = {int(run.data.params["training.seed"]) for run in trials if "training.seed" in run.data.params}
     seeds = list(islice((seed for seed in count(1) if seed not in used), folds or num_seeds))
+    if len(seeds) < MIN_SEEDS and len(pairs) > 1:
+        few = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+        notes.append(
+            f"{few} can't tell one recipe from another: all tie, and a tie goes to the cheapest; `--seeds 3` decides"
+        )
     done = _finals_done(tracker, study, *digests.pop(), folds)
     return FinalsPlan(study, [candidate for candidate, _ in pairs.values()], seeds, done, folds, notes)
 

@@ -370,14 +370,17 @@ def test_graphed_recipes_are_trained_eagerly_without_a_gpu(harness: StudyHarness
     harness.trial(2, 0.8, training__execution="graphed", optimizer__lr=0.03)
     planned = harness.plan(1, 1)
     assert [c.recipe.training.execution for c in planned.candidates] == ["eager", "eager"]
+    few = "1 seed can't tell one recipe from another: all tie, and a tie goes to the cheapest; `--seeds 3` decides"
     assert list(planned.notes) == [
-        "trial 2: training.execution = graphed: a graph needs a GPU, and this is cpu; executed as eager"
+        "trial 2: training.execution = graphed: a graph needs a GPU, and this is cpu; executed as eager",
+        few,
     ]
+    assert harness.plan(1, 2).notes[1].startswith("2 seeds can't") and len(harness.plan(1, 3).notes) == 1
     harness.finals(top=1, seeds=1)
     assert {recipe_of(harness.tracker, run).training.execution for run in harness.runs()} == {"eager"}
     assert harness.plan(1, 1).num_done == 2
     on_gpu = harness.plan(1, 1, device=torch.device("cuda"))
-    assert on_gpu.candidates[1].recipe.training.execution == "graphed" and not on_gpu.notes
+    assert on_gpu.candidates[1].recipe.training.execution == "graphed" and list(on_gpu.notes) == [few]
 
 
 def test_finals_of_a_graph_count_for_the_same_recipe_without(harness: StudyHarness) -> None:
