@@ -1,6 +1,7 @@
 """Options that several commands have, and a study with its options applied."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import Parameter, Signature, signature
@@ -268,7 +269,7 @@ def file_problems(fields: Mapping[str, Any], dataset: str, files: "Listed | None
     rules = dict.fromkeys(FILE_FIELDS[1:], f"is for folders and manifests, not for {dataset}")
     if dataset not in SOURCES:
         rules = {}
-        if files and not files.listing.is_manifest:
+        if os.path.isdir(os.path.expanduser(dataset)):
             rules["data.columns"] = f"is for manifests, and {dataset} is a folder"
         if files and not files.seal and files.listing.has(TEST) and fields.get("data.test_fraction"):
             rules["data.test_fraction"] = f"is for data without test images, and {dataset} has some"

@@ -1,6 +1,7 @@
 """A manifest -> a listing: a CSV or Parquet file with a row for each image, whose path is relative to the manifest."""
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -71,12 +72,20 @@ def _table(place: Path, columns: Mapping[str, str]) -> "pd.DataFrame":
 
     try:
         if place.suffix.lower() == ".csv":
-            table = pd.read_csv(place, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # of cells that no column of the header has
+                table = pd.read_csv(place, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
         else:
             table = pd.read_parquet(place)
             table = table if table.index.names == [None] else table.reset_index()
     except OSError as error:
         raise DataError(str(place), error.strerror or first_line(error)) from None
+    except pd.errors.ParserWarning:
+        rule, remedy = (
+            "has rows with more cells than its header",
+            "remove commas at their ends, and quote values with commas",
+        )
+        raise DataError(str(place), rule, remedy) from None
     except Exception as error:  # whatever a parser raises
         rule, remedy = f"can't be read ({first_line(error)})", "write it as CSV in UTF-8, or as Parquet"
         raise DataError(str(place), rule, remedy) from None

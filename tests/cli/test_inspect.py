@@ -51,3 +51,10 @@ def test_a_manifest_is_never_replaced(tmp_path: Path) -> None:
     done = shared_fork_server().run([*words, "photos.html"], tmp_path)
     assert done.returncode == 0 and (tmp_path / "photos-findings.csv").exists(), done.stderr
     assert (tmp_path / "photos.csv").read_text() == manifest
+
+
+def test_columns_of_a_folder_are_refused(tmp_path: Path) -> None:
+    make_photos(tmp_path / "photos")
+    refused = shared_fork_server().run(["inspect", "photos", "--columns", "label=x"], tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr == "error: data.columns = label=x: is for manifests, and photos is a folder; leave it out\n"

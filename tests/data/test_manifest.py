@@ -113,6 +113,16 @@ def test_group_in_two_splits_is_refused(pets: Path) -> None:
     ]
 
 
+def test_row_with_more_cells_than_the_header_is_refused(pets: Path) -> None:
+    """pandas takes the first cell of every row for an index, and the next for the path."""
+    more = "has rows with more cells than its header; remove commas at their ends, and quote values with commas"
+    for rows in ([f"{row}," for row in ROWS], [f"{ROWS[0]},", *ROWS[1:]]):
+        assert lines_of(DataError, write(pets, rows)) == [f"{pets}/photos.csv: {more}"]
+    assert "Expected 2 fields in line 5, saw 3" in lines_of(DataError, write(pets, [*ROWS[:3], f"{ROWS[3]},"]))[0]
+    listing = read_manifest(write(pets, [f"{row}," for row in ROWS], "path,label,"), columns())
+    assert listing.labels.tolist() == [0, 0, 1, 1], "a column without a name is one"
+
+
 def test_file_that_is_no_table_is_refused(pets: Path) -> None:
     (pets / "photos.parquet").write_bytes(b"nothing")
     (line,) = lines_of(DataError, pets / "photos.parquet")
