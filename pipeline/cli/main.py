@@ -104,7 +104,7 @@ def main() -> None:
         if signal.getsignal(number) is signal.SIG_DFL:  # under nohup a hang-up is to be ignored
             signal.signal(number, _interrupt)  # or what we started, as the UI's server, would outlive us
     if sys.stderr is not None:
-        faulthandler.enable()  # a crash in a library shows where
+        faulthandler.enable(2)  # a crash in a library shows where; a test's stderr may have no number
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where a name has letters that the encoding lacks
