@@ -23,7 +23,7 @@ import pipeline.runtime  # noqa: F401, before MLflow, whose telemetry would leav
 # isort: split
 import numpy as np
 import torch
-from fork_server import ForkServer, shared_fork_server
+from fork_server import NEW_STORE, ForkServer, copy_new_stores, shared_folder, shared_fork_server
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from tracking_stores import (  # noqa: F401, fixtures
     fast_uploads,
@@ -62,6 +62,21 @@ hypothesis.settings.register_profile("anew", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+# Where single tests take long: begun last, one of two workers would end alone.
+FIRST = ("chaos/test_kills.py", "cli/test_study.py", "search/test_ray_pool.py", "search/test_local_pool.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, the others as they were collected: a folder's files share what a session keeps."""
+    items.sort(key=lambda item: item.path.relative_to(ROOT / "tests").as_posix() not in FIRST)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _new_stores_are_copies() -> None:
+    """In this process and in those of the fork server; see fork_server.copy_new_stores."""
+    copy_new_stores(shared_folder() / NEW_STORE)
 
 
 @pytest.fixture(autouse=True)
