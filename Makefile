@@ -54,7 +54,7 @@ $(COMMANDS): $(READY)
 	@$(BIN)/python -m pipeline --make $@ $(call assignments,$(TYPED))
 
 test: $(READY) ## run the tests (DATA_DIR= with CIFAR-10 in it runs those on real data too)
-	@env $(call assignments,$(TYPED)) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	@env $(call assignments,$(TYPED)) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 chaos: $(READY) ## faults for half an hour: processes killed, paused and stopped, disks, databases, clocks; a table of what was lost: [OUTPUT=mlruns/chaos DATA_DIR=]
 	@env $(call assignments,$(TYPED)) $(BIN)/python -m pytest -m chaos -o faulthandler_timeout=3600

@@ -23,7 +23,8 @@ import pipeline.runtime  # noqa: F401, before MLflow, whose telemetry would leav
 # isort: split
 import numpy as np
 import torch
-from fork_server import ForkServer, shared_fork_server
+from fork_server import NEW_STORE, ForkServer, copy_new_stores, shared_folder, shared_fork_server
+from matplotlib.figure import Figure
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from tracking_stores import (  # noqa: F401, fixtures
     fast_uploads,
@@ -38,6 +39,7 @@ from pipeline import experiment
 from pipeline.data.datasets import Split, load
 from pipeline.data.mapped import MappedImages, PixelFile, sums_of
 from pipeline.data.prepare import TrainingData, prepare
+from pipeline.evaluation import figures
 from pipeline.experiment import ExperimentRequest
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.gate import GateRecord, RuleResult, Rules, Verdict
@@ -62,6 +64,21 @@ hypothesis.settings.register_profile("anew", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+# Where single tests take long: begun last, one of two workers would end alone.
+FIRST = ("chaos/test_kills.py", "cli/test_study.py", "search/test_ray_pool.py", "search/test_local_pool.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, the others as they were collected: a folder's files share what a session keeps."""
+    items.sort(key=lambda item: item.path.relative_to(ROOT / "tests").as_posix() not in FIRST)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _new_stores_are_copies() -> None:
+    """In this process and in those of the fork server; see fork_server.copy_new_stores."""
+    copy_new_stores(shared_folder() / NEW_STORE)
 
 
 @pytest.fixture(autouse=True)
@@ -250,8 +267,28 @@ def registered(trained: Trained, package: Package) -> Iterator[str]:
         client.delete_registered_model("image-classifier")
 
 
+@pytest.fixture(scope="session")
+def drawings() -> dict[str, bytes]:
+    """Name -> its PNG, of the figures that were drawn for tests that don't look at them."""
+    return {}
+
+
 @pytest.fixture
-def harness(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> "StudyHarness":
+def one_drawing_a_figure(drawings: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of a tiny trial goes into its five figures; each is drawn once and then copied."""
+    save = figures.save
+
+    def copy(figure: Figure, path: Path) -> None:
+        if path.name not in drawings:
+            save(figure, path)
+            drawings[path.name] = path.read_bytes()
+        path.write_bytes(drawings[path.name])
+
+    monkeypatch.setattr(figures, "save", copy)
+
+
+@pytest.fixture
+def harness(tmp_path: Path, small_recipe: Recipe, digits: TrainingData, one_drawing_a_figure: None) -> "StudyHarness":
     """A study in a folder of its own; see tests/search/study_harness.py."""
     from study_harness import StudyHarness
 

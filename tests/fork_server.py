@@ -16,6 +16,7 @@ import selectors
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,8 @@ from typing import Any
 
 PRELOADED = (
     *("torch", "mlflow", "optuna", "sklearn.datasets", "pandas", "matplotlib.pyplot", "pyarrow.parquet", "psycopg"),
+    # What a training, an export and a page import when they begin.
+    *("torch._dynamo", "onnxscript", "onnx.reference", "onnxruntime", "networkx", "pipeline.report.comparison_page"),
     *(
         "pipeline.cli.main",
         "pipeline.audit",
@@ -37,6 +40,7 @@ PRELOADED = (
 )
 
 
+NEW_STORE = "new_store.db"
 # As it is before a test changes it: the server may be started inside one.
 INHERITED = dict(os.environ)
 
@@ -78,6 +82,12 @@ class Forked:
         return code
 
 
+class Spawning:
+    """In the place of the module subprocess."""
+
+    Popen, PIPE = Forked, subprocess.PIPE
+
+
 def arm(hook: dict[str, Any]) -> None:
     """Have the `at`-th call of a function kill its process: `before`, `after` or while it is `inside`; or have it `hang`."""
     module, _, path = hook["function"].partition(":")
@@ -108,6 +118,27 @@ def arm(hook: dict[str, Any]) -> None:
         return answer
 
     setattr(owner, name, armed)
+
+
+def copy_new_stores(made: Path) -> None:
+    """A new MLflow store of this process is a copy of the one in this file, made with the first: migrations take a second.
+
+    Scripts and processes of their own make theirs themselves, as users' do.
+    """
+    from pipeline.tracking import store
+
+    make_tables: Any = store._make_tables
+
+    def copy(uri: str) -> None:
+        if not made.exists():
+            make_tables(f"sqlite:///{made}")
+        new = shutil.copy(made, uri.removeprefix("sqlite:///"))
+        with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as connection:
+            connection.execute("PRAGMA synchronous=OFF")
+            # The one experiment of a new store lies in the folder of the process that makes it.
+            connection.execute("UPDATE experiments SET artifact_location = ?", [str(Path("mlruns/0").resolve())])
+
+    store._make_tables = copy
 
 
 def tune(limits: dict[str, float]) -> None:
@@ -161,6 +192,7 @@ def begin(request: dict[str, Any], files: list[int], hook: dict[str, Any] | None
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         setattr(sys, name, open(number, "r" if not number else "w", closefd=False))  # noqa: SIM115
     if request["role"] != "script":
+        copy_new_stores(Path(os.environ["FORK_SERVER"]).with_name(NEW_STORE))
         tune(LIMITS | json.loads(os.environ.get("CHAOS_LIMITS", "{}")))
     if seed := os.environ.get("CHAOS_CLOCK"):
         jump(random.Random(int(seed)))
@@ -178,7 +210,7 @@ def begin(request: dict[str, Any], files: list[int], hook: dict[str, Any] | None
             from pipeline.search import local_pool
 
             module: Any = local_pool
-            module.subprocess = type("Spawning", (), {"Popen": Forked, "PIPE": -1})
+            module.subprocess = Spawning
             sys.argv = ["pipeline", *request["words"]]
         main()
         ended_with = 0
@@ -193,10 +225,20 @@ def begin(request: dict[str, Any], files: list[int], hook: dict[str, Any] | None
         os._exit(ended_with)
 
 
+def warm_up(new_store: Path) -> None:
+    """What the processes to come would each do again."""
+    from pipeline.tracking import lineage, store
+
+    if not new_store.exists():
+        store._create(new_store)
+    lineage._packages()
+
+
 def serve(path: str) -> None:
     """Until the one who started this closes our stdin."""
     for name in PRELOADED:
         importlib.import_module(name)
+    warm_up(Path(path).with_name(NEW_STORE))
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(path)
     listening.listen(64)
@@ -369,11 +411,17 @@ class Process:
 
 
 @functools.cache
-def shared_fork_server() -> ForkServer:
-    """One for all tests of this process."""
+def shared_folder() -> Path:
+    """Of all tests of this process, and of its fork server."""
     folder = Path(tempfile.mkdtemp(prefix="fork-server-"))
     atexit.register(shutil.rmtree, folder)
-    server = ForkServer(folder)
+    return folder
+
+
+@functools.cache
+def shared_fork_server() -> ForkServer:
+    """One for all tests of this process."""
+    server = ForkServer(shared_folder())
     atexit.register(server.close)
     return server
 

@@ -22,6 +22,7 @@ from pipeline.cli.main import main
 from pipeline.tracking.journal import FOLDER, journals
 from pipeline.tracking.tracker import MlflowTracker
 
+pytestmark = pytest.mark.usefixtures("one_drawing_a_figure")
 MODEL, NAME = "image-classifier", "attention-v1-digits"
 SET = (
     "data.image_size=8 model.widths=[4,8] model.blocks_per_stage=1 model.reduction=4 training.batch_size=16 "

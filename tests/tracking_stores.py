@@ -21,6 +21,8 @@ from pipeline.tracking.server import HOST, start_server, stop_server
 from pipeline.tracking.tags import State, StoredRun
 from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
+# What a process that is to log imports, for the server of forks of multiprocessing.
+PRELOADED = ["pipeline.experiment", "mlflow.store.tracking.sqlalchemy_store"]
 KEY = "0123456789abcdef" * 2
 
 
@@ -108,7 +110,7 @@ def run_and_die(
 ) -> None:
     """In another process: measure so many epochs, and be killed; with `send`, when MLflow has them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.tracking.tracker"])
+    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_die, args=(home, recipe, data, key, epochs, state, send))
     process.start()
     process.join(60)

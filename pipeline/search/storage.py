@@ -226,9 +226,9 @@ def open_storage(home: Path, url: str | None = None, wait: bool = False) -> Retr
         try:
             home.mkdir(parents=True, exist_ok=True)
             with FileLock(home / "optuna.lock"):  # several processes that start at once would each create the tables
-                storage = RetryingStorage(url, options)
-                use_write_ahead_log(storage.engine)
-                return storage
+                use_write_ahead_log(engine := create_engine(url, **options))  # before the tables, none of which then
+                engine.dispose()  # waits for the disk
+                return RetryingStorage(url, options)
         except ImportError:
             raise UserError(subject, "needs a driver", ".venv/bin/pip install -e '.[postgres]'") from None
         except Exception as error:  # whatever a driver raises: the address is the user's

@@ -61,10 +61,15 @@ def _create(database: Path) -> None:
     new = database.with_name(f".{database.name}.new")
     for leftover in database.parent.glob(f"{new.name}*"):  # of a process that was killed here
         leftover.unlink()
-    client = client_of(f"sqlite:///{new}")
+    _make_tables(f"sqlite:///{new}")
+    new.rename(database)
+
+
+def _make_tables(uri: str) -> None:
+    _connect_once(uri)  # with the log from the start, MLflow's migrations don't wait for the disk one by one
+    client = client_of(uri)
     client.search_experiments(max_results=1)
     client._tracking_client.store.engine.dispose()
-    new.rename(database)
 
 
 def _connect_once(uri: str) -> None:

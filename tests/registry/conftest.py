@@ -21,7 +21,7 @@ from pipeline.tracking.tracker import MlflowTracker
 from registry.helpers import Store
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def exports() -> dict[str, bytes]:
     """Run -> its ONNX file, of those exported so far."""
     return {}
@@ -44,7 +44,7 @@ def one_export_a_model(exports: dict[str, bytes]) -> Iterator[None]:
     export.export_onnx = export_onnx
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def candidates(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits: TrainingData) -> Store:
     """Trained once; nothing is registered here."""
     home = tmp_path_factory.mktemp("store") / "mlruns"

@@ -29,6 +29,7 @@ from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest
 from pipeline.training.loop import EpochReport
 
+pytestmark = pytest.mark.usefixtures("one_drawing_a_figure")
 CPU = torch.device("cpu")
 NUMBERS = itertools.count(1)
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,7 +27,7 @@ HOSTILE = ("<b>bold</b>", "</script><script>alert(3)", "a&amp;b", "$x^2$", *"456
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def store(
     tmp_path_factory: pytest.TempPathFactory, trained: Trained, small_recipe: Recipe, digits: TrainingData
 ) -> Store:
@@ -78,7 +78,7 @@ def store(
     return Store(home, best=ids[1], control=ids[0])
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def odd(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("page") / "odd.html"
     write(page_of(store, "odd"), file)

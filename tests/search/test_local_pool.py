@@ -14,6 +14,7 @@ import optuna
 import psutil
 import pytest
 import torch
+from fork_server import Spawning, shared_fork_server
 from optuna.trial import TrialState
 from study_harness import CPU, RecordingObserver, StudyHarness, attributes_of
 
@@ -59,10 +60,18 @@ class ProcessHarness(StudyHarness):
         assert not living_workers()
 
 
-def living_workers() -> list[psutil.Process]:
-    """Worker processes of this process."""
+def living_workers() -> list[psutil.Process | int]:
+    """Worker processes of this process and, by their ids, of its fork server."""
     mine = psutil.Process().children(recursive=True)
-    return [child for child in mine if child.status() != psutil.STATUS_ZOMBIE and "worker" in " ".join(child.cmdline())]
+    own = [child for child in mine if child.status() != psutil.STATUS_ZOMBIE and "worker" in " ".join(child.cmdline())]
+    return [*own, *shared_fork_server().workers()]
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers without their imports, 5 s each: for all but the first test of them."""
+    monkeypatch.setenv("FORK_SERVER", shared_fork_server().address)
+    monkeypatch.setattr(local_pool, "subprocess", Spawning)
 
 
 @pytest.fixture
@@ -120,6 +129,7 @@ def test_trial_of_a_crashed_worker_is_run_again_once(
     assert len(set(drawn)) == len(drawn), "each worker draws by a seed of its own"
 
 
+@pytest.mark.usefixtures("forked")
 def test_bug_in_a_worker_stops_all_with_its_traceback(processes: ProcessHarness) -> None:
     def odd(trial: Any) -> None:
         trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)
@@ -134,6 +144,7 @@ def test_bug_in_a_worker_stops_all_with_its_traceback(processes: ProcessHarness)
     assert {attributes.control for attributes in attributes_of(waiting)} == {True, False}, "both are requeued"
 
 
+@pytest.mark.usefixtures("forked")
 def test_worker_with_other_data_stops_with_the_reason(processes: ProcessHarness) -> None:
     other = replace(processes.search(1), settings={"data.split_seed": 5})
     packed, run_study.packed = run_study.packed, lambda search: packed(other)

@@ -14,6 +14,7 @@ from fork_server import shared_fork_server
 from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2 as codes
 from requests import ConnectionError
+from tracking_stores import PRELOADED
 
 from pipeline.errors import UserError
 from pipeline.tracking import queries
@@ -36,7 +37,7 @@ def open_at_once(home: Path, batch_writes: Barrier, number: int, parents: Any) -
 def test_processes_can_open_a_new_store_at_once(tmp_path: Path) -> None:
     # The server of forks imports once for all four, so that they start within milliseconds of each other.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.tracking.tracker"])
+    context.set_forkserver_preload(PRELOADED)
     batch_writes, parents = context.Barrier(4), context.Queue()
     workers = [context.Process(target=open_at_once, args=(tmp_path, batch_writes, i, parents)) for i in range(4)]
     for worker in workers:
@@ -85,22 +86,24 @@ def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("statement", ["", "CREATE TABLE metrics", "DROP TABLE metrics"])
 def test_first_start_can_be_killed_while_it_creates_tables(statement: str, tmp_path: Path) -> None:
     """The last of them leaves a table behind that its migration makes, and can't make again."""
-    script = f"""
-import os, signal, sys
-from pathlib import Path
+    killed = f"""
+import os, signal
 from sqlalchemy import Engine, event
-from pipeline.tracking.tracker import MlflowTracker
 
 @event.listens_for(Engine, "after_cursor_execute")
 def die(connection, cursor, words, *others):
     if {statement!r} in words:
         os.kill(os.getpid(), signal.SIGKILL)
-
-MlflowTracker(Path(sys.argv[1]))
 """
-    assert shared_fork_server().script(script, str(tmp_path)).wait() == -signal.SIGKILL
+    start = """
+import sys
+from pathlib import Path
+from pipeline.tracking.tracker import MlflowTracker
+assert MlflowTracker(Path(sys.argv[1])).client.search_experiments()
+"""
+    assert shared_fork_server().script(killed + start, str(tmp_path)).wait() == -signal.SIGKILL
     assert not (tmp_path / "mlflow.db").exists()
-    assert MlflowTracker(tmp_path).client.search_experiments()
+    assert shared_fork_server().script(start, str(tmp_path)).wait() == 0
     assert {path.name for path in tmp_path.iterdir() if "mlflow.db" in path.name} <= {
         *("mlflow.db", "mlflow.db-wal", "mlflow.db-shm")
     }
