@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Trained, run_pipeline
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from pipeline import experiment
 from pipeline.cli.exit_codes import exit_code
@@ -24,6 +27,15 @@ from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def trained(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    """A copy for this file, whose runs others would find in the store of the session."""
+    home = tmp_path_factory.mktemp("reproduced") / "mlruns"
+    trained.copy(home)
+    yield replace(trained, home=home)
+    _artifact_repos_cache.clear()  # it has the copy's folders by the ids of the runs
 
 
 @pytest.fixture(scope="module")
