@@ -67,6 +67,11 @@ class held_lock:
         self._timer.join()
 
 
+def test_new_database_has_its_write_ahead_log(tmp_path: Path) -> None:
+    with storage.open_storage(tmp_path).engine.connect() as connection:
+        assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+
+
 def test_locked_database_is_waited_for(tmp_path: Path) -> None:
     store = impatient_storage(tmp_path)
     study, waiting = waiting_trial(store)

@@ -156,7 +156,7 @@ def test_teacher_is_asked_once_where_images_stay_the_same(
     at_each_step = train(fixed, few, CPU)
     steps = fixed.training.epochs * (len(few.train.images) // fixed.training.batch_size)
     assert len(asked) == 1 + steps
-    torch.testing.assert_close(once.validation_logits, at_each_step.validation_logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(once.validation_logits, at_each_step.validation_logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
