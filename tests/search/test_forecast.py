@@ -318,6 +318,25 @@ def test_study_of_a_gpu_is_refused_on_a_cpu(small_recipe: Recipe, digits: Traini
         decide(search_of(small_recipe, 2), digits, CPU, study)
 
 
+def test_only_worker_of_a_gpu_starts_as_others_do(
+    small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU a study's only worker is the command itself."""
+
+    def on_cpu(measured: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda recipe, data, device, *others: measured(recipe, data, CPU, *others)
+
+    for name in ("measure_mean", "measure_overhead"):
+        monkeypatch.setattr(forecast_module, name, on_cpu(getattr(forecast_module, name)))
+    start_s = {
+        device: forecast_module.measure_costs(
+            search_of(small_recipe, 10), digits, torch.device(device), Choice("eager", 1), 10
+        ).start_s
+        for device in ("cpu", "cuda")
+    }
+    assert start_s == {"cpu": 0, "cuda": forecast_module.WORKER_START_S}
+
+
 def test_device_in_use_is_not_shared_further(small_recipe: Recipe, digits: TrainingData) -> None:
     """A forecast for several workers on one device."""
     search = search_of(small_recipe, 10)
