@@ -7,7 +7,7 @@ mutation alone, as in Real et al. 2019 (arXiv 1802.01548).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
@@ -18,7 +18,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.search.short_trials import score_of
-from pipeline.search.space_check import nearest_value
+from pipeline.search.space_check import ScriptedTrial, nearest_value
 from pipeline.search.trial_attributes import TrialAttributes, is_feasible
 
 MUTATIONS = 2.0  # parameters that change in a trial, on average; at least one does
@@ -27,50 +27,56 @@ NEXT = 0.5  # probability of the parent's being not the best recipe but one belo
 MAX_DRAWS = 100  # before a trial is drawn at random, as all that is near was tried
 
 
-# A recipe that values are taken from: its parameters' distributions and values.
-_Source = tuple[Mapping[str, BaseDistribution], Mapping[str, Any]]
-
-
 class LocalSearchSampler(RandomSampler):
     """Changes the best recipes; draws at random while no trial has ended, and the first `n_startup_trials` in any case.
 
-    What the parent lacks, as it has another kind of optimizer, comes from the best recipe that has it.
+    What the parent lacks, as it has another kind of optimizer, comes from the best recipe that has it. `ask` asks a trial
+    for the parameters of the space: only so is it known which recipe a change makes.
     """
 
-    def __init__(self, n_startup_trials: int = 0, seed: int | None = None):
+    def __init__(self, ask: Callable[[Any], object], n_startup_trials: int = 0, seed: int | None = None):
         super().__init__(seed)
-        self._n_startup_trials = n_startup_trials
-        # Number of the trial that is being drawn -> its parent, a few values changed, then the other recipes, best first.
-        self._sources: dict[int, Sequence[_Source]] = {}
+        self._ask, self._n_startup_trials = ask, n_startup_trials
+        self._drawn: dict[int, dict[str, Any]] = {}  # number of the trial that is being drawn -> its parameters
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Choose the parent, and what changes; a recipe that there is already is chosen again."""
+        """Draw a recipe; one that there is already is drawn again, at random where all near the best was tried."""
         trials = study.get_trials(deepcopy=False)
         recipes = ranked(trials) if trial.number >= self._n_startup_trials else []
-        sources: Sequence[_Source] = []
-        if recipes:
-            tried = [other.params for other in trials]
-            drawn = (self._draw(recipes) for _ in range(MAX_DRAWS))
-            sources = next((drawn for drawn in drawn if drawn[0][1] not in tried), sources)
-        self._sources = {trial.number: sources}
+        tried = [other.params for other in trials]
+        parents = [recipes] * MAX_DRAWS * bool(recipes) + [[]] * MAX_DRAWS
+        drawn = (self._draw(some, study, trial) for some in parents)
+        self._drawn = {trial.number: next((params for params in drawn if params not in tried), {})}
 
-    def _draw(self, recipes: Sequence[FrozenTrial]) -> list[_Source]:
-        rng = self._rng.rng
-        index = min(rng.geometric(1 - NEXT), len(recipes)) - 1
-        parent = recipes[index]
-        names = sorted(name for name, asked in parent.distributions.items() if not asked.single())
-        chosen = rng.choice(names, min(1 + rng.poisson(MUTATIONS - 1), len(names)), replace=False)
-        changes = {name: changed_value(parent.distributions[name], parent.params[name], rng) for name in chosen}
-        others = [(other.distributions, other.params) for other in recipes if other is not parent]
-        return [(parent.distributions, parent.params | changes), *others]
+    def _draw(self, recipes: Sequence[FrozenTrial], study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+        """One of the recipes, the best first, with a few parameters changed; at random where there are none."""
+        sources = [(recipe.distributions, recipe.params) for recipe in recipes]
+        if sources:
+            rng = self._rng.rng
+            distributions, params = sources.pop(min(rng.geometric(1 - NEXT), len(sources)) - 1)
+            names = sorted(name for name, asked in distributions.items() if not asked.single())
+            chosen = rng.choice(names, min(1 + rng.poisson(MUTATIONS - 1), len(names)), replace=False)
+            changes = {name: changed_value(distributions[name], params[name], rng) for name in chosen}
+            sources.insert(0, (distributions, params | changes))
+
+        def choose(name: str, asked: BaseDistribution) -> Any:
+            """The value of the first recipe that has the parameter, with this range."""
+            for distributions, params in sources:
+                if distributions.get(name) == asked:
+                    return params[name]
+            return super(LocalSearchSampler, self).sample_independent(study, trial, name, asked)
+
+        drawn = ScriptedTrial({}, choose)
+        self._ask(drawn)
+        return drawn.params
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """The value of the first recipe that has the parameter, with this range."""
-        for distributions, params in self._sources[trial.number]:
-            if distributions.get(param_name) == param_distribution:
-                return params[param_name]
+        """As drawn; at random where no recipe is left that was not tried."""
+        drawn = self._drawn[trial.number]
+        if param_name in drawn:
+            return drawn[param_name]
         return super().sample_independent(study, trial, param_name, param_distribution)
 
 
@@ -130,4 +136,4 @@ def _at(distribution: FloatDistribution | IntDistribution, position: float) -> f
     """The value there, or the nearest end; on the distribution's steps."""
     low, high = (math.log(end) if distribution.log else end for end in (distribution.low, distribution.high))
     value = low + min(max(position, 0), 1) * (high - low)
-    return nearest_value(distribution, math.exp(value) if distribution.log else value)
+    return distribution.to_external_repr(nearest_value(distribution, math.exp(value) if distribution.log else value))

@@ -163,7 +163,7 @@ class Search:
 
     def sampler(self, num_trials: int, worker: int = 0) -> BaseSampler:
         """The study's sampler, or the default; seeded anew at each resume and in each worker, so that no draw is repeated."""
-        sampler = copy.deepcopy(self.study.sampler) or LocalSearchSampler(n_startup_trials=MAX_STARTS + 1)
+        sampler = copy.deepcopy(self.study.sampler) or LocalSearchSampler(self.ask, n_startup_trials=MAX_STARTS + 1)
         reseed(sampler, (self.base.training.seed * 1_000_003 + num_trials + worker * 15_485_863) % 2**32)
         return sampler
 
