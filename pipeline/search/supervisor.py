@@ -119,8 +119,13 @@ class Supervisor:
             self._note_death(slot, finished)
         capacity = self.pool.capacity()
         self._start_workers(remaining + len(running), finished, capacity)
-        release_trials(self.study, self.context.search, trials, min(remaining, capacity), remaining)
+        release_trials(self.study, self.context.search, trials, min(remaining, capacity - self._busy(running)), remaining)
         return True
+
+    def _busy(self, running: list[FrozenTrial]) -> int:
+        """How many of our workers train: what is next for them, a short trial or one in full, depends on what they get."""
+        ours = {slot.worker.id for slot in self._slots if slot.worker}
+        return sum(TrialAttributes.of(trial).worker_id in ours for trial in running)
 
     def _check_stop(self) -> None:
         if self.stop.requested:

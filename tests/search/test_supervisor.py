@@ -19,6 +19,7 @@ from pipeline.search import supervisor
 from pipeline.search.budget import Allowance
 from pipeline.search.optuna_internals import study_id
 from pipeline.search.requeue import mark_failed
+from pipeline.search.short_trials import simulate
 from pipeline.search.storage import StudyLock, num_finished, open_storage, open_study
 from pipeline.search.supervisor import Supervisor, WorkerBug, _HeartbeatMonitor
 from pipeline.search.trial import StudyInterrupted, claim_trial
@@ -58,7 +59,12 @@ class ThreadWorker:
         try:
             while not self.stopped.is_set():
                 if trial := claim_trial(self._study, self._storage, this_process() | {"id": self.id}):
-                    self._study.tell(trial, self._act(trial, self))
+                    score = self._act(trial, self)
+                    if TrialAttributes.of(trial).short:
+                        trial.report(score, 2)
+                        self._study.tell(trial, state=TrialState.PRUNED)
+                    else:
+                        self._study.tell(trial, score)
                 else:
                     time.sleep(0.02)
         except Died as error:
@@ -157,6 +163,15 @@ def test_many_workers_keep_the_budget_exactly(supervise: Supervise) -> None:
     resumed = supervise(27)
     resumed.run(scores, workers=5)
     assert len(resumed.trials()) == 27 and len(resumed.workers) == 2, "no more workers than trials"
+
+
+def test_one_worker_gets_the_trials_of_a_study_without_workers(supervise: Supervise, harness: StudyHarness) -> None:
+    """Short or in full, as what has ended says: not as what had ended when the trial before began."""
+    supervised = supervise(12, base=harness.base.changed({"training.epochs": 8}))
+    supervised.run(scores, workers=1)
+    short = [trial.intermediate_values[2] for trial in supervised.trials(TrialState.PRUNED)]
+    in_full = [not attributes.short for attributes in attributes_of(supervised.trials())]
+    assert in_full == [True, *simulate([*short, *[0.0] * (11 - len(short))])] and in_full[-1]
 
 
 def test_trial_that_kills_its_worker_three_times_fails(
