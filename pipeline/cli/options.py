@@ -85,7 +85,7 @@ class StudyOptions(BaseModel):
     )
     timeout: float | None = Field(None, gt=0, title="TIME", description="No trial starts after this time: 90, 30m, 2h.")
     patience: int | None = Field(
-        None, ge=1, le=1_000_000, title="N", description="Stop when N trials in a row gave no better score."
+        None, ge=1, le=1_000_000, title="N", description="Stop when N trials in full in a row gave no better score."
     )
     start: Literal["all", "portfolio", "winners", "none"] = Field(
         "all",

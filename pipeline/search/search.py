@@ -31,7 +31,7 @@ from pipeline.search.space_check import (
 )
 from pipeline.search.study import Study
 from pipeline.search.study_attributes import StudyAttributes
-from pipeline.search.trial_attributes import counts_toward_budget, is_feasible
+from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget, is_feasible
 from pipeline.sections.weights import without_place
 from pipeline.tracking.study_key import StudyKey
 
@@ -126,18 +126,25 @@ class Search:
         """Why the study stops before its last trial; empty where it doesn't.
 
         The sampler has nothing more to suggest, or the last `patience` trials that ended, in any state, gave no score
-        above the best before them. The score of an infeasible trial is none.
+        above the best before them. The score of an infeasible trial is none. Short trials can't give one: the best of them
+        come again.
         """
         if self._sampler_is_done(study):
             return f"the sampler, {type(self.study.sampler).__name__}, has nothing more to suggest"
-        ended = [trial for trial in study.get_trials(deepcopy=False) if counts_toward_budget(trial)]
-        if self.patience is None or len(ended) <= self.patience:
+        if self.patience is None:
+            return ""
+        ended = [
+            trial
+            for trial in study.get_trials(deepcopy=False)
+            if counts_toward_budget(trial) and not TrialAttributes.of(trial).short
+        ]
+        if len(ended) <= self.patience:
             return ""
         scores = [trial.value if trial.value is not None and is_feasible(trial) else -math.inf for trial in ended]
         if not max(scores[-self.patience :]) <= max(scores[: -self.patience]) > -math.inf:
             return ""
         return (
-            f"the last {self.patience} gave no better score (`--patience`); the same command with more patience resumes"
+            f"the last {self.patience} in full gave no better score (`--patience`); the same command with more patience resumes"
         )
 
     def _sampler_is_done(self, study: optuna.Study) -> bool:

@@ -346,6 +346,7 @@ def test_lists_are_choices(small_recipe: Recipe) -> None:
         ([0.5, 0.4, 0.6], 2, False),
         ([0.5, 0.4], 2, False),  # nothing is known of a second half yet
         ([0.5, None, "failed"], 2, True),  # pruned and failed trials count too
+        ([0.5, "short", "short", 0.4, "short"], 2, False),  # short ones can't give a better score
         (["failed", "failed", "failed"], 2, False),  # nothing to fall short of
         ([0.5, "requeued", 0.4], 2, False),
         ([0.5, 0.4, 0.3], None, False),
@@ -355,11 +356,11 @@ def test_patience_ends_after_trials_without_a_better_score(
     scores: list[Any], patience: int | None, exhausted: bool, search: Search
 ) -> None:
     study = optuna.create_study(direction="maximize")
-    states = {"failed": "FAIL", "requeued": "FAIL", None: "PRUNED"}
+    states = {"failed": "FAIL", "requeued": "FAIL", "short": "PRUNED", None: "PRUNED"}
     for score in scores:
         state = optuna.trial.TrialState[states.get(score, "COMPLETE")]
         value = score if isinstance(score, float) else None
-        attributes = {"requeued": True} if score == "requeued" else {}
+        attributes = {score: True} if score in ("requeued", "short") else {}
         study.add_trial(optuna.trial.create_trial(state=state, value=value, user_attrs=attributes))
     assert bool(replace(search, patience=patience).why_exhausted(study)) is exhausted
 
