@@ -36,15 +36,11 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unab
 
 
 class Prune(Exception):
-    """Raised by `on_epoch`: the training is not worth continuing."""
+    """Raised by `on_epoch`: the training is not worth continuing. `metrics` are what is known besides its epochs'."""
 
-
-class Infeasible(Prune):
-    """The recipe is known to break a constraint: `metrics` are those that say so."""
-
-    def __init__(self, broken: str, metrics: dict[str, float]):
-        super().__init__(f"infeasible, not trained: {broken}")
-        self.metrics = metrics
+    def __init__(self, reason: str, metrics: dict[str, float] | None = None):
+        super().__init__(reason)
+        self.metrics = metrics or {}
 
 
 class Interrupted(Exception):
@@ -107,13 +103,12 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
             _check_feasible(request)
             result = train(request.recipe, request.data, request.device, on_epoch, request.on_step, resume=resume)
             if request.pruned_at_end:
-                raise Prune(request.pruned_at_end)
+                raise Prune(request.pruned_at_end, _known_after(request, result))
             final_metrics = publish(tracked, request.recipe, request.data, result)
         except Prune as error:
-            state, reason = State.PRUNED, str(error)
-            if isinstance(error, Infeasible):
-                final_metrics = error.metrics
-                tracked.log_metrics(final_metrics, 1)
+            state, reason, final_metrics = State.PRUNED, str(error), error.metrics
+            if final_metrics:
+                tracked.log_metrics(final_metrics, reports[-1].epoch if reports else 1)
         except Diverged as error:
             state, reason = State.FAILED, f"diverged: {error}"
         except (MemoryError, RuntimeError) as error:
@@ -172,7 +167,15 @@ def known_before(constraints: Mapping[str, float], recipe: Recipe, data: Trainin
 def _check_feasible(request: ExperimentRequest) -> None:
     metrics = known_before(request.constraints, request.recipe, request.data)
     if broken := violations(request.constraints, metrics):
-        raise Infeasible(broken, metrics)
+        raise Prune(f"infeasible, not trained: {broken}", metrics)
+
+
+def _known_after(request: ExperimentRequest, result: Result) -> dict[str, float]:
+    """Those of the constrained metrics that a short training has in common with one in full."""
+    if "model/latency_ms" not in request.constraints:
+        return {}
+    precision = request.recipe.training.precision
+    return {"model/latency_ms": latency_ms(result.network, request.data.image_size, precision)}
 
 
 def _split(metrics: Mapping[str, float], data: TrainingData) -> tuple[dict[str, float], dict[str, float]]:

@@ -209,6 +209,15 @@ def test_exceptions_become_states(
     assert [step for name, step, _ in tracker.points if name == "val/f1/7"] == [1]
 
 
+def test_short_training_measures_the_latency_that_is_bounded(tmp_path: Path, run_small: Train) -> None:
+    """Else a search would train recipes in full that can't win."""
+    tracker, bounds = FolderTracker(tmp_path), {"model/latency_ms": 1e-6}
+    outcome = run_small(tracker, constraints=bounds, pruned_at_end="a short trial")
+    assert (outcome.state, outcome.reason) == (State.PRUNED, "a short trial")
+    points = [(step, value) for name, step, value in tracker.points if name == "model/latency_ms"]
+    assert points == [(2, outcome.metrics["model/latency_ms"])] and points[0][1] > 0
+
+
 @pytest.mark.parametrize(("error", "state"), [(None, State.FINISHED), (Prune("poor"), State.PRUNED)])
 def test_of_many_classes_f1_is_logged_at_the_end_only(
     error: Exception | None, state: State, tmp_path: Path, run_small: Train, monkeypatch: pytest.MonkeyPatch

@@ -85,10 +85,11 @@ def ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
     A recipe that was only trained short is credited with what those trained both ways gained on average. Before there is
     one of these, short trials are compared with each other alone; but where a study began with trials in full, as without
-    pruning, with what the mean of these is above their own.
+    pruning, with what the mean of these is above their own. One that is infeasible in full is no parent.
     """
     attributes = {trial.number: TrialAttributes.of(trial) for trial in trials}
-    feasible = [trial for trial in trials if is_feasible(trial)]
+    broken = {attributes[trial.number].full_of for trial in trials if not is_feasible(trial)}
+    feasible = [trial for trial in trials if is_feasible(trial) and trial.number not in broken]
     short = {
         trial.number: score_of(trial)
         for trial in feasible

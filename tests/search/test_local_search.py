@@ -49,6 +49,9 @@ def test_trials_in_full_are_parents_beside_short_ones() -> None:
 def test_trials_that_tell_no_score_are_no_parents() -> None:
     infeasible = ended(0, 0.9)
     infeasible.system_attrs = {"constraints:model/parameters": 1.0}
+    in_full = ended(1, 0.95, short=False, full_of=0)
+    in_full.system_attrs = {"constraints:model/latency_ms": 1.0}
+    assert ranked([ended(0, 0.9), in_full]) == []
     stopped = create_trial(state=TrialState.PRUNED, intermediate_values={1: 0.9})  # by a pruner, when its rate was high
     assert (
         ranked([infeasible, stopped, create_trial(state=TrialState.FAIL), create_trial(state=TrialState.PRUNED)]) == []
