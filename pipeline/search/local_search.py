@@ -85,11 +85,15 @@ def ranked(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
     A recipe that was only trained short is credited with what those trained both ways gained on average. Before there is
     one of these, short trials are compared with each other alone; but where a study began with trials in full, as without
-    pruning, with what the mean of these is above their own. One that is infeasible in full is no parent.
+    pruning, with what the mean of these is above their own. One that failed or is infeasible in full is no parent.
     """
     attributes = {trial.number: TrialAttributes.of(trial) for trial in trials}
-    broken = {attributes[trial.number].full_of for trial in trials if not is_feasible(trial)}
-    feasible = [trial for trial in trials if is_feasible(trial) and trial.number not in broken]
+    unfit = {
+        attributes[trial.number].full_of
+        for trial in trials
+        if not is_feasible(trial) or (trial.state is TrialState.FAIL and not attributes[trial.number].requeued)
+    }
+    feasible = [trial for trial in trials if is_feasible(trial) and trial.number not in unfit]
     short = {
         trial.number: score_of(trial)
         for trial in feasible

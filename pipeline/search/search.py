@@ -143,9 +143,8 @@ class Search:
         scores = [trial.value if trial.value is not None and is_feasible(trial) else -math.inf for trial in ended]
         if not max(scores[-self.patience :]) <= max(scores[: -self.patience]) > -math.inf:
             return ""
-        return (
-            f"the last {self.patience} in full gave no better score (`--patience`); the same command with more patience resumes"
-        )
+        why = f"the last {self.patience} in full gave no better score (`--patience`)"
+        return f"{why}; the same command with more patience resumes"
 
     def _sampler_is_done(self, study: optuna.Study) -> bool:
         sampler = self.study.sampler

@@ -35,7 +35,12 @@ def next_in_full(trials: Sequence[FrozenTrial], is_last: bool = False) -> Frozen
         if trial.state is TrialState.PRUNED and attributes[trial.number].short and is_feasible(trial)
     ]
     ended.sort(key=lambda trial: (-score_of(trial), trial.number))
-    in_full = {found.full_of for found in attributes.values() if found.full_of is not None and not found.requeued}
+    in_full = {
+        attributes[trial.number].full_of
+        for trial in trials
+        # One that the end of a budget cut off is PRUNED: a resumed study has time for all of it.
+        if not attributes[trial.number].requeued and trial.state is not TrialState.PRUNED
+    }
     chosen = _choose([trial.number for trial in ended], in_full, is_last)
     return None if chosen is None else next(trial for trial in ended if trial.number == chosen)
 

@@ -119,7 +119,8 @@ class Supervisor:
             self._note_death(slot, finished)
         capacity = self.pool.capacity()
         self._start_workers(remaining + len(running), finished, capacity)
-        release_trials(self.study, self.context.search, trials, min(remaining, capacity - self._busy(running)), remaining)
+        count = min(remaining, capacity - self._busy(running))
+        release_trials(self.study, self.context.search, trials, count, remaining)
         return True
 
     def _busy(self, running: list[FrozenTrial]) -> int:

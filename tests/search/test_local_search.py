@@ -52,6 +52,9 @@ def test_trials_that_tell_no_score_are_no_parents() -> None:
     in_full = ended(1, 0.95, short=False, full_of=0)
     in_full.system_attrs = {"constraints:model/latency_ms": 1.0}
     assert ranked([ended(0, 0.9), in_full]) == []
+    diverged = TrialAttributes(full_of=0).to_optuna(), TrialAttributes(full_of=0, requeued=True).to_optuna()
+    failed, requeued = (create_trial(state=TrialState.FAIL, user_attrs=attributes) for attributes in diverged)
+    assert ranked([ended(0, 0.9), failed]) == [] != ranked([ended(0, 0.9), requeued])
     stopped = create_trial(state=TrialState.PRUNED, intermediate_values={1: 0.9})  # by a pruner, when its rate was high
     assert (
         ranked([infeasible, stopped, create_trial(state=TrialState.FAIL), create_trial(state=TrialState.PRUNED)]) == []
