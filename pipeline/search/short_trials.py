@@ -65,6 +65,6 @@ def simulate(scores: Sequence[float]) -> list[bool]:
     return is_full
 
 
-def _choose(ranked: Sequence[int], in_full: Collection[int], is_last: bool) -> int | None:
+def _choose(ranked: Sequence[int], in_full: Collection[int | None], is_last: bool) -> int | None:
     candidates = ranked if is_last else ranked[: len(ranked) // ETA]
     return next((number for number in candidates if number not in in_full), None)
