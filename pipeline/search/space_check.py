@@ -258,7 +258,7 @@ def lowest(name: str, distribution: BaseDistribution) -> Any:
 
 
 def nearest_value(asked: BaseDistribution, value: Any) -> Any:
-    """The value of a range that is nearest to this one: an end, a step, of numbers the choice with the nearest logarithm.
+    """The value of a range that is nearest to this one: an end, a step, of numbers the choice of the nearest magnitude.
 
     The first choice where nothing can be near.
     """
@@ -268,7 +268,7 @@ def nearest_value(asked: BaseDistribution, value: Any) -> Any:
         numbers = [choice for choice in asked.choices if _is_number(choice)]
         if not (numbers and _is_number(value)):
             return asked.choices[0]
-        return min(numbers, key=lambda choice: abs(math.log((choice + 1e-9) / (value + 1e-9))))
+        return min(numbers, key=lambda choice: abs(math.log((abs(choice) + 1e-9) / (abs(value) + 1e-9))))
     assert isinstance(asked, (FloatDistribution, IntDistribution))
     inside = min(max(value, asked.low), asked.high) if _is_number(value) else asked.low
     if not asked.step:

@@ -290,7 +290,7 @@ def main() -> None:
 
     threading.Thread(target=listen, daemon=True, name="stop").start()
     ended = work(cloudpickle.loads(bytes(message)), stop.is_set)
-    with open(answer, "wb") as out:
+    with contextlib.suppress(BrokenPipeError), open(answer, "wb") as out:  # the supervisor may have been killed
         out.write(json.dumps(asdict(ended)).encode())
     sys.stderr.flush()
     os._exit(0)  # the listening thread would keep the process alive

@@ -1,13 +1,13 @@
 """What a new study's first trials are given."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import optuna
 import pytest
-from optuna.distributions import FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from study_harness import StudyHarness, attributes_of
 
@@ -16,7 +16,7 @@ from pipeline.recipe import Recipe
 from pipeline.search.portfolio import PORTFOLIO
 from pipeline.search.run_study import run_study
 from pipeline.search.search import MAX_STARTS, Search
-from pipeline.search.space_check import to_choice
+from pipeline.search.space_check import nearest_value, to_choice
 from pipeline.search.starts import nearest, not_as_named, starts
 from pipeline.search.storage import open_study
 from pipeline.search.study import Study, load_study
@@ -87,6 +87,15 @@ def test_a_start_that_is_not_given_as_named_is_said(small_recipe: Recipe) -> Non
     assert not not_as_named(replace(search, start_from="none"), [])
     portfolio = a_search(small_recipe)
     assert not not_as_named(portfolio, starts(portfolio, "all", []))
+
+
+@pytest.mark.parametrize(
+    ("choices", "wanted", "found"),
+    [((1e-4, 1e-2), 5e-4, 1e-4), ((1, 2), -1, 1), ((-1, 1, 2), 3, 2), ((0.0, 0.1), 0, 0.0)],
+)
+def test_choice_of_the_nearest_magnitude_is_given(choices: Sequence[float], wanted: float, found: float) -> None:
+    """A depth of -1 is one of AugMix."""
+    assert nearest_value(CategoricalDistribution(choices), wanted) == found
 
 
 @pytest.mark.parametrize(("trials", "given"), [(1, 0), (2, 0), (3, 1), (9, 4), (30, MAX_STARTS)])
