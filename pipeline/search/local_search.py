@@ -40,13 +40,19 @@ class LocalSearchSampler(RandomSampler):
         self._drawn: dict[int, dict[str, Any]] = {}  # number of the trial that is being drawn -> its parameters
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Draw a recipe; one that there is already is drawn again, at random where all near the best was tried."""
+        """Draw a recipe; one that there is already is drawn again, at random where all near the best was tried.
+
+        Stops the study where no other is left.
+        """
         trials = study.get_trials(deepcopy=False)
         recipes = ranked(trials) if trial.number >= self._n_startup_trials else []
         tried = [other.params for other in trials]
         parents = [recipes] * MAX_DRAWS * bool(recipes) + [[]] * MAX_DRAWS
         drawn = (self._draw(some, study, trial) for some in parents)
-        self._drawn = {trial.number: next((params for params in drawn if params not in tried), {})}
+        found = next((params for params in drawn if params not in tried), None)
+        self._drawn = {trial.number: found or {}}
+        if found is None:
+            study.stop()
 
     def _draw(self, recipes: Sequence[FrozenTrial], study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
         """One of the recipes, the best first, with a few parameters changed; at random where there are none."""
@@ -73,7 +79,7 @@ class LocalSearchSampler(RandomSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """As drawn; at random where no recipe is left that was not tried."""
+        """As drawn; at random where no other recipe is left."""
         drawn = self._drawn[trial.number]
         if param_name in drawn:
             return drawn[param_name]

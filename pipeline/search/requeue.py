@@ -48,12 +48,17 @@ def release_trials(study: optuna.Study, search: Search, trials: list[FrozenTrial
 
 
 def _add_trial(study: optuna.Study, search: Search, is_last: bool) -> None:
-    """One that a worker may claim: a short one's recipe in full, or one for which the sampler is asked."""
-    full_of = next_in_full(study.get_trials(deepcopy=False), is_last) if search.shortens else None
+    """One that a worker may claim: a short one's recipe in full, or one for which the sampler is asked.
+
+    None where the sampler is done: what is in full next, if anything, others that run decide.
+    """
+    is_done, trials = search.sampler_is_done(study), study.get_trials(deepcopy=False)
+    full_of = next_in_full(trials, is_last, is_done) if search.shortens else None
     if full_of:
         start = TrialAttributes.of(full_of).start
         attributes = TrialAttributes(released=True, full_of=full_of.number, start=start)
         study.enqueue_trial(full_of.params, user_attrs=attributes.to_optuna())
+    if full_of or is_done:
         return
     # Not by `enqueue_trial`: samplers take such a trial for one whose parameters are given.
     attributes = TrialAttributes(released=True, short=search.shortens)

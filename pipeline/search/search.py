@@ -17,7 +17,7 @@ from pipeline.errors import Problem, UserError, first_line
 from pipeline.recipe import KIND, LATER, Recipe, has_default, kind_field, kinds_with
 from pipeline.search.local_search import LocalSearchSampler
 from pipeline.search.optuna_internals import allow_stop, reseed
-from pipeline.search.short_trials import MIN_EPOCHS, MIN_TRIALS, short_epochs
+from pipeline.search.short_trials import MIN_EPOCHS, MIN_TRIALS, next_in_full, short_epochs
 from pipeline.search.space_check import (
     FixedFields,
     ScriptedTrial,
@@ -125,12 +125,14 @@ class Search:
     def why_exhausted(self, study: optuna.Study) -> str:
         """Why the study stops before its last trial; empty where it doesn't.
 
-        The sampler has nothing more to suggest, or the last `patience` trials that ended, in any state, gave no score
-        above the best before them. The score of an infeasible trial is none. Short trials can't give one: the best of them
-        come again.
+        The sampler has nothing more to suggest, and the best of the short trials are in full. Or the last `patience` trials
+        that ended, in any state, gave no score above the best before them: the score of an infeasible trial is none, and
+        short ones don't count, as they can't give one.
         """
-        if self._sampler_is_done(study):
-            return f"the sampler, {type(self.study.sampler).__name__}, has nothing more to suggest"
+        if self.sampler_is_done(study):
+            best = next_in_full(study.get_trials(deepcopy=False), is_exhausted=True) if self.shortens else None
+            if best is None:
+                return f"the sampler, {self._sampler_kind.__name__}, has nothing more to suggest"
         if self.patience is None:
             return ""
         ended = [
@@ -146,11 +148,16 @@ class Search:
         why = f"the last {self.patience} in full gave no better score (`--patience`)"
         return f"{why}; the same command with more patience resumes"
 
-    def _sampler_is_done(self, study: optuna.Study) -> bool:
+    def sampler_is_done(self, study: optuna.Study) -> bool:
+        """Whether all that the sampler can suggest was tried."""
         sampler = self.study.sampler
         if isinstance(sampler, GridSampler):  # it may have grown since it stopped
             return sampler.is_exhausted(study)
-        return sampler is not None and StudyAttributes.of(study).stopped_by == type(sampler).__name__
+        return StudyAttributes.of(study).stopped_by == self._sampler_kind.__name__
+
+    @property
+    def _sampler_kind(self) -> type[BaseSampler]:
+        return type(self.study.sampler) if self.study.sampler else LocalSearchSampler
 
     def step(self, epoch: int, recipe: Recipe, short: bool = False) -> int:
         """A trial's epoch as sampler and pruner see it: in epochs of the study's longest trial, or of its longest short one.

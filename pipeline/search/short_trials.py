@@ -23,10 +23,13 @@ def short_epochs(epochs: int) -> int:
     return math.ceil(epochs * SHARE)
 
 
-def next_in_full(trials: Sequence[FrozenTrial], is_last: bool = False) -> FrozenTrial | None:
+def next_in_full(
+    trials: Sequence[FrozenTrial], is_last: bool = False, is_exhausted: bool = False
+) -> FrozenTrial | None:
     """The short trial whose recipe is to be trained in full next; None where the next trial is to be a new short one.
 
-    It is among the best 1/ETA of those that have ended; for the last trial of a study the best will do.
+    It is among the best 1/ETA of those that have ended, or the best where the space is exhausted; for the last trial of a
+    study the best that is left will do.
     """
     attributes = {trial.number: TrialAttributes.of(trial) for trial in trials}
     ended = [
@@ -41,7 +44,7 @@ def next_in_full(trials: Sequence[FrozenTrial], is_last: bool = False) -> Frozen
         # One that the end of a budget cut off is PRUNED: a resumed study has time for all of it.
         if not attributes[trial.number].requeued and trial.state is not TrialState.PRUNED
     }
-    chosen = _choose([trial.number for trial in ended], in_full, is_last)
+    chosen = _choose([trial.number for trial in ended], in_full, len(ended) if is_last else int(is_exhausted))
     return None if chosen is None else next(trial for trial in ended if trial.number == chosen)
 
 
@@ -56,7 +59,7 @@ def simulate(scores: Sequence[float]) -> list[bool]:
     started, in_full = 0, set[int]()
     for number in range(len(scores)):
         ranked = sorted(range(started), key=lambda index: -scores[index])
-        chosen = _choose(ranked, in_full, number == len(scores) - 1)
+        chosen = _choose(ranked, in_full, len(ranked) if number == len(scores) - 1 else 0)
         is_full.append(chosen is not None)
         if chosen is None:
             started += 1
@@ -65,6 +68,6 @@ def simulate(scores: Sequence[float]) -> list[bool]:
     return is_full
 
 
-def _choose(ranked: Sequence[int], in_full: Collection[int | None], is_last: bool) -> int | None:
-    candidates = ranked if is_last else ranked[: len(ranked) // ETA]
+def _choose(ranked: Sequence[int], in_full: Collection[int | None], least: int) -> int | None:
+    candidates = ranked[: max(len(ranked) // ETA, least)]
     return next((number for number in candidates if number not in in_full), None)

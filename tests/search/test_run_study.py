@@ -102,12 +102,13 @@ def test_no_trial_starts_after_the_timeout(harness: StudyHarness) -> None:
 
 def test_study_out_of_patience_stops_and_resumes_with_more(harness: StudyHarness) -> None:
     def same(trial: Any) -> None:
-        trial.suggest_float("optimizer.lr", 0.1, 0.1)  # so all scores are equal
+        trial.suggest_float("optimizer.lr", 1e-12, 1e-11)  # so all scores are equal
 
-    assert len(harness.run(20, same, patience=2).trials) == 3
-    assert len(harness.run(20, same, patience=2).trials) == 3
-    assert len(harness.run(20, same, patience=3).trials) == 4
-    assert len(harness.run(6, same).trials) == 6
+    changes = {"optimizer.lr": 1e-12}
+    assert len(harness.run(20, same, changes=changes, patience=2).trials) == 3
+    assert len(harness.run(20, same, changes=changes, patience=2).trials) == 3
+    assert len(harness.run(20, same, changes=changes, patience=3).trials) == 4
+    assert len(harness.run(6, same, changes=changes).trials) == 6
     harness.assert_nothing_runs()
 
 

@@ -6,12 +6,15 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.samplers import BaseSampler, GridSampler
 from optuna.trial import FrozenTrial, TrialState
 from study_harness import StudyHarness, attributes_of
 
 from pipeline.report import trials as report
+from pipeline.search.optuna_internals import allow_stop, was_stopped
 from pipeline.search.requeue import release_trials, requeue
 from pipeline.search.short_trials import ETA, next_in_full, score_of, short_epochs, simulate
+from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking import queries
 
@@ -107,6 +110,33 @@ def test_a_study_is_released_short_trials_and_the_best_of_them_in_full(harness: 
 
     requeue(study, full)
     assert attributes_of(study.get_trials())[-1].full_of == 1, "a retry trains the same recipe in full"
+
+
+@pytest.mark.parametrize("sampler", [None, GridSampler({"optimizer.momentum": [0.8, 0.9, 0.95]})], ids=str)
+def test_a_space_that_was_tried_completely_ends_the_study_with_its_best_in_full(
+    sampler: BaseSampler | None, harness: StudyHarness
+) -> None:
+    def momenta(trial: Any) -> None:
+        trial.suggest_categorical("optimizer.momentum", [0.8, 0.9, 0.95])
+
+    base = harness.base.changed({"training.epochs": 8, "optimizer.momentum": 0.9})
+    search, study = harness.search(20, momenta, base, {"sampler": sampler}), harness.empty_study()
+    study.enqueue_trial(search.control(), user_attrs=TrialAttributes(control=True, released=True).to_optuna())
+    study.sampler = search.sampler(0)
+    allow_stop(study)
+    while not search.why_exhausted(study):
+        release_trials(study, search, study.get_trials(), 1, 20 - len(study.trials))
+        asked = study.ask()
+        search.ask(asked)
+        is_short, score = TrialAttributes.of(asked).short, asked.params["optimizer.momentum"]
+        asked.report(score, 2)
+        study.tell(asked, None if is_short else score, TrialState.PRUNED if is_short else None)
+        if was_stopped(study):
+            StudyAttributes.update(study, stopped_by=type(study.sampler).__name__)
+    assert len(study.trials) == 5
+    assert study.best_trial.number == 4 and study.best_params == {"optimizer.momentum": 0.95}
+    release_trials(study, search, study.get_trials(), 1, 15)
+    assert len(study.trials) == 5
 
 
 def test_a_whole_study_has_short_and_full_runs_and_its_winner_is_a_full_one(harness: StudyHarness) -> None:
