@@ -24,7 +24,7 @@ def test_compare_prints_the_best_trials_and_writes_a_page(trained: Trained, tmp_
     done = run_pipeline("compare", "tiny", "--output", str(tmp_path / "t.html"), cwd=trained.home.parent, COLUMNS="100")
     assert done.returncode == 0, done.stderr
     table, _, links = done.stdout.partition("page: ")
-    assert "tiny-v1-digits: best 1 of 2 trials, 1 in full, 1 pruned" in table
+    assert "tiny-v1-digits: best 1 of 2 trials, 1 full, 1 pruned" in table
     assert re.search(
         r"^ *0( \(control\))? +0\.\d{4} .+ \(0\.\d{3}\) +\d+\.\d s +[\d,]+ +\d+\.\d\d ms", table, re.MULTILINE
     )
