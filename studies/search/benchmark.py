@@ -193,7 +193,7 @@ def report(output: Path) -> Iterator[str]:
         rows = list(csv.DictReader(table))
     for system in dict.fromkeys(row["system"] for row in rows):
         yield f"### {system}"
-        yield "| variant | epochs | returned recipe, % | 95 % interval | lead of `ours` | each search | seen by the search, % |"
+        yield "| variant | epochs | returned, % | 95 % interval | lead of `ours` | each search | seen by the search, % |"
         yield "|---|---|---|---|---|---|---|"
         groups: dict[tuple[int, str], list[float]] = defaultdict(list)
         saw: dict[tuple[int, str], list[float]] = defaultdict(list)
