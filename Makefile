@@ -26,24 +26,24 @@ endif
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
 
-setup: $(READY) ## create .venv and install everything, in the versions of .constraints.txt: [LOCKED=0 for the newest] (the other targets do it too)
+setup: $(READY) ## create .venv and install everything, in the versions of .constraints.txt: [LOCKED=0 for the newest] (every other target does it when needed)
 
 inspect: ## look at a data set before a search, as a table and a page: DATASET= [COLUMNS= TEST_FRACTION= DUPLICATES=keep OUTPUT= DATA_DIR= TRACKING_URI=]
 study: ## run or resume a study: NAME= [DATASET= COLUMNS= TEST_FRACTION= DUPLICATES=keep CORRUPT=skip TRIALS= EPOCHS= BUDGET=2h TIMEOUT= PATIENCE= PRUNE=0 START=none DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= TRACKING_URI= WORKERS= CLUSTER=auto STALL_TIMEOUT=15m]
 plan: ## what a study will cost in time, disk and GPU memory: NAME= [DATASET= COLUMNS= TEST_FRACTION= DUPLICATES=keep CORRUPT=skip TRIALS= EPOCHS= BUDGET= PRUNE=0 DATA_DIR= DEVICE= SEED= VERSION= SET= WORKERS=]
 compare: ## a study's trials, or several studies, as a table and one page: NAME= or NAME='a b' [OUTPUT= DATASET= DATA_DIR= TRACKING_URI=]
 finals: ## train a study's best recipes and its control again, several seeds each: NAME= [TOP=3 SEEDS=5 FOLDS= EPOCHS= DATASET= DATA_DIR= DEVICE= TRACKING_URI=]
-promote: ## evaluate a study's winner on the test split and make it champion if it passes: NAME= or RUN= [MODEL= DATASET= DATA_DIR= RULES= FORCE=1 REASON= TRACKING_URI=]
-rollback: ## make the champion before champion again: REASON= [VERSION= MODEL= TRACKING_URI=]
+promote: ## evaluate a study's winner on the test split and make it the champion if it passes: NAME= or RUN= [MODEL= DATASET= DATA_DIR= RULES= FORCE=1 REASON= TRACKING_URI=]
+rollback: ## make the previous champion the champion again: REASON= [VERSION= MODEL= TRACKING_URI=]
 history: ## who was champion when, every test evaluation and every verdict: [MODEL= TRACKING_URI=]
-reproduce: ## train a run again and compare, bit for bit where that can be: RUN= [DATASET= DATA_DIR= DEVICE= TOLERANCE=points TRACKING_URI=]
-robustness: ## a model on corrupted validation images, 15 kinds at 5 strengths; kept in its run: [RUN= or MODEL= DATASET= DATA_DIR= DEVICE= TRACKING_URI=]
-sync: ## send MLflow what is pending on disk since it was away or a command was killed: [DROP_DELETED=1 TRACKING_URI=]
+reproduce: ## train a run again and compare, bit for bit where possible: RUN= [DATASET= DATA_DIR= DEVICE= TOLERANCE=points TRACKING_URI=]
+robustness: ## accuracy on corrupted validation images, 15 kinds at 5 strengths; kept in the run: [RUN= or MODEL= DATASET= DATA_DIR= DEVICE= TRACKING_URI=]
+sync: ## send MLflow what is pending on disk after an outage or a killed command: [DROP_DELETED=1 TRACKING_URI=]
 audit: ## check that trials, runs, points, models and files are complete: [FIX=1 STORAGE= TRACKING_URI=]
-relocate: ## after mlruns/ was moved: write its new place into its database
-clean-cache: ## remove the decoded images of folders and manifests: [KEEP=20 for up to 20 GiB of those used last]
+relocate: ## update the paths in mlruns/'s database after the folder was moved
+clean-cache: ## remove the decoded images of folders and manifests: [KEEP=20 keeps up to 20 GiB of the most recently used]
 predict: ## classify an image, a folder or a pickle of images: IMAGE= [MODEL= METHOD=plain SHOW=1 OUTPUT=out.csv DEVICE= TRACKING_URI=]
-ensemble: ## several runs as one model to promote, or the mean of tables of predictions: NAME= or RUNS='ID ...' or TABLE='FILE ...' [METHOD=mean OUTPUT=mean.csv DATASET= DATA_DIR= DEVICE= TRACKING_URI=]
+ensemble: ## combine several runs into one model to promote, or average tables of predictions: NAME= or RUNS='ID ...' or TABLE='FILE ...' [METHOD=mean OUTPUT=mean.csv DATASET= DATA_DIR= DEVICE= TRACKING_URI=]
 compress: ## remove the least important channels of a run, train on and compare, in 8 bits too: RUN= [SPARSITY=0.5 EPOCHS= DISTIL=1 DATASET= DATA_DIR= DEVICE= TRACKING_URI=]
 export: ## a model as ONNX with weights, recipe and card: [RUN= or MODEL= OUTPUT=folder INT8=1 DATASET= DATA_DIR= TRACKING_URI=]
 serve: ## the champion behind MLflow's scoring server on 127.0.0.1: [MODEL= PORT=5001 TRACKING_URI=]
@@ -56,7 +56,7 @@ $(COMMANDS): $(READY)
 test: $(READY) ## run the tests (DATA_DIR= with CIFAR-10 in it runs those on real data too)
 	@env $(call assignments,$(TYPED)) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-chaos: $(READY) ## faults for half an hour: processes killed, paused and stopped, disks, databases, clocks; a table of what was lost: [OUTPUT=mlruns/chaos DATA_DIR=]
+chaos: $(READY) ## inject faults for half an hour (kills, pauses, disks, databases, clocks) and print what was lost: [OUTPUT=mlruns/chaos DATA_DIR=]
 	@env $(call assignments,$(TYPED)) $(BIN)/python -m pytest -m chaos -o faulthandler_timeout=3600
 
 check: $(READY) ## ruff, formatting, types
@@ -64,11 +64,11 @@ check: $(READY) ## ruff, formatting, types
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
-format: $(READY) ## put the code into shape
+format: $(READY) ## format the code and fix what ruff can
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-lock: $(READY) ## write the versions that .venv has to .constraints.txt, which setup installs
+lock: $(READY) ## write the versions in .venv to .constraints.txt, which setup installs
 	@$(BIN)/python -m pip list --disable-pip-version-check --format=freeze --exclude-editable | grep -Ev '^(pip|setuptools|image-classifier-pipeline|triton|cuda-[a-z]+|nvidia-(cu|nccl|nv)[^=]*)==' | sed 's/+.*//' | LC_ALL=C sort -f > .constraints.new
 	@mv .constraints.new .constraints.txt
 

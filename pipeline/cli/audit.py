@@ -16,7 +16,7 @@ def audit(
 ) -> None:
     """Check that trials, runs, points, models and files are complete and consistent. A line for each problem.
 
-    Ends with 1 where there is one.
+    The exit code is 1 if there is one.
     """
     if problems := database_problems(storage, tracking_uri):
         raise UserError.many(problems)

@@ -19,12 +19,14 @@ def bench_gpu(
     output: Annotated[
         Path, typer.Option(metavar="FILE", help="Where the whole report goes, as JSON, row by row.")
     ] = HOME / "bench-gpu.json",
-    peer: Annotated[Path | None, typer.Option(metavar="SCRIPT", help="A peer's script, as bench --against.")] = None,
+    peer: Annotated[
+        Path | None, typer.Option(metavar="SCRIPT", help="A peer's script, as for bench --against.")
+    ] = None,
     airbench: Annotated[
         Path | None, typer.Option(metavar="SCRIPT", help="airbench94_muon.py, to run and compare with fast.")
     ] = None,
     data_dir: DataDirOption = Path("data"),
-    only: Annotated[str, typer.Option(metavar="PART,PART", help="Not all of the parts.")] = "",
+    only: Annotated[str, typer.Option(metavar="PART,PART", help="Only these parts.")] = "",
 ) -> None:
     """Measure on a GPU, in under eight minutes: executions of a step, attention, speed runs, trainings at once, a study.
 

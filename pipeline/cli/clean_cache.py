@@ -11,13 +11,13 @@ from pipeline.errors import UserError, counted
 
 def clean_cache(
     keep: Annotated[
-        str, typer.Option(metavar="GIB", help="Keep what was used last, up to so many GiB, e.g. 20.")
+        str, typer.Option(metavar="GIB", help="Keep the most recently used ones, up to this many GiB, e.g. 20.")
     ] = "0",
 ) -> None:
     """Remove the decoded images of folders and manifests; what needs them decodes them again.
 
-    Commands that run meanwhile aren't disturbed: what is being decoded stays. It is seldom needed: where the disk has no
-    room for new ones, those that were not used for longest are removed.
+    Commands that run meanwhile aren't disturbed: what is being decoded stays. It is seldom needed: when the disk has no
+    room for new ones, the least recently used ones are removed.
     """
     from pipeline.data.cache import FOLDER, caches, in_words, num_bytes, remove
 

@@ -48,6 +48,7 @@ def compare(
 
     from pipeline.report.comparison_page import studies_page
     from pipeline.report.render import write
+    from pipeline.report.stored import aliases
     from pipeline.report.study_page import champions, finals_verdict, study_page
     from pipeline.report.trials import choose, table
 
@@ -59,14 +60,14 @@ def compare(
     if empty := [study.name for study in studies if study.name not in set(frame["study"])]:
         raise UserError(", ".join(empty), "has no trials yet", "`study NAME` runs some")
     links = {study.name: links_of(tracker, study, UI_PORT) for study in studies}
-    next_steps = []
+    names_of_runs, next_steps = aliases(tracker), []
     for study in studies:
         own = frame[frame["study"] == study.name]
         _print_trials(console, own)
         decision, verdict = finals_verdict(tracker, study)
         say(console, *filter(None, [verdict, *champions(tracker, own)]))
-        finals = {} if decision else {"try the best with more seeds": f"finals {study.name}"}
-        next_steps.append({**finals, "make the winner champion": f"promote {study.name}"})
+        winner = decision.winner.run_id if decision and decision.winner else ""
+        next_steps.append(after_compare(study.name, is_decided=bool(decision), aliases=names_of_runs.get(winner, "")))
     with make_console(stderr=True).status("writing the page"):
         word = COMMAND_LINE.word
         if len(studies) == 1:
@@ -78,8 +79,18 @@ def compare(
     say(console, f"page: {file} ({len(page.encode()) / 1e6:.1f} MB, opens offline)")
     for name, of_study in links.items():
         print_links(console, f"{name} in MLflow (`ui`):", list(of_study.items()))
-    for steps in next_steps:
+    for steps in filter(None, next_steps):
         print_links(console, "Next:", [(what, next_command(step, tracking_uri)) for what, step in steps.items()])
+
+
+def after_compare(study: str, is_decided: bool, aliases: str) -> dict[str, str]:
+    """The next commands: finals, then promotion of their winner, then the use of it; `aliases` is what it is called."""
+    if not is_decided:
+        return {"try the best with more seeds": f"finals {study}", "make the winner champion": f"promote {study}"}
+    champion = next((name for name in aliases.split(" and ") if name.endswith("@champion")), "")
+    if champion:
+        return {"classify with the champion": f"predict IMAGE --model models:/{champion}"}
+    return {"make the winner champion": f"promote {study}"}
 
 
 def page_name(studies: Sequence[str]) -> str:

@@ -6,8 +6,8 @@ INTERRUPTED = 130
 # Kind of error -> exit code and what it means.
 _CODES: dict[type[UserError], tuple[int, str]] = {
     UserError: (2, "bad input"),
-    DataError: (3, "no data"),
-    PartialFailure: (4, "some inputs were of no use"),
+    DataError: (3, "missing or damaged data"),
+    PartialFailure: (4, "some inputs failed"),
     PromotionRefused: (5, "promotion refused"),
     NotReproduced: (6, "not reproduced"),
 }

@@ -24,7 +24,10 @@ def export(
         Path | None, typer.Option(metavar="FOLDER", help="Where it goes; default mlruns/exports/<run>.")
     ] = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="A quantised model too, compared with the original; needs the data set.")
+        bool,
+        typer.Option(
+            "--int8", help="Also write a quantised model and compare it with the original; needs the data set."
+        ),
     ] = False,
     dataset: SeenDatasetOption = None,
     data_dir: DataDirOption = Path("data"),

@@ -43,7 +43,7 @@ def finals(
     seeds: SeedsOption = None,
     folds: Annotated[
         int | None,
-        typer.Option(metavar="K", min=2, max=100, help="In place of seeds: each training on another of K folds."),
+        typer.Option(metavar="K", min=2, max=100, help="Instead of seeds: each training on another of K folds."),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=10_000, help="Instead of each recipe's own.")
@@ -53,7 +53,7 @@ def finals(
     device: DeviceOption = "auto",
     tracking_uri: TrackingOption = None,
 ) -> None:
-    """Train a study's best recipes and its control again with fresh seeds, and choose the winner. The same command resumes."""
+    """Train a study's best recipes and its control again with new seeds, and choose the winner. The same command resumes."""
     from pipeline.registry.finals import check_data, plan_finals
     from pipeline.tracking.queries import find_study
     from pipeline.tracking.run_data import newest_first

@@ -34,24 +34,24 @@ SeenDatasetOption = Annotated[
     typer.Option(
         "--dataset",
         metavar="PATH",
-        help="Where the run's data set lies now; default: where it was last, if it is there.",
+        help="Where the run's data set is now; default: where it was last.",
     ),
 ]
-DataDirOption = Annotated[Path, typer.Option(help="Where downloaded data sets lie, or are put.")]
+DataDirOption = Annotated[Path, typer.Option(help="Folder of downloaded data sets.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 ChangeOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
-        help="Set fields of the recipe for all trials, whatever kinds they draw, e.g. data.image_size=64.",
+        help="Set fields of the recipe for all trials, e.g. data.image_size=64.",
     ),
 ]
 MODEL = "image-classifier"
 ModelNameOption = Annotated[
-    str, typer.Option("--model", metavar="NAME", help="The registered model whose champion is meant.")
+    str, typer.Option("--model", metavar="NAME", help="The registered model that the champion belongs to.")
 ]
-MODEL_HELP = "A run's id, a folder with weights, or models:/NAME@ALIAS. Default: the champion, else the best run."
+MODEL_HELP = "A run's id, a folder with weights, or models:/NAME@ALIAS. Default: the champion, otherwise the best run."
 ModelFilesOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=MODEL_HELP)]
 StudyArgument = Annotated[str, typer.Argument(metavar="NAME", help="A module of studies/, e.g. attention.")]
 StorageOption = Annotated[
@@ -71,52 +71,52 @@ class StudyOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     trials: int | None = Field(
-        None, ge=1, le=1_000_000, title="N", description="Trials in all, those already done included."
+        None, ge=1, le=1_000_000, title="N", description="Number of trials, including those already done."
     )
     epochs: int | None = Field(
-        None, ge=1, le=10_000, title="N", description="Epochs of a training in full; most trials are shorter."
+        None, ge=1, le=10_000, title="N", description="Epochs of a full-length training; most trials are shorter."
     )
     budget: float | None = Field(
         None,
         gt=0,
         title="TIME",
-        description="Time for search and finals together, 30m or 2h: chooses the trials and their length; runs the "
-        "finals too.",
+        description="Time for search and finals together, e.g. 30m or 2h: chooses the number and length of trials, and runs "
+        "the finals too.",
     )
     timeout: float | None = Field(None, gt=0, title="TIME", description="No trial starts after this time: 90, 30m, 2h.")
     patience: int | None = Field(
-        None, ge=1, le=1_000_000, title="N", description="Stop when N trials in full in a row gave no better score."
+        None, ge=1, le=1_000_000, title="N", description="Stop after N full trials in a row without a better score."
     )
     start: Literal["all", "portfolio", "winners", "none"] = Field(
         "all",
         title="FROM",
-        description="What a new study's first trials after the control are given: portfolio (strong recipes), winners (of "
-        "earlier studies), all (both), or none.",
+        description="First trials of a new study, after the control: portfolio (strong recipes), winners (of earlier "
+        "studies), all (both), or none.",
     )
-    prune: bool = Field(True, description="Train most trials short and the best in full, or every trial in full.")
+    prune: bool = Field(True, description="Train most trials short and the best at full length, or all at full length.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, title="N", description="Seeds the search and every training.")
     columns: str | None = Field(
         None,
         title="NAMES",
-        description="What a manifest calls path, label, split and group: label=species,group=patient.",
+        description="A manifest's names of the columns path, label, split and group: label=species,group=patient.",
     )
     test_fraction: float | None = Field(
         None,
         ge=0,
         lt=0.5,
         title="SHARE",
-        description="Of a folder or manifest without test images: share that is sealed as its test split, once; 0: none.",
+        description="Share of a folder or manifest without test images to seal, once, as its test split; 0: none.",
     )
     duplicates: Literal["drop", "keep"] | None = Field(
         None,
         title="WHAT",
-        description="Images that are in the test split, too: drop (the default), they don't train; or keep.",
+        description="Training images that are also in the test split: drop them (the default), or keep them.",
     )
     corrupt: Literal["refuse", "skip"] | None = Field(
         None,
         title="WHAT",
-        description="Files that can't be read: refuse (the default) the data set, or skip them; a run lists them.",
+        description="If files can't be read: refuse the data set (the default), or skip and list them.",
     )
     version: int | None = Field(
         None, ge=1, le=1_000_000, title="N", description="Start or resume another version of the study."
@@ -126,7 +126,7 @@ class StudyOptions(BaseModel):
         ge=1,
         le=1_000,
         title="N",
-        description="Trials at once on this machine, each a process; else 1, or on a GPU what was measured.",
+        description="Worker processes on this machine, one trial each. Default: 1, or on a GPU what was measured.",
     )
     cluster: str | None = Field(
         None,
@@ -137,7 +137,7 @@ class StudyOptions(BaseModel):
         None,
         gt=0,
         title="TIME",
-        description="A worker's trial without a step or an image read for this long is stopped: 15m.",
+        description="Stop a worker's trial that makes no step and reads no image for this long, e.g. 15m.",
     )
 
     @classmethod

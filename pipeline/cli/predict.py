@@ -41,7 +41,7 @@ def predict(
     device: DeviceOption = "auto",
     tracking_uri: TrackingOption = None,
 ) -> None:
-    """Classify images: class, confidence and the next two. Files of no use are named at the end (exit code 4)."""
+    """Classify images: class, confidence and the next two. Files that can't be used are named at the end (exit code 4)."""
     from pipeline.inference.predictions import check_output, predict_files, predictions_table, write_predictions
 
     if output:

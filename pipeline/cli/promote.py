@@ -54,7 +54,7 @@ class _View:
 
 def promote(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A study: its finals' winner, else its best trial.")
+        str | None, typer.Argument(metavar="[NAME]", help="A study: its finals' winner, otherwise its best trial.")
     ] = None,
     run: Annotated[str | None, typer.Option(metavar="ID", help="This run instead.")] = None,
     model: ModelNameOption = MODEL,
@@ -72,7 +72,7 @@ def promote(
     reason: Annotated[str, typer.Option(metavar="TEXT", help="Why it is evaluated again, for the ledger.")] = "",
     tracking_uri: TrackingOption = None,
 ) -> None:
-    """Evaluate a run's model against the champion on the test split; if it passes, it is made champion."""
+    """Evaluate a run's model against the champion on the test split; if it passes, make it the champion."""
     if (name is None) == (run is None):
         raise UserError(
             "NAME or RUN", "needs exactly one", "`promote NAME` takes a study's model, `promote --run RUN` a run's"

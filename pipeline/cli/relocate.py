@@ -4,7 +4,7 @@ from pipeline.cli.common import HOME, make_console, say
 
 
 def relocate() -> None:
-    """Make a folder mlruns that was moved to another place work again: its new place is written into its database."""
+    """Update the paths in the database of mlruns/ after that folder was moved."""
     from pipeline.tracking.relocate import relocate as write_new_place
 
     console = make_console()

@@ -23,7 +23,7 @@ def robustness(
         str | None,
         typer.Argument(
             metavar="[RUN|MODEL]",
-            help="A run's id, or models:/NAME@ALIAS. Default: the champion, else the best run.",
+            help="A run's id, or models:/NAME@ALIAS. Default: the champion, otherwise the best run.",
         ),
     ] = None,
     dataset: SeenDatasetOption = None,
@@ -31,7 +31,7 @@ def robustness(
     device: DeviceOption = "auto",
     tracking_uri: TrackingOption = None,
 ) -> None:
-    """Accuracy on corrupted validation images: 15 kinds at 5 strengths, as in CIFAR-10-C; its run keeps them."""
+    """Measure accuracy on corrupted validation images: 15 kinds at 5 strengths, as in CIFAR-10-C; the run keeps it."""
     from pipeline.inference.classifier import Classifier
     from pipeline.registry import robustness as registry
     from pipeline.registry.export import find_data_of, split_as_then

@@ -14,12 +14,12 @@ from pipeline.errors import UserError
 def rollback(
     reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; the ledger keeps it.")] = "",
     version: Annotated[
-        str | None, typer.Option(metavar="N", help="Back to this version, not to the one before.")
+        str | None, typer.Option(metavar="N", help="Back to this version instead of the previous one.")
     ] = None,
     model: ModelNameOption = MODEL,
     tracking_uri: TrackingOption = None,
 ) -> None:
-    """Make the champion before champion again."""
+    """Make the previous champion the champion again."""
     if not reason.strip():
         raise UserError("`--reason TEXT`", "needs to say why", "`rollback --reason 'slower in production than here'`")
     if version is not None and not re.fullmatch(r"[1-9]\d{0,8}", version):

@@ -17,7 +17,7 @@ def sync(
     ] = False,
     tracking_uri: TrackingOption = None,
 ) -> None:
-    """Send MLflow what is pending on disk: what was measured while it was away, or by a command that was killed.
+    """Send MLflow what is pending on disk: from an outage of MLflow, or from a command that was killed.
 
     It can be repeated; what a running command writes it sends itself.
     """

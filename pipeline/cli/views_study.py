@@ -79,7 +79,7 @@ class StudyView(StudyObserver):
         if self._started is None:
             self._started = time.monotonic()
         parts = [f"{progress.finished} of {progress.trials} trials"]
-        parts += [f"{progress.in_full} in full", f"{progress.short} short"] if self._search.shortens else []
+        parts += [f"{progress.in_full} full", f"{progress.short} short"] if self._search.shortens else []
         parts += [f"{progress.pruned} pruned"] if progress.pruned or not self._search.shortens else []
         parts += [f"{progress.failed} failed"]
         parts += [f"{progress.infeasible} infeasible"] if progress.infeasible else []
@@ -97,7 +97,7 @@ class StudyView(StudyObserver):
         epochs = recipe.training.epochs
         changes = changes_text(params, self._search)
         self._trials[number] = _RunningTrial(changes, epochs, ProgressBar(total=epochs, width=_BAR_WIDTH))
-        self._show(f"trial {number}{'' if full_of is None else f' ({full_of} in full)'}: {changes}")
+        self._show(f"trial {number}{'' if full_of is None else f' ({full_of} at full length)'}: {changes}")
 
     def step(self, number: int, progress: Progress) -> None:
         """See StudyObserver."""
@@ -128,7 +128,7 @@ class StudyView(StudyObserver):
         score = outcome.metrics.get(self._search.study.objective)
         reason = f" ({outcome.reason})" if outcome.reason and outcome.reason != SHORT else ""
         scored = f", {self._search.study.objective} {score:.4f}" if score is not None else ""
-        state = "ended, a short one" if outcome.reason == SHORT else outcome.state
+        state = "ended (short)" if outcome.reason == SHORT else outcome.state
         line = (
             f"trial {number} {state}{reason}{scored}, {counted(outcome.epochs, 'epoch')} in {duration(outcome.seconds)}"
         )
@@ -179,7 +179,7 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
         "disk": ("disk_mib", "{:.1f} MiB".format),
     }
     table = Table(box=box.SIMPLE_HEAD)
-    headings = ["", "forecast", *(["truth", "truth / forecast"] if actual else ["all in full"])]
+    headings = ["", "forecast", *(["actual", "actual / forecast"] if actual else ["all at full length"])]
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
     for name, (key, show) in rows.items():
@@ -200,7 +200,7 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
         recipes = f" and of {counted(others, 'other recipe')}" if others else ""
         console.print(f"from a few steps of the control{recipes}; other work on the machine changes it")
         if pruner := forecast.get("unknown_pruner"):
-            say(console, f"no pruning is assumed, as what {pruner} will do is not known")
+            say(console, f"no pruning is assumed, because what {pruner} will do is unknown")
         choice = forecast.get("choice") or {}
         if precision := choice.get("precision"):
             say(console, f"training.precision {precision}: faster here for this network (`--set training.precision=`)")

@@ -27,7 +27,7 @@ from pipeline.data.listing import TEST, Listing
 from pipeline.data.manifest import SUFFIXES, read_manifest
 from pipeline.data.mapped import MappedImages
 from pipeline.data.seal import Seal
-from pipeline.errors import DataError, UserError, did_you_mean
+from pipeline.errors import DataError, UserError, counted, did_you_mean
 from pipeline.sections.data import Data, Form
 
 MAX_IMBALANCE = 10  # the largest class by the smallest, beyond which a person is told
@@ -103,7 +103,8 @@ class Listed:
                 f"test split, too; {look}"
             )
         if self.num_test_copies:
-            yield f"caution: images to train on that are in the test split, too: {self.num_test_copies:,}; it flatters them"
+            found = counted(self.num_test_copies, "training image")
+            yield f"caution: {found} also in the test split; this flatters its scores"
         if self.copies is not None and (line := _copies_line(self.copies, self.listing.usable.labels, validation)):
             yield f"{line}; {look}"
         counts = np.bincount(self.listing.usable.labels)

@@ -107,7 +107,7 @@ class Seal:
         known = set(listing.labels[is_test].tolist())
         missing = [name for label, name in enumerate(listing.classes) if label not in known]
         if missing:
-            lines.append(f"it has no images of {', '.join(missing[:10])}, of which promotion will say nothing")
+            lines.append(f"it has no images of {', '.join(missing[:10])}, about which promotion will say nothing")
         return lines
 
     def fix(self, home: Path, listing: Listing) -> None:

@@ -91,7 +91,7 @@ def plan_compressions(
             f"run {metadata.run_id}", "is an ensemble, which has no recipe to train on by", "compress a member"
         )
     if distil and metadata.recipe.transfer.weights_file:
-        rule = "started from trained weights, so its recipe is none for the random ones of a distilled network"
+        rule = "started from trained weights, so its recipe doesn't suit the random ones of a distilled network"
         raise UserError(
             f"run {metadata.run_id}", rule, "without `--distil` it is pruned only; or distil the run that it is made of"
         )

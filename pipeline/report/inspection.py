@@ -35,7 +35,7 @@ class DuplicateKind(NamedTuple):
 DUPLICATES = (
     DuplicateKind(
         "in the test split and in what is trained on",
-        "What was trained on such an image knows the answer. Exact copies don't train, unless `--duplicates keep` says so; "
+        "A model trained on such an image knows the answer. Exact copies don't train, unless `--duplicates keep` says so; "
         "remove the others from one side, or give each set a group in a manifest.",
     ),
     DuplicateKind(
@@ -43,7 +43,7 @@ DUPLICATES = (
         "The validation score is too good by what such images add. Keep one of each, or give each set a group in a manifest.",
     ),
     DuplicateKind("under two classes", "At most one of the labels is right."),
-    DuplicateKind("in one class and split", "They count double; little else."),
+    DuplicateKind("in one class and split", "They count double, but do little other harm."),
 )
 
 

@@ -128,9 +128,9 @@ def trial_rows(frame: pd.DataFrame, state: State | None = None) -> pd.DataFrame:
 
 
 def state_words(rows: pd.DataFrame) -> pd.Series:
-    """Each run's state for a reader: a short trial was not pruned, and one that finished was trained in full."""
+    """Each run's state for a reader: a short trial was not pruned, and one that finished was trained at full length."""
     words = rows["state"].mask(rows["short"] & (rows["state"] == State.PRUNED), "short")
-    return words.replace(str(State.FINISHED), "in full")
+    return words.replace(str(State.FINISHED), "full")
 
 
 def with_role(frame: pd.DataFrame, role: Role) -> pd.DataFrame:

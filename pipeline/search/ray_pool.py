@@ -260,7 +260,7 @@ def _probe(address: str) -> str | None:
     if without_token == _ADMITTED:
         raise UserError(
             subject,
-            "requires no token, so whoever reaches it can run anything on it",
+            "requires no token, so anyone who reaches it can run anything on it",
             "start its nodes with RAY_AUTH_MODE=token",
         )
     if (without_token, with_token) == (_REFUSED, _ADMITTED) and has_token:

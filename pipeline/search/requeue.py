@@ -140,7 +140,7 @@ def _give_up(study: optuna.Study, trial: FrozenTrial, reason: str, tracker: Mlfl
 def run_name(number: int, attributes: TrialAttributes) -> str:
     """The name of a trial's run in MLflow."""
     marks = ["control"] * attributes.control + ["short"] * attributes.short
-    marks += [f"{attributes.full_of} in full"] if attributes.full_of is not None else []
+    marks += [f"{attributes.full_of} at full length"] if attributes.full_of is not None else []
     return f"trial {number}" + (f" ({', '.join(marks)})" if marks else "")
 
 

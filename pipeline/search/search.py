@@ -145,7 +145,7 @@ class Search:
         scores = [trial.value if trial.value is not None and is_feasible(trial) else -math.inf for trial in ended]
         if not max(scores[-self.patience :]) <= max(scores[: -self.patience]) > -math.inf:
             return ""
-        why = f"the last {self.patience} in full gave no better score (`--patience`)"
+        why = f"the last {self.patience} full trials gave no better score (`--patience`)"
         return f"{why}; the same command with more patience resumes"
 
     def sampler_is_done(self, study: optuna.Study) -> bool:

@@ -203,7 +203,7 @@ def _wait(url: str, error: BaseException, repetition: int, deadline: float) -> N
             "the same command resumes the study when it answers",
         ) from None
     if repetition == 6:  # after some seconds: longer than a file stays locked
-        log.info("the study's database does not answer (%s); it is tried for up to %.0f minutes", reason, minutes)
+        log.info("the study's database does not answer (%s); trying for up to %.0f minutes", reason, minutes)
     time.sleep(min(LONGEST_PAUSE_S, 0.05 * 2**repetition))
 
 

@@ -27,7 +27,7 @@ def check_place(home: Path) -> None:
     with _connected(home) as connection:
         old = _old_homes(connection, home)
     if old:
-        rule = f"was moved here from {_path(old[0])}, where MLflow still searches its files"
+        rule = f"was moved here from {_path(old[0])}, where MLflow still looks for its files"
         raise UserError(str(home.resolve()), rule, "`relocate` writes the new place into its database")
 
 
@@ -37,7 +37,7 @@ def relocate(home: Path) -> dict[str, int]:
     Paths outside the old folder stay. UserError where there is no store here, or a command still runs on it.
     """
     if not (home / DATABASE).is_file():
-        raise UserError(str(home.resolve()), f"has no {DATABASE}", "run this beside the folder mlruns")
+        raise UserError(str(home.resolve()), f"has no {DATABASE}", "run this in the folder that contains mlruns")
     if any(is_busy(folder) for folder in journals(home)):
         raise UserError(str(home.resolve()), "another command is writing runs here", "wait for it, or stop it")
     with FileLock(home / "mlflow.lock"), _connected(home) as connection:

@@ -92,8 +92,8 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def capture(step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
-    """Capture `step` without executing it, on the current stream of `own_stream`; what is returned replays it.
+def capture(step: Callable[[], None], generator: torch.Generator) -> torch.cuda.CUDAGraph:
+    """Capture `step` without executing it, on the current stream of `own_stream`; the graph replays it.
 
     Each replay draws the next random numbers of `generator` and of the device's default one, as a call would.
     """
@@ -102,7 +102,7 @@ def capture(step: Callable[[], None], generator: torch.Generator) -> Callable[[]
     # Other threads, as the monitor of the machine, may use CUDA meanwhile.
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         step()
-    return graph.replay
+    return graph
 
 
 class GraphedStep:
@@ -117,16 +117,24 @@ class GraphedStep:
         self._step, self._generator = step, generator
         self._form: Hashable = None
         self._warm_up_left = WARM_UP_STEPS
-        self._replay: Callable[[], None] | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def release(self) -> None:
+        """Free the graph here; a garbage collection would at any time and in any thread, also amid a later training."""
+        if self._graph:
+            torch.cuda.synchronize()  # it may still be executing
+            self._graph.reset()
+            self._graph = None
 
     def __call__(self, form: Hashable) -> None:
         """Execute the step. A `form` other than the last one means another step, which is warmed up and captured again."""
         if form != self._form:
-            self._form, self._warm_up_left, self._replay = form, WARM_UP_STEPS, None
+            self.release()
+            self._form, self._warm_up_left = form, WARM_UP_STEPS
         if self._warm_up_left:
             self._warm_up_left -= 1
             self._step()
             return
-        if self._replay is None:
-            self._replay = capture(self._step, self._generator)
-        self._replay()
+        if self._graph is None:
+            self._graph = capture(self._step, self._generator)
+        self._graph.replay()

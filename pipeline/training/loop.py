@@ -110,13 +110,18 @@ def train(
         torch.cuda.reset_peak_memory_stats(device)
     else:
         keep_freed_memory()
-    with _reproducible(settings.deterministic, device), own_stream(device) if graphed else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_reproducible(settings.deterministic, device))
+        if graphed:
+            stack.enter_context(own_stream(device))
         learner = _Learner(recipe, data, device)
         if resume:
             resume.restore(recipe, data, learner.parts)
             history += [EpochReport(epoch, metrics) for epoch, metrics in enumerate(resume.history, start=1)]
             started -= resume.seconds
         graphed_step = GraphedStep(learner.step, learner.generator) if graphed else None
+        if graphed_step:
+            stack.callback(graphed_step.release)
         for epoch in range(len(history) + 1, settings.epochs + 1):
             epoch_started = time.perf_counter()
             learner.train_epoch(epoch, graphed_step, on_step, on_part)

@@ -1,9 +1,11 @@
 """Is some shape of `efficient` twice as fast as a `plain` network of equal accuracy? (System 002 claims so of its own.)
 
-Both networks in several widths, on a third of CIFAR-10 by the portfolio's first recipe, 12 epochs; then the latency of one
-image in ONNX, fp32, on one thread. By hand; a row that is there is not trained again, so `run` may be stopped:
+Both networks in several widths, by the portfolio's first recipe, by default for 12 epochs on a third of CIFAR-10; then the
+latency of one image in ONNX, fp32, on one thread. Run by hand. A row that is there is not trained again, so `run` may be
+stopped; each table holds one length and one share of the data:
 
     python studies/record/efficient_shapes.py run data shapes.csv --seeds 0,1,2
+    python studies/record/efficient_shapes.py run data shapes-48.csv --epochs 48 --train-fraction 1 --device cuda
     python studies/record/efficient_shapes.py report shapes.csv
 """
 
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # equal sums need equal threads
@@ -33,35 +36,46 @@ from pipeline.search.study import load_study
 from pipeline.training.loop import train
 
 SHAPES = {
-    "plain": ["16-32-64-128", "24-48-96-192", "32-64-128-256", "48-96-192-384"],
-    "efficient": ["48-96-192", "32-64-128", "32-48-96", "16-32-64", "16-64-128", "16-32-128", "16-64-192"],
+    "plain": ["16-32-64-128", "24-48-96-192", "32-64-128-256", "48-96-192-384", "64-128-256-512"],
+    "efficient": [
+        "48-96-192",
+        "16-64-256",
+        "32-128-256",
+        "32-64-128",
+        "32-48-96",
+        "16-32-64",
+        "16-64-128",
+        "16-32-128",
+        "16-64-192",
+    ],
 }
-CPU = torch.device("cpu")
 
 
-def recipe_of(network: str, widths: str, seed: int = 0) -> Recipe:
+def recipe_of(network: str, widths: str, seed: int = 0, epochs: int = 12, train_fraction: float = 1 / 3) -> Recipe:
     """The portfolio's first recipe, but for the network's own fields, which stay as published."""
     start = {name: value for name, value in PORTFOLIO["Muon, smoothing"].items() if not name.startswith("model.")}
-    lengths = {"data.train_fraction": 1 / 3, "training.epochs": 12, "training.seed": seed}
+    lengths = {"data.train_fraction": train_fraction, "training.epochs": epochs, "training.seed": seed}
     shape = {"model.widths": tuple(int(width) for width in widths.split("-"))}
     return load_study(network).base.changed({**start, **lengths, **shape})
 
 
-def run(data_dir: Path, file: Path, seeds: list[int], shapes: list[tuple[str, str]]) -> None:
-    """Train what the table lacks."""
-    recipe = recipe_of(*shapes[0])
-    data = prepare(load(recipe.data, data_dir, download=False), recipe.data, CPU)
+def run(data_dir: Path, file: Path, recipes: dict[tuple[str, str, int], Recipe], device: torch.device) -> None:
+    """Train what the table lacks of the recipes by network, widths and seed."""
     known = {(row["network"], row["widths"], int(row["seed"])) for row in _rows(file)}
-    for seed, (network, widths) in [(seed, shape) for seed in seeds for shape in shapes if (*shape, seed) not in known]:
+    data_recipe = next(iter(recipes.values())).data
+    data = prepare(load(data_recipe, data_dir, download=False), data_recipe, device)
+    for row, recipe in recipes.items():
+        if row in known:
+            continue
         started = time.process_time()
-        result = train(recipe_of(network, widths, seed), data, CPU)
-        accuracy, cpu_s = result.history[-1].metrics["val/accuracy"], time.process_time() - started
+        accuracy = train(recipe, data, device).history[-1].metrics["val/accuracy"]
+        cpu_s = time.process_time() - started
         is_new = not file.exists()
         with file.open("a", newline="") as table:
             writer = csv.writer(table, lineterminator="\n")
             if is_new:
                 writer.writerow(["network", "widths", "seed", "accuracy", "cpu_s"])
-            writer.writerow([network, widths, seed, f"{accuracy:.4f}", f"{cpu_s:.0f}"])
+            writer.writerow([*row, f"{accuracy:.4f}", f"{cpu_s:.0f}"])
 
 
 def report(file: Path) -> None:
@@ -118,12 +132,18 @@ def main() -> None:
     parser.add_argument("paths", type=Path, nargs="+")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--shapes", default=";".join(f"{name}:{widths}" for name in SHAPES for widths in SHAPES[name]))
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--train-fraction", type=float, default=1 / 3)
+    parser.add_argument("--device", type=torch.device, default="cpu")
     given = parser.parse_args()
-    if given.command == "run":
-        shapes = [(name, widths) for name, _, widths in (shape.partition(":") for shape in given.shapes.split(";"))]
-        run(given.paths[0], given.paths[1], [int(seed) for seed in given.seeds.split(",")], shapes)
-    else:
+    if given.command == "report":
         report(given.paths[0])
+        return
+    recipes = {}
+    for seed, shape in product(given.seeds.split(","), given.shapes.split(";")):
+        network, _, widths = shape.partition(":")
+        recipes[network, widths, int(seed)] = recipe_of(network, widths, int(seed), given.epochs, given.train_fraction)
+    run(given.paths[0], given.paths[1], recipes, given.device)
 
 
 if __name__ == "__main__":

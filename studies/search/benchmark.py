@@ -1,4 +1,4 @@
-"""How good is the recipe that a search hands over, as a function of the epochs it used?
+"""How good is the recipe that a search returns, as a function of the epochs it used?
 
 Run by hand, `run` and then `report`; README.md beside this file says how it measures.
 """
@@ -193,7 +193,7 @@ def report(output: Path) -> Iterator[str]:
         rows = list(csv.DictReader(table))
     for system in dict.fromkeys(row["system"] for row in rows):
         yield f"### {system}"
-        yield "| variant | epochs | handed over, % | 95 % interval | lead of `ours` | each search | seen by the search, % |"
+        yield "| variant | epochs | returned, % | 95 % interval | lead of `ours` | each search | seen by the search, % |"
         yield "|---|---|---|---|---|---|---|"
         groups: dict[tuple[int, str], list[float]] = defaultdict(list)
         saw: dict[tuple[int, str], list[float]] = defaultdict(list)
@@ -223,7 +223,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="search, and train what is handed over; the same command goes on")
+    runs = commands.add_parser("run", help="search, and train what is returned; the same command resumes")
     runs.add_argument("system", choices=SYSTEMS)
     runs.add_argument("--variants", required=True, help=f"with commas, of: hand, {', '.join(VARIANTS)}")
     runs.add_argument("--seeds", default="0", help="of the searches, with commas: 0,1,2")
@@ -232,7 +232,7 @@ def main() -> None:
         default=POINTS,
         help="used compute at which to score, in trainings of full length; the largest is the budget",
     )
-    runs.add_argument("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 lies")
+    runs.add_argument("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is")
     reports = commands.add_parser("report", help="the scores so far, as a table")
     for command in (runs, reports):
         command.add_argument(

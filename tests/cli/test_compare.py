@@ -7,7 +7,7 @@ import pytest
 from conftest import NO_RETRIES, Trained, run_forked, run_pipeline
 
 from cli.helpers import assert_refused
-from pipeline.cli.compare import page_name
+from pipeline.cli.compare import after_compare, page_name
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -24,7 +24,7 @@ def test_compare_prints_the_best_trials_and_writes_a_page(trained: Trained, tmp_
     done = run_pipeline("compare", "tiny", "--output", str(tmp_path / "t.html"), cwd=trained.home.parent, COLUMNS="100")
     assert done.returncode == 0, done.stderr
     table, _, links = done.stdout.partition("page: ")
-    assert "tiny-v1-digits: best 1 of 2 trials, 1 in full, 1 pruned" in table
+    assert "tiny-v1-digits: best 1 of 2 trials, 1 full, 1 pruned" in table
     assert re.search(
         r"^ *0( \(control\))? +0\.\d{4} .+ \(0\.\d{3}\) +\d+\.\d s +[\d,]+ +\d+\.\d\d ms", table, re.MULTILINE
     )
@@ -46,6 +46,15 @@ def test_names_of_pages_are_legal_and_short() -> None:
     assert page_name(["../../etc/x y"]) == "etc-x-y.html"
     long = [page_name([f"study{n}-v1-cifar10" for n in range(count)]) for count in (20, 21)]
     assert len(set(long)) == 2 and all(len(name) < 130 for name in long)
+
+
+def test_next_step_follows_what_is_decided_and_promoted() -> None:
+    assert [*after_compare("s", False, "").values()] == ["finals s", "promote s"]
+    assert [*after_compare("s", True, "").values()] == ["promote s"]
+    assert [*after_compare("s", True, "m@previous").values()] == ["promote s"]
+    assert [*after_compare("s", True, "m@champion and m@other").values()] == [
+        "predict IMAGE --model models:/m@champion"
+    ]
 
 
 def test_compare_needs_trials(trained: Trained, tmp_path: Path) -> None:

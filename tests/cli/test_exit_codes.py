@@ -13,6 +13,6 @@ def test_each_kind_of_error_has_its_exit_code() -> None:
 
 
 def test_help_names_every_code() -> None:
-    assert HELP.startswith("Exit codes: 0 done, 1 a bug, 2 bad input, 3 no data, ") and HELP.endswith(
+    assert HELP.startswith("Exit codes: 0 done, 1 a bug, 2 bad input, 3 missing or damaged data, ") and HELP.endswith(
         "130 interrupted."
     )

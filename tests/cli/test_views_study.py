@@ -34,7 +34,7 @@ def test_progress_is_a_line_on_a_pipe(search: Search, capsys: pytest.CaptureFixt
         metrics = {search.study.objective: 0.25}
         view.trial_ended(3, Outcome(State.FAILED, "k", None, "diverged", metrics, 1, 2.0, ("a note",)))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("a-v1-digits: 2 of 7 ") and ", 1 in full, 0 short, 1 pruned, 0 failed, best " in lines[0]
+    assert lines[0].startswith("a-v1-digits: 2 of 7 ") and ", 1 full, 0 short, 1 pruned, 0 failed, best " in lines[0]
     assert lines[1] == "trial 3: lr 0.123"
     assert lines[2].startswith("trial 3 failed (diverged), ") and lines[3] == "  a note"
 
@@ -59,8 +59,8 @@ def test_short_trials_and_their_recipes_in_full_are_named(search: Search, capsys
         view.trial_ended(7, Outcome(State.PRUNED, "k", None, SHORT, {search.study.objective: 0.25}, 2, 2.0))
     lines = capsys.readouterr().out.splitlines()
     assert ", 4 short, 0 failed, " in lines[0]
-    assert lines[1] == "trial 6 (3 in full): lr 0.2"
-    assert lines[2].startswith("trial 7 ended, a short one, val/accuracy 0.2500, 2 epochs")
+    assert lines[1] == "trial 6 (3 at full length): lr 0.2"
+    assert lines[2].startswith("trial 7 ended (short), val/accuracy 0.2500, 2 epochs")
 
 
 def test_time_left_counts_most_trials_as_short(
@@ -89,7 +89,7 @@ def test_infeasible_trials_are_named_with_what_they_break(search: Search, capsys
         view.study_progress(StudyProgress("a-v1-digits", 2, 0, 0, 9, None, 1))
         view.trial_ended(1, Outcome(State.FINISHED, "k", None, "", {"model/latency_ms": 6.25}, 1, 2.0))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith(" trials, 0 in full, 0 short, 0 failed, 1 infeasible")
+    assert lines[0].endswith(" trials, 0 full, 0 short, 0 failed, 1 infeasible")
     assert lines[1] == "trial 1 finished, 1 epoch in 2.0 s; infeasible: model/latency_ms 6.25, at most 5"
 
 
@@ -114,10 +114,10 @@ def test_forecast_is_compared_with_what_it_cost() -> None:
     print_forecast(console, FORECAST | {"measured": 1}, FORECAST | {"seconds": 180})
     assert "2.00" in console.file.getvalue()  # type: ignore[attr-defined]
     print_forecast(console, FORECAST | {"measured": 1}, FORECAST | {"epoch_s": math.nan})  # all were refused
-    assert "truth / forecast" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "actual / forecast" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_forecast_says_that_it_assumes_no_pruning() -> None:
     console = Console(file=io.StringIO(), width=100)
     print_forecast(console, FORECAST | {"measured": 1, "unknown_pruner": "MedianPruner"})
-    assert "no pruning is assumed, as what MedianPruner will do is not known" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "no pruning is assumed, because what MedianPruner will do is unknown" in console.file.getvalue()  # type: ignore[attr-defined]

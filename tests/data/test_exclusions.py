@@ -42,7 +42,7 @@ def test_copy_of_a_test_image_does_not_train(pets: Path) -> None:
 def test_copies_may_be_kept(pets: Path) -> None:
     data = load(about(pets, duplicates="keep"), NO_DATA_DIR)
     assert len(data.train.labels) == 7 and not data.listed.excluded
-    assert data.listed.lines() == ["caution: images to train on that are in the test split, too: 1; it flatters them"]
+    assert data.listed.lines() == ["caution: 1 training image also in the test split; this flatters its scores"]
 
 
 def test_only_files_of_equal_size_are_read(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:

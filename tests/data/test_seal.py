@@ -63,7 +63,7 @@ def test_fixed_seal_outlives_growth_and_a_move(tmp_path: Path, home: Path) -> No
     add_image(tmp_path / "moved" / "cow" / "2.png")
     grown = drawn(tmp_path / "moved", home)
     assert grown.listing.sealed_part.names == first.listing.sealed_part.names and len(grown.listing.usable.names) == 78
-    assert grown.lines()[1] == "it has no images of cow, of which promotion will say nothing"
+    assert grown.lines()[1] == "it has no images of cow, about which promotion will say nothing"
     assert drawn(pets(root, 41), home).listing.sealed_part.names == first.listing.sealed_part.names, "known by paths"
     for file in root.rglob("*.png"):
         file.rename(file.with_stem(f"new{file.stem}"))

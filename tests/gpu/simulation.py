@@ -197,6 +197,7 @@ class Graph:
     def __init__(self) -> None:
         self.generators: list[Any] = []
         self.captured = False
+        self.freed = False
         self.replays = 0
         self.error_mode = ""
 
@@ -207,8 +208,12 @@ class Graph:
 
     def replay(self) -> None:
         """As torch's."""
-        assert self.captured
+        assert self.captured and not self.freed
         self.replays += 1
+
+    def reset(self) -> None:
+        """As torch's."""
+        self.freed = True
 
 
 @dataclass

@@ -239,6 +239,7 @@ def test_a_step_of_each_optimizer_is_the_devices_alone(optimizer: str, how: str,
         return
     (graph,) = gpu.graphs
     assert graph.captured and graph.replays == 6 - execution.WARM_UP_STEPS
+    assert graph.freed, "a garbage collection would free it amid a later training"
     assert graph.error_mode == "thread_local", "another thread may use CUDA meanwhile"
     assert len(graph.generators) == 1, "or each replay draws the same numbers"
     assert not gpu.kernels.steps[-2].launches("forward"), "a replay launches nothing but the graph"
@@ -359,7 +360,8 @@ def test_streams_wait_for_each_other_after_a_pruned_training(tiny: Recipe) -> No
         for _ in range(2):
             gpu.kernels.restart()
             with pytest.raises(Pruned):
-                train(recipe, gpu.data(TWO_STEPS), DEVICE, prune, on_part=gpu.kernels)
+                train(recipe, gpu.data(5 * 8), DEVICE, prune, on_part=gpu.kernels)
+        assert [graph.freed for graph in gpu.graphs] == [True, True]
     first, second = gpu.default_stream.waited_for
     assert first is second, "each new one would keep memory and a workspace of its own"
     assert first.waited_for == [gpu.default_stream] * 2

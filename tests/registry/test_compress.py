@@ -106,7 +106,7 @@ def test_distilled_network_learns_by_the_recipe_of_its_teacher(store: Store, don
     folder, sha256 = distilled.recipe.loss.teacher_folder or ("", "")
     with find_model(store.home, None, store.rival) as model:
         assert sha256_of(model.folder / WEIGHTS) == sha256 == sha256_of(Path(folder) / WEIGHTS)
-    with pytest.raises(UserError, match=rf"^run {done.run}: started from trained weights, so its recipe is none for"):
+    with pytest.raises(UserError, match=rf"^run {done.run}: started from trained weights, so its recipe doesn't suit"):
         plans_of(store, done.tracker, done.run, distil=True)
 
 

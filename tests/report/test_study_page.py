@@ -62,7 +62,7 @@ def test_the_answer_is_in_numbers_that_the_store_has(store: Store, odd: Path) ->
     assert f"Trial 1 is the best of 14 finished trials: val/accuracy {best:.4f}" in said
     assert f"{100 * (best - base):+.2f} points (95 % interval" in said and "n = 144 validation images" in said
     assert "lr 0.2" in said
-    assert "16 trials: 14 in full, 1 pruned, 1 failed" in said
+    assert "16 trials: 14 full, 1 pruned, 1 failed" in said
     for title in ("Best trials", "Finals", "Search history", "Which parameters matter", "Parallel coordinates"):
         assert f"<h2>{title}" in said
     for title in ("Effect of each choice", "Learning curves", "F1 by class", "Where the best and the control disagree"):

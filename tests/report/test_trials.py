@@ -128,7 +128,7 @@ def test_a_short_trial_ranks_unless_its_recipe_finished_in_full() -> None:
 
 
 def test_a_short_trial_is_told_as_short_and_not_as_pruned() -> None:
-    assert list(report.state_words(short_study())) == ["in full", *["short"] * 4, "in full"]
+    assert list(report.state_words(short_study())) == ["full", *["short"] * 4, "full"]
 
 
 def test_short_trials_share_their_own_score(sqlite_tracker: MlflowTracker) -> None:

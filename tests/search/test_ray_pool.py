@@ -225,7 +225,7 @@ def test_cluster_without_a_token_is_refused(no_cluster: pytest.MonkeyPatch) -> N
     try:
         assert open_one.stdout
         address = open_one.stdout.readline().strip()
-        with pytest.raises(UserError, match="requires no token, so whoever reaches it can run anything on it"):
+        with pytest.raises(UserError, match="requires no token, so anyone who reaches it can run anything on it"):
             ray_pool._probe(address)
     finally:
         open_one.terminate()

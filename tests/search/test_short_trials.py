@@ -153,7 +153,7 @@ def test_a_whole_study_has_short_and_full_runs_and_its_winner_is_a_full_one(harn
     assert full_of[5:] == order[:2]
     for full, short in zip((5, 6), order[:2], strict=True):
         assert runs[full].data.params["optimizer.lr"] == runs[short].data.params["optimizer.lr"]
-        assert f"({short} in full)" in runs[full].info.run_name
+        assert f"({short} at full length)" in runs[full].info.run_name
         assert runs[full].data.tags["full_of"] == str(short)
     frame = report.table(harness.tracker, queries.studies(harness.tracker))
     assert list(frame["short"][frame["trial"].isin(order)]) == [True] * 4

@@ -3,6 +3,7 @@
 import contextlib
 import sysconfig
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ def test_the_training_is_what_it_always_was(name: str, small_recipe: Recipe, dig
 # ------------------------------------------------------------------------------------------------------------ graphed
 
 
+@dataclass
+class FakeGraph:
+    """As torch.cuda.CUDAGraph, where no GPU is."""
+
+    replay: Callable[[], object]
+    reset: Callable[[], object] = lambda: None
+
+
 class Tape(TorchDispatchMode):
     """A graph for the CPU: records kernels with the very tensors that they read and write, and runs them again.
 
@@ -112,19 +121,20 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     """Graphs on a CPU, as tapes; those that were captured."""
     captured: list[Tape] = []
 
-    def capture(step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
+    def capture(step: Callable[[], None], generator: torch.Generator) -> FakeGraph:
         tape = Tape()
         captured.append(tape)
         with tape:  # a tape is executed while it is recorded, so the replay that follows is left out
             step()
         replays = iter([lambda: None])
-        return lambda: next(replays, tape.replay)()
+        return FakeGraph(lambda: next(replays, tape.replay)())
 
     @contextlib.contextmanager
     def no_stream(device: torch.device) -> Iterator[None]:
         yield
 
     monkeypatch.setattr(execution, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(loop, "check_execution", lambda recipe, device: None)
     monkeypatch.setattr(loop, "own_stream", no_stream)
     return captured
@@ -139,7 +149,7 @@ def test_a_replayed_training_is_the_called_one(
     replayed = train(graphed, digits, CPU)
     assert len(tapes) == (2 if name == "muon" else 1), "once, and again where the whitening's bias is frozen"
 
-    monkeypatch.setattr(execution, "capture", lambda step, generator: step)
+    monkeypatch.setattr(execution, "capture", lambda step, generator: FakeGraph(step))
     called = train(graphed, digits, CPU)
     assert all(torch.equal(one, two) for one, two in zip(tensors(replayed), tensors(called), strict=True))
     eager = train(recipe, digits, CPU)
@@ -160,7 +170,7 @@ def test_a_replayed_step_is_captured_for_each_size_with_its_teacher(
     recipe = exact(small_recipe, taught | growing)
     replayed = train(recipe, digits, CPU)
     assert len(tapes) == 3, "one for each size"
-    monkeypatch.setattr(execution, "capture", lambda step, generator: step)
+    monkeypatch.setattr(execution, "capture", lambda step, generator: FakeGraph(step))
     called = train(recipe, digits, CPU)
     assert all(torch.equal(one, two) for one, two in zip(tensors(replayed), tensors(called), strict=True))
 
@@ -174,18 +184,21 @@ def test_a_replayed_step_tells_no_parts_but_its_start_and_its_end(
     assert parts == ["data", *["forward", "tracking", "data"] * 10, "evaluation", "tracking", "data"]
 
 
-def test_step_is_captured_after_warm_up_and_when_its_form_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_is_captured_after_warm_up_and_freed_when_its_form_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
-    def capture(step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
+    def capture(step: Callable[[], None], generator: torch.Generator) -> FakeGraph:
         done.append("captured")
-        return lambda: done.append("replayed")
+        return FakeGraph(lambda: done.append("replayed"), lambda: done.append("freed"))
 
     monkeypatch.setattr(execution, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("waited"))
     step = execution.GraphedStep(lambda: done.append("called"), torch.Generator())
     for form in "aaaaabbbbb":
         step(form)
-    assert done == (["called"] * 3 + ["captured"] + ["replayed"] * 2) * 2
+    step.release()
+    step.release()
+    assert done == (["called"] * 3 + ["captured"] + ["replayed"] * 2 + ["waited", "freed"]) * 2
 
 
 @pytest.mark.parametrize("how", ["graphed", "compiled_graphed"])

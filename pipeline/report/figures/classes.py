@@ -52,7 +52,7 @@ def per_class(frame: pd.DataFrame) -> go.Figure:
     caption = f"The best trial's weakest class is {weakest}, F1 {lowest:.3f}"
     if len(gains):
         least, most = (f"{gains.index[place].removeprefix(CLASS_F1)} ({gains.iloc[place]:+.3f})" for place in (0, -1))
-        caption += f"; beside the control it gains most in {most} and "
+        caption += f"; compared with the control it gains most in {most} and "
         caption += f"{'loses most' if gains.iloc[0] < 0 else 'least'} in {least}"
     if len(names) < len(every):
         which = "the weakest and those that changed most" if len(gains) else "the weakest"

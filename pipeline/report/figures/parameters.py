@@ -157,7 +157,7 @@ def effect(effects: Effects, measure: str = "the score") -> go.Figure:
     caption = (
         f"{num_clear} of {len(table)} choices differ from the control's by more than the noise of {trials}"
         if num_clear
-        else f"None of {len(table)} choices can be told from the control's by {trials}"
+        else f"None of {len(table)} choices differs from the control's by more than the noise of {trials}"
     )
     drawn = f"; the {len(top)} clearest are drawn" if len(top) < len(table) else ""
     return with_caption(figure, f"{caption}{drawn}.")

@@ -21,7 +21,7 @@ def test_f1_by_class_names_the_weakest_and_what_moved() -> None:
     figure = classes.per_class(frame)
     assert figure.data[0].z.tolist() == [[0.3, 0.2], [0.8, 0.9]]
     assert figure.layout.meta == (
-        "The best trial's weakest class is dog, F1 0.300; beside the control it gains most in dog (+0.100) and loses "
+        "The best trial's weakest class is dog, F1 0.300; compared with the control it gains most in dog (+0.100) and loses "
         "most in cat (-0.100)."
     )
     assert classes.per_class(table_of(rows)).layout.meta == "No run has F1 by class."
