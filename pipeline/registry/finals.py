@@ -16,7 +16,7 @@ from mlflow.entities import Run as StoredRun
 
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import DataError, UserError
+from pipeline.errors import DataError, UserError, counted
 from pipeline.evaluation.constraints import violations
 from pipeline.experiment import ExperimentRequest, Interrupted, Outcome
 from pipeline.processes import StopOnSignal, study_lock, this_process
@@ -149,10 +149,9 @@ def plan_finals(
     used = {int(run.data.params["training.seed"]) for run in trials if "training.seed" in run.data.params}
     seeds = list(islice((seed for seed in count(1) if seed not in used), folds or num_seeds))
     if len(seeds) < MIN_SEEDS and len(pairs) > 1:
-        few = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-        notes.append(
-            f"{few} can't tell one recipe from another: all tie, and a tie goes to the cheapest; `--seeds 3` decides"
-        )
+        repeat = "fold" if folds else "seed"
+        few = f"{counted(len(seeds), repeat)} can't tell one recipe from another"
+        notes.append(f"{few}: all tie, and a tie goes to the cheapest; `--{repeat}s {MIN_SEEDS}` decides")
     done = _finals_done(tracker, study, *digests.pop(), folds)
     return FinalsPlan(study, [candidate for candidate, _ in pairs.values()], seeds, done, folds, notes)
 

@@ -377,6 +377,8 @@ def test_graphed_recipes_are_trained_eagerly_without_a_gpu(harness: StudyHarness
         few,
     ]
     assert harness.plan(1, 2).notes[1].startswith("2 seeds can't") and len(harness.plan(1, 3).notes) == 1
+    folds = plan_finals(harness.tracker, harness.study, CPU, 1, 9, folds=2).notes[1]
+    assert folds.startswith("2 folds can't") and folds.endswith("`--folds 3` decides")
     harness.finals(top=1, seeds=1)
     assert {recipe_of(harness.tracker, run).training.execution for run in harness.runs()} == {"eager"}
     assert harness.plan(1, 1).num_done == 2
