@@ -307,6 +307,9 @@ class _Auditor:
             self._find(event.model, rule, "`history` finishes or undoes it")
         for model in {event.model for event in entries.events() if event.kind in ledger.CHANGES}:
             registry, champions = Registry(self._tracker, entries, model), entries.champions(model)
+            if error := registry.elsewhere:
+                self._result.findings += error.problems
+                continue
             if deleted := registry.deleted():
                 versions = ", ".join(champion.version for champion in deleted)
                 remedy = f"{_FIX} removes it from the champions"
@@ -315,7 +318,7 @@ class _Auditor:
             version, alias = champions[-1].version if champions else None, registry.alias(CHAMPION)
             if alias != version and model not in {event.model for event in unfinished}:
                 rule = f"version {version} is the champion by the ledger, {alias} by MLflow"
-                self._find(model, rule, f"`rollback --version {version}` restores it")
+                self._find(model, rule, f"`{registry.command(f'rollback --version {version}')}` restores it")
 
 
 def point_faults(metrics: Mapping[str, Points], by_epoch: Collection[str]) -> list[str]:

@@ -120,21 +120,23 @@ class CandidateEvaluation:
         if former.kind == REFUSED:
             rule = f"was evaluated on this test split by {former.user}, {former.time}, and refused"
             raise PromotionRefused(subject, rule, _EVALUATE_AGAIN, lines_of(record.verdict.problems))
+        if former.model != self.registry.model:
+            raise PromotionRefused(subject, f"{passed}, to become {former.model}", _EVALUATE_AGAIN)
         later = [e for e in self.registry.ledger.events(former.model) if e.run == former.run and e.id > former.id]
         if promoted := [event for event in later if event.kind == PROMOTED]:
             version = promoted[-1].version
             served = f"{passed}, and served as {former.model} version {version}"
             if any((event.kind, event.version) == (DELETED, version) for event in later):
                 raise PromotionRefused(subject, f"{served}, which was deleted in MLflow", _EVALUATE_AGAIN)
-            remedy = f"`rollback --version {version}` makes it champion without"
-            raise PromotionRefused(subject, f"{served}, which was rolled back", _EVALUATE_AGAIN, [remedy])
+            remedy = f"`{self.registry.command(f'rollback --version {version}')}` makes it champion without"
+            raise PromotionRefused(subject, f"{served}, which is champion no more", _EVALUATE_AGAIN, [remedy])
         if record.rules != self.rules:
             then, now = record.rules.model_dump(), self.rules.model_dump()
             changed = ", ".join(
                 f"{name} {then[name]:g} then, {now[name]:g} now" for name in now if then[name] != now[name]
             )
             raise PromotionRefused(subject, f"{passed} by other rules ({changed})", _EVALUATE_AGAIN)
-        if former.model != self.registry.model or record.opponent_run != opponent_run:
+        if record.opponent_run != opponent_run:
             beaten = record.opponent_run or f"a {CONSTANT}"
             rule = f"{passed} against {beaten}, which isn't its opponent now"
             raise PromotionRefused(subject, rule, _EVALUATE_AGAIN)

@@ -130,7 +130,7 @@ def finals_that_ended(tracker: MlflowTracker, study: StudyRuns) -> frozenset[str
 def find_winner(tracker: MlflowTracker, study: StudyRuns) -> Winner | None:
     """The winner of the study's last finals; None where none came to an end.
 
-    Its summary names the trials that score best now and were not in the finals. UserError as from `FinalsDecision.load`:
+    Its summary names the trial that scores best now, where it was not in the finals. UserError as from `FinalsDecision.load`:
     where finals ran since, neither the old decision nor none would be true.
     """
     decision = FinalsDecision.load(tracker, study)
@@ -138,10 +138,13 @@ def find_winner(tracker: MlflowTracker, study: StudyRuns) -> Winner | None:
         return None
     summary = decision.winner.summary
     candidates = {candidate.trial_run for candidate in decision.candidates}
+    best = max((c.trial_score or 0.0 for c in decision.candidates if not c.is_control), default=0.0)
     for run_id in set(queries.best_run_ids(tracker, study, 1)) - candidates:
-        trial = RunTags.of(tracker.client.get_run(run_id)).trial
-        summary += f"; trial {trial} was not in these finals and has the study's best score now: "
-        summary += f"`finals {study.name}` takes it in"
+        run = tracker.client.get_run(run_id)
+        if run.data.metrics[study.objective] > best:  # of equal ones finals took the first
+            trial = RunTags.of(run).trial
+            summary += f"; trial {trial} was not in these finals and has the study's best score now: "
+            summary += f"`finals {study.name}` takes it in"
     return decision.winner.model_copy(update={"summary": summary})
 
 
@@ -215,5 +218,5 @@ def _winner(study: StudyRuns, racing: Racing, best: Candidate, tied: Sequence[Ca
         tied=tuple(candidate.trial for candidate in others),
         reason=reason,
         summary=f"{best.name} of {study.name}: {study.objective} {score.mean:.4f}{spread}, {tie}{reason}; "
-        f"run {run_id}, seed {seed}, its best on the validation split",
+        f"run {run_id}, seed {seed}, its best on {'its own fold' if racing.folds else 'the validation split'}",
     )

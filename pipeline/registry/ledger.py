@@ -247,12 +247,16 @@ def _champions(events: list[Event]) -> list[Champion]:
         if event.kind in (PROMOTED, ROLLED_BACK):
             assert event.version is not None
             champion = Champion(event.version, event.run)
-            if event.kind == ROLLED_BACK and champion in stack:
-                del stack[stack.index(champion) :]
-            stack.append(champion)
+            stack = [*(before(stack, champion) if event.kind == ROLLED_BACK else stack), champion]
         elif event.kind == DELETED:
             stack = [champion for champion in stack if champion != Champion(event.version or "", event.run)]
     return stack
+
+
+def before(champions: list[Champion], target: Champion) -> list[Champion]:
+    """Those that served before `target` did last; all where it is none of them."""
+    places = [place for place, champion in enumerate(champions) if champion == target]
+    return champions[: places[-1]] if places else champions
 
 
 def _describe(begun: Event) -> str:

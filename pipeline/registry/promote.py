@@ -24,10 +24,21 @@ from pipeline.registry.candidate_evaluation import (
     study_of,
 )
 from pipeline.registry.gate import Rules
-from pipeline.registry.ledger import CHANGES, DELETED, PROMOTED, REFUSED, ROLLED_BACK, UNDONE, Champion, Event, Ledger
+from pipeline.registry.ledger import (
+    CHANGES,
+    DELETED,
+    PROMOTED,
+    REFUSED,
+    ROLLED_BACK,
+    UNDONE,
+    Champion,
+    Event,
+    Ledger,
+    before,
+)
 from pipeline.registry.package import Package, package
 from pipeline.registry.registered_model import CHAMPION, PREVIOUS, TOKEN_TAG, Registry, version_label
-from pipeline.tracking.models import DIGEST_TAG
+from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.store import is_active
 from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker
@@ -51,10 +62,12 @@ def registry_lock(home: Path) -> Iterator[None]:
 def settle(tracker: MlflowTracker, ledger: Ledger, note: Callable[[str], None]) -> None:
     """Finish or undo interrupted changes, and record in the ledger which former champions were deleted in MLflow.
 
-    Call it under `registry_lock`, so that whoever began them has ended.
+    Models of another tracking store stay as they are. Call it under `registry_lock`, so that whoever began them has ended.
     """
     for begun in ledger.unfinished():
         registry = Registry(tracker, ledger, begun.model)
+        if registry.elsewhere:
+            continue
         kind = "rollback" if begun.details["kind"] == ROLLED_BACK else "promotion"
         change = f"a {kind} of {begun.model}, begun {begun.time} and interrupted"
         version, over, aliased = registry.version_made_by(begun), begun.details["over"], registry.alias(CHAMPION)
@@ -88,7 +101,7 @@ def _move(registry: Registry, begun: Event, version: str) -> None:
 def roll_back(registry: Registry, version: str | None, reason: str) -> Champion:
     """Make the champion before, or `version`, champion again; call it under `registry_lock` and after `settle`.
 
-    UserError where there is none before, or no reason.
+    UserError where there is none before, no reason, or its files can't be read; DataError where they were changed.
     """
     if not reason.strip():
         raise UserError("`--reason`", "is empty", 'say why, e.g. `--reason "slower in production than here"`')
@@ -103,7 +116,9 @@ def roll_back(registry: Registry, version: str | None, reason: str) -> Champion:
         target = Champion(version, registry.run_of(version))
         if champions and target == champions[-1] and registry.alias(CHAMPION) == version:
             raise UserError(f"`--version {version}`", "is champion already")
-    earlier = champions[: champions.index(target)] if target in champions else champions
+    with find_model(registry.ledger.home, registry.tracker.uri, f"models:/{registry.model}/{target.version}"):
+        pass  # its files are there, and are those that were registered
+    earlier = before(champions, target)
     begun = registry.ledger.begin(
         ROLLED_BACK,
         registry.model,
@@ -142,7 +157,7 @@ def promote(
             f"run {run_id} is champion already, {registry.model} {version_label(champion.version)}: nothing to do"
         )
         return champion
-    _check_candidate(registry.tracker, run_id)
+    _check_candidate(registry, run_id)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         evaluation = CandidateEvaluation(registry, rules, data_dir, folder, observer, dataset)
@@ -151,7 +166,7 @@ def promote(
         challenger = evaluation.model(run_id, "challenger", source)
         verdict = evaluation.verdict(challenger, champion, forced, chosen)
         if verdict.kind == REFUSED:
-            raise _refusal(verdict)
+            raise _refusal(registry, verdict)
         version = registry.version_of(run_id)
         files = packed or _pack(evaluation, challenger, verdict, folder / "package")
         begun = registry.ledger.begin(
@@ -173,11 +188,12 @@ def _pack(evaluation: CandidateEvaluation, challenger: EvaluatedModel, verdict: 
     return package(evaluation.registry.tracker, challenger.run, challenger.folder, folder, verdict.evidence, onnx_file)
 
 
-def _check_candidate(tracker: MlflowTracker, run_id: str) -> None:
+def _check_candidate(registry: Registry, run_id: str) -> None:
     """UserError for a run that a person deleted, for an infeasible one, and for a reproduction.
 
     A reproduction's bits are another run's: under a second name one model would be evaluated twice on the test split.
     """
+    tracker = registry.tracker
     run = tracker.store.run(run_id)
     if run is None:
         return  # find_model reports it
@@ -185,19 +201,20 @@ def _check_candidate(tracker: MlflowTracker, run_id: str) -> None:
         way_back = tracker.store.how_to_restore(run.info.experiment_id)
         raise UserError(f"run {run_id}", "was deleted in MLflow", f"{way_back}, or take another")
     if first := RunTags.of(run).reproduces:
-        remedy = f"`promote --run {first}` evaluates the run"
+        remedy = f"`{registry.command(f'promote --run {first}')}` evaluates the run"
         raise UserError(f"run {run_id}", "a reproduction, which is no candidate", remedy)
     study = study_of(tracker, run)
     if study and (broken := study.broken_by(run)):
-        raise PromotionRefused(f"run {run_id}", f"infeasible: {broken}", f"`promote {study.name}` takes a feasible one")
+        remedy = f"`{registry.command(f'promote {study.name}')}` takes a feasible one"
+        raise PromotionRefused(f"run {run_id}", f"infeasible: {broken}", remedy)
 
 
-def _refusal(verdict: Event) -> PromotionRefused:
+def _refusal(registry: Registry, verdict: Event) -> PromotionRefused:
     """One problem for each rule that says no, and the way to a first champion where there is none."""
     record = verdict.evidence.record
     problems = record.verdict.problems
     if record.opponent == CONTROL:
-        remedy = f"`promote --run {record.opponent_run}` takes that one"
+        remedy = f"`{registry.command(f'promote --run {record.opponent_run}')}` takes that one"
         hint = f"no champion yet, and the control is its opponent: {remedy}"
         problems[-1] = replace(problems[-1], details=(hint,))
     return PromotionRefused.many(problems)

@@ -9,6 +9,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError
 from pipeline.registry.ledger import Champion, Event, Ledger
+from pipeline.tracking.models import CHAMPION as DEFAULT
 from pipeline.tracking.tracker import MlflowTracker
 
 CHAMPION, PREVIOUS = "champion", "previous"  # aliases
@@ -27,6 +28,23 @@ class Registry:
         if not re.fullmatch(r"[\w][\w.-]{0,99}", self.model):
             rule = "should be letters, digits, - _ and . only, and start with no sign"
             raise UserError(f"`--model` {self.model}", rule)
+
+    def command(self, text: str) -> str:
+        """A command about this model, for an error's remedy."""
+        is_default = f"models:/{self.model}@{CHAMPION}" == DEFAULT
+        return text if is_default else f"{text} --model {self.model}"
+
+    @property
+    def elsewhere(self) -> UserError | None:
+        """That the ledger is about another tracking store: of the model's runs that it names, none is in this one."""
+        runs = {event.run for event in self.ledger.events(self.model)}
+        if not runs or any(self.tracker.store.run(run) for run in runs):
+            return None
+        return UserError(
+            self.model,
+            f"none of its runs that the ledger names ({self.ledger.home}) is in this tracking store",
+            "`--tracking-uri` says where they are, `--model` begins another model",
+        )
 
     def alias(self, name: str) -> str | None:
         """The version that an alias names, or None."""
@@ -69,11 +87,17 @@ class Registry:
             raise UserError(f"`--version {version}`", rule, "`ui` shows those there are")
         if TOKEN_TAG not in found.tags:
             rule = "was registered by hand and never evaluated"
-            raise UserError(f"`--version {version}`", rule, f"`promote --run {found.run_id}` evaluates its run")
+            remedy = f"`{self.command(f'promote --run {found.run_id}')}` evaluates its run"
+            raise UserError(f"`--version {version}`", rule, remedy)
         return str(found.run_id)
 
     def champion(self) -> Champion | None:
-        """The ledger's. UserError, with the ways out, where MLflow's alias names another version: somebody moved it."""
+        """The ledger's. UserError, with the ways out, where MLflow's alias names another version: somebody moved it.
+
+        UserError, too, where it is in another tracking store.
+        """
+        if error := self.elsewhere:
+            raise error
         champions = self.ledger.champions(self.model)
         champion = champions[-1] if champions else None
         aliased = self.alias(CHAMPION)
@@ -91,7 +115,7 @@ class Registry:
             f"{version_label(champion.version if champion else None)}: it was moved or deleted in MLflow, or from another "
             "folder mlruns",
             details=[
-                f"`rollback --version {version}` with a `--reason` {effect}"
+                f"`{self.command(f'rollback --version {version}')}` with a `--reason` {effect}"
                 for version, effect in (
                     (aliased, "takes MLflow's"),
                     (champion.version if champion else None, "takes the ledger's"),
@@ -103,7 +127,7 @@ class Registry:
     def deleted(self) -> list[Champion]:
         """The versions that were champion, by the ledger, and were deleted in MLflow since."""
         deleted = [c for c in dict.fromkeys(self.ledger.champions(self.model)) if not self._exists(c)]
-        return [] if deleted and self._new_name(deleted) else deleted
+        return [] if deleted and (self._new_name(deleted) or self.elsewhere) else deleted
 
     def _new_name(self, champions: Sequence[Champion]) -> str | None:
         """What the registered model is called, where a person renamed it: these versions are under that name."""

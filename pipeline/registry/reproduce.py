@@ -33,7 +33,7 @@ from pipeline.training.execution import executable_on
 from pipeline.training.loop import EpochReport
 
 # Packages whose code computes something of a run; a change of another one changes no bit.
-COMPUTING = frozenset({"torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow"})
+COMPUTING = frozenset({"torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow", "timm"})
 # Prefixes of metrics that depend on the machine's load, or were measured later: not on the training alone.
 MEASURED = ("time/", "throughput/", "memory/", "system/", "model/latency_ms", ROBUSTNESS)
 DEVIATIONS = 3

@@ -162,7 +162,8 @@ def _package(tracker: MlflowTracker, version: ModelVersion, label: str, folder: 
         verify(Path(downloaded), expected)
     except DataError as error:
         rule = "its files are not those that were registered"
-        raise DataError(label, rule, "register it again, or go back to another version", error.lines) from None
+        remedy = "put them back, or `rollback --version N` takes another version"
+        raise DataError(label, rule, remedy, error.lines) from None
     return Path(downloaded)
 
 

@@ -247,6 +247,11 @@ def test_finished_finals_are_not_trained_again(finished: StudyHarness) -> None:
 
 
 def test_better_trial_since_the_decision_is_named(finished: StudyHarness) -> None:
+    before = FinalsDecision.load(finished.tracker, finished.study)
+    assert before and before.winner
+    best = max(candidate.trial_score or 0 for candidate in before.candidates)
+    finished.trial(8, best, optimizer__lr=0.012)
+    assert find_winner(finished.tracker, finished.study) == before.winner, "finals take the first of equal trials"
     finished.trial(9, 0.99, optimizer__lr=0.011)
     found = find_winner(finished.tracker, finished.study)
     assert found and found.summary.endswith(

@@ -49,6 +49,10 @@ def test_rollback_removes_the_champions_after_its_target(ledger: Ledger) -> None
     promoted(ledger, "3")
     promoted(ledger, "2", ROLLED_BACK)  # to one that is no more among those before
     assert [champion.version for champion in ledger.champions("m")] == ["1", "3", "2"]
+    promoted(ledger, "1")
+    promoted(ledger, "4")
+    promoted(ledger, "1", ROLLED_BACK)  # which served twice
+    assert [champion.version for champion in ledger.champions("m")] == ["1", "3", "2", "1"]
 
 
 def test_one_change_at_a_time_and_from_the_known_champion(ledger: Ledger) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import PromotionRefused, UserError
+from pipeline.errors import DataError, PromotionRefused, UserError
 from pipeline.recipe import Recipe
 from pipeline.registry import promote as module
 from pipeline.registry import test_split as opener
@@ -33,7 +33,7 @@ from pipeline.registry.speed_runs import SPEED_RUNS
 from pipeline.sections.data import Data
 from pipeline.tracking.models import digests, find_model
 from pipeline.tracking.tags import RunTags, State
-from pipeline.tracking.tracker import RunRequest
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 from registry.helpers import DATA, RULES, RecordingObserver, Store, kinds, record
 
 pytestmark = pytest.mark.usefixtures("one_export_a_model")
@@ -87,13 +87,28 @@ def test_first_champion_second_champion_and_rollback(
         "stored predictions",
     ]
     assert len(view.verdicts) == 2 and view.verdicts[1].passed
+    with pytest.raises(
+        PromotionRefused, match=r"version 1, which is champion no more; .*\n.*`rollback --version 1 --model way`"
+    ):
+        promote(registry, store.good, RULES, DATA, view)
+    with pytest.raises(PromotionRefused, match=r"and passed, to become way; `--force`"):
+        promote(Registry(registry.tracker, registry.ledger, "way-too"), store.best, RULES, DATA, view)
+
+    [files] = store.home.glob(f"**/{store.good}/**/model/model.onnx")
+    files.rename(files.with_name("gone"))
+    with pytest.raises(DataError, match=r"way version 1, .*: its files are not those .*; put them back"):
+        roll_back(registry, None, "too slow")
+    assert registry.champion() == second and not registry.ledger.unfinished()
+    files.with_name("gone").rename(files)
 
     assert roll_back(registry, None, "too slow") == first
     assert (registry.alias("champion"), registry.alias("previous")) == ("1", None)
     assert registry.ledger.events()[-1].reason == "too slow"
     with pytest.raises(UserError, match=r"its champion is the first; there is nothing to go back to"):
         roll_back(registry, None, "again")
-    with pytest.raises(PromotionRefused, match=r"passed, and served as way version 2, .*\n.*`rollback --version 2`"):
+    with pytest.raises(
+        PromotionRefused, match=r"passed, and served as way version 2, .*\n.*`rollback --version 2 --model way`"
+    ):
         promote(registry, store.best, RULES, DATA, view)
     forced = promote(registry, store.best, RULES, DATA, view, forced="the other was slow too")
     assert forced == second, "the version that is there, not another one"
@@ -113,7 +128,7 @@ def test_refusal_against_the_control_names_the_way_out(store: Store, tmp_path: P
     registry = store.registry(tmp_path, "unsure")
     with pytest.raises(PromotionRefused) as caught:
         promote(registry, store.good, RULES.changed(["least_gain=99"]), DATA, RecordingObserver())
-    assert caught.value.lines[-1].endswith(f"`promote --run {store.control}` takes that one")
+    assert caught.value.lines[-1].endswith(f"`promote --run {store.control} --model unsure` takes that one")
     assert registry.alias("champion") is None
 
 
@@ -125,7 +140,9 @@ def test_reproduction_is_no_candidate(store: Store, tmp_path: Path, small_recipe
         )
     ) as run:
         run.end(State.FINISHED)
-    with pytest.raises(UserError, match=rf"a reproduction, which is no candidate; `promote --run {store.good}`"):
+    with pytest.raises(
+        UserError, match=rf"a reproduction, which is no candidate; `promote --run {store.good} --model twice`"
+    ):
         promote(registry, registry.tracker.id_of(run.key), RULES, DATA, RecordingObserver())
     assert not registry.ledger.events()
 
@@ -158,8 +175,8 @@ def test_moved_alias_is_reported_with_both_ways_out(store: Store, tmp_path: Path
             and "the champion is version 2" in caught.value.lines[0]
         )
         assert [line.split(" with")[0] for line in caught.value.lines[1:]] == [
-            "  `rollback --version 1`",
-            "  `rollback --version 2`",
+            "  `rollback --version 1 --model moved`",
+            "  `rollback --version 2 --model moved`",
         ]
     assert roll_back(registry, "2", "the ledger is right") == Champion("2", store.best)
     assert registry.champion() == Champion("2", store.best)
@@ -357,3 +374,15 @@ def test_interrupted_change_keeps_a_moved_alias(store: Store, tmp_path: Path) ->
     registry.set_alias("champion", "3")
     settle(registry.tracker, registry.ledger, view.note)
     assert "the alias was moved by hand meanwhile" in view.lines[0] and registry.alias("champion") == "3"
+
+
+def test_another_tracking_store_ends_no_champion(store: Store, tmp_path: Path) -> None:
+    registry, view = store.registry(tmp_path, "far"), RecordingObserver()
+    make_champion(registry, store.good)
+    begun = registry.ledger.begin(PROMOTED, "far", store.best, Champion("1", store.good), previous="1")
+    other = Registry(MlflowTracker(tmp_path / "other"), registry.ledger, "far")
+    settle(other.tracker, other.ledger, view.note)
+    assert view.lines == [] and registry.ledger.events("far")[-1] == begun
+    with pytest.raises(UserError, match=r"^far: none of its runs .* is in this tracking store; `--tracking-uri`"):
+        promote(other, store.best, RULES, DATA, view)
+    assert other.deleted() == [] and registry.champion() == Champion("1", store.good)

@@ -209,7 +209,7 @@ def test_each_difference_has_a_line(
     environment = (queries.read_file(tracker, tracker.id_of(run.key), "environment.txt") or b"").decode()
     changed = environment.replace("# cpu: ", "# cpu: Old ").replace("\ntorch==", "\ntorch==0.").replace(
         "\npytest==", "\ntransistor==1.0\npytest=="
-    )  # fmt: skip
+    ).replace("\ntimm==", "\ntimm==0.")  # fmt: skip
     (tmp_path / "environment.txt").write_text(changed)
     (tmp_path / "diff.patch").write_text("--- a\n+++ b\n")
     for name in ("environment.txt", "diff.patch"):
@@ -227,6 +227,7 @@ def test_each_difference_has_a_line(
         "weights": True,
         "processor": True,
         "torch": True,
+        "timm": True,
         "transistor": False,
         "device": True,
     }
