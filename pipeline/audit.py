@@ -13,7 +13,7 @@ from pipeline.errors import Problem, PromotionRefused, UserError, redact_uri
 from pipeline.evaluation.scores import CLASS_F1
 from pipeline.processes import process_has_exited
 from pipeline.registry import initial_weights, ledger, promote
-from pipeline.registry.registered_model import CHAMPION, Registry
+from pipeline.registry.registered_model import Registry
 from pipeline.search.snapshot import StudySnapshot, TrialSnapshot, requeue_abandoned, study_snapshots
 from pipeline.search.storage import RetryingStorage
 from pipeline.tracking.intact import missing_tags, run_label
@@ -306,19 +306,16 @@ class _Auditor:
             rule = f"a change of champion, begun {event.time}, was cut off"
             self._find(event.model, rule, "`history` finishes or undoes it")
         for model in {event.model for event in entries.events() if event.kind in ledger.CHANGES}:
-            registry, champions = Registry(self._tracker, entries, model), entries.champions(model)
-            if error := registry.elsewhere:
-                self._result.findings += error.problems
-                continue
+            registry = Registry(self._tracker, entries, model)
             if deleted := registry.deleted():
                 versions = ", ".join(champion.version for champion in deleted)
                 remedy = f"{_FIX} removes it from the champions"
                 self._find(model, f"version {versions} was deleted in MLflow", remedy)
-                continue
-            version, alias = champions[-1].version if champions else None, registry.alias(CHAMPION)
-            if alias != version and model not in {event.model for event in unfinished}:
-                rule = f"version {version} is the champion by the ledger, {alias} by MLflow"
-                self._find(model, rule, f"`{registry.command(f'rollback --version {version}')}` restores it")
+            elif model not in {event.model for event in unfinished}:
+                try:
+                    registry.champion()
+                except UserError as error:
+                    self._result.findings += error.problems
 
 
 def point_faults(metrics: Mapping[str, Points], by_epoch: Collection[str]) -> list[str]:

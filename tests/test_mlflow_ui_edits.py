@@ -196,7 +196,7 @@ EDITS: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
     "the champion's version is deleted": (
         lambda s: s.client.delete_model_version(MODEL, "2"),
         [(PROMOTE, 2, "version 2, the champion, was deleted in MLflow", "rollback --version 1"),
-         (AUDIT, 1, "rollback --version 1` restores it"), ((*ROLLBACK, "--version", "1"), 0, "version 1"),
+         (AUDIT, 1, "rollback --version 1` with a"), ((*ROLLBACK, "--version", "1"), 0, "version 1"),
          (AUDIT, 0, "nothing found"), (PREDICT, 0, "the champion, image-classifier version 1")],
     ),
     "the former champion's version is deleted": (

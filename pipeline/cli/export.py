@@ -58,7 +58,8 @@ def export(
             made = package(tracker, metadata.run_id, checkpoint, folder, evidence, onnx_file, images)
         say(console, f"{folder}: {', '.join([MODEL, WEIGHTS, RECIPE, CARD])}; an MLflow model, for `serve` too")
         if data is None or made.difference is None:
-            say(console, f"compared with torch on made-up images only, not on the validation split: {missing}")
+            made_up = "compared with torch on made-up images only, not on the validation split"
+            say(console, f"{'the registered file, not compared with torch again' if onnx_file else made_up}: {missing}")
         else:
             on = f"the {len(data.validation.labels):,} images of the validation split"
             say(console, difference_line(made.difference, on, classifier.image_size))

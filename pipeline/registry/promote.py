@@ -75,7 +75,7 @@ def settle(tracker: MlflowTracker, ledger: Ledger, note: Callable[[str], None]) 
             _move(registry, begun, version)
             note(f"{change}, was finished: {version_label(version)} is champion")
         else:
-            why = "its version was not registered yet" if version is None else "the alias was moved by hand meanwhile"
+            why = "its version is not in the registry" if version is None else "the alias was moved by hand meanwhile"
             ledger.end(begun, UNDONE, version, f"interrupted: {why}")
             note(f"{change}, was undone ({why}): {version_label(aliased)} is champion; the same command repeats it")
     for model in dict.fromkeys(event.model for event in ledger.events() if event.kind in CHANGES):

@@ -1,7 +1,7 @@
 """A registered model: its versions and aliases in MLflow, and the ledger, which must agree with them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mlflow.entities.model_registry import ModelVersion
@@ -64,9 +64,9 @@ class Registry:
             client.delete_registered_model_alias(self.model, alias)
 
     def version_made_by(self, begun: Event) -> str | None:
-        """The version that an interrupted change was about, or had already made."""
+        """The version that an interrupted change was about, or had already made; None where it isn't there."""
         if begun.version is not None:
-            return begun.version
+            return begun.version if self._exists(Champion(begun.version, begun.run)) else None
         versions = [v for v in self._versions(begun.run) if v.tags.get(TOKEN_TAG) == begun.details["token"]]
         return str(versions[0].version) if versions else None
 
@@ -96,9 +96,9 @@ class Registry:
 
         UserError, too, where it is in another tracking store.
         """
-        if error := self.elsewhere:
-            raise error
         champions = self.ledger.champions(self.model)
+        if champions and (error := self.elsewhere):
+            raise error
         champion = champions[-1] if champions else None
         aliased = self.alias(CHAMPION)
         if aliased == (champion.version if champion else None):
@@ -114,15 +114,18 @@ class Registry:
             f"MLflow's alias champion names {version_label(aliased)}, but by the ledger ({self.ledger.home}) the champion is "
             f"{version_label(champion.version if champion else None)}: it was moved or deleted in MLflow, or from another "
             "folder mlruns",
-            details=[
-                f"`{self.command(f'rollback --version {version}')}` with a `--reason` {effect}"
-                for version, effect in (
-                    (aliased, "takes MLflow's"),
-                    (champion.version if champion else None, "takes the ledger's"),
-                )
-                if version
-            ],
+            details=list(self._ways_out(aliased, champion)),
         )
+
+    def _ways_out(self, aliased: str | None, champion: Champion | None) -> Iterator[str]:
+        """Where the alias names another version than the ledger."""
+        found = self._find(aliased) if aliased else None
+        if found and TOKEN_TAG not in found.tags:
+            yield f"{version_label(aliased)} was registered by hand: remove its alias champion in MLflow"
+        elif found:
+            yield f"`{self.command(f'rollback --version {aliased}')}` with a `--reason` takes MLflow's"
+        if champion:
+            yield f"`{self.command(f'rollback --version {champion.version}')}` with a `--reason` takes the ledger's"
 
     def deleted(self) -> list[Champion]:
         """The versions that were champion, by the ledger, and were deleted in MLflow since."""

@@ -183,6 +183,10 @@ def test_moved_alias_is_reported_with_both_ways_out(store: Store, tmp_path: Path
     with pytest.raises(UserError, match=r"`--version 7`: moved has no such version"):
         roll_back(registry, "7", "?")
     registry.tracker.client.create_model_version("moved", f"runs:/{store.control}/model", store.control)
+    registry.set_alias("champion", "3")
+    with pytest.raises(UserError, match=r"\n  version 3 was registered by hand: remove its alias champion in MLflow\n"):
+        registry.champion()
+    registry.set_alias("champion", "2")
     with pytest.raises(UserError, match=r"`--version 3`: was registered by hand and never evaluated; `promote --run"):
         roll_back(registry, "3", "?")
     with pytest.raises(UserError, match=r"`--version 2`: is champion already"):
@@ -323,7 +327,7 @@ def test_kill_at_any_point_is_repaired_by_the_next_command(
     assert not registry.ledger.unfinished()
     if number < UNDONE_UNTIL:
         assert kinds(registry)[-1] == UNDONE
-        assert "was undone (its version was not registered yet): version 1 is champion" in view.lines[0]
+        assert "was undone (its version is not in the registry): version 1 is champion" in view.lines[0]
     else:
         assert kinds(registry)[-1] == PROMOTED
         assert kill == ("end", "after") or "was finished: version 2 is champion" in view.lines[0]
@@ -362,6 +366,10 @@ def test_interrupted_rollback_is_finished(store: Store, tmp_path: Path) -> None:
     settle(registry.tracker, registry.ledger, view.note)
     assert registry.champion() == first and registry.ledger.events()[-1].reason == "bad"
     assert "a rollback of cut" in view.lines[0] and "was finished: version 1 is champion" in view.lines[0]
+    registry.ledger.begin(ROLLED_BACK, "cut", store.best, first, version="2", previous="1")
+    registry.tracker.client.delete_model_version("cut", "2")
+    settle(registry.tracker, registry.ledger, view.note)
+    assert "was undone (its version is not in the registry)" in view.lines[1] and registry.champion() == first
 
 
 def test_interrupted_change_keeps_a_moved_alias(store: Store, tmp_path: Path) -> None:
