@@ -298,15 +298,17 @@ def run_finals(
         )
         seeds: list[int] = []
         for seed in plan.seeds:
-            recipes = {candidate: plan.recipe(candidate, seed) for candidate in racing.running()}
-            finals = [(candidate, _find_final(done, recipe)) for candidate, recipe in recipes.items()]
-            missing = [candidate for candidate, final in finals if final is None]
+            missing = [c for c in racing.running() if _find_final(done, plan.recipe(c, seed)) is None]
             if limit and not limit.allows(trainer.expected_s(missing), len(seeds)):
                 observer.note(f"the time is up after {len(seeds)} of {len(plan.seeds)} seeds")
                 break
-            for candidate, final in finals:
-                racing.add(candidate, seed, final or trainer.train(candidate, recipes[candidate]))
             seeds.append(seed)
+            while following := racing.following(seeds):
+                candidate, its_seed = following
+                recipe = plan.recipe(candidate, its_seed)
+                final = _find_final(done, recipe) or trainer.train(candidate, recipe)
+                for line in racing.add(candidate, its_seed, final):
+                    observer.note(line)
             for line in racing.stop_the_beaten():
                 observer.note(line)
         if limit and len(seeds) < min(MIN_SEEDS, len(plan.seeds)):

@@ -15,7 +15,8 @@ ALPHA = 0.05
 
 RULES = (
     f"stopped early: worse than the best mean so far by a paired t test over at least {MIN_SEEDS} seeds, one-sided, its "
-    f"level {ALPHA} shared among all pairs and tests; the control never",
+    f"level {ALPHA} shared among all pairs and tests; the control never, and the others not for long where that best one "
+    "diverges or is infeasible later",
     "winner: the highest mean of the feasible recipes; what a two-sided paired t test "
     f"({ALPHA}; none under {MIN_SEEDS} seeds) can't tell from it ties with it; a tie goes to the cheapest: FLOP of a "
     "prediction, then epochs, then the control, then the mean",
@@ -81,18 +82,34 @@ class Racing:
         self.candidates, self.num_seeds, self.least_sd, self.folds = candidates, num_seeds, least_sd, folds
         self.finals: dict[str, dict[int, Final]] = {candidate.digest: {} for candidate in candidates}
         self.stopped: dict[str, str] = {}  # digest -> reason
+        self.beaten_by: dict[str, str] = {}  # digest of one that was stopped as beaten -> of the leader then
 
     def running(self) -> list[Candidate]:
         """Those still trained; the control always is."""
         return [c for c in self.candidates if c.is_control or c.digest not in self.stopped]
 
-    def add(self, candidate: Candidate, seed: int, final: Final) -> None:
-        """A training ended. A recipe that diverges, or is infeasible, with some seed is stopped: it isn't reliable."""
+    def following(self, seeds: Sequence[int]) -> tuple[Candidate, int] | None:
+        """What is trained next, so that all have these seeds; None where nothing is missing."""
+        return next(((c, seed) for seed in seeds for c in self.running() if seed not in self.finals[c.digest]), None)
+
+    def add(self, candidate: Candidate, seed: int, final: Final) -> list[str]:
+        """A training ended. A recipe that diverges, or is infeasible, with some seed is stopped: it isn't reliable.
+
+        What was stopped as beaten by it goes on, a line for each: that one can't win any more.
+        """
         self.finals[candidate.digest][seed] = final
         if final.score is None:
             self.stopped.setdefault(candidate.digest, f"diverged with seed {seed}")
         if final.infeasible:
             self.stopped.setdefault(candidate.digest, f"infeasible with seed {seed}: {final.infeasible}")
+        if candidate.digest not in self.stopped:
+            return []
+        lines = []
+        for other in self.candidates:
+            if self.beaten_by.get(other.digest) == candidate.digest:
+                del self.beaten_by[other.digest], self.stopped[other.digest]
+                lines.append(f"{other.name}: goes on, as {candidate.name}, which was ahead of it, can't win")
+        return lines
 
     def learn_ids(self, id_of: Callable[[str], str]) -> None:
         """MLflow's ids of what this process trained, by their run keys."""
@@ -157,6 +174,7 @@ class Racing:
                 gap = 100 * (self.mean(leader) - self.mean(candidate))
                 reason = f"{gap:.2f} points behind {leader.name} after {n} seeds, p = {p / 2:.1g} under {level / 2:.1g}"
                 self.stopped[candidate.digest] = f"stopped early: {reason}"
+                self.beaten_by[candidate.digest] = leader.digest
                 lines.append(f"{candidate.name}: can no longer win, {reason}")
         return lines
 

@@ -20,12 +20,14 @@ def candidates_of(base: Recipe, count: int, **fields: list[Any]) -> list[Candida
 
 
 def raced(candidates: list[Candidate], scores: Any, least_sd: float = 0.0002) -> Racing:
-    """Scores (candidates, seeds); stopped ones get no more."""
+    """Scores (candidates, seeds), NaN where it diverged; stopped ones get no more."""
     table = np.asarray(scores)
     racing = Racing(candidates, table.shape[1], least_sd)
     for seed in range(table.shape[1]):
-        for candidate in racing.running():
-            racing.add(candidate, seed, Final(f"{candidate.trial}/{seed}", float(table[candidate.trial, seed]), 1.0))
+        while following := racing.following(range(seed + 1)):
+            candidate, number = following
+            score = float(table[candidate.trial, number])
+            racing.add(candidate, number, Final(f"{candidate.trial}/{number}", None if np.isnan(score) else score, 1.0))
         racing.stop_the_beaten()
     return racing
 
@@ -39,6 +41,18 @@ def test_recipe_far_behind_stops_and_the_control_never(small_recipe: Recipe) -> 
     assert candidates[0].digest not in racing.stopped
     racing.add(candidates[0], 5, Final("", None, 1.0))
     assert candidates[0] not in racing.eligible() and candidates[0] in racing.running(), "not even one that diverged"
+
+
+@pytest.mark.parametrize("when", [3, 4])
+def test_what_a_recipe_had_beaten_goes_on_where_that_one_diverges(when: int, small_recipe: Recipe) -> None:
+    candidates = candidates_of(small_recipe, 4)
+    scores = np.array([[0.80], [0.95], [0.85], [0.7]]) + np.random.default_rng(0).normal(0, 0.001, (4, 5))
+    scores[1, when] = np.nan
+    racing = raced(candidates, scores)
+    assert [len(racing.scores(candidate)) for candidate in candidates[:3]] == [5, when, 5]
+    assert racing.stopped[candidates[1].digest] == f"diverged with seed {when}"
+    best, _, why = choose(racing, dict.fromkeys(racing.finals, 1)) or pytest.fail("nobody")
+    assert (best.trial, why) == (2, "beyond the noise"), "not the control, which was never stopped"
 
 
 def test_infeasible_final_stops_its_recipe_and_the_control_is_trained_on(small_recipe: Recipe) -> None:
