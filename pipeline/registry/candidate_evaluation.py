@@ -219,11 +219,16 @@ class CandidateEvaluation:
     def _check_classes(self, challenger: EvaluatedModel, opponent: EvaluatedModel) -> None:
         mine, others = challenger.metadata.classes, opponent.metadata.classes
         if mine != others:
+            sides = ("the challenger", mine, others), (f"the {opponent.name}", others, mine)
+            own = [(who, [name for name in ours if name not in theirs]) for who, ours, theirs in sides]
+            details = [
+                f"only {who} knows {', '.join(names[:5])}{', ...' * (len(names) > 5)}" for who, names in own if names
+            ]
             raise UserError(
                 self.registry.model,
-                f"the {opponent.name} knows other classes ({', '.join(others[:5])}, ...) than the challenger "
-                f"({', '.join(mine[:5])}, ...)",
+                f"the {opponent.name} knows other classes than the challenger",
                 "`--model` keeps another champion for them",
+                details or ["the same ones, in another order"],
             )
 
     # ---------------------------------------------------------------------------------------------- what is evaluated

@@ -1,6 +1,8 @@
 """Candidates evaluated in a real MLflow store: the opponent, the verdict, the stored predictions."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -10,13 +12,14 @@ from sklearn.metrics import balanced_accuracy_score
 
 from pipeline.cli.exit_codes import exit_code
 from pipeline.data.prepare import TrainingData
-from pipeline.errors import PromotionRefused
+from pipeline.errors import PromotionRefused, UserError
 from pipeline.recipe import Recipe
 from pipeline.registry import candidate_evaluation
 from pipeline.registry import test_split as opener
-from pipeline.registry.candidate_evaluation import TEST_EVALUATIONS, control_of
-from pipeline.registry.ledger import PASSED, REFUSED, TEST_EVALUATION
+from pipeline.registry.candidate_evaluation import TEST_EVALUATIONS, CandidateEvaluation, control_of
+from pipeline.registry.ledger import PASSED, REFUSED, TEST_EVALUATION, Ledger
 from pipeline.registry.promote import promote
+from pipeline.registry.registered_model import Registry
 from pipeline.sections.data import Data
 from pipeline.tracking import queries
 from pipeline.tracking.models import sha256_of
@@ -98,6 +101,22 @@ def test_predictions_of_another_onnx_file_are_not_used(store: Store, tmp_path: P
         details = record(onnx_sha256=onnx_sha256, predictions_sha256={store.best: sha256_of(path)})
         registry.ledger.record(PASSED, registry.model, store.best, split=split, details=details)
         assert evaluation._is_stored(model, split) is is_used
+
+
+@pytest.mark.parametrize(
+    ("classes", "lines"),
+    [("ab", ["only the challenger knows c"]), ("abd", ["only the challenger knows c", "only the champion knows d"]),
+     ("acb", ["the same ones, in another order"])],
+)  # fmt: skip
+def test_other_classes_are_named(classes: str, lines: list[str], tmp_path: Path) -> None:
+    def model(name: str, classes: str) -> Any:
+        return SimpleNamespace(name=name, metadata=SimpleNamespace(classes=tuple(classes)))
+
+    registry = Registry(cast(MlflowTracker, None), Ledger(tmp_path), "other")
+    evaluation = CandidateEvaluation(registry, RULES, DATA, tmp_path, RecordingObserver())
+    with pytest.raises(UserError, match=r"^other: the champion knows other classes than the challenger; ") as caught:
+        evaluation._check_classes(model("challenger", "abc"), model("champion", classes))
+    assert [line.strip() for line in caught.value.lines[1:]] == lines
 
 
 def test_pass_by_other_rules_does_not_hold(store: Store, tmp_path: Path) -> None:

@@ -188,6 +188,7 @@ def test_each_seed_of_folds_trains_on_another_one(harness: StudyHarness) -> None
     decision = finals.run_finals(harness.tracker, planned, harness.data, CPU, RecordingObserver(), harness.home)
     assert decision and decision.folds == 3 and decision.rules[-1].startswith("folds: each seed trains on another fold")
     assert decision.winner and "standard deviation of 3 folds" in decision.winner.summary
+    assert decision.winner.summary.endswith("its best on its own fold")
     runs, tags = harness.runs(), [RunTags.of(run) for run in harness.runs()]
     assert sorted(run.data.params["data.fold"] for run in runs) == ["0", "0", "1", "1", "2", "2"]
     assert len({tag.split_digest for tag in tags}) == 3, "both candidates on the same folds"
