@@ -114,6 +114,7 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
     from pipeline.models.build import build_network, initial_network
     from pipeline.training.checkpoints import load_initial
     from pipeline.training.execution import check_execution
+    from pipeline.training.origin import check_initial
     from pipeline.training.teacher import check_teacher
 
     for recipe in search.executed() if execute else ():
@@ -123,6 +124,7 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
     about = search.base.data
     data = prepare(load(about, expand(data_dir), HOME, found=search.listed), about, device)
     for recipe in search.taught():
+        check_initial(recipe, data)
         check_teacher(recipe, data, device)
     control = search.recipe({})
     if file := control.transfer.weights_file:
@@ -148,6 +150,7 @@ def load_data_of_run(
     from pipeline.tracking import queries
     from pipeline.tracking.run_data import RunData, find_data
     from pipeline.training.execution import check_execution
+    from pipeline.training.origin import check_initial
     from pipeline.training.teacher import check_teacher
 
     for recipe in recipes:
@@ -157,6 +160,7 @@ def load_data_of_run(
     seen = RunData(what, about, digest, queries.data_places(tracker, run_id), HOME)
     data = prepare(find_data(seen, expand(data_dir), dataset).images, about, device)
     for recipe in recipes:
+        check_initial(recipe, data)
         check_teacher(recipe, data, device)
     freeze_imports()
     return data

@@ -66,16 +66,21 @@ def inspect(
 
 def _about(dataset: str, typed: dict[str, str | bool | None]) -> "Data":
     """The data set's section of a recipe; UserError for options that are none."""
+    from pipeline.data.datasets import listed
     from pipeline.sections.data import Data
 
     problems: list[Problem] = []
     options = StudyOptions.parse(typed, problems)
     fields = {name: value for name in _OF_FILES if (value := getattr(options, name)) is not None}
-    problems += file_problems({f"data.{name}": value for name, value in fields.items()}, dataset, None)
+    typed_fields = {f"data.{name}": value for name, value in fields.items()}
+    problems += file_problems(typed_fields, dataset, None)
     if problems:
         raise UserError.many(problems)
     try:
-        return Data.model_validate({"dataset": os.path.expanduser(dataset), **fields})
+        about = Data.model_validate({"dataset": os.path.expanduser(dataset), **fields})
+        if options.test_fraction and (problems := file_problems(typed_fields, dataset, listed(about, HOME))):
+            raise UserError.many(problems)
+        return about
     except ValidationError as error:
         problems = validation_problems(error)
         raise UserError.many([replace(problem, subject=f"data.{problem.subject}") for problem in problems]) from None

@@ -257,10 +257,12 @@ class _Cache:
         return np.fromfile(self.folder / INDEX, self.record, min(f.stat().st_size // size for f, size in files.items()))
 
     def _make_room(self, count: int) -> None:
-        """Say how much will be written; DataError where the disk has no room for it, even without the other caches."""
+        """Say how much will be written, and make room; DataError where there is none, even without the other caches."""
         needed = count * sum(self.row_bytes.values())
         log.info("decoding once, to %s: %s", self.folder, in_words(needed))
         others = [cache for cache in caches(self.folder.parents[1]) if cache.name != self.folder.name]
+        if shutil.disk_usage(self.folder).free + sum(map(num_bytes, others)) < needed + RESERVE:
+            others = []  # that wouldn't be enough, and decoding them took hours
         while (free := shutil.disk_usage(self.folder).free) < needed + RESERVE:
             if not others:
                 stay = f"{in_words(RESERVE)} of the disk must stay free, and {in_words(free)} are"

@@ -10,7 +10,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -33,6 +32,8 @@ LITTER = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.
 HIDDEN = "hidden or system"  # a kind of files that are left out; the others are suffixes
 MAX_PIXELS = 50_000_000
 MAX_SCANS = 100  # of a JPEG; programs write about ten, and each takes as long as the complete image
+# What begins a segment, or ends the image (d9). Within a scan libjpeg passes over markers that are none, and their bytes.
+_JPEG_SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 MAX_BYTES = 16 * 2**30  # of a data set in memory
 DEPTH = 8  # images that each core decodes ahead of who takes them
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # above our limit, which has its own error
@@ -295,9 +296,16 @@ def read_header(path: Path) -> Header | None:
 
 
 def _check_scans(path: Path) -> None:
-    """A few bytes are a scan of the full image, so that a small file could take hours."""
+    """A few bytes are a scan of the full image, so that a small file could take hours.
+
+    Segments and compressed data are passed over as libjpeg does, up to the image's end: photos have previews in them, and
+    phones append films.
+    """
+    scans, place = 0, 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        scans = sum(1 for _ in islice(re.finditer(rb"\xff\xda", content), MAX_SCANS + 1))  # nowhere else in image data
+        while scans <= MAX_SCANS and (found := _JPEG_SEGMENT.search(content, place)) and found[1] != b"\xd9":
+            scans += found[1] == b"\xda"
+            place = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
     if scans > MAX_SCANS:
         raise ValueError(f"has more than {MAX_SCANS} scans: save it again")
 

@@ -104,7 +104,7 @@ def partition_of(dataset: Dataset, recipe: Data) -> Partition:
         parts = of_mask(dataset.is_validation.numpy())
     else:
         parts = partition(labels, recipe.validation_fraction, recipe.split_seed, groups, classes)
-    return thinned(parts, labels, recipe.train_fraction, recipe.split_seed)
+    return thinned(parts, labels, recipe.train_fraction, recipe.split_seed, classes)
 
 
 def _most_in_memory(device: torch.device) -> float:

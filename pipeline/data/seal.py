@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from pipeline.data.listing import TEST, TRAIN, Listing, check_groups
+from pipeline.data.listing import TEST, TRAIN, VALIDATION, Listing, check_groups, first
 from pipeline.data.splits import sealed
-from pipeline.errors import DataError, UserError
+from pipeline.errors import DataError, Problem, UserError
 
 SEED = 20_261_129  # never change it: it seals the test splits
 FOLDER = "splits"  # below mlruns
@@ -41,6 +41,8 @@ class Seal:
         groups = None if numbers is None else torch.from_numpy(numbers[rows])
         labels = torch.from_numpy(listing.labels[rows])
         try:
+            if groups is None and not listing.has(VALIDATION):
+                _check_enough(listing)
             usable, _ = sealed(labels, fraction, SEED, groups, listing.classes)
         except UserError as error:
             remedy = "`--test-fraction 0` seals none, and nothing can be promoted"
@@ -126,6 +128,18 @@ class Seal:
             new = file.with_suffix(".new")
             new.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
             os.replace(new, file)
+
+
+def _check_enough(listing: Listing) -> None:
+    """UserError for each class that would have no image left to validate or to train on."""
+    counts = np.bincount(listing.labels)
+    problems = [
+        Problem(f"{listing.place}, class {name}", f"has {count} images; training, validation and test need one each")
+        for name, count in zip(listing.classes, counts.tolist(), strict=True)
+        if count < 3
+    ]
+    if problems:
+        raise UserError.many(first(problems))
 
 
 def _digest(listing: Listing) -> str:

@@ -61,14 +61,14 @@ def fold(
     return of_mask(numbers == number)
 
 
-def thinned(parts: Partition, labels: Tensor, fraction: float, seed: int) -> Partition:
+def thinned(parts: Partition, labels: Tensor, fraction: float, seed: int, names: Sequence[str] = ()) -> Partition:
     """`parts` with round(fraction * N) of its N training images, drawn as `partition` draws; 1 leaves it as it is.
 
     `labels` are those of the complete data set. UserError where a class would get none.
     """
     if fraction == 1:
         return parts
-    is_used = _Draw(labels[parts.train].numpy(), None, (), f"data.train_fraction = {fraction}").share(fraction, seed)
+    is_used = _Draw(labels[parts.train].numpy(), None, names, f"data.train_fraction = {fraction}").share(fraction, seed)
     return _partition(parts.train.numpy()[is_used], parts.validation.numpy())
 
 
@@ -174,7 +174,9 @@ class _Draw:
         images, classes = counts.sum(), len(counts)
         problems = [
             Problem(
-                f"{self._class(label)} has {count} {'image' if count == 1 else 'images'}", "a split needs at least 2"
+                f"{self.field}, {self._class(label)}",
+                f"has {count} {'image' if count == 1 else 'images'} for it, and needs one on each side",
+                "add images of it",
             )
             for label, count in enumerate(counts)
             if count < 2

@@ -30,7 +30,7 @@ def find_suspects(tracker: MlflowTracker, data_digest: str) -> Suspects | None:
     Finals on folds predict every image: the best recipe's count. Else the best runs' mean on their validation split.
     """
     runs = _finished(tracker, data_digest)
-    on_folds = [run for run in runs if int(run.data.params.get("data.folds", 0))]
+    on_folds = [run for run in runs if RunTags.of(run).role == "final" and int(run.data.params.get("data.folds", 0))]
     chosen = _best_recipe(on_folds) if on_folds else _best_split(runs)[:MAX_RUNS]
     sums, counts, labels = dict[int, np.ndarray](), defaultdict[int, int](int), dict[int, int]()
     for run in chosen:
@@ -45,7 +45,7 @@ def find_suspects(tracker: MlflowTracker, data_digest: str) -> Suspects | None:
     mean = np.stack([sums[number] / counts[number] for number in ids.tolist()])
     errors = find_label_errors(mean, np.array([labels[number] for number in ids.tolist()]))
     what = (
-        f"the best recipe on {len(chosen)} folds"
+        f"the best recipe on {_num_folds(chosen)} folds"
         if on_folds
         else f"the best {len(chosen)} run{'s' * (len(chosen) != 1)}, validation split"
     )
@@ -70,7 +70,12 @@ def _best_recipe(runs: list[StoredRun]) -> list[StoredRun]:
     by_recipe: dict[tuple[str | None, str], list[StoredRun]] = defaultdict(list)
     for run in runs:
         by_recipe[RunTags.of(run).candidate, run.data.params["data.folds"]].append(run)
-    return max(by_recipe.values(), key=lambda of_one: (len(of_one), np.mean([_accuracy(run) for run in of_one])))
+    return max(by_recipe.values(), key=lambda of_one: (_num_folds(of_one), np.mean([_accuracy(run) for run in of_one])))
+
+
+def _num_folds(runs: list[StoredRun]) -> int:
+    """On how many they were trained: another study may have finals of the same recipe."""
+    return len({run.data.params["data.fold"] for run in runs})
 
 
 def _best_split(runs: list[StoredRun]) -> list[StoredRun]:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 def aliases(tracker: MlflowTracker) -> dict[str, str]:
     """run id -> what the registry calls it: `image-classifier@champion`."""
     client, names_by_run = tracker.client, dict[str, list[str]]()
-    for model in client.search_registered_models():
+    for model in client.search_registered_models(max_results=1000):
         for alias, version in model.aliases.items():
             run_id = client.get_model_version(model.name, version).run_id
             names_by_run.setdefault(str(run_id), []).append(f"{model.name}@{alias}")

@@ -253,7 +253,7 @@ def _unfinished(frame: pd.DataFrame) -> dict[str, Any]:
     return {
         "trials": rows.head(MAX_UNFINISHED).to_dict("records"),
         "states": rows["state"].value_counts().to_dict(),
-        "time_share": rows["seconds"].sum() / frame["seconds"].sum() if frame["seconds"].sum() else None,
+        "time_share": rows["seconds"].sum() / trials["seconds"].sum() if trials["seconds"].sum() else None,
         "reasons": reasons.head(MAX_REASONS).to_dict(),
         "num_other_reasons": max(len(reasons) - MAX_REASONS, 0),
     }

@@ -210,7 +210,7 @@ def _resolve(tracker: MlflowTracker, wanted: str | None) -> tuple[Run | ModelVer
 
 
 def _known(tracker: MlflowTracker) -> str:
-    models = tracker.client.search_registered_models()
+    models = tracker.client.search_registered_models(max_results=1000)
     names = [f"models:/{model.name}@{alias}" for model in models for alias in model.aliases]
     return f"registered: {', '.join(names) or 'none yet'}; `ui` shows all runs"
 

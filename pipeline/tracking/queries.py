@@ -64,12 +64,13 @@ class Points(NamedTuple):
 
 
 def studies(tracker: MlflowTracker) -> list[StudyRuns]:
-    """The studies in this store, the last one run first."""
-    stored = []
+    """The studies in this store, the last one run first; a restored run that another one had replaced is none."""
+    stored, replaced = [], set[str]()
     for experiment in tracker.client.search_experiments(max_results=_MOST_EXPERIMENTS):
         for parent in intact(tracker.store.search([experiment.experiment_id], "tags.role = 'study'")):
             tags, info = RunTags.of(parent), parent.info
             assert tags.study and tags.objective  # it is intact
+            replaced.update(tags.replaces or ())
             # A study that was opened again is RUNNING, and still has an end.
             end = float("inf") if info.status == "RUNNING" else info.end_time
             study = StudyRuns(
@@ -82,7 +83,7 @@ def studies(tracker: MlflowTracker) -> list[StudyRuns]:
                 tags.constraints or {},
             )
             stored.append((end, study))
-    return [study for _, study in sorted(stored, key=lambda item: -item[0])]
+    return [study for _, study in sorted(stored, key=lambda item: -item[0]) if study.parent not in replaced]
 
 
 def find_studies(tracker: MlflowTracker, name: str) -> list[StudyRuns]:

@@ -138,6 +138,12 @@ def _mapping(text: str) -> Mapping[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _process(text: str) -> Mapping[str, Any] | None:
+    value = _mapping(text) or {}
+    is_one = {name: type(each) for name, each in value.items()} == {"host": str, "pid": int, "started": float}
+    return value if is_one else None
+
+
 def _bounds(text: str) -> Mapping[str, float] | None:
     bounds = _mapping(text)
     return bounds if bounds and all(type(bound) in (int, float) and bound > 0 for bound in bounds.values()) else None
@@ -163,7 +169,7 @@ _PARSERS: Mapping[str, Any] = {
     "objective": _one_of(*OBJECTIVES),
     "constraints": _bounds,
     "members": _mapping,
-    "worker": _mapping,
+    "worker": _process,
     "data_places": _strings,
     "replaces": _strings,
     "git_dirty": lambda text: text == "true",

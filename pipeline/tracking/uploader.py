@@ -291,7 +291,7 @@ class Uploader:
             experiment = self._store.experiment_of(start)
             upload.run_id = self._store.create_run(experiment, start["name"], tags, start["time"])
         self._ids[key] = upload.run_id
-        params = [Param(name, value) for name, value in start["params"].items()]
+        params = [Param(name, value) for name, value in start["params"].items() if not _is_other(run, name, value)]
         self._client.log_batch(upload.run_id, params=params, tags=_tags(tags) if run else ())
         if dataset := start.get("data"):
             inputs = DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])
@@ -325,6 +325,23 @@ class Uploader:
         if upload.run_id is None:
             raise RequestRejected("its journal has no start record")
         return upload.run_id
+
+
+def _is_other(run: StoredRun | None, name: str, value: str) -> bool:
+    """Whether a run that is resumed has another value of a parameter: MLflow keeps the first, and would take nothing more.
+
+    The recipe's digest allows that for the place of a file, and a study for how steps are executed; recipe.json has it.
+    """
+    first = run.data.params.get(name, value) if run else value
+    if first != value:
+        log.warning(
+            "run %s was begun with %s = %s, which MLflow keeps, and goes on with %s",
+            run and run.info.run_id,
+            name,
+            first,
+            value,
+        )
+    return first != value
 
 
 def _points(record: Mapping[str, Any], steps_before: Mapping[str, int]) -> list[Metric]:

@@ -33,6 +33,7 @@ from pipeline.training.execution import GraphedStep, check_execution, forward_of
 from pipeline.training.freezing import Freezing
 from pipeline.training.losses import consistency_loss, loss_of
 from pipeline.training.optimizers import build_optimizer, set_lr
+from pipeline.training.origin import check_initial
 from pipeline.training.resume import Parts, Resume
 from pipeline.training.teacher import fixed_logits, load_teacher
 
@@ -95,12 +96,13 @@ def train(
     An epoch's data order, augmentation and dropout depend on (seed, epoch) alone; on a CPU with the same number of
     threads, and on a GPU with `training.deterministic`, equal recipes give equal weights, bit for bit.
     Raises Diverged as soon as a loss that is not finite is seen, UserError where the device does not support the recipe's
-    `training.execution`, the network takes no smaller images and they are to grow, there is no such teacher or it doesn't
-    suit the data, or where the saved state belongs to another recipe or other data.
+    `training.execution`, the network takes no smaller images and they are to grow, there is no such teacher, it or the
+    weights to start from don't suit the data, or where the saved state belongs to another recipe or other data.
     """
     check_execution(recipe, device)
     full = recipe.data.image_size
     check_sizes(recipe.model, full, progressive.smaller_sizes(full, recipe.curriculum.start_size))
+    check_initial(recipe, data)
     data = normalised_for(recipe, data)
     settings, graphed = recipe.training, is_graphed(recipe)
     history: list[EpochReport] = []

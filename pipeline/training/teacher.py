@@ -1,10 +1,9 @@
 """Distillation's teacher: a trained network whose predictions are targets (Hinton et al. 2015, arXiv 1503.02531)."""
 
-import os
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pipeline.data.prepare import TrainingData
@@ -14,24 +13,9 @@ from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.sections.weights import file_digest
 from pipeline.training.checkpoints import RECORD, WEIGHTS, check_weights, load_weights, read_checkpoint
+from pipeline.training.origin import Facts, check_split
 
-# Of `data`: with another value, other images of the same data set validate.
-_VALIDATION_FIELDS = ("validation_fraction", "split_seed", "folds", "fold")
 _CHOOSE = "choose another model by `--set loss.teacher=...`"
-
-
-class _Facts(BaseModel):
-    """What is used of a model's record."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    recipe: Recipe
-    data_digest: str
-    split_digest: str
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    method: str = "single"
 
 
 class Teacher(nn.Module):
@@ -89,7 +73,7 @@ def check_teacher(recipe: Recipe, data: TrainingData, device: torch.device) -> N
         load_teacher(recipe, data.at(recipe.data), device)
 
 
-def _facts(folder: Path, sha256: str) -> _Facts:
+def _facts(folder: Path, sha256: str) -> Facts:
     """The record of the model, whose weights have this digest."""
     subject = f"loss.teacher = {folder}"
     if not (folder / RECORD).is_file():
@@ -100,12 +84,12 @@ def _facts(folder: Path, sha256: str) -> _Facts:
         rule = f"holds another model than the recipe's: SHA-256 of its weights {found[:16]}, not {sha256[:16]}"
         raise UserError(subject, rule, "put that one there, or " + _CHOOSE)
     try:
-        return _Facts.model_validate(facts)
+        return Facts.model_validate(facts)
     except ValidationError:
         raise UserError(subject, f"its {RECORD} can't be read by this code", _CHOOSE) from None
 
 
-def _check_suits(facts: _Facts, recipe: Recipe, data: TrainingData, folder: Path) -> None:
+def _check_suits(facts: Facts, recipe: Recipe, data: TrainingData, folder: Path) -> None:
     subject = f"loss.teacher = {folder}"
     if facts.method == "mean":
         raise UserError(subject, "is several networks, and a teacher is one", "choose a member, or a soup")
@@ -113,18 +97,10 @@ def _check_suits(facts: _Facts, recipe: Recipe, data: TrainingData, folder: Path
         theirs, ours = (", ".join(names[:5]) + ", ..." * (len(names) > 5) for names in (facts.classes, data.classes))
         rule = f"knows {len(facts.classes)} classes ({theirs}), the data set has {len(data.classes)} ({ours})"
         raise UserError(subject, rule, "choose a model of the same classes in the same order")
-    own = facts.recipe.data
-    if facts.data_digest != data.digest and os.path.realpath(os.path.expanduser(own.dataset)) == data.place:
-        rule = "was trained on other images of this data set, so maybe on some that are for validation or test here"
-        raise UserError(subject, rule, "train it on the same ones")
-    others = [name for name in _VALIDATION_FIELDS if getattr(own, name) != getattr(recipe.data, name)]
-    if facts.data_digest == data.digest and facts.split_digest != data.split_digest and others:
-        settings = ", ".join(f"data.{name} {getattr(own, name)}" for name in others)
-        rule = f"was trained on another split ({settings}), so on images that are for validation here"
-        raise UserError(subject, rule, "train it on the same one")
+    check_split(subject, facts, recipe.data, data)
 
 
-def _check_size(folder: Path, facts: _Facts, size: int) -> None:
+def _check_size(folder: Path, facts: Facts, size: int) -> None:
     """UserError where the network, built for images of `size` pixels, doesn't have the tensors of the model."""
     try:
         with torch.device("meta"):

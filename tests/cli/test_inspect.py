@@ -53,8 +53,11 @@ def test_a_manifest_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "photos.csv").read_text() == manifest
 
 
-def test_columns_of_a_folder_are_refused(tmp_path: Path) -> None:
+def test_options_that_would_change_nothing_are_refused(tmp_path: Path) -> None:
     make_photos(tmp_path / "photos")
     refused = shared_fork_server().run(["inspect", "photos", "--columns", "label=x"], tmp_path)
     assert refused.returncode == 2
     assert refused.stderr == "error: data.columns = label=x: is for manifests, and photos is a folder; leave it out\n"
+    sealed = shared_fork_server().run(["inspect", "photos", "--test-fraction", "0.2"], tmp_path)
+    rule = "is for data without test images, and photos has some; leave it out"
+    assert (sealed.returncode, sealed.stderr) == (2, f"error: data.test_fraction = 0.2: {rule}\n")

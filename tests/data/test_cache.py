@@ -190,15 +190,30 @@ def test_files_that_cannot_be_read_are_named_and_the_others_stay(pets: Path, hom
     assert read[:1] == ["1.png"] and len(read) == 1 + 5, "it alone; then all into memory"
 
 
-def test_too_small_a_disk_is_refused_before_anything_is_written(
+def test_too_small_a_disk_is_refused_before_anything_is_written_or_removed(
     pets: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded(read_folder(pets), Form(9), home)
     monkeypatch.setattr(cache, "RESERVE", 2**60)
     with pytest.raises(DataError, match=r"takes 0 MiB more; .* must stay free, and .* are; free some space"):
         decoded(read_folder(pets), FORM, home)
-    assert [folder.name.split("-")[1:3] for folder in caches(home)] == [["crop", "8"]], "the other one made room"
-    assert num_bytes(caches(home)[0]) == 0
+    assert [num_bytes(folder) > 0 for folder in caches(home)] == [True, False], "the other one stays: it is too small"
+
+
+def test_the_cache_that_was_not_used_for_longest_makes_room(
+    pets: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded(read_folder(pets), Form(40), home)
+    other = caches(home)[0]
+    needed = num_bytes(other)  # more than the smaller images of FORM take
+    usage = shutil.disk_usage(home)
+
+    def disk_usage(path: Path) -> object:
+        return usage._replace(free=cache.RESERVE + (0 if other.exists() else needed))
+
+    monkeypatch.setattr(cache.shutil, "disk_usage", disk_usage)
+    decoded(read_folder(pets), FORM, home)
+    assert len(caches(home)) == 1 and not other.exists()
 
 
 @pytest.fixture

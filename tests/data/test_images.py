@@ -253,6 +253,15 @@ def test_the_first_frame_is_taken(tmp_path: Path, name: str) -> None:
     assert (seen(path) == (255, 0, 0)).all()
 
 
+def test_a_phone_s_jpeg_with_a_preview_and_a_film_has_few_scans(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    image.save(tmp_path / "photo.jpg", comment=b"\xff\xd9" + b"\xff\xda" * 200)
+    pixels = read_image(tmp_path / "photo.jpg", Form(8))
+    with (tmp_path / "photo.jpg").open("ab") as file:
+        file.write(b"\xff\xda" * 200)
+    assert np.array_equal(read_image(tmp_path / "photo.jpg", Form(8)), pixels)
+
+
 def test_a_phone_s_jpeg_of_several_pictures_is_a_jpeg(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (12, 12), colour) for colour in ("white", "black")]
     path = saved(tmp_path / "a.jpg", frames[0], format="MPO", save_all=True, append_images=frames[1:])

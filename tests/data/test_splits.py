@@ -69,8 +69,8 @@ def test_class_with_one_image_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         partition(torch.tensor([0, 0, 0, 0, 1, 3, 3]), 0.3, 0)
     assert caught.value.lines == [
-        "class 1 has 1 image: a split needs at least 2",
-        "class 2 has 0 images: a split needs at least 2",
+        "data.validation_fraction = 0.3, class 1: has 1 image for it, and needs one on each side; add images of it",
+        "data.validation_fraction = 0.3, class 2: has 0 images for it, and needs one on each side; add images of it",
     ]
 
 
@@ -103,6 +103,9 @@ def test_train_fraction_keeps_class_shares_and_validation() -> None:
     assert thinned(whole, labels, 1.0, 0) is whole
     with pytest.raises(UserError, match=r"^data.train_fraction = 0.0001: gives 0 of 2700 images"):
         thinned(whole, labels, 1e-4, 0)
+    rare = torch.tensor([0] * 9 + [1] * 2)
+    with pytest.raises(UserError, match=r"^data.train_fraction = 0.5, class dog: has 1 image for it, and needs one"):
+        thinned(partition(rare, 0.2, 0), rare, 0.5, 0, ("cat", "dog"))
 
 
 @given(

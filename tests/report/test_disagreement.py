@@ -6,11 +6,17 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
+from pipeline.report.disagreement import _images
+from pipeline.report.stored import predictions
 from pipeline.report.study_page import study_page
 from pipeline.report.trials import choose, table
+from pipeline.sections.data import Form
+from pipeline.tracking.run_data import LocatedData, RunData
 from pipeline.tracking.tracker import MlflowTracker
 from report.helpers import Store, body, page_of
 
@@ -42,3 +48,19 @@ def test_data_that_is_not_there_is_said_and_not_fetched(store: Store, tmp_path: 
     said = body(study_page(tracker, study, frame, tmp_path, {}))
     assert "The images can&#39;t be shown" in said and "--data-dir" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_images_are_read_in_the_form_of_the_run(store: Store) -> None:
+    """Another one would be decoded for the page alone, for hours where there are many images."""
+    tracker = MlflowTracker(store.home)
+    [run] = [row for _, row in table(tracker, choose(tracker, ["odd"])).iterrows() if row["run_id"] == store.best]
+    changes = {"data.geometry": "random_resized_crop", "data.crop_scale": 0.25}
+    seen: list[RunData] = []
+
+    def find(data: RunData) -> LocatedData:
+        seen.append(data)
+        raise UserError("not needed")
+
+    found = predictions(tracker, store.best)
+    assert found and "not needed" in str(_images(tracker, pd.Series({**run, **changes}), found, find))
+    assert seen[0].about.form == Form(8, "crop", 16)

@@ -13,7 +13,7 @@ from conftest import Trained
 from pipeline.data.prepare import TrainingData
 from pipeline.report.label_suspects import find_suspects
 from pipeline.tracking import queries
-from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tags import Role, RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 
 NUM_CLASSES = 3
@@ -25,12 +25,14 @@ def tracker(trained: Trained, tmp_path: Path) -> MlflowTracker:
     return MlflowTracker(tmp_path / "mlruns")
 
 
-def log_fold(tracker: MlflowTracker, fold: int, candidate: str, accuracy: float, answers: np.ndarray) -> None:
-    """A finished final that validated every second image, with these answers for all; the labels go around the classes."""
+def log_fold(
+    tracker: MlflowTracker, fold: int, candidate: str, accuracy: float, answers: np.ndarray, role: Role = "final"
+) -> None:
+    """A finished run that validated every second image, with these answers for all; the labels go around the classes."""
     client = tracker.client
     (study,) = queries.studies(tracker)
     tags = RunTags(
-        role="final",
+        role=role,
         study=study.name,
         parent_run=study.parent,
         state=State.FINISHED,
@@ -43,6 +45,7 @@ def log_fold(tracker: MlflowTracker, fold: int, candidate: str, accuracy: float,
     )
     run_id = client.create_run(study.experiment, tags=tags.to_mlflow(), run_name="final").info.run_id
     client.log_param(run_id, "data.folds", 2)
+    client.log_param(run_id, "data.fold", fold)
     client.log_metric(run_id, "val/accuracy", accuracy)
     ids = np.arange(fold, len(answers), 2)
     probabilities = np.full((len(ids), NUM_CLASSES), 0.05)
@@ -61,6 +64,10 @@ def test_folds_of_the_best_recipe_check_every_image(tracker: MlflowTracker) -> N
     for fold in (0, 1):
         log_fold(tracker, fold, "good", 0.9, good)
         log_fold(tracker, fold, "poor", 0.1, poor)
+    for _ in range(2):  # as of other studies: a control's finals, and trials on a fold, of which each is another recipe
+        log_fold(tracker, 0, "poor", 0.1, poor)
+        log_fold(tracker, 0, "", 0.5, poor, role="trial")
+        log_fold(tracker, 1, "", 0.5, poor, role="trial")
     found = find_suspects(tracker, "d" * 64)
     assert found and found.num_images == 24
     assert sorted(zip(found.ids.tolist(), found.errors.suggested.tolist(), strict=True)) == [(5, 0), (12, 1)]

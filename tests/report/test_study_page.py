@@ -15,11 +15,11 @@ from pipeline.evaluation.significance import Sample
 from pipeline.recipe import Recipe
 from pipeline.registry.decision import CandidateResult, FinalsDecision, Winner
 from pipeline.report.render import write
-from pipeline.report.study_page import _parameters, champions, study_page
+from pipeline.report.study_page import _parameters, _unfinished, champions, study_page
 from pipeline.report.trials import choose, finished, table, table_of
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker
-from report.helpers import Store, body, opened, page_of
+from report.helpers import Store, body, opened, page_of, trial_row
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,13 @@ def test_the_answer_is_in_numbers_that_the_store_has(store: Store, odd: Path) ->
     assert "The best: accuracy 0.9000 on 144 images as they are, 0.5000 (the control 0.5000) corrupted" in said
     assert "<h2>Accuracy on corrupted images" not in page_of(store, "tiny"), "where nothing was measured"
     assert "0.4000" in said.split("<h2>Finals")[1].split("</section>")[0], "the mean of two seeds"
+
+
+def test_share_of_time_of_what_did_not_finish_is_of_the_trials() -> None:
+    """As the number of trials beside it; finals are no trials."""
+    rows = [trial_row(0, 0.5, seconds=30.0), trial_row(1, float("nan"), state="failed", seconds=10.0)]
+    final = trial_row(0, 0.5, role="final", seconds=60.0) | {"run_id": "final"}
+    assert _unfinished(table_of([*rows, final]))["time_share"] == 0.25
 
 
 def test_where_most_are_pruned_they_count_too_and_it_is_said_how(

@@ -39,6 +39,20 @@ def test_complete_name_means_one_study(three_studies: MlflowTracker) -> None:
     assert study.name == "attention-v1-digits" and not line
 
 
+def test_study_that_another_run_replaced_is_not_meant_when_it_is_restored(three_studies: MlflowTracker) -> None:
+    """It has no trials any more, as the other one has adopted them."""
+    client, name = three_studies.client, "attention-v1-digits"
+    first = find_study(three_studies, name)[0].parent
+    client.update_run(first, "RUNNING")  # as one that was deleted while it ran, which would count as the last one run
+    client.delete_run(first)
+    second = three_studies.open_study(name, "?", "val/accuracy", [], first)
+    second.end(State.FINISHED)
+    assert three_studies.flush(30)
+    client.restore_run(first)
+    study, line = find_study(three_studies, name)
+    assert study.parent == second.id and not line
+
+
 def test_unknown_study_names_the_known_ones(three_studies: MlflowTracker) -> None:
     with pytest.raises(UserError, match=r"no study attention-v3-digits .*the studies are: attention-v1-digits"):
         find_study(three_studies, "attention-v3-digits")

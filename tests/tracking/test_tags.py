@@ -36,7 +36,14 @@ def test_tags_survive_the_way_through_mlflow() -> None:
             ("study", ""),
             ("run_key", "x" * 32),
         ],
-        *[("worker", "{"), ("worker", "[]"), ("data_places", "{"), ("data_places", '"/data"'), ("objective", "loss")],
+        *[
+            ("worker", "{"),
+            ("worker", "[]"),
+            ("worker", '{"host": "here"}'),
+            ("data_places", "{"),
+            ("data_places", '"/data"'),
+            ("objective", "loss"),
+        ],
     ],
 )
 def test_tag_that_was_changed_by_hand_counts_as_missing(tag: str, text: str) -> None:

@@ -200,7 +200,8 @@ def test_interrupted_run_reopens_and_keeps_first_values(
     assert [step for step, _ in before] == list(range(len(before))) and before
 
     successor = MlflowTracker(local_tracker.home)
-    with successor.run(RunRequest(name="train again", recipe=small_recipe, data=digits, run_key=run.key)) as again:
+    other = small_recipe.changed({"training.execution": "compiled"})  # as where it resumes on another device
+    with successor.run(RunRequest(name="train again", recipe=other, data=digits, run_key=run.key)) as again:
         assert successor.id_of(run.key) == run_id == again.id
         stored = successor.client.get_run(run_id)
         assert (stored.info.status, stored.info.run_name) == ("RUNNING", "train again")
@@ -215,7 +216,8 @@ def test_interrupted_run_reopens_and_keeps_first_values(
     after = points(successor, run_id, machine)
     assert after[: len(before)] == before and len(after) > len(before)
     assert [step for step, _ in after] == list(range(len(after)))
-    assert successor.client.get_run(run_id).info.status == "FINISHED"
+    stored = successor.client.get_run(run_id)
+    assert (stored.info.status, stored.data.params["training.execution"]) == ("FINISHED", "eager")
 
 
 def test_points_sent_twice_are_stored_once(local_tracker: MlflowTracker) -> None:

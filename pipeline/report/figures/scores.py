@@ -26,7 +26,6 @@ from pipeline.report.trials import (
     challenger,
     control,
     feasible,
-    finished,
     infeasible,
     last_values,
     state_words,
@@ -138,13 +137,16 @@ def _history_caption(frame: pd.DataFrame, unfinished: pd.DataFrame, floor: float
         parts.append(f"Lower values than {floor:.3f} are cut off")
     if not parts:
         states = joined([f"{count} {state}" for state, count in state_words(frame).value_counts().items()])
-        none = f"No {'feasible ' * bool(len(infeasible(frame)))}trial finished"
-        parts = [f"{none}: {states}" if states else none]
+        parts = [f"{_none_finished(frame)}: {states}" if states else _none_finished(frame)]
     if len(unfinished):
         low, high = unfinished["epochs"].min(), unfinished["epochs"].max()
         when = f"after epoch {low}" if low == high else f"after epochs {low} to {high}"
         parts.append(f"Grey: where trials that did not finish stood when they ended, {when}: not yet a score")
     return ". ".join(parts) + "."
+
+
+def _none_finished(frame: pd.DataFrame) -> str:
+    return f"No {'feasible ' * bool(len(infeasible(frame)))}trial finished"
 
 
 def _progress(done: pd.DataFrame) -> str:
@@ -277,9 +279,9 @@ def _dots(rows: pd.DataFrame, measure: str, mode: str = "markers") -> dict[str, 
 
 
 def spread(frame: pd.DataFrame) -> go.Figure:
-    """The finished scores of several studies side by side."""
+    """The feasible scores of several studies side by side."""
     figure = go.Figure()
-    groups = [(study, finished(runs)) for study, runs in by_study(frame)]
+    groups = [(study, feasible(runs)) for study, runs in by_study(frame)]
     names: list[str] = []
     for colour, (study, done) in reversed(list(zip(study_colours(frame), groups, strict=True))):  # the first on top
         figure.add_box(
@@ -303,4 +305,4 @@ def spread(frame: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title=objective_label(frame))
     medians = {study: done["score"].median() for study, done in groups if len(done)}
     parts = [f"{study}: median {median:.4f}" for study, median in medians.items()]
-    return with_caption(figure, f"{'; '.join(parts) or 'No trial finished'}.")
+    return with_caption(figure, f"{'; '.join(parts) or _none_finished(frame)}.")

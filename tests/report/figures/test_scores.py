@@ -40,6 +40,14 @@ def test_history_needs_no_trial_number(rows: list[dict[str, object]]) -> None:
     assert figure.layout.meta == ("No trial finished: 1 failed." if rows else "No trial finished.")
 
 
+def test_infeasible_scores_are_in_no_box_and_no_median() -> None:
+    frame = table_of([trial_row(0, 0.5), trial_row(1, 0.7), trial_row(2, 0.9, infeasible="too large")])
+    figure = scores.spread(frame)
+    assert list(figure.data[0].x) == [0.7, 0.5] and figure.layout.meta.endswith("median 0.6000.")
+    none = scores.spread(table_of([trial_row(2, 0.9, infeasible="too large")]))
+    assert none.layout.meta == "No feasible trial finished."
+
+
 def test_front_joins_trials_that_none_beats_at_less_cost() -> None:
     rows = [trial_row(n, score, control=n == 0) for n, score in enumerate([0.5, 0.7, 0.6, 0.8])]
     frame = table_of([row | {"time/training_s": cost} for row, cost in zip(rows, [1.0, 2.0, 3.0, 4.0], strict=True)])
