@@ -255,7 +255,8 @@ def test_better_trial_since_the_decision_is_named(finished: StudyHarness) -> Non
     assert find_winner(finished.tracker, finished.study) == before.winner, "finals take the first of equal trials"
     finished.trial(9, 0.99, optimizer__lr=0.011)
     found = find_winner(finished.tracker, finished.study)
-    assert found and found.summary.endswith(
+    assert found and found.summary.startswith(before.winner.summary)
+    assert found.summary.endswith(
         f"trial 9 was not in these finals and has the study's best score now: `finals {finished.name}` takes it in"
     )
 
