@@ -247,4 +247,4 @@ def with_control(rows: pd.DataFrame, base: pd.Series | None) -> pd.DataFrame:
     """The rows, and the control's below them where it isn't among them."""
     if base is None or base["run_id"] in set(rows["run_id"]):
         return rows
-    return pd.concat([rows, base.to_frame().T])
+    return pd.concat([rows, base.to_frame().T.infer_objects()])  # else all columns become objects, with numpy.bool in them

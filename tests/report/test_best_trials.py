@@ -25,6 +25,7 @@ def test_the_best_trials_come_first_and_the_control_below_them_where_it_is_not_a
     rows = [trial_row(0, 0.5, control=True), trial_row(1, 0.7), trial_row(2, 0.6), trial_row(3, np.nan, state="failed")]
     frame = table_of([row | {"val/f1/cat": 0.9, "val/f1/dog": 0.25} for row in rows])
     found = best_trials(frame, 1)
+    assert [trial.name for trial in found] == ["1", "0 (control)"]
     assert [(trial.number, trial.is_control, trial.score) for trial in found] == [(1, False, 0.7), (0, True, 0.5)]
     assert found[0].lead == pytest.approx(20) and found[1].lead == 0
     assert (found[0].weakest_class, found[0].weakest_f1) == ("dog", 0.25)
