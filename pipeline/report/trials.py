@@ -247,4 +247,5 @@ def with_control(rows: pd.DataFrame, base: pd.Series | None) -> pd.DataFrame:
     """The rows, and the control's below them where it isn't among them."""
     if base is None or base["run_id"] in set(rows["run_id"]):
         return rows
-    return pd.concat([rows, base.to_frame().T.infer_objects()])  # else all columns become objects, with numpy.bool in them
+    # Without its own types, all columns become objects, with booleans of numpy in them.
+    return pd.concat([rows, base.to_frame().T.infer_objects()])
