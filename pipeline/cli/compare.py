@@ -67,7 +67,7 @@ def compare(
         decision, verdict = finals_verdict(tracker, study)
         say(console, *filter(None, [verdict, *champions(tracker, own)]))
         winner = decision.winner.run_id if decision and decision.winner else ""
-        next_steps.append(after_compare(study.name, is_decided=bool(decision), aliases=names_of_runs.get(winner, "")))
+        next_steps.append(after_compare(study.name, is_decided=bool(decision), aliases=names_of_runs.get(winner, [])))
     with make_console(stderr=True).status("writing the page"):
         word = COMMAND_LINE.word
         if len(studies) == 1:
@@ -83,12 +83,13 @@ def compare(
         print_links(console, "Next:", [(what, next_command(step, tracking_uri)) for what, step in steps.items()])
 
 
-def after_compare(study: str, is_decided: bool, aliases: str) -> dict[str, str]:
-    """The next commands: finals, then promotion of their winner, then the use of it; `aliases` is what it is called."""
+def after_compare(study: str, is_decided: bool, aliases: Sequence[str]) -> dict[str, str]:
+    """The next commands: finals, then promotion of their winner, then the use of it; `aliases` are the winner's."""
+    from pipeline.registry.registered_model import CHAMPION
+
     if not is_decided:
         return {"try the best with more seeds": f"finals {study}", "make the winner champion": f"promote {study}"}
-    champion = next((name for name in aliases.split(" and ") if name.endswith("@champion")), "")
-    if champion:
+    if champion := next((name for name in aliases if name.endswith(f"@{CHAMPION}")), ""):
         return {"classify with the champion": f"predict IMAGE --model models:/{champion}"}
     return {"make the winner champion": f"promote {study}"}
 

@@ -14,14 +14,14 @@ from pipeline.tracking.tracker import MlflowTracker
 log = logging.getLogger(__name__)
 
 
-def aliases(tracker: MlflowTracker) -> dict[str, str]:
-    """run id -> what the registry calls it: `image-classifier@champion`."""
+def aliases(tracker: MlflowTracker) -> dict[str, list[str]]:
+    """run id -> what the registry calls it, in order: `image-classifier@champion`."""
     client, names_by_run = tracker.client, dict[str, list[str]]()
     for model in client.search_registered_models(max_results=1000):
         for alias, version in model.aliases.items():
             run_id = client.get_model_version(model.name, version).run_id
             names_by_run.setdefault(str(run_id), []).append(f"{model.name}@{alias}")
-    return {run_id: " and ".join(sorted(names)) for run_id, names in names_by_run.items()}
+    return {run_id: sorted(names) for run_id, names in names_by_run.items()}
 
 
 @dataclass(frozen=True, eq=False)

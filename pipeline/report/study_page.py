@@ -115,7 +115,7 @@ def champions(tracker: MlflowTracker, frame: pd.DataFrame) -> list[str]:
     """A line for each run of the table that the registry has under an alias."""
     names = aliases(tracker)
     return [
-        f"{names[row['run_id']]} is a run of this study: {_described(row)}, {row['run_id']}."
+        f"{' and '.join(names[row['run_id']])} is a run of this study: {_described(row)}, {row['run_id']}."
         for _, row in frame[frame["run_id"].isin(list(names))].iterrows()
     ]
 

@@ -49,10 +49,10 @@ def test_names_of_pages_are_legal_and_short() -> None:
 
 
 def test_next_step_follows_what_is_decided_and_promoted() -> None:
-    assert [*after_compare("s", False, "").values()] == ["finals s", "promote s"]
-    assert [*after_compare("s", True, "").values()] == ["promote s"]
-    assert [*after_compare("s", True, "m@previous").values()] == ["promote s"]
-    assert [*after_compare("s", True, "m@champion and m@other").values()] == [
+    assert [*after_compare("s", False, []).values()] == ["finals s", "promote s"]
+    assert [*after_compare("s", True, []).values()] == ["promote s"]
+    assert [*after_compare("s", True, ["m@previous"]).values()] == ["promote s"]
+    assert [*after_compare("s", True, ["m@champion", "m@other"]).values()] == [
         "predict IMAGE --model models:/m@champion"
     ]
 
