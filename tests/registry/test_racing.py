@@ -19,15 +19,17 @@ def candidates_of(base: Recipe, count: int, **fields: list[Any]) -> list[Candida
     return made
 
 
-def raced(candidates: list[Candidate], scores: Any, least_sd: float = 0.0002) -> Racing:
+def raced(candidates: list[Candidate], scores: Any, least_sd: float = 0.0002, notes: list[str] | None = None) -> Racing:
     """Scores (candidates, seeds), NaN where it diverged; stopped ones get no more."""
+    notes = [] if notes is None else notes
     table = np.asarray(scores)
     racing = Racing(candidates, table.shape[1], least_sd)
     for seed in range(table.shape[1]):
         while following := racing.following(range(seed + 1)):
             candidate, number = following
             score = float(table[candidate.trial, number])
-            racing.add(candidate, number, Final(f"{candidate.trial}/{number}", None if np.isnan(score) else score, 1.0))
+            final = Final(f"{candidate.trial}/{number}", None if np.isnan(score) else score, 1.0)
+            notes += racing.add(candidate, number, final)
         racing.stop_the_beaten()
     return racing
 
@@ -48,8 +50,10 @@ def test_what_a_recipe_had_beaten_goes_on_where_that_one_diverges(when: int, sma
     candidates = candidates_of(small_recipe, 4)
     scores = np.array([[0.80], [0.95], [0.85], [0.7]]) + np.random.default_rng(0).normal(0, 0.001, (4, 5))
     scores[1, when] = np.nan
-    racing = raced(candidates, scores)
+    notes: list[str] = []
+    racing = raced(candidates, scores, notes=notes)
     assert [len(racing.scores(candidate)) for candidate in candidates[:3]] == [5, when, 5]
+    assert f"{candidates[2].name}: goes on, as {candidates[1].name}, which was ahead of it, can't win" in notes
     assert racing.stopped[candidates[1].digest] == f"diverged with seed {when}"
     best, _, why = choose(racing, dict.fromkeys(racing.finals, 1)) or pytest.fail("nobody")
     assert (best.trial, why) == (2, "beyond the noise"), "not the control, which was never stopped"
