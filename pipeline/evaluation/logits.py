@@ -1,6 +1,7 @@
 """From a network and images to logits."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,6 +13,7 @@ from pipeline.data.mapped import MappedImages
 MOST_TOGETHER, PIXELS_TOGETHER = 500, 500 * 64**2
 
 
+@functools.cache
 def bf16_supported(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 itself: emulated, as on older CPUs, it is slower than float32."""
     if device.type == "cuda":

@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.sections.model import Attention
 
@@ -78,6 +79,23 @@ class SpatialAttention(nn.Module):
         return self.conv(pooled).sigmoid()
 
 
+class StridedPointwise(nn.Conv2d):
+    """A 1 x 1 convolution with a stride, without a bias; for few input channels it gets only the pixels that it reads.
+
+    With less than eight channels in channels_last, oneDNN's gradient for CPUs without AVX-512 (jit_avx2_1x1, torch 2.15)
+    writes beyond its buffer where there is a stride, and the process ends.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_channels >= 8:
+            return super().forward(x)
+        rows, columns = self.stride
+        return functional.conv2d(x[:, :, ::rows, ::columns], self.weight)
+
+
 class AttentionResidualBlock(nn.Module):
     """Two 3x3 convolutions, channel attention, spatial attention as far as the recipe has them, and the shortcut added."""
 
@@ -94,7 +112,7 @@ class AttentionResidualBlock(nn.Module):
         self.spatial = SpatialAttention(recipe.spatial_kernel) if recipe.attention == "cbam" else None
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(StridedPointwise(inputs, outputs, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.body(x)

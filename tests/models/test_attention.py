@@ -10,6 +10,7 @@ from pipeline.models.attention import (
     AttentionResidualBlock,
     ChannelAttention,
     SpatialAttention,
+    StridedPointwise,
     channel_attention,
 )
 from pipeline.models.build import build_network, num_parameters
@@ -98,3 +99,17 @@ def test_only_the_seed_draws_the_weights() -> None:
     other = build_network(Attention(), 10, 32, seed=4)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.stem[0].weight, other.stem[0].weight)
+
+
+@pytest.mark.parametrize("inputs", [3, 8])
+def test_a_strided_shortcut_computes_what_torchs_convolution_computes(inputs: int) -> None:
+    def outputs_and_gradients(convolution: nn.Module) -> tuple[torch.Tensor, ...]:
+        images = torch.randn(2, inputs, 9, 9, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        result = convolution(images)
+        result.square().sum().backward()
+        return result, images.grad, convolution.weight.grad
+
+    ours, theirs = StridedPointwise(inputs, 4, stride=2), nn.Conv2d(inputs, 4, 1, stride=2, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    for mine, reference in zip(outputs_and_gradients(ours), outputs_and_gradients(theirs), strict=True):
+        torch.testing.assert_close(mine, reference)

@@ -13,6 +13,7 @@ from pipeline.sections.model import Cct
 from pipeline.sections.schedule import Linear
 from pipeline.sections.section import Section
 from pipeline.sections.transfer import Transfer
+from pipeline.training import optimizers
 from pipeline.training.optimizers import build_optimizer, orthogonalise, set_lr
 
 CPU = torch.device("cpu")
@@ -181,11 +182,16 @@ def test_muon_steps_equal_those_by_hand() -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 64 * 9), (64, 27), (8, 8), (16, 4)])
-def test_orthogonalised_matrices_have_singular_values_near_1(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("bf16", [True, False])
+def test_orthogonalised_matrices_have_singular_values_near_1(
+    shape: tuple[int, int], bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "bf16_supported", lambda device: bf16)
     left, _, right = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), False)
     values = torch.linspace(1, 0.3, min(shape))
-    result = orthogonalise(1e-3 * left * values @ right).float()
-    assert result.shape == shape
+    result = orthogonalise(1e-3 * left * values @ right)
+    assert result.shape == shape and result.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    result = result.float()
     assert ((torch.linalg.svdvals(result) - 1).abs() < 0.35).all()
     rotation = left @ right
     assert (result * rotation).sum() / result.norm() / rotation.norm() > 0.98, "the directions stay"
