@@ -139,7 +139,8 @@ FAULTS = {
     ),
     "two trials have one run": (
         ("optuna.db", "UPDATE trial_user_attributes SET value_json = (SELECT value_json FROM trial_user_attributes "
-            "WHERE key = 'run_key' AND trial_id = 1) WHERE key = 'run_key'"),
+            "WHERE key = 'run_key' AND trial_id = 1) WHERE key = 'run_key'",
+            "UPDATE trial_values SET value = value + 1e-9 WHERE trial_id = 2"),  # both trials may score the same
         ["2 trials that count have run key", "trial 1 of tiny-v1-digits: is finished in Optuna; its run",
             "trial 1 of tiny-v1-digits: has val/accuracy 0.", "no trial of tiny-v1-digits has its run key"],
     ),
