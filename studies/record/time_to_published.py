@@ -8,7 +8,8 @@ time. By hand; a row is appended to the CSV:
     python studies/record/time_to_published.py RUN_ID --target 0.89 --peer seed_style.py --model plain --data-dir data \\
         --output studies/record/times.csv
 
-The peer module has a function named as the model, which builds the network, and AUG[model], MEAN and STD.
+The peer module has a function named as the model, which builds the network, and AUG[model], MEAN and STD; a function
+`optimizer`, where it is not Adam.
 """
 
 import argparse
@@ -91,7 +92,10 @@ def theirs(peer: ModuleType, model: str, data: TrainingData, target: float, limi
     torch.manual_seed(0)
     network = getattr(peer, model)()
     network(torch.zeros(2, 3, 32, 32))  # sets lazy layers
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=5e-4)
+    if hasattr(peer, "optimizer"):
+        optimizer = peer.optimizer(network.parameters())
+    else:
+        optimizer = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=5e-4)
     while best < target and time.monotonic() - started < limit_s:
         epoch += 1
         network.train()
