@@ -99,6 +99,9 @@ def _table(place: Path, columns: Mapping[str, str]) -> "pd.DataFrame":
             renamed if len(table.columns) > 1 else "separate the columns by commas",
         )
     named = {name: table[columns[name]] for name in COLUMNS if columns[name] in table}
+    for name, column in named.items():
+        if pd.api.types.is_float_dtype(column):
+            named[name] = column.convert_dtypes()  # a missing label or group makes floats of whole numbers
     text = {
         name: column.astype(object).where(column.notna(), "").map(str).str.strip() for name, column in named.items()
     }

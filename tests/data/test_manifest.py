@@ -53,6 +53,20 @@ def test_parquet_says_the_same_as_csv(pets: Path) -> None:
     assert listings[0].labels.tolist() == listings[1].labels.tolist() == [0, 0, 1, 1]
 
 
+def test_whole_numbers_that_became_floats_are_whole_again(pets: Path) -> None:
+    paths = ["train/dog/more/0.tiff", "train/cat/1.png", "train/cat/2.JPG", "train/dog/2.webp"]
+    place = pets / "photos.parquet"
+
+    def label(*labels: float | None) -> Path:
+        pd.DataFrame({"path": paths, "label": labels}).to_parquet(place)
+        return place
+
+    empty = "photos.parquet, row 3: label is empty; fill it in, or remove the row"
+    assert lines_of(DataError, label(4, 3, None, 4)) == [empty]
+    assert read_manifest(label(4.0, 3.0, 3.0, 4.0), columns()).classes == ("3", "4")
+    assert read_manifest(label(4.5, 3.0, 3.0, 4.5), columns()).classes == ("3.0", "4.5"), "some are fractions"
+
+
 def test_columns_may_have_other_names(pets: Path) -> None:
     place = write(pets, [f"{row},p{index}" for index, row in enumerate(ROWS)], "file,NA,patient")
     listing = read_manifest(place, columns("path=file, label=NA,group=patient"))
