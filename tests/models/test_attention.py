@@ -113,3 +113,14 @@ def test_a_strided_shortcut_computes_what_torchs_convolution_computes(inputs: in
     theirs.load_state_dict(ours.state_dict())
     for mine, reference in zip(outputs_and_gradients(ours), outputs_and_gradients(theirs), strict=True):
         torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize(("inputs", "size"), [(7, 5), (8, 9)])
+def test_a_narrow_strided_shortcut_convolves_only_what_it_reads(
+    inputs: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    convolve = nn.functional.conv2d
+    monkeypatch.setattr(nn.functional, "conv2d", lambda x, *args: sizes.append(x.shape[-1]) or convolve(x, *args))
+    StridedPointwise(inputs, 4, stride=2)(torch.zeros(2, inputs, 9, 9))
+    assert sizes == [size], "torch's own strided gradient corrupts memory on CPUs without AVX-512"
