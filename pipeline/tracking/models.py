@@ -147,7 +147,8 @@ def _package(tracker: MlflowTracker, version: ModelVersion, label: str, folder: 
     if not expected:
         rule = f"has no tags {DIGEST_TAG}<file> to verify its files by"
         raise DataError(label, rule, "`promote` registers models with them")
-    with _reading(label):
+    gone = "put them back; where they are gone for good, delete this version in MLflow, and `promote` does without it"
+    with _reading(label, gone):
         source = tracker.client.get_model_version_download_uri(version.name, version.version)
         with tempfile.TemporaryDirectory() as record_folder:
             # Some stores can't download a single file of a version.
@@ -181,11 +182,12 @@ def _check_recipe(folder: Path, label: str) -> None:
 
 
 @contextlib.contextmanager
-def _reading(label: str) -> Iterator[None]:
+def _reading(label: str, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:
-        raise UserError(label, f"its files can't be read ({first_line(error)})") from None
+        reason = first_line(error).removesuffix(".")
+        raise UserError(label, f"its files can't be read ({reason})", remedy) from None
 
 
 def _resolve(tracker: MlflowTracker, wanted: str | None) -> tuple[Run | ModelVersion, str]:

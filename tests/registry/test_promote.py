@@ -132,6 +132,17 @@ def test_refusal_against_the_control_names_the_way_out(store: Store, tmp_path: P
     assert registry.alias("champion") is None
 
 
+def test_champion_whose_files_are_gone_names_the_way_out(store: Store, tmp_path: Path) -> None:
+    registry, view = store.registry(tmp_path, "gone"), RecordingObserver()
+    make_champion(registry, store.good, str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="gone for good, delete this version in MLflow, and `promote` does without it"):
+        promote(registry, store.best, RULES, DATA, view)
+    assert kinds(registry)[-1] == PROMOTED and registry.alias("champion") == "1", "nothing was decided"
+    registry.tracker.client.delete_model_version("gone", "1")
+    settle(registry.tracker, registry.ledger, view.note)
+    assert promote(registry, store.best, RULES, DATA, view) == Champion("2", store.best)
+
+
 def test_reproduction_is_no_candidate(store: Store, tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
     registry = store.registry(tmp_path, "twice")
     with registry.tracker.run(
@@ -198,13 +209,13 @@ def test_moved_alias_is_reported_with_both_ways_out(store: Store, tmp_path: Path
 # -------------------------------------------------------------------------------------------------- kills, and two at once
 
 
-def make_champion(registry: Registry, run: str) -> None:
-    """A champion, without an evaluation."""
+def make_champion(registry: Registry, run: str, files: str = "") -> None:
+    """A champion, without an evaluation; `files` is where its model lies, if not with the run."""
     begun = registry.ledger.begin(PROMOTED, registry.model, run, None, previous=None)
     client = registry.tracker.client
     client.create_registered_model(registry.model)
     tags = {"promotion": begun.details["token"], "sha256.x": "0"}
-    version = client.create_model_version(registry.model, f"runs:/{run}/model", run, tags).version
+    version = client.create_model_version(registry.model, files or f"runs:/{run}/model", run, tags).version
     module._move(registry, begun, str(version))
 
 
