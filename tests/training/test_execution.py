@@ -68,15 +68,24 @@ def tensors(result: Result) -> list[Tensor]:
     return [tensor for network in networks for tensor in network.state_dict().values()]
 
 
-# The training of 20 steps by the loop before a step could be executed otherwise (commit 1d753b2): the sum of the trained
-# weights' absolute values, and the last loss. Machines add in other orders, so a test can't ask for every bit.
+CHANGES = {
+    "sgd": {},
+    "sgd, bare": BARE,
+    "sgd, every augmentation": FULL,
+    "adam": ADAM,
+    "adamw": ADAMW,
+    "muon": MUON,
+}
+
+# The training of 20 steps by the loop before a step could be executed otherwise (commit 1d753b2; Muon's: 36393e9): the sum
+# of the trained weights' absolute values, and the last loss. Machines add in other orders, so a test can't ask for every bit.
 BEFORE = {
     "sgd": ({}, 194.0488, 2.251366),
     "sgd, bare": (BARE, 193.9986, 2.232029),
     "sgd, every augmentation": (FULL, 193.5144, 2.27105),
     "adam": (ADAM, 207.2013, 2.137612),
     "adamw": (ADAMW, 206.9924, 2.137973),
-    "muon": (UNWHITENED, 266.7, 2.1408),  # commit e266de4
+    "muon": (UNWHITENED, 266.7, 2.1408),
 }
 
 
@@ -85,7 +94,7 @@ def test_the_training_is_what_it_always_was(
     name: str, small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optimizers, "bf16_supported", lambda device: False)  # other bits of bfloat16 elsewhere
-    near = 1e-3 if name == "muon" else 1e-4  # orthogonalised, the last bits grow
+    near = 3e-3 if name == "muon" else 1e-4  # orthogonalised, the last bits grow
     change, weights, loss = BEFORE[name]
     result = train(exact(small_recipe, change), digits, CPU)
     trained = result.plain or result.network
@@ -153,11 +162,11 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     return captured
 
 
-@pytest.mark.parametrize("name", BEFORE)
+@pytest.mark.parametrize("name", CHANGES)
 def test_a_replayed_training_is_the_called_one(
     name: str, tapes: list[Tape], small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = exact(small_recipe, BEFORE[name][0] | {"training.epochs": 3})
+    recipe = exact(small_recipe, CHANGES[name] | {"training.epochs": 3})
     graphed = recipe.changed({"training.execution": "graphed"})
     replayed = train(graphed, digits, CPU)
     assert len(tapes) == (2 if name == "muon" else 1), "once, and again where the whitening's bias is frozen"
@@ -284,11 +293,11 @@ def on_gpu(small_recipe: Recipe, tmp_path) -> TrainingData:
 
 @needs_gpu
 @pytest.mark.parametrize("how", ["compiled", "graphed", "compiled_graphed"])
-@pytest.mark.parametrize("name", BEFORE)
+@pytest.mark.parametrize("name", CHANGES)
 def test_every_execution_gives_the_eager_training_on_a_gpu(
     name: str, how: str, small_recipe: Recipe, on_gpu: TrainingData
 ) -> None:
-    recipe = exact(small_recipe, BEFORE[name][0] | {"training.deterministic": True})
+    recipe = exact(small_recipe, CHANGES[name] | {"training.deterministic": True})
     gpu = torch.device("cuda")
     eager = train(recipe, on_gpu, gpu)
     other = train(recipe.changed({"training.execution": how}), on_gpu, gpu)
