@@ -82,8 +82,8 @@ class SpatialAttention(nn.Module):
 class StridedPointwise(nn.Conv2d):
     """A 1 x 1 convolution with a stride, without a bias; for few input channels it gets only the pixels that it reads.
 
-    With less than eight channels in channels_last, oneDNN's gradient for CPUs without AVX-512 (jit_avx2_1x1, torch 2.15)
-    writes beyond its buffer where there is a stride, and the process ends.
+    Where there is a stride, oneDNN's gradient for CPUs without AVX-512 (jit_avx2_1x1, torch 2.15, channels_last) writes
+    beyond its buffer, and the process can end: seen by valgrind with 3 and 4 input channels, not with 8 and 12.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int):
