@@ -32,7 +32,7 @@ inspect: ## look at a data set before a search, as a table and a page: DATASET= 
 study: ## run or resume a study: NAME= [DATASET= COLUMNS= TEST_FRACTION= DUPLICATES=keep CORRUPT=skip TRIALS= EPOCHS= BUDGET=2h TIMEOUT= PATIENCE= PRUNE=0 START=none DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= TRACKING_URI= WORKERS= CLUSTER=auto STALL_TIMEOUT=15m]
 plan: ## what a study will cost in time, disk and GPU memory: NAME= [DATASET= COLUMNS= TEST_FRACTION= DUPLICATES=keep CORRUPT=skip TRIALS= EPOCHS= BUDGET= PRUNE=0 DATA_DIR= DEVICE= SEED= VERSION= SET= WORKERS=]
 compare: ## a study's trials, or several studies, as a table and one page: NAME= or NAME='a b' [OUTPUT= DATASET= DATA_DIR= TRACKING_URI=]
-finals: ## train a study's best recipes and its control again, several seeds each: NAME= [TOP=3 SEEDS=5 FOLDS= EPOCHS= DATASET= DATA_DIR= DEVICE= TRACKING_URI=]
+finals: ## train a study's best recipes and its control again, several seeds each: NAME= [TOP=3 SEEDS=5 FOLDS= EPOCHS= WORKERS= DATASET= DATA_DIR= DEVICE= TRACKING_URI=]
 promote: ## evaluate a study's winner on the test split and make it the champion if it passes: NAME= or RUN= [MODEL= DATASET= DATA_DIR= RULES= FORCE=1 REASON= TRACKING_URI=]
 rollback: ## make the previous champion the champion again: REASON= [VERSION= MODEL= TRACKING_URI=]
 history: ## who was champion when, every test evaluation and every verdict: [MODEL= TRACKING_URI=]

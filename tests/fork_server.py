@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import worker_process
+
 PRELOADED = (
     *("torch", "mlflow", "optuna", "sklearn.datasets", "pandas", "matplotlib.pyplot", "pyarrow.parquet", "psycopg"),
     # What a training, an export and a page import when they begin.
@@ -49,14 +51,13 @@ class Forked:
     """What the supervisor sees of a worker that the fork server forked; the part of subprocess.Popen that it uses."""
 
     def __init__(self, command: list[str], **options: Any):
-        from pipeline.search import local_pool
-
-        assert command[1:] == ["-c", local_pool.WORKER], command
+        module = command[2].split()[3]
+        assert command[1:] == ["-c", worker_process.program(module)], command
         stdin, mine = os.pipe()
         yours, stdout = os.pipe()
         self._talk = socket.socket(socket.AF_UNIX)
         self._talk.connect(os.environ["FORK_SERVER"])
-        request = {"role": "worker", "env": dict(options["env"]), "cwd": os.getcwd()}
+        request = {"role": "worker", "module": module, "env": dict(options["env"]), "cwd": os.getcwd()}
         socket.send_fds(self._talk, [json.dumps(request).encode() + b"\n"], [stdin, stdout, 2])
         os.close(stdin)
         os.close(stdout)
@@ -201,15 +202,14 @@ def begin(request: dict[str, Any], files: list[int], hook: dict[str, Any] | None
     ended_with = 1
     try:
         if request["role"] == "worker":
-            from pipeline.search.worker import main
+            main = importlib.import_module(request["module"]).main
         elif request["role"] == "script":
             code, *sys.argv[1:] = request["words"]
             main = functools.partial(exec, code, {"__name__": "__main__"})
         else:
             from pipeline.cli.main import main
-            from pipeline.search import local_pool
 
-            module: Any = local_pool
+            module: Any = worker_process
             module.subprocess = Spawning
             sys.argv = ["pipeline", *request["words"]]
         main()

@@ -27,7 +27,7 @@ LAYERS = [
     {"data", "models"},
     {"recipe"},
     {"sections"},
-    {"processes"},
+    {"processes", "worker_process"},
     {"errors"},
     {"runtime"},
 ]
@@ -50,7 +50,13 @@ ALLOWED_IN = {
 NETWORKS = ("pipeline/sections/model.py", "pipeline/models/", "pipeline/benchmarks/")
 METHOD = "plain"
 # Modules without tests of their own: nothing to run (protocols), or run by a process that is tested elsewhere.
-WITHOUT_TESTS = {"__main__.py", "registry/serve_app.py", "tracking/server_app.py", "search/worker_pool.py"}
+WITHOUT_TESTS = {
+    "__main__.py",
+    "registry/finals_worker.py",
+    "registry/serve_app.py",
+    "search/worker_pool.py",
+    "tracking/server_app.py",
+}
 
 
 def imports_of(code: str, types: bool = False) -> set[str]:

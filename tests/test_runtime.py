@@ -24,9 +24,10 @@ from pipeline.errors import UserError, first_line
 from pipeline.registry import reproduce
 from pipeline.runtime import keep_freed_memory
 from pipeline.search import ray_pool
-from pipeline.search.local_pool import WORKER
+from pipeline.search.local_pool import MODULE
 from pipeline.tracking import lineage
 from pipeline.tracking.tracker import MlflowTracker
+from pipeline.worker_process import program
 
 # Of MLflow's own list: a new one of theirs that is not ignored has to be looked at. Those not in their list: at the end.
 OBEYED = """
@@ -217,7 +218,7 @@ import {start}
     assert done.stdout == "true\n"
 
 
-@pytest.mark.parametrize("start", [COMMAND, WORKER.removesuffix("; main()")])
+@pytest.mark.parametrize("start", [COMMAND, program(MODULE).removesuffix("; main()")])
 def test_imports_run_no_full_garbage_collection(start: str) -> None:
     def collections_after(imports: str) -> list[str]:
         command = [sys.executable, "-c", f"{imports}; {COUNT}"]

@@ -1,6 +1,7 @@
 """`compress`: a run's network pruned, trained on and compared, and one distilled from it."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -109,7 +110,7 @@ def _trained(
         FinalsView(console, 1) as view,
     ):
         view.started(plan.name, plan.recipe)
-        outcome = compression.train(tracker, plan, data, device, view.epoch)
+        outcome = compression.train(tracker, plan, data, device, partial(view.epoch, plan.name))
         view.ended(plan.name, outcome)
     return tracker.id_of(outcome.run_key)
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.data.prepare import TrainingData
-    from pipeline.registry.finals import FinalsPlan, TimeLimit
+    from pipeline.registry.finals import FinalsPlan
+    from pipeline.registry.finals_run import TimeLimit
     from pipeline.tracking.tracker import MlflowTracker
 
 SeedsOption = Annotated[
@@ -48,12 +49,23 @@ def finals(
     epochs: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=10_000, help="Instead of each recipe's own.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1000,
+            help="Worker processes on this machine, one training each. Default: 1, or one for each GPU.",
+        ),
+    ] = None,
     dataset: SeenDatasetOption = None,
     data_dir: DataDirOption = Path("data"),
     device: DeviceOption = "auto",
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Train a study's best recipes and its control again with new seeds, and choose the winner. The same command resumes."""
+    import torch
+
     from pipeline.registry.finals import check_data, plan_finals
     from pipeline.tracking.queries import find_study
     from pipeline.tracking.run_data import newest_first
@@ -73,7 +85,8 @@ def finals(
     check_data(plan, tracker, data)
     say_data(console, data)
     tracker.set_data_places(study.parent, newest_first(study.places, data.place))
-    train(console, tracker, plan, data, torch_device, tracking_uri)
+    gpus = torch.cuda.device_count() if torch_device.type == "cuda" and torch_device.index is None else 1
+    train(console, tracker, plan, data, torch_device, tracking_uri, workers or gpus)
 
 
 def train(
@@ -83,15 +96,16 @@ def train(
     data: "TrainingData",
     device: "torch.device",
     tracking_uri: str | None,
+    workers: int,
     limit: "TimeLimit | None" = None,
 ) -> None:
     """Run planned finals, show what they decided and name the next commands."""
     from pipeline.cli.views_finals import FinalsView, print_finals, print_plan
     from pipeline.experiment import Interrupted
-    from pipeline.registry.finals import run_finals
+    from pipeline.registry.finals_run import run_finals
 
     name = plan.study.name
-    print_plan(console, plan, device)
+    print_plan(console, plan, device, workers)
     how = f"`finals {name}`" if limit else "the same command"
     with (
         interruptible(
@@ -99,7 +113,7 @@ def train(
         ),
         FinalsView(console, plan.num_trainings - plan.num_done) as view,
     ):
-        decision = run_finals(tracker, plan, data, device, view, HOME, limit)
+        decision = run_finals(tracker, plan, data, device, view, HOME, limit, workers)
     if decision is None:
         settle(console, tracker)
         say(console, f"no winner yet: `finals {name}` completes the finals, `promote {name}` takes the best trial")

@@ -1,5 +1,6 @@
 """`reproduce`: a run trained again and compared."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +55,6 @@ def reproduce(
         FinalsView(console, 1) as view,
     ):
         view.started("reproduction", original.recipe)
-        outcome = again.reproduce(tracker, original, data, torch_device, view.epoch)
+        outcome = again.reproduce(tracker, original, data, torch_device, partial(view.epoch, "reproduction"))
         view.ended("reproduction", outcome)
     say(console, *again.conclude(tracker, original, outcome, differences, len(data.validation.labels), tolerance))

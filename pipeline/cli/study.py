@@ -160,7 +160,7 @@ def _run_finals(
         return
     finals = finals_in_time(tracker, find_studies(tracker, name)[0], device, plan, done)
     if finals:
-        train(console, tracker, finals, data, device, tracking_uri, plan.budget.limit)
+        train(console, tracker, finals, data, device, tracking_uri, plan.costs.parallel, plan.budget.limit)
     else:
         say(console, f"no time is left for finals; `finals {name}` runs them, `promote {name}` takes the best trial")
 

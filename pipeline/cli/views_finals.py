@@ -31,6 +31,8 @@ class FinalsView:
         self._status = console.status("preparing")
         self._started = self._shown_at = time.monotonic()
         self._ended = 0
+        self._epochs: dict[str, int] = {}  # of each training
+        self._states: dict[str, str] = {}  # of those under way
 
     def __enter__(self) -> Self:
         self._status.start()
@@ -41,20 +43,22 @@ class FinalsView:
 
     def started(self, name: str, recipe: Recipe) -> None:
         """A training begins."""
-        self._name, self._epochs = name, recipe.training.epochs
-        self._status.update(Text(f"{name}: preparing"))
+        self._epochs[name], self._states[name] = recipe.training.epochs, "preparing"
+        self._show()
 
-    def epoch(self, report: EpochReport) -> None:
+    def epoch(self, name: str, report: EpochReport) -> None:
         """Its epoch was measured."""
-        now = time.monotonic()
-        line = f"{self._name}: epoch {report.epoch}/{self._epochs}, {report.metrics['throughput/images_per_s']:.0f} images/s"
-        self._status.update(Text(line))
-        if not self._console.is_terminal and now - self._shown_at > PLAIN_INTERVAL_S:
+        speed = report.metrics["throughput/images_per_s"]
+        self._states[name] = f"epoch {report.epoch}/{self._epochs[name]}, {speed:.0f} images/s"
+        line = self._show()
+        if not self._console.is_terminal and time.monotonic() - self._shown_at > PLAIN_INTERVAL_S:
             self.note(line)
 
     def ended(self, name: str, outcome: Outcome) -> None:
         """It ended, in whatever state."""
         self._ended += 1
+        self._states.pop(name, None)
+        self._show()
         scores = [
             f"{score} {outcome.metrics[f'val/{score}']:.4f}" for score in ("accuracy", "f1_macro") if outcome.epochs
         ]
@@ -66,20 +70,27 @@ class FinalsView:
         )
         self.note(f"{name} {text}{more}")
 
+    def _show(self) -> str:
+        """A line of all that is under way."""
+        line = "; ".join(f"{name}: {state}" for name, state in self._states.items())
+        self._status.update(Text(line, overflow="ellipsis", no_wrap=True))
+        return line
+
     def note(self, line: str) -> None:
         """See Observer of finals."""
         self._shown_at = time.monotonic()
         say(self._console, line)
 
 
-def print_plan(console: Console, plan: "FinalsPlan", device: "torch.device") -> None:
+def print_plan(console: Console, plan: "FinalsPlan", device: "torch.device", workers: int) -> None:
     """What will be trained, and how long that takes."""
     others, on_folds = len(plan.candidates) - 1, f"{plan.folds} folds, " if plan.folds else ""
+    at_once = f" in {workers} workers" if workers > 1 else ""
     say(
         console,
         f"{plan.study.name} on {device}: {counted(others, 'candidate')} and the control, {on_folds}"
         f"seeds {', '.join(map(str, plan.seeds))}: {plan.num_trainings} trainings, {plan.num_done} of them done; "
-        f"about {duration(plan.remaining_s)} by what their trials took, if none stops early",
+        f"about {duration(plan.remaining_s(workers))}{at_once} by what their trials took, if none stops early",
     )
     say(console, *(f"  {line}" for line in plan.notes))
 

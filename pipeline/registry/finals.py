@@ -1,36 +1,27 @@
 """The best few recipes of a study and its control, trained again with several fresh seeds.
 
-A run is data: candidates and what was trained already are read from MLflow alone. decision.py decides which one wins.
+A run is data: candidates and what was trained already are read from MLflow alone. finals_run.py trains them, and
+decision.py decides which one wins.
 """
 
-import hashlib
-import time
-from collections.abc import Collection, Mapping, Sequence
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from mlflow.entities import Run as StoredRun
 
-from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError, counted
-from pipeline.evaluation.constraints import violations
-from pipeline.experiment import ExperimentRequest, Interrupted, Outcome
-from pipeline.processes import StopOnSignal, study_lock, this_process
 from pipeline.recipe import Recipe, parse_recipe
-from pipeline.registry.decision import FinalsDecision, decide
-from pipeline.registry.racing import MIN_SEEDS, Candidate, Final, Racing
-from pipeline.tracking import queries, recovery
+from pipeline.registry.racing import MIN_SEEDS, Candidate, Final
+from pipeline.tracking import queries
 from pipeline.tracking.intact import control_runs, intact
 from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.execution import executable_on
-from pipeline.training.loop import EpochReport
-from pipeline.training.resume import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -53,16 +44,15 @@ class FinalsPlan:
     def remaining(self) -> list[Candidate]:
         """A candidate for each training that is not done, if none stops early."""
         pairs = ((candidate, seed) for candidate in self.candidates for seed in self.seeds)
-        return [candidate for candidate, seed in pairs if _find_final(self.done, self.recipe(candidate, seed)) is None]
+        return [candidate for candidate, seed in pairs if find_final(self.done, self.recipe(candidate, seed)) is None]
 
     def recipe(self, candidate: Candidate, seed: int) -> Recipe:
         """What is trained of a candidate with a seed."""
         return candidate.with_seed(seed, self.folds, self.seeds.index(seed))
 
-    @property
-    def remaining_s(self) -> float:
-        """What they take by the seconds of their trials."""
-        return sum(candidate.seconds for candidate in self.remaining)
+    def remaining_s(self, workers: int = 1, end_s: float = 0.0) -> float:
+        """What they take in so many workers, by the seconds of their trials and those from a training's end to the next."""
+        return makespan((candidate.seconds + end_s for candidate in self.remaining), workers)
 
     @property
     def num_done(self) -> int:
@@ -70,36 +60,12 @@ class FinalsPlan:
         return self.num_trainings - len(self.remaining)
 
 
-@dataclass(frozen=True)
-class TimeLimit:
-    """No seed is begun that would end later; nothing is lost by that, as each seed is complete."""
-
-    deadline: float  # time.monotonic()
-    grace_s: float = 0.0  # so much later the first MIN_SEEDS may end, without which nothing is decided
-
-    def allows(self, seconds: float, num_seeds: int) -> bool:
-        """Whether a seed that takes so long may begin, after `num_seeds`."""
-        grace_s = self.grace_s if num_seeds < MIN_SEEDS else 0.0
-        return time.monotonic() + seconds <= self.deadline + grace_s
-
-
-class FinalsObserver(Protocol):
-    """Sees finals happen; for a person at a terminal."""
-
-    def started(self, name: str, recipe: Recipe) -> None:
-        """A training begins."""
-
-    def epoch(self, report: EpochReport) -> None:
-        """Its epoch was measured."""
-
-    def ended(self, name: str, outcome: Outcome) -> None:
-        """It ended, in whatever state."""
-
-    def note(self, line: str) -> None:
-        """Anything else, as a line."""
-
-
-# ------------------------------------------------------------------------------------------------------------ the plan
+def makespan(seconds: Iterable[float], workers: int) -> float:
+    """What trainings take that are begun in this order, each by the first of so many workers that is idle."""
+    ends = [0.0] * workers
+    for one in seconds:
+        heapq.heapreplace(ends, ends[0] + one)
+    return max(ends)
 
 
 def plan_finals(
@@ -152,7 +118,7 @@ def plan_finals(
         repeat = "fold" if folds else "seed"
         few = f"{counted(len(seeds), repeat)} can't tell one recipe from another"
         notes.append(f"{few}: all tie, and a tie goes to the cheapest; `--{repeat}s {MIN_SEEDS}` decides")
-    done = _finals_done(tracker, study, *digests.pop(), folds)
+    done = finals_done(tracker, study, *digests.pop(), folds)
     return FinalsPlan(study, [candidate for candidate, _ in pairs.values()], seeds, done, folds, notes)
 
 
@@ -222,7 +188,7 @@ def recipe_of(tracker: MlflowTracker, run: StoredRun) -> Recipe:
     return recipe
 
 
-def _finals_done(
+def finals_done(
     tracker: MlflowTracker, study: StudyRuns, data_digest: str | None, split_digest: str | None, folds: int
 ) -> dict[str, Final]:
     """The finals on this data that need no other training, by their recipe's digest; that holds seed, epochs and fold too.
@@ -242,7 +208,7 @@ def _finals_done(
     return done
 
 
-def _find_final(done: Mapping[str, Final], recipe: Recipe) -> Final | None:
+def find_final(done: Mapping[str, Final], recipe: Recipe) -> Final | None:
     """The final of this recipe, or of the same one executed as a graph: that replays the same kernels."""
     graphed = {"eager": "graphed", "compiled": "compiled_graphed"}.get(recipe.training.execution)
     same = recipe.changed({"training.execution": graphed}) if graphed else recipe
@@ -267,131 +233,3 @@ def check_same_data(subject: str, tags: RunTags, data: TrainingData) -> None:
     if differing:
         remedy = "`--dataset` names the folder where the same data lies, `--data-dir` where CIFAR-10 does"
         raise DataError(subject, "trained on other data than is here", remedy, differing)
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-
-
-def run_finals(
-    tracker: MlflowTracker,
-    plan: FinalsPlan,
-    data: TrainingData,
-    device: torch.device,
-    observer: FinalsObserver,
-    home: Path,
-    limit: TimeLimit | None = None,
-) -> FinalsDecision | None:
-    """Train what is not trained yet, decide, and store the decision.
-
-    Seed by seed, every candidate once, so that poor ones stop early. Raises Interrupted where the user asks to stop:
-    the same call resumes. UserError where another command runs the study. None where the time ends before MIN_SEEDS:
-    nothing is decided then.
-    """
-    check_data(plan, tracker, data)
-    with StopOnSignal() as stop, study_lock(plan.study.name, home):
-        recovery.close_abandoned_runs(tracker, plan.study.experiment)
-        first = data.at(plan.recipe(plan.candidates[0], plan.seeds[0]).data)  # refused where there can't be such folds
-        racing = Racing(plan.candidates, len(plan.seeds), 1 / len(first.validation.labels), plan.folds)
-        done = _finals_done(tracker, plan.study, data.digest, data.split_digest, plan.folds)
-        trainer = _Trainer(
-            tracker, plan.study, data, device, observer, stop, queries.deleted_keys(tracker, plan.study.parent)
-        )
-        seeds: list[int] = []
-        for seed in plan.seeds:
-            missing = [c for c in racing.running() if _find_final(done, plan.recipe(c, seed)) is None]
-            if limit and not limit.allows(trainer.expected_s(missing), len(seeds)):
-                observer.note(f"the time is up after {len(seeds)} of {len(plan.seeds)} seeds")
-                break
-            seeds.append(seed)
-            while following := racing.following(seeds):
-                candidate, its_seed = following
-                recipe = plan.recipe(candidate, its_seed)
-                final = _find_final(done, recipe) or trainer.train(candidate, recipe)
-                for line in racing.add(candidate, its_seed, final):
-                    observer.note(line)
-            for line in racing.stop_the_beaten():
-                observer.note(line)
-        if limit and len(seeds) < min(MIN_SEEDS, len(plan.seeds)):
-            return None
-        racing.num_seeds = len(seeds)
-        racing.learn_ids(tracker.id_of)
-        decision = decide(tracker, plan.study, racing, seeds, data)
-        decision.store(tracker, plan.study)
-    return decision
-
-
-@dataclass
-class _Trainer:
-    """Trains the candidates of a study's finals, each under a run of its own."""
-
-    tracker: MlflowTracker
-    study: StudyRuns
-    data: TrainingData
-    device: torch.device
-    observer: FinalsObserver
-    stop: StopOnSignal
-    deleted_keys: Collection[str]
-    pace: float = 1.0  # seconds that trainings really took, by those that their trials did
-
-    def expected_s(self, candidates: Sequence[Candidate]) -> float:
-        """What a training of each will take."""
-        return self.pace * sum(candidate.seconds for candidate in candidates)
-
-    def train(self, candidate: Candidate, recipe: Recipe) -> Final:
-        """A training that came to an end. Interrupted where the user stops it, UserError where memory is too small."""
-        seed, about = recipe.training.seed, recipe.data
-        name = f"{candidate.name}, seed {seed}" + (f", fold {about.fold + 1} of {about.folds}" if about.folds else "")
-        self._check_stop()
-        self.observer.started(name, recipe)
-        key = self._run_key(recipe)
-        tags = RunTags(
-            role="final",
-            study=self.study.name,
-            trial=candidate.trial,
-            trial_run=candidate.trial_run,
-            candidate=candidate.digest,
-            seed=seed,
-            worker=this_process(),
-        )
-        request = ExperimentRequest(
-            recipe=recipe,
-            data=self.data,
-            device=self.device,
-            name=f"final of {name}",
-            parent_run=self.study.parent,
-            tags=tags,
-            run_key=key,
-            resume_dir=self.tracker.home / CHECKPOINTS / key,
-            on_epoch=self._on_epoch,
-            on_step=self._check_stop,
-        )
-        outcome = experiment.run(request, self.tracker)
-        self.observer.ended(name, outcome)
-        if outcome.state is State.INTERRUPTED:
-            raise Interrupted
-        if outcome.state is State.FINISHED and candidate.seconds:
-            self.pace = outcome.seconds / candidate.seconds
-        if outcome.state is State.FAILED and not outcome.reason.startswith("diverged"):
-            raise UserError(name, outcome.reason, "with more memory the same command resumes")
-        score = outcome.metrics[self.study.objective] if outcome.state is State.FINISHED else None
-        infeasible = violations(self.study.constraints, outcome.metrics)
-        return Final(outcome.run_id, score, outcome.metrics.get("time/training_s", 0.0), infeasible, outcome.run_key)
-
-    def _check_stop(self, *progress: object) -> None:
-        if self.stop.requested:
-            raise Interrupted
-
-    def _on_epoch(self, report: EpochReport) -> None:
-        self.observer.epoch(report)
-        self._check_stop()
-
-    def _run_key(self, recipe: Recipe) -> str:
-        """The same one each time, so that a training that was stopped or killed resumes under the same run.
-
-        Where that run was deleted in MLflow, its key can't be used again: the next one of a fixed sequence is taken.
-        """
-        split = "" if recipe.data.folds else self.data.split_digest
-        identity = f"{self.study.parent} {recipe.digest()} {self.data.digest} {split}"
-        names = (identity + (f" {number}" if number else "") for number in count(0))
-        keys = (hashlib.sha256(name.encode()).hexdigest()[:32] for name in names)
-        return next(key for key in keys if key not in self.deleted_keys)

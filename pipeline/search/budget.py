@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
-from pipeline.registry.finals import FinalsPlan, TimeLimit, plan_finals
+from pipeline.registry.finals import FinalsPlan, makespan, plan_finals
+from pipeline.registry.finals_run import TimeLimit
 from pipeline.registry.racing import MIN_SEEDS
 from pipeline.search.forecast import TRACKING_S, Costs, Forecast, decide, estimate, mean_epochs, measure_costs
 from pipeline.search.search import Search
@@ -72,15 +73,16 @@ class BudgetPlan:
     forecast: Forecast | None  # of the trials; None where none remains
 
 
-def finals_s(finals: tuple[int, int], training_s: float) -> float:
-    """What finals take if none stops early: one training after the other."""
+def finals_s(finals: tuple[int, int], costs: Costs, epochs: int) -> float:
+    """What finals of so many epochs take if none stops early."""
     top, seeds = finals
-    return (top + 1) * seeds * training_s
+    seconds = [costs.trial_s(epochs)] * (top + 1) * seeds
+    return max(makespan(seconds, costs.parallel), costs.taken * sum(seconds))
 
 
-def largest_finals(training_s: float, limit_s: float) -> tuple[int, int]:
+def largest_finals(costs: Costs, epochs: int, limit_s: float) -> tuple[int, int]:
     """Those that take at most so long, or the smallest."""
-    return next((finals for finals in FINALS if finals_s(finals, training_s) <= limit_s), FINALS[-1])
+    return next((finals for finals in FINALS if finals_s(finals, costs, epochs) <= limit_s), FINALS[-1])
 
 
 # -------------------------------------------------------------------------------------------------- before it starts
@@ -152,17 +154,18 @@ def plan_budget(search: Search, costs: Costs, budget: Budget, done: int, now: fl
         if length.least_s(trials) > left_s:
             raise _too_little(budget, length, trials - done, length.least_s(trials) + budget.seconds - left_s)
     rest_s = left_s - length.search_s(trials)  # which finals may take
-    finals = largest_finals(length.training_s, rest_s if budget.trials else min(rest_s, FINALS_FRACTION * left_s))
-    search_s = left_s - finals_s(finals, length.training_s)
+    epochs = length.search.max_epochs
+    finals = largest_finals(costs, epochs, rest_s if budget.trials else min(rest_s, FINALS_FRACTION * left_s))
+    search_s = left_s - finals_s(finals, costs, epochs)
     if not budget.trials:
         trials = _most(lambda count: length.search_s(count) <= search_s, trials, MAX_TRIALS)
     plan = BudgetPlan(
         budget=budget,
         costs=costs,
         trials=trials,
-        epochs=length.search.max_epochs,
+        epochs=epochs,
         finals=finals,
-        finals_s=finals_s(finals, length.training_s),
+        finals_s=finals_s(finals, costs, epochs),
         forecast=length.forecast(trials),
     )
     return replace(length.search, trials=trials, deadline=budget.limit.deadline), plan
@@ -185,10 +188,6 @@ class _Length:
         """From here on more trials take more time: with so many most are short, with fewer all in full."""
         return MIN_SHORTENED_TRIALS if self.search.shortens_of(MIN_SHORTENED_TRIALS) else LEAST_TRIALS
 
-    @property
-    def training_s(self) -> float:
-        return self.costs.trial_s(self.search.max_epochs)
-
     def forecast(self, trials: int) -> Forecast | None:
         return estimate(self.search, self.costs, trials, self.done, self.mean_epochs) if trials > self.done else None
 
@@ -198,7 +197,7 @@ class _Length:
 
     def least_s(self, trials: int) -> float:
         """With the smallest finals."""
-        return self.search_s(trials) + finals_s(FINALS[-1], self.training_s)
+        return self.search_s(trials) + finals_s(FINALS[-1], self.costs, self.search.max_epochs)
 
 
 def _with_epochs(search: Search, epochs: int) -> Search:
@@ -257,16 +256,15 @@ class Allowance:
         if self._plan is None:
             return self._search.trials
         budget, most = self._plan.budget, self._plan.budget.trials or MAX_TRIALS
-        costs = learned(self._plan.costs, trials, self._before)
-        training_s, left_s = costs.trial_s(self._search.max_epochs), budget.limit.deadline - self._clock()
-        reserve_s = finals_s(largest_finals(training_s, FINALS_FRACTION * budget.seconds), training_s)
+        costs, epochs = learned(self._plan.costs, trials, self._before), self._search.max_epochs
+        training_s, left_s = costs.trial_s(epochs), budget.limit.deadline - self._clock()
+        reserve_s = finals_s(largest_finals(costs, epochs, FINALS_FRACTION * budget.seconds), costs, epochs)
         has_finals = reserve_s <= left_s + budget.limit.grace_s
         search_s = left_s - reserve_s if has_finals else left_s
         complete = sum(trial.state is TrialState.COMPLETE for trial in trials)
         may_take_s = search_s if complete > 1 else left_s  # finals need two recipes
         if started >= most or (MARGIN * training_s > may_take_s and (complete or started >= LEAST_TRIALS)):
             return started
-        epochs = self._search.max_epochs
         next_s = costs.trial_s(short_epochs(epochs) if self._search.shortens else epochs)
         if MARGIN * (next_s + training_s) > search_s:
             return started + 1  # the last one, so the best of the short ones in full
@@ -307,6 +305,6 @@ def finals_in_time(
     for top, seeds in FINALS:
         planned = plan_finals(tracker, runs, device, top, seeds)
         grace_s = plan.budget.limit.grace_s if (top, seeds) == FINALS[-1] else 0.0
-        if planned.remaining_s + len(planned.remaining) * end_s <= left_s + grace_s:
+        if planned.remaining_s(plan.costs.parallel, end_s) <= left_s + grace_s:
             return planned
     return None

@@ -24,6 +24,7 @@ from pipeline.errors import UserError, first_line
 from pipeline.runtime import ignore_variables
 from pipeline.search.worker import Assignment, Ended, Limits, work
 from pipeline.search.worker_pool import Worker
+from pipeline.training.placement import Placement
 
 PROBE_S = 25.0  # for a cluster to answer
 CAPACITY_S = 5.0  # between two checks of the cluster's nodes
@@ -173,11 +174,11 @@ class RayPool:
     def start(self, assignment: Assignment, slot: int) -> Worker:
         """See WorkerPool."""
         if self.device == "cpu":
-            return self._add(RayWorker(replace(assignment, device="cpu", threads=1), {"num_cpus": 1}))
+            return self._add(RayWorker(replace(assignment, placement=Placement("cpu", threads=1)), {"num_cpus": 1}))
         share = math.floor(10_000 / self._per_gpu) / 10_000  # Ray counts in ten-thousandths
         fraction = 1 / self._per_gpu if self._per_gpu > 1 else None
         # Ray shows each actor its own GPU only, as the first one.
-        assignment = replace(assignment, device="cuda:0", memory_fraction=fraction, threads=None)
+        assignment = replace(assignment, placement=Placement("cuda:0", fraction))
         return self._add(RayWorker(assignment, {"num_gpus": share, "num_cpus": 0}))
 
     def _add(self, actor: RayWorker) -> RayWorker:

@@ -25,6 +25,7 @@ from pipeline.search.worker import Assignment
 from pipeline.search.worker_pool import Worker, WorkerPool
 from pipeline.tracking.tracker import State
 from pipeline.training.loop import EpochReport
+from pipeline.worker_process import WorkerBug
 
 TICK_S = 0.25
 MAX_GAP_S = 5.0  # between two answers of the database; a longer gap was an outage, or our own pause
@@ -33,10 +34,6 @@ END_S = 15.0  # for idle workers to end by themselves
 MAX_WORKER_DEATHS = 3  # in a row, while no trial of the study ended: another start would not help
 
 log = logging.getLogger(__name__)
-
-
-class WorkerBug(Exception):
-    """A bug in a worker, with its traceback."""
 
 
 @dataclass

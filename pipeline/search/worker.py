@@ -1,10 +1,8 @@
 """One worker: claims released trials and runs them, and shows that it lives; in a process of its own, or an actor."""
 
 import contextlib
-import faulthandler
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -20,7 +18,6 @@ from pipeline.runtime import freeze_imports  # before MLflow and torch
 # isort: split
 import cloudpickle
 import optuna
-import torch
 from optuna.exceptions import UpdateFinishedTrialError
 
 from pipeline.data import cache
@@ -36,6 +33,8 @@ from pipeline.search.trial_attributes import Beat, Progress, update_attributes
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost
 from pipeline.training.execution import check_execution
 from pipeline.training.loop import EpochReport
+from pipeline.training.placement import Placement
+from pipeline.worker_process import Channel
 
 MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 1.0  # of a worker that finds no released trial
 FLUSH_S = 3.0  # for a worker that ends, until MLflow has all that it measured
@@ -61,9 +60,7 @@ class Assignment:
     tracking_uri: str = field(repr=False)
     home: Path
     data_dir: Path
-    device: str = "cpu"
-    memory_fraction: float | None = None  # of the GPU; None: all of it
-    threads: int | None = None  # of torch on the CPU; None: torch's default
+    placement: Placement = field(default_factory=Placement)
     parent_run: str  # the study's run in MLflow
     launch: int = 0  # from 1, over all workers of a command; seeds the sampler
     limits: Limits = field(default_factory=Limits)
@@ -205,8 +202,7 @@ def work(assignment: Assignment, stop_requested: Callable[[], bool]) -> Ended:
 
 
 def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], bool]) -> None:
-    device = torch.device(assignment.device)
-    _set_up_device(assignment, device)
+    device = assignment.placement.set_up()
     for recipe in search.executed():
         check_execution(recipe, device)
     about = search.base.data
@@ -243,15 +239,6 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
             context.tracker.flush(FLUSH_S)  # what is not sent by then waits on disk, for the supervisor
 
 
-def _set_up_device(assignment: Assignment, device: torch.device) -> None:
-    if assignment.threads:
-        torch.set_num_threads(assignment.threads)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        if assignment.memory_fraction:
-            torch.cuda.set_per_process_memory_fraction(assignment.memory_fraction, device)
-
-
 def _run_trials(study: optuna.Study, context: StudyContext, heartbeat: Heartbeat, worker: Mapping[str, Any]) -> None:
     pause_s = MIN_PAUSE_S
     while not context.stop_requested():
@@ -265,32 +252,11 @@ def _run_trials(study: optuna.Study, context: StudyContext, heartbeat: Heartbeat
 
 
 def main() -> None:
-    """A worker process. `Assignment` comes by stdin, which stays open while the supervisor lives; `Ended` goes to stdout.
-
-    A byte on stdin, or its end, asks the worker to stop. The terminal's signals are the supervisor's.
-    """
-    faulthandler.enable(2)  # a crash in a library shows where
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
-    answer = os.dup(1)
-    os.dup2(2, 1)  # what a library prints is not part of the answer
-    with open(0, "rb", buffering=0, closefd=False) as pipe:
-        size = int.from_bytes(pipe.read(8), "big")
-        message = bytearray()
-        while len(message) < size and (part := pipe.read(size - len(message))):
-            message += part
-    if len(message) < size or not size:
+    """A worker process: an `Assignment` comes, and `Ended` is the answer."""
+    channel = Channel()
+    if not (message := channel.receive()):
         return  # the supervisor has exited already
-
-    def listen() -> None:
-        os.read(0, 1)
-        stop.set()
-
-    threading.Thread(target=listen, daemon=True, name="stop").start()
-    ended = work(cloudpickle.loads(bytes(message)), stop.is_set)
-    with contextlib.suppress(BrokenPipeError), open(answer, "wb") as out:  # the supervisor may have been killed
-        out.write(json.dumps(asdict(ended)).encode())
+    ended = work(cloudpickle.loads(message), channel.stop_requested)
+    channel.send(json.dumps(asdict(ended)).encode())
     sys.stderr.flush()
-    os._exit(0)  # the listening thread would keep the process alive
+    os._exit(0)  # threads of libraries would keep the process alive

@@ -1,6 +1,6 @@
 """Fixtures of the tests of promotions."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from pipeline.registry.package import package
 from pipeline.tracking.models import find_model
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
+from registry.finals_harness import StudyHarness
 from registry.helpers import Store
 
 
@@ -77,3 +78,13 @@ def store(candidates: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
     home = tmp_path_factory.mktemp("copy") / "mlruns"
     Trained(candidates.home, candidates.best, "").copy(home)
     return replace(candidates, home=home)
+
+
+@pytest.fixture(scope="module")
+def new_harness(
+    tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, digits: TrainingData
+) -> Callable[[], StudyHarness]:
+    """Studies of one store, which takes a while to make; see finals_harness.py."""
+    home = tmp_path_factory.mktemp("finals") / "mlruns"
+    tracker = MlflowTracker(home)
+    return lambda: StudyHarness(tracker, home, small_recipe, digits)

@@ -12,7 +12,8 @@ from study_harness import StudyHarness, rates
 
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.registry.finals import TimeLimit
+from pipeline.registry.finals import makespan
+from pipeline.registry.finals_run import TimeLimit
 from pipeline.search import budget as budget_module
 from pipeline.search.budget import (
     CLOSING_S,
@@ -130,7 +131,7 @@ def test_too_little_time_is_refused_with_what_is_enough(seconds: float, given: A
 
 
 def test_resumed_study_needs_time_for_finals_only(search: Search) -> None:
-    least_s = finals_s(FINALS[-1], COSTS.trial_s(30))
+    least_s = finals_s(FINALS[-1], COSTS, 30)
     plan = planned(search, least_s + CLOSING_S + 1, done=9, keeps_epochs=True)
     assert (plan.trials, plan.forecast, plan.finals) == (9, None, FINALS[-1])
     assert planned(search, HOUR, done=9, keeps_epochs=True).trials > 30
@@ -183,11 +184,11 @@ def simulate(search: Search, seconds: float, epoch_s: Callable[[float], float]) 
         trial = ended(epochs, epoch_s(clock[0]), longest=longest)
         study.add_trial(trial)
         clock[0] += TrialAttributes.of(trial).seconds + TRACKING_S
-    training_s = plan.epochs * epoch_s(clock[0]) + 3.0
+    costs = replace(COSTS, epoch_s=epoch_s(clock[0]))
     left_s = plan.budget.limit.deadline - clock[0]
-    finals = largest_finals(training_s, left_s)
-    if finals_s(finals, training_s) <= left_s + plan.budget.limit.grace_s:
-        clock[0] += finals_s(finals, training_s)
+    finals = largest_finals(costs, plan.epochs, left_s)
+    if finals_s(finals, costs, plan.epochs) <= left_s + plan.budget.limit.grace_s:
+        clock[0] += finals_s(finals, costs, plan.epochs)
     return plan, len(study.trials), clock[0]
 
 
@@ -207,6 +208,15 @@ def test_study_ends_within_its_time_whatever_epochs_take(name: str, seconds: flo
         assert trials < plan.trials
     if name == "faster":
         assert trials > 1.3 * plan.trials
+
+
+def test_finals_take_less_time_in_several_workers() -> None:
+    four = replace(COSTS, parallel=4)
+    assert [finals_s((2, 5), costs, 30) for costs in (COSTS, four)] == [15 * 63, 4 * 63], (
+        "three rounds of four, and three"
+    )
+    assert finals_s((2, 5), replace(four, taken=0.5), 30) == 7.5 * 63, "on a GPU that advances two at once at most"
+    assert largest_finals(COSTS, 30, 10 * 63) == (1, 5) and largest_finals(four, 30, 5 * 63) == (3, 5)
 
 
 def allowed(search: Search, trials: list[Any], now: float, plan: BudgetPlan) -> int:
@@ -230,7 +240,7 @@ def test_first_trials_run_until_one_is_complete(search: Search) -> None:
 
 def test_no_trial_starts_that_cannot_end_before_the_finals(search: Search) -> None:
     plan = planned(search, HOUR)
-    trials, reserve_s = [ended(30, 2.0)] * 3, finals_s(plan.finals, COSTS.trial_s(30))
+    trials, reserve_s = [ended(30, 2.0)] * 3, finals_s(plan.finals, COSTS, 30)
     last = plan.budget.limit.deadline - reserve_s
     assert allowed(search, trials, last - 75, plan) == 1, "the best in full, as another short one would leave no time"
     assert allowed(search, trials, last - 65, plan) == 0
@@ -269,24 +279,28 @@ def test_real_seconds_replace_measured_ones() -> None:
 def test_finals_fit_into_what_is_left(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     class Planned:
         def __init__(self, top: int, seeds: int):
-            self.size, self.remaining = (top, seeds), [None] * (top + 1) * seeds
-            self.remaining_s = 60.0 * len(self.remaining)
+            self.size, self.trainings = (top, seeds), (top + 1) * seeds
+
+        def remaining_s(self, workers: int, end_s: float) -> float:
+            return makespan([60.0 + end_s] * self.trainings, workers)
 
     monkeypatch.setattr(budget_module, "plan_finals", lambda tracker, runs, device, top, seeds: Planned(top, seeds))
     monkeypatch.setattr(budget_module.time, "monotonic", lambda: 0.0)
     tools: Any = (None, None, torch.device("cpu"))
 
-    def found(left_s: float) -> Any:
-        plan = replace(planned(search, HOUR), budget=Budget(left_s + CLOSING_S, 0.0))
+    def found(left_s: float, workers: int = 1) -> Any:
+        costs = replace(COSTS, parallel=workers)
+        plan = replace(planned(search, HOUR), costs=costs, budget=Budget(left_s + CLOSING_S, 0.0))
         finals = finals_in_time(*tools, plan, optuna.create_study())
         return finals and finals.size  # type: ignore[attr-defined]
 
     sizes = {20: (3, 5), 19: (2, 5), 9: (1, 4), 6: (1, 3), 5.6: (1, 3), 4: None}
     assert {trainings: found(63.0 * trainings) for trainings in sizes} == sizes
+    assert found(63.0 * 5, workers=4) == (3, 5), "twenty trainings, four at once"
 
 
 def test_limit_gives_grace_to_the_first_seeds_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.registry.finals.time.monotonic", lambda: 100.0)
+    monkeypatch.setattr("pipeline.registry.finals_run.time.monotonic", lambda: 100.0)
     limit = TimeLimit(deadline=110.0, grace_s=5.0)
     assert [limit.allows(seconds, seeds) for seconds, seeds in ((9, 3), (11, 3), (14, 2), (16, 0))] == [
         True,

@@ -13,21 +13,21 @@ from typing import Any
 import optuna
 import psutil
 import pytest
-import torch
 from fork_server import Spawning, shared_fork_server
 from optuna.trial import TrialState
 from study_harness import CPU, RecordingObserver, StudyHarness, attributes_of
 
+from pipeline import worker_process
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.search import local_pool, run_study
-from pipeline.search.local_pool import LocalPool, placements
+from pipeline.search import run_study
+from pipeline.search.local_pool import LocalPool
 from pipeline.search.storage import num_finished
-from pipeline.search.supervisor import WorkerBug
 from pipeline.search.trial import StudyInterrupted
 from pipeline.search.trial_attributes import TrialAttributes
-from pipeline.search.worker import Assignment, Ended, Limits
+from pipeline.search.worker import Limits
+from pipeline.worker_process import WorkerBug
 
 LIMITS = Limits(heartbeat_s=0.2, heartbeat_timeout_s=20)
 
@@ -71,36 +71,12 @@ def living_workers() -> list[psutil.Process | int]:
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers without their imports, 5 s each: for all but the first test of them."""
     monkeypatch.setenv("FORK_SERVER", shared_fork_server().address)
-    monkeypatch.setattr(local_pool, "subprocess", Spawning)
+    monkeypatch.setattr(worker_process, "subprocess", Spawning)
 
 
 @pytest.fixture
 def processes(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> ProcessHarness:
     return ProcessHarness(tmp_path / "mlruns", small_recipe, digits)
-
-
-def test_worker_with_much_to_say_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than the 64 KiB of a pipe, as a long traceback or a line for each of many files."""
-    long = "x" * 200_000
-    monkeypatch.setattr(local_pool, "WORKER", f"import json; print(json.dumps({{'bug': 'x' * {len(long)}}}))")
-    worker = local_pool.ProcessWorker(
-        Assignment(search=b"", storage="", tracking_uri="", home=Path("."), data_dir=Path("."), parent_run="")
-    )
-    deadline = time.monotonic() + 60
-    while worker.ended() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    try:
-        assert worker.ended() == Ended(bug=long)
-    finally:
-        worker.kill()
-
-
-def test_gpus_are_assigned_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert placements(torch.device("cpu"), 2) == [("cpu", None)] * 2
-    assert placements(torch.device("cuda"), 2) == [("cuda:0", None), ("cuda:1", None)]
-    assert placements(torch.device("cuda"), 3) == [("cuda:0", 1 / 2), ("cuda:1", None), ("cuda:0", 1 / 2)]
-    assert placements(torch.device("cuda:1"), 2) == [("cuda:1", 1 / 2)] * 2
 
 
 def test_trial_of_a_crashed_worker_is_run_again_once(

@@ -25,6 +25,7 @@ from pipeline.search.storage import num_finished
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.search.worker import Assignment, Limits
 from pipeline.training.loop import EpochReport
+from pipeline.training.placement import Placement
 
 # Not by importing it: how to authenticate is fixed then.
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray isn't installed")
@@ -212,8 +213,7 @@ def test_gpus_are_shared_among_the_workers(
     place = {"home": Path("mlruns"), "data_dir": Path("data")}
     started: Any = pool.start(Assignment(search=b"", storage="", tracking_uri="", parent_run="", **place), 0)
     assert started.resources == {"num_gpus": share, "num_cpus": 0}
-    assert started.assignment.device == "cuda:0"
-    assert started.assignment.memory_fraction == fraction
+    assert started.assignment.placement == Placement("cuda:0", fraction)
 
 
 @pytest.mark.chaos

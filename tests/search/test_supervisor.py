@@ -21,11 +21,12 @@ from pipeline.search.optuna_internals import study_id
 from pipeline.search.requeue import mark_failed
 from pipeline.search.short_trials import simulate
 from pipeline.search.storage import StudyLock, num_finished, open_storage, open_study
-from pipeline.search.supervisor import Supervisor, WorkerBug, _HeartbeatMonitor
+from pipeline.search.supervisor import Supervisor, _HeartbeatMonitor
 from pipeline.search.trial import StudyInterrupted, claim_trial
 from pipeline.search.trial_attributes import Beat, Progress, TrialAttributes, update_attributes
 from pipeline.search.worker import Assignment, Ended, Limits
 from pipeline.tracking.tracker import State
+from pipeline.worker_process import WorkerBug
 
 
 class Died(Exception):

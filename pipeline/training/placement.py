@@ -1,0 +1,35 @@
+"""Where each of several workers computes: on which device, with how much of its memory and how many threads."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What one worker gets."""
+
+    device: str = "cpu"
+    memory_fraction: float | None = None  # of the GPU; None: all of it
+    threads: int | None = None  # of torch on the CPU; None: torch's default
+
+    def set_up(self) -> torch.device:
+        """Let this process keep to it."""
+        device = torch.device(self.device)
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            if self.memory_fraction:
+                torch.cuda.set_per_process_memory_fraction(self.memory_fraction, device)
+        return device
+
+
+def placements(device: torch.device, workers: int) -> list[Placement]:
+    """Of each worker of this machine: the GPUs in turn, or the GPU that is named, or a core of the CPU."""
+    if device.type != "cuda":
+        return [Placement(str(device), threads=1 if workers > 1 else None)] * workers
+    gpus = [device.index] if device.index is not None else list(range(torch.cuda.device_count()))
+    assigned = [gpus[worker % len(gpus)] for worker in range(workers)]
+    counts = {gpu: assigned.count(gpu) for gpu in gpus}
+    return [Placement(f"cuda:{gpu}", 1 / counts[gpu] if counts[gpu] > 1 else None) for gpu in assigned]

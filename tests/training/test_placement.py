@@ -1,0 +1,27 @@
+"""Which worker gets which device."""
+
+import pytest
+import torch
+
+from pipeline.training.placement import Placement, placements
+
+
+def test_gpus_are_assigned_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    first, second = Placement("cuda:0"), Placement("cuda:1")
+    half = Placement("cuda:0", 1 / 2)
+    assert placements(torch.device("cuda"), 2) == [first, second]
+    assert placements(torch.device("cuda"), 3) == [half, second, half]
+    assert placements(torch.device("cuda:1"), 2) == [Placement("cuda:1", 1 / 2)] * 2
+
+
+def test_workers_of_a_cpu_have_one_thread_each() -> None:
+    assert placements(torch.device("cpu"), 1) == [Placement("cpu")]
+    assert placements(torch.device("cpu"), 2) == [Placement("cpu", threads=1)] * 2
+
+
+def test_threads_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert Placement("cpu").set_up() == Placement("cpu", threads=3).set_up() == torch.device("cpu")
+    assert asked == [3]
