@@ -18,7 +18,16 @@ from pipeline.errors import UserError
 from pipeline.registry.finals import FinalsPlan, makespan, plan_finals
 from pipeline.registry.finals_run import TimeLimit
 from pipeline.registry.racing import MIN_SEEDS
-from pipeline.search.forecast import TRACKING_S, Costs, Forecast, decide, estimate, mean_epochs, measure_costs
+from pipeline.search.forecast import (
+    TRACKING_S,
+    WORKER_START_S,
+    Costs,
+    Forecast,
+    decide,
+    estimate,
+    mean_epochs,
+    measure_costs,
+)
 from pipeline.search.search import Search
 from pipeline.search.short_trials import MIN_EPOCHS as MIN_SHORTENED_EPOCHS
 from pipeline.search.short_trials import MIN_TRIALS as MIN_SHORTENED_TRIALS
@@ -77,7 +86,12 @@ def finals_s(finals: tuple[int, int], costs: Costs, epochs: int) -> float:
     """What finals of so many epochs take if none stops early."""
     top, seeds = finals
     seconds = [costs.trial_s(epochs)] * (top + 1) * seeds
-    return max(makespan(seconds, costs.parallel), costs.taken * sum(seconds))
+    return _start_s(costs) + max(makespan(seconds, costs.parallel), costs.taken * sum(seconds))
+
+
+def _start_s(costs: Costs) -> float:
+    """Of the finals' workers; a single one is this process."""
+    return WORKER_START_S if costs.parallel > 1 else 0.0
 
 
 def largest_finals(costs: Costs, epochs: int, limit_s: float) -> tuple[int, int]:
@@ -305,6 +319,6 @@ def finals_in_time(
     for top, seeds in FINALS:
         planned = plan_finals(tracker, runs, device, top, seeds)
         grace_s = plan.budget.limit.grace_s if (top, seeds) == FINALS[-1] else 0.0
-        if planned.remaining_s(plan.costs.parallel, end_s) <= left_s + grace_s:
+        if _start_s(plan.costs) + planned.remaining_s(plan.costs.parallel, end_s) <= left_s + grace_s:
             return planned
     return None
