@@ -44,7 +44,7 @@ class Prune(Exception):
 
 
 class Interrupted(Exception):
-    """Raised by `on_step` or `on_epoch`: the user asked to stop."""
+    """Raised by `on_step` or `on_epoch`: the user asked to stop, or what the message says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +115,8 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
             if not _is_out_of_memory(error):
                 raise
             state, reason = State.FAILED, f"out of memory: {error}"
-        except (Interrupted, KeyboardInterrupt):
-            state, reason = State.INTERRUPTED, "stopped by the user"
+        except (Interrupted, KeyboardInterrupt) as error:
+            state, reason = State.INTERRUPTED, str(error) or "stopped by the user"
         if reports and (at_the_end := _split(reports[-1].metrics, request.data)[1]):
             tracked.log_metrics(at_the_end, reports[-1].epoch)
         tracked.end(state, reason)

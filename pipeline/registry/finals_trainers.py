@@ -75,6 +75,7 @@ class Trainer:
     data: TrainingData
     device: torch.device
     stop_requested: Callable[[], bool]
+    stop_reason: str = ""  # where it is not the user
 
     def train(self, training: Training, on_epoch: Callable[[EpochReport], None]) -> Outcome:
         """How it ended: INTERRUPTED where it was stopped midway. Interrupted where it was to stop before it began."""
@@ -110,7 +111,7 @@ class Trainer:
 
     def _check_stop(self, *progress: object) -> None:
         if self.stop_requested():
-            raise Interrupted
+            raise Interrupted(self.stop_reason)
 
 
 class Trainers(Protocol):

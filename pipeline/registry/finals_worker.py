@@ -19,6 +19,7 @@ from pipeline.training.loop import EpochReport
 from pipeline.worker_process import Channel
 
 FLUSH_S = 3.0  # for MLflow to take all; what is not sent by then waits on disk, for the command
+STOP_REASON = "its finals were stopped, or decided without it"
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def _serve(setup: WorkerSetup, channel: Channel) -> None:
     data = prepare(located.images, setup.about, device)
     freeze_imports()
     tracker = MlflowTracker(setup.home, setup.tracking_uri, connect_now=False)
-    trainer = Trainer(tracker, setup.study, data, device, channel.stop_requested)
+    trainer = Trainer(tracker, setup.study, data, device, channel.stop_requested, STOP_REASON)
 
     def report_epoch(report: EpochReport) -> None:
         channel.send(pickle.dumps(report))

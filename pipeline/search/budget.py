@@ -272,8 +272,11 @@ class Allowance:
         budget, most = self._plan.budget, self._plan.budget.trials or MAX_TRIALS
         costs, epochs = learned(self._plan.costs, trials, self._before), self._search.max_epochs
         training_s, left_s = costs.trial_s(epochs), budget.limit.deadline - self._clock()
+        most_s = left_s + budget.limit.grace_s  # that finals may take
         reserve_s = finals_s(largest_finals(costs, epochs, FINALS_FRACTION * budget.seconds), costs, epochs)
-        has_finals = reserve_s <= left_s + budget.limit.grace_s
+        if reserve_s > most_s:  # the machine became slower: smaller ones may fit
+            reserve_s = finals_s(largest_finals(costs, epochs, left_s), costs, epochs)
+        has_finals = reserve_s <= most_s
         search_s = left_s - reserve_s if has_finals else left_s
         complete = sum(trial.state is TrialState.COMPLETE for trial in trials)
         may_take_s = search_s if complete > 1 else left_s  # finals need two recipes

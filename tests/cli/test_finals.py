@@ -12,6 +12,7 @@ from cli.helpers import assert_refused
     [
         (["finals"], ["type `python -m pipeline finals NAME`"]),
         (["finals", "attention", "--seeds", "3", "--folds", "5"], ["`--seeds` and `--folds`: each fold has a seed"]),
+        (["finals", "attention", "--workers", "0"], ["`--workers 0`: should be greater than or equal to 1"]),
         (["finals", "attention"], ["no runs yet in mlruns"]),
         (["finals", "attention", "--device", "gpu"], ["`--device gpu`: should be auto, cpu, cuda or cuda:N"]),
     ],

@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.experiment import Interrupted
 from pipeline.registry.finals import plan_finals
 from pipeline.registry.finals_run import run_finals
+from pipeline.registry.finals_worker import STOP_REASON
 from pipeline.tracking.tags import RunTags
 from registry.finals_harness import CPU, RecordingObserver, StudyHarness, with_two_trials
 
@@ -75,7 +76,7 @@ def test_interrupted_workers_end_and_their_trainings_resume(harness: StudyHarnes
         harness.finals(seeds=2, workers=2, observer=RecordingObserver(press))
     assert len(pids) == 2 and not shared_fork_server().workers()
     states = [RunTags.of(run).reason for run in harness.runs() if run.info.status != "FINISHED"]
-    assert states and set(states) == {"stopped by the user"}
+    assert states and set(states) == {STOP_REASON}
     decision = harness.finals(seeds=2, workers=2)
     assert decision.winner and {run.info.status for run in harness.runs()} == {"FINISHED"} and len(harness.runs()) == 4
     for run in harness.runs():

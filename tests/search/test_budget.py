@@ -246,6 +246,17 @@ def test_no_trial_starts_that_cannot_end_before_the_finals(search: Search) -> No
     assert allowed(search, trials, last - 600, plan) > 10, "most are pruned"
 
 
+def test_smaller_finals_are_left_time_for_where_those_planned_no_longer_fit(search: Search) -> None:
+    plan, trials = planned(search, HOUR), [ended(30, 2.0)] * 3
+    assert plan.finals == (3, 5), "21 minutes"
+    smaller_s = finals_s((1, 5), COSTS, 30)
+    assert allowed(search, trials, plan.budget.limit.deadline - smaller_s - 10, plan) == 0, (
+        "not more trials in their time"
+    )
+    slow = [ended(30, 8.0)] * 3
+    assert allowed(search, slow, plan.budget.limit.deadline - 900, plan) > 0, "none fit: the search has all of the time"
+
+
 def test_given_number_of_trials_is_not_exceeded(search: Search) -> None:
     plan = planned(search, HOUR, trials=12)
     assert allowed(search, [ended(30, 0.1)] * 3, 60.0, plan) == 9
