@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 
 import pytest
@@ -64,7 +65,7 @@ def test_folds_are_trained_in_workers(harness: StudyHarness) -> None:
 
 @pytest.mark.usefixtures("forked")
 def test_interrupted_workers_end_and_their_trainings_resume(harness: StudyHarness) -> None:
-    harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=30)
+    harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=20)
 
     def press() -> None:
         if len(seen := workers_of(harness)) == 2 and not pids:
@@ -100,3 +101,23 @@ def test_killed_worker_ends_the_finals_with_the_cause(harness: StudyHarness) -> 
         harness.finals(seeds=1, workers=2, observer=RecordingObserver(kill))
     assert killed and not shared_fork_server().workers() and harness.tracker.flush(30)
     assert not [run for run in harness.runs() if run.info.status == "RUNNING"], "its run was closed"
+
+
+def test_workers_of_killed_finals_end_and_the_same_command_resumes(harness: StudyHarness) -> None:
+    harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=25)
+    server, folder = shared_fork_server(), harness.home.parent
+    words = ["finals", harness.name, "--top", "1", "--seeds", "2", "--workers", "2"]
+    first = server.start(words, folder, folder / "log")
+    limit = time.monotonic() + 120
+    while len(pids := workers_of(harness)) < 2:
+        assert time.monotonic() < limit and first.code() is None, (folder / "log").read_text()
+        time.sleep(0.2)
+    first.signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    again = server.start(words, folder, folder / "log")  # at once, while the orphans still end
+    assert again.wait() == 0, (folder / "log").read_text()
+    assert not pids & set(server.workers())
+    assert len(harness.runs()) == 4 and {run.info.status for run in harness.runs()} == {"FINISHED"}
+    for run in harness.runs():
+        points = harness.tracker.client.get_metric_history(run.info.run_id, "val/accuracy")
+        assert [point.step for point in points] == list(range(1, len(points) + 1)), "each epoch once"
