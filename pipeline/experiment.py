@@ -31,6 +31,7 @@ from pipeline.training.loop import Diverged, EpochReport, Result, normalised_for
 from pipeline.training.resume import Resume
 
 SCORES_OF_METHODS = ("accuracy", "f1_macro")  # that are logged for each prediction method
+DIVERGED = "diverged"  # how the reason of a training that did so begins
 MAX_CLASSES_BY_EPOCH = 50  # with more, each class's F1 is logged when the run ends, and not after every epoch
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "unable to find an engine")
 
@@ -76,6 +77,11 @@ class Outcome:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()  # a line each: where the training resumed, which of its kept state was unusable
 
+    @property
+    def is_conclusive(self) -> bool:
+        """Whether the recipe's training would end so each time: it finished, or diverged."""
+        return self.state is State.FINISHED or (self.state is State.FAILED and self.reason.startswith(DIVERGED))
+
 
 def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
     """Train, score and track one recipe. A resumed training's outcome counts the epochs and seconds before, too.
@@ -110,7 +116,7 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
             if final_metrics:
                 tracked.log_metrics(final_metrics, reports[-1].epoch if reports else 1)
         except Diverged as error:
-            state, reason = State.FAILED, f"diverged: {error}"
+            state, reason = State.FAILED, f"{DIVERGED}: {error}"
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

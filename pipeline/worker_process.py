@@ -21,9 +21,16 @@ class WorkerBug(Exception):
     """A bug in a worker, with its traceback."""
 
 
+class _Terminated(Exception):
+    """SIGTERM came while a worker waited for a message."""
+
+
 def program(module: str) -> str:
-    """What a worker's interpreter runs: `main` of a module."""
-    return f"import pipeline.runtime; from {module} import main; main()"
+    """What a worker's interpreter runs: `main` of a module, with a Channel that is open before anything can print."""
+    return (
+        f"import pipeline.runtime; from pipeline.worker_process import Channel; channel = Channel(); "
+        f"from {module} import main; main(channel)"
+    )
 
 
 class WorkerProcess:
@@ -42,17 +49,17 @@ class WorkerProcess:
             start_new_session=True,  # a terminal's Ctrl-C and hang-up are for who started it
         )
         assert self._process.stdin and self._process.stdout
-        self._messages, self._answered = self._process.stdin, self._process.stdout
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self._answers: list[bytes] = []
         # Read from the start: a worker with more to say than a pipe holds would wait for ever for its reader.
         self._reader = threading.Thread(target=self._read, daemon=True, name="answers")
         self._reader.start()
 
     def send(self, message: bytes) -> None:
-        """One message; nothing where the worker has ended."""
+        """One message, which asks a worker that works to stop; nothing where it has ended."""
         with contextlib.suppress(OSError, ValueError):
-            self._messages.write(len(message).to_bytes(_LENGTH, "big") + message)
-            self._messages.flush()
+            self._stdin.write(len(message).to_bytes(_LENGTH, "big") + message)
+            self._stdin.flush()
 
     def answers(self) -> list[bytes]:
         """Those that came since the last call."""
@@ -65,14 +72,14 @@ class WorkerProcess:
         if (code := self._process.poll()) is None:
             return ""
         self._reader.join()
-        self._close(self._answered, self._messages)
+        _close(self._stdin, self._stdout)
         return (
             f"its process was killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with {code}"
         )
 
     def stop(self) -> None:
         """Ask it to end: at its next step, or at once where it waits for a message."""
-        self._close(self._messages)
+        _close(self._stdin)
 
     def kill(self) -> None:
         """End it at once; when this returns it does nothing any more."""
@@ -81,48 +88,51 @@ class WorkerProcess:
             self._process.wait()
 
     def _read(self) -> None:
-        while (answer := _receive(self._answered)) is not None:
+        while (answer := _receive(self._stdout)) is not None:
             self._answers.append(answer)
-
-    @staticmethod
-    def _close(*pipes: IO[bytes]) -> None:
-        for pipe in pipes:
-            with contextlib.suppress(OSError):  # it may have died before it read everything
-                pipe.close()
 
 
 class Channel:
     """The worker's end; made once, when its process begins.
 
-    A message that comes while it works, and the end of the messages, ask it to stop. Its terminal's signals are not for it.
+    A message that comes while it works, and the end of the messages, ask it to stop; so does SIGTERM. Its terminal's
+    signals are not for it.
     """
 
     def __init__(self) -> None:
         faulthandler.enable(2)  # a crash in a library shows where
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        self._is_terminated = False
-        signal.signal(signal.SIGTERM, self._note)
-        self._messages = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115
-        self._answers = open(os.dup(1), "wb")  # noqa: SIM115
+        self._is_terminated = self._is_waiting = False
+        signal.signal(signal.SIGTERM, self._terminate)
+        self._stdin = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115
+        self._stdout = open(os.dup(1), "wb")  # noqa: SIM115
         os.dup2(2, 1)  # what a library prints is no answer
 
     def receive(self) -> bytes | None:
-        """The next message; None where there is none any more."""
-        return _receive(self._messages)
+        """The next message; None where there is none any more, and after SIGTERM."""
+        try:
+            self._is_waiting = True
+            return None if self._is_terminated else _receive(self._stdin)
+        except _Terminated:
+            return None
+        finally:
+            self._is_waiting = False
 
     def send(self, answer: bytes) -> None:
         """One answer; nothing where nobody is left to read it."""
         with contextlib.suppress(BrokenPipeError):
-            self._answers.write(len(answer).to_bytes(_LENGTH, "big") + answer)
-            self._answers.flush()
+            self._stdout.write(len(answer).to_bytes(_LENGTH, "big") + answer)
+            self._stdout.flush()
 
     def stop_requested(self) -> bool:
-        """Whether the worker is to end at its next step."""
-        return self._is_terminated or bool(select.select([self._messages], [], [], 0)[0])
+        """Whether the worker is to end what it does at its next step."""
+        return self._is_terminated or bool(select.select([self._stdin], [], [], 0)[0])
 
-    def _note(self, number: int, frame: object) -> None:
+    def _terminate(self, number: int, frame: object) -> None:
         self._is_terminated = True
+        if self._is_waiting:
+            raise _Terminated
 
 
 def _receive(pipe: IO[bytes]) -> bytes | None:
@@ -139,3 +149,9 @@ def _read_exactly(pipe: IO[bytes], size: int) -> bytes | None:
             return None
         message += part
     return bytes(message)
+
+
+def _close(*pipes: IO[bytes]) -> None:
+    for pipe in pipes:
+        with contextlib.suppress(OSError):  # its other end may be closed, before all was read
+            pipe.close()

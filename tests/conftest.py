@@ -67,7 +67,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 # Where single tests take long: begun last, one of two workers would end alone.
-FIRST = ("chaos/test_kills.py", "cli/test_study.py", "search/test_ray_pool.py", "search/test_local_pool.py")
+FIRST = (
+    "chaos/test_kills.py",
+    "cli/test_study.py",
+    "registry/test_finals_trainers.py",
+    "search/test_ray_pool.py",
+    "search/test_local_pool.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

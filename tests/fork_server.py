@@ -51,7 +51,7 @@ class Forked:
     """What the supervisor sees of a worker that the fork server forked; the part of subprocess.Popen that it uses."""
 
     def __init__(self, command: list[str], **options: Any):
-        module = command[2].split()[3]
+        module = command[2].split()[-4]
         assert command[1:] == ["-c", worker_process.program(module)], command
         stdin, mine = os.pipe()
         yours, stdout = os.pipe()
@@ -202,7 +202,7 @@ def begin(request: dict[str, Any], files: list[int], hook: dict[str, Any] | None
     ended_with = 1
     try:
         if request["role"] == "worker":
-            main = importlib.import_module(request["module"]).main
+            main = functools.partial(importlib.import_module(request["module"]).main, worker_process.Channel())
         elif request["role"] == "script":
             code, *sys.argv[1:] = request["words"]
             main = functools.partial(exec, code, {"__name__": "__main__"})

@@ -14,12 +14,12 @@ from pipeline.worker_process import WorkerProcess
 # Answers each message twice as long, says something that is no answer, and stops in the middle of "wait".
 PROGRAM = """
 import os, time
-from pipeline.worker_process import Channel
 
-def main():
-    channel = Channel()
+os.write(1, b"no answer")  # before its main begins
+
+def main(channel):
     while (message := channel.receive()) is not None:
-        print("no answer")
+        os.write(1, b"no answer")
         if message == b"die":
             os._exit(3)
         if message == b"wait":
@@ -91,6 +91,18 @@ def test_worker_is_stopped_in_the_middle_of_its_work(by: str, start: Callable[[]
             "SIGTERM": lambda: os.kill(pid, signal.SIGTERM),
         }[by]()
         assert end_of(worker) == "its process ended with 0" and worker.answers() == [b"stopped"]
+    finally:
+        worker.kill()
+
+
+def test_sigterm_ends_a_worker_that_waits_for_a_message(start: Callable[[], WorkerProcess]) -> None:
+    worker = start()
+    try:
+        worker.send(b"a")
+        assert answers(worker, 1) == [b"aa"]
+        time.sleep(0.2)
+        os.kill(worker._process.pid, signal.SIGTERM)
+        assert end_of(worker) == "its process ended with 0" and worker.answers() == [b"no more"]
     finally:
         worker.kill()
 

@@ -64,11 +64,10 @@ def finals(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Train a study's best recipes and its control again with new seeds, and choose the winner. The same command resumes."""
-    import torch
-
     from pipeline.registry.finals import check_data, plan_finals
     from pipeline.tracking.queries import find_study
     from pipeline.tracking.run_data import newest_first
+    from pipeline.training.placement import gpus_of
 
     if seeds and folds:
         raise UserError("`--seeds` and `--folds`", "each fold has a seed of its own", "give one of them")
@@ -85,8 +84,7 @@ def finals(
     check_data(plan, tracker, data)
     say_data(console, data)
     tracker.set_data_places(study.parent, newest_first(study.places, data.place))
-    gpus = torch.cuda.device_count() if torch_device.type == "cuda" and torch_device.index is None else 1
-    train(console, tracker, plan, data, torch_device, tracking_uri, workers or gpus)
+    train(console, tracker, plan, data, torch_device, tracking_uri, workers or len(gpus_of(torch_device)))
 
 
 def train(
@@ -104,7 +102,7 @@ def train(
     from pipeline.experiment import Interrupted
     from pipeline.registry.finals_run import run_finals
 
-    name = plan.study.name
+    name, workers = plan.study.name, max(1, min(workers, len(plan.remaining)))
     print_plan(console, plan, device, workers)
     how = f"`finals {name}`" if limit else "the same command"
     with (

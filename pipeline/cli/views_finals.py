@@ -71,10 +71,10 @@ class FinalsView:
         self.note(f"{name} {text}{more}")
 
     def _show(self) -> str:
-        """A line of all that is under way."""
-        line = "; ".join(f"{name}: {state}" for name, state in self._states.items())
-        self._status.update(Text(line, overflow="ellipsis", no_wrap=True))
-        return line
+        """All that is under way: a line each at a terminal, else one."""
+        lines = [f"{name}: {state}" for name, state in self._states.items()]
+        self._status.update(Text("\n".join(lines)))
+        return "; ".join(lines)
 
     def note(self, line: str) -> None:
         """See Observer of finals."""
@@ -85,12 +85,12 @@ class FinalsView:
 def print_plan(console: Console, plan: "FinalsPlan", device: "torch.device", workers: int) -> None:
     """What will be trained, and how long that takes."""
     others, on_folds = len(plan.candidates) - 1, f"{plan.folds} folds, " if plan.folds else ""
-    at_once = f" in {workers} workers" if workers > 1 else ""
+    pace = f"in {workers} workers, each as fast as their trials were" if workers > 1 else "by what their trials took"
     say(
         console,
         f"{plan.study.name} on {device}: {counted(others, 'candidate')} and the control, {on_folds}"
         f"seeds {', '.join(map(str, plan.seeds))}: {plan.num_trainings} trainings, {plan.num_done} of them done; "
-        f"about {duration(plan.remaining_s(workers))}{at_once} by what their trials took, if none stops early",
+        f"about {duration(plan.remaining_s(workers))} {pace}, if none stops early",
     )
     say(console, *(f"  {line}" for line in plan.notes))
 

@@ -14,6 +14,7 @@ from mlflow.entities import Run as StoredRun
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError, counted
+from pipeline.experiment import DIVERGED
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.racing import MIN_SEEDS, Candidate, Final
 from pipeline.tracking import queries
@@ -198,7 +199,7 @@ def finals_done(
     done: dict[str, Final] = {}
     for run in queries.children(tracker, study, "final"):
         tags = RunTags.of(run)
-        diverged = tags.state is State.FAILED and (tags.reason or "").startswith("diverged")
+        diverged = tags.state is State.FAILED and (tags.reason or "").startswith(DIVERGED)
         if tags.data_digest != data_digest or (not folds and tags.split_digest != split_digest):
             continue
         if tags.recipe_digest and (tags.state is State.FINISHED or diverged):

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, product
 from pathlib import Path
 
@@ -13,19 +14,20 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.evaluation.constraints import violations
 from pipeline.experiment import Interrupted, Outcome
-from pipeline.processes import StopOnSignal, study_lock
+from pipeline.processes import StopOnSignal, process_has_exited, study_lock, this_process
 from pipeline.recipe import Recipe
 from pipeline.registry.decision import FinalsDecision, decide
 from pipeline.registry.finals import FinalsPlan, check_data, finals_done, find_final, makespan
-from pipeline.registry.finals_trainers import FinalsObserver, Trainer, Training, trainers
+from pipeline.registry.finals_trainers import FinalsObserver, Training, trainers
 from pipeline.registry.racing import MIN_SEEDS, Final, Racing
 from pipeline.tracking import queries, recovery
 from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
-from pipeline.training.placement import placements
+from pipeline.tracking.uploader import DELETED
 
 FLUSH_S = 60.0  # for MLflow to take what workers left behind
+ORPHANS_S = 30.0  # for workers of a killed command to end, as they do at their next step
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,16 @@ def run_finals(
     or memory is too small. None where the time ends before MIN_SEEDS: nothing is decided then.
     """
     check_data(plan, tracker, data)
-    study, workers = plan.study, max(1, min(workers, len(plan.remaining)))
+    study = plan.study
     with StopOnSignal() as stop, study_lock(study.name, home):
+        _await_orphans(tracker, study)
         recovery.close_abandoned_runs(tracker, study.experiment)
         about = plan.recipe(plan.candidates[0], plan.seeds[0]).data
         first = data.at(about)  # refused where there can't be such folds
         racing = Racing(plan.candidates, len(plan.seeds), 1 / len(first.validation.labels), plan.folds)
         done = finals_done(tracker, study, data.digest, data.split_digest, plan.folds)
         race = _Race(plan, racing, done, _run_keys(tracker, study, data), observer, workers, limit)
-        trainer = Trainer(tracker, study, data, device, lambda: stop.requested)
-        with trainers(trainer, about, placements(device, workers), observer) as training:
+        with trainers(tracker, study, data, about, device, workers, observer, stop) as training:
             while needed := race.needed():
                 race.add(*training.next_ended(needed))
         if limit and len(race.seeds) < min(MIN_SEEDS, len(plan.seeds)):
@@ -130,8 +132,9 @@ class _Race:
         self._observer.ended(training.name, outcome)
         if outcome.state is State.INTERRUPTED:
             raise Interrupted
-        if outcome.state is State.FAILED and not outcome.reason.startswith("diverged"):
-            raise UserError(training.name, outcome.reason, "with more memory the same command resumes")
+        if not outcome.is_conclusive:
+            remedy = "with more memory" + (", or fewer `--workers`," if self._workers > 1 else "")
+            raise UserError(training.name, outcome.reason, f"{remedy} the same command resumes")
         finished, expected_s = outcome.state is State.FINISHED, training.candidate.seconds
         if finished and expected_s:
             self._pace = outcome.seconds / expected_s
@@ -170,13 +173,34 @@ class _Race:
             self._observer.note(line)
 
 
+def _await_orphans(tracker: MlflowTracker, study: StudyRuns) -> None:
+    """Wait for workers of finals that were killed: they end by themselves, and may just complete what they trained."""
+    runs = queries.children(tracker, study, "final")
+    workers = [RunTags.of(run).worker for run in runs if run.info.status == "RUNNING"]
+    orphans = [worker for worker in workers if worker and worker["host"] == this_process()["host"]]
+    limit = time.monotonic() + ORPHANS_S
+    while not all(map(process_has_exited, orphans)) and time.monotonic() < limit:
+        time.sleep(0.1)
+
+
 def _ids(tracker: MlflowTracker, study: StudyRuns, workers: int) -> Callable[[str], str]:
     """MLflow's ids by their run keys, once it has all; workers sent theirs themselves, or left them to this process."""
     if workers == 1:
         return tracker.id_of
     tracker.flush(FLUSH_S)
-    stored = {RunTags.of(run).run_key: run.info.run_id for run in queries.children(tracker, study, "final")}
-    return lambda key: stored[key] if key in stored and key not in tracker.pending else tracker.id_of(key)
+
+    @cache
+    def stored() -> dict[str | None, str]:
+        return {RunTags.of(run).run_key: run.info.run_id for run in queries.children(tracker, study, "final")}
+
+    def id_of(key: str) -> str:
+        if key in tracker.pending:
+            return tracker.id_of(key)
+        if key not in stored():
+            raise UserError(f"run key {key}", f"{DELETED} before the finals ended", "the same command trains it again")
+        return stored()[key]
+
+    return id_of
 
 
 def _run_keys(tracker: MlflowTracker, study: StudyRuns, data: TrainingData) -> Callable[[Recipe], str]:

@@ -1,10 +1,12 @@
 """Who trains the recipes of finals: this process, one after the other, or several worker processes at once."""
 
 import contextlib
+import math
 import pickle
+import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,20 +18,22 @@ from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.experiment import ExperimentRequest, Interrupted, Outcome
-from pipeline.processes import this_process
+from pipeline.processes import StopOnSignal, this_process
 from pipeline.recipe import Recipe
 from pipeline.registry.racing import Candidate
 from pipeline.sections.data import Data
 from pipeline.tracking import recovery
 from pipeline.tracking.queries import StudyRuns
-from pipeline.tracking.tags import RunTags
+from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.loop import EpochReport
-from pipeline.training.placement import Placement
+from pipeline.training.placement import Placement, placements
 from pipeline.training.resume import CHECKPOINTS
 from pipeline.worker_process import WorkerBug, WorkerProcess
 
 MODULE = "pipeline.registry.finals_worker"  # whose `main` a worker process runs
+CANCEL = b""  # a message that only stops what a worker is training
+MAX_DEATHS = 3  # of workers in a row, while no training ended: another start would not help
 TICK_S = 0.1  # between two looks at the workers
 END_S = 7.0  # for workers to end when they are asked to; systems kill after 10
 
@@ -117,8 +121,8 @@ class Trainer:
 class Trainers(Protocol):
     """Train what they are given, as many at once as they are."""
 
-    def next_ended(self, trainings: Sequence[Training]) -> tuple[Training, Outcome]:
-        """The next training that ends. `trainings` are those that are needed, the most urgent first, those begun too.
+    def next_ended(self, needed: Sequence[Training]) -> tuple[Training, Outcome]:
+        """The next training that ends. `needed` are those that are, the most urgent first; those under way too.
 
         Raises Interrupted where the user asked to stop.
         """
@@ -131,9 +135,9 @@ class OwnProcess:
     trainer: Trainer
     observer: FinalsObserver
 
-    def next_ended(self, trainings: Sequence[Training]) -> tuple[Training, Outcome]:
+    def next_ended(self, needed: Sequence[Training]) -> tuple[Training, Outcome]:
         """See Trainers."""
-        first = trainings[0]
+        first = needed[0]
         self.observer.started(first.name, first.recipe)
         return first, self.trainer.train(first, partial(self.observer.epoch, first.name))
 
@@ -147,64 +151,88 @@ class WorkerSetup:
     study: StudyRuns
     about: Data  # the data set, by the recipe of any candidate
     data_digest: str
-    data_place: str | None  # where the data set lies
+    data_source: str  # where it was found
+    in_files: bool  # a folder or a manifest
     placement: Placement
 
 
 @dataclass
 class _Slot:
-    """Room for a worker, which starts with its first training."""
+    """Room for a worker, which starts with its first training, and for another after it if it dies."""
 
     setup: WorkerSetup
     process: WorkerProcess | None = None
     training: Training | None = None  # under way
+    is_cancelled: bool = False  # the training: it is to stop
 
 
 class WorkerProcesses:
     """A process for each setup, each with one training at a time; see Trainers."""
 
-    def __init__(self, setups: Sequence[WorkerSetup], observer: FinalsObserver, stop_requested: Callable[[], bool]):
+    def __init__(self, setups: Sequence[WorkerSetup], observer: FinalsObserver, stop: StopOnSignal):
         self._slots = [_Slot(setup) for setup in setups]
-        self._observer, self._stop_requested = observer, stop_requested
+        self._observer, self._stop = observer, stop
         self._begun: set[str] = set()  # run keys
         self._ended: deque[tuple[Training, Outcome]] = deque()
+        self._deaths = 0  # in a row
 
-    def next_ended(self, trainings: Sequence[Training]) -> tuple[Training, Outcome]:
-        """See Trainers. UserError where a worker's process died; the error, or the bug, that ended a worker."""
-        while True:
-            if self._stop_requested():
+    def next_ended(self, needed: Sequence[Training]) -> tuple[Training, Outcome]:
+        """See Trainers. What is no longer needed is stopped; it can be resumed.
+
+        Raises the error or the bug that ended a worker. Where a process dies, another goes on with its training; UserError
+        after MAX_DEATHS in a row.
+        """
+        while not self._ended:
+            if self._stop.requested:
                 raise Interrupted
-            self._listen()
-            self._begin(trainings)
-            if self._ended:
-                return self._ended.popleft()
+            for number, slot in enumerate(self._slots, 1):
+                if slot.process:
+                    self._listen(number, slot, slot.process)
+            self._cancel({training.run_key for training in needed})
+            self._begin(needed)
             time.sleep(TICK_S)
+        return self._ended.popleft()
 
-    def _begin(self, trainings: Sequence[Training]) -> None:
+    def _begin(self, needed: Sequence[Training]) -> None:
         """Give idle workers the first of those that no worker has."""
-        waiting = (training for training in trainings if training.run_key not in self._begun)
+        waiting = (training for training in needed if training.run_key not in self._begun)
         for slot in self._slots:
             if slot.training or not (training := next(waiting, None)):
                 continue
-            if slot.process is None:
+            if slot.process:
+                slot.process.send(pickle.dumps(training))
+            else:
                 slot.process = WorkerProcess(MODULE, slot.setup.placement.threads)
-                slot.process.send(pickle.dumps(slot.setup))
+                slot.process.send(pickle.dumps((slot.setup, training)))
             self._begun.add(training.run_key)
-            slot.training = training
-            slot.process.send(pickle.dumps(training))
+            slot.training, slot.is_cancelled = training, False
             self._observer.started(training.name, training.recipe)
 
-    def _listen(self) -> None:
-        for number, slot in enumerate(self._slots, 1):
-            if slot.process is None:
-                continue
-            cause = slot.process.ended()
-            for answer in slot.process.answers():
-                self._take_in(number, slot, pickle.loads(answer))
-            if cause:
-                raise UserError(
-                    f"worker {number}", cause, "the same command resumes; fewer `--workers` need less memory"
-                )
+    def _cancel(self, needed: Collection[str]) -> None:
+        for slot in self._slots:
+            if slot.process and slot.training and slot.training.run_key not in needed and not slot.is_cancelled:
+                slot.process.send(CANCEL)
+                slot.is_cancelled = True
+
+    def _listen(self, number: int, slot: _Slot, process: WorkerProcess) -> None:
+        cause = process.ended()
+        for answer in process.answers():
+            self._take_in(number, slot, pickle.loads(answer))
+        if not cause:
+            return
+        slot.process = None
+        if not slot.training:
+            return  # it was idle
+        name = slot.training.name
+        self._begun.remove(slot.training.run_key)
+        slot.training = None
+        if slot.is_cancelled:
+            return
+        self._deaths += 1
+        if self._deaths >= MAX_DEATHS:
+            remedy = "the same command resumes; fewer `--workers` need less memory"
+            raise UserError(f"worker {number}", f"{cause}, the third in a row", remedy)
+        self._observer.note(f"worker {number}: {cause}; another one goes on with {name}")
 
     def _take_in(self, number: int, slot: _Slot, answer: EpochReport | Outcome | UserError | str) -> None:
         """What a worker says of its training; a string is the traceback of a bug."""
@@ -216,38 +244,64 @@ class WorkerProcesses:
         if isinstance(answer, EpochReport):
             self._observer.epoch(slot.training.name, answer)
             return
-        self._ended.append((slot.training, answer))
-        slot.training = None
+        if answer.state is State.INTERRUPTED and not slot.is_cancelled:
+            return  # by a signal of its own: it ends
+        training, slot.training = slot.training, None
+        if slot.is_cancelled and not answer.is_conclusive:
+            self._begun.remove(training.run_key)  # it may be needed again
+            self._observer.ended(training.name, answer)
+            return
+        self._deaths = 0
+        self._ended.append((training, answer))
 
     def close(self) -> None:
-        """End all workers; what they were training is kept, and resumed by the next finals that need it."""
+        """End all workers; what they were training is kept, and resumed by the next finals that need it.
+
+        After Ctrl-C they end at their next step however long that takes, or at the second one. Systems that send SIGTERM
+        kill after ten seconds.
+        """
         processes = [slot.process for slot in self._slots if slot.process]
-        deadline = time.monotonic() + END_S
+        deadline = math.inf if self._stop.number == signal.SIGINT else time.monotonic() + END_S
         try:
             for process in processes:
                 process.stop()
             while not all(process.ended() for process in processes) and time.monotonic() < deadline:
                 time.sleep(TICK_S)
-        finally:  # also at a second Ctrl-C
+        finally:
             for process in processes:
                 process.kill()
 
 
 @contextlib.contextmanager
 def trainers(
-    trainer: Trainer, about: Data, placements: Sequence[Placement], observer: FinalsObserver
+    tracker: MlflowTracker,
+    study: StudyRuns,
+    data: TrainingData,
+    about: Data,
+    device: torch.device,
+    workers: int,
+    observer: FinalsObserver,
+    stop: StopOnSignal,
 ) -> Iterator[Trainers]:
-    """Worker processes where there is more than one placement, else this process. `about` is the data set, by a recipe."""
-    if len(placements) == 1:
-        yield OwnProcess(trainer, observer)
+    """So many worker processes, or this process for one. `about` is the data set, by the recipe of any candidate."""
+    if workers == 1:
+        yield OwnProcess(Trainer(tracker, study, data, device, lambda: stop.requested), observer)
         return
-    tracker, data = trainer.tracker, trainer.data
     setups = [
-        WorkerSetup(tracker.home, tracker.uri, trainer.study, about, data.digest, data.place, placement)
-        for placement in placements
+        WorkerSetup(
+            home=tracker.home,
+            tracking_uri=tracker.uri,
+            study=study,
+            about=about,
+            data_digest=data.digest,
+            data_source=data.source,
+            in_files=data.listed is not None,
+            placement=placement,
+        )
+        for placement in placements(device, workers, max(1, torch.get_num_threads() // workers))
     ]
     try:
-        with contextlib.closing(WorkerProcesses(setups, observer, trainer.stop_requested)) as workers:
-            yield workers
+        with contextlib.closing(WorkerProcesses(setups, observer, stop)) as pool:
+            yield pool
     finally:
         recovery.adopt_journals(tracker)  # of workers that died, or that MLflow did not answer

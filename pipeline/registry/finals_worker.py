@@ -9,28 +9,29 @@ from pathlib import Path
 from pipeline.runtime import freeze_imports  # before MLflow and torch
 
 # isort: split
+from pipeline.data import cache
+from pipeline.data.datasets import Dataset
 from pipeline.data.prepare import prepare
 from pipeline.errors import UserError
 from pipeline.experiment import Interrupted
-from pipeline.registry.finals_trainers import Trainer, Training, WorkerSetup
+from pipeline.registry.finals_trainers import CANCEL, Trainer, Training, WorkerSetup
 from pipeline.tracking.run_data import RunData, find_data
 from pipeline.tracking.tracker import MlflowTracker
-from pipeline.training.loop import EpochReport
 from pipeline.worker_process import Channel
 
 FLUSH_S = 3.0  # for MLflow to take all; what is not sent by then waits on disk, for the command
 STOP_REASON = "its finals were stopped, or decided without it"
 
 
-def main() -> None:
-    """A worker process: a `WorkerSetup` comes, then a `Training` at a time.
+def main(channel: Channel) -> None:
+    """A worker process: a `WorkerSetup` comes with the first `Training`, then one at a time.
 
     The answers are an `EpochReport` after each epoch and an `Outcome` at the end; a UserError, or a traceback, is the last.
     """
-    channel = Channel()
     try:
         if message := channel.receive():
-            _serve(pickle.loads(message), channel)
+            setup, training = pickle.loads(message)
+            _serve(setup, training, channel)
     except Interrupted:
         pass
     except UserError as error:
@@ -41,23 +42,34 @@ def main() -> None:
     os._exit(0)  # threads of libraries would keep the process alive
 
 
-def _serve(setup: WorkerSetup, channel: Channel) -> None:
+def _serve(setup: WorkerSetup, training: Training, channel: Channel) -> None:
+    def check_stop() -> None:
+        if channel.stop_requested():
+            raise Interrupted
+
     device = setup.placement.set_up()
-    places = [setup.data_place] if setup.data_place else []
-    seen = RunData(f"study {setup.study.name}", setup.about, setup.data_digest, places, setup.home)
-    located = find_data(seen, Path(places[0]).parent if places else Path(), download=False)
-    data = prepare(located.images, setup.about, device)
-    freeze_imports()
-    tracker = MlflowTracker(setup.home, setup.tracking_uri, connect_now=False)
-    trainer = Trainer(tracker, setup.study, data, device, channel.stop_requested, STOP_REASON)
+    with cache.reading(check_stop):
+        data = prepare(find(setup), setup.about, device)
+        freeze_imports()
+        tracker = MlflowTracker(setup.home, setup.tracking_uri, connect_now=False)
+        trainer = Trainer(tracker, setup.study, data, device, channel.stop_requested, STOP_REASON)
+        message: bytes | None
+        try:
+            while True:
+                outcome = trainer.train(training, lambda report: channel.send(pickle.dumps(report)))
+                channel.send(pickle.dumps(outcome))
+                while (message := channel.receive()) == CANCEL:
+                    pass  # it stopped that training, or came when it had ended
+                if message is None:
+                    break
+                training = pickle.loads(message)
+        finally:
+            tracker.flush(FLUSH_S)
 
-    def report_epoch(report: EpochReport) -> None:
-        channel.send(pickle.dumps(report))
 
-    try:
-        while message := channel.receive():
-            training: Training = pickle.loads(message)
-            outcome = trainer.train(training, report_epoch)
-            channel.send(pickle.dumps(outcome))
-    finally:
-        tracker.flush(FLUSH_S)
+def find(setup: WorkerSetup) -> Dataset:
+    """The data set, where the command found it."""
+    seen = RunData(f"study {setup.study.name}", setup.about, setup.data_digest, (), setup.home)
+    if setup.in_files:
+        return find_data(seen, Path(), setup.data_source, download=False).images
+    return find_data(seen, Path(setup.data_source).parent, download=False).images

@@ -251,9 +251,8 @@ def _run_trials(study: optuna.Study, context: StudyContext, heartbeat: Heartbeat
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
 
-def main() -> None:
+def main(channel: Channel) -> None:
     """A worker process: an `Assignment` comes, and `Ended` is the answer."""
-    channel = Channel()
     if not (message := channel.receive()):
         return  # the supervisor has exited already
     ended = work(cloudpickle.loads(message), channel.stop_requested)

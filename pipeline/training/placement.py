@@ -25,11 +25,17 @@ class Placement:
         return device
 
 
-def placements(device: torch.device, workers: int) -> list[Placement]:
-    """Of each worker of this machine: the GPUs in turn, or the GPU that is named, or a core of the CPU."""
+def gpus_of(device: torch.device) -> list[int]:
+    """The GPU that is named, or all of this machine; none for a CPU."""
     if device.type != "cuda":
-        return [Placement(str(device), threads=1 if workers > 1 else None)] * workers
-    gpus = [device.index] if device.index is not None else list(range(torch.cuda.device_count()))
+        return []
+    return [device.index] if device.index is not None else list(range(torch.cuda.device_count()))
+
+
+def placements(device: torch.device, workers: int, threads: int = 1) -> list[Placement]:
+    """Of each worker of this machine: the device's GPUs in turn, or, of several on a CPU, so many threads."""
+    if not (gpus := gpus_of(device)):
+        return [Placement(str(device), threads=threads if workers > 1 else None)] * workers
     assigned = [gpus[worker % len(gpus)] for worker in range(workers)]
     counts = {gpu: assigned.count(gpu) for gpu in gpus}
     return [Placement(f"cuda:{gpu}", 1 / counts[gpu] if counts[gpu] > 1 else None) for gpu in assigned]

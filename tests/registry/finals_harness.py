@@ -23,9 +23,10 @@ NUMBERS = itertools.count(1)
 
 
 class RecordingObserver:
-    """Keeps the outcomes of trainings; calls `at_epoch` after each epoch."""
+    """Keeps the lines and the outcomes of trainings; calls `at_epoch` after each epoch."""
 
     def __init__(self, at_epoch: Any = None):
+        self.lines: list[str] = []
         self.outcomes: dict[str, Outcome] = {}
         self._at_epoch = at_epoch
 
@@ -38,7 +39,8 @@ class RecordingObserver:
     def ended(self, name: str, outcome: Outcome) -> None:
         self.outcomes[name] = outcome
 
-    def note(self, line: str) -> None: ...
+    def note(self, line: str) -> None:
+        self.lines.append(line)
 
 
 class StudyHarness:

@@ -1,20 +1,33 @@
 """Finals in several worker processes: real ones, on a real store."""
 
+import dataclasses
+import itertools
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from fork_server import Spawning, shared_fork_server
+from PIL import Image
 
 from pipeline import worker_process
-from pipeline.errors import UserError
+from pipeline.data.datasets import load
+from pipeline.data.prepare import TrainingData, prepare
+from pipeline.errors import DataError, UserError
 from pipeline.experiment import Interrupted
+from pipeline.processes import StopOnSignal
+from pipeline.registry import finals_trainers
 from pipeline.registry.finals import plan_finals
 from pipeline.registry.finals_run import run_finals
-from pipeline.registry.finals_worker import STOP_REASON
-from pipeline.tracking.tags import RunTags
+from pipeline.registry.finals_trainers import Training, WorkerSetup, trainers
+from pipeline.registry.finals_worker import STOP_REASON, find
+from pipeline.sections.data import Data
+from pipeline.tracking.tags import RunTags, State
+from pipeline.training.placement import Placement
+from pipeline.worker_process import WorkerBug
 from registry.finals_harness import CPU, RecordingObserver, StudyHarness, with_two_trials
 
 pytestmark = pytest.mark.usefixtures("one_drawing_a_figure")
@@ -36,6 +49,15 @@ def workers_of(harness: StudyHarness) -> set[int]:
     """The processes that train now."""
     tags = [RunTags.of(run) for run in harness.runs() if run.info.status == "RUNNING"]
     return {tag.worker["pid"] for tag in tags if tag.worker}
+
+
+def assert_complete(harness: StudyHarness, trainings: int) -> None:
+    """So many finished runs with each epoch once, no other run, and no process."""
+    assert not shared_fork_server().workers() and harness.tracker.flush(30)
+    assert [run.info.status for run in harness.runs()] == ["FINISHED"] * trainings
+    for run in harness.runs():
+        points = harness.tracker.client.get_metric_history(run.info.run_id, "val/accuracy")
+        assert [point.step for point in points] == list(range(1, int(run.data.params["training.epochs"]) + 1))
 
 
 def test_two_workers_train_what_one_would(harness: StudyHarness, new_harness: Callable[[], StudyHarness]) -> None:
@@ -79,28 +101,102 @@ def test_interrupted_workers_end_and_their_trainings_resume(harness: StudyHarnes
     states = [RunTags.of(run).reason for run in harness.runs() if run.info.status != "FINISHED"]
     assert states and set(states) == {STOP_REASON}
     decision = harness.finals(seeds=2, workers=2)
-    assert decision.winner and {run.info.status for run in harness.runs()} == {"FINISHED"} and len(harness.runs()) == 4
-    for run in harness.runs():
-        points = harness.tracker.client.get_metric_history(run.info.run_id, "val/accuracy")
-        assert [point.step for point in points] == list(range(1, len(points) + 1)), "gone on with, each epoch once"
+    assert decision.winner
+    assert_complete(harness, 4)
 
 
 @pytest.mark.usefixtures("forked")
-def test_killed_worker_ends_the_finals_with_the_cause(harness: StudyHarness) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_another_worker_goes_on_where_one_died(number: signal.Signals, harness: StudyHarness) -> None:
+    harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=20)
+    hit: list[int] = []
+
+    def hurt() -> None:
+        if not hit and (pids := workers_of(harness)):
+            hit.append(pids.pop())
+            os.kill(hit[0], number)
+
+    observer = RecordingObserver(hurt)
+    assert harness.finals(seeds=2, workers=2, observer=observer).winner and hit
+    [line] = [line for line in observer.lines if line.startswith("worker ")]
+    cause = "was killed by SIGKILL" if number is signal.SIGKILL else "ended with 0"
+    assert re.fullmatch(rf"worker \d: its process {cause}; another one goes on with trial \d.*, seed \d", line)
+    assert_complete(harness, 4)
+
+
+@pytest.mark.usefixtures("forked")
+def test_deaths_in_a_row_end_the_finals_with_the_cause(harness: StudyHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=200)
-    killed: list[int] = []
+    monkeypatch.setattr(finals_trainers, "MAX_DEATHS", 1)
 
     def kill() -> None:
-        if not killed and (pids := workers_of(harness)):
-            killed.append(pids.pop())
-            os.kill(killed[0], signal.SIGKILL)
+        for pid in workers_of(harness):
+            os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(
-        UserError, match=r"worker \d: its process was killed by SIGKILL; the same command resumes; fewer"
+        UserError, match=r"worker \d: its process was killed by SIGKILL, .*; the same command resumes; few"
     ):
         harness.finals(seeds=1, workers=2, observer=RecordingObserver(kill))
-    assert killed and not shared_fork_server().workers() and harness.tracker.flush(30)
+    assert not shared_fork_server().workers() and harness.tracker.flush(30)
     assert not [run for run in harness.runs() if run.info.status == "RUNNING"], "its run was closed"
+
+
+@pytest.mark.usefixtures("forked")
+def test_training_that_is_not_needed_any_more_is_stopped_and_can_be_needed_again(harness: StudyHarness) -> None:
+    harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=20)
+    plan, study, stop = harness.plan(1, 2), harness.study, StopOnSignal()
+    keys = (f"{number:032x}" for number in itertools.count(1))
+    made = [Training(c, c.with_seed(seed), next(keys)) for c in plan.candidates for seed in plan.seeds]
+    short, long = [made[:2], made[2:]]  # the control's, and those of 20 epochs
+    about, observer = long[0].recipe.data, RecordingObserver()
+    with trainers(harness.tracker, study, harness.data, about, CPU, 2, observer, stop) as pool:
+        first, outcome = pool.next_ended([short[0], long[0]])
+        assert (first, outcome.state) == (short[0], State.FINISHED)
+        second, outcome = pool.next_ended([short[1]])
+        assert (second, outcome.state) == (short[1], State.FINISHED)
+        assert len(workers_of(harness)) <= 1, "it ends at its next step"
+        assert observer.outcomes[long[0].name].state is State.INTERRUPTED
+        last, outcome = pool.next_ended([long[0]])
+        assert (last, outcome.state, outcome.epochs) == (long[0], State.FINISHED, 20)
+    assert_complete(harness, 3)
+
+
+@pytest.mark.usefixtures("forked")
+def test_error_and_bug_of_a_worker_end_the_finals(harness: StudyHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate = harness.plan(1, 1).candidates[0]
+    training = Training(candidate, candidate.with_seed(1), "1" * 32)
+    about = training.recipe.data
+
+    def train(data: TrainingData) -> None:
+        stop, observer = StopOnSignal(), RecordingObserver()
+        with trainers(harness.tracker, harness.study, data, about, CPU, 2, observer, stop) as pool:
+            pool.next_ended([training])
+
+    with pytest.raises(DataError, match=f"study {harness.name}: its data set, digest ffffffffffff, is not in"):
+        train(dataclasses.replace(harness.data, digest="f" * 64))
+    monkeypatch.setattr(finals_trainers, "placements", lambda *device: [Placement("cuda:77")] * 2)
+    with pytest.raises(WorkerBug, match=r"in worker 1:\nTraceback(.|\n)*set_up"):
+        train(harness.data)
+    assert not shared_fork_server().workers() and not harness.runs()
+
+
+def test_worker_finds_data_behind_links(tmp_path: Path, harness: StudyHarness) -> None:
+    """Where the command found it: a manifest's images lie beside the link to it, and not beside the file."""
+    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    images.mkdir()
+    elsewhere.mkdir()
+    lines = ["path,label"]
+    for number in range(12):
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(images / f"{number}.png")
+        lines.append(f"{number}.png,{'ab'[number % 2]}")
+    (elsewhere / "list.csv").write_text("\n".join(lines))
+    (link := images / "link.csv").symlink_to(elsewhere / "list.csv")
+    about = Data(dataset=str(link), image_size=8, test_fraction=0, validation_fraction=0.25)
+    data = prepare(load(about, Path(), tmp_path), about, CPU)
+    setup = WorkerSetup(
+        tmp_path, "", harness.study, about, data.digest, data.source, data.listed is not None, Placement()
+    )
+    assert find(setup).digest == data.digest
 
 
 def test_workers_of_killed_finals_end_and_the_same_command_resumes(harness: StudyHarness) -> None:
@@ -117,7 +213,4 @@ def test_workers_of_killed_finals_end_and_the_same_command_resumes(harness: Stud
     again = server.start(words, folder, folder / "log")  # at once, while the orphans still end
     assert again.wait() == 0, (folder / "log").read_text()
     assert not pids & set(server.workers())
-    assert len(harness.runs()) == 4 and {run.info.status for run in harness.runs()} == {"FINISHED"}
-    for run in harness.runs():
-        points = harness.tracker.client.get_metric_history(run.info.run_id, "val/accuracy")
-        assert [point.step for point in points] == list(range(1, len(points) + 1)), "each epoch once"
+    assert_complete(harness, 4)
