@@ -2,11 +2,13 @@
 
 import pytest
 
+from pipeline.cli import views_finals
 from pipeline.cli.common import make_console
 from pipeline.cli.views_finals import FinalsView
 from pipeline.experiment import Outcome
 from pipeline.recipe import Recipe
 from pipeline.tracking.tags import State
+from pipeline.training.loop import EpochReport
 
 
 def test_each_training_is_a_line(small_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,3 +20,18 @@ def test_each_training_is_a_line(small_recipe: Recipe, capsys: pytest.CaptureFix
     assert line.startswith(
         "trial 1, seed 7 finished, accuracy 0.5000, f1_macro 0.2500, 2 epochs in 3.0 s; 1 of 2, about "
     )
+
+
+def test_all_trainings_under_way_are_shown(
+    small_recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views_finals, "PLAIN_INTERVAL_S", -1.0)
+    with FinalsView(make_console(), 3) as view:
+        for number in (1, 2):
+            view.started(f"trial {number}", small_recipe)
+        view.epoch("trial 2", EpochReport(1, {"throughput/images_per_s": 99.6}))
+        view.ended("trial 1", Outcome(State.FINISHED, "k", None))
+        view.epoch("trial 2", EpochReport(2, {"throughput/images_per_s": 90.0}))
+    first, _, last = capsys.readouterr().out.splitlines()
+    assert first.strip() == "trial 1: preparing; trial 2: epoch 1/2, 100 images/s"
+    assert last.strip() == "trial 2: epoch 2/2, 90 images/s"
