@@ -107,7 +107,7 @@ def test_interrupted_workers_end_and_their_trainings_resume(harness: StudyHarnes
 
 
 @pytest.mark.usefixtures("forked")
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.chaos)])
 def test_another_worker_goes_on_where_one_died(number: signal.Signals, harness: StudyHarness) -> None:
     harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=40)
     hit: list[int] = []
