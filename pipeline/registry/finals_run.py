@@ -55,7 +55,7 @@ def run_finals(
 ) -> FinalsDecision | None:
     """Train what is not trained yet, decide, and store the decision.
 
-    Seed by seed, every candidate once, so that poor ones stop early; the decision is the same with any number of `workers`.
+    Seed by seed, every candidate once, so that poor ones stop early. Equal scores decide the same in any number of `workers`.
     Raises Interrupted where the user asks to stop: the same call resumes. UserError where another command runs the study,
     or memory is too small. None where the time ends before MIN_SEEDS: nothing is decided then.
     """

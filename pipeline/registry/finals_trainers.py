@@ -231,7 +231,7 @@ class WorkerProcesses:
         self._deaths += 1
         if self._deaths >= MAX_DEATHS:
             remedy = "the same command resumes; fewer `--workers` need less memory"
-            raise UserError(f"worker {number}", f"{cause}, the third in a row", remedy)
+            raise UserError(f"worker {number}", f"{cause}, after {MAX_DEATHS - 1} others in a row", remedy)
         self._observer.note(f"worker {number}: {cause}; another one goes on with {name}")
 
     def _take_in(self, number: int, slot: _Slot, answer: EpochReport | Outcome | UserError | str) -> None:

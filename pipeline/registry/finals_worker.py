@@ -45,11 +45,11 @@ def main(channel: Channel) -> None:
 def _serve(setup: WorkerSetup, training: Training, channel: Channel) -> None:
     def check_stop() -> None:
         if channel.stop_requested():
-            raise Interrupted
+            raise Interrupted(STOP_REASON)
 
     device = setup.placement.set_up()
     with cache.reading(check_stop):
-        data = prepare(find(setup), setup.about, device)
+        data = prepare(find_dataset(setup), setup.about, device)
         freeze_imports()
         tracker = MlflowTracker(setup.home, setup.tracking_uri, connect_now=False)
         trainer = Trainer(tracker, setup.study, data, device, channel.stop_requested, STOP_REASON)
@@ -67,7 +67,7 @@ def _serve(setup: WorkerSetup, training: Training, channel: Channel) -> None:
             tracker.flush(FLUSH_S)
 
 
-def find(setup: WorkerSetup) -> Dataset:
+def find_dataset(setup: WorkerSetup) -> Dataset:
     """The data set, where the command found it."""
     seen = RunData(f"study {setup.study.name}", setup.about, setup.data_digest, (), setup.home)
     if setup.in_files:

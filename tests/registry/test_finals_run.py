@@ -5,6 +5,8 @@ import heapq
 import json
 import os
 import signal
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,15 +18,17 @@ from fork_server import shared_fork_server
 
 from pipeline.errors import DataError, UserError
 from pipeline.experiment import Interrupted, Outcome
+from pipeline.processes import _started, process_has_exited, this_process
 from pipeline.recipe import Recipe
 from pipeline.registry.decision import FinalsDecision, find_winner
 from pipeline.registry.finals import FinalsPlan, plan_finals
-from pipeline.registry.finals_run import _Race, run_finals
+from pipeline.registry.finals_run import _await_orphans, _Race, run_finals
 from pipeline.registry.finals_trainers import Training
 from pipeline.registry.racing import Racing
 from pipeline.tracking import queries, recovery
 from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tags import RunTags, State
+from pipeline.tracking.tracker import RunRequest
 from registry.finals_harness import CPU, RecordingObserver, StudyHarness, with_two_trials
 from registry.test_racing import candidates_of
 
@@ -278,6 +282,21 @@ def test_any_number_of_workers_decides_the_same(small_recipe: Recipe) -> None:
             speculative += len(begun) - len(needed)
             faster += end_s < 0.75 * alone_s
     assert speculative and faster == 30, "workers begin with the next seeds, of recipes that may be beaten meanwhile"
+
+
+def test_workers_of_killed_finals_are_waited_for(harness: StudyHarness) -> None:
+    """They may just complete what they train; it would be trained again."""
+    orphan = subprocess.Popen(["sleep", "2"])
+    threading.Thread(target=orphan.wait).start()
+    worker = this_process() | {"pid": orphan.pid, "started": _started(orphan.pid)}
+    recipe = harness.base.changed({"training.seed": 1})
+    tags = RunTags(role="final", study=harness.name, trial=0, trial_run="0" * 32, seed=1, worker=worker)
+    request = RunRequest(name="f", recipe=recipe, data=harness.data, parent_run=harness.study.parent, tags=tags)
+    with harness.tracker.run(request) as run:
+        assert harness.tracker.flush(30) and [each.info.status for each in harness.runs()] == ["RUNNING"]
+        _await_orphans(harness.tracker, harness.study)
+        assert process_has_exited(worker)
+        run.end(State.INTERRUPTED)
 
 
 def test_seed_that_would_end_too_late_is_not_begun_ahead_of_others(small_recipe: Recipe) -> None:

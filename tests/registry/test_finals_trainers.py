@@ -24,7 +24,7 @@ from pipeline.registry import finals_trainers
 from pipeline.registry.finals import plan_finals
 from pipeline.registry.finals_run import run_finals
 from pipeline.registry.finals_trainers import Training, WorkerSetup, trainers
-from pipeline.registry.finals_worker import STOP_REASON, find
+from pipeline.registry.finals_worker import STOP_REASON, find_dataset
 from pipeline.sections.data import Data
 from pipeline.tracking.tags import RunTags, State
 from pipeline.training.placement import Placement
@@ -198,7 +198,7 @@ def test_worker_finds_data_behind_links(tmp_path: Path, harness: StudyHarness) -
     setup = WorkerSetup(
         tmp_path, "", harness.study, about, data.digest, data.source, data.listed is not None, Placement()
     )
-    assert find(setup).digest == data.digest
+    assert find_dataset(setup).digest == data.digest
 
 
 def test_workers_of_killed_finals_end_and_the_same_command_resumes(harness: StudyHarness) -> None:
