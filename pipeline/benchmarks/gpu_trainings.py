@@ -254,12 +254,8 @@ def _tracking(recipe: Recipe, data: TrainingData, benchmark: GpuBenchmark, track
 def _trials(search: Search, data: TrainingData, device: torch.device, tracker: MlflowTracker, home: Path) -> Row:
     began = time.perf_counter()
     context = StudyContext(
-        search=search, data=data, device=device, storage=open_storage(home), tracker=tracker, observer=_Silent()
+        search=search, data=data, device=device, storage=open_storage(home), tracker=tracker, observer=StudyObserver()
     )
     result = run_study.run_study(context)
     seconds = time.perf_counter() - began
     return {"seconds": round(seconds, 2), "trial_s": round(seconds / search.trials, 2), "best": result.best_value}
-
-
-class _Silent(StudyObserver):
-    """Prints nothing."""

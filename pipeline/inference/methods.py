@@ -168,8 +168,6 @@ def compare_with_plain(measured: Mapping[str, MethodScores], method: str, classe
     """
     plain, scores = measured["plain"], measured[method]
     split = f"{method} on the {scores.n:,} validation image{'s' * (scores.n != 1)}"
-    if method == "plain":
-        return f"{split}: accuracy {scores.accuracy:.2%}, macro-F1 {scores.f1_macro:.2%}."
     f1_gain = scores.f1_macro - plain.f1_macro
     p = "p < 0.001" if scores.p < 0.001 else f"p = {scores.p:.3f}"
     parts = [

@@ -1,12 +1,11 @@
-"""From a recipe's `model` section to a network; its parameters, receptive field and FLOP."""
+"""From a recipe's `model` section to a network; its parameters and FLOP."""
 
-import copy
 import types
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.models.attention import AttentionNetwork
@@ -130,24 +129,6 @@ def num_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def receptive_field(features: nn.Module, image_size: int = 128) -> int:
-    """Side in pixels of the square that one place of `features`' output depends on; exact where below `image_size`.
-
-    Reads it off the gradient: with positive weights and a positive image nothing cancels, batch norm in evaluation
-    mode is a positive scale, and maxima are made averages, which see all of their window.
-    """
-    network = copy.deepcopy(features).double().eval()
-    for parameter in network.parameters():
-        nn.init.constant_(parameter, 1 / 64)
-    network = _without_maxima(network)
-    image = torch.ones(1, 3, image_size, image_size, dtype=torch.float64, requires_grad=True)
-    output: Tensor = network(image)
-    output[0, :, output.shape[2] // 2, output.shape[3] // 2].sum().backward()
-    assert image.grad is not None
-    columns = image.grad[0].sum((0, 1)).nonzero().flatten()
-    return int(columns[-1] - columns[0]) + 1  # dilated convolutions leave gaps
-
-
 def prediction_flop(model: Model, num_classes: int, image_size: int) -> int:
     """What one prediction costs: FLOP of matrix products and convolutions of one image, two for each multiply-add."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -156,12 +137,3 @@ def prediction_flop(model: Model, num_classes: int, image_size: int) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, image_size, image_size))
     return int(counter.get_total_flops())
-
-
-def _without_maxima(module: nn.Module) -> nn.Module:
-    for name, child in module.named_children():
-        if isinstance(child, nn.MaxPool2d):
-            setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride))
-        else:
-            _without_maxima(child)
-    return module

@@ -9,10 +9,10 @@ from torch.nn import functional
 EPSILON = 5e-4  # of whitening; the lineage's
 
 
-def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1) -> list[nn.Module]:
-    """A convolution that keeps height and width (at stride 1), batch norm, ReLU."""
+def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, dilation: int = 1) -> list[nn.Module]:
+    """A convolution that keeps height and width, batch norm, ReLU."""
     padding = dilation * (kernel // 2)
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False)
+    convolution = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False)
     return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
 

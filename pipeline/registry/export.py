@@ -285,10 +285,10 @@ def latencies_ms(models: Sequence[tuple[Path, int]]) -> list[float]:
     return [min(times) for times in zip(*rounds, strict=True)]
 
 
-def images_per_second(path: Path, image_size: int, threads: int = 1, batch_size: int = 64, repeats: int = 10) -> float:
+def images_per_second(path: Path, image_size: int, threads: int) -> float:
     """By the median of several batches."""
-    images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
-    return batch_size / _seconds(path, images, threads, repeats)
+    images = np.zeros((64, image_size, image_size, 3), np.uint8)
+    return len(images) / _seconds(path, images, threads, repeats=10)
 
 
 def _seconds(path: Path, images: np.ndarray, threads: int, repeats: int) -> float:

@@ -81,7 +81,6 @@ def train(
     on_epoch: Callable[[EpochReport], None] = _ignore,
     on_step: Callable[[int, int, int], None] = _ignore,
     on_part: OnPart = _ignore,
-    score_plain: bool = False,
     resume: Resume | None = None,
 ) -> Result:
     """Train a recipe's network on `data` and score it on the validation split after every epoch.
@@ -89,8 +88,6 @@ def train(
     `on_epoch` may raise to end the training. `on_step(epoch, step, steps)`, from 1, reports progress by the host's count:
     within an epoch only the loss is read from the device, and only a copy that has arrived already.
     `on_part(part)` is called where the time starts to belong to another of PARTS; it must not wait for the device.
-    With `score_plain`, a recipe that averages its weights has the trained ones scored as well, for another evaluation an
-    epoch: `plain/accuracy` next to `val/accuracy`, and so on.
     With `resume`, the training continues after the epoch whose state is saved there and does not report earlier epochs
     again; its result, `history` and `seconds` included, is that of an uninterrupted training. It saves its state there.
     An epoch's data order, augmentation and dropout depend on (seed, epoch) alone; on a CPU with the same number of
@@ -128,7 +125,7 @@ def train(
             epoch_started = time.perf_counter()
             learner.train_epoch(epoch, graphed_step, on_step, on_part)
             on_part("evaluation")
-            logits, metrics = learner.evaluate(score_plain)
+            logits, metrics = learner.evaluate()
             seconds = time.perf_counter() - epoch_started
             report = EpochReport(epoch, metrics | learner.costs(seconds))
             if not (math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["val/loss"])):
@@ -282,18 +279,11 @@ class _Learner:
             loss = loss + augmentation.consistency * consistency_loss(logits, num_views(augmentation))
         return loss, own
 
-    def evaluate(self, score_plain: bool) -> tuple[Tensor, dict[str, float]]:
+    def evaluate(self) -> tuple[Tensor, dict[str, float]]:
         """Validation logits (num_validation, num_classes), and the epoch's losses and scores by MLflow name."""
         means = torch.stack([self._loss_sum / self._steps, self._num_correct / (self._steps * self._batch_size)])
         logits = self._validation_logits(self.scored_network)
-        metrics = _metrics(means, logits, self._data.validation, self._f1_names)
-        if score_plain and self.parts.average:
-            plain_logits = self._validation_logits(self.parts.network)
-            plain = _metrics(means, plain_logits, self._data.validation, self._f1_names)
-            metrics |= {
-                name.replace("val/", "plain/"): value for name, value in plain.items() if name.startswith("val/")
-            }
-        return logits, metrics
+        return logits, _metrics(means, logits, self._data.validation, self._f1_names)
 
     def _validation_logits(self, network: nn.Module) -> Tensor:
         data = self._data

@@ -285,7 +285,7 @@ def test_a_frozen_parameter_is_another_graph(tiny: Recipe) -> None:
 
 
 def test_an_epoch_copies_its_order_and_its_rates_nowhere(tiny: Recipe) -> None:
-    """Alternating flips, both sides of a mean, plain scores too, and what times it: of two epochs."""
+    """Alternating flips, both sides of a mean, and what times it: of two epochs."""
     change = {"augmentation.horizontal_flip": "alternating", "training.epochs": 2, "training.deterministic": True}
     with simulated_gpu() as gpu:
         watch = Stopwatch(DEVICE)
@@ -294,7 +294,7 @@ def test_an_epoch_copies_its_order_and_its_rates_nowhere(tiny: Recipe) -> None:
             watch(part)
             gpu.kernels(part)
 
-        train(tiny.changed(change), gpu.data(TWO_STEPS), DEVICE, on_part=on_part, score_plain=True)
+        train(tiny.changed(change), gpu.data(TWO_STEPS), DEVICE, on_part=on_part)
         seconds, steps = watch.seconds()
     assert gpu.kernels.reads == 2 * 2
     assert steps == 2 * 2 and seconds["forward"] == pytest.approx(steps / 1000)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.models.build import build_network, layer_ids, num_parameters, prediction_flop, receptive_field
-from pipeline.models.layers import conv_bn_relu
+from pipeline.models.build import build_network, layer_ids, num_parameters, prediction_flop
 from pipeline.sections.model import Attention, Baseline, Cct, Efficient, Expert, Fast, Improved, Model, Plain, Timm
 from pipeline.sections.section import Section
 
@@ -42,7 +41,10 @@ def test_smallest_image_that_can_be_halved_gives_finite_logits(model: Model) -> 
 def test_every_parameter_gets_a_gradient(model: Model) -> None:
     network = build_network(model, 10, 32, seed=0)
     network(torch.randn(8, 3, 32, 32)).square().sum().backward()
-    assert not [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    without = {name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()}
+    assert without <= {"pooling.bias"}, (
+        "its softmax over places is the same with any bias: a gradient of rounding errors"
+    )
 
 
 @each
@@ -76,22 +78,6 @@ def test_layers_are_counted_from_the_image_to_the_head(model: Model) -> None:
 )
 def test_number_of_parameters_is_known(model: Model, parameters: int) -> None:
     assert num_parameters(build_network(model, 10, 32, seed=0)) == parameters
-
-
-@pytest.mark.parametrize(
-    ("features", "expected"),
-    [
-        (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), 3),
-        (nn.Sequential(*conv_bn_relu(3, 4), *conv_bn_relu(4, 4)), 5),
-        (nn.Sequential(nn.Conv2d(3, 4, 3, padding=2, dilation=2)), 5),
-        (nn.Sequential(*conv_bn_relu(3, 4), nn.MaxPool2d(2), *conv_bn_relu(4, 4)), 8),
-        (nn.Sequential(nn.Conv2d(3, 4, 7, 2, 3), nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 4, 3, padding=1)), 19),
-        (nn.Sequential(*[layer for i in range(5) for layer in conv_bn_relu(3 if i == 0 else 4, 4)]), 11),
-    ],
-)
-def test_receptive_field_of_known_networks(features: nn.Module, expected: int) -> None:
-    """By the recurrence r += (kernel - 1) * dilation * jump; the fifth is ResNet's stem and one convolution."""
-    assert receptive_field(features) == expected
 
 
 def test_prediction_flop_equals_the_count_by_hand() -> None:

@@ -140,17 +140,6 @@ def test_averaged_weights_are_what_is_judged(small_recipe: Recipe, digits: Train
     assert not torch.equal(averaged.validation_logits, plain.validation_logits)
 
 
-def test_score_plain_scores_the_trained_weights_too(small_recipe: Recipe, digits: TrainingData) -> None:
-    both = train(small_recipe, digits, CPU, score_plain=True)
-    alone = train(small_recipe.changed({"training.ema_decay": 0}), digits, CPU, score_plain=True)
-    averaged = train(small_recipe, digits, CPU)
-    for of_both, of_alone, of_averaged in zip(both.history, alone.history, averaged.history, strict=True):
-        for name in ("loss", "accuracy", "balanced_accuracy", "f1_macro", "f1/7"):
-            assert of_both.metrics[f"plain/{name}"] == of_alone.metrics[f"val/{name}"]
-            assert of_both.metrics[f"val/{name}"] == of_averaged.metrics[f"val/{name}"], "and nothing else changes"
-        assert not any(name.startswith("plain/") for name in of_alone.metrics | of_averaged.metrics)
-
-
 def test_a_training_that_diverges_ends_at_once(small_recipe: Recipe, digits: TrainingData) -> None:
     steps = []
     recipe = small_recipe.changed(
