@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote
 
 from pydantic import ValidationError
@@ -49,6 +49,9 @@ class UserError(Exception):
         super().__init__(subject, rule, remedy, details)
         self.problems: tuple[Problem, ...] = (Problem(subject, rule, remedy, tuple(details)),)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).__new__, (type(self), *self.args), vars(self)  # a subclass may be made from other arguments
+
     @classmethod
     def many(cls, problems: Sequence[Problem]) -> Self:
         """An error of several problems, at least one."""
@@ -79,14 +82,6 @@ class PromotionRefused(UserError):
 
 class NotReproduced(UserError):
     """A repeated run differs from the first one by more than the tolerance."""
-
-
-def error_of(name: str, problems: Sequence[Problem]) -> UserError:
-    """The error of the class `name`, as another process raised it; a UserError where that class is unknown."""
-    classes: list[type[UserError]] = [UserError]
-    for known in classes:
-        classes += known.__subclasses__()
-    return next((known for known in classes if known.__name__ == name), UserError).many(problems)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

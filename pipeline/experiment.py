@@ -115,12 +115,10 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
             state, reason, final_metrics = State.PRUNED, str(error), error.metrics
             if final_metrics:
                 tracked.log_metrics(final_metrics, reports[-1].epoch if reports else 1)
-        except Diverged as error:
-            state, reason = State.FAILED, f"{DIVERGED}: {error}"
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+        except (Diverged, MemoryError, RuntimeError) as error:
+            state, reason = State.FAILED, why_failed(error)
+            if not reason:
                 raise
-            state, reason = State.FAILED, f"out of memory: {error}"
         except (Interrupted, KeyboardInterrupt) as error:
             state, reason = State.INTERRUPTED, str(error) or "stopped by the user"
         if reports and (at_the_end := _split(reports[-1].metrics, request.data)[1]):
@@ -142,6 +140,13 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
         seconds=time.perf_counter() - start + (resume.seconds if resume else 0),
         notes=tuple(resume.notes) if resume else (),
     )
+
+
+def why_failed(error: BaseException) -> str:
+    """Why a recipe has failed whose training raised this: it diverged or needs too much memory; empty for a bug."""
+    if isinstance(error, Diverged):
+        return f"{DIVERGED}: {error}"
+    return f"out of memory: {error}" if _is_out_of_memory(error) else ""
 
 
 def run_until_stopped(request: ExperimentRequest, tracker: Tracker) -> Outcome:

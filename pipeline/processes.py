@@ -5,7 +5,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import UserError
 
+_note_life: ContextVar[Callable[[], None]] = ContextVar("note_life", default=lambda: None)
 PROBE_S = 0.5  # for others that only look whether a study is running, for which they take its lock for a moment
 
 
@@ -44,6 +46,21 @@ class StopOnSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested, self.number = True, number
+
+
+@contextlib.contextmanager
+def watched(note_life: Callable[[], None]) -> Iterator[None]:
+    """Let `note_life` be called by each `sign_of_life` in the block."""
+    token = _note_life.set(note_life)
+    try:
+        yield
+    finally:
+        _note_life.reset(token)
+
+
+def sign_of_life() -> None:
+    """Called every few seconds by what may take hours besides the steps of a training: it is not stalled."""
+    _note_life.get()()
 
 
 @contextlib.contextmanager

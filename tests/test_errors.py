@@ -1,17 +1,19 @@
 """Errors of the user's input: problems as text, several at once, and those of pydantic's validation."""
 
+import pickle
+from pathlib import Path
 from typing import Literal
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from pipeline.data.images import BadImage
 from pipeline.errors import (
     DataError,
     PartialFailure,
     Problem,
     UserError,
     did_you_mean,
-    error_of,
     escape_control,
     first_line,
     proxies,
@@ -45,12 +47,18 @@ def test_user_error_renders_all_of_its_problems() -> None:
     assert str(many) == "lr = -1: should be above 0; raise it\n  seen in trial 3\nepochs = 0: should be at least 1"
 
 
-def test_error_travels_by_its_class_name() -> None:
-    problems = [Problem("a", "b"), Problem("c")]
-    again = error_of(PartialFailure.__name__, problems)
-    assert type(again) is PartialFailure
-    assert again.problems == tuple(problems)
-    assert type(error_of("NoSuchError", problems)) is UserError
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("a", "b", "c", ("d",)),
+        PartialFailure.many([Problem("a", "b"), Problem("c")]),
+        BadImage(Path("cat.png"), "is cut off"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_travel_between_processes(error: UserError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and vars(again) == vars(error) and str(again) == str(error)
 
 
 def test_closest_known_word_is_suggested() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.processes import sign_of_life
+
 _TEMPERATURES = (0.05, 20.0)
 _THRESHOLDS = 2 ** np.linspace(-1, 1, 17)  # 1 is among them
 _NEAREST_TO_1 = np.argsort(np.abs(np.log(_THRESHOLDS)), kind="stable")
@@ -60,37 +62,70 @@ def fit_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
     columns = np.ascontiguousarray(probabilities.T, dtype=np.float64)
     place = np.full(len(columns), _NEAREST_TO_1[0])  # of each class's threshold on the grid
+    scaled = _Scaled(columns)
     for chosen in list(range(len(columns))) * _PASSES:
-        f1 = _f1_by_threshold(columns, labels, _THRESHOLDS[place], chosen)
+        sign_of_life()
+        f1 = _f1_by_threshold(columns[chosen], labels, scaled, chosen)
         best = _NEAREST_TO_1[f1[_NEAREST_TO_1].argmax()]
         if f1[best] > f1[place[chosen]] + _ROUNDING:
             place[chosen] = best
+            scaled.change(chosen, columns[chosen] / _THRESHOLDS[best])
     return _THRESHOLDS[place]
 
 
-def _f1_by_threshold(columns: np.ndarray, labels: np.ndarray, thresholds: np.ndarray, chosen: int) -> np.ndarray:
-    """Macro-F1 of `columns` (C, N), one for each of _THRESHOLDS as the chosen class's, the other classes' fixed.
+class _Scaled:
+    """Columns (C, N) over their classes' thresholds, with each image's best two classes, the first of equals.
+
+    A threshold that changes moves few images' best two: with a thousand classes, to find them anew each time takes hours.
+    """
+
+    def __init__(self, columns: np.ndarray):
+        self.columns = columns.copy()
+        self.best, self.values = self._best_two(columns)  # (2, N) each: classes, and their numbers
+
+    def rivals(self, chosen: int) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) each image's best class but the chosen one, and its number; -1 where there is only one class."""
+        is_best = self.best[0] == chosen
+        return np.where(is_best, self.best[1], self.best[0]), np.where(is_best, self.values[1], self.values[0])
+
+    def change(self, chosen: int, column: np.ndarray) -> None:
+        """A class has a new column (N,)."""
+        self.columns[chosen] = column
+        moved = np.flatnonzero((self.best == chosen).any(axis=0) | (column >= self.values[1]))
+        self.best[:, moved], self.values[:, moved] = self._best_two(self.columns[:, moved])
+
+    @staticmethod
+    def _best_two(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images, first = np.arange(columns.shape[1]), columns.argmax(axis=0)
+        highest = columns[first, images]
+        others = columns.copy()
+        others[first, images] = -1
+        second = others.argmax(axis=0)
+        return np.stack([first, second]), np.stack([highest, others[second, images]])
+
+
+def _f1_by_threshold(column: np.ndarray, labels: np.ndarray, scaled: _Scaled, chosen: int) -> np.ndarray:
+    """Macro-F1, one for each of _THRESHOLDS as the chosen class's, whose probabilities are `column` (N,).
 
     An image goes to the chosen class below a certain threshold, else to the best of the others, its rival. Counting
     images by the grid's place of that threshold gives all confusions at once.
     """
-    size, classes, grid = len(labels), len(columns), len(_THRESHOLDS)
-    others = columns / thresholds[:, None]
-    others[chosen] = -1
-    rival, highest = others.argmax(axis=0), others.max(axis=0)
-    scaled = columns[chosen] / _THRESHOLDS[:, None]
-    wins = (scaled > highest) | ((scaled == highest) & (chosen < rival))  # argmax takes the first of equals
-    place = wins.sum(axis=0)  # the chosen class wins at _THRESHOLDS[:place]
+    size, classes, grid = len(labels), len(scaled.columns), len(_THRESHOLDS)
+    rival, highest = scaled.rivals(chosen)
+    place = np.zeros(size, np.int64)  # the chosen class wins at _THRESHOLDS[:place]
+    near = np.flatnonzero(column / _THRESHOLDS[0] >= highest)  # else it wins at none
+    tried = column[near] / _THRESHOLDS[:, None]
+    place[near] = ((tried > highest[near]) | ((tried == highest[near]) & (chosen < rival[near]))).sum(axis=0)
 
     def images_of_rivals(images: np.ndarray) -> np.ndarray:
         """(grid, C): how many of the images each rival has, by threshold."""
         cells = np.bincount(place[images] * classes + rival[images], minlength=(grid + 1) * classes)
         return cells.reshape(grid + 1, classes).cumsum(axis=0)[:grid]
 
-    true = np.bincount(labels, minlength=classes)
+    true, is_chosen = np.bincount(labels, minlength=classes), labels == chosen
     predicted, hits = images_of_rivals(np.arange(size)), images_of_rivals(np.flatnonzero(rival == labels))
     predicted[:, chosen] = size - predicted.sum(axis=1)
-    hits[:, chosen] = wins[:, labels == chosen].sum(axis=1)
+    hits[:, chosen] = (place[is_chosen] > np.arange(grid)[:, None]).sum(axis=1)
     return (2 * hits / np.maximum(predicted + true, 1)).mean(axis=1)
 
 

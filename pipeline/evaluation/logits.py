@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.data.augment import normalise
 from pipeline.data.mapped import MappedImages
+from pipeline.processes import sign_of_life
 
 MOST_TOGETHER, PIXELS_TOGETHER = 500, 500 * 64**2
 
@@ -64,6 +65,7 @@ def predict_logits(
     network.eval()
     logits = []
     for chunk in images.split(batch_size or images_together(images.shape[-1])):
+        sign_of_life()
         x = normalise(chunk, mean, std).contiguous(memory_format=torch.channels_last)
         with autocast(images.device, precision):
             logits.append(network(x).float())

@@ -18,16 +18,18 @@ from optuna.trial import TrialState
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line
 from pipeline.evaluation.logits import bf16_supported
+from pipeline.experiment import why_failed
 from pipeline.recipe import Recipe
 from pipeline.search.search import Search
 from pipeline.search.short_trials import short_epochs, simulate
-from pipeline.search.speed import fastest_precision, measure_mean, measure_overhead, trial_seconds
+from pipeline.search.speed import Speed, fastest_precision, measure_mean, measure_overhead, trial_seconds
 from pipeline.search.storage import num_finished
 from pipeline.search.study_attributes import Choice, StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes, is_feasible
 from pipeline.tracking.sqlite import checkpoint
 from pipeline.tracking.tracker import NullTracker, Run
 from pipeline.training.execution import check_execution
+from pipeline.training.loop import Diverged
 
 CONTROL_S = 1.5  # of measuring the control; on slow networks two short epochs take longer
 NUM_OTHER_RECIPES = 3  # random ones, while all measuring takes less than MEASURING_FRACTION of the forecast time
@@ -49,6 +51,10 @@ EXECUTIONS = {"cpu": ("eager",), "cuda": ("eager", "graphed")}
 WORTHWHILE = 0.8  # of a study's time: a less simple way has to save a fifth of it
 MAX_DEFAULT_WORKERS = 4  # each takes a core and gigabytes, and the search knows less when it asks
 CONTEXT_GIB = 1.0  # of a GPU, which a process takes before its first tensor
+
+
+class RecipeFails(UserError):
+    """A recipe whose trial would fail: it needs too much memory, or diverges."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +108,8 @@ def measure_ways(
     for execution in executions:
         recipe = search.base.changed({"training.execution": execution})
         try:
-            speed = measure_mean(recipe, data, device, CONTROL_S, on_step)
-        except RuntimeError as error:  # as torch's are, of a capture and of memory
+            speed = _measured(recipe, data, device, CONTROL_S, on_step)
+        except (RuntimeError, RecipeFails) as error:  # as torch's are, of a capture
             if not ways:
                 raise
             failed.append(f"{execution} fails ({first_line(error)})")
@@ -117,6 +123,21 @@ def measure_ways(
         tracking_s = seconds.pop("tracking") + TRACKING_S
         ways.append(Way(execution, sum(seconds.values()), tracking_s, speed.memory_gib))
     return ways, "; ".join(failed)
+
+
+def _measured(
+    recipe: Recipe, data: TrainingData, device: torch.device, seconds: float, on_step: Callable[[int, int, int], None]
+) -> Speed:
+    """As `measure_mean`; RecipeFails where a trial of the recipe would."""
+    try:
+        return measure_mean(recipe, data, device, seconds, on_step)
+    except (Diverged, MemoryError, RuntimeError) as error:
+        if not (reason := why_failed(error)):
+            raise
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    size = f"batches of {recipe.training.batch_size} and images of {recipe.data.image_size} pixels"
+    raise RecipeFails(f"{recipe.model.network} with {size}", reason.splitlines()[0], "smaller ones take less memory")
 
 
 def _check_usable(device: torch.device, failed: str) -> None:
@@ -267,13 +288,14 @@ def measure_costs(
     counter, on_cpu, start = _FileCounter(), device.type == "cpu", time.perf_counter()
     with _one_thread() if choice.workers > 1 and on_cpu else contextlib.nullcontext():
         control = search.base
-        speeds = [measure_mean(control, data, device, CONTROL_S, on_step)]
+        speeds = [_measured(control, data, device, CONTROL_S, on_step)]
         overhead = measure_overhead(control, data, device, speeds[0], counter)
         trial_s = sum(trial_seconds(control, speeds[0], overhead).values()) + TRACKING_S
         for recipe in _random_recipes(search, NUM_OTHER_RECIPES):
             if time.perf_counter() - start > MEASURING_FRACTION * min(total_s, trial_s * trials):
                 break
-            speeds.append(measure_mean(recipe, data, device, CONTROL_S / 3, on_step))
+            with contextlib.suppress(RecipeFails):  # as a trial it fails, and the study goes on
+                speeds.append(_measured(recipe, data, device, CONTROL_S / 3, on_step))
     return Costs(
         epoch_s=statistics.mean(speed.epoch_s for speed in speeds) + overhead.epoch_s,
         end_s=trial_s - control.training.epochs * (speeds[0].epoch_s + overhead.epoch_s),

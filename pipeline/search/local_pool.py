@@ -1,6 +1,6 @@
 """Workers as processes of this machine."""
 
-import json
+import pickle
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class ProcessWorker:
         """See Worker."""
         if self._ended is None and (cause := self._process.ended()):
             answers = self._process.answers()
-            self._ended = Ended(**json.loads(answers[0])) if answers else Ended(died=cause)
+            self._ended = pickle.loads(answers[0]) if answers else Ended(died=cause)
         return self._ended
 
     def stop(self) -> None:

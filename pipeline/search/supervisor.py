@@ -139,7 +139,7 @@ class Supervisor:
             if ended.bug:
                 raise WorkerBug(f"in worker {slot.number + 1}:\n{ended.bug}")
             if ended.error:
-                raise ended.as_error()
+                raise ended.error
             dead.append(slot)
         return dead
 

@@ -1,15 +1,15 @@
 """One worker: claims released trials and runs them, and shows that it lives; in a process of its own, or an actor."""
 
 import contextlib
-import json
 import os
+import pickle
 import sys
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,9 +23,9 @@ from optuna.exceptions import UpdateFinishedTrialError
 from pipeline.data import cache
 from pipeline.data.datasets import load
 from pipeline.data.prepare import prepare
-from pipeline.errors import Problem, UserError, error_of
+from pipeline.errors import UserError
 from pipeline.experiment import Interrupted
-from pipeline.processes import this_process
+from pipeline.processes import this_process, watched
 from pipeline.search.search import Search
 from pipeline.search.storage import RetryingStorage, find_study, open_storage
 from pipeline.search.trial import StudyContext, StudyInterrupted, StudyObserver, claim_trial, run_trial
@@ -47,7 +47,7 @@ class Limits:
 
     heartbeat_s: float = 5.0  # between a worker's heartbeats
     heartbeat_timeout_s: float = 60.0  # without one, while the database answers, a worker is dead
-    stall_timeout_s: float = 900.0  # without an image that is read, a step or an epoch a training is stalled
+    stall_timeout_s: float = 900.0  # without a sign of life, as each step is, a training is stalled
     term_s: float = 7.0  # from SIGTERM until workers that have not stopped are killed; systems kill after 10
 
 
@@ -69,17 +69,11 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a worker ended: on request, by a UserError, by a bug, or its process `died`; JSON."""
+    """How a worker ended: on request, by a UserError, by a bug, or its process `died`."""
 
-    error: str = ""  # the name of the UserError's class
-    problems: list[dict[str, Any]] = field(default_factory=list)  # of the UserError; see `as_error`
+    error: UserError | None = None
     bug: str = ""  # a traceback
     died: str = ""  # the cause
-
-    def as_error(self) -> UserError:
-        """The UserError that ended it."""
-        problems = [Problem(**problem | {"details": tuple(problem["details"])}) for problem in self.problems]
-        return error_of(self.error, problems)
 
 
 def packed(search: Search) -> bytes:
@@ -134,7 +128,7 @@ class Heartbeat(StudyObserver):
             self._trial = None
 
     def note_activity(self) -> None:
-        """The worker is not stalled: it made a step, read an image, or waits for the database."""
+        """The worker is not stalled: it made a step, read or predicted images, or waits for the database."""
         self._last_activity = time.monotonic()
 
     def step(self, number: int, progress: Progress) -> None:
@@ -195,7 +189,7 @@ def work(assignment: Assignment, stop_requested: Callable[[], bool]) -> Ended:
     except (StudyInterrupted, Interrupted, KeyboardInterrupt):
         return Ended()
     except UserError as error:
-        return Ended(error=type(error).__name__, problems=[asdict(problem) for problem in error.problems])
+        return Ended(error=error)
     except BaseException:
         return Ended(bug=traceback.format_exc())
     return Ended()
@@ -233,7 +227,7 @@ def _work(assignment: Assignment, search: Search, stop_requested: Callable[[], b
         storage.while_waiting = while_waiting
         worker = this_process() | {"id": assignment.id, "launch": assignment.launch}
         try:
-            with cache.reading(while_waiting):
+            with cache.reading(while_waiting), watched(heartbeat.note_activity):
                 _run_trials(study, context, heartbeat, worker)
         finally:
             context.tracker.flush(FLUSH_S)  # what is not sent by then waits on disk, for the supervisor
@@ -256,6 +250,6 @@ def main(channel: Channel) -> None:
     if not (message := channel.receive()):
         return  # the supervisor has exited already
     ended = work(cloudpickle.loads(message), channel.stop_requested)
-    channel.send(json.dumps(asdict(ended)).encode())
+    channel.send(pickle.dumps(ended))
     sys.stderr.flush()
     os._exit(0)  # threads of libraries would keep the process alive

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from synthetic_logits import macro_f1, sample_logits, softmax
 from torch.nn import functional
 
+from pipeline.evaluation import calibration
 from pipeline.evaluation.calibration import fit_calibration, fit_temperature, fit_thresholds, reweighting_line
+from pipeline.processes import watched
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -84,6 +86,25 @@ def test_thresholds_never_lower_macro_f1_where_fitted(seed: int) -> None:
     thresholds = fit_thresholds(probabilities, labels)
     assert macro_f1(labels, probabilities / thresholds) >= macro_f1(labels, probabilities) - 1e-12
     assert thresholds.min() >= 0.5 and thresholds.max() <= 2
+
+
+def test_thresholds_of_many_classes_look_at_few_images_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all images anew for each class, a thousand classes take hours."""
+    classes, images = 60, 1200
+    labels = np.arange(images) % classes
+    probabilities = softmax(np.random.default_rng(0).normal(size=(images, classes)) + 2 * np.eye(classes)[labels])
+    best_two, looked_at, signs = calibration._Scaled._best_two, [], []
+
+    def count(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        looked_at.append(columns.shape[1])
+        return best_two(columns)
+
+    monkeypatch.setattr(calibration._Scaled, "_best_two", staticmethod(count))
+    with watched(lambda: signs.append(1)):
+        thresholds = fit_thresholds(probabilities, labels)
+    assert looked_at[0] == images and len(looked_at) - 1 >= (thresholds != 1).sum() > 20
+    assert sum(looked_at[1:]) < 0.2 * images * len(looked_at), "a changed threshold concerns few images"
+    assert len(signs) == 2 * classes
 
 
 def test_thresholds_stay_1_where_nothing_helps() -> None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from pipeline.evaluation.logits import autocast, images_together, predict_logits
 from pipeline.models.build import build_network
+from pipeline.processes import watched
 from pipeline.sections.model import Attention
 
 CPU = torch.device("cpu")
@@ -45,3 +46,12 @@ def test_precision_is_what_the_network_computes_in(precision: str, expected: tor
     layer = nn.Linear(4, 4)
     with autocast(CPU, precision):
         assert layer(torch.zeros(2, 4)).dtype == expected
+
+
+def test_each_part_that_is_predicted_is_a_sign_of_life() -> None:
+    signs: list[int] = []
+    images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    with watched(lambda: signs.append(1)):
+        predict_logits(nn.Flatten(), images, MEAN, STD, "fp32", batch_size=2)
+    predict_logits(nn.Flatten(), images, MEAN, STD, "fp32", batch_size=2)
+    assert len(signs) == 3

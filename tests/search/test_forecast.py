@@ -23,6 +23,7 @@ from pipeline.search.study import Study
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial import StudyInterrupted
 from pipeline.tracking import queries
+from pipeline.training.loop import Diverged
 
 CPU = torch.device("cpu")
 ONE = Choice("eager", 1)
@@ -201,6 +202,38 @@ def test_simplest_way_that_is_hardly_slower_is_chosen(
 ) -> None:
     choice = choose(ways, trials, cores, free_gib)
     assert (choice.execution, choice.workers) == expected
+
+
+def test_recipes_that_would_fail_as_trials_are_not_measured(
+    small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, too_large = (
+        forecast_module.measure_mean,
+        [torch.OutOfMemoryError("CUDA out of memory.\nmore"), Diverged()],
+    )
+
+    def measure(recipe: Recipe, *rest: Any) -> Any:
+        if recipe.optimizer.lr != small_recipe.optimizer.lr and too_large:
+            raise too_large.pop()
+        return measured(recipe, *rest)
+
+    monkeypatch.setattr(forecast_module, "measure_mean", measure)
+    search = search_of(small_recipe, 10_000)
+    costs = forecast_module.measure_costs(search, digits, CPU, ONE, 10_000)
+    assert costs.measured == 1 + forecast_module.NUM_OTHER_RECIPES - 2
+    too_large += [torch.OutOfMemoryError("CUDA out of memory.\nmore")]
+    base = search.base.changed({"optimizer.lr": 0.5})
+    of_control = dataclasses.replace(search, study=dataclasses.replace(search.study, base=base))
+    for call in (
+        lambda: forecast_module.measure_costs(of_control, digits, CPU, ONE, 10_000),
+        lambda: measure_ways(of_control, digits, CPU, ("eager",)),
+    ):
+        too_large[:] = [torch.OutOfMemoryError("CUDA out of memory.\nmore")]
+        with pytest.raises(UserError, match=r"images of 8 pixels: out of memory: CUDA out of memory\.; smaller ones"):
+            call()
+    monkeypatch.setattr(forecast_module, "measure_mean", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        forecast_module.measure_costs(search, digits, CPU, ONE, 10_000)
 
 
 def test_choice_reports_what_was_measured() -> None:

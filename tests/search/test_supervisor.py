@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class ThreadWorker:
         except Died as error:
             ended = Ended(died=str(error) or "for no reason")
         except UserError as error:
-            ended = Ended(error=type(error).__name__, problems=[asdict(problem) for problem in error.problems])
+            ended = Ended(error=error)
         except ZeroDivisionError as error:
             ended = Ended(bug=f"Traceback: {error!r}")
         except ValueError:
