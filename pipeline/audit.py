@@ -11,8 +11,9 @@ from pathlib import Path
 
 from pipeline.errors import Problem, PromotionRefused, UserError, redact_uri
 from pipeline.evaluation.scores import CLASS_F1
+from pipeline.files import UNFINISHED
 from pipeline.processes import process_has_exited
-from pipeline.registry import initial_weights, ledger, promote
+from pipeline.registry import ledger, promote
 from pipeline.registry.registered_model import Registry
 from pipeline.search.snapshot import StudySnapshot, TrialSnapshot, requeue_abandoned, study_snapshots
 from pipeline.search.storage import RetryingStorage
@@ -345,8 +346,8 @@ def leftovers(home: Path) -> list[Path]:
     others = [
         *home.glob(".mlflow.db.new*"),
         *(path for path in home.glob("exports/.*.*") if path.is_dir()),
-        *home.glob(f"{initial_weights.FOLDER}/.*.new"),
-        *home.glob("reports/.*.tmp"),
+        *home.glob(UNFINISHED),
+        *home.glob(f"*/{UNFINISHED}"),
         *home.parent.glob("data/.cifar10-*"),
     ]
     old = [path for path in others if time.time() - path.stat().st_mtime > _IN_USE_S]

@@ -28,7 +28,7 @@ LAYERS = [
     {"recipe"},
     {"sections"},
     {"processes", "worker_process"},
-    {"errors"},
+    {"errors", "files"},
     {"runtime"},
 ]
 # Library -> where it may be imported.

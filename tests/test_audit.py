@@ -266,9 +266,9 @@ def test_leftovers_of_killed_processes_are_repaired_losslessly(home: Path) -> No
     journal.append({"kind": "end", "status": "FINISHED", "time": 2, "tags": {"state": "finished"}}, durable=True)
     journal.release()
     (home / "weights").mkdir()
-    (home / "weights" / ".7.new").touch()
+    (home / "weights" / ".weights.7.new").touch()
     (home / ".gitignore").touch()  # a person's
-    for path in (home / "weights" / ".7.new", home / ".gitignore"):
+    for path in (home / "weights" / ".weights.7.new", home / ".gitignore"):
         os.utime(path, (0, 0))
     seen = findings(home)
     expected = [

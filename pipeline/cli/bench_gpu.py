@@ -10,6 +10,7 @@ import typer
 from pipeline.cli.common import HOME, expand, make_console, say, writable
 from pipeline.cli.options import DataDirOption
 from pipeline.errors import Problem, UserError
+from pipeline.files import replacing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,9 +54,8 @@ def bench_gpu(
 
     def write(report: "Mapping[str, object]") -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        complete = file.with_name(f"{file.name}.new")  # or a command that is stopped while it writes loses all
-        complete.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        complete.replace(file)
+        with replacing(file) as new:  # or a command that is stopped while it writes loses all
+            new.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     console = make_console()
     bench = GpuBenchmark(data_dir=expand(data_dir), home=HOME, peer=scripts[0], airbench=scripts[1])

@@ -1,6 +1,5 @@
 """Images of a listing that aren't used: copies of sealed ones, which would make the test lie, and files that can't be read."""
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import numpy as np
 
 from pipeline.data.listing import TEST, TRAIN, Listing, first
 from pipeline.errors import DataError, Problem
+from pipeline.files import sha256_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,13 +56,8 @@ def test_copies(listing: Listing, digests: Sequence[bytes]) -> dict[int, str]:
 
 def file_digests(files: Sequence[str]) -> list[bytes]:
     """SHA-256 of each file; OSError where one can't be read."""
-
-    def digest(file: str) -> bytes:
-        with open(file, "rb") as content:
-            return hashlib.file_digest(content, "sha256").digest()
-
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(digest, files))
+        return [bytes.fromhex(digest) for digest in pool.map(sha256_of, files)]
 
 
 def check_enough(listing: Listing, excluded: Sequence[Excluded]) -> None:

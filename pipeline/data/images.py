@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.data.ahead import ahead
 from pipeline.data.mapped import MappedImages
 from pipeline.errors import DataError, UserError
+from pipeline.files import sha256_of
 from pipeline.sections.data import Form
 
 # Given to Pillow by name, so that a file's content never reaches another decoder (EPS would start Ghostscript).
@@ -252,10 +253,7 @@ def _decode(path: Path, form: Form, digest: bool) -> FileImage:
             ImageOps.exif_transpose(image, in_place=True)
         rgb = _to_rgb(image)
     held = None if form.held is None else _pixels(_shaped(rgb, Form(form.held)))
-    sha256 = b""
-    if digest:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").digest()
+    sha256 = bytes.fromhex(sha256_of(path)) if digest else b""
     return FileImage(_pixels(_shaped(rgb, form)), held, rgb.width / rgb.height, sha256)
 
 

@@ -18,6 +18,7 @@ from filelock import FileLock
 from pipeline.data.listing import TEST, TRAIN, VALIDATION, Listing, check_groups, first
 from pipeline.data.splits import sealed
 from pipeline.errors import DataError, Problem, UserError
+from pipeline.files import replacing
 
 SEED = 20_261_129  # never change it: it seals the test splits
 FOLDER = "splits"  # below mlruns
@@ -125,9 +126,8 @@ class Seal:
             if found and found.paths != self.paths:
                 rule = "another command has sealed another test split of it"
                 raise DataError(str(listing.place), rule, "start again")
-            new = file.with_suffix(".new")
-            new.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-            os.replace(new, file)
+            with replacing(file) as new:
+                new.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
 
 def _check_enough(listing: Listing) -> None:

@@ -10,7 +10,6 @@ Names may hold anything: they are cut to the space available, and "$" starts no 
 show as boxes unless `font.family` in a matplotlibrc names a font that has them.
 """
 
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from pipeline.evaluation.scores import Reliability, Scores
+from pipeline.files import replacing
 
 _TRAIN, _VAL, _F1, _RIGHT, _WRONG, _FAINT = "#7f7f7f", "#1f77b4", "#e07b00", "#1a7f37", "#c62828", "#b0b0b0"
 _GRID = "#e8e8e8"
@@ -155,13 +155,8 @@ class _Panel:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, complete or not at all; OSError where that fails."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with new.open("wb") as file:
-            FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": 1})
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    with replacing(path) as new, new.open("wb") as file:
+        FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": 1})
 
 
 def confusion_matrix_figure(scores: Scores, classes: Sequence[str], split: str = "validation") -> Figure:

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.data.images import BadImage
 from pipeline.errors import DataError, Problem, UserError
+from pipeline.files import replacing
 from pipeline.inference.classifier import Classifier
 from pipeline.inference.inputs import read_inputs
 
@@ -78,17 +79,14 @@ def check_output(path: Path) -> None:
 
 def write_predictions(table: "pd.DataFrame", path: Path) -> None:
     """As CSV or Parquet, by the suffix; a file that is there is replaced at once. UserError if it can't be."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if path.suffix.lower() == ".csv":
-            table.to_csv(new, index=False)
-        else:
-            table.to_parquet(new, index=False)
-        os.replace(new, path)
+        with replacing(path) as new:
+            if path.suffix.lower() == ".csv":
+                table.to_csv(new, index=False)
+            else:
+                table.to_parquet(new, index=False)
     except OSError as error:
         raise UserError(str(path), f"can't be written: {error.strerror or error}") from None
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def read_predictions(path: Path) -> "pd.DataFrame":

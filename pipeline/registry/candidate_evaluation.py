@@ -1,6 +1,5 @@
 """One candidate evaluated: the models as they would be served, their predictions on the test split, the verdict."""
 
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from mlflow.entities import Run
 
 from pipeline.errors import DataError, PromotionRefused, UserError, lines_of
 from pipeline.evaluation.significance import small_split_line
+from pipeline.files import replacing, sha256_of
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.recipe import LATER
 from pipeline.registry import export, test_split
@@ -24,7 +24,7 @@ from pipeline.registry.package import MODEL
 from pipeline.registry.registered_model import CHAMPION, Registry
 from pipeline.tracking import queries
 from pipeline.tracking.intact import control_runs
-from pipeline.tracking.models import find_model, sha256_of
+from pipeline.tracking.models import find_model
 from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.run_data import LocatedData
 from pipeline.tracking.tags import TRAINED_ROLES, Role, RunTags, State
@@ -285,10 +285,10 @@ class CandidateEvaluation:
             session = export.session(model.folder / MODEL)
             predicted = [(part.labels.numpy(), export.predict(session, part.images)) for part in parts]
             labels, probabilities = (np.concatenate(arrays) for arrays in zip(*predicted, strict=True))
-            path.parent.mkdir(parents=True, exist_ok=True)
             table = pd.DataFrame({"label": labels, "probabilities": list(probabilities)})
-            table.to_parquet(new := path.with_suffix(".new"), index=False)
-            os.replace(new, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as new:
+                table.to_parquet(new, index=False)
         return pd.read_parquet(path)
 
     def _is_stored(self, model: EvaluatedModel, split: str) -> bool:

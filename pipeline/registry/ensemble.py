@@ -17,13 +17,14 @@ from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.logits import predict_logits
+from pipeline.files import sha256_of
 from pipeline.inference.classifier import MOST_MEMBERS, Classifier, ModelMetadata, mean_of
 from pipeline.processes import this_process
 from pipeline.registry.decision import FinalsDecision
 from pipeline.registry.finals import check_same_data
 from pipeline.tracking import queries
 from pipeline.tracking.intact import run_label
-from pipeline.tracking.models import find_model, sha256_of
+from pipeline.tracking.models import find_model
 from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest

@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.files import replacing, sha256_of
 from pipeline.recipe import Recipe
 from pipeline.sections.weights import with_digest
 from pipeline.tracking import queries
-from pipeline.tracking.models import sha256_of
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import save_weights
 
@@ -24,7 +24,7 @@ def keep(network: nn.Module, home: Path) -> str:
     """Write the network's weights into `home`, once; the value of `transfer.weights` for a recipe that starts from them."""
     folder = home / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f".{os.getpid()}.new"
+    new = folder / f".weights.{os.getpid()}.new"
     save_weights(new, network, {})
     sha256 = sha256_of(new)
     path = folder / _file_name(sha256)
@@ -53,11 +53,10 @@ def restore(tracker: MlflowTracker, run_id: str, recipe: Recipe) -> None:
     content = queries.read_file(tracker, run_id, ARTIFACT) if is_ours else None
     if not content or hashlib.sha256(content).hexdigest() != file[1]:
         return
-    new = path.with_name(f".{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_bytes(content)
-        os.replace(new, path)
+        with replacing(path) as new:
+            new.write_bytes(content)
     except OSError as error:
         rule = f"the weights that the run starts from can't be put there: {error.strerror}"
         raise UserError(str(path), rule, f"they are {ARTIFACT} of run {run_id}") from None

@@ -22,6 +22,7 @@ from pipeline.data.splits import sealed
 from pipeline.data.survey import Survey, survey_files, survey_pixels
 from pipeline.errors import DataError, lines_of
 from pipeline.evaluation.logits import images_together
+from pipeline.files import sha256_of
 from pipeline.sections.data import Data, Form
 
 BATCHES = 8  # of a prediction, that are read together
@@ -43,9 +44,7 @@ def digest_of(about: Data, data_dir: Path, home: Path | None = None) -> str:
     try:
         for path, name, label in zip(map(Path, test.files), test.names, test.labels, strict=True):
             in_class = f"{test.classes[label]}: {name}" if test.is_manifest else name
-            with path.open("rb") as file:
-                digest.update(json.dumps([in_class, path.stat().st_size]).encode())
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(json.dumps([in_class, path.stat().st_size]).encode() + bytes.fromhex(sha256_of(path)))
     except OSError as error:
         raise DataError(str(error.filename), error.strerror or str(error)) from None
     return digest.hexdigest()
@@ -116,8 +115,7 @@ def _cifar10_digest(data_dir: Path) -> str:
 
     _check_cifar10(data_dir)
     ((name, _),) = CIFAR10.test_list
-    with (data_dir / CIFAR10.base_folder / name).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(data_dir / CIFAR10.base_folder / name)
 
 
 def _check_cifar10(data_dir: Path) -> None:

@@ -3,9 +3,7 @@
 import base64
 import io
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from pipeline.errors import UserError, counted, escape_control
+from pipeline.files import replacing
 from pipeline.report.figures.layout import template as figure_template
 
 
@@ -80,10 +79,7 @@ def write(page: str, file: Path) -> None:
     """Complete or not at all; UserError where it can't be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as out:
-            out.write(page)
-        os.chmod(name, 0o644)
-        os.replace(name, file)
+        with replacing(file) as new:
+            new.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"`--output {file}`", str(error.strerror), "name another file") from None

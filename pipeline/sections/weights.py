@@ -1,6 +1,5 @@
 """Weights that a network starts or learns from, as its section names them: a file's content belongs to the recipe."""
 
-import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from pipeline.errors import did_you_mean
+from pipeline.files import sha256_of
 
 # Weights that need no file of the user's: none, timm's own download, and those of a package of that name.
 NAMED_WEIGHTS = ("none", "default", "efficientnet-lite0")
@@ -22,8 +22,7 @@ def file_digest(path: str) -> str:
 
 @cache
 def _file_digest(path: str, size: int, changed_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def pinned(value: str, names: Sequence[str] = NAMED_WEIGHTS) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files import replacing
 
 FOLDER = "journal"  # in the home folder
 RECORDS = "records.jsonl"
@@ -134,10 +135,8 @@ class Journal:
 
     @steps_before.setter
     def steps_before(self, steps: Mapping[str, int]) -> None:
-        with _as_disk_fault(self.folder):
-            new = self.folder / f"{_STEPS_BEFORE}.new"
+        with _as_disk_fault(self.folder), replacing(self.folder / _STEPS_BEFORE) as new:
             new.write_text(json.dumps(steps))
-            new.replace(self.folder / _STEPS_BEFORE)
 
     @property
     def is_disowned(self) -> bool:

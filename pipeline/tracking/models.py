@@ -14,6 +14,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import DataError, Problem, UserError, first_line
+from pipeline.files import sha256_of
 from pipeline.recipe import parse_recipe
 from pipeline.tracking import queries
 from pipeline.tracking.intact import run_label
@@ -270,9 +271,3 @@ def _why_no_model(run: Run) -> str:
     if tags.state is State.FINISHED:
         return f"finished, but its model is not at {run.info.artifact_uri}"
     return f"{tags.state or run.info.status.lower()}, without a model; only a finished run has one"
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from pipeline.errors import Problem, UserError
+from pipeline.files import sha256_of
 
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
@@ -203,8 +204,7 @@ def _damage(path: Path, digest: str) -> str | None:
     """What is wrong with a file that should have this SHA-256; None where nothing is."""
     if not path.is_file():
         return "missing"
-    with path.open("rb") as file:
-        return None if hashlib.file_digest(file, "sha256").hexdigest() == digest else "damaged, its digest differs"
+    return None if sha256_of(path) == digest else "damaged, its digest differs"
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -13,6 +13,7 @@ from sklearn.metrics import balanced_accuracy_score
 from pipeline.cli.exit_codes import exit_code
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import PromotionRefused, UserError
+from pipeline.files import sha256_of
 from pipeline.recipe import Recipe
 from pipeline.registry import candidate_evaluation
 from pipeline.registry import test_split as opener
@@ -22,7 +23,6 @@ from pipeline.registry.promote import promote
 from pipeline.registry.registered_model import Registry
 from pipeline.sections.data import Data
 from pipeline.tracking import queries
-from pipeline.tracking.models import sha256_of
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest
 from registry.helpers import DATA, RULES, RecordingObserver, Store, kinds, record

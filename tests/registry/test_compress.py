@@ -9,6 +9,7 @@ import torch
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError
+from pipeline.files import sha256_of
 from pipeline.inference.classifier import Classifier
 from pipeline.registry import compress, initial_weights, reproduce
 from pipeline.registry.candidate_evaluation import _seed_scores
@@ -17,7 +18,7 @@ from pipeline.registry.gate import Rules
 from pipeline.registry.promote import promote
 from pipeline.sections.curriculum import Curriculum
 from pipeline.tracking import queries
-from pipeline.tracking.models import find_model, sha256_of
+from pipeline.tracking.models import find_model
 from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import WEIGHTS, read_checkpoint
