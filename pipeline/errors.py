@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 NO_SUCH_FIELD = "no such field"  # the rule of `validation_problems` for an unknown field
 _MAX_LINE = 5_000  # characters
+# pydantic's type of fault -> the rule for a reader, where its own words are a programmer's.
+_PLAIN = {
+    "int_parsing": "should be a whole number",
+    "float_parsing": "should be a number",
+    "bool_parsing": "should be true or false",
+    "tuple_type": "should be a list, e.g. [16, 32]",
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def validation_problems(error: ValidationError, tags: Collection[str] = ()) -> l
 
 def _validation_problem(fault: "ErrorDetails", tags: Collection[str]) -> Problem:
     field = ".".join(str(part) for part in fault["loc"] if part not in tags)
-    rule = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    rule = _PLAIN.get(fault["type"], fault["msg"].removeprefix("Input ").removeprefix("Value error, "))
     match fault["type"]:
         case "extra_forbidden":
             return Problem(field, NO_SUCH_FIELD)

@@ -208,8 +208,10 @@ class Recipe(Section):
         if siblings:
             hint = did_you_mean(field, siblings).replace("mean ", f"mean {section}.")
         else:
-            hint = did_you_mean(problem.subject, self.flat())
-        return replace(problem, rule=problem.rule + hint)
+            same = [name for name in self.flat() if name.endswith(f".{section}")]  # named without its section
+            hint = f" (did you mean {same[0]}?)" if same else did_you_mean(problem.subject, self.flat())
+        listed = f"`fields {section}` lists its fields" if siblings else "`fields` lists all"
+        return replace(problem, rule=problem.rule + hint, remedy="" if hint else listed)
 
     def difference(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
         """Dotted field -> (this recipe's value, the other's) where they differ; None where a kind has no such field."""
@@ -226,11 +228,6 @@ class Recipe(Section):
 
     def digest(self) -> str:
         """64 hexadecimal digits that change with any field; of a file of weights with its content, not with its place."""
-        return self.digests[0]
-
-    @property
-    def digests(self) -> tuple[str, str]:
-        """The digest, and the one that older runs have, which holds the places of files of weights, too."""
         sections = self.model_dump(mode="json")
         for section, field in (name.split(".") for name, before in LATER.items() if self.flat().get(name) == before):
             del sections[section][field]
@@ -240,12 +237,8 @@ class Recipe(Section):
             section: {field: without_place(value) for field, value in fields.items()}
             for section, fields in sections.items()
         }
-        return _digest(wherever), _digest(sections)
-
-
-def _digest(sections: Mapping[str, Any]) -> str:
-    canonical = json.dumps(sections, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+        canonical = json.dumps(wherever, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _section_of_kind(section: str, kind: Any, before: Mapping[str, Any]) -> dict[str, Any]:

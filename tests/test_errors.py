@@ -82,7 +82,7 @@ def problems_of(values: dict[str, object]) -> list[Problem]:
 def test_validation_problems_name_subject_and_rule() -> None:
     assert problems_of({"size": "x" * 200, "colour": 1, "name": "two"}) == [
         Problem("name = two", "should be 'one'"),
-        Problem(f"size = {'x' * 77}...", "should be a valid integer, unable to parse string as an integer"),
+        Problem(f"size = {'x' * 77}...", "should be a whole number"),
         Problem("colour", "no such field"),
     ]
     assert problems_of({}) == [Problem("size", "needs a value")]

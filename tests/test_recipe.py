@@ -88,7 +88,9 @@ def test_all_problems_are_reported_at_once() -> None:
     ("changes", "line"),
     [
         ({"optimzer.lr": 1}, "optimzer.lr: no such field (did you mean optimizer.lr?)"),
-        ({"lr": 1}, "lr: no such field"),
+        ({"lr": 1}, "lr: no such field (did you mean optimizer.lr?)"),
+        ({"colour": 1}, "colour: no such field; `fields` lists all"),
+        ({"data.batch": 1}, "data.batch: no such field; `fields data` lists its fields"),
         (
             {"data.image_size": 8, "augmentation.crop_padding": 8},
             "augmentation.crop_padding 8 mirrors images of data.image_size 8: must be smaller",

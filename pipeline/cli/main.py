@@ -3,6 +3,7 @@
 import faulthandler
 import io
 import logging
+import re
 import signal
 import sys
 import traceback
@@ -25,6 +26,7 @@ from pipeline.cli.compress import compress
 from pipeline.cli.ensemble import ensemble
 from pipeline.cli.exit_codes import HELP, INTERRUPTED, exit_code
 from pipeline.cli.export import export
+from pipeline.cli.fields import fields
 from pipeline.cli.finals import finals
 from pipeline.cli.history import history
 from pipeline.cli.inspect import inspect
@@ -40,7 +42,7 @@ from pipeline.cli.serve import serve
 from pipeline.cli.study import study
 from pipeline.cli.sync import sync
 from pipeline.cli.ui import ui
-from pipeline.errors import UserError, did_you_mean, first_line, redact_secrets
+from pipeline.errors import UserError, did_you_mean, first_line, redact_secrets, validation_problems
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ for _command in (
         inspect,
         study,
         plan,
+        fields,
         compare,
         ui,
         finals,
@@ -157,11 +160,20 @@ def _usage(error: Any) -> UserError:
     if parameter is not None:
         faults: list[Any] = getattr(error.__cause__, "errors", list)()  # pydantic's, of one value
         value = "".join(f" {fault['input']}" for fault in faults)
-        return UserError(f"`{parameter.opts[-1]}{value}`", error.message.removeprefix("Input ").rstrip("."))
+        rules = [problem.rule for problem in validation_problems(error.__cause__)] if faults else []
+        return UserError(f"`{parameter.opts[-1]}{value}`", "; ".join(rules) or error.message.rstrip("."))
     option = getattr(error, "option_name", None)
     if option and error.ctx:
         known = [name for each in error.ctx.command.params for name in each.opts]
         return UserError(f"`{option}`", f"no such option of `{error.ctx.command.name}`{did_you_mean(option, known)}")
+    if surplus := re.fullmatch(r"Got unexpected extra arguments? \((.+)\)", error.message.replace("(s)", "")):
+        rule = f"one argument too many for `{error.ctx.command.name}`"
+        return UserError(surplus[1], rule, f"options begin with --; `{error.ctx.command.name} --help` lists them")
+    if unknown := re.fullmatch(r"No such command '(.+?)'\..*", error.message):
+        known = list(COMMAND_LINE.commands)
+        return UserError(
+            unknown[1], f"no such command{did_you_mean(unknown[1], known)}", f"there are {', '.join(known)}"
+        )
     return UserError(error.format_message().rstrip("."))
 
 

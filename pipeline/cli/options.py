@@ -12,7 +12,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.cli.common import DEVICE_NAMES, HOME
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, validation_problems
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Listed
@@ -146,10 +146,9 @@ class StudyOptions(BaseModel):
         try:
             return cls.model_validate({name: text for name, text in typed.items() if text is not None})
         except ValidationError as error:
-            for fault in error.errors():
+            for fault, problem in zip(error.errors(), validation_problems(error), strict=True):
                 option = str(fault["loc"][0]).replace("_", "-")
-                rule = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
-                problems.append(Problem(f"`--{option} {fault['input']}`", rule))
+                problems.append(Problem(f"`--{option} {fault['input']}`", problem.rule))
         return cls()
 
     @field_validator("timeout", "budget", "stall_timeout", mode="before")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, make_console, model_files, say
+from pipeline.cli.common import HOME, is_folder, make_console, model_files, say
 from pipeline.cli.options import TrackingOption
 from pipeline.errors import UserError
 
@@ -16,7 +16,8 @@ def serve(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="models:/NAME@ALIAS, or a folder that export wrote. Default: the champion."
+            metavar="[MODEL]",
+            help="models:/NAME@ALIAS or /VERSION, or a folder that export wrote. Default: the champion.",
         ),
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535)] = SERVE_PORT,
@@ -30,6 +31,9 @@ def serve(
     console = make_console()
     with model_files(model or CHAMPION, tracking_uri) as (folder, what):
         say(console, f"{'model' if model else 'champion'}: {what}")
+        if model and not is_folder(model) and not model.startswith("models:/"):
+            rule = "is no packaged model"
+            raise UserError(what, rule, f"`export {model}` makes one, `serve {HOME / 'exports' / model}` serves it")
         served = scoring.check(folder)
         HOME.mkdir(exist_ok=True)
         server = scoring.start(folder, port, HOME / "serving.log")

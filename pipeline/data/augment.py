@@ -107,7 +107,13 @@ _PADDED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _padded_once(images: Tensor, padding: int, mode: str) -> Tensor:
-    """`pad`, contiguous; cached for the process's next training on these images, padded in this way."""
+    """`pad`, contiguous; cached for the process's next training on these images, padded in this way.
+
+    Without padding the images themselves, of which a copy would take as much memory again.
+    """
+    if not padding:
+        _PADDED.pop(images, None)
+        return images.contiguous()
     form = padding, mode, images._version
     if form != _PADDED.get(images, (None,))[0]:
         _PADDED.pop(images, None)  # before the next one is made: both together would take twice the memory
@@ -128,7 +134,7 @@ class RandomCrop:
 class Augmenter:
     """Training batches of one data set, augmented at random at each call.
 
-    Holds the padded images on their device: N * 3 * (S + 2 * crop_padding)^2 bytes, shared with the next training's. Of
+    Holds padded images on their device: N * 3 * (S + 2 * crop_padding)^2 bytes, shared with the next training's. Of
     images in a file it holds one batch, and the same comes of it, bit for bit.
     """
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.data.images import HIDDEN, SUFFIXES, image_files, is_litter
 from pipeline.data.listing import ORDER, SPLITS, TRAIN, Listing, check_classes, check_inside, check_names
-from pipeline.errors import DataError, Problem
+from pipeline.errors import DataError, Problem, counted
 
 # Kinds of what is left out.
 NO_CLASS, BESIDE = "in no class folder", "folders beside the splits"
@@ -30,7 +30,9 @@ def read_folder(root: Path) -> Listing:
     check_classes(
         {split: {name: len(found) for name, found in classes.items()} for split, classes in files.items()},
         lambda split, name: str(folders[split] / name),
-        "add a folder for each class" + (", or rename it if it is one" if left_out[BESIDE] else ""),
+        "add a folder for each class"
+        + (", or rename it if it is one" if left_out[BESIDE] else "")
+        + (f", and move the {counted(left_out[NO_CLASS], 'file')} that lie in none" if left_out[NO_CLASS] else ""),
     )
     classes = tuple(files[TRAIN])
     number = {name: index for index, name in enumerate(classes)}

@@ -120,7 +120,8 @@ def check_classes(counts: Counts, subject: Callable[[str, str], str], remedy: st
     """
     train = counts[TRAIN]
     if len(train) < 2:
-        raise DataError(subject(TRAIN, ""), f"holds {len(train)} class(es), needs at least 2", remedy)
+        few = "one class" if train else "no class"
+        raise DataError(subject(TRAIN, ""), f"holds {few}, needs at least 2", remedy)
     problems = [
         Problem(
             subject(TRAIN, name),

@@ -187,7 +187,7 @@ class _Draw:
             raise UserError(
                 self.field,
                 f"gives {total} of {images} images, but {classes} classes with at least one image on each side need "
-                f"{classes} to {images - classes}",
+                f"{classes} to {images - classes}, a fraction of {np.ceil(100 * classes / images) / 100:g} or more",
             )
         shares = np.ones_like(counts)
         for _ in range(total - classes):  # full quotas first, then the largest remainders; in integers: no rounding

@@ -51,7 +51,7 @@ class ModelMetadata(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelMetadata":
-        if self.recipe_digest not in self.recipe.digests:
+        if self.recipe_digest != self.recipe.digest():
             raise ValueError("recipe_digest is not that of the recipe")
         if len(self.calibration.thresholds) != len(self.classes):
             raise ValueError(f"{len(self.calibration.thresholds)} thresholds for {len(self.classes)} classes")

@@ -27,7 +27,7 @@ from pipeline.models.pruning import LIBRARY, narrower, pruned
 from pipeline.processes import this_process
 from pipeline.recipe import Recipe
 from pipeline.registry import export, initial_weights
-from pipeline.registry.finals import check_same_data, recipe_of
+from pipeline.registry.finals import check_same_data
 from pipeline.registry.package import MODEL, QUANTISED_MODEL, package
 from pipeline.sections.curriculum import Curriculum
 from pipeline.tracking import queries, recovery
@@ -123,18 +123,10 @@ def finished_run(tracker: MlflowTracker, compression: Compression) -> str | None
     info = compression.parent.info
     query = f"tags.compresses = '{info.run_id}' and tags.state = '{State.FINISHED}'"
     for run in tracker.store.search([info.experiment_id], query):
-        if _digest_now(tracker, run) == compression.recipe.digest():
+        if RunTags.of(run).recipe_digest == compression.recipe.digest():
             initial_weights.attach(tracker, run.info.run_id, compression.recipe)
             return str(run.info.run_id)
     return None
-
-
-def _digest_now(tracker: MlflowTracker, run: StoredRun) -> str | None:
-    """Of a run's recipe as it is made now: the tag of an older run holds places of files. None where it can't be read."""
-    try:
-        return recipe_of(tracker, run).digest()
-    except UserError:
-        return None
 
 
 def train(

@@ -14,6 +14,7 @@ from mlflow.entities import Run as StoredRun
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError, counted
+from pipeline.evaluation.constraints import TIMES
 from pipeline.experiment import DIVERGED
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.racing import MIN_SEEDS, Candidate, Final
@@ -23,6 +24,7 @@ from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.execution import executable_on
+from pipeline.training.placement import gpus_of
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def recipe_of(tracker: MlflowTracker, run: StoredRun) -> Recipe:
         recipe = parse_recipe(content)
     except UserError as error:
         raise UserError(subject, "its recipe.json can't be read by this code", remedy, error.lines) from None
-    if tags.recipe_digest not in recipe.digests:
+    if tags.recipe_digest != recipe.digest():
         raise UserError(subject, "its recipe.json is not what was trained", remedy)
     return recipe
 
@@ -213,7 +215,7 @@ def find_final(done: Mapping[str, Final], recipe: Recipe) -> Final | None:
     """The final of this recipe, or of the same one executed as a graph: that replays the same kernels."""
     graphed = {"eager": "graphed", "compiled": "compiled_graphed"}.get(recipe.training.execution)
     same = recipe.changed({"training.execution": graphed}) if graphed else recipe
-    return next((done[digest] for digest in (*recipe.digests, *same.digests) if digest in done), None)
+    return done.get(recipe.digest()) or done.get(same.digest())
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
@@ -223,6 +225,14 @@ def check_data(plan: FinalsPlan, tracker: MlflowTracker, data: TrainingData) -> 
     """DataError where the data set or its split is not what the study's trials saw."""
     run = tracker.client.get_run(plan.candidates[0].trial_run)
     check_same_data(f"study {plan.study.name}", RunTags.of(run), data)
+
+
+def check_workers(study: StudyRuns, workers: int, device: torch.device) -> None:
+    """UserError where workers that share a device would slow down what the study bounds, so that all would break it."""
+    bounded = [name for name in TIMES if name in study.constraints]
+    if bounded and workers > max(1, len(gpus_of(device))):
+        rule = f"the study bounds {', '.join(bounded)}, which trainings at the same time make longer"
+        raise UserError(f"`--workers {workers}`", rule, "leave it out")
 
 
 def check_same_data(subject: str, tags: RunTags, data: TrainingData) -> None:

@@ -298,7 +298,7 @@ def trainers(
             in_files=data.listed is not None,
             placement=placement,
         )
-        for placement in placements(device, workers, max(1, torch.get_num_threads() // workers))
+        for placement in placements(device, workers)
     ]
     try:
         with contextlib.closing(WorkerProcesses(setups, observer, stop)) as pool:

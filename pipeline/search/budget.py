@@ -257,8 +257,10 @@ class Allowance:
 
     def remaining(self, trials: Sequence[FrozenTrial], started: int) -> int:
         """How many more may start, after so many that count or run."""
-        search = self._search
-        is_late = search.timeout_s is not None and self._clock() - self._start >= search.timeout_s
+        search, now = self._search, self._clock()
+        is_late = search.timeout_s is not None and now - self._start >= search.timeout_s
+        if search.deadline is not None and now > search.deadline:  # as trials see it, which are requeued then
+            is_late |= any(trial.state is TrialState.COMPLETE for trial in trials)
         return 0 if is_late or search.why_exhausted(self._study) else max(self.total(trials, started) - started, 0)
 
     def total(self, trials: Sequence[FrozenTrial], started: int) -> int:

@@ -30,6 +30,7 @@ from pipeline.tracking.sqlite import checkpoint
 from pipeline.tracking.tracker import NullTracker, Run
 from pipeline.training.execution import check_execution
 from pipeline.training.loop import Diverged
+from pipeline.training.placement import gpus_of, threads_of_each
 
 CONTROL_S = 1.5  # of measuring the control; on slow networks two short epochs take longer
 NUM_OTHER_RECIPES = 3  # random ones, while all measuring takes less than MEASURING_FRACTION of the forecast time
@@ -68,27 +69,35 @@ class Way:
 
 
 def choose(
-    ways: Sequence[Way], trials: int, cores: int, free_gib: float, workers: int | None = None, failed: str = ""
+    ways: Sequence[Way],
+    trials: int,
+    cores: int,
+    free_gib: float,
+    workers: int | None = None,
+    failed: str = "",
+    gpus: int = 1,
 ) -> Choice:
     """The simplest way, and number of workers (`workers`, or 1 to 4), that is hardly slower than the fastest one.
 
     One device completes no more than one trial in the shortest `training_s` of all `ways`, however many workers there
-    are: a graph leaves it no pause, and processes take turns. A worker's memory may be twice the control's.
+    are: a graph leaves it no pause, and processes take turns. A worker's memory may be twice the control's. Of several
+    equal `gpus`, which workers get in turn, each has `free_gib`; there may be as many workers as GPUs.
     """
     least_s = min(way.training_s for way in ways)
     memory_gib = 2 * max(way.memory_gib for way in ways) + CONTEXT_GIB
-    max_workers = max(1, min(trials, cores, MAX_DEFAULT_WORKERS, int(free_gib / memory_gib)))
+    max_workers = max(1, min(trials, cores, max(MAX_DEFAULT_WORKERS, gpus), gpus * int(free_gib / memory_gib)))
     counts = [workers] if workers else range(1, max_workers + 1)
 
     def seconds(way: Way, count: int) -> float:
-        return WORKER_START_S + trials * max((way.training_s + way.tracking_s) / count, least_s)
+        trial_s = way.training_s + way.tracking_s
+        return WORKER_START_S + trials * max(trial_s / count, least_s / min(gpus, count))
 
     options = [(way, count) for count in counts for way in ways]  # the simplest first
     fastest_s = min(seconds(*option) for option in options)
     way, count = next(option for option in options if WORTHWHILE * seconds(*option) <= fastest_s)
     times = [f"{way.execution} {way.training_s + way.tracking_s:.3g} s" for way in ways] + ([failed] if failed else [])
     why = f"a complete trial takes {', '.join(times)}; the device is free for {way.tracking_s:.2g} s of it"
-    return Choice(way.execution, count, least_s / (way.training_s + way.tracking_s), why)
+    return Choice(way.execution, count, least_s / (way.training_s + way.tracking_s) / gpus, why)
 
 
 def measure_ways(
@@ -173,7 +182,8 @@ def decide(
         choice = Choice(own, workers or 1)
     else:
         ways, failed = measure_ways(search, data, device, executions)
-        choice = choose(ways, search.trials, os.cpu_count() or 1, _free_gib(device), workers, failed)
+        cores, gpus = os.cpu_count() or 1, max(1, len(gpus_of(device)))
+        choice = choose(ways, search.trials, cores, _free_gib(device), workers, failed, gpus)
     if choice.execution != own:
         search = replace(search, settings={**search.settings, "training.execution": choice.execution})
     search, choice = _with_precision(search, choice, len(data.classes), device, study)
@@ -282,11 +292,11 @@ def measure_costs(
 ) -> Costs:
     """Measure the control and up to three random recipes, as far as that pays: for so many trials, in `total_s` at most.
 
-    Several workers share a CPU as far as there are cores, with one thread each, a GPU as far as the `choice` found it
-    free. Other work on the machine changes all of it.
+    Several workers share a CPU's threads, as far as there are cores, and a GPU as far as the `choice` found it free. Other
+    work on the machine changes all of it.
     """
     counter, on_cpu, start = _FileCounter(), device.type == "cpu", time.perf_counter()
-    with _one_thread() if choice.workers > 1 and on_cpu else contextlib.nullcontext():
+    with _threads(threads_of_each(choice.workers)) if on_cpu else contextlib.nullcontext():
         control = search.base
         speeds = [_measured(control, data, device, CONTROL_S, on_step)]
         overhead = measure_overhead(control, data, device, speeds[0], counter)
@@ -309,9 +319,9 @@ def measure_costs(
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def _threads(count: int) -> Iterator[None]:
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

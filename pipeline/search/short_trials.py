@@ -38,12 +38,7 @@ def next_in_full(
         if trial.state is TrialState.PRUNED and attributes[trial.number].short and is_feasible(trial)
     ]
     ended.sort(key=lambda trial: (-score_of(trial), trial.number))
-    in_full = {
-        attributes[trial.number].full_of
-        for trial in trials
-        # One that the end of a budget cut off is PRUNED: a resumed study has time for all of it.
-        if not attributes[trial.number].requeued and trial.state is not TrialState.PRUNED
-    }
+    in_full = {attributes[trial.number].full_of for trial in trials if not attributes[trial.number].requeued}
     chosen = _choose([trial.number for trial in ended], in_full, len(ended) if is_last else int(is_exhausted))
     return None if chosen is None else next(trial for trial in ended if trial.number == chosen)
 

@@ -185,8 +185,10 @@ def load_study(name: str) -> Study:
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         rule = "must be lower-case letters, digits, _ and -, and begin with a letter or digit"
         raise UserError(f"study name {name!r}", rule)
-    if re.search(r"-v\d+(-|$)", name):
-        raise UserError(f"study name {name!r}", "must not contain -v and a number, which follow it in a study's key")
+    if key := re.fullmatch(r"(.+?)-v(\d+)(-.*)?", name):
+        rule = "is a whole key, or contains -v and a number, which follow a study's name in its key"
+        remedy = f"`study {key[1]} --version {key[2]}` resumes it, with the `--dataset` that it had"
+        raise UserError(f"study name {name!r}", rule, remedy)
     if name not in available():
         hint = did_you_mean(name, available())
         raise UserError(f"no study {name}{hint}", details=[f"studies: {', '.join(available())}"])

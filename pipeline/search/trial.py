@@ -29,6 +29,7 @@ from pipeline.tracking.tracker import MlflowTracker, OwnershipLost, State
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import CHECKPOINTS
 
+TIME_IS_UP = "the time of the search was up"  # how the reason of a trial that it interrupted begins
 SHORT = "a short trial"  # why it ends as one that was pruned
 
 
@@ -60,6 +61,10 @@ class TrialFailed(Exception):
 
 class StudyInterrupted(Exception):
     """The user asked to stop; the study can be resumed."""
+
+
+class _TimeIsUp(Exception):
+    """The search's time was up in the middle of a trial: it is requeued, and goes on where the study is resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +108,7 @@ def run_trial(trial: optuna.Trial, context: StudyContext) -> None:
         value = _score(trial, context)
     except optuna.TrialPruned:
         state = TrialState.PRUNED
-    except TrialFailed:
+    except (TrialFailed, _TimeIsUp):
         state = TrialState.FAIL
     except OwnershipLost:
         return
@@ -124,8 +129,8 @@ def run_trial(trial: optuna.Trial, context: StudyContext) -> None:
 def _score(trial: optuna.Trial, context: StudyContext) -> float:
     """The trial's score, or an exception of Optuna's or ours for any other end.
 
-    A trial that was interrupted, or met a bug, is requeued. OwnershipLost where the trial was declared dead, as a process
-    that was paused for too long finds.
+    A trial that was interrupted, by the user or because the time was up, or met a bug, is requeued. OwnershipLost where the
+    trial was declared dead, as a process that was paused for too long finds.
     """
     try:
         with _ownership_required():
@@ -202,7 +207,7 @@ def _value_of(outcome: Outcome, objective: str) -> float:
     if outcome.state is State.FAILED:
         raise TrialFailed(outcome.reason)
     if outcome.state is State.INTERRUPTED:
-        raise StudyInterrupted
+        raise _TimeIsUp if outcome.reason.startswith(TIME_IS_UP) else StudyInterrupted
     return outcome.metrics[objective]
 
 
@@ -226,7 +231,7 @@ class _Reporter:
         if not is_last and self._trial.should_prune():
             raise Prune(f"by {type(self._trial.study.pruner).__name__} after epoch {report.epoch}")
         if not is_last and self._is_late():
-            raise Prune(f"the time of the search was up after epoch {report.epoch}")
+            raise Interrupted(f"{TIME_IS_UP} after epoch {report.epoch}")
         self._check_stop()
 
     def on_step(self, epoch: int, step: int, steps: int) -> None:
@@ -235,7 +240,7 @@ class _Reporter:
 
     def _is_late(self) -> bool:
         deadline, study = self._context.search.deadline, self._trial.study
-        if deadline is None or time.monotonic() <= deadline:
+        if deadline is None or time.monotonic() <= deadline or TrialAttributes.of(self._trial).control:
             return False
         return bool(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 

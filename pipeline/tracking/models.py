@@ -104,6 +104,9 @@ def find_model(home: Path, uri: str | None, wanted: str | None) -> Iterator[Mode
     registered version are the package that was registered, verified by its tags. UserError where there is no such
     model, DataError where its files differ.
     """
+    if wanted and not wanted.startswith("models:/") and not re.fullmatch(r"[0-9a-f]{32}", wanted):
+        rule = "neither a folder, nor a run's id (32 of 0-9a-f), nor models:/NAME@ALIAS or models:/NAME/VERSION"
+        raise UserError(f"model {wanted}", rule, "`history` shows registered ones, `ui` all runs")
     if uri is None and not (home / "mlflow.db").exists():
         raise UserError.many([_NO_RUN])
     tracker = MlflowTracker(home, uri)
@@ -203,9 +206,6 @@ def _resolve(tracker: MlflowTracker, wanted: str | None) -> tuple[Run | ModelVer
             rule = "no such registered model"
             raise UserError(f"model {wanted}", rule, _known(tracker))
         return version
-    if not re.fullmatch(r"[0-9a-f]{32}", wanted):
-        rule = "neither a folder, nor a run's id (32 of 0-9a-f), nor models:/NAME@ALIAS"
-        raise UserError(f"model {wanted}", rule, _known(tracker))
     run = tracker.store.run(wanted)
     if run is None:
         raise UserError(wanted, "no such run in the tracking store", "`ui` shows all runs")

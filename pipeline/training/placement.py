@@ -32,10 +32,15 @@ def gpus_of(device: torch.device) -> list[int]:
     return [device.index] if device.index is not None else list(range(torch.cuda.device_count()))
 
 
-def placements(device: torch.device, workers: int, threads: int = 1) -> list[Placement]:
-    """Of each worker of this machine: the device's GPUs in turn, or, of several on a CPU, so many threads."""
+def threads_of_each(workers: int) -> int:
+    """How many of this process's threads each of so many workers on a CPU gets, at least one."""
+    return max(1, torch.get_num_threads() // workers)
+
+
+def placements(device: torch.device, workers: int) -> list[Placement]:
+    """Of each worker of this machine: the device's GPUs in turn; or, of several on a CPU, an equal share of its threads."""
     if not (gpus := gpus_of(device)):
-        return [Placement(str(device), threads=threads if workers > 1 else None)] * workers
+        return [Placement(str(device), threads=threads_of_each(workers) if workers > 1 else None)] * workers
     assigned = [gpus[worker % len(gpus)] for worker in range(workers)]
     counts = {gpu: assigned.count(gpu) for gpu in gpus}
     return [Placement(f"cuda:{gpu}", 1 / counts[gpu] if counts[gpu] > 1 else None) for gpu in assigned]

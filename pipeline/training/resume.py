@@ -81,7 +81,6 @@ class Resume:
         self.seconds = 0.0  # that they took
         self.notes: list[str] = []  # for the user, a line each: where it resumes, what was damaged or not saved
         self._identity: dict[str, str] = {}
-        self._former_digest = ""  # of the recipe, in states that are older
         self._last_save = 0.0
         self._failed = False
 
@@ -92,8 +91,9 @@ class Resume:
         """
         # A state is read, compared and checked against the network in full before any of `parts` changes. So a state
         # that can't be used leaves them as built, and the one before it can still be tried.
-        self._identity = {"recipe": recipe.digest(), "data": data.digest, "split": data.split_digest}
-        self._former_digest = recipe.digests[1]
+        # However the steps are executed: a training may go on on another device.
+        digest = recipe.changed({"training.execution": "eager"}).digest()
+        self._identity = {"recipe": digest, "data": data.digest, "split": data.split_digest}
         self._last_save = time.monotonic()
         states = self._states()
         for state in states:
@@ -150,7 +150,7 @@ class Resume:
         differences = [
             f"{name} {getattr(record, name)[:16]} there, {digest[:16]} here"
             for name, digest in self._identity.items()
-            if getattr(record, name) not in (digest, self._former_digest)
+            if getattr(record, name) != digest
         ]
         if differences:
             raise UserError(

@@ -27,6 +27,7 @@ def test_commands_and_options_are_frozen() -> None:
         "compress": "--data-dir --dataset --device --distil --epochs --sparsity --tracking-uri run",
         "ensemble": "--data-dir --dataset --device --method --output --runs --tracking-uri names",
         "export": "--data-dir --dataset --int8 --output --tracking-uri model",
+        "fields": "name",
         "finals": "--data-dir --dataset --device --epochs --folds --seeds --top --tracking-uri --workers name",
         "history": "--model --tracking-uri",
         "inspect": "--columns --data-dir --duplicates --output --test-fraction --tracking-uri dataset",

@@ -370,6 +370,11 @@ def test_images_are_padded_once_until_they_change(monkeypatch: pytest.MonkeyPatc
     assert augmenter(images, crop_padding=3, crop_mode="constant")._padded.data_ptr() == padded[4].data_ptr()
 
 
+def test_without_padding_images_are_not_copied() -> None:
+    images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    assert augment._padded_once(images, 0, "reflect").data_ptr() == images.data_ptr()
+
+
 def test_padded_images_live_as_long_as_their_images() -> None:
     images = random_images(20)
     first = weakref.ref(augmenter(images, crop_padding=2)._padded)

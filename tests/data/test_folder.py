@@ -177,12 +177,10 @@ def test_every_class_needs_two_images(pets: Path) -> None:
 def test_folder_needs_train_and_two_classes(pets: Path) -> None:
     shutil.rmtree(pets / "train" / "dog")
     assert lines_of(DataError, str(pets)) == [
-        f"{pets}/train: holds 1 class(es), needs at least 2; add a folder for each class"
+        f"{pets}/train: holds one class, needs at least 2; add a folder for each class"
     ]
     shutil.rmtree(pets / "train")
-    assert lines_of(DataError, str(pets)) == [
-        f"{pets}: holds 0 class(es), needs at least 2; add a folder for each class"
-    ]
+    assert lines_of(DataError, str(pets)) == [f"{pets}: holds no class, needs at least 2; add a folder for each class"]
     (pets / "test").mkdir()
     assert lines_of(DataError, str(pets)) == [
         f"{pets}: has no folder train; put the training images into {pets}/train/<class>/"

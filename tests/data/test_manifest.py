@@ -104,7 +104,7 @@ def test_classes_are_checked_as_a_folders(pets: Path) -> None:
         "photos.csv, split test, class cow: no such class in photos.csv, split train",
     ]
     assert lines_of(DataError, write(pets, ROWS[:1])) == [
-        "photos.csv, split train: holds 1 class(es), needs at least 2; name more of them in the column label"
+        "photos.csv, split train: holds one class, needs at least 2; name more of them in the column label"
     ]
 
 

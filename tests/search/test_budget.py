@@ -218,7 +218,7 @@ def test_finals_take_less_time_in_several_workers() -> None:
     assert largest_finals(COSTS, 30, 10 * 63) == (1, 5) and largest_finals(four, 30, start_s + 5 * 63) == (3, 5)
 
 
-def allowed(search: Search, trials: list[Any], now: float, plan: BudgetPlan) -> int:
+def allowed(search: Search, trials: list[Any], now: float, plan: BudgetPlan | None) -> int:
     study = optuna.create_study()
     allowance = Allowance(search, study, plan, lambda: now)
     study.add_trials(trials)
@@ -235,6 +235,12 @@ def test_first_trials_run_until_one_is_complete(search: Search) -> None:
     last = plan.budget.limit.deadline - plan.finals_s
     assert allowed(search, [ended(30, 2.0)], last, plan) == 1, "finals need another recipe beside the control"
     assert allowed(search, [ended(30, 2.0)] * 2, last, plan) == 0
+
+
+def test_no_trial_starts_where_those_that_run_are_stopped(search: Search) -> None:
+    late = replace(search, deadline=5.0)
+    assert allowed(late, [ended(30, 2.0)], 4.0, None) > 0 == allowed(late, [ended(30, 2.0)], 6.0, None)
+    assert allowed(late, [], 6.0, None) > 0, "none is complete, so none is stopped"
 
 
 def test_no_trial_starts_that_cannot_end_before_the_finals(search: Search) -> None:

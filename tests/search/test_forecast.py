@@ -236,6 +236,18 @@ def test_recipes_that_would_fail_as_trials_are_not_measured(
         forecast_module.measure_costs(search, digits, CPU, ONE, 10_000)
 
 
+def test_each_gpu_is_counted() -> None:
+    """Eight workers on eight GPUs share none: each should be as fast as it can."""
+    ways = [Way("eager", 5.0, 0.2, 1.0), Way("graphed", 1.2, 0.2, 1.0)]
+    choice = choose(ways, 24, 16, 70, workers=8, gpus=8)
+    assert choice.execution == "graphed" and choice.taken == pytest.approx(1.2 / 1.4 / 8)
+    assert choose(ways, 24, 16, 70, workers=8).execution == "eager", "on one they take turns"
+    long = [dataclasses.replace(way, training_s=1000 * way.training_s) for way in ways]
+    assert choose(long, 96, 16, 70, gpus=8).workers == 7, "hardly slower than eight"
+    assert choose(long, 96, 16, 2, gpus=8).workers == 1, "no GPU has room for a worker"
+    assert choose(long, 96, 16, 3, gpus=8).workers == 7, "each has room for one"
+
+
 def test_choice_reports_what_was_measured() -> None:
     choice = choose([EAGER, GRAPHED], 100, 16, 70, failed="compiled fails (no compiler)")
     times = "eager 53.5 s, graphed 18.5 s, compiled fails (no compiler)"

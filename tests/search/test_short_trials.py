@@ -46,11 +46,6 @@ def test_the_best_quarter_is_trained_in_full_each_once() -> None:
     assert next_in_full(trials) is trials[5], "a better one comes into the best quarter"
 
 
-def test_a_training_in_full_that_the_end_of_a_budget_cut_off_begins_again() -> None:
-    trials = [trial(number, number / 10) for number in range(4)]
-    assert next_in_full([*trials, trial(4, 0.2, short=False, full_of=3)]) is trials[3]
-
-
 def test_the_last_trial_goes_to_the_best_that_is_left() -> None:
     trials = [trial(number, score) for number, score in enumerate([0.1, 0.4])]
     assert next_in_full(trials) is None

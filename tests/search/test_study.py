@@ -50,7 +50,7 @@ def test_name_outside_the_alphabet_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["attention-v2", "a-v1-b"])
 def test_name_that_would_make_keys_ambiguous_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="must not contain -v and a number"):
+    with pytest.raises(UserError, match=r"is a whole key, .*; `study a\w* --version \d` resumes it, with"):
         load_study(name)
 
 

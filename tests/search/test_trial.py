@@ -1,6 +1,6 @@
 """What becomes of one trial: its parameters, reports and end; real stores, real trainings."""
 
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -9,11 +9,14 @@ from optuna.pruners import ThresholdPruner
 from optuna.trial import TrialState
 from study_harness import RecordingObserver, StudyHarness
 
+from pipeline.processes import this_process
 from pipeline.search.optuna_internals import fail_trial
-from pipeline.search.requeue import requeue
+from pipeline.search.requeue import release_trials, requeue
 from pipeline.search.run_study import run_study
 from pipeline.search.storage import num_finished
-from pipeline.search.trial_attributes import TrialAttributes
+from pipeline.search.trial import _Reporter, claim_trial, run_trial
+from pipeline.search.trial_attributes import TrialAttributes, update_attributes
+from pipeline.tracking import queries
 from pipeline.tracking.tracker import State
 from pipeline.training.loop import EpochReport
 
@@ -76,13 +79,34 @@ def test_pruned_trial_ends_its_run_killed(harness: StudyHarness) -> None:
 
 
 def test_trial_stops_when_the_time_is_up_and_another_is_complete(harness: StudyHarness) -> None:
-    search = dataclasses.replace(harness.search(2), deadline=0.0)
-    study = run_study(harness.context(search))
-    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.PRUNED], (
-        "the control always ends"
-    )
+    study, search = harness.run(1), harness.search(2)
+    [parent] = queries.studies(harness.tracker)
+    context = replace(harness.context(replace(search, deadline=0.0)), parent_run=parent.parent)
+    release_trials(study, search, study.trials, 1, 1)
+    trial = claim_trial(study, harness.storage, this_process() | {"id": "mine"})
+    assert trial
+    run_trial(trial, context)
+    states = [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING]
+    assert [trial.state for trial in study.trials] == states, "no exception: the command goes on to the finals"
     stopped = TrialAttributes.of(study.trials[1])
     assert (stopped.epochs, stopped.reason) == (1, "the time of the search was up after epoch 1")
+    assert stopped.requeued and stopped.state == State.INTERRUPTED and num_finished(study) == 1
+    study = run_study(harness.context(search))
+    assert [trial.state for trial in study.trials] == [*states[:2], TrialState.COMPLETE], (
+        "a resumed study has time for it"
+    )
+    assert TrialAttributes.of(study.trials[2]).retry_of == 1 and study.trials[2].params == study.trials[1].params
+
+
+def test_control_ends_though_the_time_is_up_and_another_was_faster(harness: StudyHarness) -> None:
+    """As it can be with several workers."""
+    study = harness.run(1)
+    context = harness.context(replace(harness.search(2), deadline=0.0))
+    recipe = harness.base.changed({"training.epochs": 2})
+    for control, expected in ((True, False), (False, True)):
+        trial = study.ask()
+        update_attributes(study, trial, control=control)
+        assert _Reporter(trial, context, recipe, short=False)._is_late() is expected
 
 
 def test_diverged_trial_fails_and_the_study_continues(harness: StudyHarness) -> None:

@@ -15,10 +15,11 @@ def test_gpus_are_assigned_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert placements(torch.device("cuda:1"), 2) == [Placement("cuda:1", 1 / 2)] * 2
 
 
-def test_workers_of_a_cpu_share_its_threads() -> None:
+def test_workers_of_a_cpu_share_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     assert placements(torch.device("cpu"), 1) == [Placement("cpu")]
-    assert placements(torch.device("cpu"), 2) == [Placement("cpu", threads=1)] * 2
-    assert placements(torch.device("cpu"), 2, threads=8) == [Placement("cpu", threads=8)] * 2
+    assert placements(torch.device("cpu"), 3) == [Placement("cpu", threads=5)] * 3
+    assert placements(torch.device("cpu"), 20) == [Placement("cpu", threads=1)] * 20
 
 
 def test_threads_are_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from pipeline.recipe import Recipe
 from pipeline.search.speed import few_images
 from pipeline.sections.data import Data
 from pipeline.training.checkpoints import read_checkpoint, save_folder
-from pipeline.training.loop import EpochReport, Result, train
+from pipeline.training.loop import EpochReport, Result, _Learner, train
 from pipeline.training.optimizers import build_optimizer
 from pipeline.training.resume import TENSORS, Parts, Resume
 
@@ -321,6 +321,21 @@ def test_state_of_another_recipe_or_data_is_refused_and_kept(
         assert f"the state of another training ({name} " in error.value.lines[0]
         assert "move the folder away" in error.value.lines[0]
     assert states(folder) == ["epoch-000002", "epoch-000003"]
+
+
+@pytest.mark.parametrize(("before", "after"), [("graphed", "eager"), ("eager", "compiled")])
+def test_training_resumes_however_its_steps_are_executed(
+    before: str, after: str, recipe: Recipe, few: TrainingData, tmp_path: Path
+) -> None:
+    """As on a CPU what a GPU began with a graph."""
+    there, here = (recipe.changed({"training.execution": execution}) for execution in (before, after))
+    built = _Learner(there, few, CPU)
+    left = Resume(tmp_path, every_s=0)
+    left.restore(there, few, built.parts)
+    left.save_if_due(built.parts, [{"val/loss": 1.0}], 2.0)
+    found = Resume(tmp_path)
+    found.restore(here, few, _Learner(here, few, CPU).parts)
+    assert found.notes == ["resumes after epoch 1 of 5"] and found.history == [{"val/loss": 1.0}]
 
 
 def test_state_is_saved_when_due_and_never_after_the_last_epoch(
