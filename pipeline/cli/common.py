@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from pipeline.cli.exit_codes import INTERRUPTED
 from pipeline.cli.make import COMMAND_LINE
-from pipeline.errors import Problem, UserError, counted, escape_control, redact_uri
+from pipeline.errors import Problem, UserError, counted, escape_control
 from pipeline.runtime import freeze_imports
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ def print_links(console: Console, title: str, links: Sequence[tuple[str, str]]) 
         console.print(f"  {name:<{width}}  {link}", markup=False, soft_wrap=True)
 
 
-def next_command(text: str, tracking_uri: str | None) -> str:
-    """A command as its user types it, on the same tracking store."""
-    option = f" --tracking-uri {redact_uri(tracking_uri)}" if tracking_uri else ""
-    return COMMAND_LINE.command(text + option)
+def print_next(console: Console, steps: Mapping[str, str], links: Sequence[tuple[str, str]] = ()) -> None:
+    """What to do next -> the command, as its user types it; then links."""
+    commands = [(what, COMMAND_LINE.command(command)) for what, command in steps.items()]
+    print_links(console, "Next:", [*commands, *links])
 
 
 def expand(path: Path) -> Path:
@@ -149,6 +149,7 @@ def load_data_of_run(
     from pipeline.data.prepare import prepare
     from pipeline.tracking import queries
     from pipeline.tracking.run_data import RunData, find_data
+    from pipeline.tracking.tags import RunTags
     from pipeline.training.execution import check_execution
     from pipeline.training.origin import check_initial
     from pipeline.training.teacher import check_teacher
@@ -156,7 +157,10 @@ def load_data_of_run(
     for recipe in recipes:
         check_execution(recipe, device)
     about = recipes[0].data
-    digest = tracker.client.get_run(run_id).data.tags["data_digest"]
+    digest = RunTags.of(tracker.client.get_run(run_id)).data_digest
+    if digest is None:
+        rule = "its tag data_digest, which says what it was trained on, was removed in MLflow"
+        raise UserError(f"run {run_id}", rule, "`audit --fix` restores those of trials")
     seen = RunData(what, about, digest, queries.data_places(tracker, run_id), HOME)
     data = prepare(find_data(seen, expand(data_dir), dataset).images, about, device)
     for recipe in recipes:

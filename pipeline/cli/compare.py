@@ -14,10 +14,10 @@ from pipeline.cli.common import (
     UI_PORT,
     expand,
     make_console,
-    next_command,
     open_tracker,
     page_file,
     print_links,
+    print_next,
     say,
     say_what_is_missing,
 )
@@ -80,7 +80,7 @@ def compare(
     for name, of_study in links.items():
         print_links(console, f"{name} in MLflow (`ui`):", list(of_study.items()))
     for steps in filter(None, next_steps):
-        print_links(console, "Next:", [(what, next_command(step, tracking_uri)) for what, step in steps.items()])
+        print_next(console, steps)
 
 
 def after_compare(study: str, is_decided: bool, aliases: Sequence[str]) -> dict[str, str]:

@@ -17,9 +17,8 @@ from pipeline.cli.common import (
     load_data_of_run,
     make_console,
     model_files,
-    next_command,
     open_tracker,
-    print_links,
+    print_next,
     say,
 )
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
@@ -90,7 +89,7 @@ def compress(
     with quiet.status("exporting and measuring"):
         rows = compression.measure(tracker, runs, data, HOME / "exports")
     _print_rows(console, rows)
-    _print_next(console, runs, tracking_uri)
+    _print_next(console, runs)
 
 
 def _trained(
@@ -140,16 +139,12 @@ def _print_rows(console: Console, rows: "list[ModelRow]") -> None:
     console.print(table)
 
 
-def _print_next(console: Console, runs: "Mapping[str, Compression]", tracking_uri: str | None) -> None:
+def _print_next(console: Console, runs: "Mapping[str, Compression]") -> None:
     """`runs`: run -> what it trained."""
     rules = "--rules 'may_lose=2 size_factor=0.9'"  # points of the objective, for so many of the champion's bytes
-    links = [
-        link
-        for run_id, plan in runs.items()
-        for link in (
-            (f"{plan.method}: its files", str(HOME / "exports" / run_id)),
-            ("make it champion", next_command(f"promote --run {run_id} {rules}", tracking_uri)),
-            ("classify with it", next_command(f"predict IMAGE --model {run_id}", tracking_uri)),
-        )
-    ]
-    print_links(console, "Next:", links)
+    steps = {}
+    for run_id, plan in runs.items():
+        steps[f"{plan.method}: make it champion"] = f"promote --run {run_id} {rules}"
+        steps[f"{plan.method}: classify with it"] = f"predict IMAGE --model {run_id}"
+    files = [(f"{plan.method}: its files", str(HOME / "exports" / run_id)) for run_id, plan in runs.items()]
+    print_next(console, steps, files)

@@ -14,9 +14,8 @@ from pipeline.cli.common import (
     interruptible,
     load_data_of_run,
     make_console,
-    next_command,
     open_tracker,
-    print_links,
+    print_next,
     say,
     say_what_is_missing,
 )
@@ -85,12 +84,10 @@ def ensemble(
     data = load_data_of_run(tracker, first.run.info.run_id, first.name, [recipe], data_dir, dataset, torch_device)
     with interruptible(console, tracker, (KeyboardInterrupt,), "interrupted; the same command starts anew"):
         made = make_ensemble(tracker, members, method, data, lambda line: say(console, line))
-    _show(console, tracker, made, method, tracking_uri)
+    _show(console, tracker, made, method)
 
 
-def _show(
-    console: Console, tracker: "MlflowTracker", made: "MadeEnsemble", method: str, tracking_uri: str | None
-) -> None:
+def _show(console: Console, tracker: "MlflowTracker", made: "MadeEnsemble", method: str) -> None:
     """The ensemble beside its best member, and the next commands."""
     best = made.members[0]
     if len(made.members) == 1:
@@ -114,7 +111,7 @@ def _show(
     if method == "mean":
         allowed = f"latency_factor={len(made.members) + 1} size_factor={len(made.members) + 1}"
         steps["where it may cost more"] = f"promote --run {made.run_id} --rules '{allowed}'"
-    print_links(console, "Next:", [(what, next_command(command, tracking_uri)) for what, command in steps.items()])
+    print_next(console, steps)
 
 
 def _average_tables(files: Sequence[Path], output: Path) -> None:

@@ -12,9 +12,8 @@ from pipeline.cli.common import (
     interruptible,
     load_data_of_run,
     make_console,
-    next_command,
     open_tracker,
-    print_links,
+    print_next,
     say,
     say_data,
     say_what_is_missing,
@@ -86,7 +85,7 @@ def finals(
     check_data(plan, tracker, data)
     say_data(console, data)
     tracker.set_data_places(study.parent, newest_first(study.places, data.place))
-    train(console, tracker, plan, data, torch_device, tracking_uri, workers)
+    train(console, tracker, plan, data, torch_device, workers)
 
 
 def train(
@@ -95,7 +94,6 @@ def train(
     plan: "FinalsPlan",
     data: "TrainingData",
     device: "torch.device",
-    tracking_uri: str | None,
     workers: int,
     limit: "TimeLimit | None" = None,
 ) -> None:
@@ -122,6 +120,4 @@ def train(
     if decision.winner is None:
         say(console, "no winner: every recipe diverged or was infeasible with some seed")
         raise typer.Exit(1)
-    steps = {"evaluate the winner on the test split": "promote", "see all runs": "compare"}
-    commands = [(what, next_command(f"{command} {name}", tracking_uri)) for what, command in steps.items()]
-    print_links(console, "Next:", commands)
+    print_next(console, {"evaluate the winner on the test split": f"promote {name}", "see all runs": f"compare {name}"})

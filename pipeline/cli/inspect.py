@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cli.common import HOME, expand, make_console, next_command, page_file, print_links, say
+from pipeline.cli.common import HOME, expand, make_console, page_file, print_next, say
 from pipeline.cli.make import COMMAND_LINE
 from pipeline.cli.options import DataDirOption, StudyOptions, TrackingOption, file_problems, with_study_options
 from pipeline.errors import Problem, UserError, counted, escape_control, validation_problems
@@ -60,8 +60,8 @@ def inspect(
     write(page, file)
     write(findings(found).to_csv(index=False), table)
     say(console, f"page: {file} ({len(page.encode()) / 1e6:.1f} MB, opens offline); all that was found: {table}")
-    if steps := _next(found, about, tracking_uri):
-        print_links(console, "Next:", steps)
+    if steps := _next(found, about):
+        print_next(console, steps)
 
 
 def _about(dataset: str, typed: dict[str, str | bool | None]) -> "Data":
@@ -86,18 +86,18 @@ def _about(dataset: str, typed: dict[str, str | bool | None]) -> "Data":
         raise UserError.many([replace(problem, subject=f"data.{problem.subject}") for problem in problems]) from None
 
 
-def _next(found: "Inspection", about: "Data", tracking_uri: str | None) -> list[tuple[str, str]]:
+def _next(found: "Inspection", about: "Data") -> dict[str, str]:
     """What to do with the data set, and the command; nothing where a study would refuse it."""
     from pipeline.data.listing import VALIDATION
 
     if VALIDATION not in found.counts:
-        return []
+        return {}
     what, given = "search on it", [name for name in ("dataset", *_OF_FILES) if name in about.model_fields_set]
     options = [f"--{name.replace('_', '-')} {shlex.quote(str(getattr(about, name)))}" for name in given]
     if unreadable := found.survey.unreadable:
         what += f", without {counted(len(unreadable), 'file')} that can't be read"
         options.append("--corrupt skip")
-    return [(what, next_command(f"study NAME {' '.join(options)}", tracking_uri))]
+    return {what: f"study NAME {' '.join(options)}"}
 
 
 def _print_counts(found: "Inspection") -> None:

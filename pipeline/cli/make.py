@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.errors import Problem, UserError, did_you_mean
 
+TRACKING = "--tracking-uri"
 FROM_ENVIRONMENT = "DATA_DIR"  # names like VERSION mean other things elsewhere
 
 
@@ -22,6 +23,7 @@ class CommandLine:
 
     commands: Mapping[str, Any] = field(default_factory=dict)  # name -> its command, as click has it
     by_make: bool = False
+    tracking_uri: str = ""  # as it was given, without secrets: commands that are named look there too
 
     @property
     def flags(self) -> set[str]:
@@ -43,12 +45,17 @@ class CommandLine:
         is_command = name in self.commands
         if not is_command and not text.startswith("--"):
             return text
+        if is_command and self.tracking_uri and TRACKING in self._options(name) and TRACKING not in text:
+            text, rest = (f"{words} {TRACKING} {self.tracking_uri}".strip() for words in (text, rest))
         if not self.by_make:
             return f"python -m pipeline {text}" if is_command else text
         made = _assignments(
             rest if is_command else text, positional(self.commands[name]) if is_command else [], self.flags
         )
         return " ".join([f"make {name}", *made] if is_command else made)
+
+    def _options(self, command: str) -> set[str]:
+        return {name for each in self.commands[command].params for name in each.opts}
 
 
 COMMAND_LINE = CommandLine()

@@ -12,7 +12,8 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.cli.common import DEVICE_NAMES, HOME
-from pipeline.errors import Problem, UserError, validation_problems
+from pipeline.cli.make import COMMAND_LINE
+from pipeline.errors import Problem, UserError, redact_uri, validation_problems
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Listed
@@ -57,8 +58,16 @@ StudyArgument = Annotated[str, typer.Argument(metavar="NAME", help="A module of 
 StorageOption = Annotated[
     str | None, typer.Option(metavar="URL", help="Optuna's database instead of mlruns/optuna.db.")
 ]
+
+
+def _remember(tracking_uri: str | None) -> str | None:
+    COMMAND_LINE.tracking_uri = redact_uri(tracking_uri) if tracking_uri else ""
+    return tracking_uri
+
+
 TrackingOption = Annotated[
-    str | None, typer.Option(metavar="URL", help="MLflow server or database instead of mlruns/mlflow.db.")
+    str | None,
+    typer.Option(metavar="URL", help="MLflow server or database instead of mlruns/mlflow.db.", callback=_remember),
 ]
 
 

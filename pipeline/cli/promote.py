@@ -15,9 +15,8 @@ from pipeline.cli.common import (
     HOME,
     expand,
     make_console,
-    next_command,
     open_tracker,
-    print_links,
+    print_next,
     say,
     say_what_is_missing,
 )
@@ -103,10 +102,10 @@ def promote(
             registry, run, changed_rules, expand(data_dir), view, reason, reason_chosen, dataset
         )
     view.note(f"champion: {model} version {champion.version}, run {champion.run}")
-    _show_next(console, model, tracking_uri)
+    _show_next(console, model)
 
 
-def _show_next(console: Console, model: str, tracking_uri: str | None) -> None:
+def _show_next(console: Console, model: str) -> None:
     """What to do with a champion."""
     from pipeline.registry.registered_model import CHAMPION
 
@@ -116,8 +115,7 @@ def _show_next(console: Console, model: str, tracking_uri: str | None) -> None:
         "serve it": f"serve {reference}".rstrip(),
         "see all champions": f"history --model {model}" if reference else "history",
     }
-    commands = [(what, next_command(step, tracking_uri)) for what, step in steps.items()]
-    print_links(console, "Next:", commands)
+    print_next(console, steps)
 
 
 def _chosen(tracker: "MlflowTracker", name: str, say_line: Callable[[str], None]) -> tuple[str, str]:

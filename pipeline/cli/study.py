@@ -19,8 +19,7 @@ from pipeline.cli.common import (
     is_new,
     load_data,
     make_console,
-    next_command,
-    print_links,
+    print_next,
     say,
     say_data,
     settle,
@@ -123,9 +122,9 @@ def _run(
         say(console, f"stopped after {num_finished(done)} trials: {reason}")
     is_settled = _show_best(console, search, done, tracker)
     if plan:
-        _run_finals(console, plan, done, data, device, tracker, tracking_uri)
+        _run_finals(console, plan, done, data, device, tracker)
     else:
-        _show_next(console, done.study_name, tracker, tracking_uri, is_settled)
+        _show_next(console, done.study_name, tracker, is_settled)
 
 
 def _say_start(console: Console, search: "Search", data: "TrainingData", where: str) -> None:
@@ -148,7 +147,6 @@ def _run_finals(
     data: "TrainingData",
     device: "torch.device",
     tracker: "MlflowTracker",
-    tracking_uri: str | None,
 ) -> None:
     """The finals, in what is left of the budget."""
     from pipeline.search.budget import finals_in_time
@@ -160,7 +158,7 @@ def _run_finals(
         return
     finals = finals_in_time(tracker, find_studies(tracker, name)[0], device, plan, done)
     if finals:
-        train(console, tracker, finals, data, device, tracking_uri, plan.costs.parallel, plan.budget.limit)
+        train(console, tracker, finals, data, device, plan.costs.parallel, plan.budget.limit)
     else:
         say(console, f"no time is left for finals; `finals {name}` runs them, `promote {name}` takes the best trial")
 
@@ -223,9 +221,7 @@ def _show_best(console: Console, search: "Search", done: Any, tracker: "MlflowTr
     return is_settled
 
 
-def _show_next(
-    console: Console, name: str, tracker: "MlflowTracker", tracking_uri: str | None, is_settled: bool
-) -> None:
+def _show_next(console: Console, name: str, tracker: "MlflowTracker", is_settled: bool) -> None:
     """What to do next."""
     links = _links(console, tracker, name) if is_settled else {}
     steps = {
@@ -234,8 +230,7 @@ def _show_next(
         "make the winner champion": f"promote {name}",
         **({} if tracker.is_remote else {"open the UI": "ui"}),
     }
-    commands = [(what, next_command(command, tracking_uri)) for what, command in steps.items()]
-    print_links(console, "Next:", commands + [(f"see the {what}", link) for what, link in links.items()])
+    print_next(console, steps, [(f"see the {what}", link) for what, link in links.items()])
 
 
 def _deleted(console: Console, tracker: "MlflowTracker", done: Any) -> set[str]:

@@ -46,9 +46,11 @@ def sync(
     if others.busy:
         say(console, f"{counted(len(others.busy), 'run')}: a running command writes and sends them itself")
     for address in sorted(set(others.other_tracker.values())):
-        command = "sync" if address == "mlflow.db" else f"sync --tracking-uri {address}"
+        command = "the same command without `--tracking-uri`"
+        if address != "mlflow.db":
+            command = f"`sync --tracking-uri {address}`"
         count = list(others.other_tracker.values()).count(address)
-        say(console, f"{counted(count, 'run')} for another tracker: `{command}` sends them")
+        say(console, f"{counted(count, 'run')} for another tracker: {command} sends them")
     problems = [refusal(tracker, folder / key, reason) for key, reason in refused.items()]
     if waiting:
         problems.append(

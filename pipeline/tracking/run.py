@@ -22,7 +22,7 @@ _STATUS = {
     State.FAILED: "FAILED",
     State.INTERRUPTED: "KILLED",
 }
-_TAG_LIMIT = 5000  # characters; MLflow cuts longer ones silently
+TAG_LIMIT = 8_000  # characters; MLflow cuts longer ones silently
 
 
 class MlflowRun:
@@ -131,7 +131,7 @@ class _Monitor(SystemMetricsMonitor):
 
 def end_record(state: State, reason: str = "") -> dict[str, Any]:
     """The last record of a run's journal."""
-    tags = RunTags(state=state, reason=redact_secrets(reason)[:_TAG_LIMIT] or None).to_mlflow()
+    tags = RunTags(state=state, reason=redact_secrets(reason)[:TAG_LIMIT] or None).to_mlflow()
     return {"kind": "end", "status": _STATUS[state], "tags": tags, "time": now_ms()}
 
 

@@ -26,7 +26,7 @@ from pipeline.recipe import Recipe
 from pipeline.tracking.journal import FOLDER, Busy, Journal
 from pipeline.tracking.lineage import code, hardware
 from pipeline.tracking.relocate import check_place
-from pipeline.tracking.run import MlflowRun, now_ms
+from pipeline.tracking.run import TAG_LIMIT, MlflowRun, now_ms
 from pipeline.tracking.server import shared_view
 from pipeline.tracking.store import Deleted, RunStore, client_of, connect, is_active
 from pipeline.tracking.tags import RunTags, State, StoredRun
@@ -39,7 +39,6 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prin
 
 log = logging.getLogger(__name__)
 
-_TAG_LIMIT = 8_000  # characters; MLflow cuts longer ones silently
 _LOCK_TIMEOUT_S = 30.0  # for another process that sends a run's journal
 
 
@@ -198,7 +197,7 @@ class MlflowTracker:
 
     def set_data_places(self, run_id: str, places: Sequence[str]) -> None:
         """Write into a study's run where its data set lay, the newest first; as many places as a tag holds."""
-        while len(json.dumps(list(places))) > _TAG_LIMIT:
+        while len(json.dumps(list(places))) > TAG_LIMIT:
             places = places[:-1]
         self.store.set_tags(run_id, RunTags(data_places=tuple(places)))
 

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import typer
 from rich.table import Table
 
 from pipeline.cli import common
-from pipeline.cli.common import expand, find_device, is_new, make_console, next_command, print_links, say, writable
+from pipeline.cli.common import expand, find_device, is_new, make_console, print_links, print_next, say, writable
+from pipeline.cli.main import app
+from pipeline.cli.options import _remember
 from pipeline.errors import UserError
 
 
@@ -29,11 +32,24 @@ def test_links_stand_in_two_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "Next:\n  a     link\n  long  other\n"
 
 
-def test_next_commands_hide_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common.COMMAND_LINE, "commands", {"finals": None})
-    monkeypatch.setattr(common.COMMAND_LINE, "by_make", False)
-    shown = next_command("finals a-v1-digits", "http://ann:secret@host")
-    assert shown == "python -m pipeline finals a-v1-digits --tracking-uri http://***@host"
+def test_next_commands_stay_with_the_store_and_hide_passwords(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(common.COMMAND_LINE, "commands", typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    monkeypatch.setattr(common.COMMAND_LINE, "tracking_uri", "")
+    for by_make, shown, told in (
+        (False, "python -m pipeline finals a-v1-digits --tracking-uri http://***@host", "python -m pipeline plan a"),
+        (True, "make finals NAME=a-v1-digits TRACKING_URI='http://***@host'", "make plan NAME=a"),
+    ):
+        monkeypatch.setattr(common.COMMAND_LINE, "by_make", by_make)
+        assert _remember("http://ann:secret@host") == "http://ann:secret@host"
+        print_next(make_console(), {"decide": "finals a-v1-digits"}, [("see", "link")])
+        assert capsys.readouterr().out == f"Next:\n  decide  {shown}\n  see     link\n"
+        say(make_console(), "do `plan a`")
+        assert capsys.readouterr().out == f"do `{told}`\n", "it looks at no store"
+        assert _remember(None) is None
+        say(make_console(), "do `ui`")
+        assert capsys.readouterr().out == f"do `{'make' if by_make else 'python -m pipeline'} ui`\n"
 
 
 def test_paths_that_can_not_be_are_refused(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Data, split and measured once for all trials of a study."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from data_cases import add_image, make_pets
 
+from pipeline.data import prepare as prepare_module
 from pipeline.data.datasets import load
 from pipeline.data.mapped import MappedImages
 from pipeline.data.prepare import MEMORY_SHARE, TrainingData, pixel_statistics, prepare
@@ -91,6 +93,13 @@ def test_images_that_are_too_many_for_memory_stay_in_their_file(
             assert torch.equal(split.images[:], expected.images) and torch.equal(split.labels, expected.labels)
         assert torch.equal(data.mean, uncached.mean) and torch.equal(data.std, uncached.std)
         assert (data.digest, data.image_size) == (uncached.digest, 8)
+
+
+def test_worker_that_shares_a_gpu_may_hold_a_share_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=800))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)
+    assert prepare_module._most_in_memory(device) == 25
 
 
 def test_groups_and_folds_of_a_manifest_decide_the_split(tmp_path: Path) -> None:
