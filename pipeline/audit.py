@@ -56,12 +56,12 @@ def check_databases(home: Path) -> list[Problem]:
     return [Problem(str(file), f"broken ({fault})", remedy) for file, fault in faults.items() if fault]
 
 
-def audit(home: Path, storage: RetryingStorage | None, tracker: MlflowTracker) -> Audit:
+def audit(storage: RetryingStorage | None, tracker: MlflowTracker) -> Audit:
     """Check everything, and change nothing. Of studies that are running, what has ended is checked.
 
     `storage` is None where there is no study.
     """
-    return _Auditor(home, storage, tracker).run()
+    return _Auditor(storage, tracker).run()
 
 
 class _Auditor:
@@ -70,10 +70,10 @@ class _Auditor:
     The order of reading counts: trials before runs, so that what ends meanwhile is still RUNNING where it is compared.
     """
 
-    def __init__(self, home: Path, storage: RetryingStorage | None, tracker: MlflowTracker):
-        self._home, self._storage, self._tracker = home, storage, tracker
+    def __init__(self, storage: RetryingStorage | None, tracker: MlflowTracker):
+        self._home, self._storage, self._tracker = tracker.home, storage, tracker
         self._result = Audit()
-        self._studies = study_snapshots(storage, home)
+        self._studies = study_snapshots(storage, self._home)
         self._live = {study.name for study in self._studies if study.is_live}
         deleted = all_runs(tracker, deleted=True)
         self._deleted_keys = {key for run in deleted if (key := RunTags.of(run).run_key)}
@@ -372,16 +372,17 @@ def _read(tracker: MlflowTracker, ids: Iterable[str]) -> Iterator[StoredRun]:
             yield run
 
 
-def repair(home: Path, storage: RetryingStorage | None, tracker: MlflowTracker) -> list[str]:
+def repair(storage: RetryingStorage | None, tracker: MlflowTracker) -> list[str]:
     """Repair what can be repaired without guessing; a line for each repair. No measurement is removed.
 
     Studies that are running are left alone.
     """
     done: list[str] = []
+    home = tracker.home
     active = {run.info.run_id for run in all_runs(tracker)}
     for study in study_snapshots(storage, home):
         if storage and study.run_id in active:
-            numbers = requeue_abandoned(storage, study, tracker, home)
+            numbers = requeue_abandoned(storage, study, tracker)
             done += [f"trial {number} of {study.name}: its process was gone; it is requeued" for number in numbers]
     if adopted := adopt_journals(tracker):
         tracker.flush(60)
@@ -394,7 +395,7 @@ def repair(home: Path, storage: RetryingStorage | None, tracker: MlflowTracker) 
     for study in studies:
         if not study.is_live:
             done += _restore_tags(study, tracker, runs, deleted)
-    done += _settle_registry(home, tracker)
+    done += _settle_registry(tracker)
     ended = _ended_keys(studies, all_runs(tracker)) - set(other_journals(tracker).busy)
     checkpoints = [path for path in (home / CHECKPOINTS).glob("*") if path.name in ended]
     for path in [*checkpoints, *leftovers(home)]:
@@ -454,12 +455,12 @@ def _restore_tags(
             yield f"{run_label(run)}: tags restored: {', '.join(missing)}"
 
 
-def _settle_registry(home: Path, tracker: MlflowTracker) -> list[str]:
+def _settle_registry(tracker: MlflowTracker) -> list[str]:
     """Promotions that were cut off, and champions that were deleted; not while another command promotes."""
     lines: list[str] = []
-    if (home / ledger.FILE).is_file():
-        with contextlib.suppress(PromotionRefused), promote.registry_lock(home):
-            promote.settle(tracker, ledger.Ledger(home), lines.append)
+    if (tracker.home / ledger.FILE).is_file():
+        with contextlib.suppress(PromotionRefused), promote.registry_lock(tracker.home):
+            promote.settle(tracker, ledger.Ledger(tracker.home), lines.append)
     return lines
 
 

@@ -75,7 +75,7 @@ def change(home: Path, database: str, *statements: str) -> None:
 
 
 def check(home: Path) -> Audit:
-    return audit(home, open_storage(home), MlflowTracker(home))
+    return audit(open_storage(home), MlflowTracker(home))
 
 
 def findings(home: Path) -> list[str]:
@@ -87,7 +87,7 @@ def all_lines(problems: list[Problem]) -> list[str]:
 
 
 def fix(home: Path) -> list[str]:
-    return repair(home, open_storage(home), MlflowTracker(home))
+    return repair(open_storage(home), MlflowTracker(home))
 
 
 def key_of(home: Path, trial: int) -> str:
@@ -237,9 +237,9 @@ def test_changed_file_of_a_registered_model_is_found(trained: Trained, packed: P
     home, folder = tmp_path / "mlruns", tmp_path / "packed"
     shutil.copytree(packed.folder, folder)
     with registered(Trained(home, trained.finished, ""), Package(folder, packed.sha256, "", 0, 0.0, None)):
-        assert not all_lines(audit(home, None, MlflowTracker(home)).findings)
+        assert not all_lines(audit(None, MlflowTracker(home)).findings)
         (folder / "card.md").write_text("the best")
-        (seen,) = all_lines(audit(home, None, MlflowTracker(home)).findings)
+        (seen,) = all_lines(audit(None, MlflowTracker(home)).findings)
         assert "image-classifier version 1: card.md: its SHA-256 differs" in seen
 
 
@@ -248,10 +248,10 @@ def test_cut_off_promotion_and_deleted_version_are_found(trained: Trained, tmp_p
     home = tmp_path / "mlruns"
     book = ledger.Ledger(home)
     begun = book.begin(ledger.PROMOTED, "image-classifier", trained.finished, None, previous=None, version="1")
-    (seen,) = all_lines(audit(home, None, MlflowTracker(home)).findings)
+    (seen,) = all_lines(audit(None, MlflowTracker(home)).findings)
     assert "was cut off; `history` finishes or undoes it" in seen
     book.end(begun, ledger.PROMOTED, "1")
-    (seen,) = all_lines(audit(home, None, MlflowTracker(home)).findings)
+    (seen,) = all_lines(audit(None, MlflowTracker(home)).findings)
     assert "version 1 was deleted in MLflow; `audit --fix` removes it from the champions" in seen
 
 

@@ -32,9 +32,9 @@ def audit(
     tracker = open_tracker(tracking_uri)
     store = open_storage(HOME, storage) if storage or (HOME / "optuna.db").exists() else None
     with make_console(stderr=True).status("checking every trial, run and file"):
-        for line in repair(HOME, store, tracker) if fix else ():
+        for line in repair(store, tracker) if fix else ():
             say(console, f"repaired: {line}")
-        report = check_all(HOME, store, tracker)
+        report = check_all(store, tracker)
     say(console, *lines_of([*report.findings, *report.omitted]))
     say(console, *(f"not checked: {line}" for line in lines_of(dict.fromkeys(report.unchecked))))
     summary = f"{len(report.findings)} found" if report.findings else "nothing found"

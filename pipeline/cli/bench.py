@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from pipeline.cli.common import expand, find_device, load_data, make_console
 from pipeline.cli.options import DataDirOption, DatasetOption, DeviceOption, StudyOptions, resolve
-from pipeline.cli.views import duration
+from pipeline.cli.views import duration, print_table
 from pipeline.errors import Problem, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -95,12 +93,9 @@ def _print_table(console: Console, report: Mapping[str, Any]) -> None:
     if results[0]["bf16_peak_share"] is not None:
         rows["of bf16 peak"] = [f"{result['bf16_peak_share']:.1%}" for result in results]
         rows["of bandwidth"] = [f"{result['bandwidth_share']:.1%}" for result in results]
-    table = Table("", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for result in results:
-        table.add_column(result["model"], justify="right")
-    for heading, cells in rows.items():
-        table.add_row(heading, *cells)
-    console.print(table)
+    print_table(
+        console, ["", *(result["model"] for result in results)], [[name, *cells] for name, cells in rows.items()]
+    )
     for result in results:
         if peer := result.get("against"):
             ratio = peer["ratio"]

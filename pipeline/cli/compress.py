@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from pipeline.cli.common import (
     HOME,
@@ -22,6 +20,7 @@ from pipeline.cli.common import (
     say,
 )
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
+from pipeline.cli.views import print_table
 
 if TYPE_CHECKING:
     import torch
@@ -124,11 +123,8 @@ def _changes(plan: "Compression") -> str:
 
 
 def _print_rows(console: Console, rows: "list[ModelRow]") -> None:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for head in ("", "val/accuracy", "parameters", "MFLOP", "ms, one thread", "MB"):
-        table.add_column(head, no_wrap=True, justify="right" if head else "left")
-    for row in rows:
-        table.add_row(
+    cells = [
+        (
             row.model,
             f"{row.accuracy:.2%}",
             f"{row.parameters:,}",
@@ -136,7 +132,9 @@ def _print_rows(console: Console, rows: "list[ModelRow]") -> None:
             f"{row.latency_ms:.3f}",
             f"{row.bytes / 1e6:.2f}",
         )
-    console.print(table)
+        for row in rows
+    ]
+    print_table(console, ("", "val/accuracy", "parameters", "MFLOP", "ms, one thread", "MB"), cells)
 
 
 def _print_next(console: Console, runs: "Mapping[str, Compression]") -> None:

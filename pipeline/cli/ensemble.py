@@ -1,6 +1,5 @@
 """`ensemble`: several runs as one model, or the mean of several predictions."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,6 +20,7 @@ from pipeline.cli.common import (
 )
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
 from pipeline.errors import UserError
+from pipeline.tracking.run_id import is_run_id, not_a_run
 
 if TYPE_CHECKING:
     from pipeline.registry.ensemble import MadeEnsemble
@@ -63,8 +63,8 @@ def ensemble(
     if len(words) > 1 or bool(words) == bool(ids):
         rule = "needs one study, or runs in its place"
         raise UserError("NAME or RUNS", rule, "`ensemble NAME`, or `--runs`; tables need `--output`")
-    if odd := [run for run in ids if not re.fullmatch(r"[0-9a-f]{32}", run)]:
-        raise UserError(f"`--runs` {odd[0]}", "not a run's id (32 of 0-9a-f)", "`ui` shows them")
+    if odd := [run for run in ids if not is_run_id(run)]:
+        raise not_a_run(f"`--runs {odd[0]}`")
 
     from pipeline.registry.ensemble import find_members, make_ensemble, seeds_of_winner
     from pipeline.tracking.queries import find_study

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from pipeline.cli.common import HOME, expand, is_folder, make_console, model_files, say
 from pipeline.cli.options import MODEL_HELP, DataDirOption, SeenDatasetOption, TrackingOption
+from pipeline.cli.views import print_table
 from pipeline.errors import DataError, UserError, counted
 
 if TYPE_CHECKING:
@@ -107,7 +106,6 @@ def _quantised(folder: Path, data: "TrainingData") -> dict[str, "Benchmark"]:
 
 
 def _print_benchmarks(console: Console, benchmarks: dict[str, "Benchmark"]) -> None:
-    table = Table("", *benchmarks, box=box.SIMPLE_HEAD)
     rows = {
         "accuracy, validation split": [f"{each.accuracy:.2%}" for each in benchmarks.values()],
         "macro-F1": [f"{each.f1_macro:.2%}" for each in benchmarks.values()],
@@ -119,6 +117,4 @@ def _print_benchmarks(console: Console, benchmarks: dict[str, "Benchmark"]) -> N
         rows[f"images/s in batches of 64, {on}"] = [
             f"{each.images_per_second[threads]:,.0f}" for each in benchmarks.values()
         ]
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    console.print(table)
+    print_table(console, ["", *benchmarks], [[name, *cells] for name, cells in rows.items()])

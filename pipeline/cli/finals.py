@@ -7,7 +7,6 @@ import typer
 from rich.console import Console
 
 from pipeline.cli.common import (
-    HOME,
     find_device,
     interruptible,
     load_data_of_run,
@@ -111,7 +110,7 @@ def train(
         ),
         FinalsView(console, plan.num_trainings - plan.num_done) as view,
     ):
-        decision = run_finals(tracker, plan, data, device, view, HOME, limit, workers)
+        decision = run_finals(tracker, plan, data, device, view, limit, workers)
     if decision is None:
         settle(console, tracker)
         say(console, f"no winner yet: `finals {name}` completes the finals, `promote {name}` takes the best trial")

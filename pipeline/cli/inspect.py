@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ValidationError
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from pipeline.cli.common import HOME, expand, make_console, page_file, print_next, say
 from pipeline.cli.make import COMMAND_LINE
 from pipeline.cli.options import DataDirOption, StudyOptions, TrackingOption, file_problems, with_study_options
-from pipeline.errors import Problem, UserError, counted, escape_control, validation_problems
+from pipeline.cli.views import print_table
+from pipeline.errors import Problem, UserError, counted, validation_problems
 
 if TYPE_CHECKING:
     from pipeline.report.inspection import Inspection
@@ -102,16 +100,11 @@ def _next(found: "Inspection", about: "Data") -> dict[str, str]:
 
 def _print_counts(found: "Inspection") -> None:
     """Images of each class by split, the classes with the fewest training images first."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("class")
-    for split in found.counts:
-        table.add_column(split, justify="right")
     counts = list(found.counts.values())
     order = sorted(range(len(found.classes)), key=lambda label: counts[0][label])
-    for label in order[:_MOST_CLASSES]:
-        table.add_row(Text(escape_control(found.classes[label])[:40]), *(f"{of[label]:,}" for of in counts))
+    rows = [[found.classes[label][:40], *(f"{of[label]:,}" for of in counts)] for label in order[:_MOST_CLASSES]]
     if len(order) > _MOST_CLASSES:
         rest = [sum(int(of[label]) for label in order[_MOST_CLASSES:]) for of in counts]
-        table.add_row(f"{len(order) - _MOST_CLASSES} more", *(f"{count:,}" for count in rest))
-    table.add_row("all", *(f"{of.sum():,}" for of in counts))
-    make_console().print(table)
+        rows.append([f"{len(order) - _MOST_CLASSES} more", *(f"{count:,}" for count in rest)])
+    rows.append(["all", *(f"{of.sum():,}" for of in counts)])
+    print_table(make_console(), ["class", *found.counts], rows)

@@ -14,14 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.cli.common import DEVICE_NAMES, HOME
 from pipeline.cli.make import COMMAND_LINE
 from pipeline.errors import Problem, UserError, redact_uri, validation_problems
+from pipeline.sections.data import FILE_FIELDS
 
 if TYPE_CHECKING:
     from pipeline.data.datasets import Listed
     from pipeline.search.budget import Budget
     from pipeline.search.search import Search
 
-# The fields that say which images a folder or manifest holds, and which of them are sealed.
-FILE_FIELDS = ("data.dataset", "data.columns", "data.test_fraction", "data.duplicates", "data.corrupt")
 _REFERENCE = re.compile(r"[0-9a-f]{32}$|models:/")  # of a model that isn't named by its folder
 # What several commands ask for.
 DatasetOption = Annotated[
@@ -303,8 +302,8 @@ def _fields(
         ("--seed", "training.seed", options.seed),
     ]
     assigned += [
-        (f"--{name.replace('_', '-')}", f"data.{name}", getattr(options, name))
-        for name in ("test_fraction", "columns", "duplicates", "corrupt")
+        (f"--{name.replace('_', '-')}", field, getattr(options, name))
+        for field, name in ((field, field.removeprefix("data.")) for field in FILE_FIELDS[1:])
     ]
     assigned = [assignment for assignment in assigned if assignment[2] is not None]
     assigned += [("--set", *assignment) for assignment in _assignments(changes, problems)]

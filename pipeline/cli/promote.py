@@ -1,6 +1,5 @@
 """`promote`: a run's model becomes champion, if the test split says so."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +21,7 @@ from pipeline.cli.common import (
 )
 from pipeline.cli.options import MODEL, DataDirOption, ModelNameOption, SeenDatasetOption, TrackingOption
 from pipeline.errors import UserError, escape_control
+from pipeline.tracking.run_id import is_run_id, not_a_run
 
 if TYPE_CHECKING:
     from pipeline.registry.gate import Verdict
@@ -76,8 +76,8 @@ def promote(
         raise UserError(
             "NAME or RUN", "needs exactly one", "`promote NAME` takes a study's model, `promote --run RUN` a run's"
         )
-    if run is not None and not re.fullmatch(r"[0-9a-f]{32}", run):
-        raise UserError(f"`--run {run}`", "not a run's id (32 of 0-9a-f)", "`ui` shows them")
+    if run is not None and not is_run_id(run):
+        raise not_a_run(f"`--run {run}`")
     if force != bool(reason.strip()):
         raise UserError(
             "`--force` and `--reason TEXT`", "go together", "the ledger keeps why a run was evaluated again"

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from pipeline.cli.common import HOME, expand, find_device, is_folder, make_console, open_tracker, say
 from pipeline.cli.options import DataDirOption, DeviceOption, SeenDatasetOption, TrackingOption
-from pipeline.cli.views import duration
+from pipeline.cli.views import duration, print_table
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,13 +70,12 @@ def _print(console: Console, found: "Robustness") -> None:
     """Accuracy by kind and strength, in percent."""
     from pipeline.data.corruptions import KINDS, STRENGTHS
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("accuracy, %")
-    for heading in [*(f"strength {strength}" if strength == 1 else str(strength) for strength in STRENGTHS), "mean"]:
-        table.add_column(heading, justify="right")
-    for kind, accuracies, mean in zip(KINDS, found.accuracy, found.by_kind, strict=True):
-        table.add_row(kind.replace("_", " "), *(f"{100 * each:.1f}" for each in [*accuracies, mean]))
-    console.print(table)
+    strengths = [f"strength {strength}" if strength == 1 else str(strength) for strength in STRENGTHS]
+    rows = [
+        [kind.replace("_", " "), *(f"{100 * each:.1f}" for each in [*accuracies, mean])]
+        for kind, accuracies, mean in zip(KINDS, found.accuracy, found.by_kind, strict=True)
+    ]
+    print_table(console, ["accuracy, %", *strengths, "mean"], rows)
     say(
         console,
         f"{100 * found.clean:.1f} % of {found.num_images:,} validation images as they are, {100 * found.mean:.1f} % corrupted "

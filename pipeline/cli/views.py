@@ -1,7 +1,7 @@
 """What several commands print: durations and the table of the best trials."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -48,6 +48,16 @@ def print_best_trials(
     console.print(table)
     say(console, *(f"trial {trial.number}: {trial.changes}" for trial in trials[:3]))
     say(console, *(f"trial {trial.number} is infeasible: {trial.infeasible}" for trial in trials if trial.infeasible))
+
+
+def print_table(console: Console, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A first column of names, to the left, and others of numbers, to the right; a row may be shorter."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for place, heading in enumerate(headings):
+        table.add_column(Text(heading), justify="right" if place else "left", no_wrap=bool(place))
+    for row in rows:
+        table.add_row(*(Text(escape_control(cell)) for cell in row))
+    console.print(table)
 
 
 def _number(value: float, form: str) -> str:

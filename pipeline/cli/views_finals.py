@@ -3,13 +3,11 @@
 import time
 from typing import TYPE_CHECKING, Self
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pipeline.cli.common import say
-from pipeline.cli.views import PLAIN_INTERVAL_S, duration
+from pipeline.cli.views import PLAIN_INTERVAL_S, duration, print_table
 from pipeline.errors import counted
 from pipeline.experiment import Outcome
 from pipeline.recipe import Recipe, value_label
@@ -103,22 +101,21 @@ def print_finals(console: Console, decision: "FinalsDecision") -> None:
         "differences to the control in points, time of a training, FLOP of a prediction",
         soft_wrap=True,
     )
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for heading in ("trial", "n", "mean", "sd", "95 %", "to control", "training", "MFLOP"):
-        table.add_column(heading, justify="right")
-    for row in decision.ranked:
-        score, gap = row.score, row.difference
-        table.add_row(
+    rows = [
+        (
             row.name.removeprefix("trial "),
             str(score.n) if score else "0",
             f"{score.mean:.4f}" if score else "",
             f"{score.sd:.4f}" if score and score.sd is not None else "",
             f"±{score.high - score.mean:.4f}" if score and score.high is not None else "",
-            _gap(gap) if gap else "",
+            _gap(row.difference) if row.difference else "",
             duration(row.training_s),
             f"{row.prediction_flop / 1e6:.3g}",
         )
-    console.print(table)
+        for row in decision.ranked
+        for score in [row.score]
+    ]
+    print_table(console, ("trial", "n", "mean", "sd", "95 %", "to control", "training", "MFLOP"), rows)
     for row in decision.candidates:
         changes = ", ".join(f"{name} {value_label(value)}" for name, value in row.changes.items())
         stopped = f"; {row.stopped}" if row.stopped else ""

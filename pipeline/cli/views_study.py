@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
-from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -14,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cli.common import say
-from pipeline.cli.views import PLAIN_INTERVAL_S, duration
+from pipeline.cli.views import PLAIN_INTERVAL_S, duration, print_table
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import counted
 from pipeline.evaluation.constraints import violations
@@ -178,10 +177,8 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
         "short or pruned": ("pruned", "{:.0f}".format),
         "disk": ("disk_mib", "{:.1f} MiB".format),
     }
-    table = Table(box=box.SIMPLE_HEAD)
     headings = ["", "forecast", *(["actual", "actual / forecast"] if actual else ["all at full length"])]
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left")
+    lines = []
     for name, (key, show) in rows.items():
         cells = [show(forecast[key])]
         if actual:
@@ -191,10 +188,10 @@ def print_forecast(console: Console, forecast: Mapping[str, Any], actual: Mappin
             )
         elif (unpruned := forecast.get(f"unpruned_{key}")) is not None:
             cells.append(show(unpruned))
-        table.add_row(name, *cells)
+        lines.append([name, *cells])
     if memory is not None and not actual:
-        table.add_row("GPU memory", f"{memory:.1f} GiB")
-    console.print(table)
+        lines.append(["GPU memory", f"{memory:.1f} GiB"])
+    print_table(console, headings, lines)
     if not actual:
         others = forecast["measured"] - 1
         recipes = f" and of {counted(others, 'other recipe')}" if others else ""

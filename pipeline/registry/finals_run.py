@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, product
-from pathlib import Path
 
 import torch
 
@@ -49,7 +48,6 @@ def run_finals(
     data: TrainingData,
     device: torch.device,
     observer: FinalsObserver,
-    home: Path,
     limit: TimeLimit | None = None,
     workers: int = 1,
 ) -> FinalsDecision | None:
@@ -61,7 +59,7 @@ def run_finals(
     """
     check_data(plan, tracker, data)
     study = plan.study
-    with StopOnSignal() as stop, study_lock(study.name, home):
+    with StopOnSignal() as stop, study_lock(study.name, tracker.home):
         _await_orphans(tracker, study)
         recovery.close_abandoned_runs(tracker, study.experiment)
         about = plan.recipe(plan.candidates[0], plan.seeds[0]).data

@@ -26,6 +26,7 @@ from pipeline.registry import initial_weights
 from pipeline.registry.finals import check_same_data, execution_line, recipe_of
 from pipeline.tracking import queries, recovery
 from pipeline.tracking.lineage import code, environment, same_code
+from pipeline.tracking.run_id import is_run_id, not_a_run
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import PLAIN_WEIGHTS, WEIGHTS
@@ -93,8 +94,8 @@ class Comparison:
 def find_original(tracker: MlflowTracker, run_id: str) -> OriginalRun:
     """The run of this id; UserError where there is none, or nothing of it that can be compared."""
     subject = f"run {run_id}"
-    if not re.fullmatch(r"[0-9a-f]{32}", run_id):
-        raise UserError(subject, "must be a run's id, 32 of 0-9a-f", "`ui` shows them")
+    if not is_run_id(run_id):
+        raise not_a_run(subject)
     run = tracker.store.run(run_id)
     if run is None:
         raise UserError(subject, "no such run in the tracking store", "`ui` shows those there are")

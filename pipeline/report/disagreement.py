@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.report.control_comparison import Comparison
 from pipeline.report.render import picture
 from pipeline.report.stored import Predictions
-from pipeline.sections.data import FORM_FIELDS, Data
+from pipeline.sections.data import FILE_FIELDS, FORM_FIELDS, Data
 from pipeline.tracking import queries
 from pipeline.tracking.run_data import LocatedData, RunData
 from pipeline.tracking.tags import RunTags
@@ -64,9 +64,8 @@ def _images(
         digest = RunTags.of(tracker.client.get_run(run_id)).data_digest
         if digest is None:
             raise KeyError("data_digest")
-        forms = (name.removeprefix("data.") for name in FORM_FIELDS)
-        names = ("dataset", *forms, "test_fraction", "columns", "duplicates", "corrupt")
-        about = Data.model_validate({name: run[f"data.{name}"] for name in names if pd.notna(run.get(f"data.{name}"))})
+        fields = {name: run[name] for name in FILE_FIELDS + FORM_FIELDS if pd.notna(run.get(name))}
+        about = Data.model_validate({name.removeprefix("data."): value for name, value in fields.items()})
         seen = RunData(f"run {run_id}", about, digest, queries.data_places(tracker, run_id), tracker.home)
         data = find(seen).images
     except (UserError, KeyError, ValueError) as error:

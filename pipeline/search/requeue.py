@@ -8,7 +8,6 @@ import contextlib
 import logging
 import shutil
 import uuid
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -65,12 +64,12 @@ def _add_trial(study: optuna.Study, search: Search, is_last: bool) -> None:
     study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attributes.to_optuna()))
 
 
-def reconcile(study: optuna.Study, tracker: MlflowTracker, parent_run: str, home: Path) -> list[int]:
+def reconcile(study: optuna.Study, tracker: MlflowTracker, parent_run: str) -> list[int]:
     """Requeue what a process that has exited left RUNNING, and close runs that no process writes; the trials' numbers.
 
     Only processes of this machine can be checked. `parent_run` is the study's run in MLflow.
     """
-    with FileLock(home / "optuna.lock"):
+    with FileLock(tracker.home / "optuna.lock"):
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         workers = [TrialAttributes.of(trial).worker for trial in running]
         # A trial without a worker was not made RUNNING by a claim: no process of ours has it.

@@ -55,7 +55,7 @@ def run_study(
         try:
             # The key is another one where the former run was deleted in MLflow.
             StudyAttributes.update(study, mlflow_run_id=parent.id, run_key=parent.key)
-            reconcile(study, context.tracker, parent.id, context.home)
+            reconcile(study, context.tracker, parent.id)
             with contextlib.ExitStack() as stack:
                 if with_forecast:
                     found = plan.forecast if plan else _forecast(study, context, choice)

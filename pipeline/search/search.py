@@ -32,6 +32,7 @@ from pipeline.search.space_check import (
 from pipeline.search.study import Study
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget, is_feasible
+from pipeline.sections.data import FILE_FIELDS
 from pipeline.sections.weights import without_place
 from pipeline.tracking.study_key import StudyKey
 
@@ -183,14 +184,8 @@ class Search:
     def fingerprint(self, data: "TrainingData") -> dict[str, Any]:
         """All that the scores of one search have in common, as JSON."""
         elsewhere = (
-            "data.dataset",  # the data's path; the digest says what the data is
-            "data.train_fraction",  # part of the split's digest, as are folds
-            "data.folds",
-            "data.fold",
-            "data.test_fraction",  # part of the data's digest, as are those below
-            "data.columns",
-            "data.duplicates",
-            "data.corrupt",
+            *FILE_FIELDS,  # the data's digest says what the data is
+            *("data.train_fraction", "data.folds", "data.fold"),  # parts of the split's digest
             "training.execution",  # depends on the device, and changes no result
         )
         space, flat = self.space(), {**self.settings, **self.base.flat()}

@@ -99,13 +99,13 @@ def _is_live(name: str, storage: RetryingStorage, home: Path) -> bool:
     return False
 
 
-def requeue_abandoned(storage: RetryingStorage, study: StudySnapshot, tracker: MlflowTracker, home: Path) -> list[int]:
+def requeue_abandoned(storage: RetryingStorage, study: StudySnapshot, tracker: MlflowTracker) -> list[int]:
     """Requeue a study's trials whose processes are gone; their numbers. None where a command is running the study."""
     with contextlib.ExitStack() as locks:
         try:
-            locks.enter_context(study_lock(study.name, home))
+            locks.enter_context(study_lock(study.name, tracker.home))
             locks.enter_context(contextlib.closing(StudyLock(storage, study.name)))
         except UserError:
             return []
         stored = optuna.load_study(study_name=study.name, storage=storage)
-        return reconcile(stored, tracker, study.run_id, home)
+        return reconcile(stored, tracker, study.run_id)

@@ -35,6 +35,8 @@ def _columns(value: str) -> str:
 
 # What of `data` the form depends on. It may differ between the trials of a study, which share their data set and split.
 FORM_FIELDS = ("data.image_size", "data.geometry", "data.crop_scale")
+# What of `data` says which images a folder or manifest holds, and which of them are sealed.
+FILE_FIELDS = ("data.dataset", "data.columns", "data.test_fraction", "data.duplicates", "data.corrupt")
 # What of `data` is about the training alone, so that it may differ, too.
 SAMPLER_FIELDS = ("data.sampler", "data.sampler_power")
 

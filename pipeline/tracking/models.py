@@ -18,6 +18,7 @@ from pipeline.files import sha256_of
 from pipeline.recipe import parse_recipe
 from pipeline.tracking import queries
 from pipeline.tracking.intact import run_label
+from pipeline.tracking.run_id import is_run_id
 from pipeline.tracking.store import is_active
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
@@ -104,7 +105,7 @@ def find_model(home: Path, uri: str | None, wanted: str | None) -> Iterator[Mode
     registered version are the package that was registered, verified by its tags. UserError where there is no such
     model, DataError where its files differ.
     """
-    if wanted and not wanted.startswith("models:/") and not re.fullmatch(r"[0-9a-f]{32}", wanted):
+    if wanted and not wanted.startswith("models:/") and not is_run_id(wanted):
         rule = "neither a folder, nor a run's id (32 of 0-9a-f), nor models:/NAME@ALIAS or models:/NAME/VERSION"
         raise UserError(f"model {wanted}", rule, "`history` shows registered ones, `ui` all runs")
     if uri is None and not (home / "mlflow.db").exists():

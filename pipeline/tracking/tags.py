@@ -2,13 +2,13 @@
 
 import enum
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 import pipeline.runtime  # noqa: F401, before MLflow
 from pipeline.evaluation.scores import OBJECTIVES
+from pipeline.tracking.run_id import is_run_id
 
 # isort: split
 from mlflow.entities import Run as StoredRun
@@ -123,7 +123,7 @@ def _one_of(*known: str) -> Callable[[str], str | None]:
 
 
 def _hex_id(text: str) -> str | None:
-    return text if re.fullmatch(r"[0-9a-f]{32}", text) else None
+    return text if is_run_id(text) else None
 
 
 def _json(text: str) -> Any:

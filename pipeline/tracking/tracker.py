@@ -6,7 +6,6 @@ What is in MLflow is read by queries.py; what other processes left behind is rec
 import contextlib
 import json
 import logging
-import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from pipeline.tracking.journal import FOLDER, Busy, Journal
 from pipeline.tracking.lineage import code, hardware
 from pipeline.tracking.relocate import check_place
 from pipeline.tracking.run import TAG_LIMIT, MlflowRun, now_ms
+from pipeline.tracking.run_id import is_run_id
 from pipeline.tracking.server import shared_view
 from pipeline.tracking.store import Deleted, RunStore, client_of, connect, is_active
 from pipeline.tracking.tags import RunTags, State, StoredRun
@@ -254,7 +254,7 @@ class MlflowTracker:
 
         UserError where another process has it, or the disk can't be written.
         """
-        assert re.fullmatch("[0-9a-f]{32}", key), key  # it names a folder
+        assert is_run_id(key), key  # it names a folder
         record = {"kind": "start", "address": self.address, "time": now_ms(), **start}
         try:
             return self.uploader.open(self.home / FOLDER / key, record, may_exist, _LOCK_TIMEOUT_S)

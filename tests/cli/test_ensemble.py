@@ -43,7 +43,7 @@ def test_ensemble_averages_predictions_of_two_methods(trained: Trained, tmp_path
         (["ensemble", "a.csv", "b.csv"], ["NAME or RUNS: needs one study, or runs in its place; `python -m pipeline"]),
         (["ensemble", "attention", "--runs", "0" * 32], ["tables need `--output`"]),
         (["ensemble", "--runs", ""], ["NAME or RUNS: needs one study, or runs in its place; "]),
-        (["ensemble", "--runs", f"{'0' * 32} 12"], ["`--runs` 12: not a run's id (32 of 0-9a-f)"]),
+        (["ensemble", "--runs", f"{'0' * 32} 12"], ["`--runs 12`: not a run's id (32 of 0-9a-f)"]),
     ],
 )
 def test_bad_input_is_refused(words: list[str], lines: list[str], tmp_path: Path) -> None:

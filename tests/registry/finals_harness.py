@@ -82,7 +82,7 @@ class StudyHarness:
         self, top: int = 1, seeds: int = 2, observer: RecordingObserver | None = None, workers: int = 1
     ) -> FinalsDecision:
         planned, observer = self.plan(top, seeds), observer or RecordingObserver()
-        decision = run_finals(self.tracker, planned, self.data, CPU, observer, self.home, workers=workers)
+        decision = run_finals(self.tracker, planned, self.data, CPU, observer, workers=workers)
         assert decision, "there is no time limit"
         return decision
 

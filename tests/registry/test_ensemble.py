@@ -57,7 +57,7 @@ def test_mean_of_two_runs_becomes_champion(
     assert f"made before: run {run_id}" in command(store), "it would be evaluated twice"
     assert control_of(tracker, run_id) == store.control
     assert _seed_scores(tracker, run_id, "val/accuracy") == [members[0].accuracy]
-    assert not audit(store.home, None, tracker).findings
+    assert not audit(None, tracker).findings
 
     images = digits.validation.images
     registry = store.registry(tmp_path, "mean")

@@ -55,7 +55,7 @@ def finished(new_harness: Callable[[], StudyHarness]) -> StudyHarness:
 def test_each_seed_of_folds_trains_on_another_one(harness: StudyHarness) -> None:
     planned = plan_finals(harness.tracker, harness.study, CPU, 1, 9, folds=3)
     assert len(planned.seeds) == 3 and planned.num_trainings == 6
-    decision = run_finals(harness.tracker, planned, harness.data, CPU, RecordingObserver(), harness.home)
+    decision = run_finals(harness.tracker, planned, harness.data, CPU, RecordingObserver())
     assert decision and decision.folds == 3 and decision.rules[-1].startswith("folds: each seed trains on another fold")
     assert decision.winner and "standard deviation of 3 folds" in decision.winner.summary
     assert decision.winner.summary.endswith("its best on its own fold")
@@ -209,7 +209,6 @@ def test_other_data_is_refused_before_any_training(harness: StudyHarness) -> Non
                 dataclasses.replace(harness.data, **other),
                 CPU,
                 RecordingObserver(),
-                harness.home,
             )
         assert caught.value.lines[1].strip().startswith(line)
     assert not harness.runs()
@@ -219,7 +218,7 @@ def test_finals_end_between_seeds_when_their_time_is_up(harness: StudyHarness) -
     def run(max_seeds: int) -> FinalsDecision | None:
         limit: Any = SimpleNamespace(allows=lambda seconds, num_seeds: seconds == 0 or num_seeds < max_seeds)
         observer = RecordingObserver()
-        return run_finals(harness.tracker, harness.plan(1, 4), harness.data, CPU, observer, harness.home, limit=limit)
+        return run_finals(harness.tracker, harness.plan(1, 4), harness.data, CPU, observer, limit=limit)
 
     assert run(1) is None, "one seed proves nothing"
     assert len(harness.runs()) == 2 and FinalsDecision.load(harness.tracker, harness.study) is None

@@ -81,7 +81,7 @@ def test_two_workers_train_what_one_would(harness: StudyHarness, new_harness: Ca
 @pytest.mark.usefixtures("forked")
 def test_folds_are_trained_in_workers(harness: StudyHarness) -> None:
     planned = plan_finals(harness.tracker, harness.study, CPU, 1, 9, folds=3)
-    decision = run_finals(harness.tracker, planned, harness.data, CPU, RecordingObserver(), harness.home, workers=2)
+    decision = run_finals(harness.tracker, planned, harness.data, CPU, RecordingObserver(), workers=2)
     assert decision and decision.folds == 3
     assert sorted(run.data.params["data.fold"] for run in harness.runs()) == ["0", "0", "1", "1", "2", "2"]
 

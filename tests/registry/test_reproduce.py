@@ -258,7 +258,7 @@ def test_run_that_cannot_be_reproduced_is_refused(
         stillborn.end(State.FAILED, "diverged")
     parent = queries.studies(tracker)[0].parent
     for run_id, line in {
-        "last": "run last: must be a run's id, 32 of 0-9a-f",
+        "last": "run last: not a run's id (32 of 0-9a-f)",
         "0" * 32: "no such run in the tracking store",
         parent: "a study's own run",
         tracker.id_of(stillborn.key): "failed before its first epoch ended; there is nothing to compare",

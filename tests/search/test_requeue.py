@@ -31,7 +31,7 @@ def test_reconcile_requeues_trials_of_exited_processes_only(
 
     parent = StudyAttributes.of(study).mlflow_run_id
     caplog.set_level("INFO", "pipeline")
-    assert reconcile(study, harness.tracker, parent, harness.home) == [dead.number]
+    assert reconcile(study, harness.tracker, parent) == [dead.number]
     assert caplog.messages == [f"trial {dead.number}, whose process has exited, is requeued"]
     trials = harness.trials()
     assert trials[dead.number].state == TrialState.FAIL
@@ -39,7 +39,7 @@ def test_reconcile_requeues_trials_of_exited_processes_only(
     waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
     assert [TrialAttributes.of(trial).retry_of for trial in waiting] == [dead.number]
     assert num_finished(harness.study()) == 1
-    assert reconcile(study, harness.tracker, parent, harness.home) == []
+    assert reconcile(study, harness.tracker, parent) == []
 
 
 def test_trial_that_died_inside_its_space_is_requeued_once(harness: StudyHarness) -> None:
