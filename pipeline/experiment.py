@@ -59,6 +59,8 @@ class ExperimentRequest(RunRequest):
     resume_dir: Path | None = None  # where the training's state is kept, and resumed from where there is one
     on_epoch: Callable[[EpochReport], None] = lambda report: None
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
+    stop_requested: Callable[[], bool] = lambda: False  # asked after each step and epoch: the run is INTERRUPTED then
+    stop_reason: str = ""  # where it is not the user
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,16 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
             report = replace(report, metrics=_split(report.metrics, request.data)[0])
             tracked.log_metrics(report.metrics, report.epoch)
             request.on_epoch(report)
+            _check_stop(request)
+
+        def on_step(epoch: int, step: int, steps: int) -> None:
+            request.on_step(epoch, step, steps)
+            _check_stop(request)
 
         state, reason, final_metrics = State.FINISHED, "", {}
         try:
             _check_feasible(request)
-            result = train(request.recipe, request.data, request.device, on_epoch, request.on_step, resume=resume)
+            result = train(request.recipe, request.data, request.device, on_epoch, on_step, resume=resume)
             if request.pruned_at_end:
                 raise Prune(request.pruned_at_end, _known_after(request, result))
             final_metrics = publish(tracked, request.recipe, request.data, result)
@@ -151,20 +158,16 @@ def why_failed(error: BaseException) -> str:
 
 def run_until_stopped(request: ExperimentRequest, tracker: Tracker) -> Outcome:
     """`run`, which a signal of the user's ends at the next step: Interrupted then."""
-
-    def check_stop(*progress: object) -> None:
-        if stop.requested:
-            raise Interrupted
-
-    def after_epoch(report: EpochReport) -> None:
-        request.on_epoch(report)
-        check_stop()
-
     with StopOnSignal() as stop:
-        outcome = run(replace(request, on_epoch=after_epoch, on_step=check_stop), tracker)
+        outcome = run(replace(request, stop_requested=lambda: stop.requested), tracker)
     if outcome.state is State.INTERRUPTED:
         raise Interrupted
     return outcome
+
+
+def _check_stop(request: ExperimentRequest) -> None:
+    if request.stop_requested():
+        raise Interrupted(request.stop_reason)
 
 
 def known_before(constraints: Mapping[str, float], recipe: Recipe, data: TrainingData) -> dict[str, float]:

@@ -46,7 +46,7 @@ class Seal:
                 _check_enough(listing)
             usable, _ = sealed(labels, fraction, SEED, groups, listing.classes)
         except UserError as error:
-            remedy = "give another `--test-fraction`; 0 seals none, and nothing can be promoted"
+            remedy = "`--test-fraction 0` seals none, and nothing can be promoted"
             raise UserError.many([replace(problem, remedy=remedy) for problem in error.problems]) from None
         chosen = np.delete(rows, usable.numpy())
         return cls(

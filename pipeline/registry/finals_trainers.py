@@ -84,12 +84,8 @@ class Trainer:
     def train(self, training: Training, on_epoch: Callable[[EpochReport], None]) -> Outcome:
         """How it ended: INTERRUPTED where it was stopped midway. Interrupted where it was to stop before it began."""
         candidate, recipe = training.candidate, training.recipe
-        self._check_stop()
-
-        def after_epoch(report: EpochReport) -> None:
-            on_epoch(report)
-            self._check_stop()
-
+        if self.stop_requested():
+            raise Interrupted(self.stop_reason)
         tags = RunTags(
             role="final",
             study=self.study.name,
@@ -108,14 +104,11 @@ class Trainer:
             tags=tags,
             run_key=training.run_key,
             resume_dir=self.tracker.home / CHECKPOINTS / training.run_key,
-            on_epoch=after_epoch,
-            on_step=self._check_stop,
+            on_epoch=on_epoch,
+            stop_requested=self.stop_requested,
+            stop_reason=self.stop_reason,
         )
         return experiment.run(request, self.tracker)
-
-    def _check_stop(self, *progress: object) -> None:
-        if self.stop_requested():
-            raise Interrupted(self.stop_reason)
 
 
 class Trainers(Protocol):

@@ -177,6 +177,7 @@ def _run(trial: optuna.Trial, context: StudyContext) -> Outcome:
         pruned_at_end=SHORT if attributes.short else "",
         on_epoch=reporter.on_epoch,
         on_step=reporter.on_step,
+        stop_requested=context.stop_requested,
         check_ownership=check_ownership,
     )
     outcome = experiment.run(request, context.tracker)
@@ -212,7 +213,7 @@ def _value_of(outcome: Outcome, objective: str) -> float:
 
 
 class _Reporter:
-    """The hooks of a trial's training: they report to Optuna and the observer, prune, and stop."""
+    """The hooks of a trial's training: they report to Optuna and the observer, and prune."""
 
     def __init__(self, trial: optuna.Trial, context: StudyContext, recipe: Recipe, short: bool):
         self._trial, self._context, self._recipe, self._short = trial, context, recipe, short
@@ -232,21 +233,15 @@ class _Reporter:
             raise Prune(f"by {type(self._trial.study.pruner).__name__} after epoch {report.epoch}")
         if not is_last and self._is_late():
             raise Interrupted(f"{TIME_IS_UP} after epoch {report.epoch}")
-        self._check_stop()
 
     def on_step(self, epoch: int, step: int, steps: int) -> None:
         self._context.observer.step(self._trial.number, self._clock.step(epoch, step, steps))
-        self._check_stop()
 
     def _is_late(self) -> bool:
         deadline, study = self._context.search.deadline, self._trial.study
         if deadline is None or time.monotonic() <= deadline or TrialAttributes.of(self._trial).control:
             return False
         return bool(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-
-    def _check_stop(self) -> None:
-        if self._context.stop_requested():
-            raise Interrupted
 
 
 @dataclass

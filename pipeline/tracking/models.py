@@ -36,6 +36,7 @@ CHAMPION = "models:/image-classifier@champion"
 TEACHERS = "teachers"  # in the folder `mlruns`: copies of models that others learn from
 DIGEST_TAG = "sha256."  # prefix of a registered version's tags; the name of a file follows
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias that isn't set
+_NOT_A_MODEL = "neither a folder, nor a run's id (32 of 0-9a-f), nor models:/NAME@ALIAS or models:/NAME/VERSION"
 _NO_RUN = Problem(
     "no finished run yet", "", "`study NAME --dataset digits` trains some; or name a model's folder by `--model`"
 )
@@ -105,10 +106,9 @@ def find_model(home: Path, uri: str | None, wanted: str | None) -> Iterator[Mode
     registered version are the package that was registered, verified by its tags. UserError where there is no such
     model, DataError where its files differ.
     """
-    if wanted and not wanted.startswith("models:/") and not is_run_id(wanted):
-        rule = "neither a folder, nor a run's id (32 of 0-9a-f), nor models:/NAME@ALIAS or models:/NAME/VERSION"
-        raise UserError(f"model {wanted}", rule, "`history` shows registered ones, `ui` all runs")
     if uri is None and not (home / "mlflow.db").exists():
+        if wanted and not _names_one(wanted):
+            raise UserError(f"model {wanted}", _NOT_A_MODEL, f"there are no runs yet in {home}")
         raise UserError.many([_NO_RUN])
     tracker = MlflowTracker(home, uri)
     source, label = _resolve(tracker, wanted)
@@ -207,10 +207,16 @@ def _resolve(tracker: MlflowTracker, wanted: str | None) -> tuple[Run | ModelVer
             rule = "no such registered model"
             raise UserError(f"model {wanted}", rule, _known(tracker))
         return version
+    if not _names_one(wanted):
+        raise UserError(f"model {wanted}", _NOT_A_MODEL, _known(tracker))
     run = tracker.store.run(wanted)
     if run is None:
         raise UserError(wanted, "no such run in the tracking store", "`ui` shows all runs")
     return run, run_label(run) + ("" if is_active(run) else ", which was deleted in MLflow")
+
+
+def _names_one(wanted: str) -> bool:
+    return wanted.startswith("models:/") or is_run_id(wanted)
 
 
 def _known(tracker: MlflowTracker) -> str:

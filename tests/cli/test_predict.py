@@ -113,7 +113,10 @@ def test_predict_reads_a_pickle_of_images(trained: Trained, tmp_path: Path) -> N
     [
         (["predict"], ["IMAGE: needs a value: images, folders of images", "type `python -m pipeline predict IMAGE`"]),
         (["predict", "cat.jpg"], ["no finished run yet"]),
-        (["predict", "~nobody/cat.jpg", "--model", "~nobody/x"], ["no finished run yet"]),
+        (
+            ["predict", "~nobody/cat.jpg", "--model", "~nobody/x"],
+            ["model ~nobody/x: neither a folder, nor", "no runs yet in mlruns"],
+        ),
         (
             ["predict", "cat.jpg", "--method", "ttta"],
             ["`--method ttta`: not one of plain, tta,", "(did you mean tta?)"],
