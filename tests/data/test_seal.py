@@ -139,9 +139,7 @@ def test_given_test_split_is_never_replaced(tmp_path: Path, home: Path) -> None:
 
 
 def test_too_few_images_are_refused_with_the_way_out(tmp_path: Path, home: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"^data.test_fraction = 0.1: gives 1 of 10 images, .*; give another `--test-fraction`"
-    ):
+    with pytest.raises(UserError, match=r"^data.test_fraction = 0.1: gives 1 of 10 images, .*; `--test-fraction 0`"):
         drawn(pets(tmp_path / "pets", 5), home)
     root = pets(tmp_path / "rare")
     for number in range(2):
