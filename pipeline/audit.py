@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.disk import UNFINISHED
 from pipeline.errors import Problem, PromotionRefused, UserError, redact_uri
 from pipeline.evaluation.scores import CLASS_F1
-from pipeline.files import UNFINISHED
 from pipeline.processes import process_has_exited
 from pipeline.registry import ledger, promote
 from pipeline.registry.registered_model import Registry
@@ -350,8 +350,14 @@ def leftovers(home: Path) -> list[Path]:
         *home.glob(f"*/{UNFINISHED}"),
         *home.parent.glob("data/.cifar10-*"),
     ]
-    old = [path for path in others if time.time() - path.stat().st_mtime > _IN_USE_S]
-    return sorted([*empty_folders(home), *unsaved, *old])
+    return sorted([*empty_folders(home), *unsaved, *filter(_is_old, others)])
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > _IN_USE_S
+    except FileNotFoundError:  # its writer has ended just now
+        return False
 
 
 def _module_of(study: str) -> str:

@@ -45,7 +45,7 @@ class Prune(Exception):
 
 
 class Interrupted(Exception):
-    """Raised by `on_step` or `on_epoch`: the user asked to stop, or what the message says."""
+    """Raised within a training: the user asked to stop, or what the message says."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ LAYERS = [
     {"recipe"},
     {"sections"},
     {"processes", "worker_process"},
-    {"errors", "files"},
+    {"disk", "errors"},
     {"runtime"},
 ]
 # Library -> where it may be imported.

@@ -9,8 +9,8 @@ import typer
 
 from pipeline.cli.common import HOME, expand, make_console, say, writable
 from pipeline.cli.options import DataDirOption
+from pipeline.disk import replacing
 from pipeline.errors import Problem, UserError
-from pipeline.files import replacing
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -18,6 +18,7 @@ def fields(
 ) -> None:
     """List the fields of a recipe: allowed values, default, which kinds have it, what it means."""
     from pipeline.recipe import Recipe
+    from pipeline.sections.data import FORM_FIELDS, SAMPLER_FIELDS
 
     schema = Recipe.model_json_schema()
     rows = [row for section in schema["properties"] for row in _rows(schema, section)]
@@ -32,9 +33,15 @@ def fields(
         say(console, f"{field:<28}  {values}{f'; default {default}' if default else ''}{f' ({of})' if of else ''}")
         if meaning:
             say(console, f"    {meaning}")
-    say(
-        console, f"a space suggests them by these names; `study NAME --set {chosen[0][0]}=...` fixes one for all trials"
-    )
+    fixed = [row[0] for row in chosen if row[0].startswith("data.") and row[0] not in FORM_FIELDS + SAMPLER_FIELDS]
+    if searched := [row[0] for row in chosen if row[0] not in fixed]:
+        example = f"`study NAME --set {searched[0]}=...` fixes one for all trials"
+        say(console, f"a space suggests them by these names; {example}")
+    if fixed:
+        say(
+            console,
+            "trials share their data: a space can't suggest other fields of `data`, only options and `--set` can",
+        )
 
 
 def _rows(schema: Mapping[str, Any], section: str) -> Iterator[tuple[str, str, str, str, str]]:
@@ -60,7 +67,7 @@ def _rows(schema: Mapping[str, Any], section: str) -> Iterator[tuple[str, str, s
 
 def _values(about: Mapping[str, Any]) -> str:
     """Of a field's JSON schema: `> 0, <= 100`, `yes, no`, `a, b`."""
-    if options := about.get("anyOf"):
+    if options := about.get("anyOf") or about.get("oneOf"):
         return " or ".join(_values(option) for option in options)
     if "enum" in about or "const" in about:
         return ", ".join(map(_shown, about.get("enum", [about.get("const")])))

@@ -167,7 +167,7 @@ def _usage(error: Any) -> UserError:
         known = [name for each in error.ctx.command.params for name in each.opts]
         return UserError(f"`{option}`", f"no such option of `{error.ctx.command.name}`{did_you_mean(option, known)}")
     if surplus := re.fullmatch(r"Got unexpected extra arguments? \((.+)\)", error.message.replace("(s)", "")):
-        rule = f"one argument too many for `{error.ctx.command.name}`"
+        rule = f"more than the arguments of `{error.ctx.command.name}`"
         return UserError(surplus[1], rule, f"options begin with --; `{error.ctx.command.name} --help` lists them")
     if unknown := re.fullmatch(r"No such command '(.+?)'\..*", error.message):
         known = list(COMMAND_LINE.commands)

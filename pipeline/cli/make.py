@@ -46,7 +46,7 @@ class CommandLine:
         if not is_command and not text.startswith("--"):
             return text
         if is_command and self.tracking_uri and TRACKING in self._options(name) and TRACKING not in text:
-            text, rest = (f"{words} {TRACKING} {self.tracking_uri}".strip() for words in (text, rest))
+            text, rest = (f"{words} {TRACKING} {shlex.quote(self.tracking_uri)}".strip() for words in (text, rest))
         if not self.by_make:
             return f"python -m pipeline {text}" if is_command else text
         made = _assignments(

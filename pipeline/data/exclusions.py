@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.data.listing import TEST, TRAIN, Listing, first
+from pipeline.disk import sha256_of
 from pipeline.errors import DataError, Problem
-from pipeline.files import sha256_of
 
 if TYPE_CHECKING:
     import pandas as pd

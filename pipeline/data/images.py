@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pipeline.data.ahead import ahead
 from pipeline.data.mapped import MappedImages
+from pipeline.disk import sha256_of
 from pipeline.errors import DataError, UserError
-from pipeline.files import sha256_of
 from pipeline.sections.data import Form
 
 # Given to Pillow by name, so that a file's content never reaches another decoder (EPS would start Ghostscript).

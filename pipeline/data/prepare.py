@@ -110,7 +110,7 @@ def partition_of(dataset: Dataset, recipe: Data) -> Partition:
 def _most_in_memory(device: torch.device) -> float:
     """Bytes; of a GPU a share of what this process may take, which others may share with it."""
     if device.type == "cuda":
-        fraction = torch.cuda.get_per_process_memory_fraction(device)
+        fraction = torch.cuda.get_per_process_memory_fraction(device.index)
         return MEMORY_SHARE["cuda"] * fraction * torch.cuda.get_device_properties(device).total_memory
     return MEMORY_SHARE["cpu"] * psutil.virtual_memory().total
 

@@ -17,8 +17,8 @@ from filelock import FileLock
 
 from pipeline.data.listing import TEST, TRAIN, VALIDATION, Listing, check_groups, first
 from pipeline.data.splits import sealed
+from pipeline.disk import replacing
 from pipeline.errors import DataError, Problem, UserError
-from pipeline.files import replacing
 
 SEED = 20_261_129  # never change it: it seals the test splits
 FOLDER = "splits"  # below mlruns

@@ -183,11 +183,12 @@ class _Draw:
         ]
         if problems:
             raise UserError.many(problems)
-        if not classes <= total <= images - classes:
+        if (few := total < classes) or total > images - classes:
             raise UserError(
                 self.field,
                 f"gives {total} of {images} images, but {classes} classes with at least one image on each side need "
-                f"{classes} to {images - classes}, a fraction of {np.ceil(100 * classes / images) / 100:g} or more",
+                f"{classes} to {images - classes}"
+                + (f", from {np.ceil(100 * classes / images) / 100:g} on" if few else ""),
             )
         shares = np.ones_like(counts)
         for _ in range(total - classes):  # full quotas first, then the largest remainders; in integers: no rounding

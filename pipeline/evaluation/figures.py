@@ -28,8 +28,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from pipeline.disk import replacing
 from pipeline.evaluation.scores import Reliability, Scores
-from pipeline.files import replacing
 
 _TRAIN, _VAL, _F1, _RIGHT, _WRONG, _FAINT = "#7f7f7f", "#1f77b4", "#e07b00", "#1a7f37", "#c62828", "#b0b0b0"
 _GRID = "#e8e8e8"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.data.images import BadImage
+from pipeline.disk import replacing
 from pipeline.errors import DataError, Problem, UserError
-from pipeline.files import replacing
 from pipeline.inference.classifier import Classifier
 from pipeline.inference.inputs import read_inputs
 

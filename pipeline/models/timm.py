@@ -17,8 +17,8 @@ from huggingface_hub import try_to_load_from_cache
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from pipeline.disk import sha256_of
 from pipeline.errors import DataError, UserError, did_you_mean
-from pipeline.files import sha256_of
 from pipeline.sections.model import Timm
 from pipeline.sections.weights import file_digest
 

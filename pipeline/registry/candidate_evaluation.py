@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 from mlflow.entities import Run
 
+from pipeline.disk import replacing, sha256_of
 from pipeline.errors import DataError, PromotionRefused, UserError, lines_of
 from pipeline.evaluation.significance import small_split_line
-from pipeline.files import replacing, sha256_of
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.recipe import LATER
 from pipeline.registry import export, test_split

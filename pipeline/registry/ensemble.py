@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
+from pipeline.disk import sha256_of
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.logits import predict_logits
-from pipeline.files import sha256_of
 from pipeline.inference.classifier import MOST_MEMBERS, Classifier, ModelMetadata, mean_of
 from pipeline.processes import this_process
 from pipeline.registry.decision import FinalsDecision

@@ -227,10 +227,16 @@ def check_data(plan: FinalsPlan, tracker: MlflowTracker, data: TrainingData) -> 
     check_same_data(f"study {plan.study.name}", RunTags.of(run), data)
 
 
+def fair_workers(study: StudyRuns, workers: int, device: torch.device) -> int:
+    """As many of so many workers as slow down nothing that the study bounds: one a device, where it bounds a time."""
+    has_bounds = any(name in study.constraints for name in TIMES)
+    return min(workers, max(1, len(gpus_of(device)))) if has_bounds else workers
+
+
 def check_workers(study: StudyRuns, workers: int, device: torch.device) -> None:
-    """UserError where workers that share a device would slow down what the study bounds, so that all would break it."""
-    bounded = [name for name in TIMES if name in study.constraints]
-    if bounded and workers > max(1, len(gpus_of(device))):
+    """UserError where there are more than `fair_workers`."""
+    if workers > fair_workers(study, workers, device):
+        bounded = [name for name in TIMES if name in study.constraints]
         rule = f"the study bounds {', '.join(bounded)}, which trainings at the same time make longer"
         raise UserError(f"`--workers {workers}`", rule, "leave it out")
 

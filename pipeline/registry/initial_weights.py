@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
+from pipeline.disk import replacing, sha256_of
 from pipeline.errors import UserError
-from pipeline.files import replacing, sha256_of
 from pipeline.recipe import Recipe
 from pipeline.sections.weights import with_digest
 from pipeline.tracking import queries

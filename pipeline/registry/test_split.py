@@ -20,9 +20,9 @@ from pipeline.data.images import resized
 from pipeline.data.listing import TEST, Listing
 from pipeline.data.splits import sealed
 from pipeline.data.survey import Survey, survey_files, survey_pixels
+from pipeline.disk import sha256_of
 from pipeline.errors import DataError, lines_of
 from pipeline.evaluation.logits import images_together
-from pipeline.files import sha256_of
 from pipeline.sections.data import Data, Form
 
 BATCHES = 8  # of a prediction, that are read together

@@ -16,8 +16,8 @@ from markupsafe import Markup, escape
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
+from pipeline.disk import replacing
 from pipeline.errors import UserError, counted, escape_control
-from pipeline.files import replacing
 from pipeline.report.figures.layout import template as figure_template
 
 

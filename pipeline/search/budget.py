@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
-from pipeline.registry.finals import FinalsPlan, makespan, plan_finals
+from pipeline.registry.finals import FinalsPlan, fair_workers, makespan, plan_finals
 from pipeline.registry.finals_run import TimeLimit
 from pipeline.registry.racing import MIN_SEEDS
 from pipeline.search.forecast import (
@@ -320,10 +320,11 @@ def finals_in_time(
 ) -> FinalsPlan | None:
     """The largest finals that fit into what is left of the budget; None where none do."""
     end_s = learned(plan.costs, study.get_trials(deepcopy=False)).end_s
+    costs = replace(plan.costs, parallel=fair_workers(runs, plan.costs.parallel, device))
     left_s = plan.budget.limit.deadline - time.monotonic()
     for top, seeds in FINALS:
         planned = plan_finals(tracker, runs, device, top, seeds)
         grace_s = plan.budget.limit.grace_s if (top, seeds) == FINALS[-1] else 0.0
-        if _start_s(plan.costs) + planned.remaining_s(plan.costs.parallel, end_s) <= left_s + grace_s:
+        if _start_s(costs) + planned.remaining_s(costs.parallel, end_s) <= left_s + grace_s:
             return planned
     return None

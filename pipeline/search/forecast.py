@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line
 from pipeline.evaluation.logits import bf16_supported
-from pipeline.experiment import why_failed
+from pipeline.experiment import DIVERGED, why_failed
 from pipeline.recipe import Recipe
 from pipeline.search.search import Search
 from pipeline.search.short_trials import short_epochs, simulate
@@ -77,11 +77,11 @@ def choose(
     failed: str = "",
     gpus: int = 1,
 ) -> Choice:
-    """The simplest way, and number of workers (`workers`, or 1 to 4), that is hardly slower than the fastest one.
+    """The simplest way, and number of workers (`workers`, or from 1 on), that is hardly slower than the fastest one.
 
     One device completes no more than one trial in the shortest `training_s` of all `ways`, however many workers there
     are: a graph leaves it no pause, and processes take turns. A worker's memory may be twice the control's. Of several
-    equal `gpus`, which workers get in turn, each has `free_gib`; there may be as many workers as GPUs.
+    equal `gpus`, which workers get in turn, each has `free_gib`. At most 4 workers, or as many as GPUs.
     """
     least_s = min(way.training_s for way in ways)
     memory_gib = 2 * max(way.memory_gib for way in ways) + CONTEXT_GIB
@@ -146,7 +146,8 @@ def _measured(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     size = f"batches of {recipe.training.batch_size} and images of {recipe.data.image_size} pixels"
-    raise RecipeFails(f"{recipe.model.network} with {size}", reason.splitlines()[0], "smaller ones take less memory")
+    remedy = "" if reason.startswith(DIVERGED) else "smaller ones take less memory"
+    raise RecipeFails(f"{recipe.model.network} with {size}", reason.splitlines()[0], remedy)
 
 
 def _check_usable(device: torch.device, failed: str) -> None:

@@ -14,7 +14,7 @@ class Choice:
 
     execution: str
     workers: int
-    taken: float = 0.0  # share of a trial's time in which no other trial can use the device
+    taken: float = 0.0  # share of a trial's time in which it keeps all others from the devices
     why: str = ""
     precision: str = ""  # what `auto` turned out to be, for all trials; empty where it was not measured
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from pipeline.disk import sha256_of
 from pipeline.errors import did_you_mean
-from pipeline.files import sha256_of
 
 # Weights that need no file of the user's: none, timm's own download, and those of a package of that name.
 NAMED_WEIGHTS = ("none", "default", "efficientnet-lite0")

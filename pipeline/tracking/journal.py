@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.disk import replacing
 from pipeline.errors import UserError
-from pipeline.files import replacing
 
 FOLDER = "journal"  # in the home folder
 RECORDS = "records.jsonl"

@@ -13,8 +13,8 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from pipeline.disk import sha256_of
 from pipeline.errors import DataError, Problem, UserError, first_line
-from pipeline.files import sha256_of
 from pipeline.recipe import parse_recipe
 from pipeline.tracking import queries
 from pipeline.tracking.intact import run_label

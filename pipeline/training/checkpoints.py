@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
+from pipeline.disk import sha256_of
 from pipeline.errors import Problem, UserError
-from pipeline.files import sha256_of
 
 FORMAT = 1
 WEIGHTS = "weights.safetensors"

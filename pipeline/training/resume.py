@@ -81,6 +81,7 @@ class Resume:
         self.seconds = 0.0  # that they took
         self.notes: list[str] = []  # for the user, a line each: where it resumes, what was damaged or not saved
         self._identity: dict[str, str] = {}
+        self._former_digest = ""
         self._last_save = 0.0
         self._failed = False
 
@@ -94,6 +95,7 @@ class Resume:
         # However the steps are executed: a training may go on on another device.
         digest = recipe.changed({"training.execution": "eager"}).digest()
         self._identity = {"recipe": digest, "data": data.digest, "split": data.split_digest}
+        self._former_digest = recipe.digest()  # of states that are older
         self._last_save = time.monotonic()
         states = self._states()
         for state in states:
@@ -150,7 +152,7 @@ class Resume:
         differences = [
             f"{name} {getattr(record, name)[:16]} there, {digest[:16]} here"
             for name, digest in self._identity.items()
-            if getattr(record, name) != digest
+            if getattr(record, name) not in (digest, self._former_digest)
         ]
         if differences:
             raise UserError(

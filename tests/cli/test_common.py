@@ -38,11 +38,15 @@ def test_next_commands_stay_with_the_store_and_hide_passwords(
     monkeypatch.setattr(common.COMMAND_LINE, "commands", typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     monkeypatch.setattr(common.COMMAND_LINE, "tracking_uri", "")
     for by_make, shown, told in (
-        (False, "python -m pipeline finals a-v1-digits --tracking-uri http://***@host", "python -m pipeline plan a"),
-        (True, "make finals NAME=a-v1-digits TRACKING_URI='http://***@host'", "make plan NAME=a"),
+        (
+            False,
+            "python -m pipeline finals a-v1-digits --tracking-uri 'http://***@host/a b'",
+            "python -m pipeline plan a",
+        ),
+        (True, "make finals NAME=a-v1-digits TRACKING_URI='http://***@host/a b'", "make plan NAME=a"),
     ):
         monkeypatch.setattr(common.COMMAND_LINE, "by_make", by_make)
-        assert _remember("http://ann:secret@host") == "http://ann:secret@host"
+        assert _remember("http://ann:secret@host/a b") == "http://ann:secret@host/a b"
         print_next(make_console(), {"decide": "finals a-v1-digits"}, [("see", "link")])
         assert capsys.readouterr().out == f"Next:\n  decide  {shown}\n  see     link\n"
         say(make_console(), "do `plan a`")

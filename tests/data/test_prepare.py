@@ -96,9 +96,11 @@ def test_images_that_are_too_many_for_memory_stay_in_their_file(
 
 
 def test_worker_that_shares_a_gpu_may_hold_a_share_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda:1")
+    device = torch.device("cuda")  # as the command line has it
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=800))
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", lambda index: {0: 0.25}[index], raising=False)
     assert prepare_module._most_in_memory(device) == 25
 
 

@@ -79,7 +79,7 @@ def test_too_small_a_fraction_is_refused_with_the_limits() -> None:
         partition(torch.arange(30) % 10, 0.1, 0)
     assert caught.value.lines == [
         "data.validation_fraction = 0.1: gives 3 of 30 images, but 10 classes with at least one image on each side "
-        "need 10 to 20, a fraction of 0.34 or more"
+        "need 10 to 20, from 0.34 on"
     ]
 
 

@@ -12,8 +12,8 @@ from sklearn.metrics import balanced_accuracy_score
 
 from pipeline.cli.exit_codes import exit_code
 from pipeline.data.prepare import TrainingData
+from pipeline.disk import sha256_of
 from pipeline.errors import PromotionRefused, UserError
-from pipeline.files import sha256_of
 from pipeline.recipe import Recipe
 from pipeline.registry import candidate_evaluation
 from pipeline.registry import test_split as opener

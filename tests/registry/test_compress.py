@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipeline.data.prepare import TrainingData
+from pipeline.disk import sha256_of
 from pipeline.errors import DataError, UserError
-from pipeline.files import sha256_of
 from pipeline.inference.classifier import Classifier
 from pipeline.registry import compress, initial_weights, reproduce
 from pipeline.registry.candidate_evaluation import _seed_scores

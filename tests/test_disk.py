@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import UNFINISHED, replacing, sha256_of
+from pipeline.disk import UNFINISHED, replacing, sha256_of
 
 
 def test_a_file_is_replaced_at_the_end_of_the_body(tmp_path: Path) -> None:
