@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -302,9 +303,9 @@ def test_finals_fit_into_what_is_left(search: Search, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(budget_module, "plan_finals", lambda tracker, runs, device, top, seeds: Planned(top, seeds))
     monkeypatch.setattr(budget_module.time, "monotonic", lambda: 0.0)
-    tools: Any = (None, None, torch.device("cpu"))
 
-    def found(left_s: float, workers: int = 1) -> Any:
+    def found(left_s: float, workers: int = 1, bound: str = "model/parameters") -> Any:
+        tools: Any = (None, SimpleNamespace(constraints={bound: 1.0}), torch.device("cpu"))
         costs = replace(COSTS, parallel=workers)
         plan = replace(planned(search, HOUR), costs=costs, budget=Budget(left_s + CLOSING_S, 0.0))
         finals = finals_in_time(*tools, plan, optuna.create_study())
@@ -313,6 +314,7 @@ def test_finals_fit_into_what_is_left(search: Search, monkeypatch: pytest.Monkey
     sizes = {20: (3, 5), 19: (2, 5), 9: (1, 4), 6: (1, 3), 5.6: (1, 3), 4: None}
     assert {trainings: found(63.0 * trainings) for trainings in sizes} == sizes
     assert found(WORKER_START_S + 63.0 * 5, workers=4) == (3, 5), "twenty trainings, four at once"
+    assert found(63.0 * 9, workers=4, bound="time/training_s") == (1, 4), "one at a time, as each would slow the others"
 
 
 def test_limit_gives_grace_to_the_first_seeds_only(monkeypatch: pytest.MonkeyPatch) -> None:
