@@ -269,6 +269,18 @@ def save_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "Resume", partial(Resume, every_s=0))
 
 
+def test_a_stop_is_seen_after_the_step_and_the_epoch_that_are_under_way(tmp_path: Path, run_small: Train) -> None:
+    done: list[tuple[int, ...]] = []
+    steps = {"on_step": lambda *step: done.append(step), "stop_requested": lambda: len(done) == 2}
+    outcome = run_small(FolderTracker(tmp_path), stop_reason="enough", **steps)
+    assert (outcome.state, outcome.reason, outcome.epochs, len(done)) == (State.INTERRUPTED, "enough", 0, 2)
+    epochs: list[EpochReport] = []
+    hooks = {"on_epoch": epochs.append, "on_step": lambda *step: done.append(step)}
+    outcome = run_small(FolderTracker(tmp_path), stop_requested=lambda: bool(epochs), **hooks)
+    assert done[-1][0] == 1, "no step of the next epoch"
+    assert (outcome.state, outcome.reason, outcome.epochs) == (State.INTERRUPTED, "stopped by the user", 1)
+
+
 @pytest.mark.usefixtures("save_every_epoch")
 def test_interrupted_run_resumes_and_counts_former_epochs(
     finished: tuple[FolderTracker, Outcome], tmp_path: Path, run_small: Train
