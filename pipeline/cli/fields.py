@@ -45,7 +45,7 @@ def fields(
 
 
 def _rows(schema: Mapping[str, Any], section: str) -> Iterator[tuple[str, str, str, str, str]]:
-    """Field, values, default, kinds that have it where not all do, meaning; a line for each form of a field."""
+    """Field, values, default, kinds that have it where not all do, meaning; a row for each form of a field."""
     described = schema["properties"][section]
     kinds = described.get("discriminator", {}).get("mapping", {"": described.get("$ref")})
     kind_field = described.get("discriminator", {}).get("propertyName")
@@ -66,7 +66,7 @@ def _rows(schema: Mapping[str, Any], section: str) -> Iterator[tuple[str, str, s
 
 
 def _values(about: Mapping[str, Any]) -> str:
-    """Of a field's JSON schema: `> 0, <= 100`, `yes, no`, `a, b`."""
+    """Of a field's JSON schema: `> 0, <= 100`, `true, false`, `a, b`."""
     if options := about.get("anyOf") or about.get("oneOf"):
         return " or ".join(_values(option) for option in options)
     if "enum" in about or "const" in about:

@@ -81,7 +81,7 @@ class Resume:
         self.seconds = 0.0  # that they took
         self.notes: list[str] = []  # for the user, a line each: where it resumes, what was damaged or not saved
         self._identity: dict[str, str] = {}
-        self._former_digest = ""
+        self._former_digest = ""  # of the recipe with its execution, as states from before have it
         self._last_save = 0.0
         self._failed = False
 
@@ -95,7 +95,7 @@ class Resume:
         # However the steps are executed: a training may go on on another device.
         digest = recipe.changed({"training.execution": "eager"}).digest()
         self._identity = {"recipe": digest, "data": data.digest, "split": data.split_digest}
-        self._former_digest = recipe.digest()  # of states that are older
+        self._former_digest = recipe.digest()
         self._last_save = time.monotonic()
         states = self._states()
         for state in states:
