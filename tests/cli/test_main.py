@@ -59,7 +59,8 @@ def test_help_lists_the_exit_codes() -> None:
 
 def test_unknown_commands_and_options_are_one_line(tmp_path: Path) -> None:
     for words, line in (
-        (["stduy"], "stduy"),
+        (["stduy"], "stduy: no such command (did you mean study?); there are inspect, study"),
+        (["study", "attention", "digits"], "digits: more than the arguments of `python -m pipeline study`"),
         (["study", "--trails", "3"], "`--trails`: no such option of"),
         (["serve", "--port", "99999"], "`--port 99999`: should be less than or equal to 65535"),
     ):
