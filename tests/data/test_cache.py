@@ -197,7 +197,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written_or_removed(
     monkeypatch.setattr(cache, "RESERVE", 2**60)
     with pytest.raises(DataError, match=r"takes 0 MiB more; .* must stay free, and .* are; free some space"):
         decoded(read_folder(pets), FORM, home)
-    assert [num_bytes(folder) > 0 for folder in caches(home)] == [True, False], "the other one stays: it is too small"
+    assert {num_bytes(folder) > 0 for folder in caches(home)} == {True, False}, "the other one stays: it is too small"
 
 
 def test_the_cache_that_was_not_used_for_longest_makes_room(
