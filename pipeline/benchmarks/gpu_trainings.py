@@ -25,11 +25,13 @@ from pipeline.experiment import publish
 from pipeline.recipe import Recipe
 from pipeline.registry.speed_runs import six_views, speed_run_data
 from pipeline.search import run_study
-from pipeline.search.forecast import Choice, decide, forecast
+from pipeline.search.choice import choose_execution
+from pipeline.search.forecast import forecast
 from pipeline.search.search import Search
 from pipeline.search.speed import Stopwatch, measure, measure_overhead, trial_seconds
 from pipeline.search.storage import open_storage
 from pipeline.search.study import load_study
+from pipeline.search.study_attributes import Choice
 from pipeline.search.trial import StudyContext, StudyObserver
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest, Tracker
@@ -221,7 +223,7 @@ def study(benchmark: GpuBenchmark) -> Iterator[Row]:
         search = Search("attention", load_study("attention"), benchmark.settings(STUDY), 1, STUDY_TRIALS, None)
         data = benchmark.data(search.base)
         began = time.perf_counter()
-        search, choice = decide(search, data, benchmark.torch_device, None)
+        search, choice = choose_execution(search, data, benchmark.torch_device, None)
         execution, seconds = choice.execution, round(time.perf_counter() - began, 2)
         yield {"what": f"choice: {execution}", "workers": choice.workers, "why": choice.why, "seconds": seconds}
         yield attempt(

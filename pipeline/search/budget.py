@@ -18,12 +18,10 @@ from pipeline.errors import UserError
 from pipeline.registry.finals import FinalsPlan, fair_workers, makespan, plan_finals
 from pipeline.registry.finals_run import TimeLimit
 from pipeline.registry.racing import MIN_SEEDS
+from pipeline.search.choice import choose_execution
 from pipeline.search.forecast import (
-    TRACKING_S,
-    WORKER_START_S,
     Costs,
     Forecast,
-    decide,
     estimate,
     mean_epochs,
     measure_costs,
@@ -33,6 +31,7 @@ from pipeline.search.short_trials import MIN_EPOCHS as MIN_SHORTENED_EPOCHS
 from pipeline.search.short_trials import MIN_TRIALS as MIN_SHORTENED_TRIALS
 from pipeline.search.short_trials import short_epochs
 from pipeline.search.space_check import field_of
+from pipeline.search.speed import TRACKING_S, WORKER_START_S
 from pipeline.search.storage import find_study, num_finished
 from pipeline.search.study_attributes import Choice, StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget
@@ -110,14 +109,14 @@ def prepare(
     workers: int | None,
     budget: Budget | None,
 ) -> tuple[Search, Choice, BudgetPlan | None, optuna.Study | None]:
-    """A resolved search as it will run here: see `decide`, and `plan_budget` where there is a budget; what is stored so far.
+    """A resolved search as it will run here, and what is stored of it so far: see `choose_execution` and `plan_budget`.
 
-    `storage` is None where there is none yet.
+    The plan is None without a budget; `storage` is None where there is none yet.
     """
     if budget and storage:
         search, budget = keep_length(search, storage, budget)
     stored = find_study(search, data, storage) if storage else None
-    search, choice = decide(search, data, device, stored, workers)
+    search, choice = choose_execution(search, data, device, stored, workers)
     if not budget:
         return search, choice, None, stored
     costs = measure_costs(search, data, device, choice, search.trials, budget.seconds)

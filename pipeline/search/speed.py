@@ -9,14 +9,15 @@ import torch
 
 from pipeline.data.datasets import Split
 from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
 from pipeline.evaluation.logits import autocast
-from pipeline.experiment import publish
+from pipeline.experiment import DIVERGED, publish, why_failed
 from pipeline.inference.methods import views_of
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import RunRequest, Tracker
-from pipeline.training.loop import PARTS, EpochReport, train
+from pipeline.training.loop import PARTS, Diverged, EpochReport, train
 from pipeline.training.progressive import mean_size
 
 # Measured epochs are short, so that slow networks are measured too; a GPU must not run out of steps that are queued.
@@ -24,6 +25,11 @@ _STEPS = {"cpu": 4, "cuda": 64}
 _VALIDATION = {"cpu": 250, "cuda": 5000}
 _MANY_EPOCHS = 10_000
 PROBE_IMAGES = 8  # of a step that is measured by itself
+CONTROL_S = 1.5  # of measuring a control; on slow networks two short epochs take longer
+# What is not measured each time: tracking would leave a run behind. On 2 CPU cores MLflow took 0.05 to 0.1 s a trial
+# besides the epochs' metrics, and a worker's start 6.0 s of processor time, until its first trial of digits.
+TRACKING_S = 0.1
+WORKER_START_S = 6.0
 
 
 class Stopwatch:
@@ -116,6 +122,10 @@ class Overhead:
     epoch_s: float  # an epoch's metrics
 
 
+class RecipeFails(UserError):
+    """A recipe whose trial would fail: it needs too much memory, or diverges."""
+
+
 class _Measured(Exception):
     """Ends a training that was measured for long enough."""
 
@@ -127,17 +137,37 @@ def measure_mean(
     seconds: float,
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
 ) -> Speed:
-    """`measure`, of the mean of a recipe's epochs: those in which only the head learns are cheaper than the others."""
+    """`measure`, of the mean of a recipe's epochs: those in which only the head learns are cheaper than the others.
+
+    RecipeFails where a trial of the recipe would.
+    """
     share = min(1.0, recipe.transfer.frozen_epochs / recipe.training.epochs)
     parts = [(part, head_only) for part, head_only in ((1 - share, False), (share, True)) if part]
-    speeds = [(part, measure(recipe, data, device, part * seconds, on_step, head_only)) for part, head_only in parts]
-    first = speeds[0][1]
-    return replace(
-        first,
-        step_s={name: sum(part * speed.step_s[name] for part, speed in speeds) for name in first.step_s},
-        evaluation_s=sum(part * speed.evaluation_s for part, speed in speeds),
-        memory_gib=max(speed.memory_gib for _, speed in speeds),
-    )
+    try:
+        speeds = [
+            (part, measure(recipe, data, device, part * seconds, on_step, head_only)) for part, head_only in parts
+        ]
+    except (Diverged, MemoryError, RuntimeError) as error:
+        if not (reason := why_failed(error)):
+            raise
+        failure = _recipe_fails(recipe, reason)
+    else:
+        first = speeds[0][1]
+        return replace(
+            first,
+            step_s={name: sum(part * speed.step_s[name] for part, speed in speeds) for name in first.step_s},
+            evaluation_s=sum(part * speed.evaluation_s for part, speed in speeds),
+            memory_gib=max(speed.memory_gib for _, speed in speeds),
+        )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # out here: the error no longer holds the network
+    raise failure
+
+
+def _recipe_fails(recipe: Recipe, reason: str) -> RecipeFails:
+    size = f"batches of {recipe.training.batch_size} and images of {recipe.data.image_size} pixels"
+    remedy = "" if reason.startswith(DIVERGED) else "smaller ones take less memory"
+    return RecipeFails(f"{recipe.model.network} with {size}", reason.splitlines()[0], remedy)
 
 
 def measure(

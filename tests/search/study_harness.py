@@ -30,6 +30,27 @@ def rates(trial: Any) -> None:
     trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)
 
 
+def search_of(base: Recipe, trials: int, asks_epochs: bool = False) -> Search:
+    """Of the learning rate, and of the epochs where it asks for them; nothing is stored of it."""
+
+    def space(trial: Any) -> None:
+        trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)
+        if asks_epochs:
+            trial.suggest_int("training.epochs", 2, 6, step=2)
+
+    study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=trials)
+    return Search("lab", study, {}, version=1, trials=trials, timeout_s=None)
+
+
+def stored(states: list[TrialState]) -> optuna.Study:
+    """A study whose trials ended so."""
+    study = optuna.create_study()
+    for state in states:
+        value = 0.5 if state is TrialState.COMPLETE else None
+        study.add_trial(optuna.trial.create_trial(state=state, value=value))
+    return study
+
+
 class RecordingObserver:
     """A StudyObserver that records; `at_epoch` and `at_first_step` may act, as a user or a fault would."""
 

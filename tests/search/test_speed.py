@@ -12,6 +12,7 @@ from pipeline.recipe import Recipe
 from pipeline.search import speed as speed_module
 from pipeline.search.speed import (
     Overhead,
+    RecipeFails,
     Speed,
     Stopwatch,
     few_images,
@@ -23,7 +24,7 @@ from pipeline.search.speed import (
 from pipeline.sections.data import Data
 from pipeline.tracking.tracker import NullTracker
 from pipeline.training import progressive
-from pipeline.training.loop import PARTS, train
+from pipeline.training.loop import PARTS, Diverged, train
 
 CPU = torch.device("cpu")
 STEP = ("data", "augmentation", "forward", "backward", "optimizer")
@@ -182,3 +183,25 @@ def test_growing_images_are_measured_at_their_mean_size(
     monkeypatch.setattr(progressive, "at_size", lambda images, size: seen.add(size) or real(images, size))
     measure(small_recipe.changed({"curriculum.start_size": 4, "training.epochs": 10}), digits, CPU, 0)
     assert seen == {6}
+
+
+def test_recipe_whose_trial_would_fail_is_named(
+    small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    def measure(*arguments: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(speed_module, "measure", measure)
+    what = "attention with batches of 64 and images of 8 pixels"
+    with pytest.raises(
+        RecipeFails, match=rf"^{what}: out of memory: CUDA out of memory\.; smaller ones take less memory$"
+    ):
+        measure_mean(small_recipe, digits, CPU, 0)
+    error = Diverged("the loss is nan")
+    with pytest.raises(RecipeFails, match=rf"^{what}: diverged: the loss is nan$"):
+        measure_mean(small_recipe, digits, CPU, 0)
+    error = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        measure_mean(small_recipe, digits, CPU, 0)
