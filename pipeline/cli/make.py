@@ -13,7 +13,6 @@ from typing import Any
 
 from pipeline.errors import Problem, UserError, did_you_mean
 
-TRACKING = "--tracking-uri"
 FROM_ENVIRONMENT = "DATA_DIR"  # names like VERSION mean other things elsewhere
 
 
@@ -23,7 +22,9 @@ class CommandLine:
 
     commands: Mapping[str, Any] = field(default_factory=dict)  # name -> its command, as click has it
     by_make: bool = False
-    tracking_uri: str = ""  # as it was given, without secrets: commands that are named look there too
+    stores: dict[str, str] = field(
+        default_factory=dict
+    )  # option -> address without secrets: commands that are named look there
 
     @property
     def flags(self) -> set[str]:
@@ -45,8 +46,9 @@ class CommandLine:
         is_command = name in self.commands
         if not is_command and not text.startswith("--"):
             return text
-        if is_command and self.tracking_uri and TRACKING in self._options(name) and TRACKING not in text:
-            text, rest = (f"{words} {TRACKING} {shlex.quote(self.tracking_uri)}".strip() for words in (text, rest))
+        for option, address in self.stores.items():
+            if is_command and option in self._options(name) and option not in text:
+                text, rest = (f"{words} {option} {shlex.quote(address)}".strip() for words in (text, rest))
         if not self.by_make:
             return f"python -m pipeline {text}" if is_command else text
         made = _assignments(

@@ -54,16 +54,19 @@ ModelNameOption = Annotated[
 MODEL_HELP = "A run's id, a folder with weights, or models:/NAME@ALIAS. Default: the champion, otherwise the best run."
 ModelFilesOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=MODEL_HELP)]
 StudyArgument = Annotated[str, typer.Argument(metavar="NAME", help="A module of studies/, e.g. attention.")]
+
+
+def _remember(parameter: typer.CallbackParam, address: str | None) -> str | None:
+    COMMAND_LINE.stores.pop(parameter.opts[0], None)
+    if address:
+        COMMAND_LINE.stores[parameter.opts[0]] = redact_uri(address)
+    return address
+
+
 StorageOption = Annotated[
-    str | None, typer.Option(metavar="URL", help="Optuna's database instead of mlruns/optuna.db.")
+    str | None,
+    typer.Option(metavar="URL", help="Optuna's database instead of mlruns/optuna.db.", callback=_remember),
 ]
-
-
-def _remember(tracking_uri: str | None) -> str | None:
-    COMMAND_LINE.tracking_uri = redact_uri(tracking_uri) if tracking_uri else ""
-    return tracking_uri
-
-
 TrackingOption = Annotated[
     str | None,
     typer.Option(metavar="URL", help="MLflow server or database instead of mlruns/mlflow.db.", callback=_remember),

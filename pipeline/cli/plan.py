@@ -4,14 +4,16 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.cli.common import HOME, find_device, load_data, make_console, say, say_data
+from pipeline.cli.common import HOME, find_device, is_new, load_data, make_console, say, say_data
 from pipeline.cli.options import (
     ChangeOption,
     DataDirOption,
     DatasetOption,
+    StorageOption,
     StudyArgument,
     StudyOptions,
     budget_of,
+    database_problems,
     resolve,
     with_study_options,
 )
@@ -24,11 +26,12 @@ def plan(
     dataset: DatasetOption = None,
     data_dir: DataDirOption = Path("data"),
     change: ChangeOption = None,
+    storage: StorageOption = None,
     **typed: str | bool | None,
 ) -> None:
     """Forecast what a study, or the rest of it, costs: time, epochs, disk, GPU memory. Measures some steps; runs no trial."""
     started = time.monotonic()
-    problems: list[Problem] = []
+    problems: list[Problem] = database_problems(storage, None)
     options = StudyOptions.parse(typed, problems)
     search = resolve(name, options, dataset, change or [], problems)
 
@@ -40,11 +43,11 @@ def plan(
     say(console := make_console(), *search.remarks())
     torch_device = find_device(options.device)
     data = load_data(search, data_dir, torch_device)
-    storage = open_storage(HOME) if (HOME / "optuna.db").exists() else None
-    if storage:
-        search = resolved(search, data, storage)
+    optuna_storage = None if is_new(storage, "optuna.db") else open_storage(HOME, storage)
+    if optuna_storage:
+        search = resolved(search, data, optuna_storage)
     own_epochs, budgeted = search.max_epochs, budget_of(options, change or [], started)
-    search, choice, planned, stored = prepare(search, data, torch_device, storage, options.workers, budgeted)
+    search, choice, planned, stored = prepare(search, data, torch_device, optuna_storage, options.workers, budgeted)
     say_infeasible_control(console, search, data)
     say_data(console, data)
     say_budget(console, planned, own_epochs)
@@ -54,4 +57,4 @@ def plan(
     elif stored and (reason := search.why_exhausted(stored)):
         say(console, f"{search.key(data)}: nothing is left to run: {reason}")
     elif not planned:
-        say(console, f"{search.key(data)}: its {search.trials} trials are done; `--trials` adds some")
+        say(console, f"{search.key(data)}: {search.trials} of {search.trials} trials are done; `--trials` adds some")

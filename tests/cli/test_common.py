@@ -1,6 +1,7 @@
 """What several commands need."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import typer
@@ -32,28 +33,31 @@ def test_links_stand_in_two_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "Next:\n  a     link\n  long  other\n"
 
 
-def test_next_commands_stay_with_the_store_and_hide_passwords(
+def test_named_commands_stay_with_the_stores_and_hide_passwords(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(common.COMMAND_LINE, "commands", typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    monkeypatch.setattr(common.COMMAND_LINE, "tracking_uri", "")
-    for by_make, shown, told in (
-        (
-            False,
-            "python -m pipeline finals a-v1-digits --tracking-uri 'http://***@host/a b'",
-            "python -m pipeline plan a",
+    monkeypatch.setattr(common.COMMAND_LINE, "stores", {})
+    tracking, storage = (Mock(opts=[option]) for option in ("--tracking-uri", "--storage"))
+    python, make = "python -m pipeline", "make"
+    shown = {
+        "finals a-v1-digits": (
+            f"{python} finals a-v1-digits --tracking-uri 'http://***@host/a b'",
+            f"{make} finals NAME=a-v1-digits TRACKING_URI='http://***@host/a b'",
         ),
-        (True, "make finals NAME=a-v1-digits TRACKING_URI='http://***@host/a b'", "make plan NAME=a"),
-    ):
+        "plan a": (f"{python} plan a --storage sqlite:///o.db", f"{make} plan NAME=a STORAGE=sqlite:///o.db"),
+        "fields": (f"{python} fields", f"{make} fields"),
+    }
+    for by_make in (False, True):
         monkeypatch.setattr(common.COMMAND_LINE, "by_make", by_make)
-        assert _remember("http://ann:secret@host/a b") == "http://ann:secret@host/a b"
-        print_next(make_console(), {"decide": "finals a-v1-digits"}, [("see", "link")])
-        assert capsys.readouterr().out == f"Next:\n  decide  {shown}\n  see     link\n"
-        say(make_console(), "do `plan a`")
-        assert capsys.readouterr().out == f"do `{told}`\n", "it looks at no store"
-        assert _remember(None) is None
-        say(make_console(), "do `ui`")
-        assert capsys.readouterr().out == f"do `{'make' if by_make else 'python -m pipeline'} ui`\n"
+        assert _remember(tracking, "http://ann:secret@host/a b") == "http://ann:secret@host/a b"
+        assert _remember(storage, "sqlite:///o.db") == "sqlite:///o.db"
+        for command, typed in shown.items():
+            print_next(make_console(), {"do": command}, [("see", "link")])
+            assert capsys.readouterr().out == f"Next:\n  do   {typed[by_make]}\n  see  link\n"
+        assert _remember(tracking, None) is _remember(storage, None) is None
+        say(make_console(), "do `audit`")
+        assert capsys.readouterr().out == f"do `{make if by_make else python} audit`\n"
 
 
 def test_paths_that_can_not_be_are_refused(tmp_path: Path) -> None:
