@@ -107,6 +107,13 @@ def mcnemar(better: int, worse: int) -> float:
     return min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))
 
 
+def mcnemar_one_sided(gained: int, lost: int) -> float:
+    """p-value that the challenger is right at most as often as the champion, the exact binomial form; 1 without any."""
+    from scipy.special import bdtrc
+
+    return float(bdtrc(gained - 1, gained + lost, 0.5)) if gained else 1.0
+
+
 def paired_difference(
     objective: str, labels: np.ndarray, first: np.ndarray, second: np.ndarray, num_classes: int
 ) -> tuple[float, float]:

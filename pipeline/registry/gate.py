@@ -15,15 +15,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import Problem, UserError, did_you_mean, validation_problems
-from pipeline.evaluation.scores import BINS, SCORE_NAMES
-from pipeline.evaluation.significance import paired_difference
+from pipeline.evaluation.resampling import image_columns, image_counts, resampled, scores_from, swap_errors, swap_test
+from pipeline.evaluation.scores import SCORE_NAMES
+from pipeline.evaluation.significance import mcnemar_one_sided, paired_difference
 
-DRAWS = 2000  # of the bootstrap: the 5 % point of an interval is then good to a twentieth of its width
-SWAPS = 10_000  # of the permutation test: a p-value of 0.05 is then good to 0.004
 MIN_SEEDS = 3  # trainings of one recipe, below which their spread says too little
 ACCURACY = "val/accuracy"
-_ROUNDING = 1e-9  # of equal scores that were computed in two ways
-_CHUNK = 200  # draws at a time, which bounds the memory
 
 
 class Rules(BaseModel):
@@ -115,9 +112,10 @@ class Evidence:
         """The objective's score of the challenger, and of the opponent where there is one."""
         sides, count = filter(None, (self.challenger, self.opponent)), len(self.classes)
         sums = (
-            _counts(self.labels, side.probabilities.argmax(1), count).sum(axis=0, dtype=np.float64) for side in sides
+            image_counts(self.labels, side.probabilities.argmax(1), count).sum(axis=0, dtype=np.float64)
+            for side in sides
         )
-        return [float(_scores(of[None], count)[self.objective][0, 0]) for of in sums]
+        return [float(scores_from(of[None], count)[self.objective][0, 0]) for of in sums]
 
 
 class RuleResult(BaseModel):
@@ -190,10 +188,13 @@ def decide(evidence: Evidence, rules: Rules) -> Verdict:
         largest = np.full_like(labels, np.bincount(labels).argmax())
         return Verdict(results=(_better(evidence, new, largest, rules, "the constant answer"),))
     old = opponent.probabilities.argmax(1)
-    drawn = _resampled(np.concatenate([_columns(m, labels, len(classes)) for m in (opponent, challenger)], axis=1))
+    drawn = resampled(
+        np.concatenate([image_columns(m.probabilities, labels, len(classes)) for m in (opponent, challenger)], axis=1)
+    )
     half = drawn.shape[1] // 2
-    before, after = (_scores(sums, len(classes)) for sums in (drawn[:, :half], drawn[:, half:]))
+    before, after = (scores_from(sums, len(classes)) for sums in (drawn[:, :half], drawn[:, half:]))
     change = {score: after[score] - before[score] for score in after}  # (1 + draws, ...) with the split itself first
+    errors = swap_errors(labels, new, old, len(classes))
     chance = _chance(evidence, new, old, rules, 1 - float(before[objective][0, 0]))
     if rules.may_lose:
         compared = [_not_worse(evidence, chance, rules)]
@@ -206,8 +207,8 @@ def decide(evidence: Evidence, rules: Rules) -> Verdict:
     return Verdict(
         results=(
             *compared,
-            _no_class_worse("F1", change["f1"], classes, rules),
-            _no_class_worse("recall", change["recall"], classes, rules),
+            _no_class_worse("F1", change["f1"][0], errors["f1"], classes, rules),
+            _no_class_worse("recall", change["recall"][0], errors["recall"], classes, rules),
             _calibrated(change["ece"][:, 0], rules),
             _within("latency", challenger.latency_ms, opponent.latency_ms, rules.latency_factor, "ms, one image", name),
             _within("size", challenger.bytes / 2**20, opponent.bytes / 2**20, rules.size_factor, "MiB", name),
@@ -230,36 +231,6 @@ def _better(evidence: Evidence, new: np.ndarray, old: np.ndarray, rules: Rules, 
         how += SCORE_NAMES[objective]
     reason = f"{how}, one-sided: only the challenger is right on {gained:,} images, only {other} on {lost:,}"
     return _result("better", f"p = {p:.3g}", f"at most {rules.alpha:g}", p <= rules.alpha, reason)
-
-
-def mcnemar_one_sided(gained: int, lost: int) -> float:
-    """p-value that the challenger is right at most as often as the champion, the exact binomial form; 1 without any."""
-    from scipy.special import bdtrc
-
-    return float(bdtrc(gained - 1, gained + lost, 0.5)) if gained else 1.0
-
-
-def swap_test(objective: str, labels: np.ndarray, new: np.ndarray, old: np.ndarray, num_classes: int) -> float:
-    """p-value that the predictions `new` (N,) score no higher than `old`: the paired permutation test, one-sided.
-
-    If they are equally good, the two answers to an image might as well change places, and each image's do or don't with
-    equal chance (Noreen 1989; for F1: Yeh, COLING 2000). Images with the same label and answers are drawn together. For
-    accuracy it is McNemar's test.
-    """
-    cells, images = np.unique(np.stack([labels, new, old])[:, new != old], axis=1, return_counts=True)
-    label, one, other = cells
-    moves = _counts(label, other, num_classes) - _counts(label, one, num_classes)
-    sums = [_counts(labels, answers, num_classes).sum(axis=0, dtype=np.float64) for answers in (new, old)]
-
-    def change(swapped: np.ndarray) -> np.ndarray:
-        """(D,) of how many images of each cell change places, (D, cells)."""
-        moved = (swapped.astype(np.float32) @ moves).astype(np.float64)
-        after, before = (_scores(of, num_classes)[objective][:, 0] for of in (sums[0] + moved, sums[1] - moved))
-        return after - before
-
-    random, least = np.random.default_rng(0), change(np.zeros((1, len(images))))[0] - _ROUNDING
-    draws = (random.binomial(images, 0.5, size=(_CHUNK, len(images))) for _ in range(SWAPS // _CHUNK))
-    return (1 + sum(int((change(swapped) >= least).sum()) for swapped in draws)) / (1 + SWAPS)
 
 
 def _gain(draws: np.ndarray, rules: Rules, score: str) -> RuleResult:
@@ -334,16 +305,18 @@ def _not_worse(evidence: Evidence, chance: _Chance, rules: Rules) -> RuleResult:
     return _result("not worse", number, threshold, chance.gain > limit - most, chance.reason)
 
 
-def _no_class_worse(score: str, draws: np.ndarray, classes: Sequence[str], rules: Rules) -> RuleResult:
+def _no_class_worse(
+    score: str, change: np.ndarray, errors: np.ndarray, classes: Sequence[str], rules: Rules
+) -> RuleResult:
     """Fails for a class that loses more than the margin, and more than chance explains.
 
-    Chance: the bootstrap's standard error times the quantile of alpha shared among all classes and both scores
-    (Bonferroni), so that equal models are refused in at most alpha of the cases.
+    Chance: what equally good models differ by (`swap_errors`) times the quantile of alpha shared among all classes and
+    both scores (Bonferroni), so that equal models are refused in at most alpha of the cases.
     """
     from scipy.special import ndtri
 
-    lost, error = -100 * draws[0], 100 * draws[1:].std(axis=0)
-    chance = float(ndtri(1 - rules.alpha / (2 * len(classes)))) * error
+    lost = -100 * change
+    chance = float(ndtri(1 - rules.alpha / (2 * len(classes)))) * 100 * errors
     worse = [i for i in np.argsort(-lost) if lost[i] > max(rules.class_margin, chance[i])]
     shown = worse or [int(lost.argmax())]
     named = ", ".join(f"{classes[i]} {-lost[i]:+.1f} (chance: {chance[i]:.1f})" for i in shown[:5])
@@ -372,57 +345,3 @@ def _within(rule: str, cost: float, opponents: float, factor: float, unit: str, 
 
 def _result(rule: str, number: str, threshold: str, passed: bool, reason: str) -> RuleResult:
     return RuleResult(rule=rule, number=number, threshold=threshold, passed=bool(passed), reason=reason)
-
-
-# --------------------------------------------------------------------------------------------------------- bootstrap
-
-
-def _counts(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """float32 (N, 3 C): what each image adds to its class's images, its hits, and the predictions of a class."""
-    rows = np.arange(len(labels))
-    counts = np.zeros((len(labels), 3 * num_classes), dtype=np.float32)
-    counts[rows, labels] = 1
-    counts[rows, num_classes + labels] = predicted == labels
-    counts[rows, 2 * num_classes + predicted] = 1
-    return counts
-
-
-def _columns(model: ModelEvidence, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """float32 (N, 3 C + BINS): `_counts`, and what each image adds to its bin's gap between accuracy and confidence.
-
-    Every score is made of such sums, so that a draw of images is a product with their counts.
-    """
-    predicted, confidence = model.probabilities.argmax(1), model.probabilities.max(1)
-    bins = np.digitize(confidence, np.linspace(0, 1, BINS + 1)[1:-1], right=True)
-    gaps = np.zeros((len(labels), BINS), dtype=np.float32)
-    gaps[np.arange(len(labels)), bins] = (predicted == labels) - confidence
-    return np.concatenate([_counts(labels, predicted, num_classes), gaps], axis=1)
-
-
-def _resampled(columns: np.ndarray) -> np.ndarray:
-    """float64 (1 + DRAWS, K): the columns' sums over all images, then over images drawn with replacement (seed 0)."""
-    size = len(columns)
-    random = np.random.default_rng(0)
-    sums = [columns.sum(axis=0, dtype=np.float64)[None]]
-    for _ in range(DRAWS // _CHUNK):
-        drawn = [np.bincount(random.integers(size, size=size), minlength=size) for _ in range(_CHUNK)]
-        sums.append((np.stack(drawn).astype(np.float32) @ columns).astype(np.float64))
-    return np.concatenate(sums)
-
-
-def _scores(sums: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
-    """The objectives and ECE (D, 1), F1 and recall (D, C) in [0, 1], from D rows of sums; 0 where a class has no images.
-
-    Balanced accuracy is the mean recall of the classes that have images.
-    """
-    true, hits, predicted = (sums[:, i * num_classes : (i + 1) * num_classes] for i in range(3))
-    images = true.sum(axis=1, keepdims=True)
-    f1, recall = 2 * hits / np.maximum(true + predicted, 1), hits / np.maximum(true, 1)
-    return {
-        ACCURACY: hits.sum(axis=1, keepdims=True) / images,
-        "val/f1_macro": f1.mean(axis=1, keepdims=True),
-        "val/balanced_accuracy": recall.sum(axis=1, keepdims=True) / (true > 0).sum(axis=1, keepdims=True),
-        "f1": f1,
-        "recall": recall,
-        "ece": np.abs(sums[:, 3 * num_classes :]).sum(axis=1, keepdims=True) / images,
-    }

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.evaluation.resampling import SWAPS, swap_test
 from pipeline.evaluation.significance import Sample, mcnemar, paired_difference, sample
 from pipeline.recipe import LATER, value_label
 from pipeline.report.stored import Predictions
@@ -15,6 +16,7 @@ from pipeline.search.importances import importance_function
 from pipeline.tracking.tags import State
 
 Z95 = 1.96
+ALPHA = 0.05
 MAX_LEVELS = 4  # distinct numbers of a parameter that stay levels of their own; more are cut into thirds
 MIN_TRIALS = 8  # finished ones, from which effects are estimated
 MIN_TRIALS_OF_LEVEL = 3
@@ -30,49 +32,58 @@ class Lead:
     difference: float
     low: float  # of the 95 % interval over images
     high: float
+    p: float  # that the two are equally good; see `lead`
     only_first: int  # images that only the first has right
     only_second: int
     images: int
-    luck: float  # what the best of `trials` equally good models would be ahead by chance
+    luck: float  # what the best of `trials` equally good models is ahead by chance, on average
     trials: int
 
     @property
-    def p(self) -> float:
-        """That both are right equally often; exact McNemar test. It says nothing of other objectives than accuracy."""
-        return mcnemar(self.only_first, self.only_second)
-
-    @property
     def verdict(self) -> str:
-        """What may be said, in a clause."""
-        if self.low <= 0 <= self.high:
+        """What may be said, in a clause: of the best of many, p times their number counts (Bonferroni)."""
+        if self.p >= ALPHA:
             return "within the noise of these images"
-        if self.trials > 1 and 0 < self.difference <= self.luck:
-            return "no more than the best of so many equally good trials would lead by luck"
+        if self.difference > 0 and self.p * self.trials >= ALPHA:
+            return "no more than the best of so many equally good trials may lead by luck"
         return "more than the noise of these images"
 
 
 def lead(first: Predictions, second: Predictions, objective: str, trials: int = 1) -> Lead | None:
     """The first model's lead over the second, `trials` being how many the first is the best of.
 
-    Paired: images that both have right or wrong say nothing. The interval is the normal one with the paired standard
-    error (`paired_difference`); luck is the expected highest of so many normal deviates (Blom 1958) times
-    one model's share of that error. Neither holds the spread over seeds. None where the images are not the same.
+    Paired: images that both have right or wrong say nothing. p is that of McNemar's exact test for accuracy, of the
+    permutation test (`swap_test`), two-sided, for other objectives. The interval is the normal one, for accuracy with half
+    an image more in each of the four cells (Agresti and Min, Statistics in Medicine 24, 2005). Luck is the expected
+    highest of so many normal deviates (Blom 1958) times one model's share of the paired standard error
+    (`paired_difference`). None holds the spread over seeds. None where the images are not the same.
     """
     if not (np.array_equal(first.ids, second.ids) and np.array_equal(first.labels, second.labels)):
         return None
     labels, one, two, classes = first.labels, first.answers, second.answers, len(first.classes)
-    first_right, second_right = one == labels, two == labels
     difference, error = paired_difference(objective, labels, one, two, classes)
+    only_first, only_second = (
+        int(((one == labels) > (two == labels)).sum()),
+        int(((two == labels) > (one == labels)).sum()),
+    )
+    if objective == "val/accuracy":
+        p, gained, images = mcnemar(only_first, only_second), only_first - only_second, len(labels) + 2
+        middle, half = gained / images, Z95 * np.sqrt(only_first + only_second + 1 - gained**2 / images) / images
+    else:  # swaps enough that ALPHA / trials can be told from less
+        answers, swaps = ((one, two) if difference > 0 else (two, one)), max(SWAPS, int(4 * trials / ALPHA))
+        p = min(1.0, 2 * swap_test(objective, labels, *answers, classes, swaps))
+        middle, half = difference, Z95 * error
     from scipy.special import ndtri
 
     highest = float(ndtri((trials - 0.375) / (trials + 0.25))) if trials > 1 else 0.0
     return Lead(
         objective=objective,
         difference=difference,
-        low=difference - Z95 * error,
-        high=difference + Z95 * error,
-        only_first=int((first_right & ~second_right).sum()),
-        only_second=int((second_right & ~first_right).sum()),
+        low=middle - half,
+        high=middle + half,
+        p=p,
+        only_first=only_first,
+        only_second=only_second,
         images=len(labels),
         luck=highest * error / np.sqrt(2),
         trials=trials,

@@ -6,12 +6,15 @@ from math import comb
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import binomtest, ttest_1samp
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
 from pipeline.evaluation.significance import (
     f1_macro_error,
     mcnemar,
+    mcnemar_one_sided,
     paired_difference,
     paired_t,
     sample,
@@ -149,3 +152,9 @@ def test_overlap_of_folds_widens_intervals_and_tests() -> None:
 
 def test_given_split_that_is_small_names_no_fraction() -> None:
     assert str(small_split_line(2, None)).endswith("93 narrow it to 20 points")
+
+
+@given(gained=st.integers(0, 60), lost=st.integers(0, 60))
+def test_mcnemar_p_value_equals_binomial_test(gained: int, lost: int) -> None:
+    expected = binomtest(gained, gained + lost, alternative="greater").pvalue if gained + lost else 1.0
+    assert mcnemar_one_sided(gained, lost) == pytest.approx(expected)

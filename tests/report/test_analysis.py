@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import binom
 
 from pipeline.report.analysis import effects, finals, importances, lead, pareto
 from pipeline.report.stored import Predictions
@@ -67,18 +68,32 @@ def test_luck_is_what_the_best_of_equal_models_leads_by() -> None:
 
 
 def test_the_verdict_knows_noise_from_luck_from_more() -> None:
-    labels = np.zeros(10_000, int)
-
-    def found(wrong_first: int, wrong_second: int, trials: int) -> str:
-        first, second = ((np.arange(10_000) < wrong).astype(int) for wrong in (wrong_first, wrong_second))
-        gap = lead(predictions(first, labels), predictions(second[::-1], labels), "val/accuracy", trials)
+    def found(only_first: int, only_second: int, trials: int, images: int = 10_000) -> str:
+        place, labels = np.arange(images), np.zeros(images, int)
+        first, second = (place < only_second).astype(int), (place >= images - only_first).astype(int)
+        gap = lead(predictions(first, labels), predictions(second, labels), "val/accuracy", trials)
         assert gap is not None
+        assert (gap.low <= 0 <= gap.high) == gap.verdict.startswith("within"), "as the interval beside it"
         return gap.verdict
 
-    assert found(500, 510, 1).startswith("within the noise")
-    assert found(500, 570, 1000).startswith("no more than the best of so many")
-    assert found(500, 800, 1000).startswith("more than the noise")
-    assert found(800, 500, 1000).startswith("more than the noise"), "a loss is no luck"
+    assert found(510, 500, 1).startswith("within the noise")
+    assert found(570, 500, 1).startswith("more than the noise")
+    assert found(570, 500, 24).startswith("no more than the best of so many")
+    assert found(800, 500, 1000).startswith("more than the noise")
+    assert found(500, 800, 1000).startswith("more than the noise"), "a loss is no luck"
+    assert found(4, 0, 9, images=144).startswith("within the noise")
+
+
+@pytest.mark.parametrize(("images", "trials"), [(144, 10), (5000, 24)])
+def test_best_of_equally_good_trials_rarely_leads_by_more_than_noise(images: int, trials: int) -> None:
+    labels, more = np.zeros(images, int), 0
+    for _ in range(150):
+        wrong = (RNG.random((trials + 1, images)) > 0.9).astype(int)
+        best = wrong[wrong[1:].sum(1).argmin() + 1]
+        found = lead(predictions(best, labels), predictions(wrong[0], labels), "val/accuracy", trials)
+        assert found is not None
+        more += found.verdict.startswith("more than")
+    assert more <= binom.ppf(0.99, 150, 0.05)
 
 
 def test_models_of_other_images_are_not_compared() -> None:
@@ -102,7 +117,9 @@ def test_a_lead_is_one_in_the_objective(objective: str) -> None:
         for answers in (one, two)
     ]
     assert found is not None and found.difference == pytest.approx(scores[0] - scores[1])
-    assert found.low < found.difference < found.high
+    assert found.low < found.difference < found.high and found.p < 0.001
+    reverse = lead(predictions(two, labels), predictions(one, labels), objective)
+    assert reverse is not None and reverse.p == pytest.approx(found.p, abs=1e-3)
 
 
 def test_the_choice_that_works_is_found_and_the_others_are_not() -> None:
