@@ -335,7 +335,7 @@ def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
     # All of some finals have the epochs that `finals --epochs` says, which need not be the trials'.
     for length in (_epochs(run), *(_epochs(control) for control in controls[:1])):
         if alike := [other for other in finals if _epochs(other) == length]:
-            return max(alike, key=lambda other: other.data.metrics[study.objective]).info.run_id
+            return max(alike, key=lambda o: (_folds(o) == _folds(run), o.data.metrics[study.objective])).info.run_id
     if controls:
         return controls[0].info.run_id
     raise UserError(
@@ -392,6 +392,11 @@ def _without_seed(params: Mapping[str, str]) -> dict[str, str]:
 
 def _epochs(run: Run) -> str | None:
     return run.data.params.get("training.epochs")
+
+
+def _folds(run: Run) -> str:
+    """Scores of folds are of other images, and of trainings on fewer."""
+    return run.data.params.get("data.folds", str(LATER["data.folds"]))
 
 
 def _finished(runs: Iterable[Run], role: Role | None = None) -> list[Run]:

@@ -11,7 +11,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.evaluation.significance import Sample
 from pipeline.models.build import prediction_flop
-from pipeline.registry.racing import FOLDS_RULE, RULES, Candidate, Racing, choose
+from pipeline.registry.racing import FOLDS_RULE, MIN_SEEDS, RULES, Candidate, Racing, choose
 from pipeline.tracking import queries
 from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tags import RunTags, State
@@ -75,6 +75,7 @@ class FinalsDecision(_Stored):
     split_digest: str
     least_sd: float
     folds: int = 0  # each seed trained on another of so many; 0: all on the study's split
+    looks: tuple[int, ...] = ()  # numbers of these seeds over which was decided before
     rules: tuple[str, ...]
     candidates: tuple[CandidateResult, ...]  # the control first
     winner: Winner | None  # None: every recipe diverged or was infeasible with some seed
@@ -156,7 +157,8 @@ def decide(
 ) -> FinalsDecision:
     """The decision of a race that is over; the first of its candidates is the control."""
     results = {candidate.digest: _result(racing, candidate, seeds, data) for candidate in racing.candidates}
-    choice = choose(racing, {digest: result.prediction_flop for digest, result in results.items()})
+    looks = _earlier_looks(tracker, study, racing, seeds, data)
+    choice = choose(racing, {digest: result.prediction_flop for digest, result in results.items()}, 1 + len(looks))
     return FinalsDecision(
         study=study.name,
         objective=study.objective,
@@ -167,10 +169,25 @@ def decide(
         least_sd=racing.least_sd,
         rules=(*RULES, FOLDS_RULE) if racing.folds else RULES,
         folds=racing.folds,
+        looks=looks,
         candidates=tuple(results.values()),
         winner=_winner(study, racing, *choice) if choice else None,
         evidence=finals_that_ended(tracker, study),
     )
+
+
+def _earlier_looks(
+    tracker: MlflowTracker, study: StudyRuns, racing: Racing, seeds: Sequence[int], data: TrainingData
+) -> tuple[int, ...]:
+    """Over how many of these seeds was decided before, on the same images, and whatever became of it."""
+    try:
+        earlier = FinalsDecision.model_validate_json(queries.read_file(tracker, study.parent, FILE) or "")
+    except ValidationError:  # none, or damaged
+        return ()
+    before = (earlier.data_digest, earlier.split_digest, earlier.folds)
+    if before != (data.digest, data.split_digest, racing.folds) or set(earlier.seeds).isdisjoint(seeds):
+        return ()
+    return tuple(sorted({*earlier.looks, len(earlier.seeds)} - {len(seeds)} - set(range(MIN_SEEDS))))
 
 
 def _result(racing: Racing, candidate: Candidate, seeds: Sequence[int], data: TrainingData) -> CandidateResult:

@@ -12,6 +12,7 @@ import torch
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.evaluation.constraints import violations
+from pipeline.evaluation.significance import image_step
 from pipeline.experiment import Interrupted, Outcome
 from pipeline.processes import StopOnSignal, process_has_exited, study_lock, this_process
 from pipeline.recipe import Recipe
@@ -64,7 +65,8 @@ def run_finals(
         recovery.close_abandoned_runs(tracker, study.experiment)
         about = plan.recipe(plan.candidates[0], plan.seeds[0]).data
         first = data.at(about)  # refused where there can't be such folds
-        racing = Racing(plan.candidates, len(plan.seeds), 1 / len(first.validation.labels), plan.folds)
+        least_sd = image_step(study.objective, first.validation.labels.cpu().numpy(), len(data.classes))
+        racing = Racing(plan.candidates, len(plan.seeds), least_sd, plan.folds)
         done = finals_done(tracker, study, data.digest, data.split_digest, plan.folds)
         race = _Race(plan, racing, done, _run_keys(tracker, study, data), observer, workers, limit)
         with trainers(tracker, study, data, about, device, workers, observer, stop) as training:

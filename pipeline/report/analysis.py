@@ -227,6 +227,12 @@ def _or_default(values: pd.Series) -> pd.Series:
     return values.astype(object).where(values.notna(), LATER.get(str(values.name), ""))
 
 
+def _overlap(runs: pd.DataFrame) -> float:
+    """What trainings on folds share; see `significance.sample`."""
+    folds = int(runs["data.folds"].fillna(0).iloc[0]) if "data.folds" in runs else 0
+    return 1 / (folds - 1) if folds else 0.0
+
+
 def pareto(cost: np.ndarray, score: np.ndarray) -> np.ndarray:
     """bool (N,): which are on the front, no other being as good at less cost, or better at no more."""
     front, best = np.zeros(len(cost), bool), -np.inf
@@ -246,13 +252,20 @@ class Repeats:
 
 
 def finals(frame: pd.DataFrame) -> list[Repeats]:
-    """The repeats of each recipe, the best mean first; they differ by their seed, and maybe by how steps were executed."""
+    """The repeats of each recipe, those with most seeds first and of these the best mean.
+
+    They differ by their seed, or by their fold, and maybe by how steps were executed.
+    """
     runs = with_role(frame, "final").dropna(subset="score")
     own = ("training.seed", "data.fold", "training.execution")
     fields = [_or_default(runs[name]) for name in param_names(frame) if name not in own]
     groups = [group for _, group in runs.groupby(fields, sort=False)] if len(runs) else []
     repeats = [
-        Repeats(group["run_id"].iloc[0], sample(list(group["score"])), float(group["seconds"].mean()))
+        Repeats(
+            group["run_id"].iloc[0],
+            sample(list(group["score"]), overlap=_overlap(group)),
+            float(group["seconds"].mean()),
+        )
         for group in groups
     ]
-    return sorted(repeats, key=lambda repeat: -repeat.score.mean)
+    return sorted(repeats, key=lambda repeat: (-repeat.score.n, -repeat.score.mean))

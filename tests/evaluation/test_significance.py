@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
 from pipeline.evaluation.significance import (
     f1_macro_error,
+    image_step,
     mcnemar,
     mcnemar_one_sided,
     paired_difference,
@@ -158,3 +159,17 @@ def test_given_split_that_is_small_names_no_fraction() -> None:
 def test_mcnemar_p_value_equals_binomial_test(gained: int, lost: int) -> None:
     expected = binomtest(gained, gained + lost, alternative="greater").pvalue if gained + lost else 1.0
     assert mcnemar_one_sided(gained, lost) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("objective", ["val/accuracy", "val/balanced_accuracy", "val/f1_macro"])
+def test_no_image_moves_a_score_by_more_than_the_step(objective: str) -> None:
+    labels = np.repeat([0, 1, 2], [30, 8, 2])
+    random = np.random.default_rng(0)
+    answers = np.where(random.random(40) < 0.8, labels, random.integers(3, size=40))
+    moves = []
+    for image in range(40):
+        changed = answers.copy()
+        changed[image] = labels[image] if answers[image] != labels[image] else (labels[image] + 1) % 3
+        moves.append(abs(paired_difference(objective, labels, changed, answers, 3)[0]))
+    step = image_step(objective, labels, 3)
+    assert max(moves) <= step * 1.1 and step <= 3 * max(moves)

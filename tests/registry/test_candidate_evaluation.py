@@ -134,9 +134,9 @@ def test_first_champion_is_compared_with_a_control_alike(
     tracker = MlflowTracker(tmp_path / "mlruns")
     parent = tracker.open_study("fair-v1-digits", "?", "val/accuracy", [])
 
-    def made(name: str, score: float, epochs: int = 2, **tags: str) -> str:
+    def made(name: str, score: float, epochs: int = 2, folds: int = 0, **tags: str) -> str:
         tags |= {"study": "fair-v1-digits"}
-        recipe = small_recipe.changed({"training.epochs": epochs})
+        recipe = small_recipe.changed({"training.epochs": epochs, "data.folds": folds})
         with tracker.run(
             RunRequest(name=name, recipe=recipe, data=digits, parent_run=parent.id, tags=RunTags.parse(tags))
         ) as run:
@@ -153,10 +153,13 @@ def test_first_champion_is_compared_with_a_control_alike(
     longer = made("seed 1", 0.8, 7, role="final", trial="0", trial_run=control)
     rival = made("seed 1", 0.9, 7, role="final", trial="1", trial_run=trial)
     assert control_of(tracker, alone) == lucky[0] and control_of(tracker, rival) == longer, "of finals as long"
+    on_fold = made("fold 0", 0.95, folds=5, role="final", trial="0", trial_run=control)
+    of_folds = made("fold 0", 0.9, folds=5, role="final", trial="1", trial_run=trial)
+    assert control_of(tracker, alone) == lucky[0] and control_of(tracker, of_folds) == on_fold, "of the same images"
     mean = made("mean of 2 runs", 0.9, 1, role="ensemble", method="mean", members="{}")
     assert control_of(tracker, mean) == lucky[0], "it is made of finals"
     assert control_of(tracker, trial) == control, "one seed against one"
-    assert [control_of(tracker, run) for run in (*lucky, longer)] == [None] * 3, "the control, whatever its seed"
+    assert [control_of(tracker, run) for run in (*lucky, longer, on_fold)] == [None] * 4, "the control, whatever its seed"
     tracker.client.set_tag(parent.id, "constraints", '{"val/accuracy": 0.4}')
     assert control_of(tracker, trial) is None, "an infeasible control"
 

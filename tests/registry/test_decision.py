@@ -84,6 +84,25 @@ def test_decision_is_read_back_as_it_was_stored(
         _chosen(tracker, study.name, lambda line: None)
 
 
+def test_earlier_looks_at_fewer_of_its_seeds_are_counted(
+    tracker: MlflowTracker, study: StudyRuns, racing: Racing, digits: TrainingData
+) -> None:
+    for candidate in racing.candidates:
+        for seed in (3, 4, 5):
+            racing.add(candidate, seed, Final("0" * 32, 0.5, 1.0))
+
+    def looks(*seeds: int) -> tuple[int, ...]:
+        decision = decide(tracker, study, racing, seeds, digits)
+        decision.store(tracker, study)
+        return decision.looks
+
+    assert looks(1, 2) == looks(1, 2, 3) == (), "two seeds decide nothing"
+    assert looks(1, 2, 3, 4) == looks(1, 2, 3, 4) == (3,)
+    assert looks(1, 2, 3, 4, 5) == (3, 4)
+    racing.folds = 5
+    assert looks(1, 2, 3, 4, 5) == (), "of other images"
+
+
 def test_decision_is_void_where_its_finals_changed(
     tracker: MlflowTracker, study: StudyRuns, decision: FinalsDecision, small_recipe: Recipe, digits: TrainingData
 ) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.evaluation.significance import paired_t
 from pipeline.recipe import Recipe
-from pipeline.registry.racing import Candidate, Final, Racing, choose
+from pipeline.registry.racing import ALPHA, Candidate, Final, Racing, choose
 
 
 def candidates_of(base: Recipe, count: int, **fields: list[Any]) -> list[Candidate]:
@@ -111,6 +112,24 @@ def test_difference_beyond_the_noise_wins_at_any_cost(small_recipe: Recipe) -> N
     racing = raced(candidates, [[0.80, 0.81, 0.79, 0.80], [0.90, 0.91, 0.90, 0.92]])
     best, tied, why = choose(racing, {candidates[0].digest: 1, candidates[1].digest: 1000}) or pytest.fail("nobody")
     assert (best.trial, tied, why) == (1, [candidates[1]], "beyond the noise")
+
+
+def test_each_look_at_more_seeds_has_a_lower_level(small_recipe: Recipe) -> None:
+    candidates = candidates_of(small_recipe, 2)
+    racing = raced(candidates, [[0.80, 0.81, 0.79, 0.80], [0.82, 0.82, 0.82, 0.83]])
+    flop, p = dict.fromkeys(racing.finals, 1), racing.p_value(*candidates)
+    assert 0.05 / 4 < p < 0.05
+    tied = [len((choose(racing, flop, looks) or pytest.fail("nobody"))[1]) for looks in (1, 2)]
+    assert tied == [1, 2]
+
+
+def test_equal_recipes_rarely_differ_after_several_looks() -> None:
+    random, differ = np.random.default_rng(0), 0
+    for _ in range(2000):
+        differences = random.standard_normal(10)
+        p_values = [paired_t(differences[:seeds].tolist(), 1e-9) for seeds in (3, 5, 10)]
+        differ += any(p < ALPHA / look**2 for look, p in enumerate(p_values, start=1))
+    assert differ / 2000 < 0.075
 
 
 def test_tie_goes_to_flop_then_epochs_then_control(small_recipe: Recipe) -> None:
