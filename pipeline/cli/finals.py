@@ -62,10 +62,10 @@ def finals(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Train a study's best recipes and its control again with new seeds, and choose the winner. The same command resumes."""
-    from pipeline.registry.finals import check_data, check_workers, plan_finals
+    from pipeline.registry.finals import check_data, plan_finals
     from pipeline.tracking.queries import find_study
     from pipeline.tracking.run_data import newest_first
-    from pipeline.training.placement import gpus_of
+    from pipeline.training.placement import check_workers, gpus_of
 
     if seeds and folds:
         raise UserError("`--seeds` and `--folds`", "each fold has a seed of its own", "give one of them")
@@ -77,7 +77,7 @@ def finals(
         say(console, note)
     say_what_is_missing(console, tracker, [study])
     workers = workers or max(1, len(gpus_of(torch_device)))
-    check_workers(study, workers, torch_device)
+    check_workers(study.constraints, workers, torch_device)
     plan = plan_finals(tracker, study, torch_device, top, seeds or 5, epochs, folds or 0)
     control, recipes = plan.candidates[0], [candidate.recipe for candidate in plan.candidates]
     data = load_data_of_run(tracker, control.trial_run, f"study {study.name}", recipes, data_dir, dataset, torch_device)

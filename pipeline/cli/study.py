@@ -149,9 +149,9 @@ def _run_finals(
     tracker: "MlflowTracker",
 ) -> None:
     """The finals, in what is left of the budget."""
-    from pipeline.registry.finals import fair_workers
     from pipeline.search.budget import finals_in_time
     from pipeline.tracking.queries import find_studies
+    from pipeline.training.placement import fair_workers
 
     name = done.study_name
     if tracker.pending:
@@ -159,7 +159,7 @@ def _run_finals(
         return
     finals = finals_in_time(tracker, find_studies(tracker, name)[0], device, plan, done)
     if finals:
-        workers = fair_workers(finals.study, plan.costs.parallel, device)
+        workers = fair_workers(finals.study.constraints, plan.costs.parallel, device)
         train(console, tracker, finals, data, device, workers, plan.budget.limit)
     else:
         say(console, f"no time is left for finals; `finals {name}` runs them, `promote {name}` takes the best trial")

@@ -190,6 +190,7 @@ class CandidateEvaluation:
         verdict = decide(evidence, self.rules)
         sides = filter(None, (evidence.challenger, evidence.opponent))
         num_correct = [int((side.probabilities.argmax(1) == evidence.labels).sum()) for side in sides]
+        compared = {event.run for event in self._verdicts(split)} | {challenger.run}
         record = GateRecord(
             opponent=evidence.opponent_name,
             opponent_run=opponents[0].run if opponents else None,
@@ -198,6 +199,7 @@ class CandidateEvaluation:
             recipe_digest=challenger.metadata.recipe_digest,
             objective=evidence.objective,
             scores=dict(zip((model.run for model in models), evidence.scores, strict=True)),
+            models=len(compared),
             images=len(evidence.labels),
             correct=dict(zip((model.run for model in models), num_correct, strict=True)),
             onnx_sha256=sha256_of(challenger.folder / MODEL),
@@ -212,6 +214,12 @@ class CandidateEvaluation:
         names = ["the challenger", *(f"the {model.name}" for model in opponents)]
         rates = [f"{name} {share(number, record.images)}" for name, number in zip(names, num_correct, strict=True)]
         self.observer.note(f"accuracy on the {record.images:,} images of the test split: {', '.join(rates)}")
+        if record.models > 1:
+            chance = 1 - (1 - self.rules.alpha) ** record.models
+            self.observer.note(
+                f"model number {record.models} that was compared on this test split: alpha = {self.rules.alpha:g} is the "
+                f"chance that one passes which isn't better; that any of {record.models} does, up to {100 * chance:.0f} %"
+            )
         artifact = f"gate/verdict-{event.id}.json"
         self.registry.tracker.client.log_text(challenger.run, event.evidence.model_dump_json(indent=2), artifact)
         return event

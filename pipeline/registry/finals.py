@@ -14,7 +14,6 @@ from mlflow.entities import Run as StoredRun
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, UserError, counted
-from pipeline.evaluation.constraints import TIMES
 from pipeline.experiment import DIVERGED
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.registry.racing import MIN_SEEDS, Candidate, Final
@@ -24,7 +23,6 @@ from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.execution import executable_on
-from pipeline.training.placement import gpus_of
 
 
 @dataclass(frozen=True)
@@ -225,20 +223,6 @@ def check_data(plan: FinalsPlan, tracker: MlflowTracker, data: TrainingData) -> 
     """DataError where the data set or its split is not what the study's trials saw."""
     run = tracker.client.get_run(plan.candidates[0].trial_run)
     check_same_data(f"study {plan.study.name}", RunTags.of(run), data)
-
-
-def fair_workers(study: StudyRuns, workers: int, device: torch.device) -> int:
-    """As many of so many workers as slow down nothing that the study bounds: one a device, where it bounds a time."""
-    has_bounds = any(name in study.constraints for name in TIMES)
-    return min(workers, max(1, len(gpus_of(device)))) if has_bounds else workers
-
-
-def check_workers(study: StudyRuns, workers: int, device: torch.device) -> None:
-    """UserError where there are more than `fair_workers`."""
-    if workers > fair_workers(study, workers, device):
-        bounded = [name for name in TIMES if name in study.constraints]
-        rule = f"the study bounds {', '.join(bounded)}, which trainings at the same time make longer"
-        raise UserError(f"`--workers {workers}`", rule, "leave it out")
 
 
 def check_same_data(subject: str, tags: RunTags, data: TrainingData) -> None:

@@ -29,7 +29,7 @@ class Rules(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     alpha: float = Field(
-        0.05, gt=0, lt=0.5, description="the chance that a model which isn't better, or loses may_lose, is promoted"
+        0.05, gt=0, lt=0.5, description="the chance that one model which isn't better, or loses may_lose, is promoted"
     )
     least_gain: float = Field(
         0.0, ge=0, le=100, description="points of the objective that the gain's interval must be above"
@@ -165,6 +165,7 @@ class GateRecord(BaseModel):
     recipe_digest: str
     objective: str = ACCURACY  # by which the two were compared
     scores: Mapping[str, float] = {}  # by run, of the objective; empty in records that are older than the field
+    models: int = 1  # that were compared on this test split by then, this one included
     images: int  # of the test split
     correct: Mapping[str, int]  # by run: images that it has right
     onnx_sha256: str  # of the challenger's model that was evaluated

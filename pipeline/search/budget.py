@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
-from pipeline.registry.finals import FinalsPlan, fair_workers, makespan, plan_finals
+from pipeline.registry.finals import FinalsPlan, makespan, plan_finals
 from pipeline.registry.finals_run import TimeLimit
 from pipeline.registry.racing import MIN_SEEDS
 from pipeline.search.choice import choose_execution
@@ -37,6 +37,7 @@ from pipeline.search.study_attributes import Choice, StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget
 from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tracker import MlflowTracker
+from pipeline.training.placement import fair_workers
 
 MIN_TRIALS = 10  # trainings are shortened rather than that there are fewer trials
 MIN_LENGTH = 0.25  # of the study's own epochs: much shorter trainings rank recipes in another order
@@ -319,7 +320,7 @@ def finals_in_time(
 ) -> FinalsPlan | None:
     """The largest finals that fit into what is left of the budget; None where none do."""
     end_s = learned(plan.costs, study.get_trials(deepcopy=False)).end_s
-    costs = replace(plan.costs, parallel=fair_workers(runs, plan.costs.parallel, device))
+    costs = replace(plan.costs, parallel=fair_workers(runs.constraints, plan.costs.parallel, device))
     left_s = plan.budget.limit.deadline - time.monotonic()
     for top, seeds in FINALS:
         planned = plan_finals(tracker, runs, device, top, seeds)

@@ -25,7 +25,7 @@ from pipeline.search.storage import num_finished
 from pipeline.search.study_attributes import Choice, StudyAttributes
 from pipeline.tracking.tracker import NullTracker
 from pipeline.training.execution import check_execution
-from pipeline.training.placement import gpus_of
+from pipeline.training.placement import check_workers, fair_workers, gpus_of
 
 # What may be chosen without being asked for. A graph replays the kernels of eager execution, while a compiled step rounds
 # differently and draws other numbers for its dropout: scores would depend on a stopwatch.
@@ -132,6 +132,8 @@ def choose_execution(
     trials can be compared; a new study is measured, where its device knows more than one execution. UserError where the
     device can't do what was set.
     """
+    bounds = search.study.constraints
+    check_workers(bounds, workers or 1, device)
     own, stored = search.base.training.execution, StudyAttributes.of(study).choice if study else None
     is_set = "training.execution" in search.settings or search.values("training.execution") or own != "eager"
     executions = EXECUTIONS[device.type]
@@ -139,12 +141,12 @@ def choose_execution(
         choice = Choice(own, workers or 1)
     elif stored:
         default, why = (stored.workers, "as the study started") if len(executions) > 1 else (1, "")
-        choice = Choice(stored.execution, workers or default, stored.taken, why)
+        choice = Choice(stored.execution, workers or fair_workers(bounds, default, device), stored.taken, why)
     elif len(executions) == 1 or (study and num_finished(study)):
         choice = Choice(own, workers or 1)
     else:
         ways, failed = measure_ways(search, data, device, executions)
-        cores, gpus = os.cpu_count() or 1, max(1, len(gpus_of(device)))
+        cores, gpus = fair_workers(bounds, os.cpu_count() or 1, device), max(1, len(gpus_of(device)))
         choice = choose(ways, search.trials, cores, _free_gib(device), workers, failed, gpus)
     if choice.execution != own:
         search = replace(search, settings={**search.settings, "training.execution": choice.execution})

@@ -1,8 +1,12 @@
 """Where each of several workers computes: on which device, with how much of its memory and how many threads."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+from pipeline.errors import UserError
+from pipeline.evaluation.constraints import TIMES
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,19 @@ def gpus_of(device: torch.device) -> list[int]:
     if device.type != "cuda":
         return []
     return [device.index] if device.index is not None else list(range(torch.cuda.device_count()))
+
+
+def fair_workers(bounds: Mapping[str, float], workers: int, device: torch.device) -> int:
+    """As many of so many workers as slow down nothing that a study bounds: one a device, where it bounds a time."""
+    return min(workers, max(1, len(gpus_of(device)))) if any(name in bounds for name in TIMES) else workers
+
+
+def check_workers(bounds: Mapping[str, float], workers: int, device: torch.device) -> None:
+    """UserError where there are more than `fair_workers`."""
+    if workers > fair_workers(bounds, workers, device):
+        bounded = ", ".join(name for name in TIMES if name in bounds)
+        rule = f"the study bounds {bounded}, which trainings at the same time make longer"
+        raise UserError(f"`--workers {workers}`", rule, "leave it out")
 
 
 def threads_of_each(workers: int) -> int:

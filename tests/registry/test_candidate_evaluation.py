@@ -159,7 +159,9 @@ def test_first_champion_is_compared_with_a_control_alike(
     mean = made("mean of 2 runs", 0.9, 1, role="ensemble", method="mean", members="{}")
     assert control_of(tracker, mean) == lucky[0], "it is made of finals"
     assert control_of(tracker, trial) == control, "one seed against one"
-    assert [control_of(tracker, run) for run in (*lucky, longer, on_fold)] == [None] * 4, "the control, whatever its seed"
+    assert [control_of(tracker, run) for run in (*lucky, longer, on_fold)] == [None] * 4, (
+        "the control, whatever its seed"
+    )
     tracker.client.set_tag(parent.id, "constraints", '{"val/accuracy": 0.4}')
     assert control_of(tracker, trial) is None, "an infeasible control"
 

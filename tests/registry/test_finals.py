@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.registry.finals import check_workers, plan_finals, recipe_of
+from pipeline.registry.finals import plan_finals, recipe_of
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import RunRequest
 from registry.finals_harness import CPU, StudyHarness, with_two_trials
@@ -104,16 +104,3 @@ def test_finals_of_a_graph_count_for_the_same_recipe_without(harness: StudyHarne
         run.end(State.FINISHED)
     harness.tracker.id_of(run.key)
     assert [candidate.trial for candidate in harness.plan(1, 1).remaining] == [1]
-
-
-def test_workers_that_share_a_device_are_refused_where_times_are_bounded(harness: StudyHarness) -> None:
-    bounded, sized = (
-        dataclasses.replace(harness.study, constraints={name: 60.0}) for name in ("time/training_s", "val/ece")
-    )
-    with pytest.raises(UserError, match=r"`--workers 2`: the study bounds time/training_s, which .*; leave it out"):
-        check_workers(bounded, 2, torch.device("cpu"))
-    for study, workers in ((bounded, 1), (sized, 2)):
-        check_workers(study, workers, torch.device("cpu"))
-    check_workers(bounded, 1, torch.device("cuda:0"))
-    with pytest.raises(UserError, match="`--workers 2`"):
-        check_workers(bounded, 2, torch.device("cuda:0"))

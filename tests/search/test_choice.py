@@ -174,6 +174,22 @@ def test_resumed_study_keeps_its_choice(small_recipe: Recipe, digits: TrainingDa
     assert not like_a_gpu
 
 
+def test_trials_whose_time_is_bounded_do_not_share_a_device(
+    small_recipe: Recipe, digits: TrainingData, like_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = [Way("eager", 1.6, 0.6, 1)]
+    monkeypatch.setattr(choice_module, "measure_ways", lambda *what: (short, ""))
+    monkeypatch.setattr(choice_module.os, "cpu_count", lambda: 16)
+    search = search_of(small_recipe, 100)
+    assert choose_execution(search, digits, CPU, None)[1].workers == 2
+    bounded = dataclasses.replace(
+        search, study=dataclasses.replace(search.study, constraints={"model/latency_ms": 5.0})
+    )
+    assert choose_execution(bounded, digits, CPU, None)[1].workers == 1
+    with pytest.raises(UserError, match="`--workers 2`: the study bounds model/latency_ms"):
+        choose_execution(bounded, digits, CPU, None, workers=2)
+
+
 def test_study_of_a_gpu_is_refused_on_a_cpu(small_recipe: Recipe, digits: TrainingData) -> None:
     study = stored([TrialState.COMPLETE])
     StudyAttributes.update(study, choice=Choice("graphed", 3, 0.9, "measured"))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.training.placement import Placement, placements
+from pipeline.errors import UserError
+from pipeline.training.placement import Placement, check_workers, fair_workers, placements
 
 
 def test_gpus_are_assigned_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +28,13 @@ def test_threads_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     assert Placement("cpu").set_up() == Placement("cpu", threads=3).set_up() == torch.device("cpu")
     assert asked == [3]
+
+
+def test_workers_that_share_a_device_are_refused_where_times_are_bounded() -> None:
+    cpu, gpu, bounded = torch.device("cpu"), torch.device("cuda:0"), {"time/training_s": 60.0}
+    for device in (cpu, gpu):
+        with pytest.raises(UserError, match=r"`--workers 2`: the study bounds time/training_s, which .*; leave it out"):
+            check_workers(bounded, 2, device)
+        check_workers(bounded, 1, device)
+        check_workers({"val/ece": 0.1}, 2, device)
+        assert [fair_workers(bounds, 4, device) for bounds in (bounded, {})] == [1, 4]
