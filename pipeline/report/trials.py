@@ -164,23 +164,30 @@ def last_values(rows: pd.DataFrame) -> pd.Series:
 
 
 def ranked(frame: pd.DataFrame) -> pd.DataFrame:
-    """One study's finished and pruned trials, best first, as Optuna's sampler ranks them; with a column `rank`.
+    """One study's finished and pruned trials, best first, with a column `rank`.
 
-    Finished ones by their score, then pruned ones by the epochs that they reached, then by their last value. Most of a
-    study's trials are pruned: what marks the good ones can't be seen without the others. A short trial is left out where
-    its recipe finished in full.
+    By score; a short trial is credited with what those trained both ways gained on average, as the search does
+    (`local_search.ranked`). Then those without a score: other pruned ones, and short ones where none was trained both ways,
+    by the epochs that they reached and their last value. Most of a study's trials are pruned: what marks the good ones
+    can't be seen without the others. A short trial is left out where its recipe finished in full.
     """
     done, metric = feasible(frame), str(frame["objective"].iloc[0])
     pruned = trial_rows(frame, State.PRUNED)
-    pruned = pruned[(pruned["infeasible"] == "") & ~(pruned["short"] & pruned["trial"].isin(done["full_of"].dropna()))]
-    pruned = pruned[pruned[metric].notna()] if metric in pruned else pruned[:0]
-    if len(pruned):
-        pruned = pruned.sort_values(["epochs", metric, "trial"], ascending=[False, False, True], kind="stable")
-    rows = frame.loc[[*done.index, *pruned.index]]
-    was_pruned = rows["score"].isna()
-    keys = pd.DataFrame({"epochs": rows["epochs"].where(was_pruned, 0), "score": rows["score"]})
-    keys["score"] = rows["score"].fillna(rows[metric]) if was_pruned.any() else rows["score"]
-    return rows.assign(rank=(keys != keys.shift()).any(axis=1).cumsum())
+    pruned = pruned[(pruned["infeasible"] == "") & pruned[metric].notna()] if metric in pruned else pruned[:0]
+    short = pruned[pruned["short"]]
+    gain = (done["score"] - done["full_of"].map(short.set_index("trial")[metric])).mean() if len(short) else np.nan
+    left_out = pruned["short"] & pruned["trial"].isin(done["full_of"].dropna())
+    rows = frame.loc[[*done.index, *pruned.index[~left_out]]]
+    last = rows[metric] if metric in rows else rows["score"]
+    score = rows["score"].fillna((last + gain).where(rows["short"]))
+    keys = pd.DataFrame(
+        {"epochs": rows["epochs"].astype(float).where(score.isna(), np.inf), "score": score.fillna(last)}
+    )
+    keys = keys.assign(trial=rows["trial"])
+    keys = keys.sort_values(["epochs", "score", "trial"], ascending=[False, False, True], kind="stable").drop(
+        columns="trial"
+    )
+    return rows.loc[keys.index].assign(rank=(keys != keys.shift()).any(axis=1).cumsum())
 
 
 def early(tracker: MlflowTracker, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:

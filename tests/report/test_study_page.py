@@ -94,7 +94,7 @@ def test_where_most_are_pruned_they_count_too_and_it_is_said_how(
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     said = page.inner_text("main")
     assert "Above what chance gives: " in said
-    assert "what tells the best 5 of 24 trials, ranked as the search does" in page.text_content("main")
+    assert "what tells the best 5 of 24 trials, ranked by score, a short trial's with" in page.text_content("main")
     assert "What marks the best 6 of 24 trials by rank: " in said and "optimizer adam (83%, of the others 39%)" in said
     effects = "Effects are on val/accuracy after epoch 2 and not on the final score, as 18 trials were short or pruned"
     assert f"{effects} and 6 finished" in said

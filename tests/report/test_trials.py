@@ -6,10 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import Trained
+from optuna.trial import TrialState, create_trial
 
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.report import trials as report
+from pipeline.search import local_search
+from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking import queries
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker
@@ -111,20 +114,43 @@ def short_study() -> pd.DataFrame:
     missing = np.nan
     return frame(
         **{
-            "score": [0.7, *[missing] * 4, 0.9],
+            "score": [0.65, *[missing] * 4, 0.9],
             "state": ["finished", *["pruned"] * 4, "finished"],
             "short": [False, *[True] * 4, False],
             "full_of": [pd.NA] * 5 + [2],
             "epochs": [8, *[2] * 4, 8],
             "objective": ["val/accuracy"] * 6,
-            "val/accuracy": [0.7, 0.3, 0.6, 0.5, 0.4, 0.9],
+            "val/accuracy": [0.65, 0.3, 0.6, 0.5, 0.4, 0.9],
             "optimizer.lr": [0.1, 0.2, 0.3, 0.4, 0.5, 0.3],
         }
     )
 
 
-def test_a_short_trial_ranks_unless_its_recipe_finished_in_full() -> None:
-    assert list(report.ranked(short_study())["trial"]) == [5, 0, 3, 4, 1]
+def test_a_short_trial_ranks_by_its_score_in_full_unless_it_was_trained_so() -> None:
+    found = report.ranked(short_study())
+    assert list(found["trial"]) == [5, 3, 4, 0, 1], "those trained both ways gained 0.3, and the control has 0.65"
+    assert list(found["rank"]) == [1, 2, 3, 4, 5]
+    alone = report.ranked(short_study()[:5])
+    assert list(alone["trial"]) == [0, 2, 3, 4, 1], "none was trained both ways"
+
+
+def test_report_and_search_rank_alike() -> None:
+    frame, trials = short_study(), []
+    for _, row in frame.iterrows():
+        short = bool(row["short"])
+        source = None if pd.isna(row["full_of"]) else int(row["full_of"])
+        trial = create_trial(
+            state=TrialState.PRUNED if short else TrialState.COMPLETE,
+            value=None if short else row["score"],
+            intermediate_values={2: row["val/accuracy"]},
+            user_attrs=TrialAttributes(short=short, full_of=source, control=bool(row["control"])).to_optuna(),
+        )
+        trial.number = int(row["trial"])
+        trials.append(trial)
+    of_search = [trial.number for trial in local_search.ranked(trials)]
+    of_report = report.ranked(frame)
+    full_of = of_report["full_of"].fillna(of_report["trial"])
+    assert of_search == list(full_of), "the search names a recipe trained both ways by its short trial"
 
 
 def test_a_short_trial_is_told_as_short_and_not_as_pruned() -> None:
