@@ -152,6 +152,8 @@ class _Auditor:
             tags = RunTags.of(run)
             if run.info.status != "RUNNING" or tags.run_key in self._busy or tags.study in self._live:
                 continue
+            if tags.run_key in self._journals.other_tracker:
+                continue  # said of its journal, from which alone it can be closed
             if tags.host != socket.gethostname():
                 self._skip(run_label(run), f"runs on {tags.host}; whether it still does can be seen only there")
             else:

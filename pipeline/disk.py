@@ -27,3 +27,9 @@ def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's content, 64 hexadecimal digits; OSError where it can't be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_new(database: str | None, default: Path) -> bool:
+    """Whether the database of this address, or else `default`, is an SQLite file that doesn't exist yet."""
+    path = str(default) if database is None else database.removeprefix("sqlite:///")
+    return "://" not in path and not Path(path).exists()

@@ -284,6 +284,17 @@ def test_leftovers_of_killed_processes_are_repaired_losslessly(home: Path) -> No
         assert connection.execute("SELECT value FROM metrics WHERE key = 'val/new'").fetchall() == [(1.0,)]
 
 
+def test_run_whose_journal_is_another_trackers_is_not_said_to_be_closable(home: Path) -> None:
+    change(home, "mlflow.db", f"UPDATE runs SET status = 'RUNNING', end_time = NULL WHERE run_uuid = {RUN}")
+    journal = Journal(home / FOLDER / key_of(home, 1))
+    journal.append({"kind": "start", "address": "http://elsewhere"})
+    journal.release()
+    seen = check(home)
+    assert not seen.findings, "`audit --fix` would not close it"
+    assert any("belongs to another tracker, http://elsewhere" in line for line in all_lines(seen.unchecked))
+    assert fix(home) == []
+
+
 def test_journal_of_a_living_process_is_left_alone(home: Path) -> None:
     journal = Journal(home / FOLDER / key_of(home, 1))
     journal.append({"kind": "start", "address": "mlflow.db"})

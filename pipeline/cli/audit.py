@@ -6,6 +6,7 @@ import typer
 
 from pipeline.cli.common import HOME, make_console, open_tracker, say
 from pipeline.cli.options import StorageOption, TrackingOption, database_problems
+from pipeline.disk import is_new
 from pipeline.errors import UserError, lines_of
 
 
@@ -30,7 +31,7 @@ def audit(
         say(console, *lines_of(broken))
         raise typer.Exit(1)
     tracker = open_tracker(tracking_uri)
-    store = open_storage(HOME, storage) if storage or (HOME / "optuna.db").exists() else None
+    store = None if is_new(storage, HOME / "optuna.db") else open_storage(HOME, storage)
     with make_console(stderr=True).status("checking every trial, run and file"):
         for line in repair(store, tracker) if fix else ():
             say(console, f"repaired: {line}")

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from pipeline.cli.exit_codes import INTERRUPTED
 from pipeline.cli.make import COMMAND_LINE
+from pipeline.disk import is_new
 from pipeline.errors import Problem, UserError, counted, escape_control
 from pipeline.runtime import freeze_imports
 
@@ -188,18 +189,13 @@ def interruptible(
 
 def open_tracker(tracking_uri: str | None) -> "MlflowTracker":
     """The store of runs; UserError where there is none yet, so that a command that only reads creates none."""
-    if tracking_uri is None and not (HOME / "mlflow.db").exists():
-        raise UserError(f"no runs yet in {HOME}", remedy="`study NAME --dataset digits` makes some")
+    if is_new(tracking_uri, HOME / "mlflow.db"):
+        where = HOME if tracking_uri is None else tracking_uri
+        raise UserError(f"no runs yet in {where}", remedy="`study NAME --dataset digits` makes some")
 
     from pipeline.tracking.tracker import MlflowTracker
 
     return MlflowTracker(HOME, tracking_uri)
-
-
-def is_new(database: str | None, default: str) -> bool:
-    """Whether this is an SQLite file that doesn't exist yet; any other is opened before data is read or downloaded."""
-    path = str(HOME / default) if database is None else database.removeprefix("sqlite:///")
-    return "://" not in path and not Path(path).exists()
 
 
 def writable(file: Path) -> Path:

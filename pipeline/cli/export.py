@@ -9,6 +9,7 @@ from rich.console import Console
 from pipeline.cli.common import HOME, expand, is_folder, make_console, model_files, say
 from pipeline.cli.options import MODEL_HELP, DataDirOption, SeenDatasetOption, TrackingOption
 from pipeline.cli.views import print_table
+from pipeline.disk import is_new
 from pipeline.errors import DataError, UserError, counted
 
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ def _data_of(
     from pipeline.registry.export import find_data_of, split_as_then
     from pipeline.tracking.tracker import MlflowTracker
 
-    has_store = tracking_uri is not None or (HOME / "mlflow.db").exists()
-    tracker = MlflowTracker(HOME, tracking_uri) if has_store else None
+    tracker = None if is_new(tracking_uri, HOME / "mlflow.db") else MlflowTracker(HOME, tracking_uri)
     try:
         return split_as_then(
             metadata, find_data_of(metadata, tracker, expand(data_dir), dataset, download=needed).images

@@ -13,6 +13,7 @@ from pipeline.cli.common import HOME, expand, make_console, page_file, print_nex
 from pipeline.cli.make import COMMAND_LINE
 from pipeline.cli.options import DataDirOption, StudyOptions, TrackingOption, file_problems, with_study_options
 from pipeline.cli.views import print_table
+from pipeline.disk import is_new
 from pipeline.errors import Problem, UserError, counted, validation_problems
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ def inspect(
 
     console = make_console()
     file = page_file(output) if output else None
-    has_runs = tracking_uri is not None or (HOME / "mlflow.db").exists()
-    tracker = MlflowTracker(HOME, tracking_uri) if has_runs else None
+    tracker = None if is_new(tracking_uri, HOME / "mlflow.db") else MlflowTracker(HOME, tracking_uri)
     with make_console(stderr=True).status("looking at every image"):
         found = look(about, expand(data_dir).absolute(), HOME, tracker)
     file = file or HOME / "reports" / f"inspect-{found.name}.html"

@@ -16,7 +16,6 @@ from pipeline.cli.common import (
     find_device,
     interruptible,
     is_away,
-    is_new,
     load_data,
     make_console,
     print_next,
@@ -41,6 +40,7 @@ from pipeline.cli.options import (
     with_study_options,
 )
 from pipeline.cli.ui import links_of
+from pipeline.disk import is_new
 from pipeline.errors import Problem, counted, first_line
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def _run(
 
     # The GPUs of a cluster need not be here; its workers check what they can execute themselves.
     device = find_device("cpu" if options.cluster else options.device)
-    tracker = None if is_new(tracking_uri, "mlflow.db") else MlflowTracker(HOME, tracking_uri)
-    storage = None if is_new(storage_uri, "optuna.db") else open_storage(HOME, storage_uri)
+    tracker = None if is_new(tracking_uri, HOME / "mlflow.db") else MlflowTracker(HOME, tracking_uri)
+    storage = None if is_new(storage_uri, HOME / "optuna.db") else open_storage(HOME, storage_uri)
     data = load_data(search, data_dir, device, execute=not options.cluster)
     if not (tracker and storage):
         with make_console(stderr=True).status(f"creating the databases of {HOME}, once"):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.disk import is_new
 from pipeline.errors import UserError
 from pipeline.evaluation.scores import CLASS_F1
 from pipeline.report.stored import histories
@@ -40,8 +41,8 @@ def trials(*names: str, home: Path | str = "mlruns", uri: str | None = None) -> 
     Raises UserError where there is no such store or study.
     """
     home = Path(home)
-    if uri is None and not (home / "mlflow.db").exists():
-        raise UserError(f"no runs yet in {home}", remedy="`study NAME --dataset digits` makes some")
+    if is_new(uri, home / "mlflow.db"):
+        raise UserError(f"no runs yet in {uri or home}", remedy="`study NAME --dataset digits` makes some")
     tracker = MlflowTracker(home, uri)
     return table(tracker, choose(tracker, names) if names else queries.studies(tracker))
 

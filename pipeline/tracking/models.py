@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from pipeline.disk import sha256_of
+from pipeline.disk import is_new, sha256_of
 from pipeline.errors import DataError, Problem, UserError, first_line
 from pipeline.recipe import parse_recipe
 from pipeline.tracking import queries
@@ -106,7 +106,7 @@ def find_model(home: Path, uri: str | None, wanted: str | None) -> Iterator[Mode
     registered version are the package that was registered, verified by its tags. UserError where there is no such
     model, DataError where its files differ.
     """
-    if uri is None and not (home / "mlflow.db").exists():
+    if is_new(uri, home / "mlflow.db"):
         if wanted and not _names_one(wanted):
             raise UserError(f"model {wanted}", _NOT_A_MODEL, f"there are no runs yet in {home}")
         raise UserError.many([_NO_RUN])

@@ -122,7 +122,8 @@ class MlflowTracker:
         self.home = home
         own = home.resolve() / "mlflow.db"
         default = f"sqlite:///{own}"
-        self.uri = uri or default
+        is_own = uri is None or (uri.startswith("sqlite:///") and Path(uri.removeprefix("sqlite:///")).resolve() == own)
+        self.uri = default if is_own or not uri else uri
         self.address = "mlflow.db" if self.uri == default else self.uri  # of the journals; without secrets
         if not self.address.startswith("sqlite"):
             self.address = redact_uri(self.address)

@@ -11,6 +11,7 @@ from cli.helpers import assert_refused
     ("words", "lines"),
     [
         (["audit"], ["no runs yet in mlruns"]),
+        (["audit", "--tracking-uri", "sqlite:///typo.db"], ["no runs yet in sqlite:///typo.db"]),
         (["audit", "--storage", "sqlite://"], ["`--storage sqlite://`: keeps nothing"]),
     ],
 )

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from pipeline.cli import common
-from pipeline.cli.common import expand, find_device, is_new, make_console, print_links, print_next, say, writable
+from pipeline.cli.common import expand, find_device, make_console, print_links, print_next, say, writable
 from pipeline.cli.main import app
 from pipeline.cli.options import _remember
 from pipeline.errors import UserError
@@ -79,10 +79,3 @@ def test_unknown_devices_are_refused() -> None:
     assert find_device("cpu").type == "cpu"
     with pytest.raises(UserError, match="`--device gpu`: should be auto"):
         find_device("gpu")
-
-
-def test_new_databases_are_files_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert is_new(None, "optuna.db") and is_new("sqlite:///x.db", "optuna.db")
-    (tmp_path / "x.db").touch()
-    assert not is_new("sqlite:///x.db", "optuna.db") and not is_new("postgresql://host/x", "optuna.db")

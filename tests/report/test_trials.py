@@ -43,6 +43,8 @@ def test_names_that_mean_nothing_are_told(trained: Trained, tmp_path: Path) -> N
         report.trials("tinny", home=trained.home)
     with pytest.raises(UserError, match="no runs yet"):
         report.trials("tiny", home=tmp_path)
+    with pytest.raises(UserError, match="no runs yet in sqlite:///"):
+        report.trials("tiny", home=trained.home, uri=f"sqlite:///{tmp_path}/typo.db")
     assert not list(tmp_path.iterdir())
 
 

@@ -192,3 +192,11 @@ def test_study_is_found_by_key_when_its_run_id_was_lost(sqlite_tracker: MlflowTr
     assert opened[0].id == opened[1].id
     opened[1].end(State.FINISHED)
     assert stored(sqlite_tracker, opened[1]).data.tags["run_key"] == key
+
+
+def test_own_database_by_its_address_is_the_same_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    home = Path("mlruns")
+    default, named = MlflowTracker(home), MlflowTracker(home, "sqlite:///mlruns/mlflow.db")
+    assert (named.uri, named.address) == (default.uri, default.address) == (default.uri, "mlflow.db")
+    assert MlflowTracker(home, "sqlite:///other.db").address == "sqlite:///other.db"
