@@ -49,7 +49,7 @@ class Audit:
 
 
 def check_databases(home: Path) -> list[Problem]:
-    """The SQLite files in the home folder that are broken: nothing else can be read from them then."""
+    """The SQLite files in the folder mlruns that are broken: nothing else can be read from them then."""
     files = [file for name in ("mlflow.db", "optuna.db", ledger.FILE) if (file := home / name).is_file()]
     faults = {file: database_fault(file) for file in files}
     remedy = "restore a copy, or save what can be saved by .recover of the program sqlite3"

@@ -1,4 +1,4 @@
-"""What several commands need: the home folder, a console, a device, data, a store."""
+"""What several commands need: the folder mlruns, a console, a device, data, a store."""
 
 import contextlib
 import os
@@ -75,7 +75,7 @@ def print_next(console: Console, steps: Mapping[str, str], links: Sequence[tuple
 
 
 def expand(path: Path) -> Path:
-    """`~` means the home folder; Path's own raises where there is no such user. UserError for what can be no path."""
+    """`~` means the user's folder; Path's own raises where there is no such user. UserError for what can be no path."""
     path = Path(os.path.expanduser(path))
     try:
         os.lstat(path)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class FinalsView:
-    """Shows repeated trainings: a line for each, and the epoch under way; an Observer of finals."""
+    """Shows repeated trainings: a line for each, and the epoch under way; a FinalsObserver."""
 
     def __init__(self, console: Console, trainings: int):
         self._console, self._trainings = console, trainings
@@ -75,7 +75,7 @@ class FinalsView:
         return "; ".join(lines)
 
     def note(self, line: str) -> None:
-        """See Observer of finals."""
+        """See FinalsObserver."""
         self._shown_at = time.monotonic()
         say(self._console, line)
 

@@ -235,7 +235,7 @@ def _evidence(evidence: VerdictEvidence) -> str:
     shares = [f"Test accuracy {share(correct[evidence.run], record.images)}, {record.images:,} images"]
     if run := record.opponent_run:
         shares.append(f"that of the {opponent}, run `{run}`: {share(correct[run], record.images)}")
-    if record.objective != ACCURACY:  # by which it was judged
+    if record.objective != ACCURACY:  # by which it was compared
         runs = [evidence.run, record.opponent_run]
         values = " against ".join(f"{record.scores[run]:.1%}" for run in runs if run)
         shares.append(f"{SCORE_NAMES[record.objective]}, the study's objective: {values}")

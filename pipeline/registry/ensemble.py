@@ -1,4 +1,4 @@
-"""Several trained runs as one model, to judge and promote as any: the mean of their probabilities, or a soup of weights.
+"""Several trained runs as one model, to compare and promote as any: the mean of their probabilities, or a soup of weights.
 
 An ensemble is a run of its own, scored on the validation split, whose tags name its members. Its checkpoint holds all that
 it needs, so it outlives them.

@@ -112,7 +112,7 @@ class Trainer:
 
 
 class Trainers(Protocol):
-    """Train what they are given, as many at once as they are."""
+    """Train what they are given: one training at a time in this process, or one in each worker."""
 
     def next_ended(self, needed: Sequence[Training]) -> tuple[Training, Outcome]:
         """The next training that ends. `needed` are those that are, the most urgent first; those under way too.

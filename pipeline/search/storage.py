@@ -208,7 +208,7 @@ def _wait(url: str, error: BaseException, repetition: int, deadline: float) -> N
 
 
 def open_storage(home: Path, url: str | None = None, wait: bool = False) -> RetryingStorage:
-    """`optuna.db` in the home folder, or another database by its SQLAlchemy address; UserError where it can't be opened.
+    """`optuna.db` in the folder mlruns, or another database by its SQLAlchemy address; UserError where it can't be opened.
 
     With `wait` it is tried for MAX_WAIT_S: a worker may start while the database is away.
     """

@@ -1,4 +1,4 @@
-"""What a run measures reaches the disk first: a folder per run, `journal/<run key>/` in the home folder.
+"""What a run measures reaches the disk first: a folder per run, `journal/<run key>/` in the folder mlruns.
 
 `records.jsonl` holds a record a line, appended (write-ahead logging: Mohan et al., ARIES, TODS 1992, without its undo);
 `files/<n>/` the files that a record names; `steps_before.json` the steps that MLflow had before this journal. uploader.py
@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.disk import replacing
 from pipeline.errors import UserError
 
-FOLDER = "journal"  # in the home folder
+FOLDER = "journal"  # in the folder mlruns
 RECORDS = "records.jsonl"
 _LOCK, _FILES, _STEPS_BEFORE, _DISOWNED = "lock", "files", "steps_before.json", "disowned"
 
@@ -173,7 +173,7 @@ class Journal:
 
 
 def journals(home: Path) -> list[Path]:
-    """The folders of all journals in a home folder, the oldest first."""
+    """The folders of all journals in a folder mlruns, the oldest first."""
     ages: dict[Path, int] = {}
     for folder in (home / FOLDER).glob("*"):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # another process removes what it has sent

@@ -30,7 +30,7 @@ _RUNNING = "attributes.status = 'RUNNING'"
 
 @dataclass(frozen=True)
 class OtherJournals:
-    """The journals in a home folder that other processes made, by their run keys."""
+    """The journals in a folder mlruns that other processes made, by their run keys."""
 
     orphaned: Sequence[str]  # of processes that are gone
     busy: Sequence[str]  # of living ones
@@ -43,7 +43,7 @@ class OtherJournals:
 
 
 def other_journals(tracker: MlflowTracker) -> OtherJournals:
-    """The journals of other processes in the tracker's home folder."""
+    """The journals of other processes in the tracker's folder mlruns."""
     own = set(tracker.uploader.keys)
     others = [folder for folder in journals(tracker.home) if folder.name not in own]
     busy = [folder.name for folder in others if is_busy(folder)]

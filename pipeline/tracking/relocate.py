@@ -62,7 +62,7 @@ def _rewrite(connection: sqlite3.Connection, old: str, new: str) -> int:
 
 
 def _old_homes(connection: sqlite3.Connection, home: Path) -> list[str]:
-    """The addresses of other home folders that experiments name; ours have their files in `artifacts` there."""
+    """The addresses of other folders mlruns that experiments name; ours have their files in `artifacts` there."""
     rows = connection.execute(
         "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE 'file:///%/artifacts'"
     )

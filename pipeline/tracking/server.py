@@ -112,7 +112,7 @@ def study_links(
 def start_server(tracking_uri: str, home: Path, port: int) -> subprocess.Popen[bytes]:
     """Start MLflow's server for a database, for this machine only, and wait until it answers; UserError where it doesn't.
 
-    It reads and writes artifacts in the home folder's `artifacts` only. One process, no telemetry and no job execution:
+    It reads and writes artifacts in the folder mlruns's `artifacts` only. One process, no telemetry and no job execution:
     0.26 GB of memory instead of 2.5.
     """
     settings = {

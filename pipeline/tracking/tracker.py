@@ -110,9 +110,9 @@ class _NullRun:
 
 
 class MlflowTracker:
-    """Runs in an MLflow store: `mlflow.db` in the home folder, another database, or a tracking server.
+    """Runs in an MLflow store: `mlflow.db` in the folder mlruns, another database, or a tracking server.
 
-    What runs measure goes to a journal in the home folder first and is sent by a thread, so they never wait for MLflow and
+    What runs measure goes to a journal in the folder mlruns first and is sent by a thread, so they never wait for MLflow and
     lose nothing in an outage; see journal.py and uploader.py. Raises UserError at once where the store can't be opened;
     reading from a store that fails later raises MLflow's exceptions.
     """
