@@ -1,6 +1,5 @@
 """`promote`: a run's model becomes champion, if the test split says so."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +25,6 @@ from pipeline.tracking.run_id import is_run_id, not_a_run
 if TYPE_CHECKING:
     from pipeline.registry.gate import Verdict
     from pipeline.registry.registered_model import Registry
-    from pipeline.tracking.tracker import MlflowTracker
 
 
 class _View:
@@ -83,6 +81,7 @@ def promote(
             "`--force` and `--reason TEXT`", "go together", "the ledger keeps why a run was evaluated again"
         )
 
+    from pipeline.registry.decision import run_to_promote
     from pipeline.registry.gate import Rules
     from pipeline.registry.promote import promote as evaluate_and_promote
     from pipeline.registry.promote import registry_lock, settle
@@ -95,7 +94,7 @@ def promote(
         settle(registry.tracker, registry.ledger, view.note)
         reason_chosen = ""
         if name is not None:
-            run, reason_chosen = _chosen(registry.tracker, name, view.note)
+            run, reason_chosen = run_to_promote(registry.tracker, name, view.note)
             view.note(reason_chosen)
         assert run is not None
         champion = evaluate_and_promote(
@@ -116,28 +115,6 @@ def _show_next(console: Console, model: str) -> None:
         "see all champions": f"history --model {model}" if reference else "history",
     }
     print_next(console, steps)
-
-
-def _chosen(tracker: "MlflowTracker", name: str, say_line: Callable[[str], None]) -> tuple[str, str]:
-    """The run that a study stands for, and why that one."""
-    from pipeline.registry.decision import FinalsDecision, find_winner
-    from pipeline.tracking import queries
-
-    study, note = queries.find_study(tracker, name)
-    for line in queries.omitted_lines(tracker, study):
-        say_line(line)
-    if chosen := find_winner(tracker, study):
-        run, why = chosen.run_id, f"{study.name}: {chosen.summary}"
-    elif FinalsDecision.load(tracker, study):
-        rule = "no winner: with some seed every recipe diverged or was infeasible"
-        raise UserError(f"finals of {study.name}", rule, "`promote --run RUN` takes a run all the same")
-    elif best := queries.best_run_ids(tracker, study, 1):
-        run = best[0]
-        rule = f"one seed can't tell the best from the lucky, `finals {study.name}` can"
-        why = f"{study.name}: its best trial, run {run}; {rule}"
-    else:
-        raise queries.no_best_run(tracker, study)
-    return run, f"{note}; {why}" if note else why
 
 
 def open_registry(model: str, tracking_uri: str | None) -> "Registry":

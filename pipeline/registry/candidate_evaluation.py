@@ -1,7 +1,7 @@
 """One candidate evaluated: the models as they would be served, their predictions on the test split, the verdict."""
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -9,26 +9,21 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 import torch
-from mlflow.entities import Run
 
 from pipeline.disk import replacing, sha256_of
 from pipeline.errors import DataError, PromotionRefused, UserError, lines_of
 from pipeline.evaluation.significance import small_split_line
 from pipeline.inference.classifier import Classifier, ModelMetadata
-from pipeline.recipe import LATER
 from pipeline.registry import export, test_split
 from pipeline.registry.card import share
 from pipeline.registry.gate import ACCURACY, Evidence, GateRecord, ModelEvidence, Rules, Verdict, decide
 from pipeline.registry.ledger import DELETED, PASSED, PROMOTED, REFUSED, TEST_EVALUATION, Champion, Event
+from pipeline.registry.opponents import control_of, seed_scores
 from pipeline.registry.package import MODEL
 from pipeline.registry.registered_model import CHAMPION, Registry
 from pipeline.tracking import queries
-from pipeline.tracking.intact import control_runs
 from pipeline.tracking.models import find_model
-from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.run_data import LocatedData
-from pipeline.tracking.tags import TRAINED_ROLES, Role, RunTags, State
-from pipeline.tracking.tracker import MlflowTracker
 
 TEST_EVALUATIONS = "test_evaluations"  # the folder of the predictions, beside the ledger
 CONTROL, CONSTANT = "control", "constant answer"  # opponents where there is no champion
@@ -161,7 +156,7 @@ class CandidateEvaluation:
         if not np.array_equal(labels, predictions[-1]["label"]):
             folder = self.registry.ledger.home / TEST_EVALUATIONS
             raise DataError(str(folder), "the labels of two models differ", "remove the folder")
-        study = study_of(self.registry.tracker, self.registry.tracker.client.get_run(challenger.run))
+        study = queries.study_of(self.registry.tracker, self.registry.tracker.client.get_run(challenger.run))
         objective = study.objective if study else ACCURACY
         latencies_ms = export.latencies_ms(
             [(model.folder / MODEL, model.metadata.recipe.data.image_size) for model in models]
@@ -175,7 +170,7 @@ class CandidateEvaluation:
             opponent=sides[1] if opponent else None,
             labels=labels,
             classes=challenger.metadata.classes,
-            seed_scores=_seed_scores(self.registry.tracker, challenger.run, objective),
+            seed_scores=seed_scores(self.registry.tracker, challenger.run, objective),
             opponent_name=(CONTROL if opponent.name == CONTROL else CHAMPION) if opponent else CONSTANT,
             objective=objective,
         )
@@ -314,100 +309,3 @@ class CandidateEvaluation:
 
     def _path(self, run: str, split: str) -> Path:
         return self.registry.ledger.home / TEST_EVALUATIONS / f"{run}-{split[:16]}.parquet"
-
-
-# ---------------------------------------------------------------------------------------------- runs in MLflow
-
-
-def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
-    """The control's run that the first champion has to beat; None outside a study, and for the control, whatever its seed.
-
-    A trial is compared with the control's trial. A final is the best of several seeds, and an ensemble made of them, so it
-    is compared with the best of the control's finals: against a single run, luck alone won in up to 9 % of the cases with
-    5 seeds and 19 % with 10, instead of 5 % (simulated). None for an infeasible control, which could not become champion.
-    UserError where the study has none.
-    """
-    run = tracker.client.get_run(run_id)
-    study, tags = study_of(tracker, run), RunTags.of(run)
-    if study is None:
-        return None
-    finished = _finished(queries.children(tracker, study))
-    controls = control_runs(_finished(finished, "trial"))
-    deleted = _finished(queries.deleted_children(tracker, study.parent), "trial")
-    ids = {control.info.run_id for control in controls or control_runs(deleted)}
-    if ids & {run_id, tags.trial_run} or any(study.broken_by(control) for control in controls):
-        return None
-    if tags.role == "trial" and controls:
-        return controls[0].info.run_id
-    finals = [other for other in finished if RunTags.of(other).trial_run in ids]
-    # All of some finals have the epochs that `finals --epochs` says, which need not be the trials'.
-    for length in (_epochs(run), *(_epochs(control) for control in controls[:1])):
-        if alike := [other for other in finals if _epochs(other) == length]:
-            return max(alike, key=lambda o: (_folds(o) == _folds(run), o.data.metrics[study.objective])).info.run_id
-    if controls:
-        return controls[0].info.run_id
-    raise UserError(
-        study.name,
-        "has no finished control to compare with, and there is no champion",
-        "`study NAME` resumes one that did not finish; where it was deleted in MLflow, restore it, or "
-        f"`finals {study.name}` trains it anew",
-    )
-
-
-def _seed_scores(tracker: MlflowTracker, run_id: str, objective: str) -> list[float]:
-    """Scores of the study's finished trainings that differ from this run's recipe by their seed at most.
-
-    Of an ensemble they are those of its first member, which spread more than ensembles would, and of a narrower network
-    those of the run that it was made of, which were trained alike.
-    """
-    run = tracker.client.get_run(run_id)
-    while source := _made_of(tracker, run):
-        run = source
-    study = study_of(tracker, run)
-    if study is None:
-        return []
-    by_seed = {
-        other.data.params.get("training.seed"): other.data.metrics[objective]
-        for other in _finished(queries.children(tracker, study))
-        if RunTags.of(other).role in TRAINED_ROLES
-        and _without_seed(other.data.params) == _without_seed(run.data.params)
-        and objective in other.data.metrics
-    }
-    return list(by_seed.values())
-
-
-def _made_of(tracker: MlflowTracker, run: Run) -> Run | None:
-    """The run whose network was made narrower, or an ensemble's first member, if it is still there."""
-    tags = RunTags.of(run)
-    sources = [*([tags.compresses] if tags.compresses else []), *(tags.members or ())]
-    return tracker.store.run(sources[0]) if sources else None
-
-
-def study_of(tracker: MlflowTracker, run: Run) -> StudyRuns | None:
-    """The study that a run belongs to."""
-    name, experiment = RunTags.of(run).study, run.info.experiment_id
-    return next((s for s in queries.studies(tracker) if (s.name, s.experiment) == (name, experiment)), None)
-
-
-def _without_seed(params: Mapping[str, str]) -> dict[str, str]:
-    """What two seeds of a recipe share; a run that is older than a field has what the field adds nothing to."""
-    return {
-        name: value
-        for name, value in params.items()
-        if name not in ("training.seed", "data.dataset", "data.fold") and value != str(LATER.get(name))
-    }
-
-
-def _epochs(run: Run) -> str | None:
-    return run.data.params.get("training.epochs")
-
-
-def _folds(run: Run) -> str:
-    """Scores of folds are of other images, and of trainings on fewer."""
-    return run.data.params.get("data.folds", str(LATER["data.folds"]))
-
-
-def _finished(runs: Iterable[Run], role: Role | None = None) -> list[Run]:
-    """Those of the runs that finished, of one role or of all."""
-    tagged = ((run, RunTags.of(run)) for run in runs)
-    return [run for run, tags in tagged if tags.state is State.FINISHED and role in (None, tags.role)]

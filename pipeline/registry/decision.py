@@ -1,6 +1,6 @@
 """What finals decided: the artifact `finals.json` of a study's run, written and read here alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from statistics import median
 from typing import Any, Self
@@ -147,6 +147,25 @@ def find_winner(tracker: MlflowTracker, study: StudyRuns) -> Winner | None:
             summary += f"; trial {trial} was not in these finals and has the study's best score now: "
             summary += f"`finals {study.name}` takes it in"
     return decision.winner.model_copy(update={"summary": summary})
+
+
+def run_to_promote(tracker: MlflowTracker, name: str, say_line: Callable[[str], None]) -> tuple[str, str]:
+    """The run that a study stands for, its finals' winner or else its best trial, and why that one."""
+    study, note = queries.find_study(tracker, name)
+    for line in queries.omitted_lines(tracker, study):
+        say_line(line)
+    if chosen := find_winner(tracker, study):
+        run, why = chosen.run_id, f"{study.name}: {chosen.summary}"
+    elif FinalsDecision.load(tracker, study):
+        rule = "no winner: with some seed every recipe diverged or was infeasible"
+        raise UserError(f"finals of {study.name}", rule, "`promote --run RUN` takes a run all the same")
+    elif best := queries.best_run_ids(tracker, study, 1):
+        run = best[0]
+        rule = f"one seed can't tell the best from the lucky, `finals {study.name}` can"
+        why = f"{study.name}: its best trial, run {run}; {rule}"
+    else:
+        raise queries.no_best_run(tracker, study)
+    return run, f"{note}; {why}" if note else why
 
 
 # ------------------------------------------------------------------------------------------------------------- deciding

@@ -21,7 +21,6 @@ from pipeline.registry.candidate_evaluation import (
     CandidateEvaluation,
     EvaluatedModel,
     EvaluationObserver,
-    study_of,
 )
 from pipeline.registry.gate import Rules
 from pipeline.registry.ledger import (
@@ -38,6 +37,7 @@ from pipeline.registry.ledger import (
 )
 from pipeline.registry.package import Package, package
 from pipeline.registry.registered_model import CHAMPION, PREVIOUS, TOKEN_TAG, Registry, version_label
+from pipeline.tracking import queries
 from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.store import is_active
 from pipeline.tracking.tags import RunTags
@@ -203,7 +203,7 @@ def _check_candidate(registry: Registry, run_id: str) -> None:
     if first := RunTags.of(run).reproduces:
         remedy = f"`{registry.command(f'promote --run {first}')}` evaluates the run"
         raise UserError(f"run {run_id}", "a reproduction, which is no candidate", remedy)
-    study = study_of(tracker, run)
+    study = queries.study_of(tracker, run)
     if study and (broken := study.broken_by(run)):
         remedy = f"`{registry.command(f'promote {study.name}')}` takes a feasible one"
         raise PromotionRefused(f"run {run_id}", f"infeasible: {broken}", remedy)

@@ -114,6 +114,12 @@ def find_studies(tracker: MlflowTracker, name: str) -> list[StudyRuns]:
     return matching
 
 
+def study_of(tracker: MlflowTracker, run: StoredRun) -> StudyRuns | None:
+    """The study that a run belongs to."""
+    name, experiment = RunTags.of(run).study, run.info.experiment_id
+    return next((s for s in studies(tracker) if (s.name, s.experiment) == (name, experiment)), None)
+
+
 def find_study(tracker: MlflowTracker, name: str) -> tuple[StudyRuns, str]:
     """The last one run of those that a name means; and a line that says so where there are several, else nothing."""
     last, *others = find_studies(tracker, name)

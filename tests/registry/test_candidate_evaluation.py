@@ -11,20 +11,17 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score
 
 from pipeline.cli.exit_codes import exit_code
-from pipeline.data.prepare import TrainingData
 from pipeline.disk import sha256_of
 from pipeline.errors import PromotionRefused, UserError
-from pipeline.recipe import Recipe
 from pipeline.registry import candidate_evaluation
 from pipeline.registry import test_split as opener
-from pipeline.registry.candidate_evaluation import TEST_EVALUATIONS, CandidateEvaluation, control_of
+from pipeline.registry.candidate_evaluation import TEST_EVALUATIONS, CandidateEvaluation
 from pipeline.registry.ledger import PASSED, REFUSED, TEST_EVALUATION, Ledger
 from pipeline.registry.promote import promote
 from pipeline.registry.registered_model import Registry
 from pipeline.sections.data import Data
 from pipeline.tracking import queries
-from pipeline.tracking.tags import RunTags, State
-from pipeline.tracking.tracker import MlflowTracker, RunRequest
+from pipeline.tracking.tracker import MlflowTracker
 from registry.helpers import DATA, RULES, RecordingObserver, Store, kinds, record
 
 pytestmark = pytest.mark.usefixtures("one_export_a_model")
@@ -125,65 +122,6 @@ def test_pass_by_other_rules_does_not_hold(store: Store, tmp_path: Path) -> None
     registry.ledger.record(PASSED, registry.model, store.best, split=split, details=details)
     with pytest.raises(PromotionRefused, match=r"and passed by other rules \(alpha 0.05 then, 0.01 now\); `--force`"):
         promote(registry, store.best, RULES.changed(["alpha=0.01"]), DATA, view)
-
-
-def test_first_champion_is_compared_with_a_control_alike(
-    tmp_path: Path, small_recipe: Recipe, digits: TrainingData
-) -> None:
-    """A trial meets the control's trial; the best of several seeds, in finals, the best of the control's seeds."""
-    tracker = MlflowTracker(tmp_path / "mlruns")
-    parent = tracker.open_study("fair-v1-digits", "?", "val/accuracy", [])
-
-    def made(name: str, score: float, epochs: int = 2, folds: int = 0, **tags: str) -> str:
-        tags |= {"study": "fair-v1-digits"}
-        recipe = small_recipe.changed({"training.epochs": epochs, "data.folds": folds})
-        with tracker.run(
-            RunRequest(name=name, recipe=recipe, data=digits, parent_run=parent.id, tags=RunTags.parse(tags))
-        ) as run:
-            run.log_metrics({"val/accuracy": score}, 1)
-            run.end(State.FINISHED)
-        return tracker.id_of(run.key)
-
-    control = made("trial 0 (control)", 0.5, role="trial", trial="0")
-    trial = made("trial 1", 0.9, 1, role="trial", trial="1")
-    alone = made("final of trial 1, seed 1", 0.9, 1, role="final", trial="1", trial_run=trial)
-    assert control_of(tracker, trial) == control and control_of(tracker, control) is None
-    assert control_of(tracker, alone) == control, "where the control has no finals"
-    lucky = [made(f"seed {n}", score, role="final", trial="0", trial_run=control) for n, score in enumerate((0.6, 0.4))]
-    longer = made("seed 1", 0.8, 7, role="final", trial="0", trial_run=control)
-    rival = made("seed 1", 0.9, 7, role="final", trial="1", trial_run=trial)
-    assert control_of(tracker, alone) == lucky[0] and control_of(tracker, rival) == longer, "of finals as long"
-    on_fold = made("fold 0", 0.95, folds=5, role="final", trial="0", trial_run=control)
-    of_folds = made("fold 0", 0.9, folds=5, role="final", trial="1", trial_run=trial)
-    assert control_of(tracker, alone) == lucky[0] and control_of(tracker, of_folds) == on_fold, "of the same images"
-    mean = made("mean of 2 runs", 0.9, 1, role="ensemble", method="mean", members="{}")
-    assert control_of(tracker, mean) == lucky[0], "it is made of finals"
-    assert control_of(tracker, trial) == control, "one seed against one"
-    assert [control_of(tracker, run) for run in (*lucky, longer, on_fold)] == [None] * 4, (
-        "the control, whatever its seed"
-    )
-    tracker.client.set_tag(parent.id, "constraints", '{"val/accuracy": 0.4}')
-    assert control_of(tracker, trial) is None, "an infeasible control"
-
-
-def test_a_run_from_before_a_field_is_a_seed_of_the_same_recipe(
-    tmp_path: Path, small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tracker = MlflowTracker(tmp_path / "mlruns")
-    parent, flat, ids = tracker.open_study("old-v1-digits", "?", "val/accuracy", []), Recipe.flat, list[str]()
-    for seed, score, added in ((1, 0.5, True), (2, 0.6, False)):
-        recipe = small_recipe.changed({"training.seed": seed})
-        if not added:
-            kept = {name: value for name, value in flat(recipe).items() if name != "loss.teacher"}
-            monkeypatch.setattr(Recipe, "flat", lambda self, kept=kept: kept)
-        tags = RunTags.parse({"study": "old-v1-digits", "role": "final", "trial": "1"})
-        with tracker.run(
-            RunRequest(name=f"seed {seed}", recipe=recipe, data=digits, parent_run=parent.id, tags=tags)
-        ) as run:
-            run.log_metrics({"val/accuracy": score}, 1)
-            run.end(State.FINISHED)
-        ids.append(tracker.id_of(run.key))
-    assert sorted(candidate_evaluation._seed_scores(tracker, ids[0], "val/accuracy")) == [0.5, 0.6]
 
 
 def test_tampered_predictions_are_not_used(store: Store, tmp_path: Path) -> None:

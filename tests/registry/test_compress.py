@@ -12,9 +12,9 @@ from pipeline.disk import sha256_of
 from pipeline.errors import DataError, UserError
 from pipeline.inference.classifier import Classifier
 from pipeline.registry import compress, initial_weights, reproduce
-from pipeline.registry.candidate_evaluation import _seed_scores
 from pipeline.registry.compress import Compression
 from pipeline.registry.gate import Rules
+from pipeline.registry.opponents import seed_scores
 from pipeline.registry.promote import promote
 from pipeline.sections.curriculum import Curriculum
 from pipeline.tracking import queries
@@ -111,7 +111,7 @@ def test_distilled_network_learns_by_the_recipe_of_its_teacher(store: Store, don
 
 
 def test_seeds_are_those_of_the_original(store: Store, done: Done) -> None:
-    original, pruned = (_seed_scores(done.tracker, run, "val/accuracy") for run in (store.rival, done.run))
+    original, pruned = (seed_scores(done.tracker, run, "val/accuracy") for run in (store.rival, done.run))
     assert original == pruned and len(original) == 1
 
 

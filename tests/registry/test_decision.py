@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.cli.promote import _chosen
 from pipeline.cli.views_finals import print_finals
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.registry.decision import FILE, FinalsDecision, decide, find_winner
+from pipeline.registry.decision import FILE, FinalsDecision, decide, find_winner, run_to_promote
 from pipeline.registry.racing import Candidate, Final, Racing
 from pipeline.tracking.queries import StudyRuns, find_studies
 from pipeline.tracking.tags import RunTags, State
@@ -81,7 +80,7 @@ def test_decision_is_read_back_as_it_was_stored(
     with pytest.raises(
         UserError, match=f"^finals of {study.name}: no winner: .*; `promote --run RUN` takes a run all the"
     ):
-        _chosen(tracker, study.name, lambda line: None)
+        run_to_promote(tracker, study.name, lambda line: None)
 
 
 def test_earlier_looks_at_fewer_of_its_seeds_are_counted(

@@ -15,9 +15,9 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.inference.classifier import Classifier
 from pipeline.registry import ensemble as module
-from pipeline.registry.candidate_evaluation import _seed_scores, control_of
 from pipeline.registry.decision import FinalsDecision
 from pipeline.registry.ensemble import TrainedMember, find_members, greedy_soup, make_ensemble, seeds_of_winner
+from pipeline.registry.opponents import control_of, seed_scores
 from pipeline.registry.promote import promote
 from pipeline.registry.reproduce import find_original
 from pipeline.tracking import queries
@@ -56,7 +56,7 @@ def test_mean_of_two_runs_becomes_champion(
     assert list(tags.members or ()) == [store.best, store.good] and tags.study == "tiny-v1-digits"
     assert f"made before: run {run_id}" in command(store), "it would be evaluated twice"
     assert control_of(tracker, run_id) == store.control
-    assert _seed_scores(tracker, run_id, "val/accuracy") == [members[0].accuracy]
+    assert seed_scores(tracker, run_id, "val/accuracy") == [members[0].accuracy]
     assert not audit(None, tracker).findings
 
     images = digits.validation.images
