@@ -30,6 +30,8 @@ _PACKAGE_SHA256 = "57934424"  # its beginning, as the file's name has it
 # numbers on a CPU (seen in 2.15).
 MIN_SIZE = 32
 MAX_LISTED = 5  # keys that an error names
+# Field -> what timm calls it; not every network has it.
+_OPTIONS = {"drop_path": "drop_path_rate", "dropout": "drop_rate"}
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +39,7 @@ log = logging.getLogger(__name__)
 def build(model: Timm, num_classes: int, image_size: int) -> nn.Module:
     """(N, 3, S, S) normalised images -> (N, num_classes) logits, with random weights."""
     options: dict[str, Any] = {"num_classes": num_classes}
-    if model.dropout:
-        options["drop_rate"] = model.dropout
-    if model.drop_path:
-        options["drop_path_rate"] = model.drop_path
+    options |= {option: getattr(model, field) for field, option in _OPTIONS.items() if getattr(model, field)}
     if _config(model).fixed_input_size:
         options["img_size"] = image_size
     network: nn.Module = timm.create_model(model.backbone, pretrained=False, **options)
@@ -69,7 +68,17 @@ def check(model: Timm, image_size: int) -> None:
     except Exception as error:  # whatever a network raises for an option that it doesn't have, or a size
         fields = f"model.backbone = {model.backbone}"
         settings = f"data.image_size {image_size}, model.drop_path {model.drop_path}, model.dropout {model.dropout}"
-        raise UserError(fields, f"can't be built with {settings}: {str(error).splitlines()[0][:200]}") from None
+        rule = f"can't be built with {settings}: {str(error).splitlines()[0][:200]}"
+        raise UserError(fields, rule, _remedy(model, image_size, str(error))) from None
+
+
+def _remedy(model: Timm, image_size: int, message: str) -> str:
+    """The way out where a network of this backbone can't be built."""
+    for field, option in _OPTIONS.items():
+        if f"argument '{option}'" in message:
+            return f"`--set model.{field}=0`"
+    own = _config(model).input_size[-1]
+    return "choose another backbone" if own == image_size else f"its own size is `--set data.image_size={own}`"
 
 
 def statistics(model: Timm) -> tuple[Sequence[float], Sequence[float]]:

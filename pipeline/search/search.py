@@ -241,11 +241,13 @@ class Search:
             raise UserError(" and ".join(type(part).__name__ for part in own), rule, remedy) from error
 
     def _check_networks(self) -> None:
-        """UserError where a network of timm, the control's or one that is searched, is not known or can't be built, or where
-        images are to grow and the control's network doesn't take all their sizes."""
+        """UserError where a network of timm that a trial may have is not known or can't be built, or where images are to
+        grow and the control's network doesn't take all their sizes."""
         problems: dict[Problem, None] = {}
         starts = self.values("curriculum.start_size") or [self.recipe({}).curriculum.start_size]
-        for recipe in self.networks() or ([self.recipe({})] if any(starts) else []):
+        recipes = [recipe for network in self.networks() for recipe in (network, *self._ends(network))]
+        differing = {(recipe.model, recipe.data.image_size): recipe for recipe in recipes}  # each takes a second
+        for recipe in differing.values() or ([self.recipe({})] if any(starts) else []):
             from pipeline.models.build import check_network, check_sizes  # imports torch, for these recipes alone
             from pipeline.training.progressive import smaller_sizes
 
@@ -267,6 +269,20 @@ class Search:
         return [
             base.changed({"model.backbone": name}) for name in self.values("model.backbone") or [base.model.backbone]
         ]
+
+    def _ends(self, network: Recipe) -> list[Recipe]:
+        """What the space gives at all its lower ends, and at all its upper ones, with this network of timm."""
+        backbone = network.flat()["model.backbone"]
+
+        def at(end: int) -> Recipe:
+            def choose(name: str, asked: BaseDistribution) -> Any:
+                return backbone if field_of(name) == "model.backbone" else extremes(asked)[end]
+
+            trial = ScriptedTrial({}, choose)
+            self.ask(trial)
+            return self.recipe(trial.params)
+
+        return [recipe for recipe in (at(0), at(-1)) if recipe.model.network == "timm"]
 
     def taught(self) -> list[Recipe]:
         """The control, with each teacher that a trial may have."""

@@ -392,3 +392,27 @@ def test_networks_of_timm_are_checked_with_the_search(small_recipe: Recipe) -> N
         "model.backbone = test_resnot",
         "model.backbone = resnet19",
     ]
+
+
+def test_networks_are_checked_at_both_ends_of_the_space(small_recipe: Recipe) -> None:
+    """The control has no stochastic depth, and a size that suits it."""
+
+    def space(trial: Any) -> None:
+        backbone = trial.suggest_categorical("model.backbone", ["test_resnet", "vgg11", "test_vit"])
+        if backbone != "vgg11" or asks_vgg:
+            trial.suggest_float("model.drop_path", 0, 0.3)
+        trial.suggest_int("data.image_size", 32, 40 if asks_vgg else 32, step=8)
+
+    base = small_recipe.changed({"model.network": "timm", "model.backbone": "test_resnet", "data.image_size": 32})
+    study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=8)
+    asks_vgg = False
+    Search("tiny", study, {}, 1, 8, None).check()
+    asks_vgg = True
+    with pytest.raises(UserError) as caught:
+        Search("tiny", study, {}, 1, 8, None).check()
+    vgg, vit = caught.value.lines
+    assert vgg.startswith("model.backbone = vgg11: can't be built with data.image_size 40, model.drop_path 0.3")
+    assert vgg.endswith("unexpected keyword argument 'drop_path_rate'; `--set model.drop_path=0`")
+    assert vit.startswith("model.backbone = test_vit: can't be built with data.image_size 40")
+    assert vit.endswith("its own size is `--set data.image_size=160`")
+    Search("tiny", study, {"model.drop_path": 0.0, "data.image_size": 32}, 1, 8, None).check()
