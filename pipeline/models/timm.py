@@ -18,7 +18,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from pipeline.disk import sha256_of
-from pipeline.errors import DataError, UserError, did_you_mean
+from pipeline.errors import DataError, UserError, did_you_mean, first_line
 from pipeline.sections.model import Timm
 from pipeline.sections.weights import file_digest
 
@@ -68,7 +68,7 @@ def check(model: Timm, image_size: int) -> None:
     except Exception as error:  # whatever a network raises for an option that it doesn't have, or a size
         fields = f"model.backbone = {model.backbone}"
         settings = f"data.image_size {image_size}, model.drop_path {model.drop_path}, model.dropout {model.dropout}"
-        rule = f"can't be built with {settings}: {str(error).splitlines()[0][:200]}"
+        rule = f"can't be built with {settings}: {first_line(error)}"
         raise UserError(fields, rule, _remedy(model, image_size, str(error))) from None
 
 
@@ -204,7 +204,7 @@ def _of_file(path: Path, sha256: str) -> dict[str, Tensor]:
     except UserError:
         raise
     except Exception as error:  # torch and safetensors have no common class for damaged files
-        raise UserError(str(path), f"can't be read as weights: {str(error).splitlines()[0][:200]}") from None
+        raise UserError(str(path), f"can't be read as weights: {first_line(error)}") from None
     if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(str(path), "holds other things than tensors by name")
     return tensors
@@ -244,7 +244,7 @@ def _downloaded(model: Timm) -> dict[str, Tensor]:
     except Exception as error:  # of the hub's client, of urllib, of sockets
         raise DataError(
             "model.weights = default",
-            f"timm's download of {place} failed ({str(error).strip().splitlines()[0][:200]})",
+            f"timm's download of {place} failed ({first_line(error)})",
             "try again with a connection; put the file into the cache of Hugging Face on this machine; or train "
             "without one: `--set model.weights=FILE` or, for the backbone "
             f"{PACKAGE_BACKBONE}, `--set model.weights=efficientnet-lite0`",
