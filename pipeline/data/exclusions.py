@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 COPY = "copy of the test image"  # how the reason of such an image begins
+MISSING = -1  # in place of a file's size
 
 
 @dataclass(frozen=True)
@@ -35,29 +36,48 @@ def excluded_table(excluded: Sequence[Excluded]) -> "pd.DataFrame":
     return pd.DataFrame([(one.name, one.reason) for one in excluded], columns=["path", "reason"])
 
 
-def test_copies(listing: Listing, digests: Sequence[bytes]) -> dict[int, str]:
+def test_copies(listing: Listing, digests: Sequence[bytes], skip: bool) -> dict[int, str]:
     """Index of an image that may train or validate -> name of a sealed one that is equal to it, byte for byte.
 
     `digests`: SHA-256 of the files of those that may. Of sealed images only the bytes are read, and only where another
-    file has the same size. DataError where one can't be read.
+    file has the same size. DataError where one can't be read; with `skip` it is a copy of nothing.
     """
     is_test = listing.splits == TEST
     if not is_test.any():
         return {}
     files = listing.files
     try:
-        sizes = np.array([os.stat(file).st_size for file in files])
-        rows = np.flatnonzero(is_test & np.isin(sizes, sizes[~is_test])).tolist()
-        sealed = dict(zip(file_digests([files[row] for row in rows]), rows, strict=True))
+        sizes = np.array([_size(file, skip) for file in files])
+        rows = np.flatnonzero(is_test & np.isin(sizes, sizes[~is_test]) & (sizes != MISSING)).tolist()
+        sealed = dict(zip(file_digests([files[row] for row in rows], skip), rows, strict=True))
     except OSError as error:
-        raise DataError(str(error.filename), error.strerror or str(error)) from None
+        remedy = "bring it back or remove it, or `--corrupt skip` leaves it out"
+        raise DataError(str(error.filename), error.strerror or str(error), remedy) from None
     return {index: listing.names[sealed[digest]] for index, digest in enumerate(digests) if digest in sealed}
 
 
-def file_digests(files: Sequence[str]) -> list[bytes]:
-    """SHA-256 of each file; OSError where one can't be read."""
+def _size(file: str, skip: bool) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        if skip:
+            return MISSING
+        raise
+
+
+def file_digests(files: Sequence[str], skip: bool = False) -> list[bytes]:
+    """SHA-256 of each file; OSError where one can't be read, with `skip` nothing, b""."""
+
+    def digest(file: str) -> bytes:
+        try:
+            return bytes.fromhex(sha256_of(file))
+        except OSError:
+            if skip:
+                return b""
+            raise
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return [bytes.fromhex(digest) for digest in pool.map(sha256_of, files)]
+        return list(pool.map(digest, files))
 
 
 def check_enough(listing: Listing, excluded: Sequence[Excluded]) -> None:

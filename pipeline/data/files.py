@@ -39,7 +39,7 @@ def read(listing: Listing, form: Form, about: Data, home: Path | None = None) ->
     usable, keeps, skip = listing.usable, about.duplicates == "keep", about.corrupt == "skip"
     found = decoded(usable, form, home, skip) if home else in_memory(usable, form, skip)
     excluded = [Excluded(image.path.relative_to(listing.root).as_posix(), image.reason) for image in found.unreadable]
-    copied = test_copies(listing, found.digests)
+    copied = test_copies(listing, found.digests, skip)
     if not keeps:
         excluded += [Excluded(usable.names[found.rows[index]], f"{COPY} {name}") for index, name in copied.items()]
         found = found.at(np.setdiff1d(np.arange(len(found.rows)), list(copied)))

@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.data import cifar10, digits
 from pipeline.data.cache import in_batches
 from pipeline.data.datasets import Split, default_image_size, listed
+from pipeline.data.exclusions import MISSING
 from pipeline.data.images import resized
 from pipeline.data.listing import TEST, Listing
 from pipeline.data.splits import sealed
@@ -31,7 +32,8 @@ BATCHES = 8  # of a prediction, that are read together
 def digest_of(about: Data, data_dir: Path, home: Path | None = None) -> str:
     """The split's name, 64 hexadecimal digits; no image is decoded.
 
-    The arguments are those of `datasets.load`. DataError where there is no test split, or it is damaged.
+    The arguments are those of `datasets.load`. DataError where there is no test split, or it is damaged; a file that can't
+    be read where those are skipped has a mark in the name, as it isn't evaluated on.
     """
     if about.dataset == "cifar10":
         return _cifar10_digest(data_dir.absolute())
@@ -41,12 +43,15 @@ def digest_of(about: Data, data_dir: Path, home: Path | None = None) -> str:
         seal = json.dumps([digits.TEST_FRACTION, digits.TEST_SEED]).encode()
         return hashlib.sha256(load_digits().data.tobytes() + seal).hexdigest()
     test, digest = _test_images(about, home), hashlib.sha256()
-    try:
-        for path, name, label in zip(map(Path, test.files), test.names, test.labels, strict=True):
-            in_class = f"{test.classes[label]}: {name}" if test.is_manifest else name
-            digest.update(json.dumps([in_class, path.stat().st_size]).encode() + bytes.fromhex(sha256_of(path)))
-    except OSError as error:
-        raise DataError(str(error.filename), error.strerror or str(error)) from None
+    for path, name, label in zip(map(Path, test.files), test.names, test.labels, strict=True):
+        in_class = f"{test.classes[label]}: {name}" if test.is_manifest else name
+        try:
+            size, content = path.stat().st_size, bytes.fromhex(sha256_of(path))
+        except OSError as error:
+            if about.corrupt != "skip":
+                raise DataError(str(error.filename), error.strerror or str(error)) from None
+            size, content = MISSING, b""
+        digest.update(json.dumps([in_class, size]).encode() + content)
     return digest.hexdigest()
 
 

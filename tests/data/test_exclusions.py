@@ -48,7 +48,9 @@ def test_copies_may_be_kept(pets: Path) -> None:
 def test_only_files_of_equal_size_are_read(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.remove(pets / "test" / "cat" / "same.png")
     (pets / "test" / "dog" / "9.png").write_bytes(b"damaged, and of a size of its own")
-    monkeypatch.setattr("pipeline.data.exclusions.file_digests", lambda paths: [] if not paths else pytest.fail("read"))
+    monkeypatch.setattr(
+        "pipeline.data.exclusions.file_digests", lambda paths, skip: [] if not paths else pytest.fail("read")
+    )
     assert len(load(about(pets), NO_DATA_DIR).train.labels) == 7
 
 
@@ -79,6 +81,27 @@ def test_unreadable_files_are_left_out_where_asked(pets: Path) -> None:
         (pets / "train" / "cat" / name).unlink()
     with pytest.raises(DataError, match="class cat: holds 1 image"):
         load(about(pets, corrupt="skip"), NO_DATA_DIR)
+
+
+def test_missing_files_are_left_out_where_asked(pets: Path) -> None:
+    """Rows of a manifest whose files are gone, to train on and to test on, and a link to nothing."""
+    names = [str(file.relative_to(pets)) for file in sorted(pets.rglob("*.*"))]
+    rows = [f"{name},{'dog' if 'dog' in name else 'cat'},{'test' if 'test' in name else 'train'}" for name in names]
+    rows += ["train/cat/gone.png,cat,train", "test/dog/gone.png,dog,test", "test/cat/link.png,cat,test"]
+    (pets / "test" / "cat" / "link.png").symlink_to("nothing.png")
+    (pets / "photos.csv").write_text("\n".join(["path,label,split", *rows]))
+    data = load(about(pets / "photos.csv", corrupt="skip"), NO_DATA_DIR)
+    assert [(one.name, one.reason) for one in data.listed.excluded] == [
+        ("train/cat/gone.png", "no such file"),
+        ("train/cat/1.png", "copy of the test image test/cat/same.png"),
+    ]
+    assert len(data.train.labels) == 6
+    with pytest.raises(DataError, match=r"gone\.png: no such file"):
+        load(about(pets / "photos.csv"), NO_DATA_DIR)
+    rows = [row for row in rows if row != "train/cat/gone.png,cat,train"]
+    (pets / "photos.csv").write_text("\n".join(["path,label,split", *rows]))
+    with pytest.raises(DataError, match=r"test/cat/link\.png: No such file .*`--corrupt skip` leaves it out"):
+        load(about(pets / "photos.csv"), NO_DATA_DIR)
 
 
 def test_copies_on_both_sides_and_of_two_classes_are_counted(tmp_path: Path) -> None:

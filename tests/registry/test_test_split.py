@@ -80,6 +80,20 @@ def test_digest_changes_with_any_byte_and_nothing_else(tmp_path: Path) -> None:
     assert digits == opener.digest_of(about("digits"), tmp_path) and digits != name
 
 
+def test_split_with_missing_files_has_a_name_where_those_are_skipped(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    skipping = about(root).model_copy(update={"corrupt": "skip"})
+    whole = opener.digest_of(about(root), tmp_path)
+    assert opener.digest_of(skipping, tmp_path) == whole
+    (root / "test" / "cat" / "0.png").unlink()
+    (root / "test" / "cat" / "0.png").symlink_to("nothing.png")
+    name = opener.digest_of(skipping, tmp_path)
+    assert opener.digest_of(skipping, tmp_path) == name != whole
+    assert len(opener.open_test_split(skipping, Form(8), tmp_path, ["cat", "dog"]).labels) == 5
+    with pytest.raises(DataError, match=r"cat/0\.png: No such file"):
+        opener.digest_of(about(root), tmp_path)
+
+
 def test_folder_without_test_images_names_the_way_out(tmp_path: Path) -> None:
     root = folder(tmp_path)
     (root / "test").rename(root / "other")
