@@ -1,7 +1,9 @@
 """A folder of images by class -> a listing: train/<class>/**, val/<class>/** and test/<class>/**, or <class>/** alone."""
 
 import os
+import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ from pipeline.data.images import HIDDEN, SUFFIXES, image_files, is_litter
 from pipeline.data.listing import ORDER, SPLITS, TRAIN, Listing, check_classes, check_inside, check_names
 from pipeline.errors import DataError, Problem, counted
 
+_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")  # as a word of a name in lower case: seg_train
 # Kinds of what is left out.
 NO_CLASS, BESIDE = "in no class folder", "folders beside the splits"
+MAX_NAMED = 5  # folders that an error names
 
 
 def read_folder(root: Path) -> Listing:
@@ -62,8 +66,33 @@ def _split_folders(root: Path, left_out: Counter[str]) -> dict[str, Path]:
     found = {split: paths[0] for split, paths in folders.items() if paths}
     if found and TRAIN not in found:
         raise DataError(str(root), "has no folder train", f"put the training images into {root}/train/<class>/")
+    if not found:
+        _check_are_classes(root, others)
     left_out[BESIDE] += len(others) if found else 0
     return found or {TRAIN: root}
+
+
+def _check_are_classes(root: Path, folders: Sequence[Path]) -> None:
+    """DataError where the folders, none of which has a split's name, look like splits: by their names, or what is in them."""
+    splits: dict[str, set[str]] = {}  # name without the split's -> splits: seg_train and seg_test
+    for name in (path.name.lower() for path in folders):
+        if word := _SPLIT.search(name):
+            splits.setdefault(_SPLIT.sub("", name), set()).add(SPLITS[word[1]])
+    inside = [set(_subfolders(path)) for path in folders]
+    shared = inside[0].intersection(*inside) if len(inside) > 1 else set[str]()
+    if any(len(named) > 1 for named in splits.values()) or len(shared) > max(1, len(set[str]().union(*inside)) / 2):
+        names = ", ".join(path.name for path in folders[:MAX_NAMED]) + (", ..." if len(folders) > MAX_NAMED else "")
+        raise DataError(
+            str(root),
+            f"its folders look like splits, not classes: {names}",
+            "rename them to train and test, with a folder for each class in them; or, if they are classes, move them "
+            f"into {root}/train",
+        )
+
+
+def _subfolders(folder: Path) -> Iterator[str]:
+    with os.scandir(folder) as entries:  # knows folders without a look at each file
+        yield from (entry.name for entry in entries if entry.is_dir() and not is_litter(entry.name))
 
 
 def _class_names(folder: Path, left_out: Counter[str]) -> list[str]:

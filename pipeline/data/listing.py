@@ -22,7 +22,11 @@ from pipeline.errors import DataError, Problem, did_you_mean
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 ORDER = (TRAIN, VALIDATION, TEST)  # of the rows
 # What a split may be called, in any case, by a folder or in a manifest.
-SPLITS = {"train": TRAIN, "val": VALIDATION, "valid": VALIDATION, "validation": VALIDATION, "test": TEST}
+SPLITS = {
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), VALIDATION),
+    **dict.fromkeys(("test", "testing"), TEST),
+}
 MAX_LISTED = 20  # problems that an error lists
 
 

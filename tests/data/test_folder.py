@@ -46,7 +46,7 @@ def test_classes_may_lie_in_the_folder_itself(pets: Path) -> None:
     assert load(about(pets / "train"), NO_DATA_DIR).digest == digest, "the same images and classes, the same data set"
 
 
-@pytest.mark.parametrize("name", ["val", "Valid", "VALIDATION"])
+@pytest.mark.parametrize("name", ["val", "Valid", "VALIDATION", "dev", "eval"])
 def test_validation_folder_is_the_validation_split(name: str, pets: Path) -> None:
     before = load(about(pets), NO_DATA_DIR).digest
     add_image(pets / name / "dog" / "1.png", 99)
@@ -56,6 +56,40 @@ def test_validation_folder_is_the_validation_split(name: str, pets: Path) -> Non
     assert data.listed.lines() == ["My Pets! has a validation split of its own, 1 images: none is drawn"]
     add_image(pets / name / "cow" / "1.png")
     assert lines_of(DataError, pets) == [f"{pets}/{name}/cow: no such class in {pets}/train; rename or remove it"]
+
+
+def test_splits_may_be_called_training_and_testing(pets: Path) -> None:
+    digest = load(about(pets), NO_DATA_DIR).digest
+    add_image(pets / "Testing" / "dog" / "1.png", 99)
+    (pets / "train").rename(pets / "Training")
+    data = load(about(pets), NO_DATA_DIR)
+    assert (data.digest, data.classes) == (digest, ("cat", "dog")) and data.listed.listing.has("test")
+
+
+@pytest.mark.parametrize(
+    "names", [("seg_train/seg_train", "seg_test/seg_test"), ("training_set", "test_set"), ("fold 1", "fold 2")]
+)
+def test_folders_that_look_like_splits_are_no_classes(names: tuple[str, str], pets: Path) -> None:
+    for name in names:
+        shutil.copytree(pets / "train", pets / name)
+    shutil.rmtree(pets / "train")
+    first, second = sorted(name.partition("/")[0] for name in names)
+    (line,) = lines_of(DataError, pets)
+    assert line == (
+        f"{pets}: its folders look like splits, not classes: {first}, {second}; rename them to train and test, with a "
+        f"folder for each class in them; or, if they are classes, move them into {pets}/train"
+    )
+    (pets / "train").mkdir()
+    for name in (first, second):
+        (pets / name).rename(pets / "train" / name)
+    assert load(about(pets), NO_DATA_DIR).classes == (first, second)
+
+
+def test_classes_with_subfolders_or_a_word_of_a_split_are_classes(tmp_path: Path) -> None:
+    names = ["train station/images/1.png", "train station/old/2.png", "test tube/images/1.png", "test tube/new/2.png"]
+    for name in names:
+        add_image(tmp_path / name)
+    assert load(about(tmp_path), NO_DATA_DIR).classes == ("test tube", "train station")
 
 
 def test_two_folders_of_one_split_are_refused(pets: Path) -> None:

@@ -92,7 +92,8 @@ def test_every_bad_row_is_named_at_once(pets: Path) -> None:
     assert lines_of(DataError, write(pets, rows, "path,label,split")) == [
         "photos.csv, row 2: train/dog/more/0.tiff stands in row 1, too; remove one of them",
         "photos.csv, row 3: path is empty; fill it in, or remove the row",
-        "photos.csv, row 4: split = tst: not one of train, val, valid, validation, test (did you mean test?)",
+        "photos.csv, row 4: split = tst: not one of train, training, val, valid, validation, dev, eval, test, testing "
+        "(did you mean test?)",
         "photos.csv, row 5: label is empty; fill it in, or remove the row",
     ]
 
