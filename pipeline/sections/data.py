@@ -1,6 +1,5 @@
 """The section `data`."""
 
-import math
 from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -33,7 +32,7 @@ def _columns(value: str) -> str:
     return ",".join(parts)
 
 
-# What of `data` the form depends on. It may differ between the trials of a study, which share their data set and split.
+# What of `data` says what is seen of an image. It may differ between the trials of a study, which share data set and split.
 FORM_FIELDS = ("data.image_size", "data.geometry", "data.crop_scale")
 # What of `data` says which images a folder or manifest holds, and which of them are sealed.
 FILE_FIELDS = ("data.dataset", "data.columns", "data.test_fraction", "data.duplicates", "data.corrupt")
@@ -100,7 +99,10 @@ class Data(Section):
 
     @property
     def form(self) -> Form:
-        """What is read of each image. The smallest random crop keeps its detail, as far as twice the size reaches."""
-        if self.geometry != "random_resized_crop":
-            return Form(self.image_size, self.geometry)
-        return Form(self.image_size, "crop", math.ceil(self.image_size * min(2.0, self.crop_scale**-0.5)))
+        """What is read of each image.
+
+        Random crops are cut from twice the size, whatever their scale: trials that differ in it share what is decoded.
+        More would need antialiasing, and JPEGs may be decoded at no more.
+        """
+        is_cut = self.geometry == "random_resized_crop"
+        return Form(self.image_size, "crop" if is_cut else self.geometry, 2 * self.image_size if is_cut else None)

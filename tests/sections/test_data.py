@@ -3,6 +3,8 @@
 import pytest
 from recipe_cases import RECIPE, lines_of
 
+from pipeline.sections.data import Form
+
 
 @pytest.mark.parametrize(
     ("changes", "line"),
@@ -30,3 +32,9 @@ def test_each_problem_is_one_line(changes: dict, line: str) -> None:
 def test_columns_are_named_in_part_or_in_order(columns: str) -> None:
     data = RECIPE.changed({"data.columns": columns}).data
     assert data.column_names == {"path": "path", "label": "species", "split": "split", "group": "patient"}
+
+
+def test_trials_that_differ_in_crop_scale_share_what_is_decoded() -> None:
+    data = RECIPE.changed({"data.geometry": "random_resized_crop"}).data
+    forms = {data.model_copy(update={"crop_scale": scale}).form for scale in (0.1, 0.35, 0.8, 1)}
+    assert forms == {Form(32, "crop", 64)}
