@@ -206,7 +206,7 @@ def _load(
         listed=files,
         held=Split(read.held.images, read.labels, read.held.aspects) if read.held else None,
         form=form,
-        read=partial(_load_same, about, data_dir, home, read.digest),
+        read=partial(_load_same, about, data_dir, home, read.digest, found),
     )
 
 
@@ -229,9 +229,14 @@ def _copies_line(copies: np.ndarray, labels: np.ndarray, validation: Tensor | No
     return f"{counts[counts > 1].sum()} images are copies of each other, {' and '.join(parts)}"
 
 
-def _load_same(about: Data, data_dir: Path, home: Path | None, digest: str, form: Form) -> Dataset:
-    """`load`; DataError where the data set is not what it was."""
-    again = _load(about, form, data_dir, home, download=False)
+def _load_same(
+    about: Data, data_dir: Path, home: Path | None, digest: str, found: Listed | None, form: Form
+) -> Dataset:
+    """`load`, of the files that were `found` then: what was added since waits for the next command.
+
+    DataError where they are not what they were.
+    """
+    again = _load(about, form, data_dir, home, download=False, found=found)
     if again.digest != digest:
         raise DataError(again.source, "its images changed while they were in use", "start again")
     return again

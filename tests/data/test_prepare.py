@@ -122,6 +122,10 @@ def test_folder_that_changes_between_two_forms_is_refused(tmp_path: Path) -> Non
     root = make_pets(tmp_path / "pets")
     base = Data(dataset=str(root), image_size=8, validation_fraction=0.4, test_fraction=0)
     data = prepare(load(base, tmp_path), base, CPU)
+    add_image(root / "train" / "cat" / "new.png", 99)
+    larger = data.at(base.model_copy(update={"image_size": 12}))
+    assert larger.digest == data.digest, "what is added waits for the next command"
+    assert load(base, tmp_path).digest != data.digest
     add_image(root / "train" / "cat" / "1.png", 99)
     with pytest.raises(DataError, match="changed while they were in use"):
         data.at(base.model_copy(update={"geometry": "pad"}))
