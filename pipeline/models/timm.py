@@ -4,6 +4,7 @@ Imported where such a network is asked for: timm takes 2 s. Nothing here reaches
 `default` weights. The tensors have timm's names.
 """
 
+import contextlib
 import importlib.util
 import logging
 import sys
@@ -145,7 +146,8 @@ def load_pretrained(network: nn.Module, model: Timm) -> None:
         source, tensors = PACKAGE, _of_package(network)
     adapt = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if adapt and model.weights != "efficientnet-lite0":  # renames, resamples position embeddings to the image's size
-        tensors = adapt(tensors, network)
+        with contextlib.suppress(Exception):  # whatever it raises for another network's tensors: `_fill` names them
+            tensors = adapt(dict(tensors), network)
     _fill(network, tensors, source)
     for prefix in _prefixes(network):
         layers = [m for m in network.get_submodule(prefix[:-1]).modules() if isinstance(m, nn.Linear | nn.Conv2d)]

@@ -26,6 +26,7 @@ from pipeline.models.build import (
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.sections.model import Timm
 
+CHOOSE = "choose the backbone that the weights are of (`--set model.backbone=...`)"
 LITE0 = Timm(weights="efficientnet-lite0")
 
 
@@ -108,6 +109,15 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path, resn
         "  unexpected: layer9.weight",
         "  of another shape: bn1.bias (2,), not (64,)",
     ]
+
+
+@pytest.mark.parametrize("backbone", ["convnext_atto", "poolformer_s12"])
+def test_tensors_of_another_network_are_named_where_timm_cannot_rename_them(
+    tmp_path: Path, resnet: nn.Module, backbone: str
+) -> None:
+    lines = problem(Timm(backbone=backbone), tmp_path, resnet.state_dict())
+    assert lines[0].endswith("w.safetensors: does not have the tensors of the network; " + CHOOSE)
+    assert lines[2].startswith("  unexpected: bn1.bias, bn1.running_mean")
 
 
 def test_file_that_changed_or_runs_code_is_refused(tmp_path: Path, resnet: nn.Module) -> None:
