@@ -5,6 +5,7 @@ them as its user types them (`make promote NAME=attention`, `DATA_DIR=`), and kn
 """
 
 import difflib
+import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,11 @@ def counted(number: int, what: str) -> str:
 def escape_control(text: str) -> str:
     """Line breaks and control characters as escapes, so that a value can't look like a message or move the cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def path_text(path: str | os.PathLike[str]) -> str:
+    """A path on one line of valid UTF-8, which tables, pages and terminals need and file names need not be."""
+    return escape_control(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def redact_secrets(text: str, uri: str = "") -> str:

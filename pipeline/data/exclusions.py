@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.data.listing import TEST, TRAIN, Listing, first
 from pipeline.disk import sha256_of
-from pipeline.errors import DataError, Problem
+from pipeline.errors import DataError, Problem, path_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,10 +30,11 @@ class Excluded:
 
 
 def excluded_table(excluded: Sequence[Excluded]) -> "pd.DataFrame":
-    """Columns path and reason."""
+    """Columns path and reason, in valid UTF-8."""
     import pandas as pd
 
-    return pd.DataFrame([(one.name, one.reason) for one in excluded], columns=["path", "reason"])
+    rows = [(path_text(one.name), path_text(one.reason)) for one in excluded]
+    return pd.DataFrame(rows, columns=["path", "reason"])
 
 
 def test_copies(listing: Listing, digests: Sequence[bytes], skip: bool) -> dict[int, str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.images import SUFFIXES, BadImage, image_files, read_images, resized
-from pipeline.errors import escape_control
+from pipeline.errors import path_text
 from pipeline.inference.pickles import read_pickle
 from pipeline.sections.data import Form
 
@@ -39,7 +39,7 @@ def read_inputs(paths: Sequence[Path], form: Form, on_fault: OnFault, batch_size
         files = (path for _, path in pairs)
         if pickled:
             for path in files:
-                prefix = f"{_text(path)}:" if len(paths) > 1 else ""
+                prefix = f"{path_text(path)}:" if len(paths) > 1 else ""
                 yield from _of_pickle(path, prefix, form, on_fault, batch_size, seen_ids)
         else:
             yield from _of_images(files, form, on_fault, batch_size, seen_ids)
@@ -85,7 +85,7 @@ def _of_images(
     while chunk := list(islice(paths, batch_size)):
         ids, images = [], []
         for path, result in zip(chunk, read_images(chunk, form), strict=True):
-            name = _text(path)
+            name = path_text(path)
             if isinstance(result, BadImage):
                 on_fault(result)
             elif name in seen_ids:
@@ -118,8 +118,3 @@ def _of_pickle(
 
 def _same_id(path: Path) -> BadImage:
     return BadImage(path, "would have the id of another input: rename it")
-
-
-def _text(path: Path) -> str:
-    """The path on one line of valid UTF-8, which tables and terminals need and file names need not be."""
-    return escape_control(os.fsencode(path).decode("utf-8", "backslashreplace"))

@@ -10,6 +10,7 @@ import pandas as pd
 
 from pipeline.data.duplicates import MAX_BITS, MAX_DIFFERENCE
 from pipeline.data.listing import TEST, TRAIN
+from pipeline.errors import path_text
 from pipeline.report.inspection import DUPLICATES, DuplicateSet, Inspection
 from pipeline.report.render import picture, render
 
@@ -49,7 +50,7 @@ def inspection_page(found: Inspection, table_file: str, word: Callable[[str], st
         suspects=suspects,
         num_suspects=len(found.suspect_rows),
         suspect_items=[_suspect(found, place) for place in range(min(len(found.suspect_rows), MAX_SUSPECTS))],
-        unreadable=survey.unreadable[:MAX_ROWS],
+        unreadable=[one._replace(name=path_text(one.name)) for one in survey.unreadable[:MAX_ROWS]],
         num_unreadable=len(survey.unreadable),
         headings=[("class", ""), *((split, "n") for split in found.counts), ("training images", "wide")],
         class_rows=_class_rows(found),
@@ -68,11 +69,16 @@ def findings(found: Inspection) -> pd.DataFrame:
     for number, one in enumerate(found.duplicates, 1):
         kind = "exact duplicate" if one.is_exact else "near duplicate"
         where = DUPLICATES[one.severity].where
-        rows += [(kind, number, survey.names[row], survey.labels[row], survey.splits[row], where) for row in one.rows]
+        rows += [
+            (kind, number, path_text(survey.names[row]), survey.labels[row], survey.splits[row], where)
+            for row in one.rows
+        ]
     for place, row in enumerate(found.suspect_rows):
         detail = f"seems {_suggestion(found, place)}"
-        rows.append(("suspected label", pd.NA, survey.names[row], survey.labels[row], survey.splits[row], detail))
-    rows += [("unreadable", pd.NA, one.name, one.label, one.split, one.reason) for one in survey.unreadable]
+        rows.append(
+            ("suspected label", pd.NA, path_text(survey.names[row]), survey.labels[row], survey.splits[row], detail)
+        )
+    rows += [("unreadable", pd.NA, path_text(one.name), one.label, one.split, one.reason) for one in survey.unreadable]
     frame = pd.DataFrame(rows, columns=["finding", "set", "image", "class", "split", "detail"])
     return frame.assign(**{"class": [found.classes[label] for label in frame["class"]]}).astype({"set": "Int64"})
 
@@ -89,7 +95,7 @@ def _groups(found: Inspection) -> Iterator[dict[str, Any]]:
 def _set(found: Inspection, one: DuplicateSet) -> dict[str, Any]:
     survey = found.survey
     items = [
-        _item(found, row, [survey.names[row], found.classes[survey.labels[row]], survey.splits[row]])
+        _item(found, row, [path_text(survey.names[row]), found.classes[survey.labels[row]], survey.splits[row]])
         for row in one.rows[:MAX_IN_SET]
     ]
     kind = "equal byte for byte" if one.is_exact else "nearly the same"
@@ -99,7 +105,9 @@ def _set(found: Inspection, one: DuplicateSet) -> dict[str, Any]:
 def _suspect(found: Inspection, place: int) -> dict[str, Any]:
     row = int(found.suspect_rows[place])
     label = found.classes[found.survey.labels[row]]
-    return _item(found, row, [found.survey.names[row], f"labelled {label}", f"seems {_suggestion(found, place)}"])
+    return _item(
+        found, row, [path_text(found.survey.names[row]), f"labelled {label}", f"seems {_suggestion(found, place)}"]
+    )
 
 
 def _suggestion(found: Inspection, place: int) -> str:

@@ -9,7 +9,7 @@ import torch
 from data_cases import NO_DATA_DIR, about, add_image, lines_of, make_pets
 
 from pipeline.data.datasets import listed, load
-from pipeline.data.exclusions import excluded_table
+from pipeline.data.exclusions import Excluded, excluded_table
 from pipeline.data.prepare import prepare
 from pipeline.errors import DataError
 
@@ -37,6 +37,14 @@ def test_copy_of_a_test_image_does_not_train(pets: Path) -> None:
     assert data.listed.listing.test_digest == listed(about(pets), None).listing.test_digest
     (pets / "train" / "cat" / "1.png").unlink()
     assert load(about(pets), NO_DATA_DIR).digest == data.digest, "as if it weren't there"
+
+
+def test_names_that_are_not_utf_8_are_escaped_in_the_table() -> None:
+    odd = os.fsdecode(b"caf\xe9.png")
+    table = excluded_table([Excluded(f"cat/{odd}", f"copy of the test image {odd}")])
+    assert table.to_csv(index=False).encode().decode().splitlines()[1] == (
+        "cat/caf\\xe9.png,copy of the test image caf\\xe9.png"
+    )
 
 
 def test_copies_may_be_kept(pets: Path) -> None:

@@ -1,5 +1,6 @@
 """The page and the table of an inspection."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,14 @@ from pipeline.sections.data import Data
 from report.helpers import ATTACK, body
 from report.test_inspection import make_photos
 
+ERRORS = LabelErrors(np.array([0]), np.array([1]), np.array([0.75]))
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Inspection:
     root = make_photos(tmp_path_factory.mktemp("page") / "photos")
     plain = inspect(Data(dataset=str(root)), Path("nowhere"), root.parent / "mlruns", None)
-    errors = LabelErrors(np.array([0]), np.array([1]), np.array([0.75]))
-    suspects = Suspects(errors, np.array([3]), 26, "the best recipe on 5 folds")
+    suspects = Suspects(ERRORS, np.array([3]), 26, "the best recipe on 5 folds")
     return replace(plain, suspects=suspects, suspect_rows=np.array([3]), classes=("cat", ATTACK))
 
 
@@ -57,6 +59,23 @@ def test_table_has_a_row_for_each_image(found: Inspection) -> None:
     assert table.iloc[0].tolist()[:4] == ["exact duplicate", 1, "train/cat/sealed.png", "cat"]
     assert table.iloc[-1].tolist()[2:] == ["train/dog/broken.jpg", ATTACK, "train", "empty file"]
     assert table.iloc[-2]["detail"] == f"seems {ATTACK} (+0.75)"
+
+
+def test_names_that_are_not_utf_8_are_escaped(tmp_path: Path) -> None:
+    root = make_photos(tmp_path / "photos")
+    try:
+        for name, odd in (("train/cat/other.png", b"\xe9ther.png"), ("train/dog/broken.jpg", b"br\xe9ken.jpg")):
+            (root / name).rename((root / name).with_name(os.fsdecode(odd)))
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    found = inspect(Data(dataset=str(root)), Path("nowhere"), tmp_path / "mlruns", None)
+    found = replace(found, suspect_rows=np.array([3]), suspects=Suspects(ERRORS, np.array([3]), 26, "folds"))
+    names = np.where(np.arange(len(found.survey.names)) == 3, "train/cat/\udce9.png", found.survey.names)
+    found = replace(found, survey=replace(found.survey, names=names))
+    table, page = findings(found).to_csv(index=False), inspection_page(found, "photos.csv")
+    for name in ("cat/\\xe9ther.png", "dog/br\\xe9ken.jpg", "cat/\\xe9.png"):
+        assert name in table and name in page
+    assert table.encode() and page.encode()
 
 
 def test_sheet_puts_images_side_by_side() -> None:
