@@ -31,7 +31,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 # Of files and folders that systems leave beside a person's; in lower case.
 LITTER = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"})
 HIDDEN = "hidden or system"  # a kind of files that are left out; the others are suffixes
-MAX_PIXELS = 50_000_000
+MAX_PIXELS = 50_000_000  # that are decoded of a file; Pillow's own limit is 179 million in it
 MAX_SCANS = 100  # of a JPEG; programs write about ten, and each takes as long as the complete image
 # What begins a segment, or ends the image (d9). Within a scan libjpeg passes over markers that are none, and their bytes.
 _JPEG_SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
@@ -221,7 +221,7 @@ def read_file(path: Path, form: Form, digest: bool = False) -> FileImage:
     EXIF orientation is applied and transparency is laid over white; colour profiles are not applied.
     A large JPEG is decoded at a fraction of its size, which moves pixels by a few of 255 levels; at a size of 32
     noisy ones by up to 40.
-    Raises BadImage for whatever can't be read, has more than MAX_PIXELS or is of another format, whatever its name.
+    Raises BadImage for whatever can't be read, is decoded to more than MAX_PIXELS or is of another format, whatever its name.
     """
     try:
         return _decode(path, form, digest)
@@ -238,14 +238,14 @@ def _decode(path: Path, form: Form, digest: bool) -> FileImage:
         raise ValueError("not a file" if path.exists() else "no such file")
     # A file, not its path: of a path Pillow maps uncompressed grey TIFFs, and confuses their sides where EXIF turns them.
     with path.open("rb") as content, Image.open(content, formats=FORMATS) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
         if image.format in ("JPEG", "MPO"):
             _check_scans(path)
         # JPEG only: decodes at 1/2, 1/4 or 1/8, if still twice too large, as Pillow's thumbnails; not by what is held of
         # it, as the same file must give the same pixels in training and later.
         image.draft(None, (2 * form.size, 2 * form.size))
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
         image.load()
         with contextlib.suppress(
             Exception

@@ -313,6 +313,14 @@ def test_50_megapixels_are_allowed(tmp_path: Path) -> None:
     assert "pixels" not in caught.value.reason  # but that it is cut short
 
 
+def test_jpegs_count_as_they_are_decoded(tmp_path: Path) -> None:
+    """A phone's photo of 50.1 megapixels, of which an eighth of each side is decoded."""
+    path = saved(tmp_path / "a.jpg", Image.new("L", (8160, 6144), 200))
+    assert (read_image(path, Form(32, "crop")) == 200).all()
+    with pytest.raises(BadImage, match="8160 x 6144 is more than 50,000,000 pixels"):
+        read_image(path, Form(3100))
+
+
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name, reason in (("none.png", "no such file"), (".", "not a file"), ("pipe", "not a file")):
