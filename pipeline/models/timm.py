@@ -109,11 +109,15 @@ def weights_digest(model: Timm) -> str:
 
 
 def layer_ids(network: nn.Module) -> dict[str, int]:
-    """Each parameter's layer, from 0 at the image, as timm groups them for layer-wise rates."""
+    """Each parameter's layer, from 0 at the image, as timm groups them for layer-wise rates; the last is the classifier's.
+
+    timm puts what belongs to no block there, too, such as a norm before the classifier: it is pretrained, and joins the
+    layer below.
+    """
     matcher: Any = network.group_matcher
     ids: dict[str, int] = timm.models.group_parameters(network, matcher(coarse=False), reverse=True)
-    head = head_names(network)
-    return ids | {name: max(ids.values()) for name in head}
+    last, head = max(ids.values()), set(head_names(network))
+    return {name: last if name in head else min(layer, last - 1) for name, layer in ids.items()}
 
 
 def head_names(network: nn.Module) -> list[str]:

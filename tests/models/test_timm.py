@@ -19,6 +19,7 @@ from pipeline.models.build import (
     check_network,
     check_sizes,
     initial_network,
+    layer_ids,
     pixel_statistics_of,
     weights_digest,
     weights_origin,
@@ -178,6 +179,17 @@ def test_network_is_checked_before_it_is_built(model: Timm, complaint: str | Non
     else:
         with pytest.raises(UserError, match=complaint):
             check_network(model, 96)
+
+
+@pytest.mark.parametrize("backbone", ["test_convnext", "levit_128s", "vgg11", "resnet18"])
+def test_last_layer_is_the_classifier_alone(backbone: str) -> None:
+    """convnext has a norm before it, levit two, vgg layers: all pretrained."""
+    network = build_network(Timm(backbone=backbone), 3, 32, seed=0)
+    layers = layer_ids(network)
+    assert layers.keys() == dict(network.named_parameters()).keys()
+    head = max(layers.values())
+    assert [name for name, layer in layers.items() if layer == head] == timm.head_names(network)
+    assert set(layers.values()) == set(range(head + 1))
 
 
 def test_images_that_grow_through_a_size_that_it_cannot_take_are_refused() -> None:
