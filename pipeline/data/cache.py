@@ -83,7 +83,7 @@ def in_memory(listing: Listing, form: Form, skip: bool = False) -> Decoded:
     held = np.empty((count, 3, side, side), dtype=np.uint8)
     aspects, rows, digests = torch.ones(count), list[int](), list[bytes]()
     unreadable: list[BadImage] = []
-    for number, file in _read(listing.files, form, unreadable, skip):
+    for number, file in _read(listing.files, form, unreadable, skip, count):
         index = len(rows)
         images[index], aspects[index] = file.image, file.aspect
         rows.append(number)
@@ -99,7 +99,7 @@ def in_batches(
     listing: Listing, form: Form, count: int, skip: bool = False
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """The images as they are read, `count` at a time, of which nothing is kept: rows int64 (B,), uint8 (B, 3, S, S)."""
-    images = _read(listing.files, form, [], skip)
+    images = _read(listing.files, form, [], skip, len(listing.names))
     while batch := list(islice(images, count)):
         yield np.array([row for row, _ in batch]), torch.from_numpy(np.stack([file.image for _, file in batch]))
 
@@ -169,10 +169,12 @@ def _too_small(cache: Path, rule: str) -> DataError:
     return DataError(str(cache), rule, "free some space (`clean-cache` may help), or lower data.image_size")
 
 
-def _read(files: Sequence[str], form: Form, unreadable: list[BadImage], skip: bool) -> Iterator[tuple[int, FileImage]]:
+def _read(
+    files: Sequence[str], form: Form, unreadable: list[BadImage], skip: bool, total: int
+) -> Iterator[tuple[int, FileImage]]:
     """The images and their numbers, in their order; at the end, one DataError for all the files that can't be read.
 
-    With `skip` they are only added to `unreadable`.
+    With `skip` they are only added to `unreadable`. `total`: of how many images these are the ones that are read now.
     """
     log.info("reading %s images at %d x %d pixels, %s", f"{len(files):,}", form.size, form.size, form.geometry)
     said = time.monotonic()
@@ -186,7 +188,7 @@ def _read(files: Sequence[str], form: Form, unreadable: list[BadImage], skip: bo
         else:
             yield number, result
     if unreadable and not skip:
-        raise _unusable(unreadable, len(files), "replace or remove them, or `--corrupt skip` leaves them out")
+        raise _unusable(unreadable, total, "replace or remove them, or `--corrupt skip` leaves them out")
 
 
 def _unusable(unreadable: Sequence[BadImage], count: int, remedy: str) -> DataError:
@@ -236,7 +238,7 @@ class _Cache:
             self._make_room(len(missing))
             with _Writer(self, len(records)) as writer:
                 wanted = [files[number] for number in missing]
-                for number, file in _read(wanted, self._form, unreadable, skip):
+                for number, file in _read(wanted, self._form, unreadable, skip, len(files)):
                     writer.add(keys[missing[number]], file)
             records = self._records()
         os.utime(self.folder)  # `caches` sorts by it

@@ -80,6 +80,13 @@ def test_unreadable_files_may_be_skipped_and_are_tried_again(pets: Path, home: P
     assert list(kept.digests) == [found.digests[1], found.digests[3]]
 
 
+def test_files_that_cannot_be_read_are_counted_among_all(pets: Path, home: Path) -> None:
+    (pets / "train" / "cat" / "2.JPG").write_bytes(b"")
+    for _ in range(2):  # all but that one are in the cache, the second time
+        with pytest.raises(DataError, match="1 of 5 images can't be used"):
+            decoded(read_folder(pets), FORM, home)
+
+
 def test_where_no_file_can_be_read_skipping_them_is_refused(pets: Path, home: Path) -> None:
     files = read_folder(pets).files
     for file in files:
