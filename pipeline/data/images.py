@@ -27,7 +27,7 @@ from pipeline.sections.data import Form
 
 # Given to Pillow by name, so that a file's content never reaches another decoder (EPS would start Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 # Of files and folders that systems leave beside a person's; in lower case.
 LITTER = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"})
 HIDDEN = "hidden or system"  # a kind of files that are left out; the others are suffixes

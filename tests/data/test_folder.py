@@ -121,6 +121,13 @@ def test_hidden_files_and_other_files_are_ignored(pets: Path) -> None:
     ]
 
 
+def test_jpegs_have_several_suffixes(pets: Path) -> None:
+    for name in ("3.jfif", "4.JPE"):
+        shutil.copy(pets / "train" / "cat" / "2.JPG", pets / "train" / "cat" / name)
+    data = load(about(pets), NO_DATA_DIR)
+    assert len(data.train.labels) == 7 and not data.listed.listing.left_out.total()
+
+
 def test_links_are_followed_once_even_in_a_circle(pets: Path) -> None:
     (pets / "train" / "cat" / "circle").symlink_to(pets / "train" / "cat")
     add_image(pets / "elsewhere" / "1.png")
@@ -201,7 +208,7 @@ def test_every_class_needs_two_images(pets: Path) -> None:
     (pets / "train" / "bird").mkdir()
     (pets / "train" / "bird" / "1.heic").touch()
     add_image(pets / "train" / "cow" / "1.png")
-    end = "needs at least 2; add some (.jpg .jpeg .png .gif .webp .bmp .tif .tiff) or remove it"
+    end = "needs at least 2; add some (.jpg .jpeg .jpe .jfif .png .gif .webp .bmp .tif .tiff) or remove it"
     assert lines_of(DataError, str(pets)) == [
         f"{pets}/train/bird: holds 0 image(s), {end}",
         f"{pets}/train/cow: holds 1 image(s), {end}",

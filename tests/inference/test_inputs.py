@@ -16,7 +16,7 @@ from pipeline.data.images import BadImage, read_image, resized
 from pipeline.inference.inputs import read_inputs
 from pipeline.sections.data import Form
 
-SUFFIXES = ".jpg .jpeg .png .gif .webp .bmp .tif .tiff"
+SUFFIXES = ".jpg .jpeg .jpe .jfif .png .gif .webp .bmp .tif .tiff"
 PIXELS = np.random.RandomState(0).randint(0, 256, (5, 3, 8, 8), dtype=np.uint8)
 
 
