@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution, distribution_to_json, json_to
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, GridSampler
 
-from pipeline.errors import Problem, UserError, first_line
+from pipeline.errors import Problem, UserError, counted, first_line
 from pipeline.recipe import KIND, LATER, Recipe, has_default, kind_field, kinds_with
 from pipeline.search.local_search import LocalSearchSampler
 from pipeline.search.optuna_internals import allow_stop, reseed
@@ -317,7 +317,8 @@ class Search:
         return [self.recipe({**self.control(), name: way}) for way in ways]
 
     def remarks(self) -> list[str]:
-        """A line for each setting that does not apply to all trials, and each parameter or value that settings change."""
+        """A line for each setting that does not apply to all trials, and each parameter or value that settings change; and
+        where the control's head is all that learns."""
         original, current = self.study.base.flat(), self.base.flat()
         trial = self._with_settings(ScriptedTrial(self.control(), lowest))
         self.study.space(trial)
@@ -327,6 +328,11 @@ class Search:
             "which can't have it; it applies to all other trials"
             for name, kinds in self._kinds_without().items()
         ]
+        frozen, epochs = self.base.transfer.frozen_epochs, self.base.training.epochs
+        if frozen >= epochs:
+            lines.append(
+                f"transfer.frozen_epochs = {frozen} of {counted(epochs, 'epoch')}: the control's head alone learns"
+            )
         for section in KIND:
             kind = current[kind_field(section)]
             if kind_field(section) not in self.settings or kind == original[kind_field(section)]:

@@ -380,6 +380,13 @@ def test_sampler_that_stopped_ends_the_study_and_another_one_continues(search: S
     assert not search.why_exhausted(study)
 
 
+def test_epochs_that_are_all_frozen_are_said(search: Search, small_recipe: Recipe) -> None:
+    epochs = small_recipe.training.epochs
+    (line,) = replace(search, settings={"transfer.frozen_epochs": epochs}).remarks()
+    assert line.startswith(f"transfer.frozen_epochs = {epochs} of {epochs} epochs: the control's head alone learns")
+    assert not replace(search, settings={"transfer.frozen_epochs": epochs - 1}).remarks()
+
+
 def test_networks_of_timm_are_checked_with_the_search(small_recipe: Recipe) -> None:
     def backbones(trial: Any) -> None:
         trial.suggest_categorical("model.backbone", ["test_resnet", "test_resnot", "resnet19"])
