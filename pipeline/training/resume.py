@@ -133,6 +133,8 @@ class Resume:
         )
         new = self.folder / f"epoch-{record.epoch:06}"
         try:
+            if not (new / RECORD).exists():  # whose removal was killed halfway: this training ended, and is repeated
+                discard_folder(new)
             save_folder(new, {TENSORS: save(_on_host(parts.tensors()))}, record.model_dump())
             newest = self._states()[:2]
             for other in self.folder.iterdir():  # also what killed writers left

@@ -22,7 +22,7 @@ from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.search.speed import few_images
 from pipeline.sections.data import Data
-from pipeline.training.checkpoints import read_checkpoint, save_folder
+from pipeline.training.checkpoints import RECORD, read_checkpoint, save_folder
 from pipeline.training.loop import EpochReport, Result, _Learner, train
 from pipeline.training.optimizers import build_optimizer
 from pipeline.training.resume import TENSORS, Parts, Resume
@@ -229,6 +229,30 @@ def test_kill_at_any_point_of_a_save_leaves_a_complete_state(recipe: Recipe, few
     assert resumed_after == sorted(resumed_after)
     assert set(resumed_after) == {2, 3}
     assert len(resumed_after) > 15, "every system call must have been cut"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_kill_at_any_point_of_the_removal_is_no_obstacle(recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
+    """The states are removed when the run ends, in any order of their files; whoever repeats it saves them again."""
+
+    def save_until(folder: Path, last: int) -> None:
+        keep = Resume(folder, every_s=0)
+        keep.restore(recipe, few, parts_of(recipe, 0))
+        for epoch in range(len(keep.history) + 1, last + 1):
+            keep.save_if_due(parts_of(recipe, epoch), [{"val/loss": 1.0}] * epoch, seconds=epoch)
+
+    for at in count(0):
+        folder, killed = tmp_path / str(at), True
+        save_until(folder, 3)
+        if at == 0:
+            (folder / "epoch-000003" / RECORD).unlink()
+        else:
+            killed = killed_at(at, lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))
+        save_until(folder, 4)
+        assert states(folder) == ["epoch-000003", "epoch-000004"]
+        if not killed:
+            break
+    assert at > 8, "every removal must have been cut"
 
 
 def test_damaged_state_is_noted_and_the_previous_one_used(
