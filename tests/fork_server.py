@@ -42,6 +42,7 @@ PRELOADED = (
 )
 
 
+ANSWER_S = 60.0  # that a server of many tests may take to fork a process
 NEW_STORE = "new_store.db"
 # As it is before a test changes it: the server may be started inside one.
 INHERITED = dict(os.environ)
@@ -55,10 +56,11 @@ class Forked:
         assert command[1:] == ["-c", worker_process.program(module)], command
         stdin, mine = os.pipe()
         yours, stdout = os.pipe()
+        request = {"role": "worker", "module": module, "env": dict(options["env"]), "cwd": os.getcwd()}
+        message = json.dumps(request).encode() + b"\n"
         self._talk = socket.socket(socket.AF_UNIX)
         self._talk.connect(os.environ["FORK_SERVER"])
-        request = {"role": "worker", "module": module, "env": dict(options["env"]), "cwd": os.getcwd()}
-        socket.send_fds(self._talk, [json.dumps(request).encode() + b"\n"], [stdin, stdout, 2])
+        socket.send_fds(self._talk, [message], [stdin, stdout, 2])
         os.close(stdin)
         os.close(stdout)
         self.stdin, self.stdout = os.fdopen(mine, "wb"), os.fdopen(yours, "rb")
@@ -261,9 +263,10 @@ def serve(path: str) -> None:
                 reap(children)
                 continue
             talk, _ = listening.accept()
-            text, files, _, _ = socket.recv_fds(talk, 1 << 20, 3)
-            while not text.endswith(b"\n"):
-                text += talk.recv(1 << 20)
+            text, files = receive(talk)
+            if not text:
+                talk.close()
+                continue
             request = json.loads(text)
             if request["role"] == "hook":
                 hooks[request["for"]].append(request["hook"])
@@ -288,6 +291,19 @@ def serve(path: str) -> None:
             with contextlib.suppress(OSError):  # who asked was killed meanwhile
                 talk.sendall(f"{pid}\n".encode())
             children[pid] = (request["role"], talk)
+
+
+def receive(talk: socket.socket) -> tuple[bytes, list[int]]:
+    """A request and its files; nothing where who asked was killed before all of it was sent."""
+    text, files, _, _ = socket.recv_fds(talk, 1 << 20, 3)
+    while not text.endswith(b"\n"):
+        more = talk.recv(1 << 20)
+        if not more:
+            for file in files:
+                os.close(file)
+            return b"", []
+        text += more
+    return text, files
 
 
 def reap(children: dict[int, tuple[str, socket.socket]]) -> None:
@@ -329,10 +345,11 @@ class ForkServer:
         self._process.wait()
 
     def ask(self, request: dict[str, Any], files: list[int] | None = None) -> socket.socket:
-        """A request; where its answers come."""
-        talk = socket.socket(socket.AF_UNIX)
-        talk.connect(self.address)
+        """A request; where its answers come, TimeoutError where they don't."""
         message = json.dumps(request).encode() + b"\n"
+        talk = socket.socket(socket.AF_UNIX)
+        talk.settimeout(ANSWER_S)
+        talk.connect(self.address)
         socket.send_fds(talk, [message], files) if files else talk.sendall(message)
         return talk
 
