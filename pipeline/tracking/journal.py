@@ -48,6 +48,8 @@ class Journal:
         self.is_new = not (folder / RECORDS).exists()
         try:
             with _as_disk_fault(folder):
+                if self.is_new:  # what a killed removal left is of the journal before
+                    (folder / _STEPS_BEFORE).unlink(missing_ok=True)
                 self._file = os.open(folder / RECORDS, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except BaseException:
             os.close(self._lock_file)
@@ -127,10 +129,13 @@ class Journal:
 
     @property
     def steps_before(self) -> dict[str, int] | None:
-        """The last step of each metric that MLflow had before this journal; None as long as MLflow has not answered."""
+        """The last step of each metric that MLflow had before this journal; None as long as MLflow has not answered.
+
+        None also where a power failure has damaged them: MLflow is asked again.
+        """
         try:
             return dict(json.loads((self.folder / _STEPS_BEFORE).read_bytes()))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, TypeError):
             return None
 
     @steps_before.setter
@@ -160,7 +165,8 @@ class Journal:
 
     def remove(self) -> None:
         """Remove and unlock it, when all of it is in MLflow."""
-        # The records first: what a killed process leaves of the folder then holds nothing that would be sent again.
+        # The records first: what a killed process leaves of the folder then holds nothing that would be sent again, and
+        # the next journal of this run forgets its `steps_before`.
         (self.folder / RECORDS).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.release()

@@ -51,6 +51,18 @@ def test_repeated_step_keeps_its_first_value(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("damaged", [b"", b'{"val/loss": ', b"\xff", b"1"])
+def test_steps_before_that_are_damaged_are_asked_for_again(damaged: bytes, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / KEY)
+    assert journal.steps_before is None
+    journal.steps_before = {"val/loss": 3}
+    assert journal.steps_before == {"val/loss": 3}
+    [file] = [path for path in journal.folder.iterdir() if b"val/loss" in path.read_bytes()]
+    file.write_bytes(damaged)
+    assert journal.steps_before is None
+    journal.release()
+
+
 def test_damaged_line_is_refused_by_place_and_unlocked(tmp_path: Path) -> None:
     (tmp_path / KEY).mkdir()
     (tmp_path / KEY / RECORDS).write_bytes(b'{"kind": "start"}\n{"ki\xffnd"\n')

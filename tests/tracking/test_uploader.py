@@ -14,7 +14,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.tracking import queries, uploader
-from pipeline.tracking.journal import Journal, journals
+from pipeline.tracking.journal import FOLDER, RECORDS, Journal, journals
 from pipeline.tracking.queries import Points, all_points, all_runs
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest
@@ -218,6 +218,25 @@ def test_interrupted_run_reopens_and_keeps_first_values(
     assert [step for step, _ in after] == list(range(len(after)))
     stored = successor.client.get_run(run_id)
     assert (stored.info.status, stored.data.params["training.execution"]) == ("FINISHED", "eager")
+
+
+def test_run_whose_journal_was_half_removed_resumes_with_each_point_once(
+    local_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    with local_tracker.run(RunRequest(name="train", recipe=small_recipe, data=digits)) as run:
+        run.log_metrics({"val/accuracy": 0.1}, 1)
+        run.end(State.INTERRUPTED, "stopped by the user")
+    run_id = local_tracker.id_of(run.key)
+    half_removed = Journal(local_tracker.home / FOLDER / run.key)  # as SIGKILL leaves it: without its records
+    half_removed.steps_before = {}
+    (half_removed.folder / RECORDS).unlink()
+    half_removed.release()
+    with local_tracker.run(RunRequest(name="again", recipe=small_recipe, data=digits, run_key=run.key)) as again:
+        again.log_metrics({"val/accuracy": 0.99}, 1)
+        again.log_metrics({"val/accuracy": 0.2}, 2)
+        again.end(State.FINISHED)
+    assert local_tracker.id_of(run.key) == run_id
+    assert points(local_tracker, run_id, "val/accuracy") == [(1, 0.1), (2, 0.2)]
 
 
 def test_points_sent_twice_are_stored_once(local_tracker: MlflowTracker) -> None:
