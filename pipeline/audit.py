@@ -20,7 +20,7 @@ from pipeline.search.storage import RetryingStorage
 from pipeline.tracking.intact import missing_tags, run_label
 from pipeline.tracking.journal import FOLDER, empty_folders, is_busy
 from pipeline.tracking.models import version_faults
-from pipeline.tracking.queries import Points, all_points, all_runs, artifact_folder
+from pipeline.tracking.queries import Points, all_points, all_runs, artifact_folder, keys_of
 from pipeline.tracking.recovery import adopt_journals, close_run, other_journals
 from pipeline.tracking.sqlite import database_fault
 from pipeline.tracking.store import is_active
@@ -76,10 +76,10 @@ class _Auditor:
         self._studies = study_snapshots(storage, self._home)
         self._live = {study.name for study in self._studies if study.is_live}
         deleted = all_runs(tracker, deleted=True)
-        self._deleted_keys = {key for run in deleted if (key := RunTags.of(run).run_key)}
         self._journals = other_journals(tracker)
         self._busy = set(self._journals.busy)
         self._runs = all_runs(tracker)
+        self._deleted_keys = keys_of(deleted) - keys_of(self._runs)  # a duplicate of a run has its key
         # Those that lost their run key in the UI are found by the ids that Optuna has.
         known = {run.info.run_id for run in [*self._runs, *deleted]}
         self._keyless = list(_read(tracker, _run_ids(self._studies) - known))

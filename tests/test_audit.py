@@ -26,6 +26,7 @@ from pipeline.search.storage import open_storage
 from pipeline.search.study import Study
 from pipeline.search.trial import StudyContext
 from pipeline.tracking.journal import FOLDER, RECORDS, Journal
+from pipeline.tracking.queries import all_runs
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import save_folder
 
@@ -102,6 +103,14 @@ def test_intact_store_has_no_findings(home: Path) -> None:
     assert (seen.studies, seen.trials, seen.runs, seen.findings, seen.unchecked) == (1, 2, 2, [], [])
     assert fix(home) == []
     assert check_databases(home) == []
+
+
+def test_deleted_duplicate_of_a_run_is_not_the_run(home: Path) -> None:
+    tracker = MlflowTracker(home)
+    [run] = [run for run in all_runs(tracker) if run.data.tags.get("trial") == "1"]
+    tracker.client.delete_run(tracker.client.create_run(run.info.experiment_id, tags=run.data.tags).info.run_id)
+    seen = check(home)
+    assert (seen.findings, seen.omitted) == ([], [])
 
 
 def test_f1_of_classes_at_the_end_only_is_no_fault(home: Path) -> None:

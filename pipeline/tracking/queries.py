@@ -193,19 +193,32 @@ def find_run(tracker: MlflowTracker, run_id: str) -> StoredRun:
 
 def deleted_children(tracker: MlflowTracker, parent: str) -> list[StoredRun]:
     """The deleted runs of a study that can still be restored, the oldest first; `parent` is the study's own run."""
+    return _children_of(tracker, parent, ViewType.DELETED_ONLY)
+
+
+def deleted_keys(tracker: MlflowTracker, parent: str) -> set[str]:
+    """The run keys of a study's runs that were deleted in MLflow; `parent` is the study's own run.
+
+    Not of a run of which only a duplicate was deleted, as the uploader does where a slow server made two of one key.
+    """
+    deleted, active = (
+        keys_of(_children_of(tracker, parent, view)) for view in (ViewType.DELETED_ONLY, ViewType.ACTIVE_ONLY)
+    )
+    return deleted - active
+
+
+def keys_of(runs: Sequence[StoredRun]) -> set[str]:
+    """The run keys of those that have one."""
+    return {key for run in runs if (key := RunTags.of(run).run_key)}
+
+
+def _children_of(tracker: MlflowTracker, parent: str, view: int) -> list[StoredRun]:
     run = tracker.client.get_run(parent)
     return [
         child
         for run_id in (parent, *(RunTags.of(run).replaces or ()))
-        for child in tracker.store.search(
-            [run.info.experiment_id], child_of(run_id), _OLDEST_FIRST, ViewType.DELETED_ONLY
-        )
+        for child in tracker.store.search([run.info.experiment_id], child_of(run_id), _OLDEST_FIRST, view)
     ]
-
-
-def deleted_keys(tracker: MlflowTracker, parent: str) -> set[str]:
-    """The run keys of a study's deleted runs; `parent` is the study's own run."""
-    return {key for run in deleted_children(tracker, parent) if (key := RunTags.of(run).run_key)}
 
 
 def omitted_lines(tracker: MlflowTracker, study: StudyRuns) -> list[str]:

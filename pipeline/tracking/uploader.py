@@ -39,7 +39,7 @@ class _Upload:
     may_exist: bool  # whether its run may have been created already
     offset: int = 0  # the records before this byte were sent
     run_id: str | None = None
-    create_requests: int = 0
+    create_requests: int = 0  # of another process too, where it may have sent one
     failures: int = 0  # since it was last sent
     rejection: str = ""  # why it is no longer retried
     parent: str | None = None  # the run that its run is a child of
@@ -78,7 +78,8 @@ class Uploader:
             upload = self._uploads.get(folder.name)
             if upload is None:
                 journal = Journal(folder, timeout_s)
-                upload = _Upload(journal, may_exist or not journal.is_new)
+                may_exist = may_exist or not journal.is_new
+                upload = _Upload(journal, may_exist, create_requests=int(may_exist))
             try:
                 upload.journal.own()
                 upload.journal.append(start)

@@ -133,6 +133,27 @@ def test_finals_and_reproductions_are_no_best_trials(
     assert queries.best_run_ids(sqlite_tracker, study, 10) == [ids["trial"]]
 
 
+def test_key_of_a_deleted_duplicate_is_not_deleted(
+    sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    parent = sqlite_tracker.open_study("twice-v1-digits", "Why?", "val/accuracy", [])
+    assert parent.id
+    tags = RunTags.parse(trial_tags("twice-v1-digits", 0))
+    request = RunRequest(name="trial 0", recipe=small_recipe, data=digits, parent_run=parent.id, tags=tags)
+    with sqlite_tracker.run(request) as run:
+        run.end(State.FINISHED)
+    kept = stored(sqlite_tracker, run)
+    experiment = kept.info.experiment_id
+    duplicate = sqlite_tracker.client.create_run(experiment, tags=kept.data.tags)
+    assert sqlite_tracker.store.find(experiment, run.key, keep=kept.info.run_id)
+    assert [child.info.run_id for child in queries.deleted_children(sqlite_tracker, parent.id)] == [
+        duplicate.info.run_id
+    ]
+    assert queries.deleted_keys(sqlite_tracker, parent.id) == set()
+    sqlite_tracker.client.delete_run(kept.info.run_id)
+    assert queries.deleted_keys(sqlite_tracker, parent.id) == {run.key}
+
+
 def test_read_file_is_none_for_a_missing_artifact(
     sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:

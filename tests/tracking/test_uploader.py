@@ -109,6 +109,36 @@ def test_run_is_not_created_twice_when_the_answer_is_lost(
     assert not resumed, "it is RUNNING already, and a server that does it late would undo the end"
 
 
+def test_run_that_another_process_asked_for_is_kept_once(
+    proxied_tracker: MlflowTracker,
+    proxy: Proxy,
+    small_recipe: Recipe,
+    digits: TrainingData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process died, the server makes its run late, and whoever resumes it elsewhere has made another one."""
+    proxied_tracker.store.experiment("digits")
+    proxy.set("late", b"POST /api/2.0/mlflow/runs/create", times=1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    request = RunRequest(name="train", recipe=small_recipe, data=digits, run_key=KEY)
+    with proxied_tracker.run(request) as lost:
+        while proxy.times:
+            time.sleep(0.02)
+        lost.disown()
+    other = MlflowTracker(tmp_path / "elsewhere", proxied_tracker.uri)
+    with other.run(request) as run:
+        run_id = other.id_of(KEY)
+        run.log_metrics({"val/accuracy": 0.5}, 1)
+        deadline = time.monotonic() + 20
+        while len(runs_of(other, KEY)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        run.end(State.FINISHED)
+    assert other.flush(30)
+    assert [stored.info.run_id for stored in runs_of(other, KEY)] == [run_id]
+
+
 def test_points_of_a_server_are_counted(
     proxied_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
 ) -> None:
