@@ -99,7 +99,9 @@ def process_has_exited(worker: Mapping[str, Any]) -> bool:
     if worker["host"] != socket.gethostname():
         return False
     try:
-        return abs(_started(worker["pid"]) - worker["started"]) > 1  # else the number belongs to another process now
+        if abs(_started(worker["pid"]) - worker["started"]) > 1:  # the number belongs to another process now
+            return True
+        return psutil.Process(worker["pid"]).status() == psutil.STATUS_ZOMBIE  # its parent has not asked how it ended
     except psutil.NoSuchProcess:
         return True
 

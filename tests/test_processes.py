@@ -58,6 +58,16 @@ def test_process_has_exited_only_where_it_is_known() -> None:
     assert not process_has_exited(json.loads(ended) | {"host": "elsewhere"})
 
 
+def test_process_whose_parent_does_not_ask_has_exited() -> None:
+    code = "import json; from pipeline.processes import this_process; print(json.dumps(this_process()))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        worker = json.loads(process.stdout.readline())
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE
+        assert process_has_exited(worker)
+
+
 def test_changed_clock_does_not_make_a_process_exited(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel tells when the machine started by today's clock, so that every process seems to have started then too."""
     me = this_process()
