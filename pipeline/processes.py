@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -19,16 +20,20 @@ from pipeline.errors import UserError
 _note_life: ContextVar[Callable[[], None]] = ContextVar("note_life", default=lambda: None)
 PROBE_S = 0.5  # for others that only look whether a study is running, for which they take its lock for a moment
 
+REPEATED_S = 1.0  # in which SIGTERM and SIGHUP repeat a stop
+
 
 class StopOnSignal:
     """While it is open, Ctrl-C, SIGTERM and a closed terminal set `requested`, and the training ends at its next step.
 
-    So none interrupts a write. A second signal raises KeyboardInterrupt at once.
+    So none interrupts a write. A second signal raises KeyboardInterrupt at once; a SIGTERM or hang-up within REPEATED_S of
+    the first is the same stop, sent to a whole process group and once more by a parent in it, as make does.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.number: int | None = None  # of the first signal
+        self._time = 0.0  # of the first signal
 
     def __enter__(self) -> Self:
         self._before: dict[int, Any] = {}
@@ -43,9 +48,10 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if not self.requested:
+            self.requested, self.number, self._time = True, number, time.monotonic()
+        elif number == signal.SIGINT or time.monotonic() - self._time > REPEATED_S:
             raise KeyboardInterrupt
-        self.requested, self.number = True, number
 
 
 @contextlib.contextmanager

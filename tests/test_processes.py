@@ -12,6 +12,7 @@ import psutil
 import pytest
 from filelock import FileLock
 
+from pipeline import processes
 from pipeline.errors import UserError
 from pipeline.processes import StopOnSignal, process_has_exited, study_lock, this_process
 
@@ -25,6 +26,19 @@ def test_first_signal_requests_a_stop_and_the_second_interrupts() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_one_stop_that_arrives_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of make's process group: make sends its own SIGTERM on to the command that has had one."""
+    with StopOnSignal() as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        assert stop.requested and stop.number == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(processes, "REPEATED_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_study_lock_outlasts_a_look_whether_the_study_runs(tmp_path: Path) -> None:
