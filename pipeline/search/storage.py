@@ -23,6 +23,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, Pending
 from pipeline.data.datasets import SOURCES
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line, redact_uri
+from pipeline.processes import PROBE_S
 from pipeline.search.optuna_internals import SqlStorage, TrialParam, check_compatible
 from pipeline.search.search import Search, check_same
 from pipeline.search.starts import not_as_named, starts
@@ -382,14 +383,16 @@ class StudyLock:
 
     def _acquire(self) -> Connection:
         connection = self._engine.connect()
-        acquired = connection.execute(text("SELECT pg_try_advisory_lock(:number)"), {"number": self._number}).scalar()
-        if not acquired:
-            connection.close()
-            raise UserError(
-                f"study {self._key}",
-                "another command is running it, maybe on another machine",
-                "wait for it, or stop it",
-            )
+        query, deadline = text("SELECT pg_try_advisory_lock(:number)"), time.monotonic() + PROBE_S
+        while not connection.execute(query, {"number": self._number}).scalar():
+            if time.monotonic() > deadline:
+                connection.close()
+                raise UserError(
+                    f"study {self._key}",
+                    "another command is running it, maybe on another machine",
+                    "wait for it, or stop it",
+                )
+            time.sleep(0.05)
         return connection
 
 

@@ -285,6 +285,14 @@ def test_lock_is_held_once_and_reacquired_after_a_restart(server: Any, tmp_path:
     store.engine.dispose()
 
 
+def test_lock_outlasts_a_look_whether_the_study_runs(server: Any, tmp_path: Path) -> None:
+    store = open_storage(tmp_path, server.get_uri())
+    looking = StudyLock(store, "a")  # as `audit` takes it
+    threading.Timer(0.1, looking.close).start()
+    StudyLock(store, "a").close()
+    store.engine.dispose()
+
+
 # ------------------------------------------------------------------------------------------------------------ starts
 
 
