@@ -59,7 +59,8 @@ class ExperimentRequest(RunRequest):
     resume_dir: Path | None = None  # where the training's state is kept, and resumed from where there is one
     on_epoch: Callable[[EpochReport], None] = lambda report: None
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
-    stop_requested: Callable[[], bool] = lambda: False  # asked after each step and epoch: the run is INTERRUPTED then
+    # Asked after each step, and each epoch but the last: the run is INTERRUPTED then.
+    stop_requested: Callable[[], bool] = lambda: False
     stop_reason: str = ""  # where it is not the user
 
 
@@ -105,7 +106,8 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
             report = replace(report, metrics=_split(report.metrics, request.data)[0])
             tracked.log_metrics(report.metrics, report.epoch)
             request.on_epoch(report)
-            _check_stop(request)
+            if report.epoch < request.recipe.training.epochs:  # else all is done: the run completes
+                _check_stop(request)
 
         def on_step(epoch: int, step: int, steps: int) -> None:
             request.on_step(epoch, step, steps)

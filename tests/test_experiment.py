@@ -281,6 +281,12 @@ def test_a_stop_is_seen_after_the_step_and_the_epoch_that_are_under_way(tmp_path
     assert (outcome.state, outcome.reason, outcome.epochs) == (State.INTERRUPTED, "stopped by the user", 1)
 
 
+def test_a_stop_after_the_last_epoch_loses_nothing(tmp_path: Path, run_small: Train) -> None:
+    epochs: list[EpochReport] = []
+    outcome = run_small(FolderTracker(tmp_path), on_epoch=epochs.append, stop_requested=lambda: len(epochs) == 2)
+    assert (outcome.state, outcome.epochs, len(epochs)) == (State.FINISHED, 2, 2)
+
+
 @pytest.mark.usefixtures("save_every_epoch")
 def test_interrupted_run_resumes_and_counts_former_epochs(
     finished: tuple[FolderTracker, Outcome], tmp_path: Path, run_small: Train
