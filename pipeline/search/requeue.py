@@ -11,7 +11,6 @@ import uuid
 from typing import Any
 
 import optuna
-from filelock import FileLock
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -67,32 +66,30 @@ def _add_trial(study: optuna.Study, search: Search, is_last: bool) -> None:
 def reconcile(study: optuna.Study, tracker: MlflowTracker, parent_run: str) -> list[int]:
     """Requeue what a process that has exited left RUNNING, and close runs that no process writes; the trials' numbers.
 
-    Only processes of this machine can be checked. `parent_run` is the study's run in MLflow.
+    Only processes of this machine can be checked. `parent_run` is the study's run in MLflow. The caller holds the study's
+    lock, and no other: a server that is silent holds up no other study.
     """
-    with FileLock(tracker.home / "optuna.lock"):
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        workers = [TrialAttributes.of(trial).worker for trial in running]
-        # A trial without a worker was not made RUNNING by a claim: no process of ours has it.
-        dead = [
-            trial
-            for trial, worker in zip(running, workers, strict=True)
-            if worker is None or process_has_exited(worker)
-        ]
-        mark_failed(study, dead, "its process has exited", tracker, parent_run)
-        trials = study.get_trials(deepcopy=False)
-        for number in (trial.number for trial in dead):
-            attributes = TrialAttributes.of(trials[number])
-            result = "is requeued" if attributes.requeued else f"failed: {attributes.reason}"
-            log.info("trial %d, whose process has exited, %s", number, result)
-        ended, alive = {}, set()
-        for trial in trials:
-            attributes = TrialAttributes.of(trial)
-            if not trial.state.is_finished():
-                alive.add(attributes.run_key or "")
-            elif attributes.state and attributes.run_key and not attributes.requeued:
-                ended[attributes.run_key] = (State(attributes.state), attributes.reason)
-        recovery.close_abandoned_trials(tracker, parent_run, alive, ended)
-        _detach_deleted_runs(study, tracker, parent_run)
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    workers = [TrialAttributes.of(trial).worker for trial in running]
+    # A trial without a worker was not made RUNNING by a claim: no process of ours has it.
+    dead = [
+        trial for trial, worker in zip(running, workers, strict=True) if worker is None or process_has_exited(worker)
+    ]
+    mark_failed(study, dead, "its process has exited", tracker, parent_run)
+    trials = study.get_trials(deepcopy=False)
+    for number in (trial.number for trial in dead):
+        attributes = TrialAttributes.of(trials[number])
+        result = "is requeued" if attributes.requeued else f"failed: {attributes.reason}"
+        log.info("trial %d, whose process has exited, %s", number, result)
+    ended, alive = {}, set()
+    for trial in trials:
+        attributes = TrialAttributes.of(trial)
+        if not trial.state.is_finished():
+            alive.add(attributes.run_key or "")
+        elif attributes.state and attributes.run_key and not attributes.requeued:
+            ended[attributes.run_key] = (State(attributes.state), attributes.reason)
+    recovery.close_abandoned_trials(tracker, parent_run, alive, ended)
+    _detach_deleted_runs(study, tracker, parent_run)
     return sorted(trial.number for trial in dead)
 
 

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+from filelock import FileLock
 from optuna.trial import TrialState
 from study_harness import StudyHarness, rates
 
@@ -14,6 +16,7 @@ from pipeline.search.requeue import reconcile, requeue
 from pipeline.search.storage import num_finished
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes
+from pipeline.tracking import recovery
 
 
 def test_reconcile_requeues_trials_of_exited_processes_only(
@@ -40,6 +43,22 @@ def test_reconcile_requeues_trials_of_exited_processes_only(
     assert [TrialAttributes.of(trial).retry_of for trial in waiting] == [dead.number]
     assert num_finished(harness.study()) == 1
     assert reconcile(study, harness.tracker, parent) == []
+
+
+def test_other_studies_do_not_wait_while_runs_are_closed(
+    harness: StudyHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.run(1)
+    close, taken = recovery.close_abandoned_trials, []
+
+    def close_slowly(*about: Any) -> None:
+        with FileLock(harness.home / "optuna.lock", timeout=0):  # as each command that opens a study takes it
+            taken.append(True)
+        close(*about)
+
+    monkeypatch.setattr(recovery, "close_abandoned_trials", close_slowly)
+    reconcile(harness.study(), harness.tracker, StudyAttributes.of(harness.study()).mlflow_run_id)
+    assert taken
 
 
 def test_trial_that_died_inside_its_space_is_requeued_once(harness: StudyHarness) -> None:
