@@ -59,7 +59,11 @@ def adopt_journals(tracker: MlflowTracker) -> int:
     """
     for folder in empty_folders(tracker.home):
         with contextlib.suppress(Busy, UserError):  # Busy: locked meanwhile; UserError: a full disk
-            Journal(folder).remove()
+            journal = Journal(folder)
+            if journal.size:  # written meanwhile, by a process that is gone already
+                journal.release()
+            else:
+                journal.remove()
     adopted = 0
     for key in other_journals(tracker).orphaned:
         try:

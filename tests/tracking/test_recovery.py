@@ -50,6 +50,17 @@ def test_journals_of_dead_processes_are_adopted(
     assert local_tracker.flush(30) and not list((local_tracker.home / FOLDER).iterdir())
 
 
+def test_journal_that_was_empty_when_it_was_listed_is_looked_at_again(
+    local_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_and_die(local_tracker.home, small_recipe, digits, KEY, 2, State.FINISHED, False)
+    monkeypatch.setattr(recovery, "empty_folders", journals)  # its process wrote it, and died, after the listing
+    assert recovery.adopt_journals(local_tracker) == 1
+    assert local_tracker.flush(30)
+    [stored] = runs_of(local_tracker, KEY)
+    assert points(local_tracker, stored.info.run_id, "val/accuracy") == [(1, 0.1), (2, 0.2)]
+
+
 def test_journals_are_sent_before_runs_are_closed(
     local_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
 ) -> None:
