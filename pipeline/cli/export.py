@@ -38,10 +38,12 @@ def export(
 
     from pipeline.inference.classifier import Classifier
     from pipeline.registry.export import difference_line
-    from pipeline.registry.package import CARD, MODEL, RECIPE, package, registered
+    from pipeline.registry.package import CARD, MODEL, QUANTISED_MODEL, RECIPE, package, package_place, registered
     from pipeline.tracking.tracker import MlflowTracker
     from pipeline.training.checkpoints import WEIGHTS
 
+    if output:
+        package_place(output := expand(output))
     console, quiet = make_console(), make_console(stderr=True)
     with model_files(model, tracking_uri) as (checkpoint, what):
         say(console, f"model: {what}")
@@ -49,7 +51,8 @@ def export(
         metadata = classifier.metadata
         with quiet.status("reading the data set"):
             data, missing = _data_of(metadata, data_dir, dataset, tracking_uri, needed=int8)
-        folder = expand(output) if output else HOME / "exports" / metadata.run_id
+        folder = output or HOME / "exports" / metadata.run_id
+        had_int8 = (folder / QUANTISED_MODEL).exists()
         # A folder's files were compared with no registry's digests, so it is exported anew.
         onnx_file, evidence = (None, None) if model and is_folder(model) else registered(checkpoint)
         with quiet.status("exporting, and comparing with torch"):
@@ -64,6 +67,8 @@ def export(
             on = f"the {len(data.validation.labels):,} images of the validation split"
             say(console, difference_line(made.difference, on, classifier.image_size))
         if data is None or not int8:
+            if had_int8:
+                say(console, f"{QUANTISED_MODEL} of the export before is gone; `--int8` writes a new one")
             say(console, f"{MODEL}: {made.bytes / 1e6:.2f} MB, {made.latency_ms:.2f} ms an image on one thread")
             return
         with quiet.status("quantising and measuring"):

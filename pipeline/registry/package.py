@@ -5,9 +5,11 @@ of, which `predict` reads; card.md, recipe.json and evidence.json are for people
 python_env.yaml are MLflow's.
 """
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +37,8 @@ MODEL, QUANTISED_MODEL = "model.onnx", "model.int8.onnx"
 CARD, EVIDENCE, RECIPE = "card.md", "evidence.json", "recipe.json"
 PREDICTIONS = "predictions.parquet"
 _NEEDS = ("mlflow", "onnx", "onnxruntime", "numpy")
+_OF_MLFLOW = ("MLmodel", "requirements.txt", "conda.yaml", "python_env.yaml")
+_FILES = frozenset({MODEL, QUANTISED_MODEL, CARD, EVIDENCE, RECIPE, RECORD, WEIGHTS, PLAIN_WEIGHTS, *_OF_MLFLOW})
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,23 @@ class Package:
     bytes: int  # of model.onnx
     latency_ms: float  # one image, onnxruntime, one thread, median
     difference: float | None  # from torch in probability, the largest on the images that were given
+
+
+def package_place(folder: Path) -> Path:
+    """Where a package of this name lies, links followed; to be called before the work is done.
+
+    UserError where nothing can be made there, or it holds what no package has: replacing it would delete that.
+    """
+    place = Path(os.path.realpath(folder))
+    parent = next(each for each in (place, *place.parents) if each.exists())
+    if not parent.is_dir() or not os.access(parent if parent != place else place.parent, os.W_OK):
+        raise UserError(str(folder), "no folder can be made there", "name one in a folder of yours")
+    files = {entry.name: entry.is_file() for entry in os.scandir(place)} if parent == place else {}
+    is_package = files.get(RECORD, False)
+    if others := sorted(name for name, is_file in files.items() if not (is_package and is_file and name in _FILES)):
+        rule = f"holds {others[0]}, which is of no exported model, so it is not replaced"
+        raise UserError(str(folder), rule, "name a new folder, or move that away")
+    return place
 
 
 def package(
@@ -63,13 +84,12 @@ def package(
     `checkpoint` is a checkpoint's folder; `evidence` is the gate's verdict, which the card shows and evidence.json
     keeps. `onnx_file` is the model's where it was exported already: it is packed byte for byte. On `images`, uint8
     (N, 3, S, S), the ONNX model is compared with torch. The folder is complete or as it was. PromotionRefused where its
-    probabilities are not torch's; UserError where `folder` holds something else, or the run's predictions can't be read.
+    probabilities are not torch's; UserError where `package_place` has one, it can't be written, or the run's predictions
+    can't be read.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists()):
-        raise UserError(str(folder), "holds something that is no exported model, so it is not replaced")
+    place = package_place(folder)
     classifier = Classifier.load(checkpoint, torch.device("cpu"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+    with _beside(place, folder) as name:
         new = Path(name) / "new"
         model = Path(name) / MODEL
         if onnx_file:
@@ -88,10 +108,21 @@ def package(
         costs = ModelCosts(latency_ms, (new / MODEL).stat().st_size)
         card = _card(tracker, run_id, classifier.metadata, costs, evidence)
         (new / CARD).write_text(card, encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, Path(name) / "old")
-        os.replace(new, folder)
+        if place.exists():
+            os.replace(place, Path(name) / "old")
+        os.replace(new, place)
     return Package(folder, digests(folder), description(card), costs.bytes, latency_ms, difference)
+
+
+@contextlib.contextmanager
+def _beside(place: Path, folder: Path) -> Iterator[str]:
+    """A temporary folder beside `place`, from which a move is one step; UserError, about `folder`, where a write fails."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as name:
+            yield name
+    except OSError as error:
+        raise UserError(str(folder), f"can't be written: {error.strerror or error}") from None
 
 
 def registered(folder: Path) -> tuple[Path | None, VerdictEvidence | None]:

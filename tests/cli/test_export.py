@@ -28,6 +28,8 @@ def test_export_writes_a_model_and_its_8_bit_form(trained: Trained, tmp_path: Pa
         assert re.search(rf"^ *{row} +\d+\.\d+%? +\d+\.\d+%? *$", done.stdout, re.MULTILINE), done.stdout
     files = {file.name for file in out.iterdir()}
     assert {"model.onnx", "model.int8.onnx", "weights.safetensors", "recipe.json", "card.md", "MLmodel"} <= files
+    plain = run_forked("export", trained.finished, "--output", str(out), cwd=trained.home.parent)
+    assert "model.int8.onnx of the export before is gone; " in plain.stdout, plain.stderr
     again = run_forked("predict", str(digit), "--model", str(out), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith(f"model: {out}\n{digit}: ")
@@ -54,6 +56,7 @@ def test_export_int8_refuses_other_data_before_it_writes(trained: Trained, tmp_p
     ("words", "lines"),
     [
         (["export"], ["no finished run yet"]),
+        (["export", "--output", "/dev/null/sub"], ["/dev/null/sub: no folder can be made there"]),
     ],
 )
 def test_bad_input_is_refused(words: list[str], lines: list[str], tmp_path: Path) -> None:

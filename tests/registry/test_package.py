@@ -1,6 +1,7 @@
 """A package is an MLflow model that runs no code of its own, written completely or not at all."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from pipeline.errors import PromotionRefused, UserError
 from pipeline.inference.classifier import Classifier
 from pipeline.recipe import parse_recipe
 from pipeline.registry.export import TOLERANCE, as_pixels
-from pipeline.registry.package import Package, package
+from pipeline.registry.package import Package, package, package_place
 from pipeline.tracking.models import digests, find_model
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -59,7 +60,7 @@ def test_only_an_earlier_package_is_replaced(
     mine.mkdir()
     (mine / "thesis.txt").touch()
     with find_model(trained.home, None, trained.finished) as model:
-        with pytest.raises(UserError, match="mine: holds something that is no exported model"):
+        with pytest.raises(UserError, match=r"mine: holds thesis\.txt, which is of no exported model"):
             package(tracker, trained.finished, model.folder, mine)
         assert [file.name for file in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
         with pytest.raises(UserError, match=f"run {'0' * 32}: the numbers of its card can't be read"):
@@ -87,3 +88,30 @@ def test_only_an_earlier_package_is_replaced(
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]
     assert made.sha256["weights.safetensors"] == packed.sha256["weights.safetensors"]
     assert "not evaluated on the test split" in made.card
+
+
+@pytest.mark.parametrize("own", ["thesis.txt", "notes/"])
+def test_folder_with_anything_of_a_person_is_not_replaced(own: str, packed: Package, tmp_path: Path) -> None:
+    shutil.copytree(packed.folder, tmp_path / "mine")
+    assert package_place(tmp_path / "mine") == tmp_path / "mine"
+    (tmp_path / "mine" / own).mkdir() if own.endswith("/") else (tmp_path / "mine" / own).touch()
+    with pytest.raises(UserError, match=rf"mine: holds {own.rstrip('/')}, which is of no exported model"):
+        package_place(tmp_path / "mine")
+
+
+def test_link_to_a_folder_stays_a_link(packed: Package, trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    onnx_file = packed.folder / "model.onnx"
+    package(MlflowTracker(trained.home), trained.finished, packed.folder, tmp_path / "link", onnx_file=onnx_file)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "model.onnx").exists()
+
+
+def test_place_where_no_folder_can_be_made_is_named(packed: Package, trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "gone").symlink_to("file/sub")
+    for name in ("file", "file/sub", "gone"):
+        with pytest.raises(UserError, match=f"{name}: no folder can be made there; name one in a folder of yours"):
+            package_place(tmp_path / name)
+    with pytest.raises(UserError, match=r"^/proc/x/y: (can't be written|no folder can be made there)"):
+        package(MlflowTracker(trained.home), trained.finished, packed.folder, Path("/proc/x/y"))
