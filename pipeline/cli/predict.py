@@ -59,6 +59,7 @@ def predict(
             on_progress=lambda done: status.update(f"{done:,} images"),
         )
     _print_predictions(console, predicted.ids, predicted.probabilities, classes, MOST_PRINTED if output else None)
+    say(console, *predicted.left_out)
     failed: list[Problem] = []  # one output that fails does not stop the other
     with _collected(failed):
         if predicted.ids and output:

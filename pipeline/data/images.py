@@ -143,6 +143,14 @@ def image_files(folder: Path, left_out: Counter[str] | None = None) -> list[str]
     return [os.path.join(*file) for file in sorted(files)]
 
 
+def left_out_line(place: Path, left_out: Counter[str]) -> str:
+    """`left out of PLACE: 7 hidden or system, 1 .txt`, of what `image_files` counted; empty where that is nothing."""
+    kinds = {kind: count for kind, count in sorted(left_out.items()) if count}
+    hidden = [f"{kinds.pop(HIDDEN)} {HIDDEN}"] if HIDDEN in kinds else []
+    others = [f"{count} {kind}" for kind, count in kinds.items()]
+    return f"left out of {place}: {', '.join(hidden + others)}" if hidden + others else ""
+
+
 def _kind(name: str) -> str:
     return Path(name).suffix.lower() or "without suffix"
 

@@ -16,7 +16,7 @@ from typing import Self
 
 import numpy as np
 
-from pipeline.data.images import HIDDEN, SUFFIXES
+from pipeline.data.images import SUFFIXES, left_out_line
 from pipeline.errors import DataError, Problem, did_you_mean
 
 TRAIN, VALIDATION, TEST = "train", "val", "test"
@@ -103,11 +103,7 @@ class Listing:
 
     def lines(self) -> list[str]:
         """What a person should know of it, a line each: files that aren't images, and splits that were given."""
-        lines = []
-        if kinds := {kind: count for kind, count in sorted(self.left_out.items()) if count}:
-            others = [f"{count} {kind}" for kind, count in kinds.items() if kind != HIDDEN]
-            hidden = [f"{kinds[HIDDEN]} {HIDDEN}"] if HIDDEN in kinds else []
-            lines.append(f"left out of {self.place}: {', '.join(hidden + others)}")
+        lines = [line] if (line := left_out_line(self.place, self.left_out)) else []
         if self.has(VALIDATION):
             count = int((self.splits == VALIDATION).sum())
             lines.append(f"{self.place.name} has a validation split of its own, {count:,} images: none is drawn")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from operator import itemgetter
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.images import SUFFIXES, BadImage, image_files, read_images, resized
+from pipeline.data.images import SUFFIXES, BadImage, image_files, left_out_line, read_images, resized
 from pipeline.errors import path_text
 from pipeline.inference.pickles import read_pickle
 from pipeline.sections.data import Form
@@ -21,12 +22,19 @@ OnFault = Callable[[BadImage], None]
 Batch = tuple[list[str], Tensor]
 
 
-def read_inputs(paths: Sequence[Path], form: Form, on_fault: OnFault, batch_size: int = 500) -> Iterator[Batch]:
+def read_inputs(
+    paths: Sequence[Path],
+    form: Form,
+    on_fault: OnFault,
+    batch_size: int = 500,
+    note: Callable[[str], None] = lambda line: None,
+) -> Iterator[Batch]:
     """ids and uint8 images (n, 3, S, S), in the order of the paths; what can't be used is given to on_fault and skipped.
 
     A path is an image file, a folder (all images below it, in the order of their names) or a pickle as `read_pickle`
     takes it: a file that begins as one, or is called .pkl or .pickle. n is 1 to `batch_size`; one batch and one pickle
-    are in memory at a time.
+    are in memory at a time. `note` is given a line for each folder with files that are left out, as they are of no
+    format that is read.
 
     The id of a file is its path, below a folder beginning with the folder's as given; bytes that aren't UTF-8 become
     escapes. In a pickle it is the pickle's own id or 0 to N - 1, behind `<path>:` where several paths are given.
@@ -35,7 +43,7 @@ def read_inputs(paths: Sequence[Path], form: Form, on_fault: OnFault, batch_size
     assert batch_size > 0, batch_size
     paths = list(dict.fromkeys(paths))
     seen_ids: set[str] = set()
-    for pickled, pairs in groupby(_files(paths, on_fault), key=itemgetter(0)):
+    for pickled, pairs in groupby(_files(paths, on_fault, note), key=itemgetter(0)):
         files = (path for _, path in pairs)
         if pickled:
             for path in files:
@@ -45,13 +53,13 @@ def read_inputs(paths: Sequence[Path], form: Form, on_fault: OnFault, batch_size
             yield from _of_images(files, form, on_fault, batch_size, seen_ids)
 
 
-def _files(paths: Iterable[Path], on_fault: OnFault) -> Iterator[tuple[bool, Path]]:
+def _files(paths: Iterable[Path], on_fault: OnFault, note: Callable[[str], None]) -> Iterator[tuple[bool, Path]]:
     """(whether it is a pickle, file), each file once."""
     seen: set[Path] = set()
     for given in paths:
         folder = os.path.isdir(given)
         pickled = not folder and _is_pickle(given)
-        for path in _images_below(given, on_fault) if folder else [given]:
+        for path in _images_below(given, on_fault, note) if folder else [given]:
             if path not in seen:
                 yield pickled, path
             seen.add(path)
@@ -68,12 +76,15 @@ def _is_pickle(path: Path) -> bool:
     return False
 
 
-def _images_below(folder: Path, on_fault: OnFault) -> list[Path]:
+def _images_below(folder: Path, on_fault: OnFault, note: Callable[[str], None]) -> list[Path]:
+    left_out = Counter[str]()
     try:
-        files = [Path(file) for file in image_files(folder)]
+        files = [Path(file) for file in image_files(folder, left_out)]
     except OSError as error:
         on_fault(BadImage(Path(error.filename), f"{error.strerror}: no file of {folder} is read"))
         return []
+    if line := left_out_line(folder, left_out):
+        note(line)
     if not files:
         on_fault(BadImage(folder, f"holds no images ({' '.join(SUFFIXES)}); a pickle is given by its own path"))
     return files

@@ -28,12 +28,13 @@ _ROUNDING = 1e-4  # of each probability: tables rounded to four digits are taken
 
 @dataclass
 class FilePredictions:
-    """N ids with (N, C) probabilities, the first images, and the files that can't be used."""
+    """N ids with (N, C) probabilities, the first images, the files that can't be used, and lines on those left out."""
 
     ids: list[str] = field(default_factory=list)
     probabilities: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
     images: np.ndarray = field(default_factory=lambda: np.empty((0, 3, 0, 0), np.uint8))  # the first `keep`
     faults: list[BadImage] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
 def predict_files(
@@ -45,7 +46,7 @@ def predict_files(
 ) -> FilePredictions:
     """Image files, folders of them and CIFAR's pickles, as `read_inputs` takes them; a fault stops nothing."""
     result, chunks, kept = FilePredictions(), [], []
-    for ids, images in read_inputs(paths, classifier.form, result.faults.append):
+    for ids, images in read_inputs(paths, classifier.form, result.faults.append, note=result.left_out.append):
         kept.append(images[: max(0, keep - len(result.ids))].numpy().copy())  # a view would keep its whole batch
         chunks.append(classifier.probabilities(images, method))
         result.ids += ids

@@ -65,7 +65,7 @@ def test_odd_file_names_are_printed_on_one_line(trained: Trained, tmp_path: Path
     names = [":smile:.png", "[red]x.png", "a\nerror: b.png", "c\x1b[31m.png", "d\re.png"]
     for name in names:
         shutil.copy(digit, tmp_path / name)
-    digit.unlink()
+    digit.rename(digit.with_suffix(".heic"))
     out = tmp_path / "out.csv"
     done = run_forked("predict", str(tmp_path), "--output", str(out), cwd=trained.home.parent)
     assert done.returncode == 0, done.stderr
@@ -73,7 +73,8 @@ def test_odd_file_names_are_printed_on_one_line(trained: Trained, tmp_path: Path
         f"{tmp_path}/{name}"
         for name in (":smile:.png", "[red]x.png", r"a\nerror: b.png", r"c\x1b[31m.png", r"d\re.png")
     ]
-    assert [line.partition(".png: ")[0] + ".png" for line in done.stdout.splitlines()[1:-1]] == shown
+    assert [line.partition(".png: ")[0] + ".png" for line in done.stdout.splitlines()[1:-2]] == shown
+    assert done.stdout.splitlines()[-2] == f"left out of {tmp_path}: 1 .heic"
     assert "\x1b" not in done.stdout
     assert list(read_predictions(out)["id"]) == shown
 

@@ -74,6 +74,17 @@ def test_inputs_come_in_order_and_in_batches(batch_size: int) -> None:
     ]
 
 
+def test_files_of_other_kinds_in_a_folder_are_counted() -> None:
+    add_image("photos/a.png")
+    for name in ("photos/b.heic", "photos/sub/c.AVIF", "photos/sub/.DS_Store"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    lines: list[str] = []
+    batches = read_inputs([Path("photos")], Form(8), lambda fault: None, note=lines.append)
+    assert [ids for ids, _ in batches] == [["photos/a.png"]]
+    assert lines == ["left out of photos: 1 hidden or system, 1 .avif, 1 .heic"]
+
+
 def test_no_paths_give_no_batches() -> None:
     assert read()[0] == []
     ids, _, faults = read("none.png", batch_size=1)
