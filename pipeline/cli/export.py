@@ -11,11 +11,13 @@ from pipeline.cli.options import MODEL_HELP, DataDirOption, SeenDatasetOption, T
 from pipeline.cli.views import print_table
 from pipeline.disk import is_new
 from pipeline.errors import DataError, UserError, counted
+from pipeline.tracking.run_id import is_run_id
 
 if TYPE_CHECKING:
     from pipeline.data.prepare import TrainingData
     from pipeline.inference.classifier import ModelMetadata
     from pipeline.registry.export import Benchmark
+    from pipeline.tracking.tracker import MlflowTracker
 
 
 def export(
@@ -45,19 +47,20 @@ def export(
     if output:
         package_place(output := expand(output))
     console, quiet = make_console(), make_console(stderr=True)
+    tracker = None if is_new(tracking_uri, HOME / "mlflow.db") else MlflowTracker(HOME, tracking_uri)
+    model = _registered(model, tracker)
     with model_files(model, tracking_uri) as (checkpoint, what):
         say(console, f"model: {what}")
         classifier = Classifier.load(checkpoint, torch.device("cpu"))
         metadata = classifier.metadata
         with quiet.status("reading the data set"):
-            data, missing = _data_of(metadata, data_dir, dataset, tracking_uri, needed=int8)
+            data, missing = _data_of(metadata, data_dir, dataset, tracker, needed=int8)
         folder = output or HOME / "exports" / metadata.run_id
         had_int8 = (folder / QUANTISED_MODEL).exists()
         # A folder's files were compared with no registry's digests, so it is exported anew.
         onnx_file, evidence = (None, None) if model and is_folder(model) else registered(checkpoint)
         with quiet.status("exporting, and comparing with torch"):
             images = data.validation.images if data else None
-            tracker = MlflowTracker(HOME, tracking_uri)
             made = package(tracker, metadata.run_id, checkpoint, folder, evidence, onnx_file, images)
         say(console, f"{folder}: {', '.join([MODEL, WEIGHTS, RECIPE, CARD])}; an MLflow model, for `serve` too")
         if data is None or made.difference is None:
@@ -76,17 +79,25 @@ def export(
         _print_benchmarks(console, benchmarks)
 
 
+def _registered(model: str | None, tracker: "MlflowTracker | None") -> str | None:
+    """The version that a run's id stands for where it was promoted: its files are those that were evaluated."""
+    from pipeline.registry.registered_model import promoted_versions
+
+    if model is None or tracker is None or not is_run_id(model):
+        return model
+    versions = [f"models:/{version.name}/{version.version}" for version in promoted_versions(tracker, model)]
+    return next(iter(versions), model)
+
+
 def _data_of(
-    metadata: "ModelMetadata", data_dir: Path, dataset: str | None, tracking_uri: str | None, needed: bool
+    metadata: "ModelMetadata", data_dir: Path, dataset: str | None, tracker: "MlflowTracker | None", needed: bool
 ) -> tuple["TrainingData | None", str]:
     """The data set that the model was trained on; else None and why, or DataError. Downloaded only where `needed`.
 
     DataError too where `dataset` names another.
     """
     from pipeline.registry.export import find_data_of, split_as_then
-    from pipeline.tracking.tracker import MlflowTracker
 
-    tracker = None if is_new(tracking_uri, HOME / "mlflow.db") else MlflowTracker(HOME, tracking_uri)
     try:
         return split_as_then(
             metadata, find_data_of(metadata, tracker, expand(data_dir), dataset, download=needed).images

@@ -36,7 +36,7 @@ from pipeline.registry.ledger import (
     before,
 )
 from pipeline.registry.package import Package, package
-from pipeline.registry.registered_model import CHAMPION, PREVIOUS, TOKEN_TAG, Registry, version_label
+from pipeline.registry.registered_model import CHAMPION, PREVIOUS, TOKEN_TAG, Registry, promoted_versions, version_label
 from pipeline.tracking import queries
 from pipeline.tracking.models import DIGEST_TAG, find_model
 from pipeline.tracking.store import is_active
@@ -161,7 +161,7 @@ def promote(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         evaluation = CandidateEvaluation(registry, rules, data_dir, folder, observer, dataset)
-        packed = registry.packed(run_id)
+        packed = next(iter(promoted_versions(registry.tracker, run_id)), None)
         source = f"models:/{packed.name}/{packed.version}" if packed else None
         challenger = evaluation.model(run_id, "challenger", source)
         verdict = evaluation.verdict(challenger, champion, forced, chosen)

@@ -75,10 +75,6 @@ class Registry:
         numbers = [int(version.version) for version in self._versions(run) if version.name == self.model]
         return str(max(numbers)) if numbers else None
 
-    def packed(self, run: str) -> ModelVersion | None:
-        """A version, of any registered model, whose files are those of the run."""
-        return next(iter(self._versions(run)), None)
-
     def run_of(self, version: str) -> str:
         """The run of a version; UserError where there is no such version, it is of no run, or no promotion made it."""
         found = self._find(version)
@@ -154,9 +150,16 @@ class Registry:
             raise
 
     def _versions(self, run: str) -> list[ModelVersion]:
-        """Those that a promotion made; one that a person registered has no digests and is never served."""
-        versions = self.tracker.client.search_model_versions(f"run_id = '{run}'")
-        return [version for version in versions if TOKEN_TAG in version.tags]
+        return promoted_versions(self.tracker, run)
+
+
+def promoted_versions(tracker: MlflowTracker, run: str) -> list[ModelVersion]:
+    """The versions, of any registered model, that promotions made of a run: all have the same files.
+
+    One that a person registered has no digests and is never served.
+    """
+    versions = tracker.client.search_model_versions(f"run_id = '{run}'")
+    return [version for version in versions if TOKEN_TAG in version.tags]
 
 
 def version_label(number: str | None) -> str:

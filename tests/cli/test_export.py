@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Trained, run_forked, run_pipeline
+from conftest import Trained, registered, run_forked, run_pipeline
 
 from cli.helpers import assert_refused, write_digits
-from pipeline.tracking.models import find_model
+from pipeline.registry.package import Package
+from pipeline.registry.registered_model import TOKEN_TAG
+from pipeline.tracking.models import digests, find_model
+from pipeline.tracking.tracker import MlflowTracker
 
 
 def test_export_writes_a_model_and_its_8_bit_form(trained: Trained, tmp_path: Path) -> None:
@@ -50,6 +53,20 @@ def test_export_int8_refuses_other_data_before_it_writes(trained: Trained, tmp_p
     assert re.match(f"  the model of run {trained.finished}: its data set, digest other pixel", second)
     assert "holds other images" in third
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_export_of_a_promoted_run_is_the_registered_package(trained: Trained, packed: Package, tmp_path: Path) -> None:
+    """Its card knows the evaluation, which the run's checkpoint doesn't."""
+    with registered(trained, packed) as version:
+        client = MlflowTracker(trained.home).client
+        client.set_model_version_tag("image-classifier", version, TOKEN_TAG, "token")
+        words = ["export", trained.finished, "--output", str(tmp_path / "out")]
+        done = run_forked(*words, cwd=trained.home.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("model: image-classifier version 1, trial 0 of tiny-v1-digits")
+    assert "not evaluated on the test split" not in (tmp_path / "out" / "card.md").read_text()
+    assert digests(tmp_path / "out")["evidence.json"] == packed.sha256["evidence.json"]
+    assert digests(tmp_path / "out")["model.onnx"] == packed.sha256["model.onnx"]
 
 
 @pytest.mark.parametrize(
