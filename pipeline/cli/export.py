@@ -40,7 +40,7 @@ def export(
 
     from pipeline.inference.classifier import Classifier
     from pipeline.registry.export import difference_line
-    from pipeline.registry.package import CARD, MODEL, QUANTISED_MODEL, RECIPE, package, package_place, registered
+    from pipeline.registry.package import CARD, MODEL, QUANTISED_MODEL, RECIPE, package, package_place
     from pipeline.tracking.tracker import MlflowTracker
     from pipeline.training.checkpoints import WEIGHTS
 
@@ -57,11 +57,12 @@ def export(
             data, missing = _data_of(metadata, data_dir, dataset, tracker, needed=int8)
         folder = output or HOME / "exports" / metadata.run_id
         had_int8 = (folder / QUANTISED_MODEL).exists()
-        # A folder's files were compared with no registry's digests, so it is exported anew.
-        onnx_file, evidence = (None, None) if model and is_folder(model) else registered(checkpoint)
+        # A folder's files were compared with no registry's digests, so its model is exported anew.
+        is_registered = not (model and is_folder(model)) and (checkpoint / MODEL).exists()
+        onnx_file = checkpoint / MODEL if is_registered else None
         with quiet.status("exporting, and comparing with torch"):
             images = data.validation.images if data else None
-            made = package(tracker, metadata.run_id, checkpoint, folder, evidence, onnx_file, images)
+            made = package(tracker, metadata.run_id, checkpoint, folder, onnx_file=onnx_file, images=images)
         say(console, f"{folder}: {', '.join([MODEL, WEIGHTS, RECIPE, CARD])}; an MLflow model, for `serve` too")
         if data is None or made.difference is None:
             made_up = "compared with torch on made-up images only, not on the validation split"

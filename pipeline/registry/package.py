@@ -20,7 +20,6 @@ import torch
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
-from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.data.mapped import MappedImages
@@ -71,7 +70,7 @@ def package_place(folder: Path) -> Path:
 
 
 def package(
-    tracker: MlflowTracker,
+    tracker: MlflowTracker | None,
     run_id: str,
     checkpoint: Path,
     folder: Path,
@@ -81,11 +80,11 @@ def package(
 ) -> Package:
     """Pack the checkpoint of a run into `folder`, which is made, or replaced where it holds an earlier package.
 
-    `checkpoint` is a checkpoint's folder; `evidence` is the gate's verdict, which the card shows and evidence.json
-    keeps. `onnx_file` is the model's where it was exported already: it is packed byte for byte. On `images`, uint8
-    (N, 3, S, S), the ONNX model is compared with torch. The folder is complete or as it was. PromotionRefused where its
-    probabilities are not torch's; UserError where `package_place` has one, it can't be written, or the run's predictions
-    can't be read.
+    `checkpoint` is a checkpoint's folder, or an earlier package, whose card and evidence are kept as they are: then no
+    `tracker` is needed. `evidence` is the gate's verdict, which the card shows and evidence.json keeps. `onnx_file` is
+    the model's where it was exported already: it is packed byte for byte. On `images`, uint8 (N, 3, S, S), the ONNX
+    model is compared with torch. The folder is complete or as it was. PromotionRefused where its probabilities are not
+    torch's; UserError where `package_place` has one, it can't be written, or the run's predictions can't be read.
     """
     place = package_place(folder)
     classifier = Classifier.load(checkpoint, torch.device("cpu"))
@@ -103,11 +102,16 @@ def package(
             if (checkpoint / file).exists():
                 shutil.copyfile(checkpoint / file, new / file)
         (new / RECIPE).write_text(classifier.metadata.recipe.to_json() + "\n", encoding="utf-8")
-        if evidence:
-            (new / EVIDENCE).write_text(evidence.model_dump_json(indent=2) + "\n", encoding="utf-8")
         costs = ModelCosts(latency_ms, (new / MODEL).stat().st_size)
-        card = _card(tracker, run_id, classifier.metadata, costs, evidence)
-        (new / CARD).write_text(card, encoding="utf-8")
+        if (checkpoint / CARD).exists():
+            for kept in filter(Path.exists, (checkpoint / CARD, checkpoint / EVIDENCE)):
+                shutil.copyfile(kept, new / kept.name)
+        else:
+            card = _card(tracker, run_id, classifier.metadata, costs, evidence)
+            (new / CARD).write_text(card, encoding="utf-8")
+            if evidence:
+                (new / EVIDENCE).write_text(evidence.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        card = (new / CARD).read_text(encoding="utf-8")
         if place.exists():
             os.replace(place, Path(name) / "old")
         os.replace(new, place)
@@ -123,19 +127,6 @@ def _beside(place: Path, folder: Path) -> Iterator[str]:
             yield name
     except OSError as error:
         raise UserError(str(folder), f"can't be written: {error.strerror or error}") from None
-
-
-def registered(folder: Path) -> tuple[Path | None, VerdictEvidence | None]:
-    """The ONNX file and the evidence of a registered version's files; None for what a checkpoint has not."""
-    model, evidence = folder / MODEL, folder / EVIDENCE
-    onnx_file = model if model.exists() else None
-    if not evidence.exists():
-        return onnx_file, None
-    try:
-        return onnx_file, VerdictEvidence.model_validate_json(evidence.read_bytes())
-    except ValidationError:
-        rule = "is not what this code writes"
-        raise UserError(str(evidence), rule, "promote the run again, or export it by its id") from None
 
 
 def _save_model(classifier: Classifier, path: Path, folder: Path) -> None:
@@ -163,12 +154,15 @@ def _save_model(classifier: Classifier, path: Path, folder: Path) -> None:
 
 
 def _card(
-    tracker: MlflowTracker,
+    tracker: MlflowTracker | None,
     run_id: str,
     metadata: ModelMetadata,
     costs: ModelCosts,
     evidence: VerdictEvidence | None,
 ) -> str:
+    remedy = "`--tracking-uri` says where it is"
+    if tracker is None:
+        raise UserError(f"run {run_id}", "the numbers of its card can't be read: there is no tracking store", remedy)
     with tempfile.TemporaryDirectory() as name:
         try:
             run = tracker.client.get_run(run_id)
@@ -176,5 +170,5 @@ def _card(
         except (MlflowException, OSError) as error:
             reason = str(error).splitlines()[0]
             rule = f"the numbers of its card can't be read ({reason})"
-            raise UserError(f"run {run_id}", rule, "`--tracking-uri` says where it is") from None
+            raise UserError(f"run {run_id}", rule, remedy) from None
         return model_card(metadata, run, Path(predictions), costs, evidence)

@@ -69,6 +69,14 @@ def test_export_of_a_promoted_run_is_the_registered_package(trained: Trained, pa
     assert digests(tmp_path / "out")["model.onnx"] == packed.sha256["model.onnx"]
 
 
+def test_exported_folder_is_exported_where_there_is_no_store(packed: Package, tmp_path: Path) -> None:
+    done = run_forked("export", str(packed.folder), "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "no store is made"
+    for name in ("card.md", "evidence.json"):
+        assert digests(tmp_path / "out")[name] == packed.sha256[name]
+
+
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
