@@ -83,9 +83,11 @@ def settle(tracker: MlflowTracker, ledger: Ledger, note: Callable[[str], None]) 
             role = "the champion" if deleted == ledger.champions(model)[-1] else "a former champion"
             reason = f"deleted in MLflow; was {role}"
             ledger.record(DELETED, model, deleted.run, version=deleted.version, reason=reason)
-            note(
-                f"{model} {version_label(deleted.version)}, {role}, was deleted in MLflow: the ledger has it as deleted"
-            )
+            for alias in (CHAMPION, PREVIOUS):  # of a version whose run was removed; MLflow removes those of a version
+                if registry.alias(alias) == deleted.version:
+                    registry.set_alias(alias, None)
+            what = f"{model} {version_label(deleted.version)}, {role},"
+            note(f"{what} was deleted in MLflow, or its run for good: the ledger has it as deleted")
 
 
 def _move(registry: Registry, begun: Event, version: str) -> None:

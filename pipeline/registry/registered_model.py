@@ -36,14 +36,18 @@ class Registry:
 
     @property
     def elsewhere(self) -> UserError | None:
-        """That the ledger is about another tracking store: of the model's runs that it names, none is in this one."""
+        """That the ledger is about another tracking store: of the model's runs that it names, this one knows none.
+
+        Where a run was removed for good, its version still tells that it was here.
+        """
         runs = {event.run for event in self.ledger.events(self.model)}
-        if not runs or any(self.tracker.store.run(run) for run in runs):
+        if not runs or any(self.tracker.store.run(run) or self._versions(run) for run in runs):
             return None
         return UserError(
             self.model,
             f"none of its runs that the ledger names ({self.ledger.home}) is in this tracking store",
-            "`--tracking-uri` says where they are, `--model` begins another model",
+            "`--tracking-uri` says where they are; where they and the versions were removed for good, `--model NAME` begins "
+            "another model",
         )
 
     def alias(self, name: str) -> str | None:
@@ -124,7 +128,7 @@ class Registry:
             yield f"`{self.command(f'rollback --version {champion.version}')}` with a `--reason` takes the ledger's"
 
     def deleted(self) -> list[Champion]:
-        """The versions that were champion, by the ledger, and were deleted in MLflow since."""
+        """The versions that were champion, by the ledger, and that, or whose run, MLflow has no more."""
         deleted = [c for c in dict.fromkeys(self.ledger.champions(self.model)) if not self._exists(c)]
         return [] if deleted and (self._new_name(deleted) or self.elsewhere) else deleted
 
@@ -138,8 +142,9 @@ class Registry:
 
     def _exists(self, champion: Champion) -> bool:
         version = self._find(champion.version)
-        # A model that was deleted and made again counts its versions from 1.
-        return version is not None and version.run_id == champion.run
+        # A model that was deleted and made again counts its versions from 1. A version's files lie in its run.
+        is_it = version is not None and version.run_id == champion.run
+        return is_it and self.tracker.store.run(champion.run) is not None
 
     def _find(self, version: str) -> ModelVersion | None:
         try:

@@ -248,7 +248,7 @@ def _registered(tracker: MlflowTracker, uri: str) -> tuple[ModelVersion, str] | 
     label = f"{name} version {version.version}"
     try:
         return version, f"{label}, {run_label(tracker.client.get_run(version.run_id or ''))}"
-    except MlflowException:  # a version keeps its files when its run is removed
+    except MlflowException:  # with the run its files went, unless they lie elsewhere; reading them tells
         return version, f"{label}, of a run that was removed"
 
 

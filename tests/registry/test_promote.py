@@ -4,11 +4,14 @@ import importlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Trained
 from mlflow import MlflowClient
 
 from pipeline.data.prepare import TrainingData
@@ -144,6 +147,21 @@ def test_champion_whose_files_are_gone_names_the_way_out(store: Store, tmp_path:
     registry.tracker.client.delete_model_version("gone", "1")
     settle(registry.tracker, registry.ledger, view.note)
     assert promote(registry, store.best, RULES, DATA, view) == Champion("2", store.best)
+
+
+def test_champion_whose_run_was_removed_for_good_is_recorded_as_deleted(candidates: Store, tmp_path: Path) -> None:
+    home = tmp_path / "mlruns"
+    Trained(candidates.home, candidates.best, "").copy(home)
+    registry, view = Registry(MlflowTracker(home), Ledger(home), "image-classifier"), RecordingObserver()
+    make_champion(registry, candidates.good)
+    registry.tracker.client.delete_run(candidates.good)
+    database = f"sqlite:///{home / 'mlflow.db'}"
+    words = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", database, "--run-ids", candidates.good]
+    subprocess.run(words, check=True, capture_output=True, env={**os.environ, "MLFLOW_TRACKING_URI": database})
+    settle(registry.tracker, registry.ledger, view.note)
+    assert "version 1, the champion, was deleted in MLflow, or its run for good" in view.lines[0]
+    assert registry.champion() is None and registry.alias("champion") is None
+    assert promote(registry, candidates.best, RULES, DATA, view) == Champion("2", candidates.best)
 
 
 def test_reproduction_is_no_candidate(store: Store, tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> None:
