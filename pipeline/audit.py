@@ -19,7 +19,7 @@ from pipeline.search.snapshot import StudySnapshot, TrialSnapshot, requeue_aband
 from pipeline.search.storage import RetryingStorage
 from pipeline.tracking.intact import missing_tags, run_label
 from pipeline.tracking.journal import FOLDER, empty_folders, is_busy
-from pipeline.tracking.models import version_faults
+from pipeline.tracking.models import GONE_FOR_GOOD, version_faults
 from pipeline.tracking.queries import Points, all_points, all_runs, artifact_folder, keys_of
 from pipeline.tracking.recovery import adopt_journals, close_run, other_journals
 from pipeline.tracking.sqlite import database_fault
@@ -296,9 +296,13 @@ class _Auditor:
                         self._find(line, "", "the trial resumes from the checkpoint before it, or from epoch 1")
 
     def _check_versions(self) -> None:
-        for name, faults in version_faults(self._tracker):
+        has_ledger = (self._home / ledger.FILE).is_file()
+        for version, faults in version_faults(self._tracker):
+            champions = ledger.Ledger(self._home).champions(version.name) if faults and has_ledger else []
+            way_back = len(champions) > 1 and champions[-1].version == str(version.version)
+            ways = ["put its files back", *["`rollback` goes back to the version before"] * way_back, GONE_FOR_GOOD]
             for fault in faults or ():
-                self._find(name, fault, "`rollback` goes back to the version before")
+                self._find(f"{version.name} version {version.version}", fault, "; ".join(ways))
 
     def _check_ledger(self) -> None:
         if not (self._home / ledger.FILE).is_file():

@@ -249,7 +249,10 @@ def test_changed_file_of_a_registered_model_is_found(trained: Trained, packed: P
         assert not all_lines(audit(None, MlflowTracker(home)).findings)
         (folder / "card.md").write_text("the best")
         (seen,) = all_lines(audit(None, MlflowTracker(home)).findings)
-        assert "image-classifier version 1: card.md: its SHA-256 differs" in seen
+        assert (
+            "image-classifier version 1: card.md: its SHA-256 differs; put its files back; where they are gone" in seen
+        )
+        assert "rollback" not in seen, "there is no version before"
 
 
 def test_cut_off_promotion_and_deleted_version_are_found(trained: Trained, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ TEACHERS = "teachers"  # in the folder `mlruns`: copies of models that others le
 DIGEST_TAG = "sha256."  # prefix of a registered version's tags; the name of a file follows
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias that isn't set
 _NOT_A_MODEL = "neither a folder, nor a run's id (32 of 0-9a-f), nor models:/NAME@ALIAS or models:/NAME/VERSION"
+GONE_FOR_GOOD = "where they are gone for good, delete this version in MLflow, and `promote` does without it"
 _NO_RUN = Problem(
     "no finished run yet", "", "`study NAME --dataset digits` trains some; or name a model's folder by `--model`"
 )
@@ -68,7 +69,7 @@ def verify(folder: Path, expected: Mapping[str, str]) -> None:
         raise DataError.many([Problem(name, fault) for name, fault in faults.items()])
 
 
-def version_faults(tracker: MlflowTracker) -> Iterator[tuple[str, list[str] | None]]:
+def version_faults(tracker: MlflowTracker) -> Iterator[tuple[ModelVersion, list[str] | None]]:
     """Each registered version, and what is wrong with its files; None where a server has them.
 
     Versions without tags of digests were not registered by a promotion, and are omitted.
@@ -77,19 +78,18 @@ def version_faults(tracker: MlflowTracker) -> Iterator[tuple[str, list[str] | No
         expected = _expected_digests(version)
         if not expected:
             continue
-        name = f"{version.name} version {version.version}"
         if tracker.is_remote:
-            yield name, None
+            yield version, None
             continue
         try:
             source = tracker.client.get_model_version_download_uri(version.name, version.version)
             # For local files this copies nothing and returns their own path.
             verify(Path(mlflow.artifacts.download_artifacts(source, tracking_uri=tracker.uri)), expected)
-            yield name, []
+            yield version, []
         except DataError as error:
-            yield name, error.lines
+            yield version, error.lines
         except (MlflowException, OSError) as error:
-            yield name, [first_line(error)]
+            yield version, [first_line(error)]
 
 
 def _expected_digests(version: ModelVersion) -> dict[str, str]:
@@ -152,8 +152,7 @@ def _package(tracker: MlflowTracker, version: ModelVersion, label: str, folder: 
     if not expected:
         rule = f"has no tags {DIGEST_TAG}<file> to verify its files by"
         raise DataError(label, rule, "`promote` registers models with them")
-    gone = "put them back; where they are gone for good, delete this version in MLflow, and `promote` does without it"
-    with _reading(label, gone):
+    with _reading(label, f"put them back; {GONE_FOR_GOOD}"):
         source = tracker.client.get_model_version_download_uri(version.name, version.version)
         with tempfile.TemporaryDirectory() as record_folder:
             # Some stores can't download a single file of a version.
@@ -168,8 +167,8 @@ def _package(tracker: MlflowTracker, version: ModelVersion, label: str, folder: 
         verify(Path(downloaded), expected)
     except DataError as error:
         rule = "its files are not those that were registered"
-        remedy = "put them back, or `rollback --version N` takes another version"
-        raise DataError(label, rule, remedy, error.lines) from None
+        remedy = "put them back, or `rollback --version N` with a `--reason` takes another version"
+        raise DataError(label, rule, f"{remedy}; {GONE_FOR_GOOD}", error.lines) from None
     return Path(downloaded)
 
 

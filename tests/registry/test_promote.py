@@ -102,7 +102,9 @@ def test_first_champion_second_champion_and_rollback(
 
     [files] = store.home.glob(f"**/{store.good}/**/model/model.onnx")
     files.rename(files.with_name("gone"))
-    with pytest.raises(DataError, match=r"way version 1, .*: its files are not those .*; put them back"):
+    with pytest.raises(
+        DataError, match=r"way version 1, .*: its files are not those .*; put them back.*gone for good, delete"
+    ):
         roll_back(registry, None, "too slow")
     assert registry.champion() == second and not registry.ledger.unfinished()
     files.with_name("gone").rename(files)
