@@ -1,6 +1,7 @@
 """MLflow's own scoring server for a packed model, on this machine only."""
 
 import base64
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ _FLAVORS: Mapping[str, Mapping[str, Any]] = {  # as export writes them, but for 
     "onnx": {"code": None, "data": MODEL, "onnx_session_options": None, "providers": ["CPUExecutionProvider"]},
     "python_function": {"data": MODEL, "loader_module": "mlflow.onnx"},
 }
+_DATA_URL = re.compile(r"^data:image/[\w.+-]+;base64,")
 _VERSIONS = ("onnx_version", "python_version", "env")  # `env` is not made: the server runs in this environment
 
 
@@ -103,9 +105,13 @@ def start(folder: Path, port: int, log_file: Path) -> subprocess.Popen[bytes]:
 
 
 def decoded(images: Sequence[str], form: Form) -> np.ndarray:
-    """Image files in base64 -> uint8 (N, S, S, 3), read as `predict` reads a file; UserError names what is none."""
+    """Image files in base64 -> uint8 (N, S, S, 3), read as `predict` reads a file; UserError names what is none.
+
+    Base64 may have line breaks, and begin as a data URL does.
+    """
     pixels = []
     for number, text in enumerate(images):
+        text = _DATA_URL.sub("", "".join(text.split()))
         with tempfile.NamedTemporaryFile() as file:
             try:
                 file.write(base64.b64decode(text, validate=True))

@@ -4,7 +4,9 @@ import os
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from mlflow.pyfunc import PyFuncModel, load_model
 from mlflow.pyfunc.scoring_server import init
 from pydantic import BaseModel, Field
@@ -15,6 +17,7 @@ from pipeline.registry.serve import decoded, form_of
 from pipeline.tracking.access import AccessControl
 
 MAX_IMAGES = 1000  # of one request
+_BODY = f'the body: should be {{"images": ["<base64>"]}}, 1 to {MAX_IMAGES:,} image files, with Content-Type: application/json'
 
 
 class EncodedImages(BaseModel):
@@ -33,6 +36,11 @@ def app() -> AccessControl:
 
 def _add_images(scoring: FastAPI, model: PyFuncModel) -> None:
     form = form_of(model.metadata)
+
+    @scoring.exception_handler(RequestValidationError)
+    def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
+        # FastAPI's own answer repeats what was sent, and fails where that is no text.
+        return JSONResponse({"detail": _BODY}, 400)
 
     @scoring.post("/images")
     def classify(encoded: EncodedImages) -> dict[str, Any]:

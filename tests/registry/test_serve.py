@@ -1,5 +1,6 @@
 """The champion answers over HTTP as `predict` does, from files that were checked, and its server goes when it is told to."""
 
+import base64
 import http.client
 import json
 import os
@@ -80,10 +81,25 @@ def test_champion_answers_curl_and_server_ends_with_command(trained: Trained, pa
                 assert connection.getresponse().status == 403, forged
                 connection.close()
 
-            for wrong in ('{"images": []}', '{"images": ["%"]}', '{"images": ["Y2F0"]}'):
+            json_type, form_type = "application/json", "application/x-www-form-urlencoded"
+            part = (
+                b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n\xff\xd8secret\r\n--x--\r\n'
+            )
+            shape = 'the body: should be {"images": ["<base64>"]}, 1 to 1,000 image files, with Content-Type: application/json'
+            for wrong, content_type, detail in (
+                ('{"images": []}', json_type, shape),
+                ('{"images": ["secret"', json_type, shape),
+                ('{"images": ["c2VjcmV0"]}', form_type, shape),
+                (b"\xff\xd8secret", "image/jpeg", shape),
+                (part, "multipart/form-data; boundary=x", shape),
+                ('{"images": ["%"]}', json_type, "images.0: is not base64"),
+                ('{"images": ["Y2F0"]}', json_type, "images.0: not a JPEG, PNG"),
+            ):
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-                connection.request("POST", "/images", wrong, {"Content-Type": "application/json"})
-                assert connection.getresponse().status in (400, 422), wrong
+                connection.request("POST", "/images", wrong, {"Content-Type": content_type})
+                response = connection.getresponse()
+                assert response.status == 400, wrong
+                assert json.loads(response.read())["detail"].startswith(detail), wrong
                 connection.close()
 
             answer = subprocess.check_output(["bash", "-c", said[2]], cwd=tmp_path, text=True, env=ENVIRONMENT)
@@ -111,6 +127,14 @@ def test_champion_answers_curl_and_server_ends_with_command(trained: Trained, pa
 def test_text_that_is_not_base64_is_named(text: str) -> None:
     with pytest.raises(UserError, match=r"^images\.0: is not base64$"):
         serve.decoded([text], Form(8))
+
+
+def test_base64_in_lines_or_in_a_data_url_is_read(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), (10, 20, 30)).save(tmp_path / "a.png")
+    text = base64.encodebytes((tmp_path / "a.png").read_bytes()).decode()
+    assert "\n" in text[:-1]
+    for each in (text, f"data:image/png;base64,{text}"):
+        assert serve.decoded([each], Form(8))[0, 0, 0].tolist() == [10, 20, 30]
 
 
 @pytest.mark.parametrize(
