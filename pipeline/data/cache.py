@@ -37,6 +37,7 @@ CHUNK = 64 * 2**20  # bytes that become part of a cache together
 PROGRESS_S = 10.0  # between two lines of progress
 IMAGES, HELD, INDEX = "images", "held", "index"  # files of a cache
 FIELDS = {IMAGES: "image", HELD: "held"}  # of FileImage
+_SKIP = "replace or remove them, or `--corrupt skip` leaves them out"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 log = logging.getLogger(__name__)
@@ -96,10 +97,13 @@ def in_memory(listing: Listing, form: Form, skip: bool = False) -> Decoded:
 
 
 def in_batches(
-    listing: Listing, form: Form, count: int, skip: bool = False
+    listing: Listing, form: Form, count: int, skip: bool, remedy: str
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """The images as they are read, `count` at a time, of which nothing is kept: rows int64 (B,), uint8 (B, 3, S, S)."""
-    images = _read(listing.files, form, [], skip, len(listing.names))
+    """The images as they are read, `count` at a time, of which nothing is kept: rows int64 (B,), uint8 (B, 3, S, S).
+
+    DataError, with this remedy, where there are some that can't be read, unless `skip`.
+    """
+    images = _read(listing.files, form, [], skip, len(listing.names), remedy)
     while batch := list(islice(images, count)):
         yield np.array([row for row, _ in batch]), torch.from_numpy(np.stack([file.image for _, file in batch]))
 
@@ -170,7 +174,7 @@ def _too_small(cache: Path, rule: str) -> DataError:
 
 
 def _read(
-    files: Sequence[str], form: Form, unreadable: list[BadImage], skip: bool, total: int
+    files: Sequence[str], form: Form, unreadable: list[BadImage], skip: bool, total: int, remedy: str = _SKIP
 ) -> Iterator[tuple[int, FileImage]]:
     """The images and their numbers, in their order; at the end, one DataError for all the files that can't be read.
 
@@ -188,7 +192,7 @@ def _read(
         else:
             yield number, result
     if unreadable and not skip:
-        raise _unusable(unreadable, total, "replace or remove them, or `--corrupt skip` leaves them out")
+        raise _unusable(unreadable, total, remedy)
 
 
 def _unusable(unreadable: Sequence[BadImage], count: int, remedy: str) -> DataError:

@@ -27,6 +27,7 @@ from pipeline.evaluation.logits import images_together
 from pipeline.sections.data import Data, Form
 
 BATCHES = 8  # of a prediction, that are read together
+_REPLACE = "replace or remove them; the run stays promotable, as none of them trained it"
 
 
 def digest_of(about: Data, data_dir: Path, home: Path | None = None) -> str:
@@ -111,7 +112,7 @@ def _opened(
         yield names, resized(grey[:, None].expand(-1, 3, -1, -1), form), labels[chosen]
     else:
         test, count = _test_images(about, home), BATCHES * images_together(form.size)
-        for rows, images in in_batches(test, form, count, about.corrupt == "skip"):
+        for rows, images in in_batches(test, form, count, about.corrupt == "skip", _REPLACE):
             yield test.classes, images, torch.from_numpy(test.labels[rows])
 
 

@@ -144,8 +144,12 @@ def test_images_of_files_are_read_a_batch_at_a_time(tmp_path: Path, monkeypatch:
     assert {len(part.labels) for part in parts} == {1, 2} and len(parts) == len(whole.labels) // 2
     assert torch.equal(torch.cat([part.images[:] for part in parts]), whole.images[1:])
     assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels[1:])
-    with pytest.raises(DataError, match=r"cat/0\.png.*empty"):
+    with pytest.raises(DataError, match=r"cat/0\.png.*empty.*\n.*replace or remove them; the run stays promotable"):
         list(opener.read_test_split(about(root), *arguments))
+    before = load(about(root), tmp_path).digest
+    (root / "test" / "cat" / "0.png").unlink()
+    assert opener.open_test_split(about(root), *arguments).images.shape[0] == 5
+    assert load(about(root), tmp_path).digest == before, "what the run was trained on"
 
 
 def test_class_unknown_to_the_model_is_refused(tmp_path: Path) -> None:
