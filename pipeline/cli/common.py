@@ -274,10 +274,15 @@ def is_folder(wanted: str) -> bool:
 
 @contextlib.contextmanager
 def model_files(wanted: str | None, tracking_uri: str | None) -> Iterator[tuple[Path, str]]:
-    """The folder of the model that is meant, which exists while the block runs, and its label; see `find_model`."""
+    """The folder of the model that is meant, which exists while the block runs, and its label; see `find_model`.
+
+    UserError, too, for one of the folder's files.
+    """
     if wanted and is_folder(wanted):
         yield expand(Path(wanted)), wanted
         return
+    if wanted and (file := expand(Path(wanted))).is_file():
+        raise UserError(f"model {wanted}", "is a file", f"name its folder: {file.parent}")
     from pipeline.tracking.models import find_model
 
     with find_model(HOME, tracking_uri, wanted) as model:

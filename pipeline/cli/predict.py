@@ -27,7 +27,7 @@ MOST_SHOWN = 12  # images of one figure
 
 def predict(
     files: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
             metavar="IMAGE...", help="Images, folders of images, and CIFAR's or Kaggle's pickles of images."
         ),
@@ -44,6 +44,8 @@ def predict(
     """Classify images: class, confidence and the next two. Files that can't be used are named at the end (exit code 4)."""
     from pipeline.inference.predictions import check_output, predict_files, predictions_table, write_predictions
 
+    if "" in files:  # as an unset variable of a shell is; as a path it would be the current folder
+        raise UserError("IMAGE", "is empty", "name images or folders; `predict .` takes the current one")
     if output:
         output = expand(output)
         check_output(output)
@@ -53,7 +55,7 @@ def predict(
     with console.status("") as status:
         predicted = predict_files(
             classifier,
-            [expand(file) for file in files],
+            [expand(Path(file)) for file in files],
             method,
             keep=MOST_SHOWN if show else 0,
             on_progress=lambda done: status.update(f"{done:,} images"),

@@ -113,7 +113,8 @@ class CandidateEvaluation:
         subject, record = f"run {former.run}", former.evidence.record
         passed = f"was evaluated on this test split by {former.user}, {former.time}, and passed"
         if former.kind == REFUSED:
-            rule = f"was evaluated on this test split by {former.user}, {former.time}, and refused"
+            as_other = "" if former.model == self.registry.model else f", to become {former.model}"
+            rule = f"was evaluated on this test split by {former.user}, {former.time}, and refused{as_other}"
             raise PromotionRefused(subject, rule, _EVALUATE_AGAIN, lines_of(record.verdict.problems))
         if former.model != self.registry.model:
             raise PromotionRefused(subject, f"{passed}, to become {former.model}", _EVALUATE_AGAIN)
@@ -123,7 +124,8 @@ class CandidateEvaluation:
             served = f"{passed}, and served as {former.model} version {version}"
             if any((event.kind, event.version) == (DELETED, version) for event in later):
                 raise PromotionRefused(subject, f"{served}, which was deleted in MLflow", _EVALUATE_AGAIN)
-            remedy = f"`{self.registry.command(f'rollback --version {version}')}` makes it champion without"
+            command = self.registry.command(f"rollback --version {version}")
+            remedy = f"`{command}` with a `--reason` makes it champion without"
             raise PromotionRefused(subject, f"{served}, which is champion no more", _EVALUATE_AGAIN, [remedy])
         if record.rules != self.rules:
             then, now = record.rules.model_dump(), self.rules.model_dump()

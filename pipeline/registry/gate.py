@@ -73,7 +73,8 @@ class Rules(BaseModel):
                 values[name] = value
             else:
                 known = ", ".join(values)
-                rule = f"should be NAME=VALUE, of {known}{did_you_mean(name, values)}"
+                hint = "" if name in values else did_you_mean(name, values)
+                rule = f"should be NAME=VALUE, of {known}{hint}"
                 problems.append(Problem(f"`--rules` {assignment}", rule))
         try:
             rules = Rules.model_validate(values)

@@ -115,6 +115,11 @@ def test_predict_reads_a_pickle_of_images(trained: Trained, tmp_path: Path) -> N
         (["predict"], ["IMAGE: needs a value: images, folders of images", "type `python -m pipeline predict IMAGE`"]),
         (["predict", "cat.jpg"], ["no finished run yet"]),
         (
+            ["predict", ""],
+            ["IMAGE: is empty; name images or folders; `python -m pipeline predict .` takes the current"],
+        ),
+        (["predict", "cat.jpg", "--model", __file__], ["is a file; name its folder: ", "tests/cli"]),
+        (
             ["predict", "~nobody/cat.jpg", "--model", "~nobody/x"],
             ["model ~nobody/x: neither a folder, nor", "no runs yet in mlruns"],
         ),

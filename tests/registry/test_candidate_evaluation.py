@@ -43,6 +43,8 @@ def test_model_that_is_not_better_is_refused_once(store: Store, tmp_path: Path) 
     ) as caught:
         promote(registry, store.good, RULES, DATA, view)
     assert caught.value.lines[1].startswith("  better: p = ")
+    with pytest.raises(PromotionRefused, match=r"and refused, to become worse; `--force`"):
+        promote(Registry(registry.tracker, registry.ledger, "worse-too"), store.good, RULES, DATA, view)
     with pytest.raises(PromotionRefused, match=r"^better"):
         promote(registry, store.good, RULES, DATA, view, forced="to be sure")
     last = registry.ledger.events()[-1]

@@ -94,7 +94,8 @@ def test_first_champion_second_champion_and_rollback(
     ]
     assert len(view.verdicts) == 2 and view.verdicts[1].passed
     with pytest.raises(
-        PromotionRefused, match=r"version 1, which is champion no more; .*\n.*`rollback --version 1 --model way`"
+        PromotionRefused,
+        match=r"version 1, which is champion no more; .*\n.*`rollback --version 1 --model way` with a `--reason` makes",
     ):
         promote(registry, store.good, RULES, DATA, view)
     with pytest.raises(PromotionRefused, match=r"and passed, to become way; `--force`"):
