@@ -6,6 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 from conftest import Trained, registered, run_forked, run_pipeline
 
@@ -31,6 +33,10 @@ def test_export_writes_a_model_and_its_8_bit_form(trained: Trained, tmp_path: Pa
         assert re.search(rf"^ *{row} +\d+\.\d+%? +\d+\.\d+%? *$", done.stdout, re.MULTILINE), done.stdout
     files = {file.name for file in out.iterdir()}
     assert {"model.onnx", "model.int8.onnx", "weights.safetensors", "recipe.json", "card.md", "MLmodel"} <= files
+    model = onnxruntime.InferenceSession(out / "model.int8.onnx")  # as the guide has it
+    (probabilities,) = model.run(["probabilities"], {"images": np.zeros((2, 8, 8, 3), np.uint8)})
+    assert probabilities.shape == (2, 10)
+    assert json.loads(model.get_modelmeta().custom_metadata_map["classes"]) == list("0123456789")
     plain = run_forked("export", trained.finished, "--output", str(out), cwd=trained.home.parent)
     assert "model.int8.onnx of the export before is gone; " in plain.stdout, plain.stderr
     again = run_forked("predict", str(digit), "--model", str(out), cwd=tmp_path)
