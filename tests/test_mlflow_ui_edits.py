@@ -183,7 +183,7 @@ EDITS: dict[str, tuple[Callable[[Store], Any], list[Step]]] = {
     "the registered model is deleted": (
         lambda s: s.client.delete_registered_model(MODEL),
         [(AUDIT, 1, "version 1, 2 was deleted in MLflow; "),
-         (FIX, 0, "version 2, the champion, was deleted in MLflow: the ledger has it as deleted"),
+         (FIX, 0, "version 2, the champion, was deleted in MLflow, or its run for good: the ledger has it as deleted"),
          (HISTORY, 0, "deleted", "no champion"), (ROLLBACK, 2, "has no champion; there is nothing to go back to"),
          (PROMOTE, 5, "which was deleted in MLflow; `--force`"), (PREDICT, 0, "no champion"),
          ((*PROMOTE, "--force", "--reason", "deleted by mistake"), 0, "champion: image-classifier version 1")],

@@ -79,9 +79,14 @@ class StudyHarness:
         return plan_finals(self.tracker, self.study, device, top, seeds, epochs)
 
     def finals(
-        self, top: int = 1, seeds: int = 2, observer: RecordingObserver | None = None, workers: int = 1
+        self,
+        top: int = 1,
+        seeds: int = 2,
+        observer: RecordingObserver | None = None,
+        workers: int = 1,
+        epochs: int | None = None,
     ) -> FinalsDecision:
-        planned, observer = self.plan(top, seeds), observer or RecordingObserver()
+        planned, observer = self.plan(top, seeds, epochs), observer or RecordingObserver()
         decision = run_finals(self.tracker, planned, self.data, CPU, observer, workers=workers)
         assert decision, "there is no time limit"
         return decision

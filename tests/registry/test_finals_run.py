@@ -136,18 +136,19 @@ def test_interrupted_finals_resume_and_void_the_old_decision(
 ) -> None:
     def twice() -> None:
         with pytest.raises(UserError, match="another command is running it"):
-            harness.finals()
+            harness.finals(epochs=2)
 
-    harness.finals(seeds=1, observer=RecordingObserver(twice))
+    harness.finals(seeds=1, epochs=2, observer=RecordingObserver(twice))
     assert find_winner(harness.tracker, harness.study)
-    presses = iter([False, True])
+    presses = iter([False, False, True])  # the third epoch is the first of two
 
     def press() -> None:
         if next(presses):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
-        harness.finals(seeds=2, observer=RecordingObserver(press))
+        harness.finals(seeds=2, epochs=2, observer=RecordingObserver(press))
+    assert harness.tracker.flush(30)
     assert [run.data.tags["state"] for run in harness.runs()] == ["finished"] * 3 + ["interrupted"]
     with pytest.raises(
         UserError,
@@ -156,7 +157,7 @@ def test_interrupted_finals_resume_and_void_the_old_decision(
         find_winner(harness.tracker, harness.study)
 
     observer = RecordingObserver()
-    decision = harness.finals(seeds=2, observer=observer)
+    decision = harness.finals(seeds=2, epochs=2, observer=observer)
     assert list(observer.outcomes) == ["trial 1, seed 2"]
     assert [run.data.tags["state"] for run in harness.runs()] == ["finished"] * 4, "the same run, gone on with"
     assert find_winner(harness.tracker, harness.study)
