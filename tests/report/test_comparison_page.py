@@ -41,4 +41,4 @@ def test_a_study_beside_itself_under_another_name_leads_by_nothing(trained: Trai
     both = pd.concat([frame, frame.assign(study=twin.name)], ignore_index=True)
     said = body(studies_page(tracker, [study, twin], both, {}))
     assert "tiny-v1-digits has the highest score, as high as that of twin-v1-digits" in said
-    assert "+0.00 points (95 % interval -1.34 to +1.34, n = 144 validation images" in said
+    assert "+0.00 points (95 % interval -1.34 to +1.34, n = 144 validation images, paired; exact McNemar p = 1)" in said
