@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.registry.decision import FILE, FinalsDecision, decide, find_winner, run_to_promote
-from pipeline.registry.racing import Candidate, Final, Racing
+from pipeline.registry.racing import Candidate, Final, Racing, choose
 from pipeline.tracking.queries import StudyRuns, find_studies
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest
@@ -84,8 +85,19 @@ def test_decision_is_read_back_as_it_was_stored(
 
 
 def test_earlier_looks_at_fewer_of_its_seeds_are_counted(
-    tracker: MlflowTracker, study: StudyRuns, racing: Racing, digits: TrainingData
+    tracker: MlflowTracker,
+    study: StudyRuns,
+    racing: Racing,
+    digits: TrainingData,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    number: list[int] = []
+
+    def choosing(racing: Racing, flop: dict[str, int], look: int) -> Any:
+        number.append(look)
+        return choose(racing, flop, look)
+
+    monkeypatch.setattr("pipeline.registry.decision.choose", choosing)
     for candidate in racing.candidates:
         for seed in (3, 4, 5):
             racing.add(candidate, seed, Final("0" * 32, 0.5, 1.0))
@@ -100,6 +112,7 @@ def test_earlier_looks_at_fewer_of_its_seeds_are_counted(
     assert looks(1, 2, 3, 4, 5) == (3, 4)
     racing.folds = 5
     assert looks(1, 2, 3, 4, 5) == (), "of other images"
+    assert number == [1, 1, 2, 2, 3, 1], "the level falls with each"
 
 
 def test_decision_is_void_where_its_finals_changed(

@@ -131,6 +131,14 @@ def test_better_trial_since_the_decision_is_named(finished: StudyHarness) -> Non
     )
 
 
+def test_step_of_a_score_is_that_of_the_objective(harness: StudyHarness) -> None:
+    harness.tracker.client.set_tag(harness.study.parent, "objective", "val/balanced_accuracy")
+    for run in harness.runs("trial"):
+        harness.tracker.client.log_metric(run.info.run_id, "val/balanced_accuracy", 0.5)
+    labels = harness.data.validation.labels
+    assert harness.finals(seeds=1).least_sd == pytest.approx(1 / (10 * int(labels.bincount().min())))
+
+
 def test_interrupted_finals_resume_and_void_the_old_decision(
     harness: StudyHarness,
 ) -> None:
