@@ -66,19 +66,17 @@ def _swapped(
 def image_counts(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
     """float32 (N, 3 C): what each image adds to its class's images, its hits, and the predictions of a class."""
     rows = np.arange(len(labels))
-    sums = np.zeros((len(labels), 3 * num_classes), dtype=np.float32)
-    sums[rows, labels] = 1
-    sums[rows, num_classes + labels] = predicted == labels
-    sums[rows, 2 * num_classes + predicted] = 1
-    return sums
+    counts = np.zeros((len(labels), 3 * num_classes), dtype=np.float32)
+    counts[rows, labels] = 1
+    counts[rows, num_classes + labels] = predicted == labels
+    counts[rows, 2 * num_classes + predicted] = 1
+    return counts
 
 
 def image_columns(probabilities: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """float32 (N, 3 C + BINS) of probabilities (N, C): `image_counts`, and what each image adds to its bin's gap.
+    """float32 (N, 3 C + BINS) of probabilities (N, C): `image_counts`, and the gaps of confidence bins.
 
-    That is the gap between accuracy and confidence.
-
-    Every score is made of such sums, so that a draw of images is a product with their counts.
+    A gap is accuracy less confidence: what each image adds to that of its bin.
     """
     predicted, confidence = probabilities.argmax(1), probabilities.max(1)
     bins = np.digitize(confidence, np.linspace(0, 1, BINS + 1)[1:-1], right=True)

@@ -31,7 +31,7 @@ def sample(values: Sequence[float], least_sd: float = 0.0, overlap: float = 0.0)
     """Of at least one number. The interval is that of a standard deviation of `least_sd` where theirs is smaller.
 
     `overlap` is added to the 1 / n of the mean's variance where the numbers depend on each other: for K folds, 1 / (K - 1),
-    validation by training images (Nadeau and Bengio, Machine Learning 52, 2003).
+    validation by training images, `fold_overlap` (Nadeau and Bengio, Machine Learning 52, 2003).
     """
     from scipy.special import stdtrit  # Student's t without the import of scipy.stats
 
@@ -54,6 +54,11 @@ def image_step(objective: str, labels: np.ndarray, num_classes: int) -> float:
         "val/f1_macro": 2 / (num_classes * (counts.min() + 1)),
     }
     return float(steps.get(objective, 1 / len(labels)))
+
+
+def fold_overlap(folds: int) -> float:
+    """The `overlap` of `sample` and `paired_t` for scores on so many folds; 0 folds are none: all on one split."""
+    return 1 / (folds - 1) if folds else 0.0
 
 
 def paired_t(differences: Sequence[float], least_sd: float, overlap: float = 0.0) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from pipeline.evaluation.significance import Sample, paired_t, sample
+from pipeline.evaluation.significance import Sample, fold_overlap, paired_t, sample
 from pipeline.recipe import Recipe
 
 MIN_SEEDS = 3  # with fewer nothing is more than chance
@@ -144,7 +144,7 @@ class Racing:
     @property
     def overlap(self) -> float:
         """See `significance.sample`."""
-        return 1 / (self.folds - 1) if self.folds else 0.0
+        return fold_overlap(self.folds)
 
     @property
     def unit(self) -> str:

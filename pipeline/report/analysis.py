@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.evaluation.resampling import SWAPS, swap_test
-from pipeline.evaluation.significance import Sample, mcnemar, paired_difference, sample
+from pipeline.evaluation.significance import Sample, fold_overlap, mcnemar, paired_difference, sample
 from pipeline.recipe import LATER, value_label
 from pipeline.report.stored import Predictions
 from pipeline.report.trials import control, finished, param_names, ranked, searched, trial_rows, with_role
@@ -62,10 +62,8 @@ def lead(first: Predictions, second: Predictions, objective: str, trials: int = 
         return None
     labels, one, two, classes = first.labels, first.answers, second.answers, len(first.classes)
     difference, error = paired_difference(objective, labels, one, two, classes)
-    only_first, only_second = (
-        int(((one == labels) > (two == labels)).sum()),
-        int(((two == labels) > (one == labels)).sum()),
-    )
+    right, other_right = one == labels, two == labels
+    only_first, only_second = int((right & ~other_right).sum()), int((other_right & ~right).sum())
     if objective == "val/accuracy":
         p, gained, images = mcnemar(only_first, only_second), only_first - only_second, len(labels) + 2
         middle, half = gained / images, Z95 * np.sqrt(only_first + only_second + 1 - gained**2 / images) / images
@@ -228,9 +226,8 @@ def _or_default(values: pd.Series) -> pd.Series:
 
 
 def _overlap(runs: pd.DataFrame) -> float:
-    """What trainings on folds share; see `significance.sample`."""
-    folds = int(runs["data.folds"].fillna(0).iloc[0]) if "data.folds" in runs else 0
-    return 1 / (folds - 1) if folds else 0.0
+    """What trainings on folds share; runs that are older than folds have none."""
+    return fold_overlap(int(runs["data.folds"].fillna(0).iloc[0]) if "data.folds" in runs else 0)
 
 
 def pareto(cost: np.ndarray, score: np.ndarray) -> np.ndarray:
