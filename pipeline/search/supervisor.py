@@ -264,10 +264,12 @@ class _StudyReporter:
                 continue
             attributes = TrialAttributes.of(trial)
             if trial.number not in self._epochs and attributes.recipe_digest:
-                self._epochs[trial.number] = 0
                 recipe = self._search.recipe(trial.params)
                 recipe = self._search.short(recipe) if attributes.short else recipe
-                self._observer.trial_started(trial.number, recipe, trial.params, attributes.full_of)
+                # Optuna reads parameters before attributes, and these may have been written in between.
+                if recipe.digest() == attributes.recipe_digest or trial.state.is_finished():
+                    self._epochs[trial.number] = 0
+                    self._observer.trial_started(trial.number, recipe, trial.params, attributes.full_of)
             if trial.state.is_finished():
                 self._ended.add(trial.number)
                 self._observer.trial_ended(trial.number, _outcome(attributes))

@@ -61,6 +61,7 @@ class RecordingObserver:
     ):
         self.outcomes: dict[int, Outcome] = {}
         self.finished: list[int] = []
+        self.started: list[tuple[int, dict[str, Any]]] = []
         self.steps: list[tuple[int, Progress]] = []
         self.forecast: Any = None
         self._at_epoch, self._at_first_step, self._started = at_epoch, at_first_step, set[int]()
@@ -71,7 +72,8 @@ class RecordingObserver:
     def study_progress(self, progress: StudyProgress) -> None:
         self.finished.append(progress.finished)
 
-    def trial_started(self, number: int, recipe: Recipe, params: Any, full_of: int | None = None) -> None: ...
+    def trial_started(self, number: int, recipe: Recipe, params: Any, full_of: int | None = None) -> None:
+        self.started.append((number, dict(params)))
 
     def step(self, number: int, progress: Progress) -> None:
         self.steps.append((number, progress))

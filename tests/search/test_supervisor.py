@@ -1,5 +1,6 @@
 """What the supervisor decides; its workers are threads of this process that claim trials of a real database."""
 
+import copy
 import random
 import threading
 import time
@@ -21,7 +22,7 @@ from pipeline.search.optuna_internals import study_id
 from pipeline.search.requeue import mark_failed
 from pipeline.search.short_trials import simulate
 from pipeline.search.storage import StudyLock, num_finished, open_storage, open_study
-from pipeline.search.supervisor import Supervisor, _HeartbeatMonitor
+from pipeline.search.supervisor import Supervisor, _HeartbeatMonitor, _StudyReporter
 from pipeline.search.trial import StudyInterrupted, claim_trial
 from pipeline.search.trial_attributes import Beat, Progress, TrialAttributes, update_attributes
 from pipeline.search.worker import Assignment, Ended, Limits
@@ -353,10 +354,31 @@ def test_progress_is_reported_from_heartbeats(supervise: Supervise) -> None:
     def report_progress(trial: optuna.Trial, worker: ThreadWorker) -> float:
         rates(trial)
         beat = Beat(count=1, progress=Progress(2, 3, 7, 5.0), measured_epoch=1)
-        update_attributes(trial.study, trial, recipe_digest="x", heartbeat=beat)
+        digest = supervised.search.recipe(trial.params).digest()
+        update_attributes(trial.study, trial, recipe_digest=digest, heartbeat=beat)
         time.sleep(0.2)
         return 0.5
 
     supervised = supervise(1)
     supervised.run(report_progress)
     assert (0, Progress(2, 3, 7, 5.0)) in supervised.observer.steps
+
+
+def test_trial_that_was_read_while_it_was_written_is_reported_with_its_parameters(supervise: Supervise) -> None:
+    """Optuna reads parameters and attributes one after the other: the attributes alone were shown as the control."""
+    supervised = supervise(3)
+    context = supervised.harness.context(supervised.search, supervised.observer)
+    reporter = _StudyReporter(context, supervised.study, Allowance(supervised.search, supervised.study))
+    supervised.study.ask()  # the control
+    trial = supervised.study.ask()
+    rates(trial)
+    digest = supervised.search.recipe(trial.params).digest()
+    update_attributes(supervised.study, trial, recipe_digest=digest, run_key="a" * 32)
+    whole = supervised.study.get_trials()[trial.number]
+    torn = copy.copy(whole)
+    torn.params, torn.distributions = {}, {}
+    reporter.report([torn])
+    assert not supervised.observer.started
+    for _ in range(2):
+        reporter.report([whole])
+    assert supervised.observer.started == [(trial.number, trial.params)]
