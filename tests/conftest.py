@@ -64,6 +64,21 @@ hypothesis.settings.register_profile("anew", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parents[1]
+# The studies that come with the project: what tests expect of all studies, they expect of these. A user's own, in the same
+# folder, may be written in any way. A new one of the project is entered here.
+SHIPPED_STUDIES = (
+    "attention",
+    "attention_kinds",
+    "baseline",
+    "cct",
+    "efficient",
+    "expert",
+    "fast",
+    "improved",
+    "plain",
+    "rare_classes",
+    "transfer",
+)
 
 
 # Where single tests take long: begun last, one of two workers would end alone.

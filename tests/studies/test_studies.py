@@ -1,13 +1,17 @@
-"""Every study in studies/ keeps what studies promise."""
+"""Every study that comes with the project keeps what studies promise."""
 
 import ast
 import itertools
 import random
+import re
+import shutil
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from conftest import SHIPPED_STUDIES
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FixedTrial
 from pydantic import TypeAdapter, ValidationError
@@ -17,10 +21,10 @@ from pipeline.errors import UserError
 from pipeline.recipe import KIND, Recipe, kind_field, kinds_with
 from pipeline.search.search import Search
 from pipeline.search.space_check import ScriptedTrial, control, extremes, field_of
-from pipeline.search.study import FOLDER, Study, available, load_study
+from pipeline.search.study import FOLDER, Study, load_study
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", SHIPPED_STUDIES)
 def test_control_is_the_base_recipe(name: str) -> None:
     study = load_study(name)
     params = control(study.space, study.base)
@@ -28,7 +32,7 @@ def test_control_is_the_base_recipe(name: str) -> None:
     study.space(FixedTrial(params))
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", SHIPPED_STUDIES)
 def test_every_variant_is_a_valid_base_inside_the_space(name: str) -> None:
     study = load_study(name)
     for dataset, variant in study.variants.items():
@@ -127,7 +131,7 @@ def check_that_settings_hold(search: Search) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", SHIPPED_STUDIES)
 def test_settings_are_in_all_recipes_that_can_have_them(name: str) -> None:
     study, seen = load_study(name), set()
     for said in settable(study.base):
@@ -136,7 +140,7 @@ def test_settings_are_in_all_recipes_that_can_have_them(name: str) -> None:
     assert seen >= set(itertools.chain(*kinds)), "every kind was drawn"
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", SHIPPED_STUDIES)
 def test_set_kind_is_in_all_trials(name: str) -> None:
     study = load_study(name)
     for section, field in KIND.items():
@@ -190,7 +194,7 @@ def test_setting_that_no_trial_can_have_is_refused() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", SHIPPED_STUDIES)
 def test_augmentation_optimizer_and_schedule_are_searched(name: str) -> None:
     space = search_with_own_data(name).space()
     fields = {field_of(parameter) for parameter in space}
@@ -203,13 +207,28 @@ def test_augmentation_optimizer_and_schedule_are_searched(name: str) -> None:
         assert f"optimizer.{KIND['optimizer']}" in fields
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", SHIPPED_STUDIES)
 def test_docstring_states_question_command_cost_and_result(name: str) -> None:
     text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) or ""
     assert text.splitlines()[0].endswith("?")
     assert f"make study NAME={name}" in text
     assert "Cost" in text
     assert "result" in text.lower()
+
+
+def test_example_of_the_readme_is_a_study_with_a_name_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (FOLDER.parent / "README.md").read_text()
+    [code], [name] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL), re.findall(r"as `studies/(\w+).py`", readme)
+    taken = {*SHIPPED_STUDIES, *(kind.model_fields["name"].default for kind in kinds_of("optimizer"))}
+    assert name not in taken and f"NAME={name}" in readme
+    folder = shutil.copytree(FOLDER, tmp_path / "studies")
+    (folder / f"{name}.py").write_text(code)
+    monkeypatch.setattr("pipeline.search.study.FOLDER", folder)
+    search_with_own_data(name).check()
+    functions = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef)]
+    assert all(node.returns and all(each.annotation for each in node.args.args) for node in functions), "make check"
 
 
 def test_plain_searches_around_its_authors_lessons() -> None:
