@@ -5,11 +5,11 @@ Both train on the same images, in the same number of threads, one after the othe
 scored on the same validation split after every epoch. The script's training ends at the number, or after three times our
 time. By hand; a row is appended to the CSV:
 
-    python studies/record/time_to_published.py RUN_ID --target 0.89 --peer seed_style.py --model plain --data-dir data \\
+    .venv/bin/python studies/record/time_to_published.py RUN_ID --target 0.89 --model plain --data-dir data \\
         --output studies/record/times.csv
 
-The peer module has a function named as the model, which builds the network, and AUG[model], MEAN and STD; a function
-`optimizer`, where it is not Adam.
+The script is usual_script.py beside this file, or `--peer`: a module with a function named as the model, which builds the
+network, AUG[model], MEAN, STD and a function `optimizer(model, parameters)`.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from pipeline.tracking import lineage
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.loop import EpochReport, train
 
+PEER = Path(__file__).with_name("usual_script.py")
 TIMES_OURS = 3  # the longest that the script may train
 CPU = torch.device("cpu")
 
@@ -92,10 +93,7 @@ def theirs(peer: ModuleType, model: str, data: TrainingData, target: float, limi
     torch.manual_seed(0)
     network = getattr(peer, model)()
     network(torch.zeros(2, 3, 32, 32))  # sets lazy layers
-    if hasattr(peer, "optimizer"):
-        optimizer = peer.optimizer(network.parameters())
-    else:
-        optimizer = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=5e-4)
+    optimizer = peer.optimizer(model, network.parameters())
     while best < target and time.monotonic() - started < limit_s:
         epoch += 1
         network.train()
@@ -132,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a finished run's id in mlruns/")
     parser.add_argument("--target", type=float, required=True, help="the published accuracy, as a fraction")
-    parser.add_argument("--peer", type=Path, required=True)
+    parser.add_argument("--peer", type=Path, default=PEER)
     parser.add_argument("--model", required=True, help="the peer's")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--output", type=Path, required=True)
