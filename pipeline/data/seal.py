@@ -106,7 +106,7 @@ class Seal:
         """What a person should know of it, a line each; `listing` has this test split."""
         is_test = listing.splits == TEST
         of = f"{is_test.sum():,} of {len(is_test):,} images"
-        lines = [f"test split of {listing.place.name}: {of} are sealed, which only `promote` opens"]
+        lines = [f"test split of {listing.place.name}: {of} are sealed; only `promote` decides by them"]
         known = set(listing.labels[is_test].tolist())
         missing = [name for label, name in enumerate(listing.classes) if label not in known]
         if missing:

@@ -1,6 +1,6 @@
 """Which images train, which validate, and which stay sealed as the test split.
 
-The test split is opened by `registry/` only, to evaluate a candidate for promotion; nothing in `data/` reads it. Images are
+The test split is opened by `registry/` only: promotion alone decides by it, see registry/README.md. Images are
 drawn by `np.random.RandomState`, whose stream NumPy has frozen (NEP 19), so a seed gives the same split on every machine and
 version; groups and folds by scikit-learn, and a split's digest would tell if another version drew others.
 """

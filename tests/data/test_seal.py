@@ -44,7 +44,7 @@ def test_seal_is_stratified_and_leaves_the_rest_to_train(tmp_path: Path, home: P
     data = load(about(tmp_path / "pets", test_fraction=0.1), NO_DATA_DIR, home)
     assert len(data.train.labels) == 36 and not (home / "splits").exists(), "only a study fixes it"
     assert found.lines() == [
-        "test split of pets: 4 of 40 images are sealed, which only `promote` opens",
+        "test split of pets: 4 of 40 images are sealed; only `promote` decides by them",
     ]
 
 
