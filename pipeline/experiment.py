@@ -103,7 +103,7 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
 
         def on_epoch(report: EpochReport) -> None:
             reports.append(report)
-            report = replace(report, metrics=_split(report.metrics, request.data)[0])
+            report = replace(report, metrics=split_metrics(report.metrics, request.data)[0])
             tracked.log_metrics(report.metrics, report.epoch)
             request.on_epoch(report)
             if report.epoch < request.recipe.training.epochs:  # else all is done: the run completes
@@ -130,7 +130,7 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
                 raise
         except (Interrupted, KeyboardInterrupt) as error:
             state, reason = State.INTERRUPTED, str(error) or "stopped by the user"
-        if reports and (at_the_end := _split(reports[-1].metrics, request.data)[1]):
+        if reports and (at_the_end := split_metrics(reports[-1].metrics, request.data)[1]):
             tracked.log_metrics(at_the_end, reports[-1].epoch)
         tracked.end(state, reason)
 
@@ -194,7 +194,7 @@ def _known_after(request: ExperimentRequest, result: Result) -> dict[str, float]
     return {"model/latency_ms": latency_ms(result.network, request.data.image_size, precision)}
 
 
-def _split(metrics: Mapping[str, float], data: TrainingData) -> tuple[dict[str, float], dict[str, float]]:
+def split_metrics(metrics: Mapping[str, float], data: TrainingData) -> tuple[dict[str, float], dict[str, float]]:
     """What is logged after each epoch, and what only when the run ends, in whatever state: F1 of many classes."""
     at_the_end = {
         name: value

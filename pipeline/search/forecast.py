@@ -5,7 +5,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ NUM_OTHER_RECIPES = 3  # random ones, while all measuring takes less than MEASUR
 MEASURING_FRACTION = 0.02
 NUM_DRAWN_RECIPES = 200  # random ones whose epochs are averaged
 METRIC_BYTES = 330  # of a metric in a database, measured: 326 and 330 of 12,816 and 7,243 metrics
-METRICS_PER_EPOCH = 9
 SYSTEM_METRICS_PER_S = 1.5  # of the system monitor
 NUM_SIMULATED_TRIALS, NUM_SIMULATED_STUDIES = 100, 10  # at most
 
@@ -84,6 +83,8 @@ class Costs:
     parallel: int = 1  # trials that advance at once, at most
     taken: float = 0.0  # see Choice
     file_bytes: int = 0  # of a complete trial
+    epoch_metrics: int = 0  # logged after an epoch
+    end_metrics: int = 0  # logged when a complete trial ends
     memory_gib: float | None = None  # of a GPU; the maximum of the measured recipes
     measured: int = 0  # recipes, including the control
 
@@ -125,7 +126,7 @@ def measure_costs(
     Several workers share a CPU's threads, as far as there are cores, and a GPU as far as the `choice` found it free. Other
     work on the machine changes all of it.
     """
-    counter, on_cpu, start = _FileCounter(), device.type == "cpu", time.perf_counter()
+    counter, on_cpu, start = _Counter(), device.type == "cpu", time.perf_counter()
     with _threads(threads_of_each(choice.workers)) if on_cpu else contextlib.nullcontext():
         control = search.base
         speeds = [measure_mean(control, data, device, CONTROL_S, on_step)]
@@ -143,6 +144,8 @@ def measure_costs(
         parallel=min(choice.workers, os.cpu_count() or 1) if on_cpu else choice.workers,
         taken=choice.taken,
         file_bytes=counter.bytes,
+        epoch_metrics=sum(counter.metrics[:1]),
+        end_metrics=sum(counter.metrics[1:]),
         memory_gib=None if on_cpu else max(speed.memory_gib for speed in speeds),
         measured=len(speeds),
     )
@@ -171,7 +174,8 @@ def estimate(search: Search, costs: Costs, trials: int, done: int, epochs: float
     used_epochs = used_fraction * all_epochs
     work_s = used_epochs * costs.epoch_s + (remaining - pruned) * costs.end_s
     time_fraction = max(1 / parallel, costs.taken)  # of the time that one worker would take for all trials
-    num_metrics = used_epochs * METRICS_PER_EPOCH + work_s * SYSTEM_METRICS_PER_S
+    num_metrics = used_epochs * costs.epoch_metrics + (remaining - pruned) * costs.end_metrics
+    num_metrics += work_s * SYSTEM_METRICS_PER_S
     return Forecast(
         trials=remaining,
         seconds=costs.start_s + work_s * time_fraction,
@@ -252,17 +256,23 @@ def _pruning(search: Search, trials: int, done: int) -> tuple[float, float]:
     return in_full + (1 - in_full) * short_epochs(search.max_epochs) / search.max_epochs, 1 - in_full
 
 
-class _FileCounter(NullTracker):
-    """Counts the bytes of the files that a run is given, and keeps none."""
+class _Counter(NullTracker):
+    """Counts what a run is given, and keeps none of it: the bytes of its files, and the metrics of each call."""
 
-    bytes = 0
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.metrics: list[int] = []
 
     @contextlib.contextmanager
     def run(self, *arguments: Any, **options: Any) -> Iterator[Run]:
         """See Tracker."""
         with super().run(*arguments, **options) as run:
-            run.log_files = self._count  # type: ignore[method-assign]
+            run.log_files = self._count_files  # type: ignore[method-assign]
+            run.log_metrics = self._count_metrics  # type: ignore[method-assign]
             yield run
 
-    def _count(self, folder: Path) -> None:
+    def _count_files(self, folder: Path) -> None:
         self.bytes += sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+    def _count_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self.metrics.append(len(metrics))

@@ -11,7 +11,7 @@ from pipeline.data.datasets import Split
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.evaluation.logits import autocast
-from pipeline.experiment import DIVERGED, publish, why_failed
+from pipeline.experiment import DIVERGED, publish, split_metrics, why_failed
 from pipeline.inference.methods import views_of
 from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
@@ -238,7 +238,7 @@ def measure_overhead(
         def on_epoch(report: EpochReport) -> None:
             nonlocal epoch_s
             epoch_start = time.perf_counter()
-            tracked.log_metrics(report.metrics, report.epoch)
+            tracked.log_metrics(split_metrics(report.metrics, data)[0], report.epoch)
             epoch_s = time.perf_counter() - epoch_start
 
         result = train(_hardly_learning(recipe, {"training.epochs": 1}), part, device, on_epoch)

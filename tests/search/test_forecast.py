@@ -7,6 +7,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from conftest import Trained
 from optuna.pruners import MedianPruner
 from optuna.trial import TrialState
 from study_harness import RecordingObserver, StudyHarness, search_of, stored
@@ -14,13 +15,14 @@ from study_harness import RecordingObserver, StudyHarness, search_of, stored
 from pipeline.data.prepare import TrainingData
 from pipeline.recipe import Recipe
 from pipeline.search import forecast as forecast_module
-from pipeline.search.forecast import actual, forecast, measure_costs
+from pipeline.search.forecast import actual, estimate, forecast, measure_costs
 from pipeline.search.run_study import run_study
 from pipeline.search.speed import WORKER_START_S, RecipeFails
 from pipeline.search.storage import find_study
 from pipeline.search.study_attributes import Choice, StudyAttributes
 from pipeline.search.trial import StudyInterrupted
 from pipeline.tracking import queries
+from pipeline.tracking.tracker import MlflowTracker
 
 CPU = torch.device("cpu")
 ONE = Choice("eager", 1)
@@ -75,6 +77,30 @@ def test_time_and_disk_grow_with_the_trials(small_recipe: Recipe, digits: Traini
     assert many.unpruned_seconds > 1000 * one.unpruned_seconds
     weights = 2 * sum(p.numel() for p in _network(small_recipe).parameters()) * 4 / 2**20
     assert one.disk_mib > weights, "plain and averaged weights, and more"
+
+
+@pytest.mark.parametrize(("num_classes", "by_epoch"), [(10, 10 + 10), (50, 10 + 50), (51, 10)])
+def test_metrics_of_an_epoch_are_those_that_a_run_logs(
+    num_classes: int, by_epoch: int, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    data = dataclasses.replace(digits, classes=tuple(f"class {number}" for number in range(num_classes)))
+    search = search_of(small_recipe, 1)
+    costs = measure_costs(search, data, CPU, ONE, 1)
+    assert costs.epoch_metrics == by_epoch and costs.end_metrics > 2 * num_classes, "precision and recall at the end"
+    with_metrics, without = (
+        estimate(search, each, 1, 0, 1000).disk_mib for each in (costs, dataclasses.replace(costs, epoch_metrics=0))
+    )
+    assert (with_metrics - without) * 2**20 == pytest.approx(1000 * by_epoch * forecast_module.METRIC_BYTES)
+
+
+def test_run_logs_as_many_metrics_as_the_forecast_counts(
+    trained: Trained, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    costs = measure_costs(search_of(small_recipe, 1), digits, CPU, ONE, 1)
+    client = MlflowTracker(trained.home).client
+    names = [name for name in client.get_run(trained.finished).data.metrics if not name.startswith("system/")]
+    logged = sum(len(client.get_metric_history(trained.finished, name)) for name in names)
+    assert logged == small_recipe.training.epochs * costs.epoch_metrics + costs.end_metrics
 
 
 def _network(recipe: Recipe) -> torch.nn.Module:
