@@ -30,7 +30,7 @@ setup: $(READY) ## create .venv and install everything, in the versions of .cons
 
 inspect: ## look at a data set before a search, as a table and a page: DATASET= [COLUMNS= TEST_FRACTION= DUPLICATES=keep OUTPUT= DATA_DIR= TRACKING_URI=]
 study: ## run or resume a study: NAME= [DATASET= COLUMNS= TEST_FRACTION= DUPLICATES=keep CORRUPT=skip TRIALS= EPOCHS= BUDGET=2h TIMEOUT= PATIENCE= PRUNE=0 START=none DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= TRACKING_URI= WORKERS= CLUSTER=auto STALL_TIMEOUT=15m]
-plan: ## what a study will cost in time, disk and GPU memory: NAME= [DATASET= COLUMNS= TEST_FRACTION= DUPLICATES=keep CORRUPT=skip TRIALS= EPOCHS= BUDGET= PRUNE=0 DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= WORKERS=]
+plan: ## what a study will cost in time, disk and GPU memory: NAME= [DATASET= COLUMNS= TEST_FRACTION= DUPLICATES=keep CORRUPT=skip TRIALS= EPOCHS= BUDGET= PRUNE=0 DATA_DIR= DEVICE= SEED= VERSION= SET= STORAGE= TRACKING_URI= WORKERS=]
 fields: ## the fields of a recipe, for spaces and settings, with their values, defaults and meaning: [NAME=optimizer]
 compare: ## a study's trials, or several studies, as a table and one page: NAME= or NAME='a b' [OUTPUT= DATASET= DATA_DIR= TRACKING_URI=]
 finals: ## train a study's best recipes and its control again, several seeds each: NAME= [TOP=3 SEEDS=5 FOLDS= EPOCHS= WORKERS= DATASET= DATA_DIR= DEVICE= TRACKING_URI=]

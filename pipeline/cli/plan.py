@@ -12,6 +12,7 @@ from pipeline.cli.options import (
     StorageOption,
     StudyArgument,
     StudyOptions,
+    TrackingOption,
     budget_of,
     database_problems,
     resolve,
@@ -28,13 +29,14 @@ def plan(
     data_dir: DataDirOption = Path("data"),
     change: ChangeOption = None,
     storage: StorageOption = None,
+    tracking_uri: TrackingOption = None,
     **typed: str | bool | None,
 ) -> None:
     """Forecast what a study, or the rest of it, costs: time, epochs, disk, GPU memory. Measures some steps; runs no trial."""
     started = time.monotonic()
-    problems: list[Problem] = database_problems(storage, None)
+    problems: list[Problem] = database_problems(storage, tracking_uri)
     options = StudyOptions.parse(typed, problems)
-    search = resolve(name, options, dataset, change or [], problems)
+    search = resolve(name, options, dataset, change or [], problems, tracking_uri)
 
     from pipeline.cli.views_study import print_forecast, say_budget, say_infeasible_control
     from pipeline.search.budget import prepare

@@ -45,7 +45,10 @@ def test_named_commands_stay_with_the_stores_and_hide_passwords(
             f"{python} finals a-v1-digits --tracking-uri 'http://***@host/a b'",
             f"{make} finals NAME=a-v1-digits TRACKING_URI='http://***@host/a b'",
         ),
-        "plan a": (f"{python} plan a --storage sqlite:///o.db", f"{make} plan NAME=a STORAGE=sqlite:///o.db"),
+        "plan a": (
+            f"{python} plan a --tracking-uri 'http://***@host/a b' --storage sqlite:///o.db",
+            f"{make} plan NAME=a TRACKING_URI='http://***@host/a b' STORAGE=sqlite:///o.db",
+        ),
         "fields": (f"{python} fields", f"{make} fields"),
     }
     for by_make in (False, True):

@@ -33,7 +33,7 @@ def test_commands_and_options_are_frozen() -> None:
         "inspect": "--columns --data-dir --duplicates --output --test-fraction --tracking-uri dataset",
         "plan": (
             "--budget --columns --corrupt --data-dir --dataset --device --duplicates --epochs --prune --seed "
-            "--set --storage --test-fraction --trials --version --workers name"
+            "--set --storage --test-fraction --tracking-uri --trials --version --workers name"
         ),
         "predict": "--device --method --model --output --show --tracking-uri files",
         "promote": "--data-dir --dataset --force --model --reason --rules --run --tracking-uri name",

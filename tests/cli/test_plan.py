@@ -15,6 +15,10 @@ from cli.helpers import assert_refused
         (["plan", "attention", "--workers", "many"], ["`--workers many`:"]),
         (["plan", "attention", "--storage", "sqlite://"], ["`--storage sqlite://`: keeps nothing"]),
         (
+            ["plan", "baseline", "--set", "loss.teacher=models:/m@champion", "--tracking-uri", "sqlite:///there.db"],
+            ["study NAME --dataset digits --tracking-uri sqlite:///there.db"],
+        ),
+        (
             ["plan", "cct", "--set", "optimizer.sgd_momentum=0.5"],
             ["no such field where optimizer.name is adamw or sgd; muon can have it"],
         ),
