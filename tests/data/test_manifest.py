@@ -1,5 +1,6 @@
 """Manifests: what a row may say, and a line for each thing that can be wrong with it."""
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -33,6 +34,15 @@ def test_manifest_of_a_folder_is_the_same_data_set(pets: Path) -> None:
     assert load(about(place), NO_DATA_DIR).digest == load(about(pets), NO_DATA_DIR).digest
     data = load(about(place), NO_DATA_DIR)
     assert data.name == f"photos-{data.digest[:6]}" and data.source == str(place)
+
+
+def test_example_of_the_guide_is_a_valid_manifest(tmp_path: Path) -> None:
+    guide = Path(__file__).resolve().parents[2] / "pipeline" / "data" / "README.md"
+    [header, *rows] = re.findall(r"```\n(path,label,.*?)\n```", guide.read_text(), re.DOTALL)[0].splitlines()
+    for colour, row in enumerate(rows):
+        add_image(tmp_path / row.partition(",")[0], colour)
+    data = load(about(write(tmp_path, rows, header)), NO_DATA_DIR)
+    assert (len(data.train.labels), data.classes) == (6, ("cat", "dog")), "to train and validate"
 
 
 def test_parquet_says_the_same_as_csv(pets: Path) -> None:
