@@ -38,10 +38,10 @@ POINTS = "9.5,3.8"
 
 TRIAL_COLUMNS = (
     *("system", "variant", "seed", "trial", "epochs_used", "state", "length", "epochs", "score"),
-    *("recipe", "handed_over", "handed_over_score", "changes"),
+    *("recipe", "returned", "returned_score", "changes"),
 )
 SCORE_COLUMNS = (
-    *("system", "variant", "seed", "at", "trials", "epochs_used", "handed_over", "search_score"),
+    *("system", "variant", "seed", "at", "trials", "epochs_used", "returned", "search_score"),
     *("mean", "sd", "scores", "changes"),
 )
 log = logging.getLogger("benchmark")
@@ -85,7 +85,7 @@ def run(
     data_dir: Path,
     output: Path,
 ) -> None:
-    """Search with each variant and seed, then train what it would have handed over at each point, in whole trainings."""
+    """Search with each variant and seed, then train what it would have returned at each point, in whole trainings."""
     asked = SYSTEMS[system]
     data_fields = asked.search(0).base.data
     device = torch.device("cpu")
@@ -156,7 +156,7 @@ def add_score(
     reached: list[tuple[int, Step]],
     base: Recipe,
 ) -> None:
-    """Train what is handed over with the final seeds, in full, and write the row."""
+    """Train the returned recipe with the final seeds, in full, and write the row."""
     used, step = reached[-1]
     assert step.best
     found = []

@@ -22,7 +22,7 @@ from pipeline.search.study import load_study
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.training.loop import Diverged
 
-# The hand's recipe (studies/README.md, "One training of each system"): one setting, the same for all but the highest rate.
+# The hand-picked recipe (studies/README.md, "One training of each network"): the same for all but the highest rate.
 HAND = {
     "augmentation.policy": "none",
     "augmentation.crop_padding": 4,
@@ -41,7 +41,7 @@ HAND = {
 
 @dataclass(frozen=True)
 class System:
-    """A study as it is asked here: `changes` hold for all trials, as SET= does; `hand` is what a hand picked for it."""
+    """A study as it is asked here: `changes` hold for all trials, as SET= does; `hand` is its hand-picked recipe."""
 
     study: str
     epochs: int  # of a full training
@@ -83,7 +83,7 @@ SYSTEMS: Mapping[str, System] = {
 
 @dataclass(frozen=True)
 class Step:
-    """A training of a search ended; `best` is what the search would hand over if it stopped now."""
+    """A training of a search ended; `best` is the returned recipe if it stopped now."""
 
     recipe: Recipe
     state: str  # complete, pruned, diverged

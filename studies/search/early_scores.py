@@ -5,7 +5,7 @@ and read at the last epoch (`extrapolated`; pow3 of Domhan, Springenberg, Hutter
 with its whole schedule (`short`). The measure is Spearman's rank correlation with the last score of the full training of
 the same recipe and seed; the interval is of a bootstrap over recipes. Trains nothing:
 
-    python studies/search/early_scores.py studies/search/results/trainings.jsonl
+    .venv/bin/python studies/search/early_scores.py studies/search/results/trainings.jsonl
 """
 
 import json
