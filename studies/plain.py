@@ -1,9 +1,10 @@
 """Are its author's lessons true: rotation hurts, dropout in convolutions hurts, more is not better?
 
-Question: which augmentation, optimizer, schedule, place of dropout and length give system 004 (published with about
+Question: which augmentation, optimizer, schedule, place of dropout and length give a plain network (published with about
 89 % test accuracy after 60 epochs) its best validation accuracy? EPOCHS= gives all trials the same length.
 Command:  make study NAME=plain
-Cost and result: see README.md beside this file.
+Cost, computed: 56 s an epoch of one CPU thread with bf16, so 6 h for the forecast's 382 epochs.
+Result and what it rebuilds: README.md beside this file.
 """
 
 from optuna import Trial

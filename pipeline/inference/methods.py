@@ -5,9 +5,9 @@
 - specialised: plain's probabilities, each class divided by a threshold of its own ("threshold moving").
 - adaptive: w * tta + (1 - w) * tta divided by the thresholds, where w is plain's confidence in its class.
 
-The last two follow system 003, which made them for hard classes such as bird, cat and dog. Throughout, `logits` are
-float (V, N, C), of V views of which the first is the image itself, `labels` are (N,) int in [0, C), and the predicted
-class is the argmax of a row of probabilities.
+The last two are of `attention`'s project (studies/README.md), made for hard classes such as bird, cat and dog. Throughout,
+`logits` are float (V, N, C), of V views of which the first is the image itself, `labels` are (N,) int in [0, C), and the
+predicted class is the argmax of a row of probabilities.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """`attention`: a residual network whose blocks attend to channels, then to positions (CBAM, arXiv 1807.06521).
 
 conv 3x3 - BN - ReLU; stages of attention residual blocks, each stage after the first halving height and width;
-conv 1x1 - BN; global average pooling; dropout; linear. System 003 of the five that this project replaces. Its blocks can
+conv 1x1 - BN; global average pooling; dropout; linear. As its project describes it (studies/README.md). Its blocks can
 also attend to channels alone (SE, arXiv 1709.01507; ECA, arXiv 1910.03151), or to nothing.
 """
 

@@ -1,4 +1,4 @@
-"""`baseline`: a small, shallow network to improve on. System 001's reference."""
+"""`baseline`: a small, shallow network to improve on."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""`efficient`: under a million parameters and a wide view: dilated, depthwise-separable, residual. System 002.
+"""`efficient`: under a million parameters and a wide view: dilated, depthwise-separable, residual.
 
 A dilated residual block, then depthwise-separable ones (arXiv 1610.02357) at half the size, then standard ones at a
 quarter; global average pooling. The receptive field is 46 pixels.

@@ -1,4 +1,4 @@
-"""`expert`: blocks of convolutions that are mixed per image by a soft-attention branch. System 000.
+"""`expert`: blocks of convolutions that are mixed per image by a soft-attention branch.
 
 Stem; blocks, each halving height and width first where its width grows; global average pooling; linear. Mixing
 convolutions per image is CondConv (arXiv 1904.04971), with a softmax as in dynamic convolution (arXiv 1912.03458).

@@ -1,4 +1,4 @@
-"""`improved`: stages of two convolutions and a max-pool, and a hidden layer between dropouts. System 001's proposal."""
+"""`improved`: stages of two convolutions and a max-pool, and a hidden layer between dropouts."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""`plain`: four convolution blocks, flatten, linear; no global pooling. System 004."""
+"""`plain`: four convolution blocks, flatten, linear; no global pooling."""
 
 from torch import Tensor, nn
 

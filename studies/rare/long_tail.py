@@ -4,10 +4,11 @@ CIFAR-10's training part loses images by an exponential profile (Cui et al. 2019
 4,500 * RATIO^(-c / 9) of its 4,500 images, 4,500 airplanes to 45 trucks. Validation stays the standard split, 500 images
 of each class, so that accuracy and balanced accuracy are the same number. Run by hand, one thread:
 
-    python studies/rare/long_tail.py run data results.csv --seeds 0
-    python studies/rare/long_tail.py run data results.csv --seeds 1,2,3,4,5 --arms 'plain;weights, power 1'
-    python studies/rare/long_tail.py report results.csv --seeds 1,2,3,4,5
-    python studies/rare/long_tail.py folder data long-tail    # train/<class>/*.png, for `make study DATASET=long-tail`
+    .venv/bin/python studies/rare/long_tail.py run data results.csv --seeds 0
+    .venv/bin/python studies/rare/long_tail.py run data results.csv --seeds 1,2,3,4,5 --arms 'plain;weights, power 1'
+    .venv/bin/python studies/rare/long_tail.py report results.csv --seeds 1,2,3,4,5
+    .venv/bin/python studies/rare/long_tail.py folder data long-tail    # train/<class>/*.png
+    make study NAME=rare_classes DATASET=long-tail
 """
 
 import argparse

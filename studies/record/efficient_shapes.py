@@ -1,12 +1,12 @@
-"""Is some shape of `efficient` twice as fast as a `plain` network of equal accuracy? (System 002 claims so of its own.)
+"""Is some shape of `efficient` twice as fast as a `plain` network of equal accuracy? (Its project claims so of its own.)
 
 Both networks in several widths, by the portfolio's first recipe, by default for 12 epochs on a third of CIFAR-10; then the
 latency of one image in ONNX, fp32, on one thread. Run by hand. A row that is there is not trained again, so `run` may be
 stopped; each table holds one length and one share of the data:
 
-    python studies/record/efficient_shapes.py run data shapes.csv --seeds 0,1,2
-    python studies/record/efficient_shapes.py run data shapes-48.csv --epochs 48 --train-fraction 1 --device cuda
-    python studies/record/efficient_shapes.py report shapes.csv
+    .venv/bin/python studies/record/efficient_shapes.py run data shapes.csv --seeds 0,1,2
+    .venv/bin/python studies/record/efficient_shapes.py run data shapes-48.csv --epochs 48 --train-fraction 1 --device cuda
+    .venv/bin/python studies/record/efficient_shapes.py report shapes.csv
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""How long until validation accuracy first reaches a published number: a run's recipe here, and the published one in a
+r"""How long until validation accuracy first reaches a published number: a run's recipe here, and the published one in a
 script as a person writes it (DataLoader, PIL, fp32)?
 
 Both train on the same images, in the same number of threads, one after the other on an otherwise idle machine, and are
 scored on the same validation split after every epoch. The script's training ends at the number, or after three times our
 time. By hand; a row is appended to the CSV:
 
-    .venv/bin/python studies/record/time_to_published.py RUN_ID --target 0.89 --model plain --data-dir data \\
+    .venv/bin/python studies/record/time_to_published.py RUN_ID --target 0.89 --model plain --data-dir data \
         --output studies/record/times.csv
 
 The script is usual_script.py beside this file, or `--peer`: a module with a function named as the model, which builds the

@@ -3,8 +3,8 @@
 `baseline` on CIFAR-10 by a portfolio recipe, 10 epochs, trained by each policy, its validation images then corrupted in 15
 kinds at 5 strengths. Run by hand, one thread; a row that is there is not measured again, so it may be stopped:
 
-    python studies/robust/policies.py run data results.csv --seeds 0,1,2
-    python studies/robust/policies.py report results.csv
+    .venv/bin/python studies/robust/policies.py run data results.csv --seeds 0,1,2
+    .venv/bin/python studies/robust/policies.py report results.csv
 """
 
 import argparse

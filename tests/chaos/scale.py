@@ -1,6 +1,6 @@
 """How far one PostgreSQL carries a study: many workers whose trials only sleep, with many trials finished before.
 
-    python tests/chaos/scale.py --workers 64 --finished 10000 --seconds 20
+    .venv/bin/python tests/chaos/scale.py --workers 64 --finished 10000 --seconds 20
 
 Supervisor, worker loop, heartbeat, sampler and pruner are the real ones; in place of an experiment a trial sleeps and reports
 as one does. Workers are forks of this process, as 64 processes with a torch of their own fit into few machines.

@@ -1,4 +1,4 @@
-"""The attention network is the one that its system describes."""
+"""The attention network is the one that its project describes."""
 
 import pytest
 import torch

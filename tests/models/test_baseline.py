@@ -1,4 +1,4 @@
-"""`baseline` is the reference network that system 001 describes."""
+"""`baseline` is the reference network that its project describes."""
 
 from torch import nn
 

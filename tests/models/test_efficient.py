@@ -1,4 +1,4 @@
-"""`efficient` is the network that system 002 describes."""
+"""`efficient` is the network that its project describes."""
 
 import copy
 

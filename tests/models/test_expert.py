@@ -1,4 +1,4 @@
-"""`expert` is the network that system 000 describes."""
+"""`expert` is the network that its project describes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`improved` is the network that system 001 describes."""
+"""`improved` is the network that its project describes."""
 
 import pytest
 from network_cases import layers

@@ -1,4 +1,4 @@
-"""`plain` is the network that system 004 describes."""
+"""`plain` is the network that its project describes."""
 
 from torch import nn
 
