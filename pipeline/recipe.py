@@ -167,6 +167,19 @@ class Recipe(Section):
         """Dotted field -> learning rate, of each that the optimizer has; Muon has three."""
         return {name: value for name, value in self.flat().items() if re.fullmatch(r"optimizer\.(\w+_)?lr", name)}
 
+    @property
+    def epoch_counts(self) -> dict[str, int]:
+        """Dotted field -> count, of each field that counts epochs, the length of the training too."""
+        return {name: value for name, value in self.flat().items() if re.fullmatch(r"\w+\.(\w+_)?epochs", name)}
+
+    def of_length(self, epochs: int) -> "Recipe":
+        """A copy that trains for so many epochs, with all counts of epochs in proportion, as fields that are shares are.
+
+        Rounded down: what holds for a part of this training never holds for the whole of the other one.
+        """
+        full = self.training.epochs
+        return self.changed({name: count * epochs // full for name, count in self.epoch_counts.items()})
+
     def changed(self, changes: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> "Recipe":
         """A copy with some dotted fields changed, validated together.
 

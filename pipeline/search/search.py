@@ -117,7 +117,7 @@ class Search:
 
     def short(self, recipe: Recipe) -> Recipe:
         """The recipe of the short trial."""
-        return recipe.changed({"training.epochs": short_epochs(recipe.training.epochs)})
+        return recipe.of_length(short_epochs(recipe.training.epochs))
 
     def pruner(self) -> BasePruner:
         """The study's pruner, or none."""
@@ -317,8 +317,8 @@ class Search:
         return [self.recipe({**self.control(), name: way}) for way in ways]
 
     def remarks(self) -> list[str]:
-        """A line for each setting that does not apply to all trials, and each parameter or value that settings change; and
-        where the control's head is all that learns."""
+        """A line for each setting that does not apply to all trials, and each parameter or value that settings change; where
+        the control's head is all that learns; and where short trials can't compare what is searched."""
         original, current = self.study.base.flat(), self.base.flat()
         trial = self._with_settings(ScriptedTrial(self.control(), lowest))
         self.study.space(trial)
@@ -333,6 +333,7 @@ class Search:
             lines.append(
                 f"transfer.frozen_epochs = {frozen} of {counted(epochs, 'epoch')}: the control's head alone learns"
             )
+        lines += self._lost_in_short_trials()
         for section in KIND:
             kind = current[kind_field(section)]
             if kind_field(section) not in self.settings or kind == original[kind_field(section)]:
@@ -346,6 +347,20 @@ class Search:
                 if name.startswith(f"{section}.") and name in current and name not in self.settings
                 if not has_default(name, kind)
             ]
+        return lines
+
+    def _lost_in_short_trials(self) -> list[str]:
+        """A line for each searched count of epochs whose values are all the same in a short trial."""
+        lines = []
+        for name in self.base.epoch_counts if self.shortens else ():
+            full = [self.base.changed({name: value}) for value in sorted(self.values(name))]
+            short = [self.short(recipe) for recipe in full]
+            if len(full) > 1 and len({recipe.epoch_counts[name] for recipe in short}) == 1:
+                first, last = (recipe.epoch_counts[name] for recipe in (full[0], full[-1]))
+                lines.append(
+                    f"{name} = {first} to {last} of {counted(full[0].training.epochs, 'epoch')}: "
+                    f"{short[0].epoch_counts[name]} of {short[0].training.epochs} in short trials, which can't compare them"
+                )
         return lines
 
     def _kinds(self, name: str) -> list[str]:

@@ -387,6 +387,33 @@ def test_epochs_that_are_all_frozen_are_said(search: Search, small_recipe: Recip
     assert not replace(search, settings={"transfer.frozen_epochs": epochs - 1}).remarks()
 
 
+@pytest.mark.parametrize(
+    ("epochs", "frozen", "short"), [(20, 0, 0), (20, 2, 0), (20, 8, 2), (4, 1, 0), (4, 3, 0), (4, 4, 1), (4, 9, 2)]
+)
+def test_short_trials_freeze_the_same_share_of_their_epochs(
+    epochs: int, frozen: int, short: int, search: Search
+) -> None:
+    """Of which only the head learns in all epochs where it does so in the full ones."""
+    full = search.base.changed({"training.epochs": epochs, "transfer.frozen_epochs": frozen})
+    changed = search.short(full).difference(full)
+    assert changed.pop("training.epochs") == (epochs // 4, epochs)
+    assert changed == ({"transfer.frozen_epochs": (short, frozen)} if frozen else {})
+
+
+def test_counts_of_epochs_that_short_trials_cannot_compare_are_said(search: Search) -> None:
+    def remarks(most: int, **fields: Any) -> list[str]:
+        def frozen(trial: Any) -> None:
+            trial.suggest_int("transfer.frozen_epochs", 0, most)
+
+        searched = with_fields(search, space=frozen, base=search.base.changed({"training.epochs": 20}))
+        return replace(searched, **fields).remarks()
+
+    line = "transfer.frozen_epochs = 0 to 3 of 20 epochs: 0 of 5 in short trials, which can't compare them"
+    assert remarks(3) == [line]
+    assert remarks(4) == [], "1 of 5"
+    assert remarks(3, prune=False) == remarks(3, settings={"transfer.frozen_epochs": 1}) == []
+
+
 def test_networks_of_timm_are_checked_with_the_search(small_recipe: Recipe) -> None:
     def backbones(trial: Any) -> None:
         trial.suggest_categorical("model.backbone", ["test_resnet", "test_resnot", "resnet19"])
