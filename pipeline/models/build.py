@@ -1,7 +1,7 @@
 """From a recipe's `model` section to a network; its parameters and FLOP."""
 
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -88,17 +88,37 @@ def pixel_statistics_of(model: Model) -> tuple[Sequence[float], Sequence[float]]
 def layer_ids(network: nn.Module) -> dict[str, int]:
     """Each parameter's layer, from 0 at the image; the last one is the head.
 
-    In networks of our own a layer begins at each convolution or linear layer and ends with the norm behind it.
+    In networks of our own a layer is a convolution or linear layer with the batch norm behind it or the layer norm before
+    it.
     """
     if hasattr(network, "group_matcher"):
         return _timm().layer_ids(network)
     ids: dict[str, int] = {}
-    layer = -1
-    for prefix, module in network.named_modules():
+    layer, is_begun = -1, False
+    for prefix, module in _modules(network):
         own = dict(module.named_parameters(recurse=False))
-        layer += any(parameter.ndim > 1 for parameter in own.values()) or (layer < 0 and bool(own))
-        ids |= {f"{prefix}.{name}".removeprefix("."): layer for name in own}
+        has_weights = any(parameter.ndim > 1 for parameter in own.values())
+        is_before = isinstance(module, nn.LayerNorm)
+        layer += is_before or (has_weights and not is_begun) or (layer < 0 and bool(own))
+        is_begun = is_before or (is_begun and not own)
+        ids |= {f"{prefix}{name}": layer for name in own}
     return ids
+
+
+def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Prefix of its tensors' names -> module, as the image passes them: lists side by side give an entry each in turn."""
+    yield prefix, module
+    children = list(module.named_children())
+    entries = [
+        (index, f"{name}.{index}", entry)
+        for name, child in children
+        if isinstance(child, nn.ModuleList)
+        for index, entry in enumerate(child)
+    ]
+    entries.sort(key=lambda entry: entry[0])
+    entries += [(0, name, child) for name, child in children if not isinstance(child, nn.ModuleList)]
+    for _, name, child in entries:
+        yield from _modules(child, f"{prefix}{name}.")
 
 
 def weights_origin(recipe: Recipe) -> str | None:

@@ -12,8 +12,8 @@ from pipeline.sections.weights import pinned, pinned_file
 class Transfer(Section):
     """Which layers learn, and how fast: for networks that start from weights. Layers are counted from the image.
 
-    A layer is what timm takes for one, in networks of our own a convolution or linear layer with its norm; the last one,
-    the head, always learns.
+    A layer is what timm takes for one, in networks of our own a convolution or linear layer with its norm (a batch norm
+    behind it, a layer norm before it); the last one, the head, always learns.
     """
 
     frozen_epochs: int = Field(0, ge=0, le=10_000, description="epochs at the start in which only the head learns")

@@ -1,5 +1,7 @@
 """Every network: sizes, gradients, seeds; and what is counted of a network."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,20 @@ def test_layers_are_counted_from_the_image_to_the_head(model: Model) -> None:
     assert layers.keys() == parameters.keys() and set(layers.values()) == set(range(max(layers.values()) + 1))
     assert {len(parameters[name]) for name, layer in layers.items() if layer == max(layers.values())} == {7}
     assert layers[next(iter(parameters))] == 0
+
+
+def test_a_norm_is_of_the_layer_behind_or_before_which_it_stands() -> None:
+    fast, cct = (layer_ids(build_network(model, 10, 32, seed=0)) for model in (Fast(depth=3), Cct()))
+    for block, index in product(range(3), range(3)):
+        at = 1 + 3 * block + index
+        assert fast[f"blocks.{block}.convolutions.{index}.weight"] == fast[f"blocks.{block}.norms.{index}.bias"] == at
+    for block in ("blocks.0", "blocks.1"):
+        assert cct[f"{block}.attention.0.weight"] == cct[f"{block}.attention.1.qkv.weight"]
+        assert (
+            cct[f"{block}.attention.1.projection.bias"] + 1 == cct[f"{block}.norm.bias"] == cct[f"{block}.mlp.0.weight"]
+        )
+        assert cct[f"{block}.mlp.0.bias"] + 1 == cct[f"{block}.mlp.3.weight"]
+    assert cct["blocks.2.weight"] == cct["pooling.weight"]
 
 
 @pytest.mark.parametrize(

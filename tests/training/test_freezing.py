@@ -21,16 +21,20 @@ def few(digits: TrainingData) -> TrainingData:
 
 
 def changed_layers(network: nn.Module, before: nn.Module) -> set[int]:
-    """The layers of which a parameter or a statistic differs."""
+    """The layers of which a parameter or a statistic differs; a whitening layer's weights are no parameters."""
     layers, tensors = layer_ids(network), before.state_dict()
     layers |= {f"{name.rpartition('.')[0]}.{kind}": at for name, at in layers.items() for kind in STATISTICS}
-    return {layers[name] for name, tensor in network.state_dict().items() if not torch.equal(tensor, tensors[name])}
+    trained = network.state_dict()
+    return {at for name, at in layers.items() if name in trained and not torch.equal(trained[name], tensors[name])}
 
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-@pytest.mark.parametrize("network", [{}, {"model.network": "plain", "model.widths": (4, 8)}, TIMM], ids=str)
+OWN = [{"model.network": name, "model.widths": (4, 8)} for name in ("plain", "fast")]
+
+
+@pytest.mark.parametrize("network", [{}, *OWN, TIMM], ids=str)
 def test_frozen_layers_keep_weights_and_statistics(network: dict, small_recipe: Recipe, few: TrainingData) -> None:
     recipe = small_recipe.changed({**network, "transfer.frozen_share": 0.5, "optimizer.weight_decay": 0.1})
     initial = initial_network(recipe.model, 10, recipe.data.image_size, recipe.training.seed)
@@ -38,6 +42,15 @@ def test_frozen_layers_keep_weights_and_statistics(network: dict, small_recipe: 
     result = train(recipe, at_size(few, recipe.data.image_size), CPU)
     for trained in (result.network, result.plain):
         assert trained and changed_layers(trained, initial) == set(range(round(head / 2), head + 1))
+
+
+def test_norm_behind_a_frozen_convolution_is_frozen(small_recipe: Recipe, few: TrainingData) -> None:
+    recipe = small_recipe.changed({"model.network": "fast", "model.widths": (4, 8), "transfer.frozen_share": 0.4})
+    initial = initial_network(recipe.model, 10, 8, recipe.training.seed).blocks.state_dict()
+    trained = train(recipe, few, CPU).network.blocks.state_dict()
+    changed = {name for name, tensor in trained.items() if not torch.equal(tensor, initial[name])}
+    assert {name for name in initial if name.startswith(("0.convolutions.0", "0.norms.0"))}.isdisjoint(changed)
+    assert {"0.convolutions.1.weight", "0.norms.1.bias", "0.norms.1.running_mean"} < changed
 
 
 def test_only_the_head_learns_in_frozen_epochs(small_recipe: Recipe, few: TrainingData) -> None:
