@@ -56,8 +56,10 @@ class Muon(Section):
     name: Literal["muon"] = "muon"
     lr: float = Field(gt=0, le=100, description="of the filters: about the length that a step moves each of them")
     momentum: float = Field(0.6, ge=0, lt=1, description="of the filters")
-    bias_lr: float = Field(0.1, gt=0, le=1e6, description="of biases, scales and all else that has one dimension")
-    head_lr: float = Field(0.1, gt=0, le=1e6, description="of linear layers' weights")
+    bias_lr: float = Field(0.1, gt=0, le=1e6, description="of biases, scales and all else with one value a channel")
+    head_lr: float = Field(
+        0.1, gt=0, le=1e6, description="of linear layers' weights, and of the head's, whatever it is"
+    )
     sgd_momentum: float = Field(0.9, ge=0, lt=1, description="of all but the filters")
     weight_decay: float = Field(
         5e-5, ge=0, le=1, description="of all but the filters: their rate * L2 coefficient, whatever the rate"

@@ -21,6 +21,7 @@ _FUSED = frozenset({"cpu", "cuda"})
 # The quintic a x + b x^3 + c x^5 of Jordan 2024: steepest at 0, and near 1 it stays within about [0.7, 1.2].
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _QUINTIC_STEPS = 3
+_LEAST_NORM = 1e-7  # zeros have no direction
 
 _Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -149,7 +150,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
         return orthogonalise(matrix.T).T
     x = matrix.to(torch.bfloat16 if bf16_supported(matrix.device) else torch.float32)
     a, b, c = _QUINTIC
-    x = x / (x.norm() + 1e-7)
+    x = x / (x.norm() + _LEAST_NORM)
     for _ in range(_QUINTIC_STEPS):
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
@@ -182,7 +183,8 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(buffers, gradients)
             steps: _Tensors = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
             if group["filters"]:
-                scales = list(torch._foreach_reciprocal(torch._foreach_norm(parameters)))
+                norms = torch._foreach_clamp_min(torch._foreach_norm(parameters), _LEAST_NORM)
+                scales = list(torch._foreach_reciprocal(norms))
                 torch._foreach_mul_(scales, [len(parameter) ** 0.5 for parameter in parameters])
                 torch._foreach_mul_(parameters, scales)
                 steps = [orthogonalise(step.flatten(1)).view(step.shape).to(step.dtype) for step in steps]
@@ -199,19 +201,26 @@ class Muon(torch.optim.Optimizer):
 
 
 def _muon_groups(network: nn.Module, optimizer: sections.Muon) -> list[dict[str, Any]]:
-    """Filters, whitening biases, other parameters of one dimension, matrices; without the empty ones."""
+    """Filters, whitening biases, other parameters of one dimension, matrices; without the empty ones.
+
+    Weights of convolutions are filters but where they are the head's, or scales: one value for each channel.
+    """
     whitening = [p for module in network.modules() if isinstance(module, Whitening) for p in module.parameters()]
-    others = [p for p in network.parameters() if p not in set(whitening)]
+    others = {name: p for name, p in network.named_parameters() if p not in set(whitening)}
+    layers = layer_ids(network)
+    head = max(layers.values())
+    scales = [p for p in others.values() if p.ndim == 1 or (p.ndim == 4 and p.numel() == len(p))]
+    filters = [p for name, p in others.items() if p.ndim == 4 and p.numel() > len(p) and layers[name] < head]
+    matrices = [p for p in others.values() if p not in {*scales, *filters}]
 
-    def sgd(parameters: Iterable[nn.Parameter], lr: float, share: float = 1.0) -> dict[str, Any]:
+    def sgd(parameters: list[nn.Parameter], lr: float, share: float = 1.0) -> dict[str, Any]:
         decay = {"weight_decay": optimizer.weight_decay / lr, "momentum": optimizer.sgd_momentum}
-        return {"params": list(parameters), "lr": lr, "filters": False, "share": share, **decay}
+        return {"params": parameters, "lr": lr, "filters": False, "share": share, **decay}
 
-    filters = {"filters": True, "lr": optimizer.lr, "momentum": optimizer.momentum}
     groups = [
-        {"params": [p for p in others if p.ndim == 4], **filters},
+        {"params": filters, "filters": True, "lr": optimizer.lr, "momentum": optimizer.momentum},
         sgd(whitening, optimizer.bias_lr, optimizer.whitening_share),
-        sgd([p for p in others if p.ndim == 1], optimizer.bias_lr),
-        sgd([p for p in others if p.ndim not in (1, 4)], optimizer.head_lr),
+        sgd(scales, optimizer.bias_lr),
+        sgd(matrices, optimizer.head_lr),
     ]
     return [group for group in groups if group["params"]]

@@ -199,16 +199,34 @@ def test_orthogonalised_matrices_have_singular_values_near_1(
 
 def test_muons_step_length_is_independent_of_the_gradient() -> None:
     def moved(scale: float) -> torch.Tensor:
-        network = nn.Conv2d(8, 16, 3, bias=False)
-        optimizer = build_optimizer(network, MUON, CPU)
-        nn.init.constant_(network.weight, 1 / 72**0.5)  # normalised already
-        before = network.weight.detach().clone()
-        network.weight.grad = scale * torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
+        convolution = nn.Conv2d(8, 16, 3, bias=False)
+        optimizer = build_optimizer(nn.Sequential(convolution, nn.Linear(1, 1)), MUON, CPU)
+        nn.init.constant_(convolution.weight, 1 / 72**0.5)  # normalised already
+        before = convolution.weight.detach().clone()
+        convolution.weight.grad = scale * torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
         optimizer.step()
-        return network.weight.detach() - before
+        return convolution.weight.detach() - before
 
     torch.testing.assert_close(moved(1e-4), moved(1e4), rtol=0, atol=5e-3)
     assert moved(1.0).norm().item() == pytest.approx(0.3 * 4, rel=0.2)  # 16 filters, each about a rate's length
+
+
+def test_filters_of_zeros_take_muons_step() -> None:
+    network = convnet()
+    nn.init.zeros_(network[3].weight)
+    fit(network, build_optimizer(network, MUON, CPU), steps=1)
+    assert network[3].weight.norm().item() == pytest.approx(0.3 * 8**0.5, rel=0.2)  # 8 directions, a rate's length each
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
+
+
+def test_muon_takes_a_convolution_that_is_the_head_for_one_and_a_scale_for_a_scale() -> None:
+    scale = nn.Conv2d(16, 16, 1, groups=16, bias=False)  # as the gains of timm's nf_resnet26
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), scale, nn.Conv2d(16, 5, 1))
+    optimizer = build_optimizer(network, MUON, CPU)
+    filters, scales, matrices = (group["params"] for group in optimizer.param_groups)
+    assert [group["lr"] for group in optimizer.param_groups] == [MUON.lr, MUON.bias_lr, MUON.head_lr]
+    assert filters == [network[0].weight] and matrices == [network[2].weight]
+    assert scales == [network[0].bias, scale.weight, network[2].bias]
 
 
 def with_whitening() -> nn.Sequential:
