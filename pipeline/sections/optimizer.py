@@ -8,7 +8,10 @@ from pipeline.sections.section import Fraction, Section
 
 
 class Sgd(Section):
-    """torch.optim.SGD; `weight_decay` is its L2 coefficient, so a step shrinks the weights by lr * weight_decay."""
+    """torch.optim.SGD; `weight_decay` is its L2 coefficient.
+
+    A step shrinks the weights by lr * weight_decay / (1 - momentum), once momentum has built up.
+    """
 
     name: Literal["sgd"] = "sgd"
     lr: float = Field(gt=0, le=100)
@@ -62,7 +65,11 @@ class Muon(Section):
     )
     sgd_momentum: float = Field(0.9, ge=0, lt=1, description="of all but the filters")
     weight_decay: float = Field(
-        5e-5, ge=0, le=1, description="of all but the filters: their rate * L2 coefficient, whatever the rate"
+        5e-5,
+        ge=0,
+        le=1,
+        description="of all but the filters: their rate * L2 coefficient, whatever the rate; a step shrinks them by "
+        "weight_decay / (1 - sgd_momentum), once momentum has built up",
     )
     whitening_share: Fraction = Field(
         1.0, description="of the training, in which a whitening layer's bias learns, the schedule squeezed into it"

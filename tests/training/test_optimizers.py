@@ -100,6 +100,25 @@ def test_every_parameter_decays(section):
 
 
 @pytest.mark.parametrize(
+    ("section", "share"),
+    [
+        (sections.Sgd(lr=0.1, weight_decay=1e-3, momentum=0), 0.1 * 1e-3),
+        (sections.Sgd(lr=0.1, weight_decay=1e-3), 0.1 * 1e-3 / (1 - 0.9)),
+        (sections.Sgd(lr=0.1, weight_decay=1e-3, momentum=0.8, nesterov=True), 0.1 * 1e-3 / (1 - 0.8)),
+        (sections.Muon(lr=0.1, weight_decay=1e-4), 1e-4 / (1 - 0.9)),
+        (sections.AdamW(lr=0.1, weight_decay=1e-3), 0.1 * 1e-3),
+    ],
+)
+def test_a_step_shrinks_weights_by_what_the_fields_say(section: sections.Optimizer, share: float) -> None:
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(network.weight)
+    optimizer = build_optimizer(network, section, CPU)
+    network.weight.grad = torch.zeros_like(network.weight)
+    weights = [optimizer.step() or network.weight.item() for _ in range(200)]
+    assert 1 - (weights[-1] / weights[99]) ** 0.01 == pytest.approx(share, rel=0.02)
+
+
+@pytest.mark.parametrize(
     "section", [sections.Sgd(lr=0.5, weight_decay=0.1), sections.AdamW(lr=0.5, weight_decay=0.1), MUON]
 )
 def test_positions_biases_and_norms_of_a_transformer_do_not_decay(section: sections.Optimizer) -> None:
