@@ -94,8 +94,8 @@ def save_folder(folder: Path, contents: Mapping[str, bytes], facts: dict[str, An
 
     `facts` is anything that JSON takes. Killed at any moment, it leaves what `read_checkpoint` reads as the old or
     the new folder (or none, where there was none); what else it leaves is hidden and removed by the next save.
-    One writer at a time. OSError where the disk refuses (full, say), with the old folder as it was; UserError where
-    `folder` holds something that was not written by this function.
+    One writer at a time. OSError where the disk refuses (full, say) or the record is longer than what is read, with the
+    old folder as it was; UserError where `folder` holds something that was not written by this function.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists()):
         raise UserError(str(folder), "holds something that is no checkpoint, so it is not replaced")
@@ -191,9 +191,12 @@ def _weights(network: nn.Module, metadata: dict[str, str]) -> bytes:
 
 
 def _record(body: dict[str, Any]) -> bytes:
-    """checkpoint.json, with a digest of itself."""
+    """checkpoint.json, with a digest of itself; OSError where it is longer than what is read."""
     body = json.loads(json.dumps(body))  # as it will be read: lists for tuples, strings for keys
-    return json.dumps(body | {"digest": _digest(body)}, indent=2).encode()
+    content = json.dumps(body | {"digest": _digest(body)}, indent=2).encode()
+    if len(content) > MAX_RECORD:
+        raise OSError(errno.EFBIG, f"{RECORD} would have {len(content):,} bytes, more than {MAX_RECORD:,}")
+    return content
 
 
 def _digest(body: dict[str, Any]) -> str:

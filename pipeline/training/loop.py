@@ -62,6 +62,11 @@ class EpochReport:
     epoch: int  # from 1
     metrics: dict[str, float]
 
+    def without_classes(self) -> "EpochReport":
+        """The report without the F1 of each class: a thousand of these in each epoch are too many to keep."""
+        kept = {name: value for name, value in self.metrics.items() if not name.startswith(CLASS_F1)}
+        return replace(self, metrics=kept)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -70,7 +75,7 @@ class Result:
     network: nn.Module  # the averaged weights where the recipe averages, else the trained ones
     plain: nn.Module | None  # the trained weights, where `network` holds averaged ones
     validation_logits: Tensor  # (num_validation, num_classes) float32, of `network`
-    history: list[EpochReport]
+    history: list[EpochReport]  # of each class's F1 the last epoch's alone
     seconds: float
 
 
@@ -130,6 +135,8 @@ def train(
             report = EpochReport(epoch, metrics | learner.costs(seconds))
             if not (math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["val/loss"])):
                 raise Diverged(f"loss is not finite after epoch {epoch}")
+            if history:
+                history[-1] = history[-1].without_classes()
             history.append(report)
             on_part("tracking")
             on_epoch(report)

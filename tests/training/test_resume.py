@@ -22,6 +22,7 @@ from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.search.speed import few_images
 from pipeline.sections.data import Data
+from pipeline.training import checkpoints
 from pipeline.training.checkpoints import RECORD, read_checkpoint, save_folder
 from pipeline.training.loop import EpochReport, Result, _Learner, train
 from pipeline.training.optimizers import build_optimizer
@@ -390,6 +391,35 @@ def test_state_is_saved_after_the_epoch_is_reported(recipe: Recipe, few: Trainin
     with pytest.raises(Stop):
         train(recipe, few, CPU, on_epoch, resume=Resume(tmp_path, every_s=0))
     assert states(tmp_path) == ["epoch-000001"], "an epoch whose report fails is not counted as done"
+
+
+def test_state_has_the_f1_of_each_class_of_its_last_epoch_alone(
+    recipe: Recipe, few: TrainingData, tmp_path: Path
+) -> None:
+    """With those of each epoch the record of a long training with many classes is longer than what is read."""
+    train_until(recipe, few, tmp_path, epoch=4)
+    history = read_checkpoint(tmp_path / "epoch-000003")["history"]
+    numbers = [sum(name.startswith("val/f1/") for name in metrics) for metrics in history]
+    assert numbers == [0, 0, len(few.classes)]
+
+
+def test_state_that_could_not_be_read_is_not_saved(
+    recipe: Recipe, few: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = Resume(tmp_path, every_s=0)
+
+    def shrink(report: EpochReport) -> None:
+        if report.epoch == 3:
+            size = (tmp_path / "epoch-000002" / RECORD).stat().st_size
+            monkeypatch.setattr(checkpoints, "MAX_RECORD", size)
+
+    train(recipe, few, CPU, shrink, resume=keep)
+    assert states(tmp_path) == ["epoch-000001", "epoch-000002"], "what can be read stays"
+    (note,) = keep.notes
+    assert "the state after epoch 3 could not be saved" in note and "checkpoint.json would have" in note
+    again = Resume(tmp_path, every_s=0)
+    train(recipe, few, CPU, resume=again)
+    assert again.notes[0] == f"resumes after epoch 2 of {EPOCHS}"
 
 
 def test_full_disk_loses_a_state_but_not_the_training(recipe: Recipe, few: TrainingData, tmp_path: Path) -> None:
