@@ -9,10 +9,12 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return torch.from_numpy(logits).double().softmax(-1).numpy()
 
 
-def sample_logits(seed: int, images: int, classes: int, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def sample_logits(
+    seed: int, images: int, classes: int, factor: float = 1.0, spread: float = 2.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits (N, C), `factor` times the true log-odds of the labels that are drawn from them."""
     rng = np.random.default_rng(seed)
-    logits = rng.normal(size=(images, classes)) * 2
+    logits = rng.normal(size=(images, classes)) * spread
     chances = softmax(logits).cumsum(axis=1)
     labels = (rng.random((images, 1)) > chances).sum(axis=1).clip(0, classes - 1)
     return logits * factor, labels

@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.processes import sign_of_life
 
 _TEMPERATURES = (0.05, 20.0)
+_PRIOR = 4.0  # its weight: alone it has log T at 0 ± 1 / sqrt(4). Of 1, 2 and 4 the best for 20 and for 50 images
 _THRESHOLDS = 2 ** np.linspace(-1, 1, 17)  # 1 is among them
 _NEAREST_TO_1 = np.argsort(np.abs(np.log(_THRESHOLDS)), kind="stable")
 _PASSES = 2
@@ -35,10 +36,11 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> Calibration:
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The T in [0.05, 20] by which to divide logits (N, C), N > 0, for the least mean negative log-likelihood.
+    """The T in [0.05, 20] by which to divide logits (N, C), N > 0, for the highest posterior density of 1 / T.
 
     Temperature scaling (Guo et al. 2017, arXiv 1706.04599): it corrects the confidence and leaves the predicted class.
-    At a bound where the likelihood only grows towards it, as T -> 0 does for images that are all right.
+    The prior of 1 / T, a gamma distribution with its mode at 1, matters where images are few: the likelihood alone grows
+    as T -> 0 where all are right. Beside thousands of images it moves T by about a thousandth.
     """
     from scipy.optimize import minimize_scalar
 
@@ -47,9 +49,10 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
     def loss(log_temperature: float) -> float:
         temperature = np.exp(log_temperature)
-        return float(np.log(np.exp(gaps / temperature).sum(axis=1)).mean() - of_label / temperature)
+        mean_loss = np.log(np.exp(gaps / temperature).sum(axis=1)).mean() - of_label / temperature
+        return float(mean_loss + _PRIOR / len(labels) * (1 / temperature + log_temperature))
 
-    # The loss is convex in 1 / T, so it has one minimum over log T too.
+    # Loss and prior are convex in 1 / T, so they have one minimum over log T too.
     minimum = minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded")
     return float(np.exp(minimum.x).clip(*_TEMPERATURES))
 

@@ -56,7 +56,8 @@ def model_card(
         **({"Members": _members(metadata)} if metadata.members else {}),
         "Validation split": _classes(metadata.classes, confusion),
         "Evidence of the gate": _evidence(evidence) if evidence else "None: not evaluated on the test split.",
-        "Calibration": _calibration(metadata, run) + (f"\n\nAs trained, {reweighted}." if reweighted else ""),
+        "Calibration": _calibration(metadata, run, confusion)
+        + (f"\n\nAs trained, {reweighted}." if reweighted else ""),
         "Known weaknesses": _weaknesses(metadata.classes, confusion, ids, labels, predicted, confidence),
         "Data": _data(metadata, len(labels)),
         **({"Weights": weights} if (weights := _weights(weights_origin(metadata.recipe), RunTags.of(run))) else {}),
@@ -131,12 +132,13 @@ def _classes(classes: Sequence[str], confusion: np.ndarray) -> str:
     )
 
 
-def _calibration(metadata: ModelMetadata, run: Run) -> str:
+def _calibration(metadata: ModelMetadata, run: Run, confusion: np.ndarray) -> str:
     before, after = run.data.metrics.get("val/ece"), metadata.measured["plain"].ece
+    wrong = int(confusion.sum() - np.trace(confusion))
     return (
         f"Expected calibration error on the validation split {_number(before, '.4f')} as trained, {after:.4f} with the "
         f"temperature {metadata.calibration.temperature:.3f} (fitted and measured on different fifths), which the model "
-        "has inside."
+        f"has inside. What calibration is known from: {confusion.sum():,} images, {wrong:,} of them wrong."
     )
 
 

@@ -27,6 +27,7 @@ def test_card_shows_what_the_run_predicted(packed: Package, trained: Trained) ->
     fours = stored[stored.label == 4]
     assert row.startswith(f"| 4 | {len(fours)} | {(fours.predicted == 4).mean():.1%} (")
     wrong = stored[~right]
+    assert f"What calibration is known from: {len(stored)} images, {len(wrong)} of them wrong." in packed.card
     surest = wrong.loc[wrong.confidence.idxmax()]
     error = f"image {surest.id:.0f}: {surest.label:.0f}, taken for {surest.predicted:.0f} with {surest.confidence:.1%}"
     assert f"before the temperature): {error}; " in packed.card
