@@ -137,6 +137,10 @@ def test_groups_are_drawn_as_near_to_the_share_and_the_classes_as_they_can() -> 
     labels, groups = torch.arange(600) % 3, torch.arange(600) // 6  # 100 groups with two images of each class
     split = partition(labels, 0.3, 0, groups)
     assert labels[split.validation].bincount().tolist() == [60] * 3
+    for fraction, each in ((0.05, 10), (0.15, 30), (0.25, 50), (0.12, 24)):
+        validation = partition(labels, fraction, 0, groups).validation
+        assert labels[validation].bincount().tolist() == [each] * 3
+    assert len(partition(labels, 0.002, 0, groups).validation) == 6, "one group at least, and not a half"
     cameras = torch.arange(600) // 120  # five: a tenth can't be had, so one of them
     assert len(partition(labels, 0.1, 0, cameras).validation) == 120
 
