@@ -15,6 +15,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
+from timm.layers import DropPath
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -44,7 +45,19 @@ def build(model: Timm, num_classes: int, image_size: int) -> nn.Module:
     if _config(model).fixed_input_size:
         options["img_size"] = image_size
     network: nn.Module = timm.create_model(model.backbone, pretrained=False, **options)
+    _turn_off_defaults(network, model)
     return network
+
+
+def _turn_off_defaults(network: Any, model: Timm) -> None:
+    """What a field sets to 0 is off, also where timm has a rate of its own; not every network takes a 0 as an option."""
+    if not model.dropout and hasattr(network, "drop_rate"):
+        network.drop_rate = 0.0
+    for module in network.modules():
+        if isinstance(module, DropPath) and not model.drop_path:
+            module.drop_prob = 0.0
+        if isinstance(module, nn.Dropout) and not model.dropout:
+            module.p = 0.0
 
 
 def check(model: Timm, image_size: int) -> None:

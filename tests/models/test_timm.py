@@ -100,6 +100,14 @@ def test_file_fills_all_but_the_head(tmp_path: Path, resnet: nn.Module, suffix: 
     assert weights_digest(recipe_of(model)) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("backbone", ["fasternet_s", "tiny_vit_21m_224", "rexnet_100", "ghostnet_050"])
+def test_fields_at_0_leave_nothing_out_whatever_timm_has_by_default(backbone: str) -> None:
+    with torch.device("meta"):
+        network = build_network(Timm(backbone=backbone), 3, 224, seed=0)
+    rates = [getattr(module, name, 0) for module in network.modules() for name in ("drop_prob", "drop_rate")]
+    assert not any(rates + [module.p for module in network.modules() if isinstance(module, nn.Dropout)])
+
+
 def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path, resnet: nn.Module) -> None:
     tensors = dict(resnet.state_dict())
     tensors["layer9.weight"] = tensors.pop("conv1.weight")
