@@ -30,6 +30,7 @@ from pipeline.data.seal import Seal
 from pipeline.errors import DataError, UserError, counted, did_you_mean
 from pipeline.sections.data import Data, Form
 
+MAX_NAMED = 5  # classes in a line
 MAX_IMBALANCE = 10  # the largest class by the smallest, beyond which a person is told
 SUFFIX_DIGITS = 6  # hexadecimal digits of a folder's digest in its name
 
@@ -107,6 +108,11 @@ class Listed:
             yield f"caution: {found} also in the test split; this flatters its scores"
         if self.copies is not None and (line := _copies_line(self.copies, self.listing.usable.labels, validation)):
             yield f"{line}; {look}"
+        if validation is not None:
+            measured = np.bincount(self.listing.usable.labels[validation.numpy()], minlength=len(self.listing.classes))
+            if missing := [self.listing.classes[label] for label in np.flatnonzero(measured == 0)]:
+                named = ", ".join(missing[:MAX_NAMED]) + ", ..." * (len(missing) > MAX_NAMED)
+                yield f"no validation image of {named}: an F1 of 0 in macro-F1, whatever is predicted"
         counts = np.bincount(self.listing.usable.labels)
         if counts.max() >= MAX_IMBALANCE * counts.min():
             most, least = (

@@ -123,6 +123,15 @@ def test_copies_on_both_sides_and_of_two_classes_are_counted(tmp_path: Path) -> 
     assert data.listed.lines(data.validation_ids)[-1].startswith(line)
 
 
+def test_classes_that_validation_lacks_are_said(tmp_path: Path) -> None:
+    for number, place in enumerate(("train/cat", "train/dog", "train/cow", "val/cat", "val/dog")):
+        for image in range(2):
+            add_image(tmp_path / place / f"{image}.png", 10 * number + image)
+    data = prepare(load(about(tmp_path), NO_DATA_DIR), about(tmp_path), torch.device("cpu"))
+    line = "no validation image of cow: an F1 of 0 in macro-F1, whatever is predicted"
+    assert line in data.listed.lines(data.validation_ids) and line not in data.listed.lines()
+
+
 def test_unbalanced_classes_are_said(tmp_path: Path) -> None:
     for number in range(20):
         add_image(tmp_path / "dog" / f"{number}.png", number)
