@@ -129,7 +129,15 @@ class _Magnitudes:
 _NARROW = _Magnitudes(
     bins=31, shear=0.3, translation=lambda size: 150 / 331 * size, rotation=30, colour=0.9, bits=(8, 4)
 )
-_WIDE = _Magnitudes(bins=31, shear=0.99, translation=lambda size: 32, rotation=135, colour=0.99, bits=(8, 2))
+_WIDE = _Magnitudes(
+    bins=31,
+    shear=0.99,
+    # 32 pixels for all in torchvision's; of smaller images something stays in sight.
+    translation=lambda size: 32 if size >= 32 else size - 1,
+    rotation=135,
+    colour=0.99,
+    bits=(8, 2),
+)
 _MIXED = _Magnitudes(
     bins=10,
     shear=0.3,

@@ -76,7 +76,7 @@ def by_torchvision_on_floats(image: Tensor, name: str, magnitude: float) -> Tens
 def test_each_operation_is_torchvisions_at_its_magnitudes(policy: str) -> None:
     """On bytes torchvision rounds after each step, up to twice within an operation; ours stays in floats."""
     ours, theirs = SPACES[policy]
-    size, bins = 24, slice(None, None, 3)
+    size, bins = 32, slice(None, None, 3)  # of smaller images TrivialAugment moves less than torchvision's
     table = policies._Space(ours, bins, size, CPU)
     image = photos(1, size)
     results = operate(image.repeat(len(table._codes), 1, 1, 1), table._codes, table._parameters)
@@ -176,6 +176,13 @@ def test_policies_are_torchvisions_at_equal_draws(policy: Any, monkeypatch: pyte
         # After another operation a pixel may lie between two levels, and equalize spreads levels.
         assert (difference > 1e-3).float().mean() < 2e-3, drawn
         assert difference.max() < 0.1, drawn
+
+
+@pytest.mark.parametrize("size", [8, 16, 24])
+def test_trivialaugment_moves_no_small_image_out_of_sight(size: int) -> None:
+    images = torch.rand(3000, 3, size, size, generator=generator()) * 0.8 + 0.2
+    result = policy_of(TrivialAugment(), size, CPU)(images, Draws(3000, generator()))
+    assert result.flatten(1).amax(1).min() > 0
 
 
 @each_policy
