@@ -4,8 +4,9 @@ import pytest
 import torch
 from network_cases import layers
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.models.build import build_network
+from pipeline.models.build import build_network, prediction_flop
 from pipeline.models.expert import ExpertBlock, ExpertNetwork
 from pipeline.sections.model import Expert
 
@@ -29,6 +30,14 @@ def test_mixing_kernels_equals_mixing_outputs(block: ExpertBlock) -> None:
     naive = sum(nn.functional.conv2d(x, kernels[k], padding=1) * weights[:, k, None, None, None] for k in range(3))
     torch.testing.assert_close(block.mixed_outputs(x, weights), naive)
     torch.testing.assert_close(block.mixed_kernels(x, weights), naive)
+
+
+def test_prediction_flop_is_that_of_the_exported_network() -> None:
+    recipe, image = Expert(widths=[8, 16]), torch.zeros(1, 3, 16, 16)
+    exported = torch.export.export(build_network(recipe, 10, 16, seed=0).eval(), (image,)).module()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        exported(image)
+    assert prediction_flop(recipe, 10, 16) == counter.get_total_flops()
 
 
 def test_every_branch_gets_a_gradient() -> None:
