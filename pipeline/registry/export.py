@@ -114,6 +114,7 @@ def preprocessing(metadata: ModelMetadata) -> dict[str, str | int]:
         "image_size": form.size,
         "geometry": form.geometry,
         "meaning": GEOMETRIES[form.geometry],
+        "jpeg": "decoded at the smallest of 1/1, 1/2, 1/4, 1/8 that leaves both sides twice image_size or more, else at 1/1",
         "resampling": "bilinear with antialiasing",
         "orientation": "EXIF's is applied",
         "transparency": "laid over white",

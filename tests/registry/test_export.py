@@ -149,7 +149,8 @@ def test_calibration_and_digests_are_in_the_onnx_metadata(right: tuple[Classifie
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == ["class 0", "class 1", "class 2"]
     assert float(metadata["temperature"]) == torchs.metadata.calibration.temperature
-    assert json.loads(metadata["preprocessing"])["geometry"] == "squash"
+    preprocessing = json.loads(metadata["preprocessing"])
+    assert preprocessing["geometry"] == "squash" and preprocessing["jpeg"].startswith("decoded at the smallest of ")
     assert json.loads(metadata["thresholds"]) == [1.0, 2.0, 3.0]
     digests = {name: metadata[name] for name in ("recipe_digest", "data_digest", "split_digest", "run_id")}
     assert digests == {name: getattr(torchs.metadata, name) for name in digests}
