@@ -66,7 +66,7 @@ def predict_logits(
     logits = []
     for chunk in images.split(batch_size or images_together(images.shape[-1])):
         sign_of_life()
-        x = normalise(chunk, mean, std).contiguous(memory_format=torch.channels_last)
+        x = normalise(chunk, mean, std)  # in channels_last, as the network is
         with autocast(images.device, precision):
             logits.append(network(x).float())
     network.train(was_training)
