@@ -266,7 +266,11 @@ def publish(
             excluded_table(data.listed.excluded).to_csv(folder / "excluded.csv", index=False)
         images = {
             "confusion_matrix": figures.confusion_matrix_figure(scores, data.classes),
-            **({"learning_curves": figures.learning_curves_figure(history)} if history else {}),
+            **(
+                {"learning_curves": figures.learning_curves_figure(history, figures.training_terms(recipe))}
+                if history
+                else {}
+            ),
             "reliability": figures.reliability_figure(
                 reliability(probabilities, labels),
                 reliability(predicted["plain"], labels),

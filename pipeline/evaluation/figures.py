@@ -30,6 +30,7 @@ from PIL import Image
 
 from pipeline.disk import replacing
 from pipeline.evaluation.scores import Reliability, Scores
+from pipeline.recipe import Recipe
 
 _TRAIN, _VAL, _F1, _RIGHT, _WRONG, _FAINT = "#7f7f7f", "#1f77b4", "#e07b00", "#1a7f37", "#c62828", "#b0b0b0"
 _GRID = "#e8e8e8"
@@ -202,13 +203,25 @@ def confusion_matrix_figure(scores: Scores, classes: Sequence[str], split: str =
     return page
 
 
-def learning_curves_figure(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss, scores and learning rate over the epochs (at least one), each a mapping of metric name to value."""
+def training_terms(recipe: Recipe) -> str:
+    """How numbers of the training part are measured, which those of the validation part are not."""
+    mixed, smoothed = recipe.augmentation.mixup + recipe.augmentation.cutmix, recipe.loss.label_smoothing
+    used = {"augmented": not recipe.augmentation.changes_nothing, "mixed": mixed, "with smoothed targets": smoothed}
+    on = f"on images {', '.join(way for way, applies in used.items() if applies)}, " if any(used.values()) else ""
+    return f"train: {on}while the weights change; validation: on images as they are, after the epoch"
+
+
+def learning_curves_figure(history: Sequence[Mapping[str, float]], terms: str = "") -> Figure:
+    """Loss, scores and learning rate over the epochs (at least one), each a mapping of metric name to value.
+
+    `terms`, of `training_terms`, are written below.
+    """
     assert history, "a curve needs an epoch"
     epochs = [int(row["epoch"]) for row in history]
     accuracies = [row["val/accuracy"] for row in history]
     best, last = int(np.argmax(accuracies)), history[-1]
-    page = _Page(1200, 440)
+    page = _Page(1200, 460)
+    page.write(page.width_px / 2, 440, terms, 10, ha="center", va="top")
     page.headline(
         f"Train and validation over {len(history)} epoch{'s' * (len(history) != 1)}: "
         f"validation accuracy {last['val/accuracy']:.2%} (best {accuracies[best]:.2%}, epoch {epochs[best]}), "

@@ -22,10 +22,16 @@ from pipeline.evaluation.figures import (
     prediction_figure,
     reliability_figure,
     save,
+    training_terms,
 )
 from pipeline.evaluation.scores import Scores, reliability, score
+from pipeline.recipe import Recipe
 
 LONG = "a very long class name that no axis has room for, number {}"
+TERMS = (
+    "train: on images augmented, mixed, with smoothed targets, while the weights change; "
+    "validation: on images as they are, after the epoch"
+)
 WIDE = "{}" + "W" * 40
 
 
@@ -124,7 +130,7 @@ def read(figure: Figure, line: Line2D) -> tuple[np.ndarray, np.ndarray]:
 
 ALL = {
     "confusion": lambda: confusion_matrix_figure(scored(500, 10), [f"class {name}" for name in range(10)]),
-    "curves": lambda: learning_curves_figure(run_of(12)),
+    "curves": lambda: learning_curves_figure(run_of(12), TERMS),
     "reliability": lambda: calibration(),
     "gallery": lambda: gallery(16),
     "prediction": lambda: prediction(12, 10),
@@ -241,9 +247,17 @@ def test_learning_curves_name_best_and_last_epoch() -> None:
     assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (best.get_xdata()[2], best.get_ydata()[2])
 
 
+def test_learning_curves_say_how_train_and_validation_differ(small_recipe: Recipe) -> None:
+    assert training_terms(small_recipe) == TERMS
+    steps = ("augmentation.crop_padding", "augmentation.mixup", "augmentation.cutmix", "loss.label_smoothing")
+    plain = training_terms(small_recipe.changed(dict.fromkeys(steps, 0)))
+    assert plain.startswith("train: while the weights change; ")
+    assert TERMS in [text.get_text() for text in written(learning_curves_figure(run_of(2), TERMS))]
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 3, 300])
 def test_learning_curves_of_any_length_count_whole_epochs(epochs: int) -> None:
-    figure = learning_curves_figure(run_of(epochs))
+    figure = learning_curves_figure(run_of(epochs), TERMS)
     assert spilt(figure) == []
     assert collisions(figure) == []
     ticks = [text.get_text() for text in written(figure) if text.get_va() == "top" and text.get_fontsize() == 9]
