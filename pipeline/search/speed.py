@@ -17,6 +17,7 @@ from pipeline.models.build import build_network
 from pipeline.recipe import Recipe
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import RunRequest, Tracker
+from pipeline.training.execution import now, seconds_between
 from pipeline.training.loop import PARTS, Diverged, EpochReport, train
 from pipeline.training.progressive import mean_size
 
@@ -44,11 +45,11 @@ class Stopwatch:
 
     def __call__(self, part: str) -> None:
         """From here on the time belongs to `part`."""
-        self._marks.append((part, self._now()))
+        self._marks.append((part, now(self._device)))
 
     def restart(self) -> None:
         """Forget the time so far."""
-        self._marks = [(self._marks[-1][0], self._now())]
+        self._marks = [(self._marks[-1][0], now(self._device))]
 
     def seconds(self) -> tuple[dict[str, float], int]:
         """Part -> seconds in all, and the number of training steps; waits for the device."""
@@ -56,22 +57,8 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
         total = dict.fromkeys(PARTS, 0.0)
         for (part, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            total[part] += _seconds_between(start, end)
+            total[part] += seconds_between(start, end)
         return total, sum(part == "forward" for part, _ in self._marks)
-
-    def _now(self) -> "float | torch.cuda.Event":
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-
-def _seconds_between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
-    if isinstance(start, float) or isinstance(end, float):
-        assert isinstance(start, float) and isinstance(end, float)
-        return end - start
-    return start.elapsed_time(end) / 1000  # of milliseconds
 
 
 def fastest_precision(recipe: Recipe, num_classes: int) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import sysconfig
+import time
 from collections.abc import Callable, Hashable, Iterator
 from functools import cache
 from pathlib import Path
@@ -90,6 +91,23 @@ def own_stream(device: torch.device) -> Iterator[None]:
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """The same stream for all trainings of a process: torch keeps memory, and cuBLAS its workspace, for each stream."""
     return torch.cuda.Stream(device)
+
+
+def now(device: torch.device) -> "float | torch.cuda.Event":
+    """A mark for `seconds_between`: the host's time, or on a GPU an event in its stream, so that nothing waits."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
+    """Seconds between two marks of a device, which has reached both."""
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float) and isinstance(end, float)
+        return end - start
+    return start.elapsed_time(end) / 1000  # of milliseconds
 
 
 def capture(step: Callable[[], None], generator: torch.Generator) -> torch.cuda.CUDAGraph:

@@ -29,7 +29,15 @@ from pipeline.sections.augmentation import AugMix
 from pipeline.training import progressive
 from pipeline.training.averaging import WeightAverage
 from pipeline.training.checkpoints import load_initial
-from pipeline.training.execution import GraphedStep, check_execution, forward_of, is_graphed, own_stream
+from pipeline.training.execution import (
+    GraphedStep,
+    check_execution,
+    forward_of,
+    is_graphed,
+    now,
+    own_stream,
+    seconds_between,
+)
 from pipeline.training.freezing import Freezing
 from pipeline.training.losses import consistency_loss, loss_of
 from pipeline.training.optimizers import build_optimizer, set_lr
@@ -127,12 +135,14 @@ def train(
         if graphed_step:
             stack.callback(graphed_step.release)
         for epoch in range(len(history) + 1, settings.epochs + 1):
-            epoch_started = time.perf_counter()
+            epoch_started, begin = time.perf_counter(), now(device)
             learner.train_epoch(epoch, graphed_step, on_step, on_part)
+            trained = now(device)
             on_part("evaluation")
             logits, metrics = learner.evaluate()
             seconds = time.perf_counter() - epoch_started
-            report = EpochReport(epoch, metrics | learner.costs(seconds))
+            costs = learner.costs(seconds, seconds_between(begin, trained))  # both are past: the metrics have arrived
+            report = EpochReport(epoch, metrics | costs)
             if not (math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["val/loss"])):
                 raise Diverged(f"loss is not finite after epoch {epoch}")
             if history:
@@ -296,13 +306,13 @@ class _Learner:
         data = self._data
         return predict_logits(network, data.validation.images, data.mean, data.std, self._recipe.training.precision)
 
-    def costs(self, seconds: float) -> dict[str, float]:
-        """Rate, time, throughput and memory of an epoch that took `seconds`, by MLflow name."""
+    def costs(self, seconds: float, training_s: float) -> dict[str, float]:
+        """Rate, time, throughput and memory of an epoch that took `seconds`, its steps `training_s`; by MLflow name."""
         group = self.parts.optimizer.param_groups[0]
         return {
             "optimizer/lr": float(group["lr"]) / group["scale"],
             "time/epoch_s": seconds,
-            "throughput/images_per_s": self._steps * self._batch_size / seconds,
+            "throughput/images_per_s": self._steps * self._batch_size / training_s,
             "memory/peak_gib": _peak_gib(self._device),
         }
 

@@ -1,9 +1,11 @@
 """The one loop that trains."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from torch.nn.functional import cross_entropy
 from pipeline.data.augment import normalise
 from pipeline.data.datasets import load
 from pipeline.data.prepare import TrainingData, prepare
+from pipeline.evaluation.logits import predict_logits
 from pipeline.models.build import build_network
 from pipeline.models.fast import FastNetwork
 from pipeline.recipe import Recipe
 from pipeline.sections.data import Data
+from pipeline.training import loop
 from pipeline.training.checkpoints import save_weights
 from pipeline.training.loop import Diverged, EpochReport, train
 
@@ -108,6 +112,20 @@ def test_each_epoch_is_reported_with_all_metrics(small_recipe: Recipe, digits: T
         "memory/peak_gib",
     }
     assert all(math.isfinite(value) for report in seen for value in report.metrics.values())
+
+
+def test_throughput_is_of_the_steps_alone(
+    small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*arguments: Any) -> torch.Tensor:
+        time.sleep(1)
+        return predict_logits(*arguments)
+
+    monkeypatch.setattr(loop, "predict_logits", slow)
+    batch = small_recipe.training.batch_size
+    (metrics,) = (report.metrics for report in train(small_recipe.changed({"training.epochs": 1}), digits, CPU).history)
+    training_s = len(digits.train.images) // batch * batch / metrics["throughput/images_per_s"]
+    assert 0 < training_s < metrics["time/epoch_s"] - 1
 
 
 def test_reported_scores_are_those_of_the_returned_network(small_recipe: Recipe, digits: TrainingData) -> None:
