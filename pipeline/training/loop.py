@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ from pipeline.training.losses import consistency_loss, loss_of
 from pipeline.training.optimizers import build_optimizer, set_lr
 from pipeline.training.origin import check_initial
 from pipeline.training.resume import Parts, Resume
+from pipeline.training.schedules import lr_factor
 from pipeline.training.teacher import fixed_logits, load_teacher
 
 FIRST_LAYER_IMAGES = 5000  # as many as the speed runs take; a covariance of 12 numbers needs no more
@@ -141,7 +143,9 @@ def train(
             on_part("evaluation")
             logits, metrics = learner.evaluate()
             seconds = time.perf_counter() - epoch_started
-            costs = learner.costs(seconds, seconds_between(begin, trained))  # both are past: the metrics have arrived
+            costs = learner.costs(
+                epoch, seconds, seconds_between(begin, trained)
+            )  # both are past: the metrics have arrived
             report = EpochReport(epoch, metrics | costs)
             if not (math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["val/loss"])):
                 raise Diverged(f"loss is not finite after epoch {epoch}")
@@ -306,11 +310,12 @@ class _Learner:
         data = self._data
         return predict_logits(network, data.validation.images, data.mean, data.std, self._recipe.training.precision)
 
-    def costs(self, seconds: float, training_s: float) -> dict[str, float]:
+    def costs(self, epoch: int, seconds: float, training_s: float) -> dict[str, float]:
         """Rate, time, throughput and memory of an epoch that took `seconds`, its steps `training_s`; by MLflow name."""
-        group = self.parts.optimizer.param_groups[0]
+        schedule, steps, total = self._recipe.schedule, self._steps, self._recipe.training.epochs * self._steps
+        factors = (lr_factor(schedule, step, total) for step in range((epoch - 1) * steps, epoch * steps))
         return {
-            "optimizer/lr": float(group["lr"]) / group["scale"],
+            "optimizer/lr": self._recipe.optimizer.lr * statistics.fmean(factors),  # of the last step alone it may be 0
             "time/epoch_s": seconds,
             "throughput/images_per_s": self._steps * self._batch_size / training_s,
             "memory/peak_gib": _peak_gib(self._device),

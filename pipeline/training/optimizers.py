@@ -36,13 +36,12 @@ def build_optimizer(
     """torch's SGD, Adam or AdamW over every parameter of `network`, which lies on `device`; or Muon.
 
     All parameters but those that the network excludes (`HasUndecayed`) decay, batch-norm's and biases too, as in the
-    published CIFAR recipes (ResNet, arXiv 1512.03385); Muon's filters don't. A group's rate is `optimizer.lr` times its
-    `scale`. `on_device` keeps rates and counts there, so that a step can be captured and replayed.
+    published CIFAR recipes (ResNet, arXiv 1512.03385); Muon's filters don't. `on_device` keeps rates and counts there, so
+    that a step can be captured and replayed.
     """
     fused = True if device.type in _FUSED else None  # None: torch chooses
     built = _build(network, optimizer, transfer or Transfer(), fused, on_device)
     for group in built.param_groups:
-        group.setdefault("scale", 1.0)
         group["initial_lr"] = group["lr"]
         group.setdefault("share", 1.0)
         if on_device:
@@ -112,7 +111,6 @@ def _by_layer(groups: list[dict[str, Any]], network: nn.Module, transfer: Transf
             **group,
             "params": [parameter for parameter in group["params"] if of_parameter[parameter] == layer],
             "lr": group["lr"] * scale,
-            "scale": scale,
         }
         for group in groups
         for layer, scale in enumerate(scales)

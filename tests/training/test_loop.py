@@ -1,6 +1,7 @@
 """The one loop that trains."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -112,6 +113,15 @@ def test_each_epoch_is_reported_with_all_metrics(small_recipe: Recipe, digits: T
         "memory/peak_gib",
     }
     assert all(math.isfinite(value) for report in seen for value in report.metrics.values())
+
+
+def test_logged_rate_is_the_mean_of_the_epochs_steps(small_recipe: Recipe, digits: TrainingData) -> None:
+    """Those of the last step alone would be 0 at the end of most schedules."""
+    recipe = small_recipe.changed({"schedule.name": "linear", "schedule.final_fraction": 0, "training.epochs": 2})
+    steps = len(digits.train.images) // recipe.training.batch_size
+    rates = [recipe.optimizer.lr * (1 - step / (2 * steps - 1)) for step in range(2 * steps)]
+    logged = [report.metrics["optimizer/lr"] for report in train(recipe, digits, CPU).history]
+    assert logged == pytest.approx([statistics.fmean(rates[:steps]), statistics.fmean(rates[steps:])])
 
 
 def test_throughput_is_of_the_steps_alone(
