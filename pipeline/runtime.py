@@ -4,6 +4,7 @@ A command and a worker import this first, because the libraries read some of it 
 """
 
 import atexit
+import contextlib
 import ctypes
 import gc
 import getpass
@@ -12,6 +13,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -125,12 +127,35 @@ def keep_freed_memory() -> bool:
 
     By default it returns every block above 32 MiB to the system and requests the next one again, a page fault for each
     4 KiB. With the memory kept, `fast` trains 1.4 times as many images per second on a CPU at batch 2,000
-    (pipeline/benchmarks/README.md). It can't be undone, and the process stays as large as its largest training.
+    (pipeline/benchmarks/README.md). It can't be undone, and the process stays as large as its largest training until
+    the next one begins: `restart_peak_memory`.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _of_malloc("mallopt")
     return bool(mallopt and mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))
+
+
+def restart_peak_memory() -> None:
+    """Let `peak_memory_gib` begin again at what is in use now, on Linux; freed memory that was kept is not in use."""
+    if trim := _of_malloc("malloc_trim"):
+        trim(0)
+    with contextlib.suppress(OSError):  # another system, or a container that doesn't let it
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_gib() -> float:
+    """Most memory of this process since `restart_peak_memory`, GiB; where that is impossible, since its start."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**20
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # other systems count in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _of_malloc(name: str) -> Any:
+    """A function of glibc's malloc; None where there is no such."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 
 # Imports create half a million objects that stay. Searching them for garbage again and again took a quarter of the time of

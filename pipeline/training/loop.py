@@ -25,7 +25,7 @@ from pipeline.evaluation.scores import CLASS_F1, accuracy_from, balanced_accurac
 from pipeline.models.build import check_sizes, initial_network, pixel_statistics_of
 from pipeline.models.layers import FitsFirstLayer
 from pipeline.recipe import Recipe
-from pipeline.runtime import keep_freed_memory
+from pipeline.runtime import keep_freed_memory, peak_memory_gib, restart_peak_memory
 from pipeline.sections.augmentation import AugMix
 from pipeline.training import progressive
 from pipeline.training.averaging import WeightAverage
@@ -124,6 +124,7 @@ def train(
         torch.cuda.reset_peak_memory_stats(device)
     else:
         keep_freed_memory()
+        restart_peak_memory()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_reproducible(settings.deterministic, device))
         if graphed:
@@ -398,11 +399,5 @@ def _reproducible(deterministic: bool, device: torch.device) -> Iterator[None]:
 
 
 def _peak_gib(device: torch.device) -> float:
-    """Most memory in use so far, GiB: of this training on a GPU; on a CPU, of the process, earlier trainings included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-    import sys
-
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    """Most memory in use in this training, GiB: of a GPU, or on a CPU of the process."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_memory_gib()

@@ -124,6 +124,22 @@ def test_logged_rate_is_the_mean_of_the_epochs_steps(small_recipe: Recipe, digit
     assert logged == pytest.approx([statistics.fmean(rates[:steps]), statistics.fmean(rates[steps:])])
 
 
+def test_peak_of_memory_is_that_of_this_training(small_recipe: Recipe, digits: TrainingData) -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("the system doesn't let a process forget its peak")
+
+    def peak(gib_in_steps: float = 0) -> float:
+        recipe = small_recipe.changed({"training.epochs": 1})
+        result = train(recipe, digits, CPU, on_step=lambda *_: torch.ones(int(gib_in_steps * 2**28)).sum().item())
+        return result.history[-1].metrics["memory/peak_gib"]
+
+    alone, large, again = peak(), peak(0.5), peak()
+    assert large > alone + 0.4
+    assert again < alone + 0.2, "an earlier one's is not inherited, nor what malloc has kept of it"
+
+
 def test_throughput_is_of_the_steps_alone(
     small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
