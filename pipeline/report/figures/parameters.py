@@ -26,6 +26,7 @@ from pipeline.report.trials import ranked
 QUARTER_COLOURS = ("#0072B2", "#56B4E9", "#8fb8d6", "#b4b4b4")  # the best first
 MAX_LINES = 60  # of each quarter
 MAX_PARAMETERS, MAX_EFFECTS = 12, 16
+MIN_BEST = 4  # trials of the best quarter, from which it is said what marks them
 LOG_RATIO = 30  # an axis whose ends differ by more has a log scale
 
 
@@ -107,6 +108,8 @@ def _line(row: pd.Series, positions: Mapping[str, float | None]) -> tuple[list[A
 def _parallel_caption(rows: pd.DataFrame, names: Sequence[str], quarters: np.ndarray) -> str:
     """What most of the best quarter have, and fewer of the others."""
     best, others, gains = rows[quarters == 0], rows[quarters > 0], []
+    if len(best) < MIN_BEST:
+        return f"Too few trials ({len(best)} in the best quarter) to say what marks them."
     for name in names:
         values = best[name].dropna()
         if len(values) > 1 and (values.map(type).eq(str).all() or values.nunique() < 3):
@@ -116,7 +119,7 @@ def _parallel_caption(rows: pd.DataFrame, names: Sequence[str], quarters: np.nda
             gains.append((share - of_others, line))
     marks = [line for gain, line in sorted(gains, reverse=True)[:3] if gain > 0.15]
     group = f"the best {len(best)} of {len(rows)} trials by rank"
-    return f"What marks {group}: {joined(marks)}." if marks and len(best) > 3 else f"No single choice marks {group}."
+    return f"What marks {group}: {joined(marks)}." if marks else f"No single choice marks {group}."
 
 
 def _scaled(values: pd.Series) -> tuple[list[float | None], dict[float, str]]:

@@ -39,6 +39,18 @@ def test_parallel_draws_a_line_per_trial_past_what_it_lacks() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("trials", "line"), [(12, "Too few trials (3 in the best quarter) to say"), (16, "No single choice")]
+)
+def test_few_trials_are_not_said_to_have_nothing_in_common(trials: int, line: str) -> None:
+    """Of twelve the best three alone may have adam; of sixteen that none of them marks is a finding."""
+    rows = [trial_row(n, 0.9 - n / 100) | {"val/accuracy": 0.9 - n / 100} for n in range(trials)]
+    alone = range(3) if trials == 12 else range(0, trials, 2)
+    for number, row in enumerate(rows):
+        row |= {"optimizer.name": "adam" if number in alone else "sgd"}
+    assert str(parameters.parallel(table_of(rows), ["optimizer.name"]).layout.meta).startswith(line)
+
+
 def test_effects_tell_clear_ones_from_the_others() -> None:
     heads = ["parameter", "level", "reference", "n", "pruned", "effect", "low", "high"]
     clear = ("optimizer.name", "adam", "sgd (the most frequent)", 9, 1, 0.02, 0.01, 0.03)
