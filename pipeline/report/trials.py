@@ -194,12 +194,13 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
 def early(tracker: MlflowTracker, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     """A score that the trials of one study share whatever became of them, in words, and its table with that as the score.
 
-    That of the short trials, where there are any; else the value after the epoch at which pruning began, of every trial
-    that reached it.
+    That of the short trials that ran to their end, where there are short ones; else the value after the epoch at which
+    pruning began, of every trial that reached it.
     """
     rows, metric = trial_rows(frame), str(frame["objective"].iloc[0])
     if rows["short"].any():
-        return f"{metric} of the short trials", rows.assign(score=rows[metric].where(rows["short"]))
+        ended = rows["short"] & (rows["state"] == State.PRUNED)
+        return f"{metric} of the short trials", rows.assign(score=rows[metric].where(ended))
     pruned_after = trial_rows(frame, State.PRUNED)["epochs"]
     epoch = int(pruned_after[pruned_after > 0].min())
     curves = histories(tracker, list(rows["run_id"][rows["epochs"] > epoch]), metric)

@@ -163,3 +163,6 @@ def test_short_trials_share_their_own_score(sqlite_tracker: MlflowTracker) -> No
     measure, shared = report.early(sqlite_tracker, short_study())
     assert measure == "val/accuracy of the short trials"
     assert list(shared["score"].dropna()) == [0.3, 0.6, 0.5, 0.4]
+    states = ["finished", "pruned", "running", "interrupted", "pruned", "finished"]
+    unfinished = report.early(sqlite_tracker, short_study().assign(state=states))[1]
+    assert list(unfinished["score"].dropna()) == [0.3, 0.4], "what one measured half-way is no score"
