@@ -98,7 +98,8 @@ class Effects:
 
 
 def effects(frame: pd.DataFrame, base: pd.Series | None = None) -> Effects | None:
-    """What each choice adds to the score, compared with the control's choice; None where there are too few finished trials.
+    """What each choice adds to the score, compared with the control's choice, or with the most frequent one where fewer
+    than three of these trials have the control's. None where there are too few finished trials.
 
     A Bayesian linear model of all searched parameters on the finished trials of one study: effects are normal around 0,
     how wide is averaged over, by its marginal likelihood (Lindley and Smith 1972; ridge regression is its mode). A
@@ -124,7 +125,7 @@ def effects(frame: pd.DataFrame, base: pd.Series | None = None) -> Effects | Non
         reference, suffix = max(of_name, key=lambda index: counts[index]), " (the most frequent)"
         if base is not None and pd.notna(base[name]):
             own = levels[name][trials["run_id"] == base["run_id"]].iloc[0]
-            if (name, own) in columns:
+            if (name, own) in columns and counts[columns.index((name, own))] >= MIN_TRIALS_OF_LEVEL:
                 reference, suffix = columns.index((name, own)), ""
         for index in of_name:
             if index != reference and counts[index] >= MIN_TRIALS_OF_LEVEL:

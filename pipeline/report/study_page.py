@@ -15,7 +15,7 @@ from pipeline.evaluation.calibration import reweighting_line
 from pipeline.evaluation.robustness import PREFIX
 from pipeline.registry.decision import FinalsDecision, find_winner
 from pipeline.registry.robustness import stored as stored_robustness
-from pipeline.report.analysis import effects, finals, importances
+from pipeline.report.analysis import MIN_TRIALS_OF_LEVEL, effects, finals, importances
 from pipeline.report.best_trials import best_trials, changes
 from pipeline.report.control_comparison import Comparison, compare_with_control
 from pipeline.report.disagreement import FindData, disagreement
@@ -169,6 +169,7 @@ def _parameters(tracker: MlflowTracker, frame: pd.DataFrame) -> Section:
         "num_top": num_top(len(rank)),
         "effects": estimated,
         "choices": estimated.table.to_dict("records") if estimated else [],
+        "min_trials_of_level": MIN_TRIALS_OF_LEVEL,
         "is_early": is_early,
         "effects_measure": measure,
         "num_measured": len(finished(frame)),

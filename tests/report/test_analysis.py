@@ -192,3 +192,15 @@ def test_effects_are_beside_the_choice_of_a_control_that_has_no_such_score() -> 
     assert found is not None and found.trials == 39
     beside = found.table.set_index("parameter")["reference"]
     assert beside["optimizer.name"] == base["optimizer.name"] == "sgd"
+
+
+def test_a_choice_that_only_the_control_has_is_no_reference() -> None:
+    """No trial with a score has it, or one: the difference from it would be the prior's, or that trial's noise."""
+    frame = study(40, 2, 0.05)
+    frame.loc[0, "optimizer.name"] = "lamb"
+    for score in (np.nan, 0.8):
+        frame.loc[0, "score"] = score
+        found = effects(frame, frame.iloc[0])
+        assert found is not None
+        references = set(found.table.set_index("parameter")["reference"].loc[["optimizer.name"]])
+        assert references in ({"adam (the most frequent)"}, {"sgd (the most frequent)"})

@@ -140,7 +140,7 @@ def _scaled(values: pd.Series) -> tuple[list[float | None], dict[float, str]]:
 
 
 def effect(effects: Effects, measure: str = "the score") -> go.Figure:
-    """Dots with intervals: what a choice adds to `measure`, compared with the control's, the clearest first."""
+    """Dots with intervals: what a choice adds to `measure`, compared with its reference, the clearest first."""
     table = effects.table.assign(clear=lambda t: t["effect"].abs() / ((t["high"] - t["low"]) / 2).clip(1e-12))
     top = table.nlargest(MAX_EFFECTS, "clear")[::-1]
     figure, is_clear = go.Figure(), _excludes_zero(top)
@@ -158,9 +158,9 @@ def effect(effects: Effects, measure: str = "the score") -> go.Figure:
     figure.update_xaxes(title=f"{measure}, points (95 % interval)")
     num_clear, trials = int(_excludes_zero(table).sum()), f"{effects.trials} trials"
     caption = (
-        f"{num_clear} of {len(table)} choices differ from the control's by more than the noise of {trials}"
+        f"{num_clear} of {len(table)} choices differ from what they are compared with by more than the noise of {trials}"
         if num_clear
-        else f"None of {len(table)} choices differs from the control's by more than the noise of {trials}"
+        else f"None of {len(table)} choices differs from what it is compared with by more than the noise of {trials}"
     )
     drawn = f"; the {len(top)} clearest are drawn" if len(top) < len(table) else ""
     return with_caption(figure, f"{caption}{drawn}.")

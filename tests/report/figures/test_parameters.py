@@ -60,5 +60,7 @@ def test_effects_tell_clear_ones_from_the_others() -> None:
         ("interval leaves 0 out", [2.0]),
         ("interval holds 0", [1.0]),
     ]
-    assert figure.layout.meta == "1 of 2 choices differ from the control's by more than the noise of 20 trials."
+    assert figure.layout.meta == (
+        "1 of 2 choices differ from what they are compared with by more than the noise of 20 trials."
+    )
     assert any(note.text == "optimizer <b>adam</b>, not sgd*" for note in figure.layout.annotations)
