@@ -227,8 +227,7 @@ def _reproduce(metadata: ModelMetadata, run: Run) -> str:
     if metadata.members:
         members = " ".join(member.run_id for member in metadata.members)
         return f"`reproduce` each member; `ensemble --runs '{members}' --method {metadata.method}` combines them."
-    changed = ", with changes that were not committed: `diff.patch` of the run" if tags.git_dirty else ""
-    return f"`reproduce {run.info.run_id}`; commit `{tags.commit or 'none'}`{changed}."
+    return f"`reproduce {run.info.run_id}`; commit `{tags.commit or 'none'}`{tags.uncommitted}."
 
 
 def _evidence(evidence: VerdictEvidence) -> str:

@@ -83,7 +83,7 @@ def study_page(
         "best_trials": best_trials(frame, MAX_BEST),
         "comparison": comparison,
         "unfinished": _unfinished(frame),
-        "provenance": _provenance(tracker, comparison) if comparison else {},
+        "provenance": _provenance(tracker, frame, comparison, decision) if comparison else [],
         "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
     }
     figures = {"history": scores.history(frame)}
@@ -260,8 +260,19 @@ def _unfinished(frame: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _provenance(tracker: MlflowTracker, comparison: Comparison) -> dict[str, str]:
-    tags = RunTags.of(tracker.client.get_run(comparison.best["run_id"]))
+def _provenance(
+    tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison, decision: FinalsDecision | None
+) -> list[str]:
+    """What the best trial, and the finals' winner, were made by and of; a line each."""
+    names = {str(comparison.best["run_id"]): "The best trial" if comparison.label == "best" else "The runner-up"}
+    if decision and decision.winner and decision.winner.run_id in set(frame["run_id"]):
+        names[decision.winner.run_id] = "The finals' winner"
+    return [f"{name}, run {run_id}: {_origin(tracker, run_id)}." for run_id, name in names.items()]
+
+
+def _origin(tracker: MlflowTracker, run_id: str) -> str:
+    tags = RunTags.of(tracker.client.get_run(run_id))
     values = {"commit": tags.commit, "torch": tags.torch, "hardware": tags.hardware}
     values |= {"data": tags.data_digest, "split": tags.split_digest}
-    return {name: value[:60] for name, value in values.items() if value}
+    after = {"commit": tags.uncommitted}
+    return "; ".join(f"{name} {value[:60]}{after.get(name, '')}" for name, value in values.items() if value)

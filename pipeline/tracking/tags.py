@@ -93,6 +93,11 @@ class RunTags:
                 values[field.name] = _PARSERS.get(field.name, str)(text)
         return cls(**values)
 
+    @property
+    def uncommitted(self) -> str:
+        """What stands behind the commit where more than it ran; else empty."""
+        return ", with changes that were not committed: `diff.patch` of the run" if self.git_dirty else ""
+
     def to_mlflow(self) -> dict[str, str]:
         """Tag -> text, of the fields that are set."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

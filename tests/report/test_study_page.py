@@ -14,8 +14,9 @@ from playwright.sync_api import Browser
 from pipeline.evaluation.significance import Sample
 from pipeline.recipe import Recipe
 from pipeline.registry.decision import CandidateResult, FinalsDecision, Winner
+from pipeline.report.control_comparison import compare_with_control
 from pipeline.report.render import write
-from pipeline.report.study_page import _parameters, _unfinished, champions, study_page
+from pipeline.report.study_page import _parameters, _provenance, _unfinished, champions, study_page
 from pipeline.report.trials import choose, finished, table, table_of
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker
@@ -169,6 +170,23 @@ def test_what_finals_decided_comes_first(halved: Store) -> None:
     assert "t over 3 folds, each with a seed of its own" in body(page_of(halved, "halved"))
     decision.model_copy(update={"evidence": frozenset({"gone"})}).store(tracker, study)
     assert "1 of the runs that decided them are gone, deleted in MLflow" in body(page_of(halved, "halved"))
+
+
+def test_provenance_names_what_was_not_committed_and_the_winner(halved: Store) -> None:
+    tracker = MlflowTracker(halved.home)
+    frame = table(tracker, choose(tracker, ["halved"]))
+    comparison = compare_with_control(tracker, frame)
+    assert comparison
+    best, other = str(comparison.best["run_id"]), str(frame["run_id"][7])
+    for run_id, dirty in ((best, "true"), (other, "false")):
+        for tag, value in {"mlflow.source.git.commit": "c0ffee", "git_dirty": dirty}.items():
+            tracker.client.set_tag(run_id, tag, value)
+    winner = Winner(trial=7, digest="7", run_id=other, seed=1, tied=(), reason="", summary="")
+    decision = FinalsDecision.model_construct(winner=winner)
+    lines = _provenance(tracker, frame, comparison, decision)
+    patch = "with changes that were not committed: `diff.patch` of the run"
+    assert lines[0].startswith(f"The best trial, run {best}: commit c0ffee, {patch}; data 0")
+    assert lines[1].startswith(f"The finals' winner, run {other}: commit c0ffee; data 0")
 
 
 def test_only_failures_make_a_page_that_says_why(store: Store, browser: Browser, tmp_path: Path) -> None:
