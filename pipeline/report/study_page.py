@@ -82,6 +82,7 @@ def study_page(
         "repeats": _repeats(frame),
         "best_trials": best_trials(frame, MAX_BEST),
         "comparison": comparison,
+        "best_short": _best_short(frame),
         "unfinished": _unfinished(frame),
         "provenance": _provenance(tracker, frame, comparison, decision) if comparison else [],
         "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
@@ -258,6 +259,12 @@ def _unfinished(frame: pd.DataFrame) -> dict[str, Any]:
         "reasons": reasons.head(MAX_REASONS).to_dict(),
         "num_other_reasons": max(len(reasons) - MAX_REASONS, 0),
     }
+
+
+def _best_short(frame: pd.DataFrame) -> dict[str, Any] | None:
+    """The first of the short trials by rank, as a row of the table; None where there is none."""
+    rows = ranked(frame)
+    return next(iter(rows[rows["short"]].to_dict("records")), None)
 
 
 def _provenance(

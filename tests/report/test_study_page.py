@@ -228,3 +228,16 @@ def test_one_finished_trial_without_a_control_is_enough(trained: Trained, browse
     assert heard == []
     assert "Trial 0 is the best of 1 finished trial: " in page.inner_text(".answer")
     assert "nothing to compare it with" in page.inner_text(".answer")
+
+
+def test_control_alone_in_full_is_no_verdict_on_the_search(trained: Trained) -> None:
+    tracker = MlflowTracker(trained.home)
+    [study] = choose(tracker, ["tiny"])
+    frame = table(tracker, [study])
+    frame = frame[frame["role"] == "trial"].assign(control=frame["trial"] == 0)
+    alone = "It is the control, and only it is trained at full length yet"
+    assert f"{alone}." in body(study_page(tracker, study, frame, Path("nowhere"), {}))
+    value = frame["val/accuracy"].iloc[1]
+    said = body(study_page(tracker, study, frame.assign(short=frame["trial"] == 1), Path("nowhere"), {}))
+    assert f"{alone}; the best short trial, 1, has {value:.4f} after 1 epoch." in said
+    assert "nothing better" not in said
