@@ -26,6 +26,7 @@ from pipeline.report.stored import aliases, histories
 from pipeline.report.trials import (
     control,
     early,
+    ended,
     feasible,
     finished,
     last_values,
@@ -74,6 +75,7 @@ def study_page(
         "champions": champions(tracker, frame),
         "links": links,
         "states": state_words(trials).value_counts().to_dict(),
+        "num_ended": len(ended(frame)),
         "num_infeasible": int((trials["infeasible"] != "").sum()),
         "no_answer": "" if comparison else queries.no_best_run(tracker, study).problems[0].rule,
         "objective": study.objective,
@@ -241,7 +243,8 @@ def _disagreement(tracker: MlflowTracker, comparison: Comparison, find: FindData
 def _unfinished(frame: pd.DataFrame) -> dict[str, Any]:
     """The pruned, failed and interrupted trials, by state, and why they ended; {} where there are none."""
     trials = trial_rows(frame)
-    rows = trials[~trials["state"].isin([State.FINISHED, "running"])].sort_values(["state", "trial"], kind="stable")
+    rows = ended(frame)
+    rows = rows[rows["state"] != State.FINISHED].sort_values(["state", "trial"], kind="stable")
     if rows.empty:
         return {}
     base, names = control(frame), searched(frame)

@@ -128,6 +128,12 @@ def trial_rows(frame: pd.DataFrame, state: State | None = None) -> pd.DataFrame:
     return rows if state is None else rows[rows["state"] == state]
 
 
+def ended(frame: pd.DataFrame) -> pd.DataFrame:
+    """The trials that no longer run, whatever became of them."""
+    rows = trial_rows(frame)
+    return rows[rows["state"] != "running"]
+
+
 def state_words(rows: pd.DataFrame) -> pd.Series:
     """Each run's state for a reader: a short trial was not pruned, and one that finished was trained at full length."""
     words = rows["state"].mask(rows["short"] & (rows["state"] == State.PRUNED), "short")

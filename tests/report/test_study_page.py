@@ -85,6 +85,16 @@ def test_share_of_time_of_what_did_not_finish_is_of_the_trials() -> None:
     assert _unfinished(table_of([*rows, final]))["time_share"] == 0.25
 
 
+def test_running_trials_are_not_said_to_have_finished(trained: Trained) -> None:
+    tracker = MlflowTracker(trained.home)
+    [study] = choose(tracker, ["tiny"])
+    frame = table(tracker, [study])
+    running = frame.assign(state="running", score=float("nan"))
+    assert "Nothing: no trial has ended yet." in body(study_page(tracker, study, running, Path("nowhere"), {}))
+    one = frame.assign(state=frame["state"].replace("pruned", "running"))
+    assert "Nothing: every trial that ended finished." in body(study_page(tracker, study, one, Path("nowhere"), {}))
+
+
 def test_where_most_are_pruned_they_count_too_and_it_is_said_how(
     halved: Store, browser: Browser, tmp_path: Path
 ) -> None:

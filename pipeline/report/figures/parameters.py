@@ -98,8 +98,9 @@ def parallel(frame: pd.DataFrame, names: Sequence[str]) -> go.Figure:
 
 def _line(row: pd.Series, positions: Mapping[str, float | None]) -> tuple[list[Any], list[Any], list[str]]:
     """x, y and hover texts of a trial's line, with a gap at its end; it passes by the axes that have no position."""
-    pruned = f" when pruned after epoch {row['epochs']}" if pd.isna(row["score"]) else ""
-    trial = f"trial {row['trial']}, {row[row['objective']]:.4f}{pruned}"
+    when = "as a short trial, after" if row["short"] else "when pruned after"
+    early = f" {when} epoch {row['epochs']}" if pd.isna(row["score"]) else ""
+    trial = f"trial {row['trial']}, {row[row['objective']]:.4f}{early}"
     points = [(x, len(positions) - axis, name) for axis, (name, x) in enumerate(positions.items()) if x is not None]
     texts = [f"{trial}: {as_label(field_label(name))} {as_label(value_label(row[name]))}" for _, _, name in points]
     return [*(x for x, _, _ in points), None], [*(y for _, y, _ in points), None], [*texts, ""]

@@ -25,15 +25,16 @@ from pipeline.report.figures.layout import (
 from pipeline.report.trials import (
     challenger,
     control,
+    ended,
     feasible,
     infeasible,
     last_values,
     state_words,
-    trial_rows,
 )
 from pipeline.tracking.tags import State
 
 MAX_PRUNED_CURVES = 60
+SHORT_MEANS = "a quarter of the epochs with the whole schedule, so above a full one at equal epoch"
 COSTS = {
     "time/training_s": "training time, s",
     "model/parameters": "parameters",
@@ -50,7 +51,7 @@ _SYMBOLS: dict[str, str] = {
 
 
 def history(frame: pd.DataFrame) -> go.Figure:
-    """Score by trial, the best so far, and in grey infeasible ones and where those stood that did not finish."""
+    """Score by trial, the best so far, and in grey infeasible and short ones, and where others ended."""
     figure, several, unfinished = go.Figure(), frame["study"].nunique() > 1, _unfinished(frame)
     for colour, (study, runs) in zip(study_colours(frame), by_study(frame), strict=True):
         _add_finished(figure, runs, as_label(study) if several else "finished", colour, with_best=not several)
@@ -105,8 +106,8 @@ def _add_infeasible(figure: go.Figure, rows: pd.DataFrame, x: pd.Series, hover: 
 
 
 def _unfinished(frame: pd.DataFrame) -> pd.DataFrame:
-    """The trials without a score whose objective was measured, with a column `value`: the last one."""
-    rows = trial_rows(frame)
+    """The trials that ended without a score and whose objective was measured, with a column `value`: the last one."""
+    rows = ended(frame)
     rows = rows[rows["score"].isna()]
     return rows.assign(value=last_values(rows)).dropna(subset="value")
 
@@ -138,11 +139,20 @@ def _history_caption(frame: pd.DataFrame, unfinished: pd.DataFrame, floor: float
     if not parts:
         states = joined([f"{count} {state}" for state, count in state_words(frame).value_counts().items()])
         parts = [f"{_none_finished(frame)}: {states}" if states else _none_finished(frame)]
-    if len(unfinished):
-        low, high = unfinished["epochs"].min(), unfinished["epochs"].max()
-        when = f"after epoch {low}" if low == high else f"after epochs {low} to {high}"
-        parts.append(f"Grey: where trials that did not finish stood when they ended, {when}: not yet a score")
+    short = state_words(unfinished) == "short"
+    if short.any():
+        parts.append(
+            f"Grey crosses: {counted(int(short.sum()), 'short trial')}, {_when(unfinished[short])}: {SHORT_MEANS}"
+        )
+    if not short.all():
+        others = unfinished[~short]
+        parts.append(f"Grey: where trials that did not finish stood when they ended, {_when(others)}: no score")
     return ". ".join(parts) + "."
+
+
+def _when(rows: pd.DataFrame) -> str:
+    low, high = rows["epochs"].min(), rows["epochs"].max()
+    return f"after epoch {low}" if low == high else f"after epochs {low} to {high}"
 
 
 def _none_finished(frame: pd.DataFrame) -> str:
@@ -172,7 +182,7 @@ def learning_curves(frame: pd.DataFrame, histories: pd.DataFrame) -> go.Figure:
     named, grey = add_curves(figure, frame, histories)
     set_axes(figure, "epoch", objective_label(frame), 360)
     set_integer_ticks(figure, histories["epoch"])
-    caption = f"Grey: {grey}" if grey else "No trial was pruned"
+    caption = f"Grey: {grey}" if grey else "No trial was short or pruned"
     if len(named) == 2:
         of_control, of_other = (curve.set_index("epoch")["value"] for curve in named.values())
         difference = (of_other - of_control).dropna()
@@ -187,7 +197,7 @@ def add_curves(
     """Draw a metric by epoch: short and pruned trials in grey, the control, and the best or the runner-up; `options` of
     each trace.
 
-    Returns what is drawn of the last two by name, and what is grey: `7 short trials`, or nothing.
+    Returns what is drawn of the last two by name, and what is grey: `7 short trials` and what these are, or nothing.
     """
     base, curves = control(frame), dict(iter(histories.groupby("run_id")))
     rows = frame[(frame["state"] == State.PRUNED) & frame["run_id"].isin(curves)]
@@ -216,6 +226,8 @@ def add_curves(
             **options,
         )
     grey_trials = counted(len(pruned), f"{state} trial") if pruned else ""
+    if rows["short"].any():
+        grey_trials += f"; a short one has {SHORT_MEANS}"
     return {label: curves[row["run_id"]] for label, (row, _) in named.items()}, grey_trials
 
 

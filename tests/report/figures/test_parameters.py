@@ -58,6 +58,16 @@ def test_effects_tell_clear_ones_from_the_others() -> None:
     figure = parameters.effect(Effects(pd.DataFrame([clear, unclear], columns=heads), 0.5, 20))
     assert [(trace.name, list(trace.x)) for trace in figure.data] == [
         ("interval leaves 0 out", [2.0]),
+def test_a_short_trial_is_not_called_pruned_where_one_points_at_it() -> None:
+    rows = [trial_row(n, 0.5) for n in range(2)]
+    rows += [trial_row(n, float("nan")) | {"state": "pruned", "short": n == 2} for n in (2, 3)]
+    frame = table_of([row | {"val/accuracy": 0.4} for row in rows])
+    texts = {
+        text.split(":")[0] for trace in parameters.parallel(frame, ["optimizer.lr"]).data for text in trace.hovertext
+    }
+    assert {"trial 2, 0.4000 as a short trial, after epoch 2", "trial 3, 0.4000 when pruned after epoch 2"} < texts
+
+
         ("interval holds 0", [1.0]),
     ]
     assert figure.layout.meta == (

@@ -30,8 +30,21 @@ def test_history_shows_scores_and_where_others_ended() -> None:
     assert "failed" not in by_name, "it has no value"
     assert figure.layout.meta.startswith(
         "The best of 6 finished trials, 0.5500, came at trial 5; the median rose from 0.5100 in the first half of them "
-        "to 0.5400 in the second. Grey: where trials that did not finish stood when they ended, after epoch 1"
+        "to 0.5400 in the second. Grey: where trials that did not finish stood when they ended, after epoch 1: no score."
     )
+
+
+def test_history_tells_short_trials_from_others_and_omits_running_ones() -> None:
+    """A short trial ran its whole schedule and is ranked by its score; a running one has not ended."""
+    early = {"score": float("nan"), "val/accuracy": 0.4}
+    rows = [trial_row(0, 0.5, control=True), *(trial_row(n, 0) | early for n in (1, 2, 3))]
+    frame = table_of(rows).assign(state=["finished", "pruned", "pruned", "running"], epochs=[8, 2, 2, 1])
+    caption = str(scores.history(frame.assign(short=[False, True, True, True])).layout.meta)
+    means = "a quarter of the epochs with the whole schedule, so above a full one at equal epoch"
+    assert caption.endswith(f"trial 0. Grey crosses: 2 short trials, after epoch 2: {means}.")
+    mixed = scores.history(frame.assign(short=[False, False, True, False]))
+    assert "Grey crosses: 1 short trial, after epoch 2" in mixed.layout.meta
+    assert str(mixed.layout.meta).endswith("did not finish stood when they ended, after epoch 2: no score.")
 
 
 @pytest.mark.parametrize("rows", [[], [trial_row(0, float("nan"), state="failed") | {"trial": pd.NA}]])
@@ -70,4 +83,7 @@ def test_learning_curves_count_the_epochs_ahead_of_the_control() -> None:
     short = scores.learning_curves(
         frame.assign(short=frame["state"] == "pruned"), pd.DataFrame(points, columns=["run_id", "epoch", "value"])
     )
-    assert short.data[0].name == "short" and str(short.layout.meta).endswith("Grey: 1 short trial.")
+    assert short.data[0].name == "short" and str(short.layout.meta).endswith(
+        "Grey: 1 short trial; a short one has a quarter of the epochs with the whole schedule, so above a full one at "
+        "equal epoch."
+    )
