@@ -93,13 +93,16 @@ def _fields(groups: Mapping[str, pd.DataFrame], scored: Mapping[str, Comparison]
             study: "" if pd.isna(value := other.best[name]) else value_label(value) for study, other in scored.items()
         }
         if len(set(values.values())) > 1 or sum(name in space for space in search_spaces) > 1:
-            yield name, [value + _values_of_best_quarter(groups[study], name) for study, value in values.items()]
+            cells = [value + _values_of_best_quarter(groups[study], name) for study, value in values.items()]
+            if any(cells):  # the best recipes' kinds may lack it
+                yield name, cells
 
 
 def _values_of_best_quarter(runs: pd.DataFrame, name: str) -> str:
+    """In brackets; nothing where that is the best trial alone, or the study didn't search the field."""
     done = finished(runs)
-    values = done[name].head(max(len(done) // 4, 1)).dropna()
-    if name not in searched(runs) or values.empty:
+    values = done[name].head(len(done) // 4).dropna()
+    if name not in searched(runs) or len(done) < 8 or values.empty:
         return ""
     if all(type(value) in (int, float) for value in values):
         ends = [value_label(values.min()), value_label(values.max())]

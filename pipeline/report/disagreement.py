@@ -26,19 +26,19 @@ THUMBNAIL = (96, 96)  # pixels at most
 
 
 def disagreement(tracker: MlflowTracker, comparison: Comparison, find: FindData) -> dict[str, Any]:
-    """How many images both, one or none have right, and those that only one has; {} where they can't be compared."""
+    """How many images both, one or none have right, and those that only one has, of which it is surest; {} where they
+    can't be compared.
+    """
     best, base = comparison.best_predictions, comparison.control_predictions
     if best is None or base is None or comparison.lead is None:
         return {}
     best_right, base_right = best.answers == best.labels, base.answers == base.labels
     images = _images(tracker, comparison.best, best, find)
-    groups = {f"Right by the {comparison.label} alone": best_right & ~base_right}
-    groups["Right by the control alone"] = base_right & ~best_right
-    confidence = np.maximum(best.probabilities.max(1), base.probabilities.max(1))
     runs, shown = {comparison.label: best, "control": base}, {}
-    for title, in_group in groups.items():
-        indices = np.flatnonzero(in_group)
-        shown_indices = indices[np.argsort(-confidence[indices], kind="stable")][:MAX_IMAGES]
+    for name, in_group in ((comparison.label, best_right & ~base_right), ("control", base_right & ~best_right)):
+        title, indices = f"Right by the {name} alone", np.flatnonzero(in_group)
+        confidence = runs[name].probabilities.max(1)[indices]
+        shown_indices = indices[np.argsort(-confidence, kind="stable")][:MAX_IMAGES]
         if len(indices):
             pixels = None
             if not isinstance(images, str):

@@ -7,11 +7,12 @@ import pandas as pd
 from conftest import Trained
 from playwright.sync_api import Browser
 
-from pipeline.report.comparison_page import studies_page
+from pipeline.report.comparison_page import _fields, _values_of_best_quarter, studies_page
+from pipeline.report.control_comparison import Comparison
 from pipeline.report.render import write
-from pipeline.report.trials import choose, table
+from pipeline.report.trials import choose, table, table_of
 from pipeline.tracking.tracker import MlflowTracker
-from report.helpers import Store, body, opened, page_of
+from report.helpers import Store, body, opened, page_of, trial_row
 
 
 def test_studies_stand_beside_each_other(store: Store, browser: Browser, tmp_path: Path) -> None:
@@ -42,3 +43,14 @@ def test_a_study_beside_itself_under_another_name_leads_by_nothing(trained: Trai
     said = body(studies_page(tracker, [study, twin], both, {}))
     assert "tiny-v1-digits has the highest score, as high as that of twin-v1-digits" in said
     assert "+0.00 points (95 % interval -1.34 to +1.34, n = 144 validation images, paired; exact McNemar p = 1)" in said
+
+
+def test_recipes_have_no_empty_row_and_no_bracket_of_one_trial() -> None:
+    """Of four trials the best quarter is the best one itself; the best recipes' schedules may have no warmup at all."""
+    rows = [trial_row(n, 0.5 + n / 100) | {"schedule.warmup": float("nan") if n == 3 else n} for n in range(4)]
+    few = table_of(rows)
+    best = Comparison(few.iloc[3], "best", None, None, None, None)
+    groups, scored = {"a": few, "b": few.assign(study="b")}, {"a": best, "b": best}
+    assert dict(_fields(groups, scored)) == {"optimizer.lr": ["0.375"] * 2, "optimizer.name": ["adam"] * 2}
+    many = table_of([trial_row(n, 0.5 + n / 100) for n in range(8)])
+    assert _values_of_best_quarter(many, "optimizer.lr") == " (0.75 to 0.875)"

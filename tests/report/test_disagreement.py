@@ -4,6 +4,8 @@ import base64
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,8 +13,10 @@ from PIL import Image
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
-from pipeline.report.disagreement import _images
-from pipeline.report.stored import predictions
+from pipeline.report.analysis import lead
+from pipeline.report.control_comparison import Comparison
+from pipeline.report.disagreement import _images, disagreement
+from pipeline.report.stored import Predictions, predictions
 from pipeline.report.study_page import study_page
 from pipeline.report.trials import choose, table
 from pipeline.sections.data import Form
@@ -64,3 +68,21 @@ def test_images_are_read_in_the_form_of_the_run(store: Store) -> None:
     found = predictions(tracker, store.best)
     assert found and "not needed" in str(_images(tracker, pd.Series({**run, **changes}), found, find))
     assert seen[0].about.form == Form(8, "crop", 16)
+
+
+def test_the_images_that_are_shown_are_those_of_which_the_right_one_is_surest() -> None:
+    """Not those where the wrong one is: the first of these three."""
+    labels, sure = np.zeros(3, int), np.array([[0.5, 0.95], [0.9, 0.6], [0.7, 0.6]])
+    best, base = (np.stack([of, 1 - of], axis=1) for of in (sure[:, 0], 1 - sure[:, 1]))
+    runs = [Predictions(np.arange(3), labels, of, ("cat", "dog")) for of in (best, base)]
+    row = pd.Series({"run_id": "r", "objective": "val/accuracy"})
+    comparison = Comparison(row, "best", row, *runs, lead(*runs, "val/accuracy"))
+
+    def no_run(run_id: str) -> None:
+        raise KeyError(run_id)
+
+    tracker: Any = SimpleNamespace(client=SimpleNamespace(get_run=no_run))
+    found = disagreement(tracker, comparison, lambda data: None)  # type: ignore[arg-type, return-value]
+    lines = [each["lines"] for each in found["groups"]["Right by the best alone"]["thumbnails"]]
+    assert lines[0] == ["cat (no. 1)", "best: cat 90%", "control: dog 60%"]
+    assert [line[0] for line in lines] == ["cat (no. 1)", "cat (no. 2)", "cat (no. 0)"]

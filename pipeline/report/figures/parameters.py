@@ -57,7 +57,8 @@ def importance(shares: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(tickformat=".0%", title="share of importance", rangemode="tozero")
     names = joined(list(shares["parameter"][shares["importance"] > shares["chance"]])) or "none"
     caption = f"Above what chance gives: {names}, of {len(shares)} parameters"
-    return with_caption(figure, f"{caption}; about {0.05 * len(shares):.1f} would be by chance alone.")
+    drawn = f"; the {len(top)} largest are drawn" if len(top) < len(shares) else ""
+    return with_caption(figure, f"{caption}; about {0.05 * len(shares):.1f} would be by chance alone{drawn}.")
 
 
 def parallel(frame: pd.DataFrame, names: Sequence[str]) -> go.Figure:
@@ -156,7 +157,7 @@ def effect(effects: Effects, measure: str = "the score") -> go.Figure:
     ]
     set_named_rows(figure, names, 38)
     figure.add_vline(x=0, line_width=1, line_color=FAINT)
-    figure.update_xaxes(title=f"{measure}, points (95 % interval)")
+    figure.update_xaxes(title="points (95 % interval)")
     num_clear, trials = int(_excludes_zero(table).sum()), f"{effects.trials} trials"
     caption = (
         f"{num_clear} of {len(table)} choices differ from what they are compared with by more than the noise of {trials}"
@@ -164,7 +165,7 @@ def effect(effects: Effects, measure: str = "the score") -> go.Figure:
         else f"None of {len(table)} choices differs from what it is compared with by more than the noise of {trials}"
     )
     drawn = f"; the {len(top)} clearest are drawn" if len(top) < len(table) else ""
-    return with_caption(figure, f"{caption}{drawn}.")
+    return with_caption(figure, f"By {measure}, {caption[:1].lower()}{caption[1:]}{drawn}.")
 
 
 def _excludes_zero(rows: pd.DataFrame) -> pd.Series:

@@ -7,6 +7,8 @@ import plotly.graph_objects as go
 import pytest
 from playwright.sync_api import Browser
 
+from pipeline.report.analysis import Effects
+from pipeline.report.figures import parameters
 from pipeline.report.figures.layout import as_label, joined, score_floor, set_integer_ticks
 from report.helpers import opened, until
 
@@ -60,3 +62,19 @@ def test_ticks_are_integers_up_to_ten() -> None:
     for values, dtick in (([1, 10], 1), ([1, 11], None), ([pd.NA], 1)):
         set_integer_ticks(figure, pd.Series(values, dtype="Int64"))
         assert figure.layout.xaxis.dtick == dtick
+
+
+def test_titles_of_effects_fit_a_narrow_window(browser: Browser, tmp_path: Path) -> None:
+    """The name of the measure is in the caption: at the axis it was cut at both ends."""
+    heads = ["parameter", "level", "reference", "n", "pruned", "effect", "low", "high"]
+    table = pd.DataFrame([("optimizer.name", "adam", "sgd", 9, 1, 0.02, 0.01, 0.03)], columns=heads)
+    figure = parameters.effect(Effects(table, 0.5, 20), "val/balanced_accuracy of the short trials")
+    assert str(figure.layout.meta).startswith("By val/balanced_accuracy of the short trials, 1 of 1 choices differ")
+    figure.update_layout(width=320)
+    file = tmp_path / "effects.html"
+    figure.write_html(file)
+    page = browser.new_page(viewport={"width": 360, "height": 400})
+    page.goto(file.as_uri())
+    until(page, "document.querySelector('.main-svg .xtitle')")
+    box = page.evaluate("(r => [r.left, r.right])(document.querySelector('.xtitle').getBoundingClientRect())")
+    assert box[0] >= 0 and box[1] <= 328

@@ -20,6 +20,13 @@ def test_importance_names_what_is_above_chance() -> None:
     )
 
 
+def test_importance_says_that_it_draws_some() -> None:
+    shares = pd.DataFrame({"parameter": [f"a.p{n}" for n in range(16)], "importance": 1 / 16, "chance": 0.5})
+    figure = parameters.importance(shares)
+    assert len(figure.data[0].x) == 12
+    assert str(figure.layout.meta).endswith("about 0.8 would be by chance alone; the 12 largest are drawn.")
+
+
 def test_parallel_draws_a_line_per_trial_past_what_it_lacks() -> None:
     rows = [trial_row(n, 0.9 - n / 100, control=n == 0) for n in range(16)]
     for number, row in enumerate(rows):  # the best quarter has adam, and the last trial no momentum
@@ -51,13 +58,6 @@ def test_few_trials_are_not_said_to_have_nothing_in_common(trials: int, line: st
     assert str(parameters.parallel(table_of(rows), ["optimizer.name"]).layout.meta).startswith(line)
 
 
-def test_effects_tell_clear_ones_from_the_others() -> None:
-    heads = ["parameter", "level", "reference", "n", "pruned", "effect", "low", "high"]
-    clear = ("optimizer.name", "adam", "sgd (the most frequent)", 9, 1, 0.02, 0.01, 0.03)
-    unclear = ("optimizer.lr", "0.1", "0.2", 5, 0, 0.01, -0.01, 0.03)
-    figure = parameters.effect(Effects(pd.DataFrame([clear, unclear], columns=heads), 0.5, 20))
-    assert [(trace.name, list(trace.x)) for trace in figure.data] == [
-        ("interval leaves 0 out", [2.0]),
 def test_a_short_trial_is_not_called_pruned_where_one_points_at_it() -> None:
     rows = [trial_row(n, 0.5) for n in range(2)]
     rows += [trial_row(n, float("nan")) | {"state": "pruned", "short": n == 2} for n in (2, 3)]
@@ -68,9 +68,16 @@ def test_a_short_trial_is_not_called_pruned_where_one_points_at_it() -> None:
     assert {"trial 2, 0.4000 as a short trial, after epoch 2", "trial 3, 0.4000 when pruned after epoch 2"} < texts
 
 
+def test_effects_tell_clear_ones_from_the_others() -> None:
+    heads = ["parameter", "level", "reference", "n", "pruned", "effect", "low", "high"]
+    clear = ("optimizer.name", "adam", "sgd (the most frequent)", 9, 1, 0.02, 0.01, 0.03)
+    unclear = ("optimizer.lr", "0.1", "0.2", 5, 0, 0.01, -0.01, 0.03)
+    figure = parameters.effect(Effects(pd.DataFrame([clear, unclear], columns=heads), 0.5, 20))
+    assert [(trace.name, list(trace.x)) for trace in figure.data] == [
+        ("interval leaves 0 out", [2.0]),
         ("interval holds 0", [1.0]),
     ]
     assert figure.layout.meta == (
-        "1 of 2 choices differ from what they are compared with by more than the noise of 20 trials."
+        "By the score, 1 of 2 choices differ from what they are compared with by more than the noise of 20 trials."
     )
     assert any(note.text == "optimizer <b>adam</b>, not sgd*" for note in figure.layout.annotations)
