@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +28,8 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from pipeline.tracking.queries import StudyRuns
 
 
 def compare(
@@ -60,38 +62,52 @@ def compare(
     if empty := [study.name for study in studies if study.name not in set(frame["study"])]:
         raise UserError(", ".join(empty), "has no trials yet", "`study NAME` runs some")
     links = {study.name: links_of(tracker, study, UI_PORT) for study in studies}
-    names_of_runs, next_steps = aliases(tracker), []
+    names_of_runs, next_steps = aliases(tracker), dict[str, dict[str, str]]()
     for study in studies:
         own = frame[frame["study"] == study.name]
-        _print_trials(console, own)
+        _print_trials(console, own, study.planned_trials if study.is_open else None)
         decision, verdict = finals_verdict(tracker, study)
         say(console, *filter(None, [verdict, *champions(tracker, own)]))
         winner = decision.winner.run_id if decision and decision.winner else ""
-        next_steps.append(after_compare(study.name, is_decided=bool(decision), aliases=names_of_runs.get(winner, [])))
+        next_steps[study.name] = after_compare(study, bool(decision), names_of_runs.get(winner, []))
     with make_console(stderr=True).status("writing the page"):
         word = COMMAND_LINE.word
         if len(studies) == 1:
-            page = study_page(tracker, studies[0], frame, expand(data_dir), links[studies[0].name], dataset, word)
+            [study] = studies
+            own_links, own_steps = links[study.name], next_steps[study.name]
+            page = study_page(tracker, study, frame, expand(data_dir), own_links, dataset, word, own_steps)
         else:
-            flat = {f"{name}: {what}": link for name, of_study in links.items() for what, link in of_study.items()}
-            page = studies_page(tracker, studies, frame, flat, word)
+            page = studies_page(tracker, studies, frame, _flat(links), word, _flat(next_steps))
         write(page, file)
     say(console, f"page: {file} ({len(page.encode()) / 1e6:.1f} MB, opens offline)")
     for name, of_study in links.items():
         print_links(console, f"{name} in MLflow (`ui`):", list(of_study.items()))
-    for steps in filter(None, next_steps):
+    for steps in next_steps.values():
         print_next(console, steps)
 
 
-def after_compare(study: str, is_decided: bool, aliases: Sequence[str]) -> dict[str, str]:
-    """The next commands: finals, then promotion of their winner, then the use of it; `aliases` are the winner's."""
-    from pipeline.registry.registered_model import CHAMPION
+def _flat(by_study: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    return {f"{name}: {what}": value for name, of_study in by_study.items() for what, value in of_study.items()}
 
+
+def after_compare(study: "StudyRuns", is_decided: bool, aliases: Sequence[str]) -> dict[str, str]:
+    """The next commands: finals, then promotion of their winner, then the use of it; `aliases` are the winner's.
+
+    Before them the one that resumes a study which has not ended.
+    """
+    from pipeline.registry.registered_model import CHAMPION
+    from pipeline.tracking.study_key import StudyKey
+
+    key, name = StudyKey.parse(study.name), study.name
+    resume = {"resume it if it was stopped, with its options": f"study {key.study if key else name}"}
+    promotion = {"make the winner champion": f"promote {name}"}
     if not is_decided:
-        return {"try the best with more seeds": f"finals {study}", "make the winner champion": f"promote {study}"}
-    if champion := next((name for name in aliases if name.endswith(f"@{CHAMPION}")), ""):
-        return {"classify with the champion": f"predict IMAGE --model models:/{champion}"}
-    return {"make the winner champion": f"promote {study}"}
+        steps = {"try the best with more seeds": f"finals {name}", **promotion}
+    elif champion := next((alias for alias in aliases if alias.endswith(f"@{CHAMPION}")), ""):
+        steps = {"classify with the champion": f"predict IMAGE --model models:/{champion}"}
+    else:
+        steps = promotion
+    return (resume if study.is_open else {}) | steps
 
 
 def page_name(studies: Sequence[str]) -> str:
@@ -102,8 +118,8 @@ def page_name(studies: Sequence[str]) -> str:
     return f"{joined}.html"
 
 
-def _print_trials(console: Console, frame: "pd.DataFrame", most: int = 8) -> None:
-    """The best trials of a study and its control."""
+def _print_trials(console: Console, frame: "pd.DataFrame", planned: int | None, most: int = 8) -> None:
+    """The best trials of a study and its control; `planned` is how many are to be in all, where it has not ended."""
     from pipeline.cli.views import print_best_trials
     from pipeline.report.best_trials import best_trials
     from pipeline.report.trials import finished, state_words, trial_rows
@@ -113,6 +129,7 @@ def _print_trials(console: Console, frame: "pd.DataFrame", most: int = 8) -> Non
     states = [f"{number} {state}" for state, number in state_words(trials).value_counts().items()]
     num_infeasible = (trials["infeasible"] != "").sum()
     states += [f"{num_infeasible} infeasible"] if num_infeasible else []
+    states += [f"{planned} planned"] if planned else []
     title = (
         f"{frame['study'].iloc[0]}: best {min(num_finished, most)} of {len(trials)} trials, {', '.join(states)}; "
         f"{objective} and F1 on the validation split, lead over the control in points"

@@ -23,8 +23,9 @@ def studies_page(
     frame: pd.DataFrame,
     links: Mapping[str, str],
     word: Callable[[str], str] = str,
+    next_steps: Mapping[str, str] = {},
 ) -> str:
-    """The HTML of several studies, compared; `word` as `render` takes it."""
+    """The HTML of several studies, compared; `word` as `render` takes it; `next_steps`: what to do next -> the command."""
     groups = {study.name: frame[frame["study"] == study.name] for study in studies}
     comparisons = {name: compare_with_control(tracker, runs, runner_up=False) for name, runs in groups.items()}
     scored = {name: comparison for name, comparison in comparisons.items() if comparison}
@@ -41,6 +42,7 @@ def studies_page(
         rivals=_rivals(scored, leader) if leader else [],
         verdicts=verdicts,
         links=links,
+        next_steps=next_steps,
         studies=[_study(name, groups[name], comparison) for name, comparison in comparisons.items()],
         leads=list(_leads(scored)),
         compared=list(scored),

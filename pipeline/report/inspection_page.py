@@ -34,6 +34,7 @@ def inspection_page(found: Inspection, table_file: str, word: Callable[[str], st
         word,
         title=f"Inspection of {found.name}",
         links={},
+        next_steps={},
         place=found.place,
         dataset=found.dataset,
         written=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",

@@ -61,9 +61,10 @@ def study_page(
     links: Mapping[str, str],
     dataset: str | None = None,
     word: Callable[[str], str] = str,
+    next_steps: Mapping[str, str] = {},
 ) -> str:
     """The HTML of one study, from `trials.table`; images come from where its data set lies, see `run_data.find_data`,
-    and are never downloaded. `word` as `render` takes it.
+    and are never downloaded. `word` as `render` takes it; `next_steps`: what to do next -> the command.
     """
     comparison = compare_with_control(tracker, frame)
     decision, verdict = finals_verdict(tracker, study)
@@ -74,6 +75,8 @@ def study_page(
         "verdict": verdict,
         "champions": champions(tracker, frame),
         "links": links,
+        "next_steps": next_steps,
+        "planned": study.planned_trials if study.is_open else None,
         "states": state_words(trials).value_counts().to_dict(),
         "num_ended": len(ended(frame)),
         "num_infeasible": int((trials["infeasible"] != "").sum()),

@@ -93,6 +93,7 @@ def _open_parent_run(study: optuna.Study, context: StudyContext, choice: Choice 
         stored.run_key,
         stored.places or [],
         context.search.study.constraints,
+        context.search.trials,
     )
 
 

@@ -25,7 +25,7 @@ from pipeline.evaluation.constraints import nearest, violations
 from pipeline.tracking.intact import describe_omitted, intact
 from pipeline.tracking.store import child_of, is_active
 from pipeline.tracking.study_key import StudyKey
-from pipeline.tracking.tags import Role, RunTags, StoredRun
+from pipeline.tracking.tags import Role, RunTags, State, StoredRun
 from pipeline.tracking.tracker import MlflowTracker
 from pipeline.tracking.uploader import SYSTEM
 
@@ -45,6 +45,8 @@ class StudyRuns:
     view: str | None  # the key of its view in the UI
     places: Sequence[str] = ()  # where its data set lay, the newest first
     constraints: Mapping[str, float] = field(default_factory=dict)  # metric -> its upper bound
+    planned_trials: int | None = None  # None: its run is older than that tag
+    is_open: bool = False  # it runs, or was stopped before its end
 
     def broken_by(self, run: StoredRun) -> str:
         """The constraints that a run breaks, see `violations`; empty for a feasible one."""
@@ -81,6 +83,8 @@ def studies(tracker: MlflowTracker) -> list[StudyRuns]:
                 tags.view,
                 tags.data_places or (),
                 tags.constraints or {},
+                tags.planned_trials,
+                info.status == "RUNNING" or tags.state is not State.FINISHED,
             )
             stored.append((end, study))
     return [study for _, study in sorted(stored, key=lambda item: -item[0]) if study.parent not in replaced]

@@ -73,6 +73,7 @@ class RunTags:
     objective: str | None = None
     constraints: Mapping[str, float] | None = None  # metric -> its upper bound
     view: str | None = None  # the key of its view in the UI
+    planned_trials: int | None = None  # how many its newest command was to make in all
     data_places: tuple[str, ...] | None = None  # where its data set lay, the newest first
     replaces: tuple[str, ...] | None = None  # the study's runs before this one, which were deleted in MLflow
     finals_run: str | None = None
@@ -164,6 +165,7 @@ _PARSERS: Mapping[str, Any] = {
     "role": _one_of(*get_args(Role)),
     "state": _state,
     "trial": _number,
+    "planned_trials": _number,
     "short_of": _number,
     "full_of": _number,
     "seed": _number,

@@ -155,10 +155,12 @@ class MlflowTracker:
         key: str | None = None,
         places: Sequence[str] = (),
         constraints: Mapping[str, float] | None = None,
+        planned_trials: int | None = None,
     ) -> MlflowRun:
         """A study's parent run, RUNNING: the one of this id or key, or a new one; `params` are those that it searches.
 
-        `places` are those where its data set lay, the newest first; they replace those that the run has.
+        `places` are those where its data set lay, the newest first; they and `planned_trials`, how many it is to have in
+        all, replace those that the run has.
 
         The study itself keeps id and key: a shared store may hold another study of the same name, and a process that died
         before it knew the id has created the run. Where that run was deleted in MLflow a new one with a key of its own
@@ -189,6 +191,8 @@ class MlflowTracker:
             if adopted := self.store.adopt_children(opened):
                 log.warning("the study's run %s adopts %d runs of one that was deleted in MLflow", opened, adopted)
             self.set_data_places(opened, places)
+            if planned_trials:
+                self.store.set_tags(opened, RunTags(planned_trials=planned_trials))
             self.client.update_run(opened, "RUNNING")
         except MlflowException as error:
             rule = f"doesn't answer ({first_line(error)})"

@@ -1,6 +1,7 @@
 """The command `compare`."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from conftest import NO_RETRIES, Trained, run_forked, run_pipeline
 
 from cli.helpers import assert_refused
 from pipeline.cli.compare import after_compare, page_name
+from pipeline.tracking import queries
+from pipeline.tracking.queries import StudyRuns
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -49,12 +52,31 @@ def test_names_of_pages_are_legal_and_short() -> None:
 
 
 def test_next_step_follows_what_is_decided_and_promoted() -> None:
-    assert [*after_compare("s", False, []).values()] == ["finals s", "promote s"]
-    assert [*after_compare("s", True, []).values()] == ["promote s"]
-    assert [*after_compare("s", True, ["m@previous"]).values()] == ["promote s"]
-    assert [*after_compare("s", True, ["m@champion", "m@other"]).values()] == [
-        "predict IMAGE --model models:/m@champion"
-    ]
+    study = StudyRuns("s-v1-digits", "", "", "val/accuracy", None)
+    assert [*after_compare(study, False, []).values()] == ["finals s-v1-digits", "promote s-v1-digits"]
+    assert [*after_compare(study, True, []).values()] == ["promote s-v1-digits"]
+    assert [*after_compare(study, True, ["m@previous"]).values()] == ["promote s-v1-digits"]
+    predict = "predict IMAGE --model models:/m@champion"
+    assert [*after_compare(study, True, ["m@champion", "m@other"]).values()] == [predict]
+    stopped = replace(study, is_open=True)
+    assert [*after_compare(stopped, True, ["m@champion"]).values()] == ["study s", predict]
+
+
+def test_unfinished_study_names_its_plan_and_what_resumes_it(trained: Trained, tmp_path: Path) -> None:
+    """On the terminal and on the page, which also has the other steps as the user types them."""
+    trained.copy(tmp_path / "mlruns")
+    tracker = MlflowTracker(tmp_path / "mlruns")
+    [study] = queries.find_studies(tracker, "tiny")
+    tracker.client.set_tag(study.parent, "state", "interrupted")
+    tracker.client.set_tag(study.parent, "planned_trials", "24")
+    done = run_forked("compare", "tiny", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "best 1 of 2 trials, 1 full, 1 pruned, 24 planned" in done.stdout
+    page = (tmp_path / "mlruns" / "reports" / "tiny-v1-digits.html").read_text()
+    for command in ("study tiny", "finals tiny-v1-digits", "promote tiny-v1-digits", "ui"):
+        assert f"<code>python -m pipeline {command}</code>" in page
+        assert f"python -m pipeline {command}" in done.stdout
+    assert "1 full, 1 pruned, 24 planned; " in " ".join(page.split())
 
 
 def test_compare_needs_trials(trained: Trained, tmp_path: Path) -> None:

@@ -162,3 +162,16 @@ def test_read_file_is_none_for_a_missing_artifact(
     run_id = sqlite_tracker.id_of(run.key)
     assert parse_recipe(queries.read_file(sqlite_tracker, run_id, "recipe.json") or "") == small_recipe
     assert queries.read_file(sqlite_tracker, run_id, "weights.safetensors") is None
+
+
+def test_study_knows_its_plan_and_whether_it_has_ended(sqlite_tracker: MlflowTracker) -> None:
+    name, parent = "planned-v1-digits", None
+    for planned, state, is_open in ((24, State.INTERRUPTED, True), (30, State.FINISHED, False)):
+        former = parent and parent.id
+        parent = sqlite_tracker.open_study(name, "?", "val/accuracy", [], former, planned_trials=planned)
+        [study] = find_studies(sqlite_tracker, name)
+        assert (study.planned_trials, study.is_open) == (planned, True)
+        parent.end(state)
+        assert sqlite_tracker.flush(30)
+        [study] = find_studies(sqlite_tracker, name)
+        assert (study.planned_trials, study.is_open) == (planned, is_open)

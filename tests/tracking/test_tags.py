@@ -17,6 +17,7 @@ def test_tags_survive_the_way_through_mlflow() -> None:
         worker={"host": "here", "pid": 1, "started": 2.5},
         git_dirty=False,
         objective="val/balanced_accuracy",
+        planned_trials=24,
         data_places=("/data/pets", "/old/pets"),
         replaces=("ef" * 16,),
     )
@@ -33,6 +34,7 @@ def test_tags_survive_the_way_through_mlflow() -> None:
             ("state", "asleep"),
             ("trial", "first"),
             ("trial", ""),
+            ("planned_trials", "many"),
             ("study", ""),
             ("run_key", "x" * 32),
         ],
