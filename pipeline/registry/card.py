@@ -197,14 +197,18 @@ def _recipe(metadata: ModelMetadata) -> str:
 
 
 def _changes(recipe: Recipe) -> str:
+    return "\n".join(_plain(f"- {section}: {fields}") for section, fields in settings(recipe).items())
+
+
+def settings(recipe: Recipe) -> dict[str, str]:
+    """Section -> its kind, and its fields that differ from the defaults."""
     changed = recipe.model_dump(mode="json", exclude_defaults=True)
     for section, kind in KIND.items():
         changed[section] = {kind: getattr(getattr(recipe, section), kind), **changed.get(section, {})}
-    lines = [
-        f"- {section}: " + ", ".join(f"{name} {_setting(value)}" for name, value in fields.items())
+    return {
+        section: ", ".join(f"{name} {_setting(value)}" for name, value in fields.items())
         for section, fields in changed.items()
-    ]
-    return "\n".join(map(_plain, lines))
+    }
 
 
 def _setting(value: object) -> str:

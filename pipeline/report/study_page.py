@@ -13,7 +13,10 @@ import plotly.graph_objects as go
 from pipeline.errors import UserError, escape_control
 from pipeline.evaluation.calibration import reweighting_line
 from pipeline.evaluation.robustness import PREFIX
+from pipeline.recipe import value_label
+from pipeline.registry.card import settings
 from pipeline.registry.decision import FinalsDecision, find_winner
+from pipeline.registry.finals import recipe_of
 from pipeline.registry.robustness import stored as stored_robustness
 from pipeline.report.analysis import MIN_TRIALS_OF_LEVEL, effects, finals, importances
 from pipeline.report.best_trials import best_trials, changes
@@ -72,6 +75,8 @@ def study_page(
     values: dict[str, Any] = {
         "title": study.name,
         "question": RunTags.of(tracker.client.get_run(study.parent)).note or "",
+        "setting": _setting(tracker, frame),
+        "recipe": _control_recipe(tracker, frame),
         "verdict": verdict,
         "champions": champions(tracker, frame),
         "links": links,
@@ -265,6 +270,37 @@ def _unfinished(frame: pd.DataFrame) -> dict[str, Any]:
         "reasons": reasons.head(MAX_REASONS).to_dict(),
         "num_other_reasons": max(len(reasons) - MAX_REASONS, 0),
     }
+
+
+def _setting(tracker: MlflowTracker, frame: pd.DataFrame) -> str:
+    """What was trained: `Network improved, 6 epochs, ...`; what trials differ in as `32 to 64`."""
+    trials = trial_rows(frame)
+    if trials.empty:
+        return ""
+    run = tracker.client.get_run(trials["run_id"].iloc[0])
+    network, epochs, batch = (_values(trials, f) for f in ("model.network", "training.epochs", "training.batch_size"))
+    parts = [f"Network {network}", f"{epochs} epoch{'' if epochs == '1' else 's'}", f"batches of {batch}"]
+    if size := queries.data_size(run):
+        images = f"{size.training:,} training and {size.validation:,} validation images"
+        parts.append(f"{images} of {size.classes:,} classes")
+    where = f", on {device}" if (device := RunTags.of(run).device) else ""
+    return f"{', '.join(parts)}{where}."
+
+
+def _values(trials: pd.DataFrame, field: str) -> str:
+    values = sorted(trials[field].dropna().unique())
+    return " to ".join(dict.fromkeys(value_label(value) for value in [*values[:1], *values[-1:]]))
+
+
+def _control_recipe(tracker: MlflowTracker, frame: pd.DataFrame) -> dict[str, str]:
+    """The settings of the base recipe by section, also where the control has not ended; {} where its run lacks them."""
+    trials = trial_rows(frame)
+    for run_id in trials["run_id"][trials["control"]].head(1):
+        try:
+            return settings(recipe_of(tracker, tracker.client.get_run(run_id)))
+        except UserError as error:
+            log.warning(error.lines[0])
+    return {}
 
 
 def _best_short(frame: pd.DataFrame) -> dict[str, Any] | None:

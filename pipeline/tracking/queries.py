@@ -3,6 +3,7 @@
 Runs that were deleted in MLflow and those with missing tags (see intact.py) are left out, unless a function says more.
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -260,6 +261,23 @@ def data_places(tracker: MlflowTracker, run_id: str) -> list[str]:
     logged = [json.loads(shown.dataset.source).get("uri", "") for shown in inputs]
     study_places = RunTags.of(study).data_places if study else None
     return list(dict.fromkeys([*(study_places or ()), *filter(os.path.isabs, logged)]))
+
+
+class DataSize(NamedTuple):
+    """How many images a run was trained and validated on."""
+
+    training: int
+    validation: int
+    classes: int
+
+
+def data_size(run: StoredRun) -> DataSize | None:
+    """As the run logged it; None where it did not, or that can't be read."""
+    for shown in run.inputs.dataset_inputs if run.inputs else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            profile, shape = json.loads(shown.dataset.profile), json.loads(shown.dataset.schema)
+            return DataSize(int(profile["num_train"]), int(profile["num_validation"]), len(shape["classes"]))
+    return None
 
 
 def artifact_folder(run: StoredRun) -> Path | None:

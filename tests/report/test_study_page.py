@@ -251,3 +251,22 @@ def test_control_alone_in_full_is_no_verdict_on_the_search(trained: Trained) -> 
     said = body(study_page(tracker, study, frame.assign(short=frame["trial"] == 1), Path("nowhere"), {}))
     assert f"{alone}; the best short trial, 1, has {value:.4f} after 1 epoch." in said
     assert "nothing better" not in said
+
+
+def test_page_says_what_was_trained(trained: Trained) -> None:
+    """Its question may name other epochs than EPOCHS=."""
+    tracker = MlflowTracker(trained.home)
+    [study] = choose(tracker, ["tiny"])
+    frame = table(tracker, [study])
+    frame = frame[frame["role"] == "trial"].assign(control=frame["trial"] == 0)
+    head = body(study_page(tracker, study, frame, Path("nowhere"), {})).split('<div class="answer">')[0]
+    sizes = "1,294 training and 144 validation images of 10 classes, on cpu."
+    assert f"Network attention, 2 epochs, batches of 64, {sizes}" in head
+    assert "The control's recipe" in head
+    rows = re.findall(r"<td>(\w+)</td><td class=\"wide\">([^<]*)", head)
+    assert ("optimizer", "name sgd, lr 0.1") in rows and dict(rows)["model"].startswith(
+        "network attention, dropout 0.1"
+    )
+    frame["training.batch_size"] = [32, 64]
+    head = body(study_page(tracker, study, frame.assign(control=False), Path("nowhere"), {}))
+    assert "batches of 32 to 64" in head and "The control's recipe" not in head
