@@ -303,10 +303,10 @@ def _control_recipe(tracker: MlflowTracker, frame: pd.DataFrame) -> dict[str, st
     return {}
 
 
-def _best_short(frame: pd.DataFrame) -> dict[str, Any] | None:
-    """The first of the short trials by rank, as a row of the table; None where there is none."""
+def _best_short(frame: pd.DataFrame) -> pd.Series | None:
+    """The first of the short trials by rank; None where there is none."""
     rows = ranked(frame)
-    return next(iter(rows[rows["short"]].to_dict("records")), None)
+    return next((row for _, row in rows[rows["short"]].iterrows()), None)
 
 
 def _provenance(

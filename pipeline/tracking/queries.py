@@ -275,7 +275,7 @@ def data_size(run: StoredRun) -> DataSize | None:
     """As the run logged it; None where it did not, or that can't be read."""
     for shown in run.inputs.dataset_inputs if run.inputs else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            profile, shape = json.loads(shown.dataset.profile), json.loads(shown.dataset.schema)
+            profile, shape = (json.loads(text or "") for text in (shown.dataset.profile, shown.dataset.schema))
             return DataSize(int(profile["num_train"]), int(profile["num_validation"]), len(shape["classes"]))
     return None
 

@@ -265,7 +265,7 @@ def test_page_says_what_was_trained(trained: Trained) -> None:
     assert "The control's recipe" in head
     rows = re.findall(r"<td>(\w+)</td><td class=\"wide\">([^<]*)", head)
     assert ("optimizer", "name sgd, lr 0.1") in rows and dict(rows)["model"].startswith(
-        "network attention, dropout 0.1"
+        "network attention, widths [4, 8]"
     )
     frame["training.batch_size"] = [32, 64]
     head = body(study_page(tracker, study, frame.assign(control=False), Path("nowhere"), {}))
