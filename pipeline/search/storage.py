@@ -313,18 +313,21 @@ def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Pa
 
 
 def _give_first_trials(study: optuna.Study, search: Search, storage: RDBStorage) -> None:
-    """Enqueue the control and the starts, where no trial has begun; those that are there already stay."""
+    """Enqueue the control and the starts, where none but the control has begun; those that are there already stay."""
     trials = study.get_trials(deepcopy=False)
-    if any(trial.state is not TrialState.WAITING or not TrialAttributes.of(trial).is_given for trial in trials):
+    attributes = {trial.number: TrialAttributes.of(trial) for trial in trials}
+    if any(trial.state is not TrialState.WAITING and not attributes[trial.number].control for trial in trials):
         return
+    if not any(found.control for found in attributes.values()):
+        study.enqueue_trial(search.control(), user_attrs=TrialAttributes(control=True).to_optuna())
     given = starts(search, search.start_from, our_studies(storage))
-    first = [(search.control(), TrialAttributes(control=True))]
-    first += [(dict(start.params), TrialAttributes(start=start.source, short=search.shortens)) for start in given]
-    for params, attributes in first[len(trials) :]:
-        study.enqueue_trial(params, user_attrs=attributes.to_optuna())
-    if given and not trials:
+    new = given[sum(bool(found.start) for found in attributes.values()) :]
+    for start in new:
+        about = TrialAttributes(start=start.source, short=search.shortens)
+        study.enqueue_trial(dict(start.params), user_attrs=about.to_optuna())
+    if new:
         log.info("first trials after the control: %s", "; ".join(start.source for start in given))
-    for line in [] if trials else not_as_named(search, given):
+    for line in not_as_named(search, given) if new or not trials else []:
         log.info("%s", line)
 
 

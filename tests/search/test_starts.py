@@ -254,12 +254,24 @@ def test_a_new_study_is_given_the_control_and_the_starts_once(
         open_study(search, harness.data, harness.storage, harness.home)
         assert given(harness) == all_given
 
-    # Once a trial has begun, no start is added.
+    # Once a trial besides the control has begun, no start is added.
     optuna.delete_study(study_name=harness.key, storage=harness.storage)
     study = open_study(replace(search, start_from="none"), harness.data, harness.storage, harness.home)
     study.tell(study.ask(), state=TrialState.FAIL)
+    study.ask()
     open_study(search, harness.data, harness.storage, harness.home)
+    assert given(harness) == [(True, ""), (False, "")]
+
+
+def test_a_study_that_was_first_tried_with_one_trial_is_given_its_starts(harness: StudyHarness) -> None:
+    search = harness.search(1)
+    named = replace(search.study, starts={"a": {"optimizer.lr": 0.2}, "b": {"optimizer.lr": 0.3}})
+    study = run_study(harness.context(replace(search, study=named)))
     assert given(harness) == [(True, "")]
+    study.enqueue_trial({}, user_attrs=TrialAttributes(control=True, retry_of=0).to_optuna())  # as where it was stopped
+    for _ in range(2):
+        open_study(replace(search, study=named, trials=9), harness.data, harness.storage, harness.home)
+        assert given(harness) == [(True, ""), (True, ""), (False, "study: a"), (False, "study: b")]
 
 
 def test_a_run_says_where_its_parameters_come_from(harness: StudyHarness) -> None:
