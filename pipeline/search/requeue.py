@@ -37,30 +37,38 @@ def release_trials(study: optuna.Study, search: Search, trials: list[FrozenTrial
     that is claimed meanwhile was released before.
     """
     waiting = [trial for trial in trials if trial.state is TrialState.WAITING]
+    if count and remaining == 1 and search.shortens:
+        # The last trial is in full: starts that wait still are tried where the study is resumed with more trials.
+        waiting.sort(key=lambda trial: TrialAttributes.of(trial).short)
+        if all(TrialAttributes.of(trial).short for trial in waiting):
+            count -= _add_in_full(study, next_in_full(trials, is_last=True))
     for position, trial in enumerate(waiting):
         if TrialAttributes.of(trial).released != (position < count):
             with contextlib.suppress(UpdateFinishedTrialError):
                 update_attributes(study, trial, released=position < count)
-    for position in range(len(waiting), count):
-        _add_trial(study, search, is_last=position == remaining - 1)
+    for _ in range(len(waiting), count):
+        _add_trial(study, search)
 
 
-def _add_trial(study: optuna.Study, search: Search, is_last: bool) -> None:
+def _add_trial(study: optuna.Study, search: Search) -> None:
     """One that a worker may claim: a short one's recipe in full, or one for which the sampler is asked.
 
     None where the sampler is done: what is in full next, if anything, others that run decide.
     """
     is_done, trials = search.sampler_is_done(study), study.get_trials(deepcopy=False)
-    full_of = next_in_full(trials, is_last, is_done) if search.shortens else None
-    if full_of:
-        start = TrialAttributes.of(full_of).start
-        attributes = TrialAttributes(released=True, full_of=full_of.number, start=start)
-        study.enqueue_trial(full_of.params, user_attrs=attributes.to_optuna())
-    if full_of or is_done:
+    if (search.shortens and _add_in_full(study, next_in_full(trials, is_exhausted=is_done))) or is_done:
         return
     # Not by `enqueue_trial`: samplers take such a trial for one whose parameters are given.
     attributes = TrialAttributes(released=True, short=search.shortens)
     study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attributes.to_optuna()))
+
+
+def _add_in_full(study: optuna.Study, short: FrozenTrial | None) -> bool:
+    """Queue this short trial's recipe in full, if there is one, for a worker to claim; whether there is."""
+    if short:
+        attributes = TrialAttributes(released=True, full_of=short.number, start=TrialAttributes.of(short).start)
+        study.enqueue_trial(short.params, user_attrs=attributes.to_optuna())
+    return short is not None
 
 
 def reconcile(study: optuna.Study, tracker: MlflowTracker, parent_run: str) -> list[int]:

@@ -11,9 +11,10 @@ from optuna.trial import FrozenTrial, TrialState
 from study_harness import StudyHarness, attributes_of
 
 from pipeline.report import trials as report
-from pipeline.search.optuna_internals import allow_stop, was_stopped
+from pipeline.search.optuna_internals import allow_stop, claimed_trial, study_id, trial_id, was_stopped
 from pipeline.search.requeue import release_trials, requeue
 from pipeline.search.short_trials import ETA, next_in_full, score_of, short_epochs, simulate
+from pipeline.search.storage import open_study
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking import queries
@@ -105,6 +106,33 @@ def test_a_study_is_released_short_trials_and_the_best_of_them_in_full(harness: 
 
     requeue(study, full)
     assert attributes_of(study.get_trials())[-1].full_of == 1, "a retry trains the same recipe in full"
+
+
+def test_the_last_trial_is_in_full_though_a_start_waits(harness: StudyHarness) -> None:
+    named = {str(number): {"optimizer.lr": 0.2 + number / 10} for number in range(5)}
+    base = harness.base.changed({"training.epochs": 8})
+    search = harness.search(6, base=base, fields={"starts": named})
+    study = open_study(search, harness.data, harness.storage, harness.home)
+    for remaining in range(6, 0, -1):
+        release_trials(study, search, study.get_trials(), 1, remaining)
+        (released,) = harness.storage.released(study_id(study))
+        assert harness.storage.claim(released, {"id": "me"})
+        asked = claimed_trial(study, released)
+        search.ask(asked)
+        is_short, score = TrialAttributes.of(asked).short, asked.params["optimizer.lr"]
+        asked.report(score, 2)
+        if remaining == 1:  # it is stopped in the middle
+            requeue(study, asked)
+            study.tell(asked, state=TrialState.FAIL)
+        else:
+            study.tell(asked, None if is_short else score, TrialState.PRUNED if is_short else None)
+    *_, waiting, _, last = study.get_trials()
+    release_trials(study, search, study.get_trials(), 1, 1)
+    assert harness.storage.released(study_id(study)) == [trial_id(last)]
+    assert TrialAttributes.of(last).full_of == 4
+    assert (waiting.state, TrialAttributes.of(waiting).start) == (TrialState.WAITING, "study: 4")
+    release_trials(study, search, study.get_trials(), 1, 2)  # as where it is resumed with more trials
+    assert harness.storage.released(study_id(study)) == [trial_id(waiting)]
 
 
 @pytest.mark.parametrize("sampler", [None, GridSampler({"optimizer.momentum": [0.8, 0.9, 0.95]})], ids=str)
