@@ -116,7 +116,7 @@ class Supervisor:
             self._note_death(slot, finished)
         capacity = self.pool.capacity()
         self._start_workers(remaining + len(running), finished, capacity)
-        count = min(remaining, capacity - self._busy(running))
+        count = min(remaining - self._holds_last(running, remaining), capacity - self._busy(running))
         release_trials(self.study, self.context.search, trials, count, remaining)
         return True
 
@@ -124,6 +124,11 @@ class Supervisor:
         """How many of our workers train: what is next for them, a short trial or one in full, depends on what they get."""
         ours = {slot.worker.id for slot in self._slots if slot.worker}
         return sum(TrialAttributes.of(trial).worker_id in ours for trial in running)
+
+    def _holds_last(self, running: list[FrozenTrial], remaining: int) -> bool:
+        """Whether the last trial is held back: it is for the best short trial's recipe, and short ones are still to end."""
+        is_short_left = remaining > 1 or any(TrialAttributes.of(trial).short for trial in running)
+        return self.context.search.shortens and remaining > 0 and is_short_left
 
     def _check_stop(self) -> None:
         if self.stop.requested:

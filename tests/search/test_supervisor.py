@@ -176,6 +176,26 @@ def test_one_worker_gets_the_trials_of_a_study_without_workers(supervise: Superv
     assert in_full == [True, *simulate([*short, *[0.0] * (11 - len(short))])] and in_full[-1]
 
 
+def test_the_last_trial_waits_for_the_short_ones(supervise: Supervise, harness: StudyHarness) -> None:
+    """Though a worker dies in one of the last: the best short trial is trained in full."""
+    died: list[int] = []
+
+    def better_and_better(trial: optuna.Trial, worker: ThreadWorker) -> float:
+        rates(trial)
+        time.sleep(0.3)
+        if trial.number > 8 and TrialAttributes.of(trial).short and not died:
+            died.append(trial.number)
+            raise Died
+        return trial.number / 100
+
+    supervised = supervise(12, base=harness.base.changed({"training.epochs": 8}))
+    supervised.run(better_and_better, workers=4)
+    assert num_finished(supervised.study) == 12 and died
+    best = max(trial.number for trial in supervised.trials(TrialState.PRUNED))
+    full_of = [attributes.full_of for attributes in attributes_of(supervised.trials())]
+    assert best in full_of and full_of[-1] is not None
+
+
 def test_trial_that_kills_its_worker_three_times_fails(
     supervise: Supervise,
 ) -> None:
