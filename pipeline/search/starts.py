@@ -14,9 +14,9 @@ from pipeline.search.portfolio import PORTFOLIO, fields_for
 from pipeline.search.search import MAX_STARTS, Search, StartFrom
 from pipeline.search.space_check import ScriptedTrial, field_of, from_choice, lowest, nearest_value, to_choice
 from pipeline.search.study_attributes import StudyAttributes
-from pipeline.search.trial_attributes import is_feasible
+from pipeline.search.trial_attributes import TrialAttributes, is_feasible
 
-MAX_WINNERS = 2  # of MAX_STARTS
+MAX_WINNERS = 2  # of MAX_STARTS; as many of the portfolio come before them
 
 _OWN_FIELDS = ("training.epochs", "training.seed", "training.execution")  # each study has its own
 
@@ -40,16 +40,22 @@ def starts(search: Search, start_from: StartFrom, earlier: Sequence[optuna.Study
     named = {f"{where}: {name}": changes for name, changes in search.study.starts.items()}
     named = named if start_from in ("all", "portfolio") else {}
     winners = _winners(search, earlier) if start_from in ("all", "winners") else {}
-    candidates = named | winners if is_own else winners | named
+    own, others = _representable(search, named), _representable(search, winners)
+    first = len(own) if is_own else MAX_STARTS - MAX_WINNERS
     control, found = search.control(), dict[str, dict[str, Any]]()
-    for source, changes in candidates.items():
-        params = nearest(search, changes)
-        if params is not None and params not in (control, *found.values()):
+    for source, params in [*own[:first], *others, *own[first:]]:
+        if params not in (control, *found.values()):
             found[source] = params
     most = min(MAX_STARTS, (search.trials - 1) // 2)
     if is_own:
         most = max(most, min(search.trials - 1, sum(source in named for source in found)))
     return [Start(params, source) for source, params in found.items()][:most]
+
+
+def _representable(search: Search, starts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The sources and parameters of those that the space can have."""
+    found = [(source, nearest(search, changes)) for source, changes in starts.items()]
+    return [(source, params) for source, params in found if params is not None]
 
 
 def not_as_named(search: Search, given: Sequence[Start]) -> list[str]:
@@ -95,11 +101,14 @@ def nearest(search: Search, changes: Mapping[str, Any]) -> dict[str, Any] | None
 
 
 def _winners(search: Search, earlier: Sequence[optuna.Study]) -> dict[str, Mapping[str, Any]]:
-    """The best feasible trials of other studies as changes, by their source: of the same network first, then the latest."""
+    """The best feasible trials of other studies as changes, by their source: of the same network first, then the latest.
+
+    A control is none: no search found it.
+    """
     found: list[tuple[bool, float, str, Mapping[str, Any]]] = []
     for study in earlier:
         completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        feasible = [trial for trial in completed if is_feasible(trial)]
+        feasible = [trial for trial in completed if is_feasible(trial) and not TrialAttributes.of(trial).control]
         if not feasible or study.study_name == search.stored_key:
             continue
         best = max(feasible, key=lambda trial: trial.value or 0.0)

@@ -205,6 +205,31 @@ def test_an_infeasible_trial_is_no_winner(small_recipe: Recipe) -> None:
     assert starts(search, "all", [none]) == []
 
 
+def test_a_control_is_no_winner(small_recipe: Recipe) -> None:
+    """As of a study of one trial, or where it is the best."""
+    study = earlier("same-v1-digits", small_recipe, {0.03: 0.5})
+    about = {"user_attrs": TrialAttributes(control=True).to_optuna(), "distributions": {"optimizer.lr@sgd": RANGE}}
+    study.add_trial(create_trial(params={"optimizer.lr@sgd": 0.04}, value=0.9, **about))
+    search = a_search(small_recipe, starts={})
+    assert [start.source for start in starts(search, "all", [study])] == ["same-v1-digits, trial 0"]
+    alone = optuna.create_study(study_name="one-v1-digits", direction="maximize")
+    alone.add_trial(study.trials[1])
+    assert starts(search, "all", [alone]) == []
+
+
+def test_winners_do_not_displace_the_best_of_the_portfolio(small_recipe: Recipe) -> None:
+    studies = [earlier(f"s{number}-v1-digits", small_recipe, {rate: 0.5}) for number, rate in enumerate((0.03, 0.04))]
+
+    def sources(trials: int, *studies: optuna.Study) -> list[str]:
+        kinds = ("sgd", "adamw", "muon")
+        search = a_search(small_recipe, trials, space=lambda trial: suggest_optimizer(trial, kinds))
+        return [start.source.partition(":")[0] for start in starts(search, "all", studies)]
+
+    assert sources(5, *studies) == ["portfolio", "portfolio"]
+    assert sources(20, *studies) == ["portfolio", "portfolio", "s1-v1-digits, trial 0", "s0-v1-digits, trial 0"]
+    assert sources(20, studies[0]) == ["portfolio", "portfolio", "s0-v1-digits, trial 0", "portfolio"]
+
+
 def test_a_winner_may_have_widths_and_the_policy_that_recipes_have_by_default(small_recipe: Recipe) -> None:
     choices = [list(small_recipe.flat()["model.widths"]), [8, 16]]
 
