@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import optuna
 from optuna.distributions import BaseDistribution, check_distribution_compatibility, distribution_to_json
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, GridSampler
 from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
@@ -68,6 +68,11 @@ def allow_stop(study: optuna.Study) -> None:
 def was_stopped(study: optuna.Study) -> bool:
     """Whether `study.stop` was called."""
     return study._stop_flag
+
+
+def num_cells(sampler: GridSampler) -> int:
+    """Of a grid."""
+    return len(sampler._all_grids)
 
 
 def reseed(sampler: BaseSampler, seed: int) -> None:

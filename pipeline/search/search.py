@@ -16,8 +16,8 @@ from optuna.samplers import BaseSampler, GridSampler
 from pipeline.errors import Problem, UserError, counted, first_line
 from pipeline.recipe import KIND, LATER, Recipe, has_default, kind_field, kinds_with
 from pipeline.search.local_search import LocalSearchSampler
-from pipeline.search.optuna_internals import allow_stop, reseed
-from pipeline.search.short_trials import MIN_EPOCHS, MIN_TRIALS, next_in_full, short_epochs
+from pipeline.search.optuna_internals import allow_stop, num_cells, reseed
+from pipeline.search.short_trials import ETA, MIN_EPOCHS, MIN_TRIALS, next_in_full, short_epochs
 from pipeline.search.space_check import (
     FixedFields,
     ScriptedTrial,
@@ -328,6 +328,14 @@ class Search:
             "which can't have it; it applies to all other trials"
             for name, kinds in self._kinds_without().items()
         ]
+        if isinstance(self.study.sampler, GridSampler):
+            cells = num_cells(self.study.sampler)
+            needed = cells + 1 + (cells // ETA if self.shortens else 0)
+            if self.trials < needed:
+                lines.append(
+                    f"{counted(self.trials, 'trial')} for a grid of {counted(cells, 'cell')}: it is tried in part; with the "
+                    f"control{' and what is trained in full' if self.shortens else ''} all take at least {needed}"
+                )
         frozen, epochs = self.base.transfer.frozen_epochs, self.base.training.epochs
         if frozen >= epochs:
             lines.append(

@@ -6,6 +6,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import UserError
@@ -33,13 +34,13 @@ def starts(search: Search, start_from: StartFrom, earlier: Sequence[optuna.Study
     """What a search's first trials after the control are given; none is given twice, nor equals the control.
 
     `earlier` studies are this project's, whatever they searched. Starts that the study names are part of its question: all
-    are given. Of others it is at most MAX_STARTS, theirs included, and half of the trials.
+    are given. Of others it is at most MAX_STARTS, theirs included, and half of the trials; none of a grid, which has them all.
     """
-    is_own = search.study.starts != PORTFOLIO
+    is_own, is_grid = search.study.starts != PORTFOLIO, isinstance(search.study.sampler, GridSampler)
     where = "study" if is_own else "portfolio"
     named = {f"{where}: {name}": changes for name, changes in search.study.starts.items()}
-    named = named if start_from in ("all", "portfolio") else {}
-    winners = _winners(search, earlier) if start_from in ("all", "winners") else {}
+    named = named if start_from in ("all", "portfolio") and (is_own or not is_grid) else {}
+    winners = _winners(search, earlier) if start_from in ("all", "winners") and not is_grid else {}
     own, others = _representable(search, named), _representable(search, winners)
     first = len(own) if is_own else MAX_STARTS - MAX_WINNERS
     control, found = search.control(), dict[str, dict[str, Any]]()

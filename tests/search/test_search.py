@@ -11,6 +11,7 @@ import torch
 from optuna.pruners import MedianPruner, NopPruner
 from optuna.samplers import BruteForceSampler, GridSampler, RandomSampler, TPESampler
 from optuna.trial import create_trial
+from study_harness import rates
 
 from pipeline.cli.common import load_data
 from pipeline.data.datasets import load
@@ -450,3 +451,17 @@ def test_networks_are_checked_at_both_ends_of_the_space(small_recipe: Recipe) ->
     assert vit.startswith("model.backbone = test_vit: can't be built with data.image_size 40")
     assert vit.endswith("its own size is `--set data.image_size=160`")
     Search("tiny", study, {"model.drop_path": 0.0, "data.image_size": 32}, 1, 8, None).check()
+
+
+def test_a_grid_with_more_cells_than_trials_is_said(small_recipe: Recipe) -> None:
+    grid = GridSampler({"optimizer.lr": [1e-3, 1e-2, 0.1, 1.0], "optimizer.momentum": [0.5, 0.6]})
+    study = Study(question="?", base=small_recipe, space=rates, objective="val/accuracy", trials=8, sampler=grid)
+    search = Search("lab", study, {}, version=1, trials=8, timeout_s=None)
+    assert search.remarks() == [
+        "8 trials for a grid of 8 cells: it is tried in part; with the control all take at least 9"
+    ]
+    assert not replace(search, trials=9).remarks()
+    long = replace(search, study=replace(study, base=small_recipe.changed({"training.epochs": 8})))
+    (line,) = replace(long, trials=10).remarks()
+    assert line.endswith("with the control and what is trained in full all take at least 11")
+    assert not replace(long, trials=11).remarks()

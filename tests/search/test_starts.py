@@ -8,6 +8,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.samplers import GridSampler
 from optuna.trial import TrialState, create_trial
 from study_harness import StudyHarness, attributes_of
 
@@ -203,6 +204,14 @@ def test_an_infeasible_trial_is_no_winner(small_recipe: Recipe) -> None:
     none = optuna.create_study(study_name="none-v1-digits", direction="maximize")
     none.add_trial(study.trials[1])
     assert starts(search, "all", [none]) == []
+
+
+def test_a_grid_is_given_only_what_its_study_names(small_recipe: Recipe) -> None:
+    winners = [earlier("same-v1-digits", small_recipe, {0.04: 0.5})]
+    grid = {"sampler": GridSampler({"optimizer.lr@sgd": [0.01, 0.03]})}
+    assert starts(a_search(small_recipe, **grid), "all", winners) == []
+    named = a_search(small_recipe, starts={"own": {"optimizer.lr": 0.03}}, **grid)
+    assert [start.source for start in starts(named, "all", winners)] == ["study: own"]
 
 
 def test_a_control_is_no_winner(small_recipe: Recipe) -> None:
