@@ -22,6 +22,7 @@ from pipeline.search.optuna_internals import contains
 from pipeline.sections.data import FORM_FIELDS, SAMPLER_FIELDS
 
 Space = Callable[[Any], None]
+NUM_COMBINATIONS = 64  # at random, of ends only, and as many of all values
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -121,28 +122,34 @@ def explore(space: Space, recipe: Callable[[Mapping[str, Any]], Recipe]) -> dict
     """Every parameter that the space can ask for, with its range; for all tried values `recipe(params)` is called.
 
     Each value that may open a branch (all choices, both ends of a range) is tried once, together with the values that led
-    to its parameter; so a parameter is found however deep it lies behind choices. Then random values look for ranges that
-    are valid one by one and not in combination. Raises UserError with all problems.
+    to its parameter; so a parameter is found however deep it lies behind choices. Then all upper ends, and random values,
+    ends only and others too, look for ranges that are valid one by one and not in combination, and for branches that open
+    within a range: a narrow one may be missed. Raises UserError with all problems.
     """
     distributions: dict[str, BaseDistribution] = {}
     problems: dict[Problem, None] = {}  # ordered, each once
-    queue: list[dict[str, Any]] = [{}]
-    while queue:
-        answers = queue.pop(0)
-        trial = _ask(space, ScriptedTrial(answers, lowest), recipe, problems)
-        for name, distribution in trial.distributions.items():
-            if name not in distributions:
-                distributions[name] = distribution
-                queue += [answers | {name: value} for value in extremes(distribution)]
-            elif distributions[name] != distribution:
-                ranges = f"{describe(distributions[name])} and {describe(distribution)}"
-                problems[Problem(name, f"asked with two ranges, {ranges}")] = None
+
+    def try_out(*queue: ScriptedTrial) -> None:
+        """These, and each value that may open a branch of all parameters that they are the first to ask for."""
+        trials = list(queue)
+        while trials:
+            trial = _ask(space, trials.pop(0), recipe, problems)
+            for name, distribution in trial.distributions.items():
+                if name not in distributions:
+                    distributions[name] = distribution
+                    trials += [ScriptedTrial(trial.params | {name: value}, lowest) for value in extremes(distribution)]
+                elif distributions[name] != distribution:
+                    ranges = f"{describe(distributions[name])} and {describe(distribution)}"
+                    problems[Problem(name, f"asked with two ranges, {ranges}")] = None
+
+    try_out(ScriptedTrial({}, lowest))
     if not problems:
         rng = random.Random(0)
-        highest = ScriptedTrial({}, lambda name, d: extremes(d)[-1])
-        others = [ScriptedTrial({}, lambda name, d: rng.choice(extremes(d))) for _ in range(64)]
-        for trial in (highest, *others):
-            _ask(space, trial, recipe, problems)
+        ends = [ScriptedTrial({}, lambda name, d: rng.choice(extremes(d))) for _ in range(NUM_COMBINATIONS)]
+        try_out(ScriptedTrial({}, lambda name, d: extremes(d)[-1]), *ends)
+        for _ in range(NUM_COMBINATIONS):
+            if not problems:  # each would have another value in its message
+                try_out(ScriptedTrial({}, lambda name, d: random_value(d, rng)))
     if problems:
         raise UserError.many(list(problems))
     return distributions
@@ -250,6 +257,16 @@ def extremes(distribution: BaseDistribution) -> list[Any]:
         return list(distribution.choices)
     assert isinstance(distribution, (FloatDistribution, IntDistribution))
     return [distribution.low, distribution.high]
+
+
+def random_value(distribution: BaseDistribution, rng: random.Random) -> Any:
+    """Any choice, or number of the range, evenly; of its logarithm where that is searched."""
+    if isinstance(distribution, CategoricalDistribution):
+        return rng.choice(distribution.choices)
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    low, high = distribution.low, distribution.high
+    value = math.exp(rng.uniform(math.log(low), math.log(high))) if distribution.log else rng.uniform(low, high)
+    return distribution.to_external_repr(nearest_value(distribution, value))
 
 
 def lowest(name: str, distribution: BaseDistribution) -> Any:

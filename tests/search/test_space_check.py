@@ -101,6 +101,21 @@ def test_ranges_invalid_only_in_combination_are_found(small_recipe: Recipe) -> N
     ]
 
 
+def test_a_branch_that_opens_within_a_range_is_found(small_recipe: Recipe) -> None:
+    def within(trial: Any) -> None:
+        if trial.suggest_int("training.batch_size", 32, 96, step=32) == 64:
+            trial.suggest_float("optimizer.momentum", 0.5, 0.9)
+        if 0.1 < trial.suggest_float("optimizer.lr", 0.01, 1, log=True) < 0.2:
+            trial.suggest_categorical("optimizer.nesterov", [False, True])
+
+    def wrong(trial: Any) -> None:
+        if trial.suggest_int("training.batch_size", 32, 96, step=32) == 64:
+            trial.suggest_float("optimizer.momentum", 0.5, 1.5)
+
+    assert {"optimizer.momentum", "optimizer.nesterov"} <= set(explore(within, small_recipe.changed))
+    assert all(line.startswith("optimizer.momentum = 1.5") for line in problems(wrong, small_recipe))
+
+
 def test_parameter_with_two_ranges_is_refused(small_recipe: Recipe) -> None:
     """Optuna would mix both silently."""
 
