@@ -240,7 +240,7 @@ class _Auditor:
     def _check_requeued(self, study: StudySnapshot) -> None:
         retries = Counter(trial.attributes.retry_of for trial in study.trials)
         for trial in study.trials:
-            if trial.state and not trial.counts and retries[trial.number] != 1:
+            if trial.state and trial.attributes.requeued and retries[trial.number] != 1:
                 rule = f"was requeued, and has {retries[trial.number]} successors; it should have one"
                 self._find(f"trial {trial.number} of {study.name}", rule)
 

@@ -27,6 +27,10 @@ NEXT = 0.5  # probability of the parent's being not the best recipe but one belo
 MAX_DRAWS = 100  # before a trial is drawn at random, as all that is near was tried
 
 
+class SpaceExhausted(Exception):
+    """There is no recipe left to draw."""
+
+
 class LocalSearchSampler(RandomSampler):
     """Changes the best recipes; draws at random while no trial has ended, and the first `n_startup_trials` in any case.
 
@@ -37,12 +41,13 @@ class LocalSearchSampler(RandomSampler):
     def __init__(self, ask: Callable[[Any], object], n_startup_trials: int = 0, seed: int | None = None):
         super().__init__(seed)
         self._ask, self._n_startup_trials = ask, n_startup_trials
-        self._drawn: dict[int, dict[str, Any]] = {}  # number of the trial that is being drawn -> its parameters
+        # Number of the trial that is being drawn -> its parameters, None where no recipe is left.
+        self._drawn: dict[int, dict[str, Any] | None] = {}
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Draw a recipe; one that there is already is drawn again, at random where all near the best was tried.
 
-        Stops the study where no other is left.
+        Stops the study where no other is left; a trial that asks for one then raises SpaceExhausted.
         """
         trials = study.get_trials(deepcopy=False)
         recipes = ranked(trials) if trial.number >= self._n_startup_trials else []
@@ -50,7 +55,7 @@ class LocalSearchSampler(RandomSampler):
         parents = [recipes] * MAX_DRAWS * bool(recipes) + [[]] * MAX_DRAWS
         drawn = (self._draw(some, study, trial) for some in parents)
         found = next((params for params in drawn if params not in tried), None)
-        self._drawn = {trial.number: found or {}}
+        self._drawn = {trial.number: found}
         if found is None:
             study.stop()
 
@@ -79,8 +84,10 @@ class LocalSearchSampler(RandomSampler):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """As drawn; at random where no other recipe is left."""
+        """As drawn."""
         drawn = self._drawn[trial.number]
+        if drawn is None:
+            raise SpaceExhausted
         if param_name in drawn:
             return drawn[param_name]
         return super().sample_independent(study, trial, param_name, param_distribution)

@@ -268,6 +268,8 @@ class _StudyReporter:
             if trial.number in self._ended or trial.state is TrialState.WAITING:
                 continue
             attributes = TrialAttributes.of(trial)
+            if attributes.unused:
+                continue
             if trial.number not in self._epochs and attributes.recipe_digest:
                 recipe = self._search.recipe(trial.params)
                 recipe = self._search.short(recipe) if attributes.short else recipe

@@ -18,6 +18,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.evaluation.constraints import excess
 from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
 from pipeline.recipe import Recipe
+from pipeline.search.local_search import SpaceExhausted
 from pipeline.search.optuna_internals import claimed_trial, stored_trial, study_id, trial_id, was_stopped
 from pipeline.search.progress import StudyProgress
 from pipeline.search.requeue import requeue, run_name, run_tags
@@ -110,6 +111,9 @@ def run_trial(trial: optuna.Trial, context: StudyContext) -> None:
         state = TrialState.PRUNED
     except (TrialFailed, _TimeIsUp):
         state = TrialState.FAIL
+    except SpaceExhausted:
+        state = TrialState.FAIL
+        update_attributes(trial.study, trial, unused=True)
     except OwnershipLost:
         return
     except BaseException as error:
@@ -135,7 +139,7 @@ def _score(trial: optuna.Trial, context: StudyContext) -> float:
     try:
         with _ownership_required():
             return _value_of(_run(trial, context), context.search.study.objective)
-    except (optuna.TrialPruned, TrialFailed, OwnershipLost, StorageUnavailable):
+    except (optuna.TrialPruned, TrialFailed, SpaceExhausted, OwnershipLost, StorageUnavailable):
         raise
     except BaseException as error:
         with _ownership_required():

@@ -49,6 +49,7 @@ class TrialAttributes:
     worker: Mapping[str, Any] | None = None  # the process that claimed it; see processes.this_process
     heartbeat: Beat | None = None  # the last one
     requeued: bool = False  # another trial has its place, and it doesn't count
+    unused: bool = False  # no recipe was left for it: it was not trained, and doesn't count
     retry_of: int | None = None  # the number of the trial whose place it takes
     deaths: int = 0  # processes that ended while they trained it or a trial before it
     # How it ended; see experiment.Outcome.
@@ -102,8 +103,9 @@ def is_feasible(trial: FrozenTrial) -> bool:
 
 
 def counts_toward_budget(trial: FrozenTrial) -> bool:
-    """Whether a trial counts toward the budget: all that ended do, except requeued ones."""
-    return trial.state.is_finished() and not TrialAttributes.is_requeued(trial)
+    """Whether a trial counts toward the budget: all that ended do, except requeued ones and unused ones."""
+    is_unused = trial.user_attrs.get("unused", False)
+    return trial.state.is_finished() and not (is_unused or TrialAttributes.is_requeued(trial))
 
 
 def update_attributes(study: optuna.Study, trial: FrozenTrial | Trial, **values: Any) -> None:

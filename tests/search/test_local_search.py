@@ -8,7 +8,7 @@ from numpy.random import RandomState
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from pipeline.search.local_search import LocalSearchSampler, changed_value, ranked
+from pipeline.search.local_search import LocalSearchSampler, SpaceExhausted, changed_value, ranked
 from pipeline.search.optuna_internals import allow_stop, was_stopped
 from pipeline.search.trial_attributes import TrialAttributes
 
@@ -174,7 +174,9 @@ def test_no_recipe_is_tried_twice() -> None:
     assert len({trial.params["x"] for trial in study.trials}) == 25
     assert not was_stopped(study)
     allow_stop(study)
-    ask(study.ask())
+    trial = study.ask()
+    with pytest.raises(SpaceExhausted):
+        ask(trial)
     assert was_stopped(study), "nothing is left"
 
 

@@ -10,6 +10,7 @@ from optuna.samplers import GridSampler
 from optuna.trial import TrialState
 from study_harness import RecordingObserver, StudyHarness, rates
 
+from pipeline.audit import audit
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.processes import this_process
@@ -134,6 +135,17 @@ def test_grid_under_a_constraint_ends_by_itself_and_trains_what_is_feasible(harn
     assert queries.best_run_ids(harness.tracker, found, 5) == [runs[narrow.number].info.run_id]
     assert harness.tracker.client.get_run(found.parent).data.metrics["study/best"] == narrow.value
     assert len(harness.run(20, widths, changes=changes, fields=fields).trials) == 3, "nothing is left of the grid"
+
+
+def test_a_space_that_was_tried_completely_is_trained_once(harness: StudyHarness) -> None:
+    def momenta(trial: Any) -> None:
+        trial.suggest_categorical("optimizer.momentum", [0.8, 0.9])
+
+    for _ in range(2):
+        study = harness.run(9, momenta, changes={"optimizer.momentum": 0.9, "training.epochs": 1})
+        assert sorted(trial.params["optimizer.momentum"] for trial in harness.trials(TrialState.COMPLETE)) == [0.8, 0.9]
+        assert num_finished(study) == 2 and set(harness.runs_by_trial()) == {0, 1}
+        assert not audit(harness.storage, harness.tracker).findings
 
 
 def test_finished_run_of_an_untold_trial_is_resumed(harness: StudyHarness) -> None:

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from study_harness import StudyHarness, attributes_of
 
 from pipeline.report import trials as report
+from pipeline.search.local_search import SpaceExhausted
 from pipeline.search.optuna_internals import allow_stop, claimed_trial, study_id, trial_id, was_stopped
 from pipeline.search.requeue import release_trials, requeue
 from pipeline.search.short_trials import ETA, next_in_full, score_of, short_epochs, simulate
@@ -150,10 +151,14 @@ def test_a_space_that_was_tried_completely_ends_the_study_with_its_best_in_full(
     while not search.why_exhausted(study):
         release_trials(study, search, study.get_trials(), 1, 20 - len(study.trials))
         asked = study.ask()
-        search.ask(asked)
-        is_short, score = TrialAttributes.of(asked).short, asked.params["optimizer.momentum"]
-        asked.report(score, 2)
-        study.tell(asked, None if is_short else score, TrialState.PRUNED if is_short else None)
+        try:
+            search.ask(asked)
+        except SpaceExhausted:
+            study.tell(asked, state=TrialState.FAIL)
+        else:
+            is_short, score = TrialAttributes.of(asked).short, asked.params["optimizer.momentum"]
+            asked.report(score, 2)
+            study.tell(asked, None if is_short else score, TrialState.PRUNED if is_short else None)
         if was_stopped(study):
             StudyAttributes.update(study, stopped_by=type(study.sampler).__name__)
     assert len(study.trials) == 5
