@@ -246,7 +246,7 @@ class Repeats:
 
     run_id: str  # of one of them
     score: Sample
-    seconds: float  # mean of the runs
+    seconds: float  # of training, mean of the runs
 
 
 def finals(frame: pd.DataFrame) -> list[Repeats]:

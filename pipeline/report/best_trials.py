@@ -23,7 +23,7 @@ class BestTrial:
     weakest_class: str
     weakest_f1: float
     epochs: int
-    seconds: float  # of the whole trial
+    seconds: float  # as the table has it: that its epochs took, or of the whole trial
     training_s: float
     parameters: float
     latency_ms: float

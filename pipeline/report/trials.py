@@ -34,7 +34,7 @@ def trials(*names: str, home: Path | str = "mlruns", uri: str | None = None) -> 
     Columns: study, trial (number), run_id, role (`trial`, `final` for a repeat with another seed, or another), state
     (finished, pruned, failed, interrupted, running), reason, infeasible (which constraints of its study it breaks; empty
     for a feasible one), control (the base recipe's trial), objective (a metric's name), score (the objective of a finished
-    run, else NaN), started (UTC), seconds (of the whole run), epochs (trained), short (whether it is a short trial, which is
+    run, else NaN), started (UTC), seconds (of its epochs), epochs (trained), short (whether it is a short trial, which is
     pruned), full_of (the number of the short trial whose recipe it trains in full); then every recipe field by its dotted
     name (`optimizer.lr`; NaN where its kind has none; of a short trial `training.epochs` in full) and every metric's last
     value (`val/f1_macro`). `home` is the folder mlruns, `uri` another MLflow database or server.
@@ -60,7 +60,7 @@ def choose(tracker: MlflowTracker, names: Sequence[str]) -> list[StudyRuns]:
 
 def table(tracker: MlflowTracker, studies: Sequence[StudyRuns]) -> pd.DataFrame:
     """See `trials`."""
-    return table_of([row for study in studies for row in _rows(queries.children(tracker, study), study)])
+    return table_of([row for study in studies for row in _rows(tracker, study)])
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -77,9 +77,15 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return frame.astype(kinds).copy()  # in one piece, or pandas warns where a column is added
 
 
-def _rows(runs: Sequence[StoredRun], study: StudyRuns) -> list[dict[str, Any]]:
+def _rows(tracker: MlflowTracker, study: StudyRuns) -> list[dict[str, Any]]:
+    runs = queries.children(tracker, study)
+    # Between a run's start and its end it may have been stopped for hours.
+    epochs_s = histories(tracker, [run.info.run_id for run in runs], "time/epoch_s").groupby("run_id")["value"].sum()
     controls = {run.info.run_id for run in control_runs([run for run in runs if RunTags.of(run).role == "trial"])}
-    return [_row(run, study) | {"control": run.info.run_id in controls} for run in runs]
+    return [
+        _row(run, study) | {"control": run.info.run_id in controls, "seconds": epochs_s.get(run.info.run_id, np.nan)}
+        for run in runs
+    ]
 
 
 def _row(run: StoredRun, study: StudyRuns) -> dict[str, Any]:
@@ -96,7 +102,6 @@ def _row(run: StoredRun, study: StudyRuns) -> dict[str, Any]:
         "objective": study.objective,
         "score": score if abs(score) < INFINITE else np.nan,
         "started": pd.Timestamp(info.start_time, unit="ms", tz="UTC"),
-        "seconds": (info.end_time - info.start_time) / 1000 if info.end_time else np.nan,
         "epochs": max((m.step for m in run.data._metric_objs if m.key == study.objective), default=0),
         "short": tags.short_of is not None,
         "full_of": pd.NA if tags.full_of is None else tags.full_of,

@@ -34,8 +34,21 @@ def test_each_run_is_a_row_with_its_recipe_and_its_last_metrics(trained: Trained
     assert finished["score"] == run.data.metrics["val/accuracy"]
     assert np.isnan(frame["score"][1]), "a pruned run's value is of a shorter training"
     assert 0 < frame["val/accuracy"][1] < 1
-    assert finished["seconds"] > finished["time/training_s"]
+    assert 0 < finished["seconds"] <= finished["time/training_s"]
     assert report.trials(home=trained.home).equals(rows), "without a name: all studies"
+
+
+def test_a_pause_between_stop_and_resume_is_no_time_of_training(trained: Trained, tmp_path: Path) -> None:
+    trained.copy(tmp_path / "mlruns")
+    tracker = MlflowTracker(tmp_path / "mlruns")
+    for run_id in (trained.finished, trained.pruned):
+        run = tracker.client.get_run(run_id)
+        tracker.client.set_terminated(run_id, run.info.status, run.info.end_time + 36_000_000)
+    frame = report.trials("tiny", home=tmp_path / "mlruns").set_index("run_id")
+    epochs = tracker.client.get_metric_history(trained.finished, "time/epoch_s")
+    assert len(epochs) == 2
+    assert frame["seconds"][trained.finished] == pytest.approx(sum(epoch.value for epoch in epochs))
+    assert frame["seconds"][trained.pruned] == frame["time/epoch_s"][trained.pruned] > 0
 
 
 def test_names_that_mean_nothing_are_told(trained: Trained, tmp_path: Path) -> None:
