@@ -244,9 +244,9 @@ def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
         _add_infeasible(figure, broken, broken[measure], "%{y:.4f} at %{x:,.4g}")
     if done.empty:
         return with_caption(figure, "No feasible trial has this cost.")
-    for colour, (study, runs) in zip(study_colours(frame) if several else [FAINT], by_study(done), strict=False):
-        marker = {"color": colour, "size": 7, "opacity": 0.7}
-        figure.add_scatter(**_dots(runs, measure), name=as_label(study) if several else "finished", marker=marker)
+    for colour, (study, runs) in zip(study_colours(frame) if several else [FAINT], by_study(frame), strict=True):
+        marker, name = {"color": colour, "size": 7, "opacity": 0.7}, as_label(study) if several else "finished"
+        figure.add_scatter(**_dots(done[done["run_id"].isin(runs["run_id"])], measure), name=name, marker=marker)
     front = done[pareto(done[measure].to_numpy(), done["score"].to_numpy())].sort_values(measure)
     line, dots = {"color": FAINT if several else BEST, "width": 1.5, "shape": "hv"}, {"size": 9, "color": BEST}
     if several:
@@ -256,7 +256,7 @@ def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
         ring = {"color": CONTROL, "size": 14, "symbol": "circle-open", "line": {"width": 2}}
         figure.add_scatter(**_dots(done[done["run_id"] == base["run_id"]], measure), name="control", marker=ring)
     if done[measure].min() > 0 and done[measure].max() > 10 * done[measure].min():
-        figure.update_xaxes(type="log", dtick=1)
+        figure.update_xaxes(type="log", dtick="D2")  # ticks at 1, 2 and 5 times a power of ten
     if not several and (floor := score_floor(frame)) is not None:
         figure.update_yaxes(range=[floor, None])
     return with_caption(figure, _front_caption(front, len(done), measure, several))

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from pipeline.report.figures import scores
+from pipeline.report.figures.layout import CYCLE
 from pipeline.report.trials import choose, table, table_of
 from pipeline.tracking.tracker import MlflowTracker
 from report.helpers import Store, trial_row
@@ -71,6 +72,27 @@ def test_front_joins_trials_that_none_beats_at_less_cost() -> None:
         "3 of 4 finished trials are on the front. Its cheapest, trial 0, costs 25% of what its best, trial 3, costs, "
         "and scores 30.00 points less."
     )
+
+
+def test_a_study_has_one_colour_in_all_figures() -> None:
+    """Whichever has the best trial, and also beside one without a finished trial."""
+    scored = {"failed": [float("nan")], "first": [0.5, 0.6], "second": [0.9, 0.8]}
+    rows = [
+        trial_row(n, score, study=study, run_id=f"{study}{n}", **{"time/training_s": 1.0 + n})
+        for study, all_scores in scored.items()
+        for n, score in enumerate(all_scores)
+    ]
+    frame = table_of(rows)
+    for figure in (scores.history(frame), scores.spread(frame), scores.cost(frame)):
+        dots = [trace for trace in figure.data if trace.marker.color and trace.name != "Pareto front"]
+        by_scores = {tuple(sorted(trace.x if trace.orientation else trace.y)): trace.marker.color for trace in dots}
+        assert [by_scores[tuple(sorted(scored[study]))] for study in ("first", "second")] == list(CYCLE[1:3])
+
+
+def test_a_logarithmic_axis_has_more_ticks_than_the_powers_of_ten() -> None:
+    rows = [trial_row(n, 0.5 + n / 10, **{"time/training_s": 30.0 * 4**n}) for n in range(3)]
+    axis = scores.cost(table_of(rows)).layout.xaxis
+    assert (axis.type, axis.dtick) == ("log", "D2")
 
 
 def test_learning_curves_count_the_epochs_ahead_of_the_control() -> None:
