@@ -37,7 +37,11 @@ _BEST: Mapping[str, "Callable[[BestTrial], str]"] = {
 def print_best_trials(
     console: Console, title: str, objective: str, trials: "Sequence[BestTrial]", headings: Sequence[str]
 ) -> None:
-    """These columns of the best trials under a title, what the best three change in the control, and which are infeasible."""
+    """The best trials under a title, what the best three change in the control, and which are infeasible.
+
+    Of these columns those are left out in which no trial has anything.
+    """
+    headings = [heading for heading in headings if any(_BEST[heading](trial) for trial in trials)]
     say(console, title)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for heading in headings:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.recipe import field_label, value_label
-from pipeline.report.trials import control, finished, searched, weakest_class, with_control
+from pipeline.report.trials import LATENCY, control, finished, latency, searched, weakest_class, with_control
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class BestTrial:
     seconds: float  # as the table has it: that its epochs took, or of the whole trial
     training_s: float
     parameters: float
-    latency_ms: float
+    latency_ms: float  # NaN, too, where all have the same network
     changes: str  # against the control
 
     @property
@@ -38,6 +38,7 @@ class BestTrial:
 
 def best_trials(frame: pd.DataFrame, max_trials: int) -> list[BestTrial]:
     """The best finished trials of one study, feasible ones first; below them the control, if it isn't among them."""
+    frame = frame.assign(**{LATENCY: latency(frame)})
     base, names = control(frame), searched(frame)
     rows = with_control(finished(frame).head(max_trials), base)
     return [_best_trial(row, base, names) for _, row in rows.iterrows()]
@@ -58,7 +59,7 @@ def _best_trial(row: pd.Series, base: pd.Series | None, names: Sequence[str]) ->
         seconds=row["seconds"],
         training_s=row.get("time/training_s", np.nan),
         parameters=row.get("model/parameters", np.nan),
-        latency_ms=row.get("model/latency_ms", np.nan),
+        latency_ms=row[LATENCY],
         changes=changes(row, base, names),
     )
 

@@ -203,8 +203,7 @@ def _results(tracker: MlflowTracker, frame: pd.DataFrame, comparison: Comparison
             row = comparison.control if name == "the control" else comparison.best
             if row is not None and (line := reweighting_line(row.to_dict(), run.probabilities, run.labels)):
                 reweighted.append(f"{name.capitalize()}: {line}.")
-    sizes_differ = "model/parameters" in done and done["model/parameters"].nunique() > 1
-    costs = {f"cost{n}": measure for n, measure in enumerate(scores.COSTS if sizes_differ else ["time/training_s"])}
+    costs = {f"cost{n}": measure for n, measure in enumerate(scores.costs(frame))}
     figures |= {name: scores.cost(frame, measure) for name, measure in costs.items()}
     num_equal = int((done["score"] == done["score"].max()).sum()) - 1
     return {"num_finished": len(done), "num_equal": num_equal, "costs": list(costs), "reweighted": reweighted}, figures

@@ -13,6 +13,7 @@ from pipeline.disk import is_new
 from pipeline.errors import UserError
 from pipeline.evaluation.scores import CLASS_F1
 from pipeline.report.stored import histories
+from pipeline.sections.model import TRAINING_ONLY
 from pipeline.tracking import queries
 from pipeline.tracking.intact import control_runs
 from pipeline.tracking.queries import StudyRuns, find_study
@@ -25,6 +26,7 @@ COLUMNS = (
     *("study", "trial", "run_id", "role", "state", "reason", "infeasible", "control", "objective", "score"),
     *("started", "seconds", "epochs", "short", "full_of"),
 )
+LATENCY = "model/latency_ms"
 INFINITE = 1e300  # MLflow stores infinity as 1.8e308
 
 
@@ -250,6 +252,25 @@ def searched(frame: pd.DataFrame) -> list[str]:
     """The recipe fields that differ between trials."""
     rows = trial_rows(frame)
     return [name for name in param_names(frame) if rows[name].nunique() > 1]
+
+
+def networks(frame: pd.DataFrame) -> pd.Series:
+    """A number of each run's network; equal where one prediction costs the same: layers, image size and precision are."""
+    model = {name for name in param_names(frame) if name.startswith("model.")}
+    model -= {f"model.{name}" for name in TRAINING_ONLY}
+    names = [name for name in param_names(frame) if name in model | {"data.image_size", "training.precision"}]
+    return frame.groupby(names, dropna=False).ngroup() if names else pd.Series(0, frame.index)
+
+
+def latency(frame: pd.DataFrame) -> pd.Series:
+    """Each run's latency in ms: the shortest that was measured of its network, as other work on the machine adds to it.
+
+    NaN where all have the same network, and so the same latency.
+    """
+    numbers = networks(frame)
+    if LATENCY not in frame or numbers.nunique() < 2:
+        return pd.Series(np.nan, frame.index)
+    return frame[LATENCY].groupby(numbers).transform("min")
 
 
 def class_f1(row: pd.Series) -> pd.Series:

@@ -9,6 +9,8 @@ from pipeline.sections.section import Fraction, Section
 from pipeline.sections.weights import pinned, pinned_file
 
 Width = Annotated[int, Field(ge=1, le=4096)]
+# Fields that change the training only: networks that differ in nothing else predict at the same cost.
+TRAINING_ONLY = ("dropout", "attention_dropout", "convolution_dropout", "drop_path", "norm_momentum")
 
 
 class Attention(Section):

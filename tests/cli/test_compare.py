@@ -28,9 +28,7 @@ def test_compare_prints_the_best_trials_and_writes_a_page(trained: Trained, tmp_
     assert done.returncode == 0, done.stderr
     table, _, links = done.stdout.partition("page: ")
     assert "tiny-v1-digits: best 1 of 2 trials, 1 full, 1 pruned" in table
-    assert re.search(
-        r"^ *0( \(control\))? +0\.\d{4} .+ \(0\.\d{3}\) +\d+\.\d s +[\d,]+ +\d+\.\d\d ms", table, re.MULTILINE
-    )
+    assert re.search(r"^ *0( \(control\))? +0\.\d{4} .+ \(0\.\d{3}\) +\d+\.\d s +[\d,]+ *$", table, re.MULTILINE)
     assert max(map(len, table.splitlines()[1:])) <= 100
     assert links.startswith(f"{tmp_path / 't.html'} (") and "#/experiments/1/runs?workflowType=" in links
     assert "pipeline finals tiny" in links and "pipeline promote tiny" in links

@@ -31,9 +31,10 @@ def test_best_trials_have_a_row_and_their_changes(capsys: pytest.CaptureFixture[
         latency_ms=1.5,
         changes="lr 0.1",
     )
-    headings = ("trial", "score", "lead", "weakest class (F1)", "time")
+    headings = ("trial", "score", "lead", "weakest class (F1)", "time", "training")
     print_best_trials(make_console(), "title", "val/accuracy", [trial], headings)
     lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["trial", "val/accuracy", "weakest", "class", "(F1)", "time"], "the others are empty"
     assert lines[0] == "title" and lines[-2:] == [
         "trial 3: lr 0.1",
         "trial 3 is infeasible: model/parameters 1,234, at most 1,000",

@@ -47,7 +47,7 @@ def test_infeasible_trials_come_last_and_win_nothing() -> None:
     assert challenger(frame[frame["infeasible"] != ""]) is None
     history, cost = scores.history(frame), scores.cost(frame, "model/parameters")
     assert "best of 1 finished trial, 0.5000, came at trial 1" in history.layout.meta
-    assert cost.layout.meta.startswith("Of 1 that finished trial 1 is both the best and the cheapest")
+    assert cost.layout.meta.startswith("No front, of 1 finished trial")
     for figure in (history, cost):
         assert [list(trace.y) for trace in figure.data if trace.name == "infeasible"] == [[0.9, 0.8]]
 

@@ -1,7 +1,11 @@
 """The section `model`."""
 
+from typing import get_args
+
 import pytest
 from recipe_cases import lines_of
+
+from pipeline.sections.model import TRAINING_ONLY, Model
 
 
 @pytest.mark.parametrize(
@@ -21,3 +25,10 @@ from recipe_cases import lines_of
 )
 def test_each_problem_is_one_line(changes: dict, line: str) -> None:
     assert lines_of(changes) == [line]
+
+
+def test_what_changes_the_training_only_is_every_share_or_probability() -> None:
+    networks = get_args(get_args(Model)[0])
+    assert {
+        name for network in networks for name, field in network.model_fields.items() if field.annotation is float
+    } == {*TRAINING_ONLY}

@@ -23,22 +23,26 @@ from pipeline.report.figures.layout import (
     with_caption,
 )
 from pipeline.report.trials import (
+    LATENCY,
     challenger,
     control,
     ended,
     feasible,
     infeasible,
     last_values,
+    latency,
+    networks,
     state_words,
 )
 from pipeline.tracking.tags import State
 
 MAX_PRUNED_CURVES = 60
 SHORT_MEANS = "a quarter of the epochs with the whole schedule, so above a full one at equal epoch"
+TIME = "time/training_s"
 COSTS = {
-    "time/training_s": "training time, s",
+    TIME: "training time, s",
     "model/parameters": "parameters",
-    "model/latency_ms": "latency of one image, ms",
+    LATENCY: "latency of one image, ms",
 }
 _SYMBOLS: dict[str, str] = {
     "short": "x-thin",
@@ -234,8 +238,18 @@ def add_curves(
 # ------------------------------------------------------------------------------------------------------------- by cost
 
 
-def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
-    """Score against one of COSTS; the feasible trials that no other beats at less cost are joined (Pareto front)."""
+def costs(frame: pd.DataFrame) -> list[str]:
+    """Those of COSTS that are worth a figure: the time, and what differs by the networks of the feasible trials."""
+    frame, done = frame.assign(**{LATENCY: latency(frame)}), feasible(frame).index
+    return [name for name in COSTS if name == TIME or (name in frame and frame.loc[done, name].nunique() > 1)]
+
+
+def cost(frame: pd.DataFrame, measure: str = TIME) -> go.Figure:
+    """Score against one of COSTS; the feasible trials that no other beats at less cost are joined (Pareto front).
+
+    Trials with the same network and number of epochs have no front: of what they cost too much is other work's.
+    """
+    frame = frame.assign(**{LATENCY: latency(frame)})
     measured = frame[frame[measure].notna()] if measure in frame else frame[:0]
     done, broken = feasible(measured), infeasible(measured)
     figure, base, several = go.Figure(), control(frame), frame["study"].nunique() > 1
@@ -247,11 +261,13 @@ def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
     for colour, (study, runs) in zip(study_colours(frame) if several else [FAINT], by_study(frame), strict=True):
         marker, name = {"color": colour, "size": 7, "opacity": 0.7}, as_label(study) if several else "finished"
         figure.add_scatter(**_dots(done[done["run_id"].isin(runs["run_id"])], measure), name=name, marker=marker)
-    front = done[pareto(done[measure].to_numpy(), done["score"].to_numpy())].sort_values(measure)
+    kinds = len(set(zip(networks(done), done["epochs"], strict=True)))
+    front = done[pareto(done[measure].to_numpy(), done["score"].to_numpy()) & (kinds > 1)].sort_values(measure)
     line, dots = {"color": FAINT if several else BEST, "width": 1.5, "shape": "hv"}, {"size": 9, "color": BEST}
     if several:
         dots = {"size": 12, "color": FAINT, "symbol": "circle-open"}
-    figure.add_scatter(**_dots(front, measure, "lines+markers"), name="Pareto front", marker=dots, line=line)
+    if len(front):
+        figure.add_scatter(**_dots(front, measure, "lines+markers"), name="Pareto front", marker=dots, line=line)
     if not several and base is not None and base["run_id"] in set(done["run_id"]):
         ring = {"color": CONTROL, "size": 14, "symbol": "circle-open", "line": {"width": 2}}
         figure.add_scatter(**_dots(done[done["run_id"] == base["run_id"]], measure), name="control", marker=ring)
@@ -264,6 +280,9 @@ def cost(frame: pd.DataFrame, measure: str = "time/training_s") -> go.Figure:
 
 def _front_caption(front: pd.DataFrame, num_finished: int, measure: str, several: bool) -> str:
     """What the cheapest of the front, the first, costs and scores, compared with the best, the last."""
+    if front.empty:
+        trials = f"{counted(num_finished, 'finished trial')} with one network and one number of epochs"
+        return f"No front, of {trials}: costs differ by other settings and by other work on the machine."
     cheapest, best = front.iloc[0], front.iloc[-1]
     names = [f"trial {row['trial']}{f' of {row.study}' if several else ''}" for row in (cheapest, best)]
     if len(front) == 1:

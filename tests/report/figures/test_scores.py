@@ -3,9 +3,10 @@
 import pandas as pd
 import pytest
 
+from pipeline.report.best_trials import best_trials
 from pipeline.report.figures import scores
 from pipeline.report.figures.layout import CYCLE
-from pipeline.report.trials import choose, table, table_of
+from pipeline.report.trials import choose, latency, table, table_of
 from pipeline.tracking.tracker import MlflowTracker
 from report.helpers import Store, trial_row
 
@@ -63,7 +64,7 @@ def test_infeasible_scores_are_in_no_box_and_no_median() -> None:
 
 
 def test_front_joins_trials_that_none_beats_at_less_cost() -> None:
-    rows = [trial_row(n, score, control=n == 0) for n, score in enumerate([0.5, 0.7, 0.6, 0.8])]
+    rows = [trial_row(n, score, control=n == 0, epochs=n + 1) for n, score in enumerate([0.5, 0.7, 0.6, 0.8])]
     frame = table_of([row | {"time/training_s": cost} for row, cost in zip(rows, [1.0, 2.0, 3.0, 4.0], strict=True)])
     figure = scores.cost(frame)
     [front] = [trace for trace in figure.data if trace.name == "Pareto front"]
@@ -72,6 +73,36 @@ def test_front_joins_trials_that_none_beats_at_less_cost() -> None:
         "3 of 4 finished trials are on the front. Its cheapest, trial 0, costs 25% of what its best, trial 3, costs, "
         "and scores 30.00 points less."
     )
+
+
+def test_trials_with_one_network_and_as_many_epochs_have_no_front() -> None:
+    rows = [
+        trial_row(n, 0.5 + n / 10, **{"time/training_s": 3.0 - n, "model/latency_ms": 9.0 - n, "model.dropout": n / 10})
+        for n in range(3)
+    ]
+    frame = table_of(rows)
+    assert scores.costs(frame) == ["time/training_s"]
+    figure = scores.cost(frame)
+    assert "Pareto front" not in [trace.name for trace in figure.data]
+    assert figure.layout.meta == (
+        "No front, of 3 finished trials with one network and one number of epochs: costs differ by other settings and by "
+        "other work on the machine."
+    )
+
+
+def test_the_latency_is_the_shortest_of_a_network() -> None:
+    measured = [(8, 5.0), (8, 15.0), (16, 9.0), (16, 30.0)]
+    rows = [
+        trial_row(n, 0.5 + n / 10, **{"model.width": width, "model.dropout": n / 10, "model/latency_ms": ms})
+        for n, (width, ms) in enumerate(measured)
+    ]
+    frame = table_of(rows)
+    assert list(latency(frame)) == [5, 5, 9, 9]
+    assert scores.costs(frame) == ["time/training_s", "model/latency_ms"]
+    [front] = [trace for trace in scores.cost(frame, "model/latency_ms").data if trace.name == "Pareto front"]
+    assert list(front.x) == [5, 9] and list(front.y) == [0.6, 0.8]
+    assert [trial.latency_ms for trial in best_trials(frame, 9)] == [9, 9, 5, 5]
+    assert latency(frame[:2]).isna().all()
 
 
 def test_a_study_has_one_colour_in_all_figures() -> None:
