@@ -1,5 +1,6 @@
 """Several studies on one page, compared; templates/comparison.html has its order and its words."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -14,6 +15,7 @@ from pipeline.report.render import render
 from pipeline.report.study_page import finals_verdict
 from pipeline.report.trials import finished, param_names, searched, state_words, trial_rows, weakest_class
 from pipeline.tracking.queries import StudyRuns
+from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker
 
 
@@ -29,7 +31,6 @@ def studies_page(
     groups = {study.name: frame[frame["study"] == study.name] for study in studies}
     comparisons = {name: compare_with_control(tracker, runs, runner_up=False) for name, runs in groups.items()}
     scored = {name: comparison for name, comparison in comparisons.items() if comparison}
-    leader = max(scored, key=lambda name: scored[name].best["score"], default=None)
     verdicts = [f"{study.name}: {verdict}" for study in studies if (verdict := finals_verdict(tracker, study)[1])]
     figures = {"scores": scores.spread(frame), "history": scores.history(frame), "cost": scores.cost(frame)}
     return render(
@@ -37,9 +38,7 @@ def studies_page(
         figures,
         word,
         title=" and ".join(groups),
-        leader=leader,
-        top=scored[leader].best if leader else None,
-        rivals=_rivals(scored, leader) if leader else [],
+        rankings=[_ranking(group) for group in _comparable(tracker, scored)],
         verdicts=verdicts,
         links=links,
         next_steps=next_steps,
@@ -51,13 +50,21 @@ def studies_page(
     )
 
 
-def _rivals(scored: Mapping[str, Comparison], leader: str) -> list[dict[str, Any]]:
-    """The other studies' best trials, with the leader's lead over each, None where they can't be compared."""
-    return [
-        {"name": name, "best": other.best, "lead": _lead(scored[leader], other)}
-        for name, other in scored.items()
-        if name != leader
-    ]
+def _comparable(tracker: MlflowTracker, scored: Mapping[str, Comparison]) -> list[dict[str, Comparison]]:
+    """The studies in groups of the same metric, data set and split: only their scores can be compared."""
+    groups = defaultdict[tuple[str | None, ...], dict[str, Comparison]](dict)
+    for name, comparison in scored.items():
+        tags = RunTags.of(tracker.client.get_run(comparison.best["run_id"]))
+        groups[comparison.best["objective"], tags.data_digest, tags.split_digest][name] = comparison
+    return list(groups.values())
+
+
+def _ranking(group: Mapping[str, Comparison]) -> dict[str, Any]:
+    """Which of comparable studies has the highest score, and its lead over each other's best, None without predictions."""
+    leader = max(group, key=lambda name: group[name].best["score"])
+    others = {name: other for name, other in group.items() if name != leader}
+    rivals = [{"name": name, "best": other.best, "lead": _lead(group[leader], other)} for name, other in others.items()]
+    return {"leader": leader, "top": group[leader].best, "rivals": rivals}
 
 
 def _lead(first: Comparison, second: Comparison) -> Lead | None:

@@ -34,6 +34,25 @@ def test_a_control_that_is_the_best_stands_as_such_beside_other_studies(store: S
     assert "0.9500 (trial 0)" in said and "trial 0, val/accuracy 0.9500" in said
 
 
+def test_an_incomparable_study_does_not_silence_the_others(trained: Trained, tmp_path: Path) -> None:
+    """Three names of one study; the third has other images, and the highest score."""
+    trained.copy(tmp_path / "mlruns")
+    tracker = MlflowTracker(tmp_path / "mlruns")
+    [study] = choose(tracker, ["tiny"])
+    frame = table(tracker, [study])
+    best = tracker.client.get_run(trained.finished)
+    tags = best.data.tags | {"split_digest": "0" * 64}
+    other = tracker.client.create_run(study.experiment, tags=tags).info.run_id
+    elsewhere = frame.assign(study="elsewhere", score=frame["score"] + 0.1, run_id=[other, *frame["run_id"][1:]])
+    both = pd.concat([frame, frame.assign(study="twin"), elsewhere], ignore_index=True)
+    studies = [study, replace(study, name="twin"), replace(study, name="elsewhere")]
+    said = body(studies_page(tracker, studies, both, {}))
+    assert "tiny-v1-digits has the highest score, as high as that of twin: trial 0" in said
+    assert "Beside twin's best, trial 0: +0.00 points (95 % interval" in said
+    assert "elsewhere: judged by other images or another metric than every other study, so its score can't be" in said
+    assert "elsewhere has the highest score" not in said
+
+
 def test_a_study_beside_itself_under_another_name_leads_by_nothing(trained: Trained) -> None:
     tracker = MlflowTracker(trained.home)
     [study] = choose(tracker, ["tiny"])
