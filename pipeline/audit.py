@@ -19,7 +19,7 @@ from pipeline.search.snapshot import StudySnapshot, TrialSnapshot, requeue_aband
 from pipeline.search.storage import RetryingStorage
 from pipeline.tracking.intact import missing_tags, run_label
 from pipeline.tracking.journal import FOLDER, empty_folders, is_busy
-from pipeline.tracking.models import GONE_FOR_GOOD, version_faults
+from pipeline.tracking.models import GONE_FOR_GOOD, command_about, version_faults
 from pipeline.tracking.queries import Points, all_points, all_runs, artifact_folder, keys_of
 from pipeline.tracking.recovery import adopt_journals, close_run, other_journals
 from pipeline.tracking.sqlite import database_fault
@@ -300,7 +300,8 @@ class _Auditor:
         for version, faults in version_faults(self._tracker):
             champions = ledger.Ledger(self._home).champions(version.name) if faults and has_ledger else []
             way_back = len(champions) > 1 and champions[-1].version == str(version.version)
-            ways = ["put its files back", *["`rollback` goes back to the version before"] * way_back, GONE_FOR_GOOD]
+            back = f"`{command_about(version.name, 'rollback')}` goes back to the version before"
+            ways = ["put its files back", *[back] * way_back, GONE_FOR_GOOD]
             for fault in faults or ():
                 self._find(f"{version.name} version {version.version}", fault, "; ".join(ways))
 
@@ -311,7 +312,7 @@ class _Auditor:
         unfinished = entries.unfinished()
         for event in unfinished:
             rule = f"a change of champion, begun {event.time}, was cut off"
-            self._find(event.model, rule, "`history` finishes or undoes it")
+            self._find(event.model, rule, f"`{command_about(event.model, 'history')}` finishes or undoes it")
         for model in {event.model for event in entries.events() if event.kind in ledger.CHANGES}:
             registry = Registry(self._tracker, entries, model)
             if deleted := registry.deleted():

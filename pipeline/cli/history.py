@@ -19,6 +19,7 @@ def history(model: ModelNameOption = MODEL, tracking_uri: TrackingOption = None)
         raise UserError(f"no promotions yet in {HOME}", remedy="`promote NAME` evaluates a study's best model")
 
     from pipeline.registry.promote import registry_lock, settle
+    from pipeline.tracking.models import command_about
 
     registry = open_registry(model, tracking_uri)
     console = make_console()
@@ -28,6 +29,10 @@ def history(model: ModelNameOption = MODEL, tracking_uri: TrackingOption = None)
     except PromotionRefused as error:
         say(console, str(error))
     events = registry.ledger.events(model)
+    if not events and (known := registry.ledger.models()):
+        registry.champion()  # or it says what the alias names, or how the model is called by now
+        remedy = f"it has {', '.join(known)}: `{command_about(known[0], 'history')}`"
+        raise UserError(f"model {model}", "the ledger has no such model", remedy)
     for event in events:
         say(console, *_lines(event))
     champions = registry.ledger.champions(model)

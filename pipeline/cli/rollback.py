@@ -20,13 +20,15 @@ def rollback(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Make the previous champion the champion again."""
-    if not reason.strip():
-        raise UserError("`--reason TEXT`", "needs to say why", "`rollback --reason 'slower in production than here'`")
-    if version is not None and not re.fullmatch(r"[1-9]\d{0,8}", version):
-        raise UserError(f"`--version {version}`", "should be a number", "`history` shows those that served")
-
     from pipeline.registry.promote import registry_lock, roll_back, settle
+    from pipeline.tracking.models import command_about
 
+    if not reason.strip():
+        example = command_about(model, "rollback --reason 'slower in production than here'")
+        raise UserError("`--reason TEXT`", "needs to say why", f"`{example}`")
+    if version is not None and not re.fullmatch(r"[1-9]\d{0,8}", version):
+        remedy = f"`{command_about(model, 'history')}` shows those that served"
+        raise UserError(f"`--version {version}`", "should be a number", remedy)
     registry = open_registry(model, tracking_uri)
     console = make_console()
     with registry_lock(HOME):

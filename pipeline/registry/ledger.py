@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import PromotionRefused, UserError
 from pipeline.registry.gate import GateRecord
+from pipeline.tracking.models import command_about
 
 FILE = "ledger.db"
 TEST_EVALUATION, PASSED, REFUSED = "test evaluation", "passed", "refused"
@@ -178,7 +179,7 @@ class Ledger:
             unfinished = _unfinished(_read(connection, begun.model))
             if unfinished is None or unfinished.id != begun.id:
                 rule = f"{_describe(begun)} was ended by another command"
-                raise PromotionRefused(begun.model, rule, "`history` shows it")
+                raise PromotionRefused(begun.model, rule, f"`{command_about(begun.model, 'history')}` shows it")
             details = {"begun": begun.id, "over": begun.details["over"]}
             return _append(connection, kind, begun.model, begun.run, version, None, reason or begun.reason, details)
 
@@ -194,10 +195,14 @@ class Ledger:
         """
         return _champions(self.events(model))
 
+    def models(self) -> list[str]:
+        """The registered models that there are events of."""
+        return sorted({event.model for event in self.events()})
+
     def unfinished(self) -> list[Event]:
         """What was begun and not ended, of all models."""
         events = self.events()
-        last = (_unfinished([e for e in events if e.model == model]) for model in sorted({e.model for e in events}))
+        last = (_unfinished([e for e in events if e.model == model]) for model in self.models())
         return [event for event in last if event]
 
 

@@ -9,7 +9,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.errors import UserError
 from pipeline.registry.ledger import Champion, Event, Ledger
-from pipeline.tracking.models import CHAMPION as DEFAULT
+from pipeline.tracking.models import command_about
 from pipeline.tracking.tracker import MlflowTracker
 
 CHAMPION, PREVIOUS = "champion", "previous"  # aliases
@@ -31,8 +31,7 @@ class Registry:
 
     def command(self, text: str) -> str:
         """A command about this model, for an error's remedy."""
-        is_default = f"models:/{self.model}@{CHAMPION}" == DEFAULT
-        return text if is_default else f"{text} --model {self.model}"
+        return command_about(self.model, text)
 
     @property
     def elsewhere(self) -> UserError | None:

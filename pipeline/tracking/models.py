@@ -43,6 +43,11 @@ _NO_RUN = Problem(
 )
 
 
+def command_about(model: str, text: str) -> str:
+    """A command about a registered model, for a remedy: with `--model`, unless it is the default one."""
+    return text if CHAMPION.startswith(f"models:/{model}@") else f"{text} --model {model}"
+
+
 @dataclass(frozen=True)
 class Model:
     """A checkpoint's folder, and which model it is, for people."""
@@ -167,7 +172,8 @@ def _package(tracker: MlflowTracker, version: ModelVersion, label: str, folder: 
         verify(Path(downloaded), expected)
     except DataError as error:
         rule = "its files are not those that were registered"
-        remedy = "put them back, or `rollback --version N` with a `--reason` takes another version"
+        command = command_about(version.name, "rollback --version N")
+        remedy = f"put them back, or `{command}` with a `--reason` takes another version"
         raise DataError(label, rule, f"{remedy}; {GONE_FOR_GOOD}", error.lines) from None
     return Path(downloaded)
 
@@ -201,10 +207,9 @@ def _resolve(tracker: MlflowTracker, wanted: str | None) -> tuple[Run | ModelVer
     if wanted.startswith("models:/"):
         version = _registered(tracker, wanted)
         if version is None and wanted == CHAMPION:
-            raise UserError(wanted, "no champion", "`promote NAME` chooses one")
+            raise UserError(wanted, "no champion", f"`promote NAME` chooses one; {_known(tracker)}")
         if version is None:
-            rule = "no such registered model"
-            raise UserError(f"model {wanted}", rule, _known(tracker))
+            raise UserError(f"model {wanted}", _why_not_registered(tracker, wanted), _known(tracker))
         return version
     if not _names_one(wanted):
         raise UserError(f"model {wanted}", _NOT_A_MODEL, _known(tracker))
@@ -219,9 +224,22 @@ def _names_one(wanted: str) -> bool:
 
 
 def _known(tracker: MlflowTracker) -> str:
+    return f"registered: {', '.join(_aliased(tracker)) or 'none yet'}; `ui` shows all runs"
+
+
+def _aliased(tracker: MlflowTracker) -> list[str]:
+    """All that an alias names: `models:/image-classifier@champion`."""
     models = tracker.client.search_registered_models(max_results=1000)
-    names = [f"models:/{model.name}@{alias}" for model in models for alias in model.aliases]
-    return f"registered: {', '.join(names) or 'none yet'}; `ui` shows all runs"
+    return [f"models:/{model.name}@{alias}" for model in models for alias in model.aliases]
+
+
+def _why_not_registered(tracker: MlflowTracker, wanted: str) -> str:
+    """Whether the model is missing, or only its version or alias."""
+    name = re.split("[@/]", wanted.removeprefix("models:/"))[0]
+    versions = [str(v.version) for v in tracker.client.search_model_versions(max_results=10_000) if v.name == name]
+    if not versions:
+        return "no such registered model"
+    return f"{name} has no such version or alias; its versions: {', '.join(sorted(versions, key=int))}"
 
 
 def _champion(tracker: MlflowTracker) -> tuple[ModelVersion, str] | None:
@@ -267,7 +285,10 @@ def _best_run(tracker: MlflowTracker) -> tuple[Run, str]:
     if not candidates:
         raise UserError.many([_NO_RUN])
     _, run, label = max(candidates, key=lambda candidate: candidate[0])
-    return run, f"the best finished run (no champion), {label}"
+    named = CHAMPION.removeprefix("models:/").partition("@")
+    others = ", ".join(name for name in _aliased(tracker) if name.endswith(f"@{named[2]}"))
+    why = f"no champion of {named[0]}; registered: {others}" if others else "no champion"
+    return run, f"the best finished run ({why}), {label}"
 
 
 def _why_no_model(run: Run) -> str:

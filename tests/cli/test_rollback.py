@@ -11,6 +11,7 @@ from cli.helpers import assert_refused
     ("words", "lines"),
     [
         (["rollback"], ["`--reason TEXT`: needs to say why"]),
+        (["rollback", "--model", "x"], ["rollback --reason 'slower in production than here' --model x`"]),
         (
             ["rollback", "--reason", "x", "--version", "0"],
             ["`--version 0`: should be a number; `python -m pipeline history` shows"],

@@ -135,6 +135,25 @@ def test_default_is_the_best_run_on_the_last_studys_data(
     assert "val/accuracy 0.9900" in refusal(tmp_path, None), last
 
 
+def test_champions_of_other_names_and_missing_versions_are_told(trained: Trained, tmp_path: Path) -> None:
+    trained.copy(home := tmp_path / "mlruns")
+    client = MlflowTracker(home).client
+    client.create_registered_model("digits")
+    client.create_model_version("digits", "runs:/x", trained.finished)
+    client.set_registered_model_alias("digits", "champion", "1")
+    with find_model(home, None, None) as model:
+        why = "no champion of image-classifier; registered: models:/digits@champion"
+        assert model.label.startswith(f"the best finished run ({why}), trial 0 of tiny-v1-digits")
+    for name in ("models:/digits/7", "models:/digits@other"):
+        assert refusal(home, name).startswith(
+            f"model {name}: digits has no such version or alias; its versions: 1; regi"
+        )
+    assert refusal(home, "models:/other/7").startswith("model models:/other/7: no such registered model; registered: ")
+    assert refusal(home, "models:/image-classifier@champion").endswith(
+        "no champion; `promote NAME` chooses one; registered: models:/digits@champion; `ui` shows all runs"
+    )
+
+
 def test_champion_comes_before_the_best_run(trained: Trained, packed: Package) -> None:
     with find_model(trained.home, None, None) as model:
         assert model.label.startswith("the best finished run (no champion), trial 0 of tiny-v1-digits")
@@ -151,9 +170,8 @@ def test_champion_comes_before_the_best_run(trained: Trained, packed: Package) -
                 assert set(packed.sha256) <= set(digests(model.folder)), "its own files, not the run's"
                 assert model.folder != packed.folder
         refused = refusal(trained.home, f"models:/image-classifier/{int(version) + 1}")
-        assert refused.endswith(
-            "no such registered model; registered: models:/image-classifier@champion; `ui` shows all runs"
-        )
+        assert "image-classifier has no such version or alias; its versions: " in refused
+        assert refused.endswith("; registered: models:/image-classifier@champion; `ui` shows all runs")
 
 
 def damaged(packed: Package, folder: Path, name: str) -> Package:
