@@ -1,4 +1,6 @@
-"""Most trials are short: a quarter of the epochs, with their whole schedule. The best quarter is trained again in full.
+"""Most trials are short: a quarter of the epochs, with their whole schedule. The best are trained again in full.
+
+Those are the best quarter of the short ones that have ended so far. It changes as trials end, so about a third are in all.
 
 Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943) with two lengths, asynchronous as ASHA (arXiv 1810.05934).
 There a training is stopped while its rate is high, and a schedule that starts low looks best; a short training has gone
