@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 from meter import Meter
-from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
+from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
@@ -77,7 +77,6 @@ SYSTEMS: Mapping[str, System] = {
         HAND | {"optimizer.lr": 0.1, "loss.label_smoothing": 0.1, "model.dropout": 0.3},
         THIRD | {"model.widths": (16, 32, 64), "model.hidden": 128},
     ),
-    "fast-third": System("fast", 5, {}, THIRD | {"model.widths": (32, 128, 128), "training.batch_size": 500}),
 }
 
 
@@ -195,9 +194,6 @@ VARIANTS: Mapping[str, Strategy] = {
     "optuna": OptunaSearch(sampler=seeded(TPESampler), pruner=MedianPruner, first=False),
     "random": OptunaSearch(sampler=seeded(RandomSampler), pruner=NopPruner, first=False),
     "ours-no-starts": replace(OURS, start_from="none"),
-    "ours-in-full": replace(OURS, pruner=NopPruner),
-    "ours-median": replace(OURS, pruner=MedianPruner),
-    "ours-hyperband": replace(OURS, pruner=lambda: HyperbandPruner(min_resource=2)),
     "ours-tpe": replace(
         OURS, sampler=seeded(TPESampler, multivariate=True, group=True, constant_liar=True, n_startup_trials=5)
     ),
