@@ -1,6 +1,7 @@
 """The trials that a new study is given before its sampler draws any: strong recipes, and winners of earlier studies."""
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +11,25 @@ from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.errors import UserError
-from pipeline.recipe import LATER, kind_field, kinds_with
+from pipeline.recipe import LATER, Recipe, kind_field, kinds_with
+from pipeline.search.optuna_internals import contains
 from pipeline.search.portfolio import PORTFOLIO, fields_for
 from pipeline.search.search import MAX_STARTS, Search, StartFrom
-from pipeline.search.space_check import ScriptedTrial, field_of, from_choice, lowest, nearest_value, to_choice
+from pipeline.search.space_check import (
+    ScriptedTrial,
+    field_of,
+    from_choice,
+    lowest,
+    nearest_value,
+    random_value,
+    to_choice,
+)
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes, is_feasible
 
 MAX_WINNERS = 2  # of MAX_STARTS; as many of the portfolio come before them
 
+NUM_NETWORKS = 64  # that are tried where a start's breaks a bound
 _OWN_FIELDS = ("training.epochs", "training.seed", "training.execution")  # each study has its own
 
 
@@ -30,18 +41,24 @@ class Start:
     source: str
 
 
-def starts(search: Search, start_from: StartFrom, earlier: Sequence[optuna.Study]) -> list[Start]:
+def starts(
+    search: Search,
+    start_from: StartFrom,
+    earlier: Sequence[optuna.Study],
+    is_feasible: Callable[[Recipe], bool] = lambda recipe: True,
+) -> list[Start]:
     """What a search's first trials after the control are given; none is given twice, nor equals the control.
 
     `earlier` studies are this project's, whatever they searched. Starts that the study names are part of its question: all
-    are given. Of others it is at most MAX_STARTS, theirs included, and half of the trials; none of a grid, which has them all.
+    are given. Of others it is at most MAX_STARTS, theirs included, and half of the trials; none of a grid, which has them
+    all. Where a recipe isn't `is_feasible` before it is trained, it gets another network, if the space has one.
     """
     is_own, is_grid = search.study.starts != PORTFOLIO, isinstance(search.study.sampler, GridSampler)
     where = "study" if is_own else "portfolio"
     named = {f"{where}: {name}": changes for name, changes in search.study.starts.items()}
     named = named if start_from in ("all", "portfolio") and (is_own or not is_grid) else {}
     winners = _winners(search, earlier) if start_from in ("all", "winners") and not is_grid else {}
-    own, others = _representable(search, named), _representable(search, winners)
+    own, others = (_representable(search, changes, is_feasible) for changes in (named, winners))
     first = len(own) if is_own else MAX_STARTS - MAX_WINNERS
     control, found = search.control(), dict[str, dict[str, Any]]()
     for source, params in [*own[:first], *others, *own[first:]]:
@@ -53,10 +70,31 @@ def starts(search: Search, start_from: StartFrom, earlier: Sequence[optuna.Study
     return [Start(params, source) for source, params in found.items()][:most]
 
 
-def _representable(search: Search, starts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+def _representable(
+    search: Search, starts: Mapping[str, Mapping[str, Any]], is_feasible: Callable[[Recipe], bool]
+) -> list[tuple[str, dict[str, Any]]]:
     """The sources and parameters of those that the space can have."""
     found = [(source, nearest(search, changes)) for source, changes in starts.items()]
-    return [(source, params) for source, params in found if params is not None]
+    return [(source, _within_bounds(search, params, is_feasible)) for source, params in found if params is not None]
+
+
+def _within_bounds(search: Search, params: dict[str, Any], is_feasible: Callable[[Recipe], bool]) -> dict[str, Any]:
+    """The parameters, with as few others of the network as make the recipe feasible, among random ones; as they are where
+    none of these is feasible."""
+    if is_feasible(search.recipe(params)):
+        return params
+    rng, found = random.Random(0), list[dict[str, Any]]()
+
+    def choose(name: str, asked: BaseDistribution) -> Any:
+        keeps = name in params and (not name.startswith("model.") or rng.random() < 0.5)
+        return params[name] if keeps and contains(asked, params[name]) else random_value(asked, rng)
+
+    for _ in range(NUM_NETWORKS):
+        trial = ScriptedTrial({}, choose)
+        search.ask(trial)
+        if is_feasible(search.recipe(trial.params)):
+            found.append(trial.params)
+    return min(found, key=lambda other: sum(other.get(name) != params[name] for name in params), default=params)
 
 
 def not_as_named(search: Search, given: Sequence[Start]) -> list[str]:
@@ -64,6 +102,7 @@ def not_as_named(search: Search, given: Sequence[Start]) -> list[str]:
     if search.study.starts == PORTFOLIO or search.start_from not in ("all", "portfolio"):
         return []
     params, lines = {start.source: start.params for start in given}, []
+    or_breaks = " or breaks a bound" if search.study.constraints else ""
     for name, changes in search.study.starts.items():
         found = params.get(f"study: {name}")
         if found is None:
@@ -74,7 +113,7 @@ def not_as_named(search: Search, given: Sequence[Start]) -> list[str]:
             continue
         has = search.recipe(found).flat()
         lines += [
-            f"start {name}: {field} = {wanted} is not in the space; it gets {has.get(field, 'none')}"
+            f"start {name}: {field} = {wanted} is not in the space{or_breaks}; it gets {has.get(field, 'none')}"
             for field, wanted in fields_for(search.base, changes).items()
             if to_choice(has.get(field)) != to_choice(wanted)
         ]

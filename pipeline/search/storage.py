@@ -23,7 +23,10 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, Pending
 from pipeline.data.datasets import SOURCES
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line, redact_uri
+from pipeline.evaluation.constraints import violations
+from pipeline.experiment import known_before
 from pipeline.processes import PROBE_S
+from pipeline.recipe import Recipe
 from pipeline.search.optuna_internals import SqlStorage, TrialParam, check_compatible
 from pipeline.search.search import Search, check_same
 from pipeline.search.starts import not_as_named, starts
@@ -307,12 +310,12 @@ def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Pa
             data.listed.fix(home)
         places = newest_first(stored.places or [], data.place)
         StudyAttributes.update(study, fingerprint=fingerprint, places=places, dataset=search.base.data.dataset)
-        _give_first_trials(study, search, storage)
+        _give_first_trials(study, search, data, storage)
     study.sampler = search.sampler(len(study.get_trials(deepcopy=False)))
     return study
 
 
-def _give_first_trials(study: optuna.Study, search: Search, storage: RDBStorage) -> None:
+def _give_first_trials(study: optuna.Study, search: Search, data: TrainingData, storage: RDBStorage) -> None:
     """Enqueue the control and the starts, where none but the control has begun; those that are there already stay."""
     trials = study.get_trials(deepcopy=False)
     attributes = {trial.number: TrialAttributes.of(trial) for trial in trials}
@@ -320,7 +323,12 @@ def _give_first_trials(study: optuna.Study, search: Search, storage: RDBStorage)
         return
     if not any(found.control for found in attributes.values()):
         study.enqueue_trial(search.control(), user_attrs=TrialAttributes(control=True).to_optuna())
-    given = starts(search, search.start_from, our_studies(storage))
+    bounds = search.study.constraints
+
+    def is_feasible(recipe: Recipe) -> bool:
+        return not violations(bounds, known_before(bounds, recipe, data))
+
+    given = starts(search, search.start_from, our_studies(storage), is_feasible)
     new = given[sum(bool(found.start) for found in attributes.values()) :]
     for start in new:
         about = TrialAttributes(start=start.source, short=search.shortens)

@@ -308,6 +308,26 @@ def test_a_study_that_was_first_tried_with_one_trial_is_given_its_starts(harness
         assert given(harness) == [(True, ""), (True, ""), (False, "study: a"), (False, "study: b")]
 
 
+def test_starts_of_a_base_above_its_bound_get_a_smaller_network(harness: StudyHarness) -> None:
+    def widths(trial: Any) -> None:
+        trial.suggest_float("optimizer.lr", 1e-3, 1, log=True)
+        trial.suggest_categorical("model.widths", [[8, 16], [4, 8], [6, 12]])
+        trial.suggest_float("model.dropout", 0, 0.5)
+
+    named = {"starts": {"a": {"optimizer.lr": 0.2}, "b": {"optimizer.lr": 0.3, "model.widths": (4, 8)}}}
+    base = harness.base.changed({"model.widths": (8, 16), "model.dropout": 0.1})
+    search = harness.search(9, widths, base, {"constraints": {"model/parameters": 4000}, **named})
+    study = open_study(search, harness.data, harness.storage, harness.home)
+    control, first, second = (trial.system_attrs["fixed_params"] for trial in study.trials)
+    assert control["model.widths"] == "[8, 16]", "it is trained all the same"
+    assert first["model.widths"] in ("[4, 8]", "[6, 12]")
+    assert second["model.widths"] == "[4, 8]", "as it is named"
+    assert (first["optimizer.lr"], first["model.dropout"]) == (0.2, 0.1)
+    hopeless = replace(search, version=2, study=replace(search.study, constraints={"model/parameters": 1}))
+    (_, first, _) = open_study(hopeless, harness.data, harness.storage, harness.home).trials
+    assert first.system_attrs["fixed_params"]["model.widths"] == "[8, 16]"
+
+
 def test_a_run_says_where_its_parameters_come_from(harness: StudyHarness) -> None:
     search = harness.search(3)
     named = replace(search.study, starts={"mine": {"optimizer.lr": 0.2}})
