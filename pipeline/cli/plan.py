@@ -38,7 +38,7 @@ def plan(
     options = StudyOptions.parse(typed, problems)
     search = resolve(name, options, dataset, change or [], problems, tracking_uri)
 
-    from pipeline.cli.views_study import print_forecast, say_budget, say_infeasible_control
+    from pipeline.cli.views_study import print_forecast, say_about_data, say_budget
     from pipeline.search.budget import prepare
     from pipeline.search.forecast import forecast
     from pipeline.search.storage import open_storage, resolved
@@ -51,7 +51,7 @@ def plan(
         search = resolved(search, data, optuna_storage)
     own_epochs, budgeted = search.max_epochs, budget_of(options, change or [], started)
     search, choice, planned, stored = prepare(search, data, torch_device, optuna_storage, options.workers, budgeted)
-    say_infeasible_control(console, search, data)
+    say_about_data(console, search, data)
     say_data(console, data)
     say_budget(console, planned, own_epochs)
     costs = planned.forecast if planned else forecast(search, data, torch_device, stored, choice)

@@ -128,7 +128,7 @@ def _run(
 
 
 def _say_start(console: Console, search: "Search", data: "TrainingData", where: str) -> None:
-    from pipeline.cli.views_study import say_infeasible_control
+    from pipeline.cli.views_study import say_about_data
 
     say(
         console,
@@ -136,7 +136,7 @@ def _say_start(console: Console, search: "Search", data: "TrainingData", where: 
         f"validation images of {len(data.classes)} classes; up to {counted(search.trials, 'trial')} of "
         f"{counted(search.max_epochs, 'epoch')}",
     )
-    say_infeasible_control(console, search, data)
+    say_about_data(console, search, data)
     say_data(console, data)
 
 

@@ -226,8 +226,9 @@ def say_budget(console: Console, plan: "BudgetPlan | None", own_epochs: int) -> 
     )
 
 
-def say_infeasible_control(console: Console, search: Search, data: TrainingData) -> None:
-    """A line where the control breaks a constraint that is known before it is trained."""
+def say_about_data(console: Console, search: Search, data: TrainingData) -> None:
+    """Lines where batches leave out many images, and where the control breaks a constraint that is known before."""
+    say(console, *search.left_out(len(data.train.labels)))
     constraints = search.study.constraints
     if broken := violations(constraints, known_before(constraints, search.base, data)):
         say(console, f"the control is infeasible ({broken}): it is trained for comparison, and can't win")

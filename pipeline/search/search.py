@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # importing it imports torch, and a wrong name has to be refu
     from pipeline.data.prepare import TrainingData
 
 MAX_STARTS = 4  # trials of a new study that are given, besides the control
+MOST_LEFT_OUT = 0.1  # share of the training images that an epoch may miss unsaid
 StartFrom = Literal["all", "portfolio", "winners", "none"]
 
 
@@ -356,6 +357,17 @@ class Search:
                 if not has_default(name, kind)
             ]
         return lines
+
+    def left_out(self, num_images: int) -> list[str]:
+        """A line for each batch size of the space with which an epoch shows clearly fewer than all training images."""
+        sizes = sorted({*self.values("training.batch_size"), self.base.training.batch_size})
+        rests = {size: num_images % min(size, num_images) for size in sizes}
+        return [
+            f"training.batch_size = {size}: {rest:,} of {num_images:,} training images ({100 * rest / num_images:.0f} %) "
+            "don't fill a batch and are left out of each epoch, others each time"
+            for size, rest in rests.items()
+            if rest > MOST_LEFT_OUT * num_images
+        ]
 
     def _lost_in_short_trials(self) -> list[str]:
         """A line for each searched count of epochs whose values are all the same in a short trial."""

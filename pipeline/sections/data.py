@@ -71,7 +71,8 @@ class Data(Section):
     )
     sampler: Literal["uniform", "balanced"] = Field(
         "uniform",
-        description="what an epoch shows: each training image once, or those of rare classes more often, as many in all",
+        description="what an epoch shows: each training image once, or those of rare classes more often, as many in all; "
+        "the last ones of its random order, which don't fill a batch, are left out",
     )
     sampler_power: Fraction = Field(
         1.0,

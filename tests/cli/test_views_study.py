@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pipeline.cli.common import make_console
 from pipeline.cli.options import StudyOptions, resolve
-from pipeline.cli.views_study import StudyView, changes_text, print_forecast, say_infeasible_control
+from pipeline.cli.views_study import StudyView, changes_text, print_forecast, say_about_data
 from pipeline.data.prepare import TrainingData
 from pipeline.experiment import Outcome
 from pipeline.search.progress import StudyProgress
@@ -98,8 +98,18 @@ def test_infeasible_control_is_said_before_the_start(
 ) -> None:
     for bound, said in ((1e9, ""), (50, "the control is infeasible (model/parameters 2,")):
         study = replace(search.study, constraints={"model/parameters": bound})
-        say_infeasible_control(make_console(), replace(search, study=study), digits)
+        say_about_data(make_console(), replace(search, study=study), digits)
         assert capsys.readouterr().out.startswith(said) and bool(said) == (bound == 50)
+
+
+def test_images_that_batches_leave_out_are_said_before_the_start(
+    search: Search, digits: TrainingData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = len(digits.train.labels) // 2 + 1
+    say_about_data(make_console(), replace(search, settings={"training.batch_size": size}), digits)
+    assert capsys.readouterr().out.startswith(
+        f"training.batch_size = {size}: {size - 2 + len(digits.train.labels) % 2} of"
+    )
 
 
 def test_changes_leave_out_what_the_control_has(search: Search) -> None:

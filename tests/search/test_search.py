@@ -415,6 +415,20 @@ def test_counts_of_epochs_that_short_trials_cannot_compare_are_said(search: Sear
     assert remarks(3, prune=False) == remarks(3, settings={"transfer.frozen_epochs": 1}) == []
 
 
+def test_batches_that_leave_out_many_images_are_said(search: Search) -> None:
+    def batches(trial: Any) -> None:
+        trial.suggest_categorical("training.batch_size", [64, 128, 1024])
+
+    searched = with_fields(search, space=batches)
+    (line,) = searched.left_out(1294)
+    assert line.startswith("training.batch_size = 1024: 270 of 1,294 training images (21 %) don't fill a batch")
+    assert [line.partition(":")[0] for line in searched.left_out(250)] == [
+        f"training.batch_size = {size}" for size in (64, 128)
+    ], "a batch of more images than there are has all"
+    assert searched.left_out(45_000) == []
+    assert len(replace(searched, settings={"training.batch_size": 1000}).left_out(1294)) == 1
+
+
 def test_networks_of_timm_are_checked_with_the_search(small_recipe: Recipe) -> None:
     def backbones(trial: Any) -> None:
         trial.suggest_categorical("model.backbone", ["test_resnet", "test_resnot", "resnet19"])
