@@ -30,7 +30,7 @@ from pipeline.cli.fields import fields
 from pipeline.cli.finals import finals
 from pipeline.cli.history import history
 from pipeline.cli.inspect import inspect
-from pipeline.cli.make import COMMAND_LINE, positional, to_options
+from pipeline.cli.make import COMMAND_LINE, positional, to_options, variable
 from pipeline.cli.plan import plan
 from pipeline.cli.predict import predict
 from pipeline.cli.promote import promote
@@ -164,8 +164,13 @@ def _usage(error: Any) -> UserError:
         return UserError(f"`{parameter.opts[-1]}{value}`", "; ".join(rules) or error.message.rstrip("."))
     option = getattr(error, "option_name", None)
     if option and error.ctx:
-        known = [name for each in error.ctx.command.params for name in each.opts]
-        return UserError(f"`{option}`", f"no such option of `{error.ctx.command.name}`{did_you_mean(option, known)}")
+        command, argument = error.ctx.command, variable(option)
+        if argument in positional(command):
+            return UserError(
+                f"`{option}`", f"`{command.name}` takes it without --", f"type `{command.name} {argument}`"
+            )
+        known = [name for each in command.params for name in each.opts if name.startswith("--")]
+        return UserError(f"`{option}`", f"no such option of `{command.name}`{did_you_mean(option, known)}")
     if surplus := re.fullmatch(r"Got unexpected extra arguments? \((.+)\)", error.message.replace("(s)", "")):
         rule = f"more than the arguments of `{error.ctx.command.name}`"
         return UserError(surplus[1], rule, f"options begin with --; `{error.ctx.command.name} --help` lists them")

@@ -111,8 +111,10 @@ def find_studies(tracker: MlflowTracker, name: str) -> list[StudyRuns]:
                 ]
             )
         names = ", ".join(sorted(study.name for study in known)) or "none"
+        keys = [key for study in known if (key := StudyKey.parse(study.name))]
+        names_known = [key.study for key in keys] + [study.name for study in known]
         raise UserError(
-            f"no study {name} in the tracking store{did_you_mean(name, [study.name for study in known])}",
+            f"no study {name} in the tracking store{did_you_mean(name, names_known)}",
             f"the studies are: {names}",
             "`study NAME` runs one, and repairs one whose tags were removed in MLflow",
         )

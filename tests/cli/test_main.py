@@ -62,6 +62,11 @@ def test_unknown_commands_and_options_are_one_line(tmp_path: Path) -> None:
         (["stduy"], "stduy: no such command (did you mean study?); there are inspect, study"),
         (["study", "attention", "digits"], "digits: more than the arguments of `python -m pipeline study`"),
         (["study", "--trails", "3"], "`--trails`: no such option of"),
+        (
+            ["reproduce", "--run", "x"],
+            "`--run`: `python -m pipeline reproduce` takes it without --; type `python -m pip",
+        ),
+        (["robustness", "--model=x"], "type `python -m pipeline robustness MODEL`"),
         (["serve", "--port", "99999"], "`--port 99999`: should be less than or equal to 65535"),
     ):
         done = run_forked(*words, cwd=tmp_path)

@@ -54,6 +54,8 @@ def test_study_that_another_run_replaced_is_not_meant_when_it_is_restored(three_
 
 
 def test_unknown_study_names_the_known_ones(three_studies: MlflowTracker) -> None:
+    with pytest.raises(UserError, match=r"no study atention in the tracking store \(did you mean attention\?\)"):
+        find_studies(three_studies, "atention")
     with pytest.raises(UserError, match=r"no study attention-v3-digits .*the studies are: attention-v1-digits"):
         find_study(three_studies, "attention-v3-digits")
 
