@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.data.images import LabelledImages, check_memory, of_pixels
-from pipeline.errors import DataError, Problem, proxies
+from pipeline.errors import DataError, Problem, lines_of, proxies
 from pipeline.sections.data import Form
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def _read_files(folder: Path) -> "CIFAR10":
         problems = file_problems(folder)
         if not problems:
             raise
-        remedy = Problem(f"Put the right files there, or remove {folder} to have them downloaded.")
-        raise DataError.many([*problems, remedy]) from None
+        remedy = f"put the right files there, or remove {folder} to have them downloaded"
+        raise DataError("cifar10", "files are missing or damaged", remedy, lines_of(problems)) from None
 
 
 def file_problems(folder: Path) -> list[Problem]:
@@ -92,13 +92,14 @@ def _download(folder: Path) -> "CIFAR10":
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         through = f" (through {proxies()})" if proxies() else ""
         files = [name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list)]
-        raise DataError.many(
+        raise DataError(
+            "cifar10",
+            f"not in {folder}, and its download failed",
+            "put the files there, or `--dataset digits`, which needs no download",
             [
-                Problem(f"cifar10: not in {folder}"),
-                Problem(f"cifar10: download from {CIFAR10.url} failed{through}", str(error) or type(error).__name__),
-                Problem("Either put the files there", f"{folder}/{{{','.join([*files, CIFAR10.meta['filename']])}}}"),
-                Problem("or use the data set that needs no download", "`--dataset digits`"),
-            ]
+                f"{CIFAR10.url} failed{through}: {error or type(error).__name__}",
+                f"files: {', '.join([*files, CIFAR10.meta['filename']])}",
+            ],
         ) from error
     log.info("downloaded CIFAR-10")
     return data

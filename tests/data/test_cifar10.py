@@ -160,12 +160,14 @@ def test_cifar10_equals_torchvisions_resized_by_pillow(
 def test_without_network_the_error_names_both_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"http://127.0.0.1:{closed_port()}/cifar-10-python.tar.gz"
     monkeypatch.setattr(CIFAR10, "url", url)
-    missing, tried, put, other = lines_of(DataError, "cifar10", 32, tmp_path)
-    assert missing == f"cifar10: not in {tmp_path}/cifar-10-batches-py"
-    assert tried.startswith(f"cifar10: download from {url} failed: <urlopen error")
-    assert "refused" in tried
-    assert f"{tmp_path}/cifar-10-batches-py/{{data_batch_1,data_batch_2," in put
-    assert other == "or use the data set that needs no download: `--dataset digits`"
+    missing, tried, files = lines_of(DataError, "cifar10", 32, tmp_path)
+    place = f"{tmp_path}/cifar-10-batches-py"
+    assert missing == (
+        f"cifar10: not in {place}, and its download failed; put the files there, or `--dataset digits`, which needs no "
+        "download"
+    )
+    assert tried.startswith(f"  {url} failed: <urlopen error") and "refused" in tried
+    assert files.startswith("  files: data_batch_1, data_batch_2,") and files.endswith(", test_batch, batches.meta")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -236,10 +238,10 @@ def test_damaged_files_are_listed_and_never_replaced(tmp_path: Path, archive: by
     (folder / "batches.meta").unlink()
     requests.clear()
     assert lines_of(DataError, "cifar10", 32, tmp_path) == [
-        f"cifar10: {folder}/data_batch_2: damaged (wrong MD5)",
-        f"cifar10: {folder}/test_batch: damaged (wrong MD5)",
-        f"cifar10: {folder}/batches.meta: missing",
-        f"Put the right files there, or remove {folder} to have them downloaded.",
+        f"cifar10: files are missing or damaged; put the right files there, or remove {folder} to have them downloaded",
+        f"  cifar10: {folder}/data_batch_2: damaged (wrong MD5)",
+        f"  cifar10: {folder}/test_batch: damaged (wrong MD5)",
+        f"  cifar10: {folder}/batches.meta: missing",
     ]
     assert requests == []
     assert (folder / "data_batch_2").read_bytes() == b"damaged"
@@ -251,7 +253,7 @@ def test_damaged_class_names_are_detected(tmp_path: Path, archive: bytes, serve:
     load(Data(dataset="cifar10", image_size=32), tmp_path)
     meta = tmp_path / "cifar-10-batches-py" / "batches.meta"
     meta.write_bytes(b"damaged")
-    assert lines_of(DataError, "cifar10", 32, tmp_path)[0] == f"cifar10: {meta}: damaged (wrong MD5)"
+    assert lines_of(DataError, "cifar10", 32, tmp_path)[1:] == [f"  cifar10: {meta}: damaged (wrong MD5)"]
 
 
 def test_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
