@@ -189,11 +189,12 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
     pruned = trial_rows(frame, State.PRUNED)
     pruned = pruned[(pruned["infeasible"] == "") & pruned[metric].notna()] if metric in pruned else pruned[:0]
     short = pruned[pruned["short"]]
-    gain = (done["score"] - done["full_of"].map(short.set_index("trial")[metric])).mean() if len(short) else np.nan
+    in_short = done["full_of"].map(short.set_index("trial")[metric]).astype(float) if len(short) else np.nan
+    gain = (done["score"] - in_short).mean()
     left_out = pruned["short"] & pruned["trial"].isin(done["full_of"].dropna())
     rows = frame.loc[[*done.index, *pruned.index[~left_out]]]
     last = rows[metric] if metric in rows else rows["score"]
-    score = rows["score"].fillna((last + gain).where(rows["short"]))
+    score = rows["score"].fillna((last + gain).where(rows["short"].astype(bool)))
     keys = pd.DataFrame(
         {"epochs": rows["epochs"].astype(float).where(score.isna(), np.inf), "score": score.fillna(last)}
     )
