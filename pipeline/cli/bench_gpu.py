@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, expand, make_console, say, writable
+from pipeline.cli.common import HOME, data_folder, expand, make_console, say, writable
 from pipeline.cli.options import DataDirOption
 from pipeline.disk import replacing
 from pipeline.errors import Problem, UserError
@@ -49,8 +49,8 @@ def bench_gpu(
     if missing := [script for script in scripts if script and not script.is_file()]:
         raise UserError.many([Problem(str(script), "no such file") for script in missing])
     names = parts(name.strip() for name in only.split(",") if name.strip())
-    file = writable(expand(output))
-    load(Data(dataset="cifar10", image_size=32), expand(data_dir))  # downloaded or refused before anything starts
+    file, about = writable(expand(output)), Data(dataset="cifar10", image_size=32)
+    load(about, data_folder(data_dir, about.dataset))  # downloaded or refused before anything starts
 
     def write(report: "Mapping[str, object]") -> None:
         file.parent.mkdir(parents=True, exist_ok=True)

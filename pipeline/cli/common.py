@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.tracking.tracker import MlflowTracker
 
 HOME = Path("mlruns")
+DATA_DIR = Path("data")  # the default of `--data-dir`
 UI_PORT = 5000
 DEVICE_NAMES = r"auto|cpu|cuda(:\d{1,3})?"
 
@@ -88,6 +89,20 @@ def expand(path: Path) -> Path:
     return path
 
 
+def data_folder(data_dir: Path, dataset: str) -> Path:
+    """The folder for downloads of a data set. UserError where it is missing: a mistyped one would begin a download.
+
+    The default is made on its first use.
+    """
+    from pipeline.data.datasets import DOWNLOADED
+
+    place = expand(data_dir)
+    if dataset in DOWNLOADED and place != DATA_DIR and not place.is_dir():
+        remedy = f"name the folder that has {dataset}, or create this one to have it downloaded there"
+        raise UserError(f"`--data-dir {data_dir}`", "there is no such folder", remedy)
+    return place
+
+
 def find_device(name: str) -> "torch.device":
     """The device of this name; auto is a GPU where there is one. UserError where there is none of it.
 
@@ -123,7 +138,7 @@ def load_data(search: "Search", data_dir: Path, device: "torch.device", execute:
     for recipe in search.networks():  # weights that can't be read or downloaded, before anything starts
         initial_network(recipe.model, 2, recipe.data.image_size, seed=0)
     about = search.base.data
-    data = prepare(load(about, expand(data_dir), HOME, found=search.listed), about, device)
+    data = prepare(load(about, data_folder(data_dir, about.dataset), HOME, found=search.listed), about, device)
     for recipe in search.taught():
         check_initial(recipe, data)
         check_teacher(recipe, data, device)
@@ -163,7 +178,7 @@ def load_data_of_run(
         rule = "its tag data_digest, which says what it was trained on, was removed in MLflow"
         raise UserError(f"run {run_id}", rule, "`audit --fix` restores those of trials")
     seen = RunData(what, about, digest, queries.data_places(tracker, run_id), HOME)
-    data = prepare(find_data(seen, expand(data_dir), dataset).images, about, device)
+    data = prepare(find_data(seen, data_folder(data_dir, about.dataset), dataset).images, about, device)
     for recipe in recipes:
         check_initial(recipe, data)
         check_teacher(recipe, data, device)

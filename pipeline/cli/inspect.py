@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import ValidationError
 
-from pipeline.cli.common import HOME, expand, make_console, page_file, print_next, say
+from pipeline.cli.common import HOME, data_folder, make_console, page_file, print_next, say
 from pipeline.cli.make import COMMAND_LINE
 from pipeline.cli.options import DataDirOption, StudyOptions, TrackingOption, file_problems, with_study_options
 from pipeline.cli.views import print_table
@@ -49,7 +49,7 @@ def inspect(
     file = page_file(output) if output else None
     tracker = None if is_new(tracking_uri, HOME / "mlflow.db") else MlflowTracker(HOME, tracking_uri)
     with make_console(stderr=True).status("looking at every image"):
-        found = look(about, expand(data_dir).absolute(), HOME, tracker)
+        found = look(about, data_folder(data_dir, about.dataset).absolute(), HOME, tracker)
     file = file or HOME / "reports" / f"inspect-{found.name}.html"
     _print_counts(found)
     say(console, *found.notes, *found.lines())

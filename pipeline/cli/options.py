@@ -37,7 +37,7 @@ SeenDatasetOption = Annotated[
         help="Where the run's data set is now; default: where it was last.",
     ),
 ]
-DataDirOption = Annotated[Path, typer.Option(help="Folder of downloaded data sets.")]
+DataDirOption = Annotated[Path, typer.Option(help="Folder of downloaded data sets; one of your own must exist.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 ChangeOption = Annotated[
     list[str] | None,

@@ -45,6 +45,7 @@ class Source(Protocol):
 
 
 SOURCES: dict[str, Source] = {"cifar10": cifar10, "digits": digits}
+DOWNLOADED = ("cifar10",)  # those of them that lie in the folder of downloaded data sets
 
 
 @dataclass(frozen=True, eq=False)

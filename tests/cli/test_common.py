@@ -19,6 +19,16 @@ def test_say_prints_odd_names_on_one_line(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == ":smile: [red]\\x1b[31m\\n" + "x" * 300 + "\n"
 
 
+def test_a_mistyped_folder_of_data_begins_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"`--data-dir dta`: there is no such folder; name the folder that has cifar10"):
+        common.data_folder(Path("dta"), "cifar10")
+    (tmp_path / "mine").mkdir()
+    for place in (Path("data"), Path("mine")):  # the default is made on its first use
+        assert common.data_folder(place, "cifar10") == place
+    assert common.data_folder(Path("dta"), "digits") == Path("dta"), "which are downloaded nowhere"
+
+
 def test_a_narrow_terminal_cuts_no_number(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     table = Table("parameters", "latency", "validation")

@@ -303,6 +303,7 @@ def test_cifar10_that_cannot_be_downloaded_is_one_message(tmp_path: Path) -> Non
         (["study", "attention", "--storage", "sqlite://"], ["`--storage sqlite://`: keeps nothing"]),
         (["study", "attention", "--device", "cuda:" + "9" * 30], ["should be auto, cpu, cuda or cuda:N"]),
         (["study", "attention", "--dataset", "cifar100"], ["data.dataset = cifar100:"]),
+        (["study", "baseline", "--data-dir", "dta"], ["`--data-dir dta`: there is no such folder; name the folder"]),
         (["study", "attention", "--device", "cuda:99"], ["`--device cuda:99`: torch sees"]),
         (
             ["study", "attention", "--device", "cpu", "--set", "training.execution=graphed"],
