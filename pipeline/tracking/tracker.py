@@ -17,6 +17,7 @@ import pipeline.runtime  # noqa: F401, before MLflow
 # isort: split
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line, redact_uri
@@ -159,6 +160,7 @@ class MlflowTracker:
     ) -> MlflowRun:
         """A study's parent run, RUNNING: the one of this id or key, or a new one; `params` are those that it searches.
 
+        `note` is its question; the experiment gets it as its description, unless it has one.
         `places` are those where its data set lay, the newest first; they and `planned_trials`, how many it is to have in
         all, replace those that the run has.
 
@@ -175,6 +177,8 @@ class MlflowTracker:
                 current = self._find_active(experiment, key)
             view_key, view = shared_view(objective, params)
             self.client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{view_key}", view)
+            if MLFLOW_RUN_NOTE not in self.client.get_experiment(experiment).tags:  # else a person may have edited it
+                self.client.set_experiment_tag(experiment, MLFLOW_RUN_NOTE, note)
             if current is None and run_id:
                 key = None
             key = key or (current and RunTags.of(current).run_key) or uuid.uuid4().hex

@@ -186,6 +186,16 @@ def test_reopened_study_resumes_its_parent_run(sqlite_tracker: MlflowTracker) ->
     fresh.end(State.FINISHED)
 
 
+def test_the_question_describes_the_experiment_until_a_person_edits_it(sqlite_tracker: MlflowTracker) -> None:
+    client, note = sqlite_tracker.client, "mlflow.note.content"
+    parent = sqlite_tracker.open_study("asked-v1-digits", "Which rate is best?", "val/accuracy", [])
+    experiment = client.get_run(parent.id).info.experiment_id
+    assert client.get_experiment(experiment).tags[note] == "Which rate is best?"
+    client.set_experiment_tag(experiment, note, "mine")
+    sqlite_tracker.open_study("asked-v1-digits", "Which rate is best?", "val/accuracy", [], parent.id)
+    assert client.get_experiment(experiment).tags[note] == "mine"
+
+
 def test_study_is_found_by_key_when_its_run_id_was_lost(sqlite_tracker: MlflowTracker) -> None:
     key = "ab" * 16
     opened = [sqlite_tracker.open_study("cut-v1-digits", "?", "val/accuracy", [], None, key) for _ in range(2)]
