@@ -38,9 +38,11 @@ def release_trials(study: optuna.Study, search: Search, trials: list[FrozenTrial
     """
     waiting = [trial for trial in trials if trial.state is TrialState.WAITING]
     if count and remaining == 1 and search.shortens:
-        # The last trial is in full: starts that wait still are tried where the study is resumed with more trials.
-        waiting.sort(key=lambda trial: TrialAttributes.of(trial).short)
-        if all(TrialAttributes.of(trial).short for trial in waiting):
+        # The last trial is in full: starts that wait still are tried where the study is resumed with more trials. One that
+        # was released stays so: it may be claimed by now, and another would be one too many.
+        attributes = {trial.number: TrialAttributes.of(trial) for trial in waiting}
+        waiting.sort(key=lambda trial: (not attributes[trial.number].released, attributes[trial.number].short))
+        if all(found.short and not found.released for found in attributes.values()):
             count -= _add_in_full(study, next_in_full(trials, is_last=True))
     for position, trial in enumerate(waiting):
         if TrialAttributes.of(trial).released != (position < count):

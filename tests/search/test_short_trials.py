@@ -131,9 +131,14 @@ def test_the_last_trial_is_in_full_though_a_start_waits(harness: StudyHarness) -
     release_trials(study, search, study.get_trials(), 1, 1)
     assert harness.storage.released(study_id(study)) == [trial_id(last)]
     assert TrialAttributes.of(last).full_of == 4
+    release_trials(study, search, study.get_trials(), 1, 1)
+    assert harness.storage.released(study_id(study)) == [trial_id(last)], "as before, and none besides"
     assert (waiting.state, TrialAttributes.of(waiting).start) == (TrialState.WAITING, "study: 4")
     release_trials(study, search, study.get_trials(), 1, 2)  # as where it is resumed with more trials
     assert harness.storage.released(study_id(study)) == [trial_id(waiting)]
+    num_trials = len(study.get_trials())
+    release_trials(study, search, study.get_trials(), 1, 1)  # as where the time is less than it looked
+    assert harness.storage.released(study_id(study)) == [trial_id(waiting)] and len(study.get_trials()) == num_trials
 
 
 @pytest.mark.parametrize("sampler", [None, GridSampler({"optimizer.momentum": [0.8, 0.9, 0.95]})], ids=str)
