@@ -1,8 +1,8 @@
 """The default sampler: each new recipe is one of the best so far, with a few of its parameters changed.
 
 A study is given strong recipes to start from, and has about twenty trials for fifteen parameters. That is too few to learn
-where in the whole space to draw: of 22 recipes that TPE drew for one network none was better than the best start, and half
-were worse than the worst (studies/search/README.md). Beside a good recipe there are better ones. An evolution strategy by
+where in the whole space to draw, and beside a good recipe there are better ones (what this adds to the starts:
+studies/search/README.md). An evolution strategy by
 mutation alone, as in Real et al. 2019 (arXiv 1802.01548).
 """
 
