@@ -2,8 +2,7 @@
 
 A study is given strong recipes to start from, and has about twenty trials for fifteen parameters. That is too few to learn
 where in the whole space to draw, and beside a good recipe there are better ones (what this adds to the starts:
-studies/search/README.md). An evolution strategy by
-mutation alone, as in Real et al. 2019 (arXiv 1802.01548).
+studies/search/README.md). An evolution strategy by mutation alone, as in Real et al. 2019 (arXiv 1802.01548).
 """
 
 import math

@@ -144,10 +144,8 @@ def train(
             on_part("evaluation")
             logits, metrics = learner.evaluate()
             seconds = time.perf_counter() - epoch_started
-            costs = learner.costs(
-                epoch, seconds, seconds_between(begin, trained)
-            )  # both are past: the metrics have arrived
-            report = EpochReport(epoch, metrics | costs)
+            training_s = seconds_between(begin, trained)  # both are past: the metrics have arrived
+            report = EpochReport(epoch, metrics | learner.costs(epoch, seconds, training_s))
             if not (math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["val/loss"])):
                 raise Diverged(f"loss is not finite after epoch {epoch}")
             if history:
