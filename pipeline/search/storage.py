@@ -2,39 +2,23 @@
 
 import contextlib
 import functools
-import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import optuna
 from filelock import FileLock
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import RDBStorage
 from optuna.trial import TrialState
-from sqlalchemy import Connection, NullPool, create_engine, text
+from sqlalchemy import create_engine
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
 
-from pipeline.data.datasets import SOURCES
-from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line, redact_uri
-from pipeline.evaluation.constraints import violations
-from pipeline.experiment import known_before
-from pipeline.processes import PROBE_S
-from pipeline.recipe import Recipe
 from pipeline.search.optuna_internals import SqlStorage, TrialParam, check_compatible
-from pipeline.search.search import Search, check_same
-from pipeline.search.starts import not_as_named, starts
-from pipeline.search.study_attributes import StudyAttributes
-from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget
-from pipeline.tracking.run_data import newest_first
 from pipeline.tracking.sqlite import use_write_ahead_log
-from pipeline.tracking.study_key import StudyKey
 
 log = logging.getLogger(__name__)
 
@@ -240,173 +224,3 @@ def open_storage(home: Path, url: str | None = None, wait: bool = False) -> Retr
                 raise UserError(subject, f"can't be opened ({first_line(error, url)})", remedy) from None
             tries += 1
             _wait(url, error, tries, deadline)
-
-
-def resolved(search: Search, data: TrainingData, storage: RDBStorage) -> Search:
-    """The search with the key that its study has in the storage, or will have, and the data set's name in its recipes.
-
-    1. The study of this name and version on the same images, wherever they lay and whatever their folder was called.
-    2. A study that ran on this very folder when other images were in it; it is then refused as changed, so that one
-       question does not become two unnoticed.
-    3. A new study.
-
-    Recipes keep the name that the data set had first: a folder that moved makes no other recipe, and interrupted trials
-    can be resumed.
-    """
-    if search.stored_key:
-        return search
-    own, typed = StudyKey(search.name, search.version, data.name), search.base.data.dataset
-    parsed = [StudyKey.parse(name) for name in optuna.get_all_study_names(storage)]
-    keys = [key for key in parsed if key and (key.study, key.version) == (own.study, own.version)]
-    stored = {
-        str(key): StudyAttributes.parse(storage.get_study_user_attrs(storage.get_study_id_from_name(str(key))))
-        for key in keys
-    }
-    candidates = [name for name in stored if name == str(own)]
-    candidates += [name for name, attributes in stored.items() if attributes.fingerprint.get("data") == data.digest]
-    candidates += [
-        name
-        for name, attributes in stored.items()
-        if data.place in (_guessed_places(name, own, data) if attributes.places is None else attributes.places)
-    ]
-    name = [*candidates, str(own)][0]
-    if name != str(own):
-        log.info("%s: belongs to the study %s", data.source, name)
-    elif name not in stored and (others := [str(key) for key in keys if key.bare == own.bare]):
-        log.info("%s: a new study %s; others of that name have other images: %s", data.source, name, ", ".join(others))
-    dataset = stored[name].dataset if name in stored else None
-    settings = {**search.settings, "data.dataset": dataset or typed}
-    return replace(search, stored_key=name, settings=settings, dataset_path=typed)
-
-
-def _guessed_places(name: str, own: StudyKey, data: TrainingData) -> list[str | None]:
-    """Those of a study that did not get as far as to store them: a folder of the name in its key.
-
-    A data set of its own, as `digits`, was in no folder.
-    """
-    was_here = name == str(own.bare) and own.bare.data not in SOURCES
-    return [data.place] if was_here else []
-
-
-def open_study(search: Search, data: TrainingData, storage: RDBStorage, home: Path) -> optuna.Study:
-    """The Optuna study of this search, resumed, or made with the control as its first trial.
-
-    Raises UserError where it exists and asks another question.
-    """
-    search = resolved(search, data, storage)
-    key, fingerprint = search.key(data), search.fingerprint(data)
-    with FileLock(home / "optuna.lock"):
-        study = optuna.create_study(
-            storage=storage,
-            study_name=key,
-            load_if_exists=True,
-            direction="maximize",
-            pruner=search.pruner(),
-        )
-        stored = StudyAttributes.of(study)
-        if stored.fingerprint:
-            check_same(key, stored.fingerprint, fingerprint, search.version)
-        if data.listed:
-            data.listed.fix(home)
-        places = newest_first(stored.places or [], data.place)
-        StudyAttributes.update(study, fingerprint=fingerprint, places=places, dataset=search.base.data.dataset)
-        _give_first_trials(study, search, data, storage)
-    study.sampler = search.sampler(len(study.get_trials(deepcopy=False)))
-    return study
-
-
-def _give_first_trials(study: optuna.Study, search: Search, data: TrainingData, storage: RDBStorage) -> None:
-    """Enqueue the control and the starts, where none but the control has begun; those that are there already stay."""
-    trials = study.get_trials(deepcopy=False)
-    attributes = {trial.number: TrialAttributes.of(trial) for trial in trials}
-    if any(trial.state is not TrialState.WAITING and not attributes[trial.number].control for trial in trials):
-        return
-    if not any(found.control for found in attributes.values()):
-        study.enqueue_trial(search.control(), user_attrs=TrialAttributes(control=True).to_optuna())
-    bounds = search.study.constraints
-
-    def is_feasible(recipe: Recipe) -> bool:
-        return not violations(bounds, known_before(bounds, recipe, data))
-
-    given = starts(search, search.start_from, our_studies(storage), is_feasible)
-    new = given[sum(bool(found.start) for found in attributes.values()) :]
-    for start in new:
-        about = TrialAttributes(start=start.source, short=search.shortens)
-        study.enqueue_trial(dict(start.params), user_attrs=about.to_optuna())
-    if new:
-        log.info("first trials after the control: %s", "; ".join(start.source for start in given))
-    for line in not_as_named(search, given) if new or not trials else []:
-        log.info("%s", line)
-
-
-def find_study(search: Search, data: TrainingData, storage: RDBStorage) -> optuna.Study | None:
-    """The stored study of this search, if there is one; UserError where it asks another question."""
-    key = resolved(search, data, storage).key(data)
-    if key not in optuna.get_all_study_names(storage):
-        return None
-    study = optuna.load_study(study_name=key, storage=storage)
-    fingerprint = StudyAttributes.of(study).fingerprint
-    if not fingerprint:  # its first start was killed before it asked anything
-        return None
-    check_same(key, fingerprint, search.fingerprint(data), search.version)
-    return study
-
-
-def our_studies(storage: RDBStorage) -> list[optuna.Study]:
-    """Every stored study that this project made."""
-    studies = [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)]
-    return [study for study in studies if StudyAttributes.of(study).fingerprint]
-
-
-class StudyLock:
-    """One command at a time for a study, on any machine: a lock that PostgreSQL holds as long as the connection lives.
-
-    UserError where another command holds it. It does nothing on SQLite, which serves one machine: there
-    `processes.study_lock` is enough.
-    """
-
-    def __init__(self, storage: RDBStorage, key: str):
-        self._key = key
-        self._number = int.from_bytes(hashlib.sha256(f"pipeline {key}".encode()).digest()[:8], "big", signed=True)
-        self._engine = create_engine(storage.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-        self._connection: Connection | None = None
-        if self._engine.dialect.name == "postgresql":
-            self._connection = self._acquire()
-
-    def close(self) -> None:
-        """Give the lock back."""
-        if self._connection:
-            with contextlib.suppress(DBAPIError):
-                self._connection.close()
-            self._connection = None
-
-    def check(self) -> None:
-        """Acquire the lock again where the connection was lost; UserError where another command was faster."""
-        if self._engine.dialect.name != "postgresql":
-            return
-        try:
-            if self._connection:
-                self._connection.execute(text("SELECT 1"))
-            else:
-                self._connection = self._acquire()
-        except DBAPIError:  # the database is away; it may be back at the next check
-            self.close()
-
-    def _acquire(self) -> Connection:
-        connection = self._engine.connect()
-        query, deadline = text("SELECT pg_try_advisory_lock(:number)"), time.monotonic() + PROBE_S
-        while not connection.execute(query, {"number": self._number}).scalar():
-            if time.monotonic() > deadline:
-                connection.close()
-                raise UserError(
-                    f"study {self._key}",
-                    "another command is running it, maybe on another machine",
-                    "wait for it, or stop it",
-                )
-            time.sleep(0.05)
-        return connection
-
-
-def num_finished(study: optuna.Study) -> int:
-    """How many trials count toward the budget."""
-    return sum(counts_toward_budget(trial) for trial in study.get_trials(deepcopy=False))

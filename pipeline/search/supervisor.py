@@ -18,7 +18,7 @@ from pipeline.processes import StopOnSignal, kill_process, process_has_exited
 from pipeline.search.budget import Allowance
 from pipeline.search.progress import study_progress
 from pipeline.search.requeue import mark_failed, release_trials
-from pipeline.search.storage import StudyLock
+from pipeline.search.study_lock import StudyLock
 from pipeline.search.trial import StudyContext, StudyInterrupted
 from pipeline.search.trial_attributes import TrialAttributes, counts_toward_budget
 from pipeline.search.worker import Assignment

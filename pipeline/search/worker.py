@@ -27,7 +27,8 @@ from pipeline.errors import UserError
 from pipeline.experiment import Interrupted
 from pipeline.processes import this_process, watched
 from pipeline.search.search import Search
-from pipeline.search.storage import RetryingStorage, find_study, open_storage
+from pipeline.search.storage import RetryingStorage, open_storage
+from pipeline.search.stored_study import find_study
 from pipeline.search.trial import StudyContext, StudyInterrupted, StudyObserver, claim_trial, run_trial
 from pipeline.search.trial_attributes import Beat, Progress, update_attributes
 from pipeline.tracking.tracker import MlflowTracker, OwnershipLost

@@ -37,8 +37,10 @@ from pipeline.processes import StopOnSignal, this_process
 from pipeline.search import worker
 from pipeline.search.budget import Allowance
 from pipeline.search.search import Search
-from pipeline.search.storage import RetryingStorage, StudyLock, num_finished, open_storage, open_study
+from pipeline.search.storage import RetryingStorage, open_storage
+from pipeline.search.stored_study import num_finished, open_study
 from pipeline.search.study import load_study
+from pipeline.search.study_lock import StudyLock
 from pipeline.search.supervisor import Supervisor
 from pipeline.search.trial import StudyContext, claim_trial, run_trial
 from pipeline.search.worker import Assignment, Ended, Heartbeat, Limits
@@ -286,7 +288,7 @@ def measure(url: str, home: Path, workers: int, trials: int, finished: int, seco
         return timed
 
     sampler = create_engine(storage.url, poolclass=NullPool)
-    with StopOnSignal() as stop, contextlib.closing(StudyLock(storage, "scale")) as lock:
+    with StopOnSignal() as stop, StudyLock(storage, home, "scale") as lock:
         context = StudyContext(
             search=question.search,
             data=question.data,

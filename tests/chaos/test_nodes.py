@@ -14,7 +14,8 @@ from pipeline.recipe import Recipe
 from pipeline.search import run_study
 from pipeline.search.ray_pool import connect
 from pipeline.search.search import Search
-from pipeline.search.storage import num_finished, open_storage
+from pipeline.search.storage import open_storage
+from pipeline.search.stored_study import num_finished
 from pipeline.search.study import Study
 from pipeline.search.trial import StudyContext
 from pipeline.search.trial_attributes import TrialAttributes

@@ -139,7 +139,7 @@ def test_resumed_study_needs_time_for_finals_only(search: Search) -> None:
 
 
 def test_stored_study_keeps_its_length(harness: StudyHarness) -> None:
-    from pipeline.search.storage import open_study, resolved
+    from pipeline.search.stored_study import open_study, resolved
 
     base = harness.base.changed({"training.epochs": 30})
     search = resolved(harness.search(30, base=base), harness.data, harness.storage)

@@ -18,7 +18,7 @@ from pipeline.search import forecast as forecast_module
 from pipeline.search.forecast import actual, estimate, forecast, measure_costs
 from pipeline.search.run_study import run_study
 from pipeline.search.speed import WORKER_START_S, RecipeFails
-from pipeline.search.storage import find_study
+from pipeline.search.stored_study import find_study
 from pipeline.search.study_attributes import Choice, StudyAttributes
 from pipeline.search.trial import StudyInterrupted
 from pipeline.tracking import queries

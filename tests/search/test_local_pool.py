@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.search import run_study
 from pipeline.search.local_pool import LocalPool
-from pipeline.search.storage import num_finished
+from pipeline.search.stored_study import num_finished
 from pipeline.search.trial import StudyInterrupted
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.search.worker import Limits

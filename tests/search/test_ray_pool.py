@@ -21,7 +21,7 @@ from pipeline.cli.main import app
 from pipeline.errors import UserError
 from pipeline.search import ray_pool
 from pipeline.search.ray_pool import RayPool, connect
-from pipeline.search.storage import num_finished
+from pipeline.search.stored_study import num_finished
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.search.worker import Assignment, Limits
 from pipeline.training.loop import EpochReport

@@ -13,7 +13,7 @@ from study_harness import StudyHarness, rates
 from pipeline.processes import this_process
 from pipeline.search.optuna_internals import storage_of, trial_id
 from pipeline.search.requeue import reconcile, requeue
-from pipeline.search.storage import num_finished
+from pipeline.search.stored_study import num_finished
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking import recovery

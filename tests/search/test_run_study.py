@@ -15,7 +15,7 @@ from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.processes import this_process
 from pipeline.recipe import Recipe
-from pipeline.search.storage import num_finished
+from pipeline.search.stored_study import num_finished
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial import StudyInterrupted
 from pipeline.search.trial_attributes import TrialAttributes

@@ -15,7 +15,7 @@ from pipeline.search.local_search import SpaceExhausted
 from pipeline.search.optuna_internals import allow_stop, claimed_trial, study_id, trial_id, was_stopped
 from pipeline.search.requeue import release_trials, requeue
 from pipeline.search.short_trials import ETA, next_in_full, score_of, short_epochs, simulate
-from pipeline.search.storage import open_study
+from pipeline.search.stored_study import open_study
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.trial_attributes import TrialAttributes
 from pipeline.tracking import queries

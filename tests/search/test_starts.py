@@ -19,7 +19,7 @@ from pipeline.search.run_study import run_study
 from pipeline.search.search import MAX_STARTS, Search
 from pipeline.search.space_check import nearest_value, to_choice
 from pipeline.search.starts import nearest, not_as_named, starts
-from pipeline.search.storage import open_study
+from pipeline.search.stored_study import open_study
 from pipeline.search.study import Study, load_study
 from pipeline.search.study_attributes import StudyAttributes
 from pipeline.search.suggest import suggest_optimizer

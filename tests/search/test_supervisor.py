@@ -21,7 +21,9 @@ from pipeline.search.budget import Allowance
 from pipeline.search.optuna_internals import study_id
 from pipeline.search.requeue import mark_failed
 from pipeline.search.short_trials import simulate
-from pipeline.search.storage import StudyLock, num_finished, open_storage, open_study
+from pipeline.search.storage import open_storage
+from pipeline.search.stored_study import num_finished, open_study
+from pipeline.search.study_lock import StudyLock
 from pipeline.search.supervisor import Supervisor, _HeartbeatMonitor, _StudyReporter
 from pipeline.search.trial import StudyInterrupted, claim_trial
 from pipeline.search.trial_attributes import Beat, Progress, TrialAttributes, update_attributes
@@ -108,7 +110,7 @@ class SupervisedStudy:
             pool=FakeWorkerPool(start or start_thread, workers, limits or Limits()),
             assign=self.assignment,
             stop=self.stop,
-            lock=StudyLock(self.storage, self.harness.key),
+            lock=StudyLock(self.storage, self.harness.home, self.harness.key),
             allowance=Allowance(self.search, self.study),
         ).run()
 

@@ -13,7 +13,7 @@ from pipeline.processes import this_process
 from pipeline.search.optuna_internals import fail_trial
 from pipeline.search.requeue import release_trials, requeue
 from pipeline.search.run_study import run_study
-from pipeline.search.storage import num_finished
+from pipeline.search.stored_study import num_finished
 from pipeline.search.trial import _Reporter, claim_trial, run_trial
 from pipeline.search.trial_attributes import TrialAttributes, update_attributes
 from pipeline.tracking import queries
