@@ -119,6 +119,8 @@ def preprocessing(metadata: ModelMetadata) -> dict[str, str | int]:
         "orientation": "EXIF's is applied",
         "transparency": "laid over white",
         "depth": "16-bit grey scaled to 8 bits",
+        "colour": "RGB; colour profiles are not applied",
+        "frames": "the first",
     }
 
 

@@ -171,7 +171,8 @@ class Heartbeat(StudyObserver):
             _end_process(f"trial {trial.number}: no step for {limits.stall_timeout_s:.0f} s; its process ends")
         if self._stop_requested():
             self._stop_time = self._stop_time or now
-            if now - self._stop_time > limits.heartbeat_timeout_s:
+            # A validation, or a model that is being written, is completed first.
+            if now - max(self._stop_time, self._last_activity) > limits.heartbeat_timeout_s:
                 _end_process("a worker did not stop when it was asked to; its process ends")
 
 

@@ -190,7 +190,8 @@ def journals(home: Path) -> list[Path]:
 
 def empty_folders(home: Path) -> list[Path]:
     """The folders that hold no records, of processes that died while they created or removed them."""
-    return [path for path in (home / FOLDER).glob("*") if not (path / RECORDS).exists() and not is_busy(path)]
+    folders = [path for path in (home / FOLDER).glob("*") if path.is_dir()]  # a file there is a person's
+    return [path for path in folders if not (path / RECORDS).exists() and not is_busy(path)]
 
 
 def address_of(folder: Path) -> str | None:
@@ -206,7 +207,7 @@ def is_busy(folder: Path) -> bool:
     """Whether a living process writes or sends it."""
     try:
         file = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

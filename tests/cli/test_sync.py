@@ -1,4 +1,4 @@
-"""The command `sync`; what it sends is tested in tests/tracking/test_journal.py."""
+"""The command `sync`; what it sends is tested in tests/tracking/test_recovery.py."""
 
 from pathlib import Path
 

@@ -59,6 +59,19 @@ def test_process_that_stalls_or_does_not_stop_ends_itself(
     assert ends[0] == f"{expected}; its process ends"
 
 
+def test_worker_that_is_asked_to_stop_completes_what_it_does(
+    harness: StudyHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[str] = []
+    monkeypatch.setattr(worker, "_end_process", ends.append)
+    with Heartbeat(harness.storage, Limits(0.02, 0.5, 60.0), lambda: True) as heartbeat:
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            heartbeat.note_activity()  # as a validation, or a model that is written, does
+            time.sleep(0.02)
+        assert not ends
+
+
 def test_reading_images_is_a_sign_of_life_and_can_be_stopped(
     harness: StudyHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

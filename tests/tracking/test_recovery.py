@@ -14,7 +14,7 @@ from pipeline.errors import PartialFailure
 from pipeline.processes import this_process
 from pipeline.recipe import Recipe
 from pipeline.tracking import recovery
-from pipeline.tracking.journal import FOLDER, RECORDS, journals
+from pipeline.tracking.journal import FOLDER, RECORDS, is_busy, journals
 from pipeline.tracking.run import MlflowRun
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest
@@ -48,6 +48,15 @@ def test_journals_of_dead_processes_are_adopted(
     (local_tracker.home / FOLDER / ("c" * 32)).mkdir()  # of one that died while it made or removed its journal
     assert recovery.adopt_journals(other) == 0
     assert local_tracker.flush(30) and not list((local_tracker.home / FOLDER).iterdir())
+
+
+def test_stray_file_among_the_journals_is_left_alone(local_tracker: MlflowTracker) -> None:
+    stray = local_tracker.home / FOLDER / ".DS_Store"
+    stray.parent.mkdir(parents=True, exist_ok=True)
+    stray.touch()
+    assert not is_busy(stray)
+    assert recovery.adopt_journals(local_tracker) == 0
+    assert stray.exists()
 
 
 def test_journal_that_was_empty_when_it_was_listed_is_looked_at_again(
