@@ -23,8 +23,7 @@ import pipeline.runtime  # noqa: F401, before MLflow, whose telemetry would leav
 # isort: split
 import numpy as np
 import torch
-from fork_server import NEW_STORE, ForkServer, copy_new_stores, shared_folder, shared_fork_server
-from matplotlib.figure import Figure
+from fork_server import NEW_STORE, ForkServer, copy_drawings, copy_new_stores, shared_folder, shared_fork_server
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from tracking_stores import (  # noqa: F401, fixtures
     fast_uploads,
@@ -288,24 +287,11 @@ def registered(trained: Trained, package: Package) -> Iterator[str]:
         client.delete_registered_model("image-classifier")
 
 
-@pytest.fixture(scope="session")
-def drawings() -> dict[str, bytes]:
-    """Name -> its PNG, of the figures that were drawn for tests that don't look at them."""
-    return {}
-
-
 @pytest.fixture
-def one_drawing_a_figure(drawings: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third of a tiny trial goes into its five figures; each is drawn once and then copied."""
-    save = figures.save
-
-    def copy(figure: Figure, path: Path) -> None:
-        if path.name not in drawings:
-            save(figure, path)
-            drawings[path.name] = path.read_bytes()
-        path.write_bytes(drawings[path.name])
-
-    monkeypatch.setattr(figures, "save", copy)
+def one_drawing_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that don't look at them; see fork_server.copy_drawings."""
+    monkeypatch.setattr(figures, "save", figures.save)  # what the next line replaces is put back
+    copy_drawings(shared_folder())
 
 
 @pytest.fixture

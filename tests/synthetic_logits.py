@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from sklearn.metrics import f1_score
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -21,4 +20,8 @@ def sample_logits(
 
 
 def macro_f1(labels: np.ndarray, scores: np.ndarray) -> float:
-    return f1_score(labels, scores.argmax(axis=1), labels=range(scores.shape[1]), average="macro", zero_division=0)
+    """scikit-learn's, of which a call takes a hundred times as long; a class that is nowhere has 0."""
+    classes, predicted = scores.shape[1], scores.argmax(axis=1)
+    right = np.bincount(labels[predicted == labels], minlength=classes)
+    either = np.bincount(labels, minlength=classes) + np.bincount(predicted, minlength=classes)
+    return float((2 * right / np.maximum(either, 1)).mean())

@@ -24,12 +24,12 @@ def test_promote_history_and_rollback_of_the_first_champion(trained: Trained, tm
     assert f"champion: image-classifier version 1, run {trained.finished}" in said
     again = run_forked("promote", "--run", trained.finished, cwd=tmp_path)
     assert again.returncode == 0 and "nothing to do" in again.stdout
-    shown = run_pipeline("history", cwd=tmp_path)
+    shown = run_forked("history", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     kinds = [line.split("  ")[1].strip() for line in shown.stdout.splitlines()[:-1]]
     assert kinds == ["test evaluation", "passed", "begun", "promoted"]
     assert shown.stdout.splitlines()[-1].endswith("models that were evaluated on a test split: 1")
-    back = run_pipeline("rollback", "--reason", "why not", cwd=tmp_path)
+    back = run_forked("rollback", "--reason", "why not", cwd=tmp_path)
     assert back.returncode == 2
     assert back.stderr.startswith("error: image-classifier") and "there is nothing to go back to" in back.stderr
 

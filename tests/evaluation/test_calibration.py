@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.special import logsumexp
+from sklearn.metrics import f1_score
 from synthetic_logits import macro_f1, sample_logits, softmax
-from torch.nn import functional
 
 from pipeline.evaluation import calibration
 from pipeline.evaluation.calibration import fit_calibration, fit_temperature, fit_thresholds, reweighting_line
@@ -38,13 +38,13 @@ def test_no_temperature_of_a_fine_grid_is_more_probable(seed: int) -> None:
     logits, labels = sample_logits(seed, images, 4, rng.uniform(0.1, 10))
     fitted = fit_temperature(logits.astype(np.float32), labels)
 
-    def log_density(temperature: float) -> float:
-        loss = functional.cross_entropy(
-            torch.from_numpy(logits / temperature), torch.from_numpy(labels), reduction="sum"
-        )
-        return stats.gamma(5, scale=1 / 4).logpdf(1 / temperature) - float(loss)
+    def log_densities(temperatures: np.ndarray) -> np.ndarray:
+        scaled = logits / temperatures[:, None, None]
+        log_likelihoods = (scaled - logsumexp(scaled, axis=2, keepdims=True))[:, np.arange(images), labels].sum(axis=1)
+        return stats.gamma(5, scale=1 / 4).logpdf(1 / temperatures) + log_likelihoods
 
-    assert log_density(fitted) >= max(map(log_density, np.geomspace(0.05, 20, 400))) - 1e-6 * images
+    [density] = log_densities(np.array([fitted]))
+    assert density >= log_densities(np.geomspace(0.05, 20, 400)).max() - 1e-6 * images
 
 
 @pytest.mark.parametrize("images", [20, 50])
@@ -70,6 +70,13 @@ def test_temperature_is_near_1_where_few_images_are_all_right_or_all_wrong() -> 
     logits = 5 * np.eye(3, dtype=np.float32)
     assert 0.5 < fit_temperature(logits, np.arange(3)) < 1
     assert 1 < fit_temperature(logits, np.array([1, 2, 0])) < 5
+
+
+@given(seeds)
+def test_macro_f1_here_is_that_of_scikit_learn(seed: int) -> None:
+    probabilities, labels = rounded(seed)
+    named = {"labels": range(probabilities.shape[1]), "average": "macro", "zero_division": 0}
+    assert macro_f1(labels, probabilities) == pytest.approx(f1_score(labels, probabilities.argmax(axis=1), **named))
 
 
 def slow_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

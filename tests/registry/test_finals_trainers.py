@@ -88,7 +88,7 @@ def test_folds_are_trained_in_workers(harness: StudyHarness) -> None:
 
 @pytest.mark.usefixtures("forked")
 def test_interrupted_workers_end_and_their_trainings_resume(harness: StudyHarness) -> None:
-    harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=40)
+    harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=16)
 
     def press() -> None:
         if len(seen := workers_of(harness)) == 2 and not pids:
@@ -109,7 +109,7 @@ def test_interrupted_workers_end_and_their_trainings_resume(harness: StudyHarnes
 @pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.chaos)])
 def test_another_worker_goes_on_where_one_died(number: signal.Signals, harness: StudyHarness) -> None:
-    harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=40)
+    harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=16)
     hit: list[int] = []
 
     def hurt() -> None:
@@ -202,7 +202,7 @@ def test_worker_finds_data_behind_links(tmp_path: Path, harness: StudyHarness) -
 
 
 def test_workers_of_killed_finals_end_and_the_same_command_resumes(harness: StudyHarness) -> None:
-    harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=40)
+    harness.trial(2, 0.99, optimizer__lr=0.06, training__epochs=16)
     server, folder = shared_fork_server(), harness.home.parent
     words = ["finals", harness.name, "--top", "1", "--seeds", "2", "--workers", "2"]
     first = server.start(words, folder, folder / "log")

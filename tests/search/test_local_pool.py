@@ -88,10 +88,10 @@ def test_trial_of_a_crashed_worker_is_run_again_once(
         if number == 0:
             processes.worker_of(0).send_signal(signal.SIGSEGV)
 
-    study = processes.run_processes(5, epochs=8, observer=RecordingObserver(at_first_step=crash_first))
+    study = processes.run_processes(4, epochs=4, observer=RecordingObserver(at_first_step=crash_first))
     assert "Segmentation fault" in (crash := capfd.readouterr().err) and "training/loop.py" in crash, "it says where"
-    processes.assert_complete(5)
-    assert num_finished(study) == 5
+    processes.assert_complete(4)
+    assert num_finished(study) == 4
     (killed,) = [trial for trial in study.trials if TrialAttributes.of(trial).requeued]
     (again,) = [trial for trial in study.trials if TrialAttributes.of(trial).retry_of == 0]
     retry = TrialAttributes.of(again)

@@ -289,7 +289,7 @@ def test_a_real_slice_of_cifar10_is_learnt(cifar10_dir, small_recipe: Recipe) ->
     from pipeline.data.prepare import prepare
 
     whole = load(Data(dataset="cifar10", image_size=32), cifar10_dir)
-    few = Dataset(whole.name, whole.classes, Split(whole.train.images[:3000], whole.train.labels[:3000]), "", "")
+    few = Dataset(whole.name, whole.classes, Split(whole.train.images[:1500], whole.train.labels[:1500]), "", "")
     recipe = small_recipe.changed(
         {"data.dataset": "cifar10", "data.image_size": 32, "model.widths": (16, 32), "training.epochs": 3}
         | {"augmentation.mixup": 0, "augmentation.cutmix": 0}
