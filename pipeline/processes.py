@@ -83,18 +83,6 @@ def study_lock(key: str, home: Path) -> Iterator[None]:
         raise UserError(f"study {key}", "another command is running it", "wait for it, or stop it") from None
 
 
-def study_is_running(key: str, home: Path) -> bool:
-    """Whether a command on this machine runs a study at the moment."""
-    lock = home / f"{key}.lock"
-    if not lock.exists():
-        return False
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 def this_process() -> dict[str, Any]:
     """Host, process id and start of this process, by which another can tell whether it still lives; JSON."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}

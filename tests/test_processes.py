@@ -42,7 +42,7 @@ def test_one_stop_that_arrives_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_study_lock_outlasts_a_look_whether_the_study_runs(tmp_path: Path) -> None:
-    looking = FileLock(tmp_path / "a.lock", thread_local=False)  # as `study_is_running` takes it
+    looking = FileLock(tmp_path / "a.lock", thread_local=False)  # as `audit` takes it
     looking.acquire()
     threading.Timer(0.1, looking.release, [True]).start()
     with study_lock("a", tmp_path):

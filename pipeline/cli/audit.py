@@ -4,9 +4,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import HOME, make_console, open_tracker, say
+from pipeline.cli.common import HOME, existing_storage, make_console, open_tracker, say
 from pipeline.cli.options import StorageOption, TrackingOption, database_problems
-from pipeline.disk import is_new
 from pipeline.errors import UserError, lines_of
 
 
@@ -24,14 +23,13 @@ def audit(
 
     from pipeline.audit import audit as check_all
     from pipeline.audit import check_databases, repair
-    from pipeline.search.storage import open_storage
 
     console = make_console()
     if broken := check_databases(HOME):
         say(console, *lines_of(broken))
         raise typer.Exit(1)
     tracker = open_tracker(tracking_uri)
-    store = None if is_new(storage, HOME / "optuna.db") else open_storage(HOME, storage)
+    store = existing_storage(storage)
     with make_console(stderr=True).status("checking every trial, run and file"):
         for line in repair(store, tracker) if fix else ():
             say(console, f"repaired: {line}")

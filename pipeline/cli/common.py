@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.data.prepare import TrainingData
     from pipeline.recipe import Recipe
     from pipeline.search.search import Search
+    from pipeline.search.storage import RetryingStorage
     from pipeline.tracking.queries import StudyRuns
     from pipeline.tracking.tracker import MlflowTracker
 
@@ -204,13 +205,29 @@ def interruptible(
 
 def open_tracker(tracking_uri: str | None) -> "MlflowTracker":
     """The store of runs; UserError where there is none yet, so that a command that only reads creates none."""
-    if is_new(tracking_uri, HOME / "mlflow.db"):
-        where = HOME if tracking_uri is None else tracking_uri
-        raise UserError(f"no runs yet in {where}", remedy="`study NAME --dataset digits` makes some")
+    if tracker := existing_tracker(tracking_uri):
+        return tracker
+    raise UserError(f"no runs yet in {tracking_uri or HOME}", remedy="`study NAME --dataset digits` makes some")
+
+
+def existing_tracker(tracking_uri: str | None) -> "MlflowTracker | None":
+    """The store of runs; None where there is none yet."""
+    if is_new(tracking_uri, HOME / "mlflow.db"):  # before the import, which takes seconds
+        return None
 
     from pipeline.tracking.tracker import MlflowTracker
 
     return MlflowTracker(HOME, tracking_uri)
+
+
+def existing_storage(uri: str | None) -> "RetryingStorage | None":
+    """Optuna's studies; None where there are none yet."""
+    if is_new(uri, HOME / "optuna.db"):
+        return None
+
+    from pipeline.search.storage import open_storage
+
+    return open_storage(HOME, uri)
 
 
 def writable(file: Path) -> Path:

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from pipeline.cli.common import HOME, expand, is_folder, make_console, model_files, say
+from pipeline.cli.common import HOME, existing_tracker, expand, is_folder, make_console, model_files, say
 from pipeline.cli.options import MODEL_HELP, DataDirOption, SeenDatasetOption, TrackingOption
 from pipeline.cli.views import print_table
-from pipeline.disk import is_new
 from pipeline.errors import DataError, UserError, counted
 from pipeline.tracking.run_id import is_run_id
 
@@ -41,13 +40,12 @@ def export(
     from pipeline.inference.classifier import Classifier
     from pipeline.registry.export import difference_line
     from pipeline.registry.package import CARD, MODEL, QUANTISED_MODEL, RECIPE, package, package_place
-    from pipeline.tracking.tracker import MlflowTracker
     from pipeline.training.checkpoints import WEIGHTS
 
     if output:
         package_place(output := expand(output))
     console, quiet = make_console(), make_console(stderr=True)
-    tracker = None if is_new(tracking_uri, HOME / "mlflow.db") else MlflowTracker(HOME, tracking_uri)
+    tracker = existing_tracker(tracking_uri)
     model = _registered(model, tracker)
     with model_files(model, tracking_uri) as (checkpoint, what):
         say(console, f"model: {what}")

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import ValidationError
 
-from pipeline.cli.common import HOME, data_folder, make_console, page_file, print_next, say
+from pipeline.cli.common import HOME, data_folder, existing_tracker, make_console, page_file, print_next, say
 from pipeline.cli.make import COMMAND_LINE
 from pipeline.cli.options import DataDirOption, StudyOptions, TrackingOption, file_problems, with_study_options
 from pipeline.cli.views import print_table
-from pipeline.disk import is_new
 from pipeline.errors import Problem, UserError, counted, validation_problems
 
 if TYPE_CHECKING:
@@ -43,11 +42,10 @@ def inspect(
     from pipeline.report.inspection import inspect as look
     from pipeline.report.inspection_page import findings, inspection_page
     from pipeline.report.render import write
-    from pipeline.tracking.tracker import MlflowTracker
 
     console = make_console()
     file = page_file(output) if output else None
-    tracker = None if is_new(tracking_uri, HOME / "mlflow.db") else MlflowTracker(HOME, tracking_uri)
+    tracker = existing_tracker(tracking_uri)
     with make_console(stderr=True).status("looking at every image"):
         found = look(about, data_folder(data_dir, about.dataset).absolute(), HOME, tracker)
     file = file or HOME / "reports" / f"inspect-{found.name}.html"

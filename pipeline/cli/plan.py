@@ -4,7 +4,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.cli.common import HOME, find_device, load_data, make_console, say, say_data
+from pipeline.cli.common import existing_storage, find_device, load_data, make_console, say, say_data
 from pipeline.cli.options import (
     ChangeOption,
     DataDirOption,
@@ -18,7 +18,6 @@ from pipeline.cli.options import (
     resolve,
     with_study_options,
 )
-from pipeline.disk import is_new
 from pipeline.errors import Problem
 
 
@@ -41,13 +40,12 @@ def plan(
     from pipeline.cli.views_study import print_forecast, say_about_data, say_budget
     from pipeline.search.budget import prepare
     from pipeline.search.forecast import forecast
-    from pipeline.search.storage import open_storage
     from pipeline.search.stored_study import resolved
 
     say(console := make_console(), *search.remarks())
     torch_device = find_device(options.device)
     data = load_data(search, data_dir, torch_device)
-    optuna_storage = None if is_new(storage, HOME / "optuna.db") else open_storage(HOME, storage)
+    optuna_storage = existing_storage(storage)
     if optuna_storage:
         search = resolved(search, data, optuna_storage)
     own_epochs, budgeted = search.max_epochs, budget_of(options, change or [], started)

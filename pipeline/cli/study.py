@@ -12,6 +12,8 @@ from rich.console import Console
 from pipeline.cli.common import (
     HOME,
     UI_PORT,
+    existing_storage,
+    existing_tracker,
     expand,
     find_device,
     interruptible,
@@ -40,7 +42,6 @@ from pipeline.cli.options import (
     with_study_options,
 )
 from pipeline.cli.ui import links_of
-from pipeline.disk import is_new
 from pipeline.errors import Problem, counted, first_line
 
 if TYPE_CHECKING:
@@ -96,8 +97,8 @@ def _run(
 
     # The GPUs of a cluster need not be here; its workers check what they can execute themselves.
     device = find_device("cpu" if options.cluster else options.device)
-    tracker = None if is_new(tracking_uri, HOME / "mlflow.db") else MlflowTracker(HOME, tracking_uri)
-    storage = None if is_new(storage_uri, HOME / "optuna.db") else open_storage(HOME, storage_uri)
+    tracker = existing_tracker(tracking_uri)
+    storage = existing_storage(storage_uri)
     data = load_data(search, data_dir, device, execute=not options.cluster)
     if not (tracker and storage):
         with make_console(stderr=True).status(f"creating the databases of {HOME}, once"):

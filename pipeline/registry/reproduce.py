@@ -1,6 +1,5 @@
 """A run made again from what MLflow holds, and compared with its first time, bit for bit where that can be."""
 
-import contextlib
 import hashlib
 import math
 import re
@@ -32,6 +31,7 @@ from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.checkpoints import PLAIN_WEIGHTS, WEIGHTS
 from pipeline.training.execution import executable_on
 from pipeline.training.loop import EpochReport
+from pipeline.training.placement import use_threads
 
 # Packages whose code computes something of a run; a change of another one changes no bit.
 COMPUTING = frozenset({"torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow", "timm"})
@@ -203,17 +203,6 @@ def reproduce(
             on_epoch=after_epoch,
         )
         return experiment.run_until_stopped(request, tracker)
-
-
-@contextlib.contextmanager
-def use_threads(number: int | None) -> Iterator[None]:
-    """torch computes with this many inside the block; the bits equal those with OMP_NUM_THREADS from the start (measured)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def default_tolerance(original: OriginalRun, num_validation: int) -> float:

@@ -33,7 +33,7 @@ from pipeline.search.study_attributes import Choice
 from pipeline.search.trial_attributes import TrialAttributes, is_feasible
 from pipeline.tracking.sqlite import checkpoint
 from pipeline.tracking.tracker import NullTracker, Run
-from pipeline.training.placement import threads_of_each
+from pipeline.training.placement import threads_of_each, use_threads
 
 NUM_OTHER_RECIPES = 3  # random ones, while all measuring takes less than MEASURING_FRACTION of the forecast time
 MEASURING_FRACTION = 0.02
@@ -127,7 +127,7 @@ def measure_costs(
     work on the machine changes all of it.
     """
     counter, on_cpu, start = _Counter(), device.type == "cpu", time.perf_counter()
-    with _threads(threads_of_each(choice.workers)) if on_cpu else contextlib.nullcontext():
+    with use_threads(threads_of_each(choice.workers) if on_cpu else None):
         control = search.base
         speeds = [measure_mean(control, data, device, CONTROL_S, on_step)]
         overhead = measure_overhead(control, data, device, speeds[0], counter)
@@ -149,16 +149,6 @@ def measure_costs(
         memory_gib=None if on_cpu else max(speed.memory_gib for speed in speeds),
         measured=len(speeds),
     )
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def estimate(search: Search, costs: Costs, trials: int, done: int, epochs: float) -> Forecast:

@@ -16,18 +16,14 @@ MAX_CATEGORIES = 6  # numbers with so few distinct values are choices
 LOG_RATIO = 30  # a range whose ends differ by more was searched on a log scale
 
 
-def importances(params: Sequence[Mapping[str, Any]], scores: Sequence[float]) -> dict[str, float]:
-    """Parameter -> share of importance, the highest first; they sum to 1. A trial may lack some parameters.
+def importance_function(params: Sequence[Mapping[str, Any]]) -> Callable[[Sequence[float]], dict[str, float]]:
+    """The function from these trials' scores to importances: parameter -> share, the highest first; they sum to 1.
 
+    A trial may lack some parameters. One study is asked by several scores: to rebuild it takes longer than to ask it.
     Optuna's default, PED-ANOVA (Watanabe et al. 2023, arXiv 2304.10255): which parameters tell the best `num_top`
     trials from the others. The study is rebuilt in memory from what was seen, so it needs no Optuna database: a range
     is that of the values tried. Empty where there is nothing to tell: too few trials, or equal scores.
     """
-    return importance_function(params)(scores)
-
-
-def importance_function(params: Sequence[Mapping[str, Any]]) -> Callable[[Sequence[float]], dict[str, float]]:
-    """`importances` of these trials by any scores: to rebuild the study takes longer than to ask it."""
     names = list(dict.fromkeys(name for trial in params for name in trial))
     if len(params) < MIN_TRIALS or not names:
         return lambda scores: {}

@@ -9,7 +9,6 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from pipeline.errors import UserError
-from pipeline.processes import study_is_running
 from pipeline.search.requeue import reconcile
 from pipeline.search.storage import RetryingStorage
 from pipeline.search.stored_study import our_studies
@@ -92,8 +91,6 @@ def _trial_snapshot(trial: FrozenTrial) -> TrialSnapshot:
 
 
 def _is_live(name: str, storage: RetryingStorage, home: Path) -> bool:
-    if study_is_running(name, home):
-        return True
     try:
         with StudyLock(storage, home, name):
             return False

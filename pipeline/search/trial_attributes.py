@@ -72,16 +72,6 @@ class TrialAttributes:
             values["notes"] = tuple(values["notes"])
         return cls(**values)
 
-    @staticmethod
-    def is_requeued(trial: FrozenTrial) -> bool:
-        """`of(trial).requeued`, for those who ask all the thousands of trials of a study several times a second."""
-        return trial.user_attrs.get("requeued", False)
-
-    @property
-    def is_given(self) -> bool:
-        """Whether its parameters were given, not drawn by the sampler."""
-        return self.control or bool(self.start)
-
     @property
     def worker_id(self) -> str | None:
         """The id of the worker that claimed it."""
@@ -104,8 +94,9 @@ def is_feasible(trial: FrozenTrial) -> bool:
 
 def counts_toward_budget(trial: FrozenTrial) -> bool:
     """Whether a trial counts toward the budget: all that ended do, except requeued ones and unused ones."""
-    is_unused = trial.user_attrs.get("unused", False)
-    return trial.state.is_finished() and not (is_unused or TrialAttributes.is_requeued(trial))
+    # Not by TrialAttributes: all the thousands of trials of a study are asked several times a second.
+    attributes = trial.user_attrs
+    return trial.state.is_finished() and not (attributes.get("unused") or attributes.get("requeued"))
 
 
 def update_attributes(study: optuna.Study, trial: FrozenTrial | Trial, **values: Any) -> None:

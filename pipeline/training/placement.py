@@ -1,6 +1,7 @@
 """Where each of several workers computes: on which device, with how much of its memory and how many threads."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,3 +62,14 @@ def placements(device: torch.device, workers: int) -> list[Placement]:
     assigned = [gpus[worker % len(gpus)] for worker in range(workers)]
     counts = {gpu: assigned.count(gpu) for gpu in gpus}
     return [Placement(f"cuda:{gpu}", 1 / counts[gpu] if counts[gpu] > 1 else None) for gpu in assigned]
+
+
+@contextlib.contextmanager
+def use_threads(number: int | None) -> Iterator[None]:
+    """torch computes with this many inside the block; the bits equal those with OMP_NUM_THREADS from the start (measured)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

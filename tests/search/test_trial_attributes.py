@@ -14,7 +14,7 @@ def test_attributes_are_read_back_as_they_were_written() -> None:
     expected = TrialAttributes(heartbeat=beat, notes=("a", "b"), worker={"id": "w"}, epochs=2)
     assert TrialAttributes.of(trial) == TrialAttributes.of(study.trials[0]) == expected
     update_attributes(study, study.trials[0], requeued=True)
-    assert TrialAttributes.of(study.trials[0]).requeued and TrialAttributes.is_requeued(study.trials[0])
+    assert TrialAttributes.of(study.trials[0]).requeued
     assert expected.worker_id == "w" and TrialAttributes().worker_id is None
 
 
