@@ -285,7 +285,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 class Header(NamedTuple):
     """What an image file says of itself before its pixels are read."""
 
-    size: tuple[int, int]  # width and height in pixels, turned as EXIF says
+    size: tuple[int, int]  # width and height in pixels, turned as the EXIF before the pixels says, if that is readable
     kind: str  # format and pixel mode: `JPEG RGB`
 
 
@@ -293,12 +293,19 @@ def read_header(path: Path) -> Header | None:
     """The header of an image file; None where it can't be read."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             tags = getattr(image, "tag_v2", {})  # of a TIFF, whose size newer Pillows turn themselves
             size = (tags.get(256, image.width), tags.get(257, image.height))  # ImageWidth, ImageLength
-            return Header(size[::-1] if is_turned else size, f"{image.format} {image.mode}")
+            return Header(size[::-1] if _is_on_its_side(image) else size, f"{image.format} {image.mode}")
     except Exception:  # see `read_file`; who reads the images will say it
         return None
+
+
+def _is_on_its_side(image: Image.Image) -> bool:
+    """By the EXIF that was read when the image was opened."""
+    with contextlib.suppress(Exception):  # unreadable EXIF says nothing about the orientation
+        # Not a PNG's own method, which decodes the pixels where no EXIF comes before them, to look behind them.
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return False
 
 
 def _check_scans(path: Path) -> None:

@@ -239,9 +239,18 @@ def test_a_grey_tiff_is_turned_with_its_sides(tmp_path: Path, dtype: type) -> No
     assert np.array_equal(image, np.rot90(stored, -1)) and read_header(path).size == (6, 16)
 
 
-def test_unreadable_exif_leaves_the_pixels(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.png", Image.fromarray(RGB), exif=b"Exif\0\0no EXIF at all")
+@pytest.mark.parametrize("name", ["a.png", "a.webp"])
+def test_unreadable_exif_leaves_the_pixels_and_the_header(tmp_path: Path, name: str) -> None:
+    options: dict[str, Any] = {"lossless": True} if name == "a.webp" else {}
+    path = saved(tmp_path / name, Image.fromarray(RGB), exif=b"Exif\0\0no EXIF at all", **options)
     assert np.array_equal(seen(path), RGB)
+    assert read_header(path) == ((12, 12), f"{name[2:].upper()} RGB")
+
+
+def test_header_of_a_png_is_read_without_its_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png_cut(8000, 6250))
+    assert read_header(path) == ((8000, 6250), "PNG L")
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])

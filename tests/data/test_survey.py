@@ -21,22 +21,23 @@ def found(tmp_path: Path) -> Survey:
     turned[0x0112] = 6
     Image.new("L", (30, 20)).save(root / "train" / "dog" / "turned.jpg", exif=turned)
     add_image(root / "val" / "dog" / "1.png", 40)
+    Image.new("RGB", (12, 16), "red").save(root / "val" / "dog" / "2.png", exif=b"Exif\0\0no EXIF at all")
     return survey_files(read_folder(root))
 
 
 def test_files_are_surveyed_in_their_order(found: Survey) -> None:
     names = ["cat/2.JPG", "dog/1.bmp", "dog/2.webp", "dog/turned.jpg", "dog/more/0.tiff"]
-    assert found.names.tolist() == [*(f"train/{name}" for name in names), "val/dog/1.png"]
-    assert found.labels.tolist() == [0, 1, 1, 1, 1, 1]
-    assert found.splits.tolist() == ["train"] * 5 + ["val"]
-    assert found.kinds.tolist() == ["JPEG RGB", "BMP RGB", "WEBP RGB", "JPEG L", "TIFF RGB", "PNG RGB"]
-    assert found.sizes.tolist() == [[10, 14]] * 3 + [[20, 30]] + [[10, 14]] * 2
+    assert found.names.tolist() == [*(f"train/{name}" for name in names), "val/dog/1.png", "val/dog/2.png"]
+    assert found.labels.tolist() == [0, 1, 1, 1, 1, 1, 1]
+    assert found.splits.tolist() == ["train"] * 5 + ["val"] * 2
+    assert found.kinds.tolist() == ["JPEG RGB", "BMP RGB", "WEBP RGB", "JPEG L", "TIFF RGB", *["PNG RGB"] * 2]
+    assert found.sizes.tolist() == [[10, 14]] * 3 + [[20, 30]] + [[10, 14]] * 2 + [[12, 16]]
     assert found.unreadable == (("train/cat/1.png", 0, "train", "empty file"),)
 
 
 def test_fingerprints_belong_to_their_images(found: Survey) -> None:
     assert [one.tolist() for one in find_duplicates(found.prints).sets()] == [[1, 5]], "a bitmap as PNG, of one colour"
-    assert len(set(found.prints.digests)) == 6
+    assert len(set(found.prints.digests)) == 7
 
 
 def test_pixels_are_surveyed_alike() -> None:
