@@ -3,7 +3,8 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,9 +106,23 @@ def _table(place: Path, columns: Mapping[str, str]) -> "pd.DataFrame":
     text = {
         name: column.astype(object).where(column.notna(), "").map(str).str.strip() for name, column in named.items()
     }
-    root = os.path.join(place.parent, "")
-    text["path"] = text["path"].map(lambda path: path and os.path.normpath(path).removeprefix(root))
+    text["path"] = text["path"].map(_below(str(place.parent)))
     return pd.DataFrame(text)
+
+
+def _below(root: str) -> Callable[[str], str]:
+    """A row's path -> the one below the root; an absolute one may reach the root by other links than the manifest."""
+    real_root = os.path.realpath(root)
+    real = cache(os.path.realpath)  # of folders
+
+    def below(path: str) -> str:
+        path = path and os.path.normpath(path)
+        if not os.path.isabs(path) or path.startswith(os.path.join(root, "")):
+            return path.removeprefix(os.path.join(root, ""))
+        folder, name = os.path.split(path)
+        return os.path.join(real(folder), name).removeprefix(os.path.join(real_root, ""))
+
+    return below
 
 
 def _problems(place: Path, table: "pd.DataFrame", columns: Mapping[str, str]) -> Iterator[Problem]:

@@ -1,5 +1,6 @@
 """Manifests: what a row may say, and a line for each thing that can be wrong with it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -128,6 +129,17 @@ def test_images_stay_inside_the_manifests_folder(pets: Path) -> None:
         f"{pets}/train/no.png: no such file",
         "1 of 5 images can't be used; replace or remove them, or `--corrupt skip` leaves them out",
     ]
+
+
+def test_absolute_paths_may_reach_the_folder_by_another_link(pets: Path) -> None:
+    links = [pets.parent / "here", pets.parent / "there"]
+    for link in links:
+        link.symlink_to(pets)
+    expected = read_manifest(write(pets, ROWS), columns()).names
+    for root in (pets, links[0]):
+        for other in (pets, *links):
+            listing = read_manifest(write(root, [f"{other}/{row}" for row in ROWS]), columns())
+            assert listing.names == expected and all(map(os.path.isfile, listing.files))
 
 
 def test_group_in_two_splits_is_refused(pets: Path) -> None:
