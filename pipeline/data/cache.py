@@ -233,7 +233,7 @@ class _Cache:
         files, records = listing.files, self._records()
         keys = _keys(files)
         missing = _missing(keys, records)
-        if len(records) + len(missing) > 2 * len(keys):  # most are of files that were changed or removed
+        if missing and len(records) + len(missing) > 2 * len(keys):  # most would be of files that aren't these
             shutil.rmtree(self.folder)
             self.folder.mkdir()
             records = records[:0]

@@ -131,6 +131,16 @@ def test_a_cache_of_mostly_other_files_is_made_anew(pets: Path, home: Path) -> N
     assert num_bytes(caches(home)[0]) < 11 * (3 * 8**2 + 3 * 12**2 + 200)
 
 
+def test_a_cache_stays_where_fewer_of_its_images_are_listed(pets: Path, home: Path, read: list[str]) -> None:
+    listing = read_folder(pets)
+    decoded(listing, FORM, home)
+    read.clear()
+    for some in (listing.where(np.array([0, 3])), listing):
+        decoded(some, FORM, home)
+    assert not read
+    check(listing.where(np.array([0, 3])), home)
+
+
 def test_a_killed_command_is_gone_on_with(
     pets: Path, home: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
