@@ -52,9 +52,20 @@ class DuplicateSet:
     """Images that are the same, or nearly."""
 
     rows: tuple[int, ...]  # of the survey
-    is_exact: bool  # byte for byte, all of them
+    exact: tuple[int, ...]  # a number for each of the rows: the same where they are equal byte for byte
     splits: tuple[str, ...]  # that they lie in, training first
     num_classes: int  # that they lie in
+
+    @property
+    def is_copy(self) -> tuple[bool, ...]:
+        """Of each row, whether another one is equal to it byte for byte."""
+        counts = Counter(self.exact)
+        return tuple(counts[number] > 1 for number in self.exact)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all are equal byte for byte."""
+        return len(set(self.exact)) == 1
 
     @property
     def severity(self) -> int:
@@ -95,11 +106,11 @@ class Inspection:
         lines = []
         for severity, where in enumerate(kind.where for kind in DUPLICATES):
             sets = [one for one in self.duplicates if one.severity == severity]
-            exact = sum(one.is_exact for one in sets)
             if sets:
-                images = sum(len(one.rows) for one in sets)
+                images, copies = (sum(len(one.rows) for one in sets), sum(sum(one.is_copy) for one in sets))
                 lines.append(
-                    f"{counted(len(sets), 'picture')} more than once {where}: {images:,} images, {exact:,} exact"
+                    f"{counted(len(sets), 'picture')} more than once {where}: {images:,} images, of which {copies:,} are "
+                    "equal byte for byte to another"
                 )
         if self.survey.unreadable:
             lines.append(f"{counted(len(self.survey.unreadable), 'file')} can't be read")
@@ -144,6 +155,9 @@ def inspect(about: Data, data_dir: Path, home: Path, tracker: MlflowTracker | No
     sealed = set(test.prints.digests) if about.duplicates == "drop" and about.dataset not in SOURCES else set()
     is_used = np.array([digest not in sealed for digest in source.survey.prints.digests], dtype=bool)
     usable, notes = source.survey, list(source.notes)
+    if not is_used.all():
+        copies = counted(int((~is_used).sum()), "image")
+        notes.append(f"a study leaves out {copies} of these, equal byte for byte to test images")
     if VALIDATION not in usable.splits:
         try:
             usable = usable.with_splits(_with_validation(source, is_used, about))
@@ -221,7 +235,7 @@ def _duplicates(survey: Survey) -> tuple[DuplicateSet, ...]:
     sets = [
         DuplicateSet(
             rows=tuple(rows.tolist()),
-            is_exact=len(set(found.exact[rows].tolist())) == 1,
+            exact=tuple(found.exact[rows].tolist()),
             splits=tuple(sorted(set(survey.splits[rows].tolist()), key=ORDER.index)),
             num_classes=len(set(survey.labels[rows].tolist())),
         )

@@ -64,16 +64,14 @@ def inspection_page(found: Inspection, table_file: str, word: Callable[[str], st
 
 def findings(found: Inspection) -> pd.DataFrame:
     """A row for each image that something was found of: finding, set (a number for images that belong together), image,
-    class, split, detail.
+    class, split, detail. A duplicate is exact where another image of its set has the same bytes.
     """
     survey, rows = found.survey, list[tuple[Any, ...]]()
     for number, one in enumerate(found.duplicates, 1):
-        kind = "exact duplicate" if one.is_exact else "near duplicate"
         where = DUPLICATES[one.severity].where
-        rows += [
-            (kind, number, path_text(survey.names[row]), survey.labels[row], survey.splits[row], where)
-            for row in one.rows
-        ]
+        for row, is_copy in zip(one.rows, one.is_copy, strict=True):
+            kind = "exact duplicate" if is_copy else "near duplicate"
+            rows.append((kind, number, path_text(survey.names[row]), survey.labels[row], survey.splits[row], where))
     for place, row in enumerate(found.suspect_rows):
         detail = f"seems {_suggestion(found, place)}"
         rows.append(
@@ -99,7 +97,8 @@ def _set(found: Inspection, one: DuplicateSet) -> dict[str, Any]:
         _item(found, row, [path_text(survey.names[row]), found.classes[survey.labels[row]], survey.splits[row]])
         for row in one.rows[:MAX_IN_SET]
     ]
-    kind = "equal byte for byte" if one.is_exact else "nearly the same"
+    near = f"nearly the same{f', {sum(one.is_copy)} of them with equal bytes' if any(one.is_copy) else ''}"
+    kind = "equal byte for byte" if one.is_exact else near
     return {"kind": kind, "pictures": items, "hidden": len(one.rows) - len(items)}
 
 

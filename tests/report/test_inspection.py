@@ -10,6 +10,7 @@ from PIL import Image
 
 from pipeline.data.datasets import load
 from pipeline.report.inspection import Inspection, inspect
+from pipeline.report.inspection_page import findings, inspection_page
 from pipeline.sections.data import Data
 from pipeline.tracking.tracker import MlflowTracker
 
@@ -60,6 +61,10 @@ def test_duplicates_come_by_what_they_spoil(found: Inspection) -> None:
     assert [one.is_exact for one in found.duplicates] == [True, False, False, True, True]
 
 
+def equal(count: int) -> str:
+    return f"of which {count} are equal byte for byte to another"
+
+
 def test_counts_hold_every_file(found: Inspection) -> None:
     assert {split: counts.tolist() for split, counts in found.counts.items()} == {
         "train": [13, 12],
@@ -67,12 +72,25 @@ def test_counts_hold_every_file(found: Inspection) -> None:
         "test": [3, 3],
     }
     assert found.lines() == [
-        "2 pictures more than once in the test split and in what is trained on: 4 images, 1 exact",
-        "1 picture more than once in training and validation: 2 images, 0 exact",
-        "1 picture more than once under two classes: 2 images, 1 exact",
-        "1 picture more than once in one class and split: 2 images, 1 exact",
+        f"2 pictures more than once in the test split and in what is trained on: 4 images, {equal(2)}",
+        f"1 picture more than once in training and validation: 2 images, {equal(0)}",
+        f"1 picture more than once under two classes: 2 images, {equal(2)}",
+        f"1 picture more than once in one class and split: 2 images, {equal(2)}",
         "1 file can't be read",
     ]
+    assert found.notes[-1] == "a study leaves out 1 image of these, equal byte for byte to test images"
+
+
+def test_an_exact_copy_is_exact_though_its_set_has_a_near_one(photos: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(photos, tmp_path / "photos")
+    Image.open(root / "test" / "cat" / "0.png").save(root / "train" / "cat" / "sealed again.jpg", quality=95)
+    found = inspect(Data(dataset=str(root)), Path("nowhere"), tmp_path / "mlruns", None)
+    assert found.lines()[0].endswith(f"trained on: 5 images, {equal(2)}")
+    table = findings(found)
+    kinds = dict(zip(table["image"], table["finding"], strict=True))
+    names = ("train/cat/sealed.png", "test/cat/0.png", "train/cat/sealed again.jpg")
+    assert [kinds[name] for name in names] == ["exact duplicate", "exact duplicate", "near duplicate"]
+    assert "nearly the same, 2 of them with equal bytes" in inspection_page(found, "photos.csv")
 
 
 def test_pictures_are_those_of_their_rows(photos: Path, found: Inspection) -> None:
