@@ -14,6 +14,7 @@ import torch
 
 from pipeline.data.exclusions import excluded_table
 from pipeline.data.prepare import TrainingData
+from pipeline.errors import path_text
 from pipeline.evaluation import figures
 from pipeline.evaluation.calibration import fit_calibration
 from pipeline.evaluation.constraints import violations
@@ -300,10 +301,19 @@ def _logits_of_views(recipe: Recipe, data: TrainingData, result: Result) -> np.n
 
 
 def _write_predictions(path: Path, data: TrainingData, labels: np.ndarray, probabilities: np.ndarray) -> None:
-    """One row per validation image: id (its index in the training part), label, predicted, confidence, probabilities."""
+    """One row per validation image: id (its index in the training part), label, predicted, confidence, probabilities.
+
+    Of images in files also `image`, the path below the data set's root, and `group`, where it has groups.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    names: dict[str, list[str]] = {}
+    if data.listed:
+        validation = data.listed.listing.usable.where(data.validation_ids.numpy())
+        names["image"] = list(map(path_text, validation.names))
+        if validation.groups is not None:
+            names["group"] = list(map(path_text, validation.groups.tolist()))
     table = pa.table(
         {
             "id": pa.array(data.validation_ids.numpy(), pa.int64()),
@@ -311,6 +321,7 @@ def _write_predictions(path: Path, data: TrainingData, labels: np.ndarray, proba
             "predicted": pa.array(probabilities.argmax(1), pa.int32()),
             "confidence": pa.array(probabilities.max(1), pa.float32()),
             "probabilities": pa.array(list(probabilities), pa.list_(pa.float32())),
+            **names,
         },
         metadata={"classes": json.dumps(data.classes)},
     )

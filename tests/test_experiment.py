@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from PIL import Image
 from sklearn.metrics import f1_score
 
 from pipeline import experiment
+from pipeline.data.datasets import Listed
+from pipeline.data.listing import Listing
 from pipeline.data.prepare import TrainingData
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.logits import predict_logits
 from pipeline.evaluation.scores import score
-from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune
+from pipeline.experiment import ExperimentRequest, Interrupted, Outcome, Prune, _write_predictions
 from pipeline.inference.classifier import ModelMetadata
 from pipeline.inference.methods import METHODS, out_of_fold
 from pipeline.models.build import build_network
@@ -125,6 +128,24 @@ def test_predictions_give_the_scores(finished: tuple[FolderTracker, Outcome], di
     assert (frame.label == frame.predicted).mean() == pytest.approx(outcome.metrics["val/accuracy"])
     macro = f1_score(frame.label, probabilities.argmax(1), average="macro")
     assert macro == pytest.approx(outcome.metrics["val/f1_macro"])
+
+
+def test_predictions_of_images_in_files_name_them_and_their_groups(digits: TrainingData, tmp_path: Path) -> None:
+    count = int(digits.validation_ids.max()) + 3
+    splits = np.array(["train"] * (count - 1) + ["test"])
+    names, groups = [f"\udce9/{n}.png" for n in range(count)], np.array([f"g{n}" for n in range(count)])
+    listing = Listing(tmp_path, digits.classes, names, np.zeros(count, np.int64), splits, groups)
+    labels = digits.validation.labels.numpy()
+    for of_files, columns in ((listing, ["image", "group"]), (replace(listing, groups=None), ["image"])):
+        data = replace(digits, listed=Listed(of_files, None))
+        _write_predictions(tmp_path / "a.parquet", data, labels, np.full((len(labels), 10), 0.1, np.float32))
+        frame = pq.read_table(tmp_path / "a.parquet").to_pandas()
+        assert list(frame)[5:] == columns
+        assert list(frame.image) == [f"\\xe9/{n}.png" for n in frame.id]
+    _write_predictions(
+        tmp_path / "a.parquet", replace(digits, listed=Listed(listing, None)), labels, np.eye(10)[labels]
+    )
+    assert pq.read_table(tmp_path / "a.parquet")["group"].to_pylist() == [f"g{n}" for n in digits.validation_ids]
 
 
 def test_methods_are_measured_on_the_stored_predictions(finished: tuple[FolderTracker, Outcome]) -> None:

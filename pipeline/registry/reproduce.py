@@ -37,6 +37,8 @@ from pipeline.training.placement import use_threads
 COMPUTING = frozenset({"torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow", "timm"})
 # Prefixes of metrics that depend on the machine's load, or were measured later: not on the training alone.
 MEASURED = ("time/", "throughput/", "memory/", "system/", "model/latency_ms", ROBUSTNESS)
+# Columns of a run's predictions that its training determines: an image's file may have another name by now.
+PREDICTED = ("id", "label", "predicted", "confidence", "probabilities")
 DEVIATIONS = 3
 
 
@@ -357,7 +359,7 @@ def _predictions(tracker: MlflowTracker, old: str, new: str) -> tuple[str, bool]
         content = queries.read_file(tracker, run_id, "predictions.parquet")
         if content is None:
             raise UserError(f"run {run_id}", "its predictions.parquet is gone; there is nothing to compare")
-        tables.append(pq.read_table(pyarrow.BufferReader(content)))
+        tables.append(pq.read_table(pyarrow.BufferReader(content), columns=[*PREDICTED]))
     then, now = tables
     count = f"{len(then):,} images"
     if then.equals(now):

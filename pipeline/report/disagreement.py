@@ -70,7 +70,7 @@ def _images(
         data = find(seen).images
     except (UserError, KeyError, ValueError) as error:
         reason = error.lines[0] if isinstance(error, UserError) else "the run does not say which"
-        return f"The images can't be shown, only their numbers in the training part: {reason}."
+        return f"The images can't be shown, only their names, or numbers in the training part: {reason}."
     return data.train.at(torch.from_numpy(predictions.ids)).images
 
 
@@ -80,7 +80,7 @@ def _thumbnails(
     """Each of the `indices` as a data URL, from uint8 `images` (n, S, S, 3), None without images, and the lines below it."""
     first = next(iter(runs.values()))
     for number, index in enumerate(indices):
-        lines = [f"{first.classes[first.labels[index]]} (no. {first.ids[index]})"]
+        lines = [f"{first.classes[first.labels[index]]} ({first.name(index)})"]
         for label, run in runs.items():
             lines.append(f"{label}: {run.classes[run.answers[index]]} {run.probabilities[index].max():.0%}")
         yield {"source": None if images is None else _thumbnail(images[number]), "lines": lines}

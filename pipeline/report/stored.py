@@ -32,6 +32,11 @@ class Predictions:
     labels: np.ndarray  # (N,) int
     probabilities: np.ndarray  # (N, C) float
     classes: tuple[str, ...]
+    images: Sequence[str] | None = None  # N paths below the data set's root, where it lies in files
+
+    def name(self, index: int) -> str:
+        """What one of the images is called."""
+        return self.images[index] if self.images else f"no. {self.ids[index]}"
 
     @property
     def answers(self) -> np.ndarray:
@@ -51,6 +56,7 @@ def predictions(tracker: MlflowTracker, run_id: str) -> Predictions | None:
                 stored["label"].to_numpy(),
                 np.stack(stored["probabilities"].to_numpy()),
                 tuple(json.loads(stored.schema.metadata[b"classes"])),
+                stored["image"].to_pylist() if "image" in stored.column_names else None,
             )
         except Exception as error:  # whatever the store or the file's format raises: the page does without
             log.warning("run %s: its predictions can't be read (%s)", run_id, str(error).splitlines()[0][:120])

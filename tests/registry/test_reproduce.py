@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import Trained, run_pipeline
@@ -233,6 +234,19 @@ def test_each_difference_has_a_line(
     }
     assert by_name["transistor"].line == "transistor: 1.0 then, none now"
     assert by_name["uncommitted difference"].line.startswith("uncommitted difference: 2 lines then (diff.patch of run ")
+
+
+def test_files_names_are_no_part_of_what_is_reproduced(
+    trained: Trained, tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, tmp_path: Path
+) -> None:
+    """Runs of before don't have them, and a data set's files may be renamed."""
+    stored = pq.read_table(tracker.client.download_artifacts(trained.finished, "predictions.parquet", str(tmp_path)))
+    with tracker.run(RunRequest(name="named", recipe=small_recipe, data=digits)) as run:
+        run.end(State.FINISHED)
+    pq.write_table(stored.append_column("image", [["a.png"] * len(stored)]), tmp_path / "predictions.parquet")
+    tracker.client.log_artifact(tracker.id_of(run.key), str(tmp_path / "predictions.parquet"))
+    line, equal = reproduce._predictions(tracker, trained.finished, tracker.id_of(run.key))
+    assert equal and line == f"predictions: those of all {len(stored)} images equal"
 
 
 def test_graphed_run_is_reproduced_eagerly_without_a_gpu(

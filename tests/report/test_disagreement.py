@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,3 +87,7 @@ def test_the_images_that_are_shown_are_those_of_which_the_right_one_is_surest() 
     lines = [each["lines"] for each in found["groups"]["Right by the best alone"]["thumbnails"]]
     assert lines[0] == ["cat (no. 1)", "best: cat 90%", "control: dog 60%"]
     assert [line[0] for line in lines] == ["cat (no. 1)", "cat (no. 2)", "cat (no. 0)"]
+    runs = [replace(run, images=["a/0.png", "a/1.png", "b/2.png"]) for run in runs]
+    named = disagreement(tracker, replace(comparison, best_predictions=runs[0]), lambda data: None)  # type: ignore[arg-type, return-value]
+    lines = [each["lines"] for each in named["groups"]["Right by the best alone"]["thumbnails"]]
+    assert [line[0] for line in lines] == ["cat (a/1.png)", "cat (b/2.png)", "cat (a/0.png)"]
