@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import mmap
 import os
 import re
 import warnings
@@ -11,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from pipeline.data.ahead import ahead
 from pipeline.data.mapped import MappedImages
-from pipeline.disk import sha256_of
 from pipeline.errors import DataError, UserError
 from pipeline.sections.data import Form
 
@@ -35,6 +33,7 @@ MAX_PIXELS = 50_000_000  # that are decoded of a file; Pillow's own limit is 179
 MAX_SCANS = 100  # of a JPEG; programs write about ten, and each takes as long as the complete image
 # What begins a segment, or ends the image (d9). Within a scan libjpeg passes over markers that are none, and their bytes.
 _JPEG_SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
+_SEARCHED = 2**16  # bytes of a JPEG at once
 MAX_BYTES = 16 * 2**30  # of a data set in memory
 DEPTH = 8  # images that each core decodes ahead of who takes them
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # above our limit, which has its own error
@@ -247,7 +246,7 @@ def _decode(path: Path, form: Form, digest: bool) -> FileImage:
     # A file, not its path: of a path Pillow maps uncompressed grey TIFFs, and confuses their sides where EXIF turns them.
     with path.open("rb") as content, Image.open(content, formats=FORMATS) as image:
         if image.format in ("JPEG", "MPO"):
-            _check_scans(path)
+            _check_scans(content)
         # JPEG only: decodes at 1/2, 1/4 or 1/8, if still twice too large, as Pillow's thumbnails; not by what is held of
         # it, as the same file must give the same pixels in training and later.
         image.draft(None, (2 * form.size, 2 * form.size))
@@ -260,8 +259,9 @@ def _decode(path: Path, form: Form, digest: bool) -> FileImage:
         ):  # unreadable EXIF says nothing about the orientation, the pixels are complete
             ImageOps.exif_transpose(image, in_place=True)
         rgb = _to_rgb(image)
+        content.seek(0)
+        sha256 = hashlib.file_digest(content, "sha256").digest() if digest else b""
     held = None if form.held is None else _pixels(_shaped(rgb, Form(form.held)))
-    sha256 = bytes.fromhex(sha256_of(path)) if digest else b""
     return FileImage(_pixels(_shaped(rgb, form)), held, rgb.width / rgb.height, sha256)
 
 
@@ -308,19 +308,27 @@ def _is_on_its_side(image: Image.Image) -> bool:
     return False
 
 
-def _check_scans(path: Path) -> None:
+def _check_scans(file: BinaryIO) -> None:
     """A few bytes are a scan of the full image, so that a small file could take hours.
 
     Segments and compressed data are passed over as libjpeg does, up to the image's end: photos have previews in them, and
-    phones append films.
+    phones append films. Read in parts: mapped, a slow disk would stop all threads, as the search holds the interpreter.
     """
-    scans, place = 0, 0
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        while scans <= MAX_SCANS and (found := _JPEG_SEGMENT.search(content, place)) and found[1] != b"\xd9":
+    part, start, place, scans = b"", 0, 0, 0  # bytes from `start` on, and where the next marker is searched
+    while scans <= MAX_SCANS:
+        found = _JPEG_SEGMENT.search(part, place - start)
+        if found and found[1] == b"\xd9":
+            return
+        if found and found.end() + 2 <= len(part):
             scans += found[1] == b"\xda"
-            place = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
-    if scans > MAX_SCANS:
-        raise ValueError(f"has more than {MAX_SCANS} scans: save it again")
+            place = start + found.end() + int.from_bytes(part[found.end() : found.end() + 2])
+            continue
+        start = place = start + found.start() if found else max(place, start + len(part) - 1)  # a marker may be cut
+        file.seek(start)
+        part = file.read(_SEARCHED)
+        if len(part) < 4:  # a marker and its length
+            return
+    raise ValueError(f"has more than {MAX_SCANS} scans: save it again")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,9 +1,12 @@
 """Reading one image file: every format and pixel mode, and every way to be no image."""
 
+import hashlib
 import io
 import os
+import re
 import struct
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
+from pipeline.data import images
 from pipeline.data.images import BadImage, read_file, read_header, read_image, resized
 from pipeline.sections.data import Form
 
@@ -269,6 +274,34 @@ def test_a_phone_s_jpeg_with_a_preview_and_a_film_has_few_scans(tmp_path: Path) 
     with (tmp_path / "photo.jpg").open("ab") as file:
         file.write(b"\xff\xda" * 200)
     assert np.array_equal(read_image(tmp_path / "photo.jpg", Form(8)), pixels)
+
+
+@pytest.mark.parametrize("shift", range(9))
+def test_scans_are_counted_across_the_parts_that_are_read(
+    tmp_path: Path, shift: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_SEARCHED", 8)
+    path = saved(tmp_path / "a.jpg", Image.new("RGB", (8, 8)), comment=b"x" * shift, progressive=True)
+    count = len(re.findall(rb"\xff\xda", path.read_bytes()))
+    for most in (count - 1, count):
+        monkeypatch.setattr(images, "MAX_SCANS", most)
+        with pytest.raises(BadImage, match="scans") if most < count else nullcontext():
+            read_image(path, Form(8))
+
+
+def test_digest_is_that_of_the_bytes_that_were_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another file takes its name meanwhile."""
+    path, decode = saved(tmp_path / "a.jpg", Image.fromarray(RGB)), Image.Image.draft
+    content = path.read_bytes()
+
+    def replaced(*arguments: Any) -> Any:
+        saved(tmp_path / "b.jpg", Image.fromarray(RGB[::-1])).replace(path)
+        return decode(*arguments)
+
+    for owner in (Image.Image, JpegImageFile):
+        monkeypatch.setattr(owner, "draft", replaced)
+    assert read_file(path, Form(12), digest=True).sha256 == hashlib.sha256(content).digest()
+    assert path.read_bytes() != content
 
 
 def test_a_phone_s_jpeg_of_several_pictures_is_a_jpeg(tmp_path: Path) -> None:
