@@ -43,7 +43,8 @@ def partition(
 
     Validation gets exactly round(fraction * N) images, shared over the classes by largest remainder, and each class has
     at least one image on both sides. With `groups` (int64, (N,)) it gets whole groups, which come as near to that as they
-    can, with many to within 0.6 points; each class trains. UserError where that can't be; `names` are the classes', for that.
+    can, with many of like size to within 0.6 points; each class trains. UserError where that can't be; `names` are the
+    classes', for that.
     """
     draw = _Draw(labels.numpy(), None if groups is None else groups.numpy(), names, f"data.{field} = {fraction:g}")
     is_validation = draw.share(fraction, seed) if groups is None else draw.groups_of(fraction, seed)
@@ -111,25 +112,33 @@ class _Draw:
         return is_drawn
 
     def groups_of(self, fraction: float, seed: int) -> np.ndarray:
-        """bool (N,): which images are drawn, whole groups: of some folds the run that suits best.
+        """bool (N,): which images are drawn, whole groups: of some folds the run, of any length, that suits best.
 
-        That leaves most classes something to train on, then draws of most classes, then has the number of images nearest
-        to the fraction.
+        That leaves most classes something to train on; then, if it can, misses the fraction by no more than half of it,
+        and so draws of most classes; then has the numbers of images of the classes nearest to the fraction.
         """
         exact = Fraction(fraction).limit_denominator(_MOST_FOLDS).denominator
         enough = max(exact if _FOLDS % exact else _FOLDS, round(1 / fraction))
-        folds = min(enough, self._num_units, np.bincount(self.labels).max())
-        numbers, wanted = self.fold_numbers(max(folds, 2), seed), max(1, round(fraction * folds))
+        folds = max(2, min(enough, self._num_units, np.bincount(self.labels).max()))
+        numbers = self.fold_numbers(folds, seed)
+        counts = np.zeros((folds, self.labels.max() + 1), dtype=np.int64)
+        np.add.at(counts, (numbers, self.labels), 1)
+        images = counts.sum(axis=0)
 
-        def drawn(start: int) -> np.ndarray:
-            return (numbers - start) % folds < wanted
+        def run(start: int, length: int) -> np.ndarray:
+            return (np.arange(folds) - start) % folds < length
 
-        def merit(start: int) -> tuple[int, int, float]:
-            is_drawn = drawn(start)
-            trained, measured = (len(np.unique(self.labels[side])) for side in (~is_drawn, is_drawn))
-            return trained, measured, -abs(is_drawn.mean() - fraction)
+        def merit(start_length: tuple[int, int]) -> tuple[int, bool, int, float]:
+            drawn = counts[run(*start_length)].sum(axis=0)
+            too_many = drawn - fraction * images
+            is_near = bool(abs(too_many.sum()) <= fraction / 2 * images.sum())
+            trained, measured = (int(np.count_nonzero(side)) for side in (images - drawn, drawn))
+            return trained, is_near, measured if is_near else 0, -float(np.abs(too_many).sum())
 
-        is_drawn = drawn(max(range(folds), key=merit))
+        starts_lengths = [
+            (start, length) for length in range(1, folds) for start in range(folds) if counts[run(start, length)].any()
+        ]
+        is_drawn = run(*max(starts_lengths, key=merit))[numbers]
         self.check_trains(~is_drawn)
         return is_drawn
 

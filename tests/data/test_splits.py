@@ -145,6 +145,39 @@ def test_groups_are_drawn_as_near_to_the_share_and_the_classes_as_they_can() -> 
     assert len(partition(labels, 0.1, 0, cameras).validation) == 120
 
 
+@pytest.mark.parametrize(
+    ("large", "small", "num_small", "classes_of_small", "fraction", "share"),
+    [(900, 20, 5, 2, 0.1, 0.1), (900, 20, 9, 3, 0.1, 0.09), (900, 20, 9, 3, 0.2, 0.17), (500, 50, 9, 5, 0.1, 0.105)],
+)
+def test_large_group_with_all_classes_is_not_drawn_for_a_small_share(
+    large: int, small: int, num_small: int, classes_of_small: int, fraction: float, share: float
+) -> None:
+    """One hospital has most of the images; the small ones have some classes each."""
+    sizes = [large, *[small] * num_small]
+    groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    labels = (
+        torch.cat(
+            [torch.arange(large) % 5, *(one + torch.arange(small) % classes_of_small for one in range(num_small))]
+        )
+        % 5
+    )
+    validation = partition(labels, fraction, 0, groups).validation
+    assert len(validation) / len(labels) == pytest.approx(share, abs=0.005) and 0 not in groups[validation]
+    assert len(labels[validation].unique()) == 5
+
+
+def test_classes_are_drawn_evenly_from_groups_of_all_sizes() -> None:
+    """Each patient has one class, and from 1 to hundreds of images."""
+    random = np.random.RandomState(1)
+    sizes = np.maximum(1, random.lognormal(2.5, 1.2, 100)).astype(int)
+    groups = torch.from_numpy(np.repeat(np.arange(100), sizes))
+    labels = torch.from_numpy(random.randint(0, 3, 100))[groups]
+    for fraction in (0.1, 0.15, 0.2):
+        validation = partition(labels, fraction, 0, groups).validation
+        shares = labels[validation].bincount(minlength=3) / labels.bincount()
+        assert shares.tolist() == pytest.approx([fraction] * 3, abs=0.04)
+
+
 def test_class_of_one_group_always_trains() -> None:
     labels, groups = torch.tensor([0, 1] * 20 + [2] * 5), torch.tensor([*range(40), *[40] * 5])
     for seed in range(5):
