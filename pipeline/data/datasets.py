@@ -167,7 +167,7 @@ def listed(about: Data, home: Path | None) -> Listed:
         raise DataError(str(error.filename), error.strerror or "") from error
     if listing.has(TEST) or not about.test_fraction:
         return Listed(listing, None)
-    seal = (Seal.find(listing, home) if home else None) or Seal.draw(listing, about.test_fraction)
+    seal = (Seal.find(listing, home) if home else None) or Seal.draw(listing, about.test_fraction, home)
     if seal.fraction != about.test_fraction:
         raise UserError(
             f"data.test_fraction = {about.test_fraction:g}",

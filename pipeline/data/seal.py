@@ -2,6 +2,7 @@
 
 An image is known by its path and its group. What is added to the data set later trains, unless its group is sealed; so the
 test split stays what it was, and models of before and after are compared on the same images. To draw anew, remove the file.
+Other folders and manifests of the same files share their sealed images, so that what tests one model doesn't train the next.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import torch
 from filelock import FileLock
 
 from pipeline.data.listing import TEST, TRAIN, VALIDATION, Listing, check_groups, first
+from pipeline.data.manifest import root_of
 from pipeline.data.splits import sealed
 from pipeline.disk import replacing
 from pipeline.errors import DataError, Problem, UserError
@@ -33,29 +35,42 @@ class Seal:
     fraction: float
     paths: tuple[str, ...]  # below the data set's root, sorted
     groups: tuple[str, ...]  # sorted; empty where the data set has none
+    shared: tuple[str, ...] = ()  # names of the files of other seals, whose images it has taken over
 
     @classmethod
-    def draw(cls, listing: Listing, fraction: float) -> Self:
-        """Of the training images, stratified and by group; UserError where they are too few."""
-        rows = np.flatnonzero(listing.splits == TRAIN)
-        numbers = listing.group_numbers
-        groups = None if numbers is None else torch.from_numpy(numbers[rows])
-        labels = torch.from_numpy(listing.labels[rows])
-        try:
-            if groups is None and not listing.has(VALIDATION):
-                _check_enough(listing)
-            usable, _ = sealed(labels, fraction, SEED, groups, listing.classes)
-        except UserError as error:
-            remedy = "`--test-fraction 0` seals none, and nothing can be promoted"
-            raise UserError.many([replace(problem, remedy=remedy) for problem in error.problems]) from None
-        chosen = np.delete(rows, usable.numpy())
+    def draw(cls, listing: Listing, fraction: float, home: Path | None = None) -> Self:
+        """Of the training images, stratified and by group; UserError where they are too few.
+
+        What other data sets of the same files have sealed below `home` stays sealed. So many may be enough: others are drawn
+        only if these are less than half of the fraction. DataError where that divides a group.
+        """
+        before = cls._of_others(listing, fraction, home)
+        listing = before.apply(listing)
+        chosen, rows = (np.flatnonzero(listing.splits == split) for split in (TEST, TRAIN))
+        if 2 * len(chosen) < fraction * (len(chosen) + len(rows)):
+            chosen = np.concatenate([chosen, _drawn(listing, rows, fraction)])
+        groups = () if listing.groups is None else tuple(sorted(set(listing.groups[chosen].tolist())))
+        return replace(before, paths=tuple(sorted(listing.names[row] for row in chosen)), groups=groups)
+
+    @classmethod
+    def _of_others(cls, listing: Listing, fraction: float, home: Path | None) -> Self:
+        """The images that are sealed already, as parts of whatever data set of the same files; there may be none."""
+        seals = {file.name: seal for file, seal in cls._all(home).items()} if home else {}
+        names = {file: found for file, seal in seals.items() if (found := seal._names_in(listing))}
         return cls(
             place=str(listing.place),
             listing=_digest(listing),
             fraction=fraction,
-            paths=tuple(sorted(listing.names[row] for row in chosen)),
-            groups=() if listing.groups is None else tuple(sorted(set(listing.groups[chosen].tolist()))),
+            paths=tuple(sorted(set().union(*names.values()))),
+            groups=tuple(sorted({group for file in names for group in seals[file].groups})),
+            shared=tuple(names),
         )
+
+    def _names_in(self, listing: Listing) -> set[str]:
+        """What the listing calls the images of this seal that it has."""
+        root, prefix = os.path.realpath(root_of(self.place)), os.path.join(os.path.realpath(listing.root), "")
+        files = (os.path.join(root, path) for path in self.paths)
+        return {file.removeprefix(prefix) for file in files if file.startswith(prefix)}.intersection(listing.names)
 
     @classmethod
     def find(cls, listing: Listing, home: Path) -> Self | None:
@@ -64,7 +79,7 @@ class Seal:
         DataError where it is damaged, or most of its images are gone and a few are not: then nobody knows whether this is
         the data set, or another one that has some names in common with it.
         """
-        seals = {file: cls._read(file) for file in sorted((home / FOLDER).glob("*.json"))}
+        seals = cls._all(home)
         names, place = set(listing.names), str(listing.place)
         real = os.path.realpath(place)  # as `find_data` names it, whatever link was typed when it was drawn
         here = {
@@ -83,23 +98,35 @@ class Seal:
         return next((replace(seal, place=place) for seal in seals.values() if seal.listing == digest), None)
 
     @classmethod
+    def _all(cls, home: Path) -> dict[Path, Self]:
+        return {file: cls._read(file) for file in sorted((home / FOLDER).glob("*.json"))}
+
+    @classmethod
     def _read(cls, file: Path) -> Self:
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-            return cls(**values | {name: tuple(values[name]) for name in ("paths", "groups")})
+            values = {"shared": ()} | json.loads(file.read_text(encoding="utf-8"))
+            return cls(**values | {name: tuple(values[name]) for name in ("paths", "groups", "shared")})
         except (OSError, ValueError, TypeError, KeyError) as error:
             rule = f"which fixes a test split, can't be read ({error})"
             raise DataError(str(file), rule, "restore it; without it the test split is drawn anew") from None
 
     def apply(self, listing: Listing) -> Listing:
-        """The listing with its test split; DataError where that divides a group, which it was drawn without."""
+        """The listing with its test split; DataError where that divides a group, drawn without it, or takes all of a class."""
         paths = set(self.paths)
         is_test = np.array([name in paths for name in listing.names])
         if listing.groups is not None:
             is_test |= np.isin(listing.groups, self.groups)
         result = listing.with_splits(np.where(is_test, TEST, listing.splits))
-        remedy = f"remove the seal in mlruns/{FOLDER}, and another test split is drawn; or leave out the column group"
-        check_groups(result, f"its test images were sealed without these groups: {remedy}")
+        remove = f"remove {' and '.join(self.shared) or 'the seal'} in mlruns/{FOLDER}, and another test split is drawn"
+        remedy = f"its test images were sealed without these groups: {remove}; or leave out the column group"
+        check_groups(result, remedy)
+        trained = set(result.usable.labels.tolist())
+        if problems := [
+            Problem(f"{listing.place.name}, class {name}", "all its images are sealed", f"add some, or {remove}")
+            for label, name in enumerate(listing.classes)
+            if label not in trained
+        ]:
+            raise DataError.many(first(problems))
         return result
 
     def lines(self, listing: Listing) -> list[str]:
@@ -107,6 +134,9 @@ class Seal:
         is_test = listing.splits == TEST
         of = f"{is_test.sum():,} of {len(is_test):,} images"
         lines = [f"test split of {listing.place.name}: {of} are sealed; only `promote` decides by them"]
+        if self.shared:
+            files = f"mlruns/{FOLDER}/{', '.join(self.shared)}"
+            lines.append(f"these include the images of it that were sealed before, by {files}")
         known = set(listing.labels[is_test].tolist())
         missing = [name for label, name in enumerate(listing.classes) if label not in known]
         if missing:
@@ -130,9 +160,24 @@ class Seal:
                 new.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
 
-def _check_enough(listing: Listing) -> None:
+def _drawn(listing: Listing, rows: np.ndarray, fraction: float) -> np.ndarray:
+    """Which of these training images are drawn; UserError where they are too few."""
+    numbers = listing.group_numbers
+    groups = None if numbers is None else torch.from_numpy(numbers[rows])
+    labels = torch.from_numpy(listing.labels[rows])
+    try:
+        if groups is None and not listing.has(VALIDATION):
+            _check_enough(listing, rows)
+        _, chosen = sealed(labels, fraction, SEED, groups, listing.classes)
+    except UserError as error:
+        remedy = "`--test-fraction 0` seals none, and nothing can be promoted"
+        raise UserError.many([replace(problem, remedy=remedy) for problem in error.problems]) from None
+    return rows[chosen.numpy()]
+
+
+def _check_enough(listing: Listing, rows: np.ndarray) -> None:
     """UserError for each class that would have no image left to validate or to train on."""
-    counts = np.bincount(listing.labels)
+    counts = np.bincount(listing.labels[rows], minlength=len(listing.classes))
     problems = [
         Problem(f"{listing.place}, class {name}", f"has {count} images; training, validation and test need one each")
         for name, count in zip(listing.classes, counts.tolist(), strict=True)

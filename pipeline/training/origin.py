@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.data.manifest import root_of
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
@@ -33,9 +34,11 @@ class Facts(BaseModel):
 def check_split(subject: str, facts: Facts, about: Data, data: TrainingData) -> None:
     """UserError where the model has learnt from images that validate or test a training on `data`, split as `about` says."""
     own = facts.recipe.data
-    if facts.data_digest != data.digest and os.path.realpath(os.path.expanduser(own.dataset)) == data.place:
-        rule = "was trained on other images of this data set, so maybe on some that are for validation or test here"
-        raise UserError(subject, rule, "train it on the same ones")
+    roots = [os.path.realpath(root_of(os.path.expanduser(place))) for place in (own.dataset, data.source)]
+    if facts.data_digest != data.digest and data.place and roots[0] == roots[1]:
+        rule = f"was trained on other images of {roots[1]}, so maybe on some that are for validation or test here"
+        remedy = "train it on the same ones; if the two share no image, keep one in another folder"
+        raise UserError(subject, rule, remedy)
     others = [name for name in _VALIDATION_FIELDS if getattr(own, name) != getattr(about, name)]
     if facts.data_digest == data.digest and facts.split_digest != data.split_digest and others:
         settings = ", ".join(f"data.{name} {getattr(own, name)}" for name in others)

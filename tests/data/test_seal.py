@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,93 @@ def test_groups_that_come_later_are_never_divided(tmp_path: Path, home: Path) ->
         DataError, match=r"^photos.csv, group p\d: is in train and test; .* sealed without these groups"
     ):
         drawn(manifest(root, [f"{row},p{number // 10}" for number, row in enumerate(rows)]), home)
+
+
+def rows_of(numbers: Iterable[int], group: int = 0) -> list[str]:
+    return [
+        f"{name}/{number:02}.png,{name}" + (f",p{number // group}" if group else "")
+        for number in numbers
+        for name in ("cat", "dog")
+    ]
+
+
+def files_of(found: Listed, is_sealed: bool = True) -> set[Path]:
+    part = found.listing.sealed_part if is_sealed else found.listing.usable
+    return {found.listing.root / name for name in part.names}
+
+
+def test_cleaned_manifest_keeps_the_sealed_images_sealed(tmp_path: Path, home: Path) -> None:
+    root = pets(tmp_path / "pets", 100)
+    first = drawn(manifest(root, rows_of(range(100)), "path,label"), home)
+    first.fix(home)
+    (file,) = (home / "splits").glob("*.json")
+    clean = root / "clean.csv"
+    for kept in (range(20, 100), range(70, 100)):
+        clean.write_text("\n".join(["path,label", *rows_of(kept)]))
+        found = drawn(clean, home)
+        assert files_of(found) == files_of(first) & {root / row.partition(",")[0] for row in rows_of(kept)}
+        assert found.lines()[1] == (
+            f"these include the images of it that were sealed before, by mlruns/splits/{file.name}"
+        )
+    found.fix(home)
+    assert drawn(clean, home).seal == found.seal, "it has a seal of its own then"
+    assert drawn(root / "photos.csv", home).seal == first.seal
+
+
+def test_folder_and_manifests_of_its_images_share_what_is_sealed(tmp_path: Path, home: Path) -> None:
+    """Within the folder or beside it, and for another task; groups that the seal would divide are refused."""
+    root = pets(tmp_path / "pets", 100)
+    first = drawn(root, home)
+    first.fix(home)
+    beside = tmp_path / "photos.csv"
+    beside.write_text("\n".join(["path,label", *(f"pets/{row}" for row in rows_of(range(5, 100)))]))
+    assert files_of(drawn(beside, home)) < files_of(first)
+    task = root / "task.csv"
+    names = [row.partition(",")[0] for row in rows_of(range(100))]
+    task.write_text("\n".join(["path,label", *(f"{name},{number % 3}" for number, name in enumerate(names))]))
+    assert files_of(drawn(task, home)) == files_of(first)
+    by_group = manifest(root, rows_of(range(5, 100), 10))
+    with pytest.raises(DataError, match=r"group p\d: is in .* remove pets-\w+.json in mlruns/splits"):
+        drawn(by_group, home)
+    other = pets(tmp_path / "other", 90)
+    assert drawn(other, home).seal.shared == (), "another folder's images are others, whatever they are called"
+
+
+def test_few_sealed_images_stay_sealed_and_others_are_drawn(tmp_path: Path, home: Path) -> None:
+    """As of a small manifest that a person tries first."""
+    root = pets(tmp_path / "pets", 100)
+    small = drawn(manifest(root, rows_of(range(20)), "path,label"), home)
+    small.fix(home)
+    complete = drawn(root, home)
+    assert files_of(small) < files_of(complete) and len(files_of(complete)) == 4 + 20
+    assert not files_of(complete) & files_of(complete, is_sealed=False)
+    rest = root / "rest.csv"
+    rest.write_text("\n".join(["path,label", *rows_of(range(20, 100))]))
+    assert drawn(rest, home).seal.shared == ()
+
+
+def test_new_images_of_a_sealed_group_are_sealed_under_another_name_too(tmp_path: Path, home: Path) -> None:
+    root = pets(tmp_path / "pets")
+    first = drawn(manifest(root, rows_of(range(20), 2)), home)
+    first.fix(home)
+    add_image(root / "new.png")
+    second = root / "second.csv"
+    (group,) = first.seal.groups
+    second.write_text("\n".join(["path,label,group", *rows_of(range(20), 2), f"new.png,cat,{group}"]))
+    assert files_of(drawn(second, home)) == files_of(first) | {root / "new.png"}
+
+
+def test_class_whose_images_are_all_sealed_is_refused(tmp_path: Path, home: Path) -> None:
+    root = pets(tmp_path / "pets")
+    first = drawn(root, home)
+    first.fix(home)
+    task = root / "task.csv"
+    rows = [row.partition(",")[0] for row in rows_of(range(20))]
+    task.write_text(
+        "\n".join(["path,label", *(f"{row},{'rare' if root / row in files_of(first) else row[:3]}" for row in rows)])
+    )
+    with pytest.raises(DataError, match=r"^task.csv, class rare: all its images are sealed; add some, or remove pets-"):
+        drawn(task, home)
 
 
 @pytest.mark.parametrize("given", [True, False])

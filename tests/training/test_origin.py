@@ -1,5 +1,6 @@
 """Weights that a training starts from have not learnt from the images that validate or test it."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,5 +35,9 @@ def test_weights_of_a_run_on_another_split_are_refused_before_the_first_step(
     save_model(weights.parent, small_recipe.changed({"data.dataset": photos.source}), digits)
     with pytest.raises(UserError, match="maybe on some that are for validation or test here"):
         check_initial(start, photos)
+    for another, is_same in (("photos/clean.csv", True), ("photos2", False), ("photos2/clean.csv", False)):
+        save_model(weights.parent, small_recipe.changed({"data.dataset": str(tmp_path / another)}), digits)
+        with pytest.raises(UserError, match=r"other images of .*/photos,") if is_same else nullcontext():
+            check_initial(start, photos)
     (weights.parent / RECORD).unlink()
     check_initial(start, photos)
