@@ -41,6 +41,7 @@ class Listing:
     splits: np.ndarray  # str (N,), TRAIN, VALIDATION or TEST
     groups: np.ndarray | None = None  # str (N,): images of one never lie on two sides of a split
     left_out: Counter[str] = field(default_factory=Counter)  # kind of file -> how many aren't images, by `image_files`
+    unused: tuple[str, ...] = ()  # columns of the manifest that say nothing here
 
     @property
     def root(self) -> Path:
@@ -102,8 +103,11 @@ class Listing:
         return replace(self, names=names, labels=self.labels[rows], splits=self.splits[rows], groups=groups)
 
     def lines(self) -> list[str]:
-        """What a person should know of it, a line each: files that aren't images, and splits that were given."""
+        """What a person should know of it, a line each: files and columns that aren't used, and splits that were given."""
         lines = [line] if (line := left_out_line(self.place, self.left_out)) else []
+        if self.unused:
+            more = f" and {len(self.unused) - MAX_LISTED} more" if len(self.unused) > MAX_LISTED else ""
+            lines.append(f"columns of {self.place.name} not used: {', '.join(self.unused[:MAX_LISTED])}{more}")
         if self.has(VALIDATION):
             count = int((self.splits == VALIDATION).sum())
             lines.append(f"{self.place.name} has a validation split of its own, {count:,} images: none is drawn")

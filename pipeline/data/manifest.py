@@ -39,10 +39,10 @@ def root_of(place: str) -> str:
 def read_manifest(place: Path, columns: Mapping[str, str]) -> Listing:
     """The images that the manifest names, in the order of split, class and path, whatever the order of its rows.
 
-    `columns`: what it calls path, label, split and group. DataError where it can't be read, a column is missing, a row says
-    nothing usable, or a group lies in two splits.
+    `columns`: what it calls path, label, split and group. DataError where it can't be read, a column is missing or is called
+    so but for its case, a row says nothing usable, or a group lies in two splits.
     """
-    table = _table(place, columns)
+    table, unused = _table(place, columns)
     if problems := list(_problems(place, table, columns)):
         raise DataError.many(first(problems))
     table["split"] = table["split"].str.lower().map(SPLITS) if "split" in table else TRAIN
@@ -67,13 +67,17 @@ def read_manifest(place: Path, columns: Mapping[str, str]) -> Listing:
         labels=table["label"].map({name: number for number, name in enumerate(classes)}).to_numpy(np.int64),
         splits=table["split"].to_numpy(str),
         groups=table["group"].to_numpy(str) if "group" in table else None,
+        unused=unused,
     )
     check_groups(listing, "put it on one side, or leave out one of the columns split and group")
     return listing
 
 
-def _table(place: Path, columns: Mapping[str, str]) -> "pd.DataFrame":
-    """Of text: `path`, `label`, and `split` and `group` where the manifest has them; empty where it says nothing."""
+def _table(place: Path, columns: Mapping[str, str]) -> tuple["pd.DataFrame", tuple[str, ...]]:
+    """Of text: `path`, `label`, and `split` and `group` where the manifest has them; empty where it says nothing.
+
+    And the names of the other columns.
+    """
     import pandas as pd
 
     try:
@@ -95,16 +99,10 @@ def _table(place: Path, columns: Mapping[str, str]) -> "pd.DataFrame":
     except Exception as error:  # whatever a parser raises
         rule, remedy = f"can't be read ({first_line(error)})", "write it as CSV in UTF-8, or as Parquet"
         raise DataError(str(place), rule, remedy) from None
-    table.columns = table.columns.map(str)
-    wanted = [name for name in COLUMNS if name in REQUIRED or columns[name] != name]
-    if absent := [columns[name] for name in wanted if columns[name] not in table]:
-        renamed = "`--columns path=file,label=species` names those that are called otherwise"
-        raise DataError(
-            str(place),
-            f"has no column {' and '.join(absent)}{did_you_mean(absent[0], table.columns)}; it has {', '.join(table.columns)}",
-            renamed if len(table.columns) > 1 else "separate the columns by commas",
-        )
+    table.columns = table.columns.map(lambda name: str(name).strip())
+    _check_header(place, list(table.columns), columns)
     named = {name: table[columns[name]] for name in COLUMNS if columns[name] in table}
+    unused = tuple(name for name in table.columns if name not in columns.values() and not name.startswith("Unnamed: "))
     for name, column in named.items():
         if pd.api.types.is_float_dtype(column):
             named[name] = column.convert_dtypes()  # a missing label or group makes floats of whole numbers
@@ -112,7 +110,32 @@ def _table(place: Path, columns: Mapping[str, str]) -> "pd.DataFrame":
         name: column.astype(object).where(column.notna(), "").map(str).str.strip() for name, column in named.items()
     }
     text["path"] = text["path"].map(_below(str(place.parent)))
-    return pd.DataFrame(text)
+    return pd.DataFrame(text), unused
+
+
+def _check_header(place: Path, header: list[str], columns: Mapping[str, str]) -> None:
+    """DataError where a column is missing, is there twice, or has the name of one that is read but for its case."""
+    wanted = [name for name in COLUMNS if name in REQUIRED or columns[name] != name]
+    if absent := [columns[name] for name in wanted if columns[name] not in header]:
+        renamed = "`--columns path=file,label=species` names those that are called otherwise"
+        raise DataError(
+            str(place),
+            f"has no column {' and '.join(absent)}{did_you_mean(absent[0], header)}; it has {', '.join(header)}",
+            renamed if len(header) > 1 else "separate the columns by commas",
+        )
+    problems = [
+        Problem(f"{place}, column {other}", f"would not be used: {name} is read", "rename it")
+        for name in columns.values()
+        for other in header
+        if name not in header and other.lower() == name.lower()
+    ]
+    problems += [
+        Problem(f"{place}, column {name}", f"is there {header.count(name)} times", "remove or rename the others")
+        for name in columns.values()
+        if header.count(name) > 1
+    ]
+    if problems:
+        raise DataError.many(problems)
 
 
 def _below(root: str) -> Callable[[str], str]:

@@ -88,6 +88,30 @@ def test_columns_may_have_other_names(pets: Path) -> None:
     ]
 
 
+def test_columns_that_are_not_used_are_named(pets: Path) -> None:
+    rows = [f"{row},{index},7" for index, row in enumerate(ROWS)]
+    listing = read_manifest(write(pets, rows, "path,label,patient,age"), columns())
+    assert listing.lines() == ["columns of photos.csv not used: patient, age"]
+    listing = read_manifest(write(pets, rows, "path,label,patient,age"), columns("group=patient"))
+    assert listing.lines() == ["columns of photos.csv not used: age"]
+
+
+def test_no_column_is_ignored_for_its_case_or_a_space(pets: Path) -> None:
+    """Or else test images would train, and groups would be divided."""
+    add_image(pets / "a.png")
+    rows = [*(f"{row},train,p{index}" for index, row in enumerate(ROWS)), "a.png,cat,test,p9"]
+    listing = read_manifest(write(pets, rows, "path, label, split ,group "), columns())
+    assert listing.sealed_part.names == ["a.png"] and listing.groups is not None
+    place = write(pets, rows, "path,label,Split,GROUP")
+    assert lines_of(DataError, place) == [
+        f"{place}, column Split: would not be used: split is read; rename it",
+        f"{place}, column GROUP: would not be used: group is read; rename it",
+    ]
+    assert lines_of(DataError, write(pets, rows, "path,label,split, split")) == [
+        f"{place}, column split: is there 2 times; remove or rename the others"
+    ]
+
+
 def test_splits_are_given_in_any_case_and_order(pets: Path) -> None:
     for name in ("a", "b"):
         add_image(pets / f"{name}.png")
