@@ -7,6 +7,7 @@ Other folders and manifests of the same files share their sealed images, so that
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from pipeline.errors import DataError, Problem, UserError
 
 SEED = 20_261_129  # never change it: it seals the test splits
 FOLDER = "splits"  # below mlruns
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,10 @@ class Seal:
     @classmethod
     def _of_others(cls, listing: Listing, fraction: float, home: Path | None) -> Self:
         """The images that are sealed already, as parts of whatever data set of the same files; there may be none."""
-        seals = {file.name: seal for file, seal in cls._all(home).items()} if home else {}
+        readable, damaged = cls._all(home) if home else ({}, {})
+        for error in damaged.values():
+            log.warning("%s; it may be of another data set: this one's test split is drawn without it", error)
+        seals = {file.name: seal for file, seal in readable.items()}
         names = {file: found for file, seal in seals.items() if (found := seal._names_in(listing))}
         return cls(
             place=str(listing.place),
@@ -76,10 +82,11 @@ class Seal:
     def find(cls, listing: Listing, home: Path) -> Self | None:
         """The one of this data set: drawn at this place, or wherever the same paths lay.
 
-        DataError where it is damaged, or most of its images are gone and a few are not: then nobody knows whether this is
-        the data set, or another one that has some names in common with it.
+        DataError where one with the name of this data set is damaged and no other one is its, or where most of its images
+        are gone and a few are not: then nobody knows whether this is the data set, or another one that has some names in
+        common with it.
         """
-        seals = cls._all(home)
+        seals, damaged = cls._all(home)
         names, place = set(listing.names), str(listing.place)
         real = os.path.realpath(place)  # as `find_data` names it, whatever link was typed when it was drawn
         here = {
@@ -95,11 +102,22 @@ class Seal:
                 raise DataError(place, rule, remedy)
             return seals[file]
         digest = _digest(listing) if seals else ""
-        return next((replace(seal, place=place) for seal in seals.values() if seal.listing == digest), None)
+        found = next((replace(seal, place=place) for seal in seals.values() if seal.listing == digest), None)
+        own = [error for file, error in damaged.items() if file.stem.rpartition("-")[0] == listing.short_name]
+        if own and not found:
+            raise own[0]
+        return found
 
     @classmethod
-    def _all(cls, home: Path) -> dict[Path, Self]:
-        return {file: cls._read(file) for file in sorted((home / FOLDER).glob("*.json"))}
+    def _all(cls, home: Path) -> tuple[dict[Path, Self], dict[Path, DataError]]:
+        """Those that can be read, and why the others can't."""
+        seals, damaged = {}, {}
+        for file in sorted((home / FOLDER).glob("*.json")):
+            try:
+                seals[file] = cls._read(file)
+            except DataError as error:
+                damaged[file] = error
+        return seals, damaged
 
     @classmethod
     def _read(cls, file: Path) -> Self:

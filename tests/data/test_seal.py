@@ -132,6 +132,22 @@ def test_damaged_seal_is_not_drawn_anew(tmp_path: Path, home: Path) -> None:
         drawn(root, home)
 
 
+def test_damaged_seal_of_another_name_stops_no_other_data_set(
+    tmp_path: Path, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = drawn(pets(tmp_path / "pets"), home)
+    first.fix(home)
+    (home / "splits" / "birds-01234567.json").write_text('{"place": ')
+    assert drawn(tmp_path / "pets", home).seal == first.seal and not caplog.records
+    assert drawn(pets(tmp_path / "more", 30), home).seal is not None
+    assert "birds-01234567.json: which fixes a test split, can't be read" in caplog.text
+    assert "it may be of another data set" in caplog.text
+    (home / "splits" / "pets-01234567.json").write_text('{"place": ')
+    assert drawn(tmp_path / "pets", home).seal == first.seal, "this one fits"
+    with pytest.raises(DataError, match=r"birds-01234567.json: .* restore it"):
+        drawn(pets(tmp_path / "Birds", 40), home)
+
+
 def test_given_test_split_is_never_replaced(tmp_path: Path, home: Path) -> None:
     root = pets(tmp_path / "pets" / "train").parent
     add_image(root / "test" / "cat" / "1.png")
