@@ -98,7 +98,7 @@ class CandidateEvaluation:
         else:
             opponent = None
             self.observer.note(
-                "no champion yet and no feasible control: the first champion must be better than a constant answer"
+                "no champion yet and no control to compare with: the first champion must be better than a constant answer"
             )
         return self._new_verdict(challenger, opponent, data, split, forced, chosen)
 

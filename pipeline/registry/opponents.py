@@ -6,7 +6,8 @@ from pipeline.errors import UserError
 from pipeline.recipe import LATER
 from pipeline.tracking import queries
 from pipeline.tracking.intact import control_runs
-from pipeline.tracking.tags import TRAINED_ROLES, Role, RunTags, State, StoredRun
+from pipeline.tracking.store import is_active
+from pipeline.tracking.tags import TRAINED_ROLES, RunTags, State, StoredRun
 from pipeline.tracking.tracker import MlflowTracker
 
 
@@ -15,28 +16,30 @@ def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
 
     A trial is compared with the control's trial. A final is the best of several seeds, and an ensemble made of them, so it
     is compared with the best of the control's finals: against a single run, luck alone won in up to 9 % of the cases with
-    5 seeds and 19 % with 10, instead of 5 % (simulated). None for an infeasible control, which could not become champion.
-    UserError where the study has none.
+    5 seeds and 19 % with 10, instead of 5 % (simulated). None for an infeasible control, which could not become champion,
+    and for one whose trainings all failed. UserError where the study has none, or one that can still be trained.
     """
     run = tracker.client.get_run(run_id)
     study, tags = queries.study_of(tracker, run), RunTags.of(run)
     if study is None:
         return None
-    finished = _finished(queries.children(tracker, study))
-    controls = control_runs(_finished(finished, "trial"))
-    deleted = _finished(queries.deleted_children(tracker, study.parent), "trial")
-    ids = {control.info.run_id for control in controls or control_runs(deleted)}
+    runs = queries.children(tracker, study)
+    controls = control_runs(_trials(runs)) or control_runs(_trials(queries.deleted_children(tracker, study.parent)))
+    ids = {control.info.run_id for control in controls}
     if ids & {run_id, tags.trial_run} or any(study.broken_by(control) for control in controls):
         return None
-    if tags.role == "trial" and controls:
-        return controls[0].info.run_id
-    finals = [other for other in finished if RunTags.of(other).trial_run in ids]
+    trained = [control for control in _finished(controls) if is_active(control)]
+    if tags.role == "trial" and trained:
+        return trained[0].info.run_id
+    finals = [other for other in _finished(runs) if RunTags.of(other).trial_run in ids]
     # All of some finals have the epochs that `finals --epochs` says, which need not be the trials'.
     for length in (_epochs(run), *(_epochs(control) for control in controls[:1])):
         if alike := [other for other in finals if _epochs(other) == length]:
             return max(alike, key=lambda o: (_folds(o) == _folds(run), o.data.metrics[study.objective])).info.run_id
-    if controls:
-        return controls[0].info.run_id
+    if trained:
+        return trained[0].info.run_id
+    if any(RunTags.of(control).state is State.FAILED for control in controls):
+        return None
     raise UserError(
         study.name,
         "has no finished control to compare with, and there is no champion",
@@ -92,7 +95,9 @@ def _folds(run: StoredRun) -> str:
     return run.data.params.get("data.folds", str(LATER["data.folds"]))
 
 
-def _finished(runs: Iterable[StoredRun], role: Role | None = None) -> list[StoredRun]:
-    """Those of the runs that finished, of one role or of all."""
-    tagged = ((run, RunTags.of(run)) for run in runs)
-    return [run for run, tags in tagged if tags.state is State.FINISHED and role in (None, tags.role)]
+def _trials(runs: Iterable[StoredRun]) -> list[StoredRun]:
+    return [run for run in runs if RunTags.of(run).role == "trial"]
+
+
+def _finished(runs: Iterable[StoredRun]) -> list[StoredRun]:
+    return [run for run in runs if RunTags.of(run).state is State.FINISHED]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.prepare import TrainingData
+from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.registry import opponents
 from pipeline.registry.opponents import control_of
@@ -49,6 +50,40 @@ def test_first_champion_is_compared_with_a_control_alike(
     )
     tracker.client.set_tag(parent.id, "constraints", '{"val/accuracy": 0.4}')
     assert control_of(tracker, trial) is None, "an infeasible control"
+
+
+@pytest.mark.parametrize("ended", [State.FAILED, State.INTERRUPTED])
+def test_control_whose_training_failed_leaves_its_finals_or_none(
+    ended: State, tmp_path: Path, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    """Where nothing of it finished there is no opponent; one that was interrupted is resumed first."""
+    tracker = MlflowTracker(tmp_path / "mlruns")
+    parent = tracker.open_study("failed-v1-digits", "?", "val/accuracy", [])
+
+    def made(name: str, score: float, state: State = State.FINISHED, **tags: str) -> str:
+        tags |= {"study": "failed-v1-digits"}
+        with tracker.run(
+            RunRequest(name=name, recipe=small_recipe, data=digits, parent_run=parent.id, tags=RunTags.parse(tags))
+        ) as run:
+            run.log_metrics({"val/accuracy": score}, 1)
+            run.end(state)
+        return tracker.id_of(run.key)
+
+    control = made("trial 0 (control)", 0.1, ended, role="trial", trial="0")
+    trial = made("trial 1", 0.9, role="trial", trial="1")
+    final = made("seed 1", 0.9, role="final", trial="1", trial_run=trial)
+    made("seed 1", 0.1, State.FAILED, role="final", trial="0", trial_run=control)
+    for run in (trial, final):
+        if ended is State.FAILED:
+            assert control_of(tracker, run) is None
+        else:
+            with pytest.raises(
+                UserError, match=r"no finished control to compare with.*resumes one that did not finish"
+            ):
+                control_of(tracker, run)
+    seeds = [made(f"seed {n}", score, role="final", trial="0", trial_run=control) for n, score in ((2, 0.4), (3, 0.6))]
+    assert [control_of(tracker, run) for run in (trial, final)] == [seeds[1]] * 2
+    assert [control_of(tracker, run) for run in seeds] == [None, None]
 
 
 def test_a_run_from_before_a_field_is_a_seed_of_the_same_recipe(
