@@ -275,7 +275,7 @@ def _chance(evidence: Evidence, new: np.ndarray, old: np.ndarray, rules: Rules, 
         source = f"measured on {seeds}"
     else:
         spread, quantile = rules.seed_spread / 100 * error_rate, ndtri(1 - rules.alpha)
-        source = f"assumed, {rules.seed_spread:g} % of the error rate: `finals` measures it"
+        source = f"assumed, {rules.seed_spread:g} % of the error rate: `finals` over seeds measures it"
     reason = f"chance of the images and of the seeds, whose standard deviation is {100 * spread:.2f} points ({source})"
     return _Chance(gain, images, spread, float(quantile), reason)
 

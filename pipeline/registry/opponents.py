@@ -49,8 +49,9 @@ def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
 
 
 def seed_scores(tracker: MlflowTracker, run_id: str, objective: str) -> list[float]:
-    """Scores of the study's finished trainings that differ from this run's recipe by their seed at most.
+    """Scores of the study's finished trainings that differ from this run's recipe by their seed at most; none of folds.
 
+    Scores of folds are of different images, whose chance the gate counts already.
     Of an ensemble they are those of its first member, which spread more than ensembles would, and of a narrower network
     those of the run that it was made of, which were trained alike.
     """
@@ -65,6 +66,7 @@ def seed_scores(tracker: MlflowTracker, run_id: str, objective: str) -> list[flo
         for other in _finished(queries.children(tracker, study))
         if RunTags.of(other).role in TRAINED_ROLES
         and _without_seed(other.data.params) == _without_seed(run.data.params)
+        and _folds(other) == "0"
         and objective in other.data.metrics
     }
     return list(by_seed.values())
@@ -82,7 +84,7 @@ def _without_seed(params: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in params.items()
-        if name not in ("training.seed", "data.dataset", "data.fold") and value != str(LATER.get(name))
+        if name not in ("training.seed", "data.dataset") and value != str(LATER.get(name))
     }
 
 

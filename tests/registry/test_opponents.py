@@ -7,8 +7,7 @@ import pytest
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.registry import opponents
-from pipeline.registry.opponents import control_of
+from pipeline.registry.opponents import control_of, seed_scores
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
@@ -42,6 +41,7 @@ def test_first_champion_is_compared_with_a_control_alike(
     on_fold = made("fold 0", 0.95, folds=5, role="final", trial="0", trial_run=control)
     of_folds = made("fold 0", 0.9, folds=5, role="final", trial="1", trial_run=trial)
     assert control_of(tracker, alone) == lucky[0] and control_of(tracker, of_folds) == on_fold, "of the same images"
+    assert seed_scores(tracker, of_folds, "val/accuracy") == [], "scores of other images say nothing of seeds"
     mean = made("mean of 2 runs", 0.9, 1, role="ensemble", method="mean", members="{}")
     assert control_of(tracker, mean) == lucky[0], "it is made of finals"
     assert control_of(tracker, trial) == control, "one seed against one"
@@ -103,4 +103,4 @@ def test_a_run_from_before_a_field_is_a_seed_of_the_same_recipe(
             run.log_metrics({"val/accuracy": score}, 1)
             run.end(State.FINISHED)
         ids.append(tracker.id_of(run.key))
-    assert sorted(opponents.seed_scores(tracker, ids[0], "val/accuracy")) == [0.5, 0.6]
+    assert sorted(seed_scores(tracker, ids[0], "val/accuracy")) == [0.5, 0.6]
