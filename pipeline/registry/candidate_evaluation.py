@@ -18,7 +18,7 @@ from pipeline.registry import export, test_split
 from pipeline.registry.card import share
 from pipeline.registry.gate import ACCURACY, Evidence, GateRecord, ModelEvidence, Rules, Verdict, decide
 from pipeline.registry.ledger import DELETED, PASSED, PROMOTED, REFUSED, TEST_EVALUATION, Champion, Event
-from pipeline.registry.opponents import control_of, seed_scores
+from pipeline.registry.opponents import control_of, num_competing, seed_scores
 from pipeline.registry.package import MODEL
 from pipeline.registry.registered_model import CHAMPION, Registry
 from pipeline.tracking import queries
@@ -175,6 +175,7 @@ class CandidateEvaluation:
             seed_scores=seed_scores(self.registry.tracker, challenger.run, objective),
             opponent_name=(CONTROL if opponent.name == CONTROL else CHAMPION) if opponent else CONSTANT,
             objective=objective,
+            competing=num_competing(self.registry.tracker, challenger.run, opponent.run if opponent else None),
         )
         return self._record(models, evidence, split, forced or chosen)
 

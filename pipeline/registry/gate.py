@@ -107,6 +107,7 @@ class Evidence:
     seed_scores: Sequence[float] = ()  # of trainings that differ from the challenger by their seed at most
     opponent_name: str = "champion"
     objective: str = ACCURACY  # of the challenger's study
+    competing: int = 1  # trials of one seed, this one included, of which the challenger is the best
 
     @property
     def scores(self) -> list[float]:
@@ -264,19 +265,21 @@ def _chance(evidence: Evidence, new: np.ndarray, old: np.ndarray, rules: Rules, 
 
     McNemar's test knows only the images: two seeds of one small network do differ, so that it called the luckier one
     better in 22 % of the comparisons at a level of 5 % (CIFAR-10, 51 % accuracy, 14 seeds). `error_rate` is what the
-    opponent's score is below 1.
+    opponent's score is below 1. The best of several trials is the luckiest of them, too: alpha is divided among them.
     """
     from scipy.special import ndtri, stdtrit
 
     gain, images = paired_difference(evidence.objective, evidence.labels, new, old, len(evidence.classes))
-    seeds = len(evidence.seed_scores)
+    seeds, alpha = len(evidence.seed_scores), rules.alpha / evidence.competing
     if seeds >= MIN_SEEDS:  # Student's quantile: a spread that is measured on a few seeds is itself uncertain
-        spread, quantile = float(np.std(evidence.seed_scores, ddof=1)), stdtrit(seeds - 1, 1 - rules.alpha)
+        spread, quantile = float(np.std(evidence.seed_scores, ddof=1)), stdtrit(seeds - 1, 1 - alpha)
         source = f"measured on {seeds}"
     else:
-        spread, quantile = rules.seed_spread / 100 * error_rate, ndtri(1 - rules.alpha)
+        spread, quantile = rules.seed_spread / 100 * error_rate, ndtri(1 - alpha)
         source = f"assumed, {rules.seed_spread:g} % of the error rate: `finals` over seeds measures it"
     reason = f"chance of the images and of the seeds, whose standard deviation is {100 * spread:.2f} points ({source})"
+    if evidence.competing > 1:
+        reason += f"; the best of {evidence.competing} trials, so alpha is {alpha:.2g}"
     return _Chance(gain, images, spread, float(quantile), reason)
 
 

@@ -48,6 +48,20 @@ def control_of(tracker: MlflowTracker, run_id: str) -> str | None:
     )
 
 
+def num_competing(tracker: MlflowTracker, run_id: str, opponent: str | None) -> int:
+    """How many models a trial is the best of: its study's finished and feasible trials, but for the opponent.
+
+    1 of any other run: the seeds of finals are compared by their mean, and the best of them with the control's best.
+    """
+    run = tracker.client.get_run(run_id)
+    study = queries.study_of(tracker, run)
+    if study is None or RunTags.of(run).role != "trial":
+        return 1
+    finished = _finished(queries.children(tracker, study, "trial"))
+    competing = {trial.info.run_id for trial in finished if not study.broken_by(trial)}
+    return len((competing | {run_id}) - {opponent})
+
+
 def seed_scores(tracker: MlflowTracker, run_id: str, objective: str) -> list[float]:
     """Scores of the study's finished trainings that differ from this run's recipe by their seed at most; none of folds.
 

@@ -69,6 +69,7 @@ def test_promotion_judges_by_the_objective_of_the_study(store: Store, tmp_path: 
         client.set_tag(study.parent, "objective", "val/accuracy")
     record = next(event for event in registry.ledger.events() if event.kind == PASSED).evidence.record
     assert "points of balanced accuracy" in record.verdict.results[1].number
+    assert record.verdict.results[2].reason.endswith("; the best of 3 trials, so alpha is 0.017")
     tables = [pd.read_parquet(path) for path in sorted((tmp_path / TEST_EVALUATIONS).iterdir())]
     expected = {balanced_accuracy_score(t["label"], np.stack(t["probabilities"]).argmax(1)) for t in tables}
     assert sorted(record.scores.values()) == pytest.approx(sorted(expected)) and store.good in record.scores

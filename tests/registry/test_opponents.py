@@ -7,7 +7,7 @@ import pytest
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.registry.opponents import control_of, seed_scores
+from pipeline.registry.opponents import control_of, num_competing, seed_scores
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest
 
@@ -48,6 +48,9 @@ def test_first_champion_is_compared_with_a_control_alike(
     assert [control_of(tracker, run) for run in (*lucky, longer, on_fold)] == [None] * 4, (
         "the control, whatever its seed"
     )
+    made("trial 2", 0.7, role="trial", trial="2")
+    assert [num_competing(tracker, trial, other) for other in (control, None)] == [2, 3], "but for the opponent"
+    assert num_competing(tracker, rival, longer) == 1, "finals compare means"
     tracker.client.set_tag(parent.id, "constraints", '{"val/accuracy": 0.4}')
     assert control_of(tracker, trial) is None, "an infeasible control"
 
