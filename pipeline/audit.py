@@ -308,7 +308,14 @@ class _Auditor:
     def _check_ledger(self) -> None:
         if not (self._home / ledger.FILE).is_file():
             return
-        entries = ledger.Ledger(self._home)
+        try:
+            with promote.registry_lock(self._home):
+                self._check_changes(ledger.Ledger(self._home))
+        except PromotionRefused as error:
+            self._result.unchecked += error.problems
+
+    def _check_changes(self, entries: ledger.Ledger) -> None:
+        """Check the changes of champion, under `registry_lock`: one that a living command makes is not cut off."""
         unfinished = entries.unfinished()
         for event in unfinished:
             rule = f"a change of champion, begun {event.time}, was cut off"

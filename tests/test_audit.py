@@ -20,6 +20,7 @@ from pipeline.errors import Problem
 from pipeline.recipe import Recipe
 from pipeline.registry import ledger
 from pipeline.registry.package import Package
+from pipeline.registry.promote import registry_lock
 from pipeline.search import run_study
 from pipeline.search.search import Search
 from pipeline.search.storage import open_storage
@@ -260,6 +261,10 @@ def test_cut_off_promotion_and_deleted_version_are_found(trained: Trained, tmp_p
     home = tmp_path / "mlruns"
     book = ledger.Ledger(home)
     begun = book.begin(ledger.PROMOTED, "image-classifier", trained.finished, None, previous=None, version="1")
+    with registry_lock(home):
+        during = audit(None, MlflowTracker(home))
+    assert during.findings == [], "it is not cut off while its command lives"
+    assert "another promotion or rollback is under way" in all_lines(during.unchecked)[-1]
     (seen,) = all_lines(audit(None, MlflowTracker(home)).findings)
     assert "was cut off; `history` finishes or undoes it" in seen
     book.end(begun, ledger.PROMOTED, "1")
