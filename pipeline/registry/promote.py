@@ -8,7 +8,7 @@ finishes what has its version and undoes what has none.
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,6 +22,7 @@ from pipeline.registry.candidate_evaluation import (
     EvaluatedModel,
     EvaluationObserver,
 )
+from pipeline.registry.card import description
 from pipeline.registry.gate import Rules
 from pipeline.registry.ledger import (
     CHANGES,
@@ -35,7 +36,7 @@ from pipeline.registry.ledger import (
     Ledger,
     before,
 )
-from pipeline.registry.package import Package, package
+from pipeline.registry.package import CARD, Package, package
 from pipeline.registry.registered_model import CHAMPION, PREVIOUS, TOKEN_TAG, Registry, promoted_versions, version_label
 from pipeline.tracking import queries
 from pipeline.tracking.models import DIGEST_TAG, find_model
@@ -171,6 +172,9 @@ def promote(
             raise _refusal(registry, verdict)
         version = registry.version_of(run_id)
         files = packed or _pack(evaluation, challenger, verdict, folder / "package")
+        label = _label(registry, challenger, verdict, files)
+        if version:
+            _relabel(registry, version, label)
         begun = registry.ledger.begin(
             PROMOTED,
             registry.model,
@@ -180,7 +184,7 @@ def promote(
             previous=champion.version if champion else None,
             reason=verdict.reason,
         )
-        _move(registry, begun, version or _register(registry, begun, challenger, verdict, files))
+        _move(registry, begun, version or _register(registry, begun, label, files))
     return registry.ledger.champions(registry.model)[-1]
 
 
@@ -222,23 +226,42 @@ def _refusal(registry: Registry, verdict: Event) -> PromotionRefused:
     return PromotionRefused.many(problems)
 
 
-def _register(
-    registry: Registry, begun: Event, challenger: EvaluatedModel, verdict: Event, files: ModelVersion | Package
-) -> str:
+@dataclass(frozen=True)
+class _Label:
+    """What a version says of itself in the registry."""
+
+    tags: dict[str, str]
+    description: str
+
+
+def _label(registry: Registry, challenger: EvaluatedModel, verdict: Event, files: ModelVersion | Package) -> _Label:
+    """By the verdict that promotes it. Files that are registered already keep their card, with the first verdict."""
+    tags = _version_tags(registry, challenger.metadata, verdict)
+    if isinstance(files, Package):
+        return _Label(tags | {f"{DIGEST_TAG}{name}": digest for name, digest in files.sha256.items()}, files.card)
+    digests = {key: value for key, value in files.tags.items() if key.startswith(DIGEST_TAG)}
+    note = f"Promoted by the verdict of {verdict.time}, which the tags state. The card is of the first promotion."
+    card = (challenger.folder / CARD).read_text(encoding="utf-8")
+    return _Label(tags | digests, description(f"{note}\n\n{card}"))
+
+
+def _relabel(registry: Registry, version: str, label: _Label) -> None:
+    client = registry.tracker.client
+    for name, value in label.tags.items():
+        client.set_model_version_tag(registry.model, version, name, value)
+    client.update_model_version(registry.model, version, description=label.description)
+
+
+def _register(registry: Registry, begun: Event, label: _Label, files: ModelVersion | Package) -> str:
     """Make a version of a package, new or already registered under another model's name; the version's number."""
     client = registry.tracker.client
-    if isinstance(files, Package):
-        client.log_artifacts(challenger.run, str(files.folder), ARTIFACTS)
-        digests = {f"{DIGEST_TAG}{name}": digest for name, digest in files.sha256.items()}
-        card = files.card
-    else:  # its files lie in the run, and are never written again
-        digests = {key: value for key, value in files.tags.items() if key.startswith(DIGEST_TAG)}
-        card = files.description or ""
+    if isinstance(files, Package):  # else its files lie in the run, and are never written again
+        client.log_artifacts(begun.run, str(files.folder), ARTIFACTS)
     if not client.search_registered_models(f"name = '{registry.model}'"):
         client.create_registered_model(registry.model)
-    tags = _version_tags(registry, challenger.metadata, verdict) | digests | {TOKEN_TAG: begun.details["token"]}
-    source = f"runs:/{challenger.run}/{ARTIFACTS}"
-    return str(client.create_model_version(registry.model, source, challenger.run, tags, description=card).version)
+    tags, source = label.tags | {TOKEN_TAG: begun.details["token"]}, f"runs:/{begun.run}/{ARTIFACTS}"
+    made = client.create_model_version(registry.model, source, begun.run, tags, description=label.description)
+    return str(made.version)
 
 
 def _version_tags(registry: Registry, metadata: ModelMetadata, verdict: Event) -> dict[str, str]:

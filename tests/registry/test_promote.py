@@ -122,6 +122,11 @@ def test_first_champion_second_champion_and_rollback(
     forced = promote(registry, store.best, RULES, DATA, view, forced="the other was slow too")
     assert forced == second, "the version that is there, not another one"
     assert registry.ledger.events()[-1].reason == "the other was slow too"
+    newest = next(event for event in reversed(registry.ledger.events()) if event.kind == PASSED)
+    version = registry.tracker.client.get_model_version("way", "2")
+    assert (version.tags["ledger_event"], version.tags["against"]) == (str(newest.id), store.good)
+    assert version.description.startswith(f"Promoted by the verdict of {newest.time}, ")
+    assert "\n# Image classifier: " in version.description and len(version.description) <= 5000
     assert roll_back(registry, "1", "slow") == first and roll_back(registry, "2", "it wasn't") == second
     assert len(opened) == 3
 
