@@ -18,9 +18,8 @@ from pipeline.audit import Audit, audit, check_databases, repair
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import Problem
 from pipeline.recipe import Recipe
-from pipeline.registry import ledger
+from pipeline.registry import ledger, promote
 from pipeline.registry.package import Package
-from pipeline.registry.promote import registry_lock
 from pipeline.search import run_study
 from pipeline.search.search import Search
 from pipeline.search.storage import open_storage
@@ -256,15 +255,18 @@ def test_changed_file_of_a_registered_model_is_found(trained: Trained, packed: P
         assert "rollback" not in seen, "there is no version before"
 
 
-def test_cut_off_promotion_and_deleted_version_are_found(trained: Trained, tmp_path: Path) -> None:
+def test_cut_off_promotion_and_deleted_version_are_found(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promote, "CHANGE_WAIT_S", 0.1)
     trained.copy(tmp_path / "mlruns")
     home = tmp_path / "mlruns"
     book = ledger.Ledger(home)
     begun = book.begin(ledger.PROMOTED, "image-classifier", trained.finished, None, previous=None, version="1")
-    with registry_lock(home):
+    with promote.registry_lock(home):
         during = audit(None, MlflowTracker(home))
     assert during.findings == [], "it is not cut off while its command lives"
-    assert "another promotion or rollback is under way" in all_lines(during.unchecked)[-1]
+    assert "another command is changing the champion" in all_lines(during.unchecked)[-1]
     (seen,) = all_lines(audit(None, MlflowTracker(home)).findings)
     assert "was cut off; `history` finishes or undoes it" in seen
     book.end(begun, ledger.PROMOTED, "1")

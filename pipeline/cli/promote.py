@@ -84,22 +84,19 @@ def promote(
     from pipeline.registry.decision import run_to_promote
     from pipeline.registry.gate import Rules
     from pipeline.registry.promote import promote as evaluate_and_promote
-    from pipeline.registry.promote import registry_lock, settle
 
     changed_rules = Rules().changed(rules or [])
     registry = open_registry(model, tracking_uri)
     view = _View(console := make_console())
     say_what_is_missing(console, registry.tracker)
-    with registry_lock(HOME):
-        settle(registry.tracker, registry.ledger, view.note)
-        reason_chosen = ""
-        if name is not None:
-            run, reason_chosen = run_to_promote(registry.tracker, name, view.note)
-            view.note(reason_chosen)
-        assert run is not None
-        champion = evaluate_and_promote(
-            registry, run, changed_rules, expand(data_dir), view, reason, reason_chosen, dataset
-        )
+    reason_chosen = ""
+    if name is not None:
+        run, reason_chosen = run_to_promote(registry.tracker, name, view.note)
+        view.note(reason_chosen)
+    assert run is not None
+    champion = evaluate_and_promote(
+        registry, run, changed_rules, expand(data_dir), view, reason, reason_chosen, dataset
+    )
     view.note(f"champion: {model} version {champion.version}, run {champion.run}")
     _show_next(console, model)
 

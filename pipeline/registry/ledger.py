@@ -169,7 +169,7 @@ class Ledger:
             if current != over:
                 named = f"version {current.version}, run {current.run}" if current else "none"
                 rule = f"its champion changed meanwhile ({named})"
-                raise PromotionRefused(model, rule, "the same command compares with that one")
+                raise PromotionRefused(model, rule, "`--force` with `--reason` compares with that one")
             return _append(connection, BEGUN, model, run, version, None, reason, details)
 
     def end(self, begun: Event, kind: str, version: str | None, reason: str = "") -> Event:

@@ -45,19 +45,31 @@ from pipeline.tracking.tags import RunTags
 from pipeline.tracking.tracker import MlflowTracker
 
 ARTIFACTS = "model"  # where a package lies among its run's artifacts
+CHANGE_WAIT_S = 60.0  # for another command's change of champion, which uploads the files of a model
 _TAG_LIMIT = 5000  # characters; the column's width
 
 
 @contextlib.contextmanager
+def promotion_lock(home: Path) -> Iterator[None]:
+    """The only promotion of a folder mlruns, from before its evaluation on; PromotionRefused at once where there is one."""
+    with _locked(home / "promotion.lock", 0, "another promotion is under way"):
+        yield
+
+
+@contextlib.contextmanager
 def registry_lock(home: Path) -> Iterator[None]:
-    """The only promotion or rollback of a folder mlruns; PromotionRefused at once where another is under way."""
-    lock = FileLock(home / "promotion.lock")
+    """The only change of champion in a folder mlruns, which takes seconds; PromotionRefused after CHANGE_WAIT_S."""
+    with _locked(home / "registry.lock", CHANGE_WAIT_S, "another command is changing the champion"):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(file: Path, wait_s: float, rule: str) -> Iterator[None]:
     try:
-        with lock.acquire(timeout=0):
+        with FileLock(file, timeout=wait_s):
             yield
     except Timeout:
-        rule = "another promotion or rollback is under way"
-        raise PromotionRefused(str(home), rule, "wait for it, and try again") from None
+        raise PromotionRefused(str(file.parent), rule, "wait for it, and try again") from None
 
 
 def settle(tracker: MlflowTracker, ledger: Ledger, note: Callable[[str], None]) -> None:
@@ -148,20 +160,21 @@ def promote(
     chosen: str = "",
     dataset: str | None = None,
 ) -> Champion:
-    """Evaluate a run's model against the champion and make it champion; under `registry_lock` and after `settle`.
+    """Evaluate a run's model against the champion and make it champion.
 
     Does nothing where it is champion. A run that was evaluated on the same split is evaluated again only if `forced`
     says why. `chosen` says why this run is the candidate, for the record; `dataset` is where its data set lies, if that
-    is not known. PromotionRefused where a rule, or that one, says no.
+    is not known. PromotionRefused where a rule, or that one, says no, where another promotion is under way, and where
+    the champion changed meanwhile: a rollback doesn't wait for the evaluation.
     """
-    champion = registry.champion()
-    if champion and champion.run == run_id:
-        observer.note(
-            f"run {run_id} is champion already, {registry.model} {version_label(champion.version)}: nothing to do"
-        )
-        return champion
-    _check_candidate(registry, run_id)
-    with tempfile.TemporaryDirectory() as name:
+    with promotion_lock(registry.ledger.home), tempfile.TemporaryDirectory() as name:
+        with _settled(registry, observer):
+            champion = registry.champion()
+        if champion and champion.run == run_id:
+            served = f"{registry.model} {version_label(champion.version)}"
+            observer.note(f"run {run_id} is champion already, {served}: nothing to do")
+            return champion
+        _check_candidate(registry, run_id)
         folder = Path(name)
         evaluation = CandidateEvaluation(registry, rules, data_dir, folder, observer, dataset)
         packed = next(iter(promoted_versions(registry.tracker, run_id)), None)
@@ -170,22 +183,32 @@ def promote(
         verdict = evaluation.verdict(challenger, champion, forced, chosen)
         if verdict.kind == REFUSED:
             raise _refusal(registry, verdict)
-        version = registry.version_of(run_id)
         files = packed or _pack(evaluation, challenger, verdict, folder / "package")
         label = _label(registry, challenger, verdict, files)
-        if version:
-            _relabel(registry, version, label)
-        begun = registry.ledger.begin(
-            PROMOTED,
-            registry.model,
-            run_id,
-            champion,
-            version=version,
-            previous=champion.version if champion else None,
-            reason=verdict.reason,
-        )
-        _move(registry, begun, version or _register(registry, begun, label, files))
-    return registry.ledger.champions(registry.model)[-1]
+        with _settled(registry, observer):
+            version = registry.version_of(run_id)
+            if version:
+                _relabel(registry, version, label)
+            begun = registry.ledger.begin(
+                PROMOTED,
+                registry.model,
+                run_id,
+                champion,
+                version=version,
+                previous=champion.version if champion else None,
+                reason=verdict.reason,
+            )
+            version = version or _register(registry, begun, label, files)
+            _move(registry, begun, version)
+    return Champion(version, run_id)
+
+
+@contextlib.contextmanager
+def _settled(registry: Registry, observer: EvaluationObserver) -> Iterator[None]:
+    """Under `registry_lock`, after `settle`."""
+    with registry_lock(registry.ledger.home):
+        settle(registry.tracker, registry.ledger, observer.note)
+        yield
 
 
 def _pack(evaluation: CandidateEvaluation, challenger: EvaluatedModel, verdict: Event, folder: Path) -> Package:

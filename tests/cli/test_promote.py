@@ -6,6 +6,7 @@ import pytest
 from conftest import Trained, run_forked, run_pipeline
 
 from cli.helpers import assert_refused
+from pipeline.registry.promote import promotion_lock
 from pipeline.tracking.models import find_model
 
 
@@ -29,7 +30,8 @@ def test_promote_history_and_rollback_of_the_first_champion(trained: Trained, tm
     kinds = [line.split("  ")[1].strip() for line in shown.stdout.splitlines()[:-1]]
     assert kinds == ["test evaluation", "passed", "begun", "promoted"]
     assert shown.stdout.splitlines()[-1].endswith("models that were evaluated on a test split: 1")
-    back = run_forked("rollback", "--reason", "why not", cwd=tmp_path)
+    with promotion_lock(tmp_path / "mlruns"):
+        back = run_forked("rollback", "--reason", "why not", cwd=tmp_path)
     assert back.returncode == 2
     assert back.stderr.startswith("error: image-classifier") and "there is nothing to go back to" in back.stderr
 

@@ -1,5 +1,6 @@
 """Champions in a real MLflow store: registered, moved, rolled back, interrupted and repaired."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ from pipeline.registry.ledger import (
     VerdictEvidence,
 )
 from pipeline.registry.package import Package
-from pipeline.registry.promote import promote, registry_lock, roll_back, settle
+from pipeline.registry.promote import promote, promotion_lock, registry_lock, roll_back, settle
 from pipeline.registry.registered_model import Registry
 from pipeline.registry.speed_runs import SPEED_RUNS
 from pipeline.sections.data import Data
@@ -281,8 +282,7 @@ def package_of(store: Store) -> Package:
 def promote_rival(store: Store, home: Path, model: str) -> None:
     """From a verdict that is in the ledger, with a package that is packed already."""
     module._pack = lambda *_: package_of(store)
-    with registry_lock(home):
-        promote(store.registry(home, model), store.rival, RULES, DATA, RecordingObserver())
+    promote(store.registry(home, model), store.rival, RULES, DATA, RecordingObserver())
 
 
 def be_killed(store: Store, home: Path, model: str, effect: str, when: str) -> None:
@@ -386,11 +386,39 @@ def test_of_two_concurrent_promotions_one_wins(store: Store, aftermath: Path) ->
     registry = store.registry(aftermath / "race", "race")
     assert kinds(registry).count(PROMOTED) == 2 and registry.champion() == Champion("2", store.rival)
     with (
-        registry_lock(aftermath),
-        pytest.raises(PromotionRefused, match=r"another promotion or rollback is under way"),
-        registry_lock(aftermath),
+        promotion_lock(aftermath / "race"),
+        pytest.raises(PromotionRefused, match=r"another promotion is under way"),
     ):
-        pass
+        promote(registry, store.good, RULES, DATA, RecordingObserver())
+
+
+def test_rollback_does_not_wait_for_an_evaluation(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, split = store.registry(tmp_path, "meanwhile"), opener.digest_of(Data(dataset="digits"), DATA)
+    make_champion(registry, store.good)
+    client, (first,) = registry.tracker.client, registry.ledger.champions("meanwhile")
+    begun = registry.ledger.begin(PROMOTED, "meanwhile", store.control, first, previous="1")
+    client.create_model_version("meanwhile", "runs:/x", store.control, {"promotion": begun.details["token"]})
+    details = record(opponent="champion", opponent_run=store.control)
+    registry.ledger.record(PASSED, "meanwhile", store.rival, split=split, details=details)
+    monkeypatch.setattr(module, "find_model", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(module, "_pack", lambda *_: package_of(store))
+
+    class RollingBack(RecordingObserver):
+        def note(self, line: str) -> None:
+            super().note(line)
+            if line.startswith("evaluated already"):
+                with registry_lock(tmp_path):
+                    roll_back(registry, None, "while another is evaluated")
+
+    view = RollingBack()
+    with pytest.raises(
+        PromotionRefused, match=r"champion changed meanwhile \(version 1, .*; `--force` with `--reason`"
+    ):
+        promote(registry, store.rival, RULES, DATA, view)
+    assert "was finished: version 2 is champion" in view.lines[0], "what was interrupted before"
+    assert kinds(registry)[-2:] == ["begun", ROLLED_BACK] and registry.champion() == first
 
 
 def test_interrupted_rollback_is_finished(store: Store, tmp_path: Path) -> None:
