@@ -108,7 +108,7 @@ def train(
         interruptible(
             console, tracker, (Interrupted, KeyboardInterrupt), f"interrupted; {how} resumes the finals of {name}"
         ),
-        FinalsView(console, plan.num_trainings - plan.num_done) as view,
+        FinalsView(console, plan.num_trainings - plan.num_done, plan.study.objective) as view,
     ):
         decision = run_finals(tracker, plan, data, device, view, limit, workers)
     if decision is None:

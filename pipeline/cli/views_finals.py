@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 class FinalsView:
     """Shows repeated trainings: a line for each, and the epoch under way; a FinalsObserver."""
 
-    def __init__(self, console: Console, trainings: int):
+    def __init__(self, console: Console, trainings: int, objective: str = "val/accuracy"):
+        """`objective` decides among the trainings, and is the first of the scores that are shown of each."""
         self._console, self._trainings = console, trainings
+        self._scores = list(dict.fromkeys([objective, "val/accuracy", "val/f1_macro"]))
         self._status = console.status("preparing")
         self._started = self._shown_at = time.monotonic()
         self._ended = 0
@@ -57,9 +59,7 @@ class FinalsView:
         self._ended += 1
         self._states.pop(name, None)
         self._show()
-        scores = [
-            f"{score} {outcome.metrics[f'val/{score}']:.4f}" for score in ("accuracy", "f1_macro") if outcome.epochs
-        ]
+        scores = [f"{name.removeprefix('val/')} {outcome.metrics[name]:.4f}" for name in self._scores if outcome.epochs]
         reason = f" ({outcome.reason})" if outcome.reason else ""
         seconds_left = (time.monotonic() - self._started) / self._ended * (self._trainings - self._ended)
         more = f"; {self._ended} of {self._trainings}, about {duration(seconds_left)} left" if seconds_left > 0 else ""

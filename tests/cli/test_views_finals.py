@@ -22,6 +22,18 @@ def test_each_training_is_a_line(small_recipe: Recipe, capsys: pytest.CaptureFix
     )
 
 
+def test_objective_of_the_study_is_shown_first(small_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"val/accuracy": 0.5, "val/f1_macro": 0.25, "val/balanced_accuracy": 0.75}
+    for objective, shown in {
+        "val/balanced_accuracy": "balanced_accuracy 0.7500, accuracy 0.5000, f1_macro 0.2500, ",
+        "val/f1_macro": "f1_macro 0.2500, accuracy 0.5000, 2 epochs",
+    }.items():
+        with FinalsView(make_console(), 2, objective) as view:
+            view.started("trial 1", small_recipe)
+            view.ended("trial 1", Outcome(State.FINISHED, "k", None, "", metrics, 2, 3.0))
+        assert capsys.readouterr().out.startswith(f"trial 1 finished, {shown}")
+
+
 def test_all_trainings_under_way_are_shown(
     small_recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
