@@ -83,8 +83,9 @@ def package(
     `checkpoint` is a checkpoint's folder, or an earlier package, whose card and evidence are kept as they are: then no
     `tracker` is needed. `evidence` is the gate's verdict, which the card shows and evidence.json keeps. `onnx_file` is
     the model's where it was exported already: it is packed byte for byte. On `images`, uint8 (N, 3, S, S), the ONNX
-    model is compared with torch. The folder is complete or as it was. PromotionRefused where its probabilities are not
-    torch's; UserError where `package_place` has one, it can't be written, or the run's predictions can't be read.
+    model is compared with torch. The folder is complete or as it was; a kill between the two moves that replace it leaves
+    none, and both copies beside it, in `.<name>.*/`. PromotionRefused where its probabilities are not torch's; UserError
+    where `package_place` has one, it can't be written, or the run's predictions can't be read.
     """
     place = package_place(folder)
     classifier = Classifier.load(checkpoint, torch.device("cpu"))
