@@ -87,10 +87,8 @@ class FinalsDecision(_Stored):
         return sorted(self.candidates, key=lambda candidate: -(candidate.score.mean if candidate.score else 0))
 
     def store(self, tracker: MlflowTracker, study: StudyRuns) -> None:
-        """Write it to the study's run, whose tags name the winner; without one they are empty, whatever they were."""
+        """Write it to the study's run."""
         tracker.client.log_text(study.parent, self.model_dump_json(indent=2), FILE)
-        run, summary = (self.winner.run_id, self.winner.summary) if self.winner else ("", "")
-        tracker.store.set_tags(study.parent, RunTags(finals_run=run, finals_summary=summary))
 
     @classmethod
     def load(cls, tracker: MlflowTracker, study: StudyRuns) -> Self | None:

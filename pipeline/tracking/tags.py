@@ -76,8 +76,6 @@ class RunTags:
     planned_trials: int | None = None  # how many its newest command was to make in all
     data_places: tuple[str, ...] | None = None  # where its data set lay, the newest first
     replaces: tuple[str, ...] | None = None  # the study's runs before this one, which were deleted in MLflow
-    finals_run: str | None = None
-    finals_summary: str | None = None
 
     @classmethod
     def of(cls, run: StoredRun) -> Self:
