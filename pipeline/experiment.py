@@ -105,9 +105,11 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
         def on_epoch(report: EpochReport) -> None:
             reports.append(report)
             report = replace(report, metrics=split_metrics(report.metrics, request.data)[0])
-            tracked.log_metrics(report.metrics, report.epoch)
+            is_last = report.epoch == request.recipe.training.epochs  # then all is done: the run completes
+            if not is_last:
+                tracked.log_metrics(report.metrics, report.epoch)
             request.on_epoch(report)
-            if report.epoch < request.recipe.training.epochs:  # else all is done: the run completes
+            if not is_last:
                 _check_stop(request)
 
         def on_step(epoch: int, step: int, steps: int) -> None:
@@ -123,16 +125,14 @@ def run(request: ExperimentRequest, tracker: Tracker) -> Outcome:
             final_metrics = publish(tracked, request.recipe, request.data, result)
         except Prune as error:
             state, reason, final_metrics = State.PRUNED, str(error), error.metrics
-            if final_metrics:
-                tracked.log_metrics(final_metrics, reports[-1].epoch if reports else 1)
         except (Diverged, MemoryError, RuntimeError) as error:
             state, reason = State.FAILED, why_failed(error)
             if not reason:
                 raise
         except (Interrupted, KeyboardInterrupt) as error:
             state, reason = State.INTERRUPTED, str(error) or "stopped by the user"
-        if reports and (at_the_end := split_metrics(reports[-1].metrics, request.data)[1]):
-            tracked.log_metrics(at_the_end, reports[-1].epoch)
+        if metrics := _metrics_at_the_end(request, reports, state) | final_metrics:
+            tracked.log_metrics(metrics, reports[-1].epoch if reports else 1)
         tracked.end(state, reason)
 
     if request.resume_dir and state is not State.INTERRUPTED:
@@ -205,6 +205,19 @@ def split_metrics(metrics: Mapping[str, float], data: TrainingData) -> tuple[dic
     return {name: value for name, value in metrics.items() if name not in at_the_end}, at_the_end
 
 
+def _metrics_at_the_end(request: ExperimentRequest, reports: Sequence[EpochReport], state: State) -> dict[str, float]:
+    """Of the newest epoch, what was not logged after it: F1 of many classes, and of the recipe's last epoch everything.
+
+    The model of the last epoch is the one that is published. An interrupted run trains that epoch again, on a GPU to another
+    model, and a metric keeps the first value of each step: so nothing of it is logged before the model's files are.
+    """
+    if not reports:
+        return {}
+    if reports[-1].epoch < request.recipe.training.epochs:
+        return split_metrics(reports[-1].metrics, request.data)[1]
+    return {} if state is State.INTERRUPTED else reports[-1].metrics
+
+
 def publish(
     tracked: Run,
     recipe: Recipe,
@@ -213,9 +226,10 @@ def publish(
     method: Literal["single", "mean", "soup"] = "single",
     members: Sequence[ModelMetadata] = (),
 ) -> dict[str, float]:
-    """Score a finished training on the validation split; log the scores and everything that explains them.
+    """Score a finished training on the validation split and log the files that explain the scores; returns the scores.
 
-    Or an ensemble of trained members, which has no epochs, and whose pixel statistics are those of `data`.
+    The scores that the last epoch's report has are not among them. Or an ensemble of trained members, which has no epochs,
+    and whose pixel statistics are those of `data`.
     """
     data = data if members else normalised_for(recipe, data)
     labels = data.validation.labels.cpu().numpy()
@@ -252,10 +266,6 @@ def publish(
         "time/training_s": result.seconds,
     }
     history = [{"epoch": report.epoch, **report.metrics} for report in result.history]
-    logged_names = history[-1].keys() if history else ()  # by `run`, of the same logits: a point is logged once
-    final_metrics = {name: value for name, value in metrics.items() if name not in logged_names}
-    tracked.log_metrics(final_metrics, max(len(history), 1))
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "artifacts"
         averaged = result.network if result.plain else None
@@ -283,7 +293,8 @@ def publish(
         for image_name, figure in images.items():
             figures.save(figure, folder / f"{image_name}.png")
         tracked.log_files(folder)
-    return final_metrics
+    reported = history[-1].keys() if history else ()  # of the same logits: a point is logged once
+    return {name: value for name, value in metrics.items() if name not in reported}
 
 
 def _logits_of_views(recipe: Recipe, data: TrainingData, result: Result) -> np.ndarray:

@@ -31,6 +31,7 @@ from pipeline.models.build import build_network
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.tracking.journal import FOLDER, RECORDS
 from pipeline.tracking.tracker import MlflowTracker, NullTracker, OwnershipLost, State
+from pipeline.training import loop
 from pipeline.training.checkpoints import load_weights, read_checkpoint
 from pipeline.training.loop import EpochReport
 from pipeline.training.resume import Resume
@@ -365,7 +366,38 @@ def test_kept_state_is_removed_unless_it_may_be_resumed(
     assert folder.exists() == stays
 
 
-def test_lost_run_is_left_as_it_is(tmp_path: Path, run_small: Train) -> None:
+@pytest.mark.usefixtures("save_every_epoch")
+@pytest.mark.parametrize("short", [False, True])
+def test_the_scores_of_a_run_are_of_the_model_that_it_keeps(
+    short: bool, tmp_path: Path, run_small: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after its last epoch, which is trained again, and not to the same bits: as on a GPU."""
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    fields = {
+        "run_key": "a" * 32,
+        "resume_dir": tmp_path / "state",
+        "constraints": {"model/latency_ms": 1e9},
+        "pruned_at_end": "a short trial" if short else "",
+    }
+    tracker = MlflowTracker(tmp_path / "mlruns")
+    with monkeypatch.context() as patched:
+        patched.setattr(experiment, "_known_after" if short else "publish", interrupt)
+        first = run_small(tracker, **fields)
+    assert (first.state, first.epochs) == (State.INTERRUPTED, 2)
+    seed_of = loop._seed_of
+    monkeypatch.setattr(loop, "_seed_of", lambda seed, epoch, use: seed_of(seed + 1, epoch, use))
+    last = run_small(tracker, **fields)
+    assert last.metrics["val/loss"] != first.metrics["val/loss"]
+    run = tracker.client.get_run(tracker.id_of(last.run_key))
+    assert {name: run.data.metrics[name] for name in last.metrics} == last.metrics
+    steps = [point.step for point in tracker.client.get_metric_history(run.info.run_id, "val/loss")]
+    assert steps == [1, 2]
+
+
+def test_lost_run_is_left_as_it_is(tmp_path: Path, run_small: Train, small_recipe: Recipe) -> None:
     """Another process has the trial since the first epoch: nothing more is logged, and the run is not ended."""
     reports: list[int] = []
 
@@ -377,6 +409,7 @@ def test_lost_run_is_left_as_it_is(tmp_path: Path, run_small: Train) -> None:
     with pytest.raises(OwnershipLost):
         run_small(
             tracker,
+            recipe=small_recipe.changed({"training.epochs": 3}),
             run_key=key,
             on_epoch=lambda report: reports.append(report.epoch),
             check_ownership=check_ownership,

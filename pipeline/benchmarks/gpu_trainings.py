@@ -135,7 +135,7 @@ def _fast_run(
         logits = six_views(result.network, scored.images[:], data.mean, data.std, recipe.training.precision)
         accuracy = (logits.argmax(1) == scored.labels).double().mean().item()
         views_s = time.perf_counter() - views_began
-        publish(tracked, recipe, data, result)
+        tracked.log_metrics(publish(tracked, recipe, data, result), recipe.training.epochs)
         tracked.end(State.FINISHED)
     return {
         "accuracy": round(accuracy, 4),

@@ -242,6 +242,8 @@ def _publish(
     seconds = sum(member.run.data.metrics.get("time/training_s", 0.0) for member in members)
     with tracker.run(request) as tracked:
         result = Result(network, None, _logits(network, first, data), [], seconds)
-        experiment.publish(tracked, request.recipe, data, result, method, [member.metadata for member in members])
+        all_metadata = [member.metadata for member in members]
+        scores = experiment.publish(tracked, request.recipe, data, result, method, all_metadata)
+        tracked.log_metrics(scores, 1)
         tracked.end(State.FINISHED)
     return tracker.id_of(tracked.key)

@@ -230,7 +230,7 @@ def measure_overhead(
 
         result = train(_hardly_learning(recipe, {"training.epochs": 1}), part, device, on_epoch)
         start = time.perf_counter()
-        publish(tracked, recipe, part, result)
+        tracked.log_metrics(publish(tracked, recipe, part, result), 1)
         tracked.end(State.FINISHED)
     predicted_s = _other_views(recipe) * speed.evaluation_s * len(part.validation.images) / len(data.validation.images)
     return Overhead(started_s + max(0.0, time.perf_counter() - start - predicted_s), epoch_s)
