@@ -102,6 +102,7 @@ class FileImage:
     held: np.ndarray | None  # (3, L, L), see HeldImages
     aspect: float
     sha256: bytes  # of the file; empty where it was not asked for
+    peak: float  # of 12- and 16-bit grey the highest value in the file, by the highest there can be; of others 1
 
 
 def check_memory(num_images: int, form: Form) -> None:
@@ -258,11 +259,12 @@ def _decode(path: Path, form: Form, digest: bool) -> FileImage:
             Exception
         ):  # unreadable EXIF says nothing about the orientation, the pixels are complete
             ImageOps.exif_transpose(image, in_place=True)
+        peak = float(np.asarray(image).max()) / _white(image) if image.mode.startswith("I;16") else 1.0
         rgb = _to_rgb(image)
         content.seek(0)
         sha256 = hashlib.file_digest(content, "sha256").digest() if digest else b""
     held = None if form.held is None else _pixels(_shaped(rgb, Form(form.held)))
-    return FileImage(_pixels(_shaped(rgb, form)), held, rgb.width / rgb.height, sha256)
+    return FileImage(_pixels(_shaped(rgb, form)), held, rgb.width / rgb.height, sha256, peak)
 
 
 def _shaped(rgb: Image.Image, form: Form) -> Image.Image:
@@ -345,13 +347,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _grey_8_bit(image: Image.Image) -> Image.Image:
     """12- or 16-bit grey scaled to 8 bits; Pillow's own conversion clips, so that nearly all becomes white."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF
-    white = 2 ** tags.get(258, (16,))[0] - 1  # BitsPerSample
     values = np.asarray(image)
-    grey = np.rint(np.arange(2**16) * (255 / white)).astype(np.uint8)[values]
+    grey = np.rint(np.arange(2**16) * (255 / _white(image))).astype(np.uint8)[values]
     result = Image.fromarray(255 - grey if tags.get(262) == 0 else grey)  # PhotometricInterpretation: white is zero
     if "transparency" in image.info:
         result.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
     return result
+
+
+def _white(image: Image.Image) -> int:
+    """The highest value of 12- or 16-bit grey: what the file says that it may hold, not what it holds."""
+    return int(2 ** getattr(image, "tag_v2", {}).get(258, (16,))[0] - 1)  # BitsPerSample
 
 
 def _why_unidentified(path: Path) -> str:

@@ -37,6 +37,7 @@ class Survey:
     splits: np.ndarray  # str (N,)
     sizes: np.ndarray  # int32 (N, 2): width and height in pixels, as they are shown
     kinds: np.ndarray  # str (N,): `JPEG RGB`
+    peaks: np.ndarray  # float64 (N,): the highest value of 12- and 16-bit grey by the highest there can be; of others 1
     prints: Fingerprints
     unreadable: tuple[Unreadable, ...] = ()
 
@@ -46,7 +47,7 @@ class Survey:
 
     def joined(self, other: Self) -> Self:
         """These images, then the other's."""
-        arrays = ("names", "labels", "splits", "sizes", "kinds")
+        arrays = ("names", "labels", "splits", "sizes", "kinds", "peaks")
         prints = Fingerprints(
             [*self.prints.digests, *other.prints.digests],
             np.concatenate([self.prints.hashes, other.prints.hashes]),
@@ -72,6 +73,7 @@ def survey_files(listing: Listing) -> Survey:
         splits=listing.splits[rows],
         sizes=np.array([look.size for look in seen], dtype=np.int32).reshape(-1, 2),
         kinds=np.array([look.kind for look in seen], dtype=object),
+        peaks=np.array([look.peak for look in seen]),
         prints=Fingerprints(
             [look.sha256 for look in seen],
             np.array([look.hash for look in seen], dtype=np.uint64),
@@ -93,6 +95,7 @@ def survey_pixels(images: Tensor, labels: Tensor, split: str) -> Survey:
         splits=np.full(len(labels), split),
         sizes=np.tile(np.array([[width, height]], dtype=np.int32), (len(labels), 1)),
         kinds=np.full(len(labels), "pixels", dtype=object),
+        peaks=np.ones(len(labels)),
         prints=Fingerprints(digests, hashes, small),
     )
 
@@ -100,6 +103,7 @@ def survey_pixels(images: Tensor, labels: Tensor, split: str) -> Survey:
 class _Look(NamedTuple):
     size: tuple[int, int]
     kind: str
+    peak: float
     hash: np.uint64
     thumbnail: np.ndarray
     sha256: bytes
@@ -114,7 +118,9 @@ def _looks(paths: Iterable[Path]) -> Iterator[_Look | BadImage]:
         header = read_header(path)
         assert header, "it was decoded"
         image = file.image[None]
-        return _Look(header.size, header.kind, perceptual_hashes(image)[0], thumbnails(image)[0], file.sha256)
+        return _Look(
+            header.size, header.kind, file.peak, perceptual_hashes(image)[0], thumbnails(image)[0], file.sha256
+        )
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         yield from pool.map(look, paths)

@@ -31,6 +31,8 @@ class DuplicateKind(NamedTuple):
     remedy: str
 
 
+DARK = 0.25  # of the range of 16 bits: 12- and 14-bit values stay below it
+
 # By severity, the worst first.
 DUPLICATES = (
     DuplicateKind(
@@ -114,6 +116,11 @@ class Inspection:
                 )
         if self.survey.unreadable:
             lines.append(f"{counted(len(self.survey.unreadable), 'file')} can't be read")
+        if dark := int((self.survey.peaks < DARK).sum()):
+            lines.append(
+                f"{counted(dark, '16-bit image')} with less than a quarter of the range, so nearly black to a network: "
+                "scale to 0 to 65,535 first, all by the same factor"
+            )
         if self.suspects and len(self.suspects.ids):
             share = len(self.suspects.ids) / self.suspects.num_images
             of = f"{self.suspects.num_images:,} images ({100 * share:.1f} %)"

@@ -120,6 +120,19 @@ def test_16_bit_grey_is_scaled_to_8(tmp_path: Path, name: str) -> None:
     assert np.array_equal(seen(path), np.repeat(np.rint(values / 257)[..., None], 3, axis=-1))
 
 
+def test_peak_is_by_what_the_file_may_hold(tmp_path: Path) -> None:
+    twelve_bit = np.linspace(0, 4095, 144).round().astype(np.uint16).reshape(12, 12)
+    (tmp_path / "b.tif").write_bytes(tiff(twelve_bit, 12, 1))
+    (tmp_path / "c.tif").write_bytes(tiff(twelve_bit, 16, 1, ">"))
+    files = [
+        saved(tmp_path / "a.png", Image.fromarray(twelve_bit)),
+        tmp_path / "b.tif",
+        tmp_path / "c.tif",
+        saved(tmp_path / "d.png", Image.fromarray(GREY // 16)),
+    ]
+    assert [read_file(file, Form(12)).peak for file in files] == [4095 / 65535, 1, 4095 / 65535, 1]
+
+
 @pytest.mark.parametrize(
     ("bits", "photometric", "order"), [(16, 1, "<"), (16, 1, ">"), (16, 0, "<"), (12, 1, "<"), (8, 1, "<")]
 )

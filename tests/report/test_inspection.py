@@ -93,6 +93,19 @@ def test_an_exact_copy_is_exact_though_its_set_has_a_near_one(photos: Path, tmp_
     assert "nearly the same, 2 of them with equal bytes" in inspection_page(found, "photos.csv")
 
 
+def test_16_bit_images_that_come_out_nearly_black_are_counted(photos: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(photos, tmp_path / "photos")
+    for number, most in enumerate((2**12, 2**14, 2**16)):
+        values = np.random.default_rng(number).integers(0, most, (30, 40), dtype=np.uint16)
+        values[0, 0] = most - 1
+        Image.fromarray(values).save(root / "train" / "dog" / f"deep{number}.png")
+    lines = inspect(Data(dataset=str(root)), Path("nowhere"), tmp_path / "mlruns", None).lines()
+    assert [line for line in lines if "16-bit" in line] == [
+        "2 16-bit images with less than a quarter of the range, so nearly black to a network: scale to 0 to 65,535 first, "
+        "all by the same factor"
+    ]
+
+
 def test_pictures_are_those_of_their_rows(photos: Path, found: Inspection) -> None:
     row = found.survey.names.tolist().index("val/dog/same.png")
     middle = np.asarray(Image.open(photos / "val" / "dog" / "same.png"))[16, 22].astype(int)
