@@ -186,11 +186,11 @@ def _drawn(listing: Listing, rows: np.ndarray, fraction: float) -> np.ndarray:
     try:
         if groups is None and not listing.has(VALIDATION):
             _check_enough(listing, rows)
-        _, chosen = sealed(labels, fraction, SEED, groups, listing.classes)
+        usable, _ = sealed(labels, fraction, SEED, groups, listing.classes)
     except UserError as error:
         remedy = "`--test-fraction 0` seals none, and nothing can be promoted"
         raise UserError.many([replace(problem, remedy=remedy) for problem in error.problems]) from None
-    return rows[chosen.numpy()]
+    return np.delete(rows, usable.numpy())
 
 
 def _check_enough(listing: Listing, rows: np.ndarray) -> None:
