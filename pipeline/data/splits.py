@@ -2,7 +2,7 @@
 
 The test split is opened by `registry/` only: promotion alone decides by it, see registry/README.md. Images are
 drawn by `np.random.RandomState`, whose stream NumPy has frozen (NEP 19), so a seed gives the same split on every machine and
-version; groups and folds by scikit-learn, and a split's digest would tell if another version drew others.
+version. Folds of images are scikit-learn's, and a split's digest would tell if another version drew others.
 """
 
 import hashlib
@@ -144,8 +144,6 @@ class _Draw:
 
     def fold_numbers(self, folds: int, seed: int) -> np.ndarray:
         """int64 (N,): in which of the folds each image is; groups whole, classes as even as that allows."""
-        from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
         units, largest = self._num_units, np.bincount(self.labels).max()
         if folds > min(units, largest):
             unit = "images" if self.groups is None else "groups"
@@ -154,16 +152,46 @@ class _Draw:
                 f"takes at least {folds} {unit}, and {folds} images of some class; there are {units}, and {largest}",
                 "choose another",
             )
-        kind = StratifiedKFold if self.groups is None else StratifiedGroupKFold
+        if self.groups is None:
+            return self._folds_of_images(folds, seed)
+        return self._folds_of_groups(np.unique(self.groups, return_inverse=True)[1], folds, seed)
+
+    def _folds_of_images(self, folds: int, seed: int) -> np.ndarray:
+        from sklearn.model_selection import StratifiedKFold
+
         numbers = np.empty(len(self.labels), dtype=np.int64)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # of a class that is in few folds; `check_trains` counts itself
-            parts = kind(folds, shuffle=True, random_state=seed).split(self.labels, self.labels, self.groups)
+            # Of a class that is in few folds; `check_trains` counts itself.
+            warnings.simplefilter("ignore", UserWarning)
+            parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(self.labels, self.labels)
             for number, (_, held_out) in enumerate(parts):
                 numbers[held_out] = number
         return numbers
+
+    def _folds_of_groups(self, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
+        """The folds of StratifiedGroupKFold of scikit-learn 1.9, exactly; its own loop takes 13 times as long.
+
+        Group by group, those with the least even classes first, goes to the fold with which the classes are spread most
+        evenly over the folds; among equal ones to that with the fewest images. `groups`: numbers from 0, without gaps.
+        """
+        _, labels, images = np.unique(self.labels, return_inverse=True, return_counts=True)
+        of_group = np.zeros((groups.max() + 1, len(images)))
+        np.add.at(of_group, (groups, labels), 1)
+        shuffled = np.arange(len(of_group))
+        np.random.RandomState(seed).shuffle(shuffled)
+        of_fold, numbers = np.zeros((folds, len(images))), np.empty(len(of_group), dtype=np.int64)
+        one_more = np.eye(folds)[:, :, None]  # (folds, folds, 1): the group is in this fold, of all
+        for group in shuffled[np.argsort(-np.std(of_group[shuffled], axis=1), kind="stable")]:
+            spread = np.std((of_fold + one_more * of_group[group]) / images, axis=1).mean(axis=1).tolist()
+            sizes = of_fold.sum(axis=1).tolist()
+            best = 0
+            for one in range(1, folds):
+                is_as_even = abs(spread[one] - spread[best]) <= 1e-8 + 1e-5 * abs(spread[best])  # as np.isclose
+                if spread[one] < spread[best] or (is_as_even and sizes[one] < sizes[best]):
+                    best = one
+            numbers[group] = best
+            of_fold[best] += of_group[group]
+        return numbers[groups]
 
     @property
     def _num_units(self) -> int:

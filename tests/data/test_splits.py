@@ -1,12 +1,16 @@
 """The training and validation split: exact sizes, stratified, the same for ever."""
 
+import warnings
+
 import numpy as np
 import pytest
+import sklearn
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from sklearn.model_selection import StratifiedGroupKFold
 
-from pipeline.data.splits import Partition, fold, partition, sealed, thinned
+from pipeline.data.splits import Partition, _Draw, fold, partition, sealed, thinned
 from pipeline.errors import UserError
 
 
@@ -184,6 +188,37 @@ def test_class_of_one_group_always_trains() -> None:
         assert 2 not in labels[partition(labels, 0.2, seed, groups).validation]
     with pytest.raises(UserError, match=r"^data.folds = 4, class cow: leaves no group to train on; add groups of it"):
         fold(labels, 0, 4, 0, groups, ["cat", "dog", "cow"])
+
+
+@pytest.mark.skipif(
+    tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 9), reason="the folds are those of scikit-learn 1.9"
+)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=6, max_size=40),
+    classes=st.integers(2, 9),
+    one_class_each=st.booleans(),
+    folds=st.integers(2, 6),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=40)
+def test_folds_of_groups_are_those_of_scikit_learn(
+    sizes: list[int], classes: int, one_class_each: bool, folds: int, seed: int
+) -> None:
+    random = np.random.RandomState(seed)
+    groups = random.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    labels = random.randint(classes, size=len(sizes))[groups] if one_class_each else groups * 7 % 5 % classes
+    labels = np.unique(labels, return_inverse=True)[1]
+    assume(np.bincount(labels).max() >= folds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        expected = [
+            held_out.tolist()
+            for _, held_out in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(
+                labels, labels, groups
+            )
+        ]
+    numbers = _Draw(labels, groups, (), "").fold_numbers(folds, seed)
+    assert [np.flatnonzero(numbers == one).tolist() for one in range(folds)] == expected
 
 
 @pytest.mark.parametrize("groups", [None, torch.arange(90) // 3])
