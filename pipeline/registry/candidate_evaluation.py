@@ -24,6 +24,7 @@ from pipeline.registry.registered_model import CHAMPION, Registry
 from pipeline.tracking import queries
 from pipeline.tracking.models import find_model
 from pipeline.tracking.run_data import LocatedData
+from pipeline.tracking.tags import RunTags
 
 TEST_EVALUATIONS = "test_evaluations"  # the folder of the predictions, beside the ledger
 CONTROL, CONSTANT = "control", "constant answer"  # opponents where there is no champion
@@ -177,9 +178,12 @@ class CandidateEvaluation:
             objective=objective,
             competing=num_competing(self.registry.tracker, challenger.run, opponent.run if opponent else None),
         )
-        return self._record(models, evidence, split, forced or chosen)
+        caution = self._caution(opponent, data) if opponent else ""
+        return self._record(models, evidence, split, forced or chosen, caution)
 
-    def _record(self, models: Sequence[EvaluatedModel], evidence: Evidence, split: str, reason: str) -> Event:
+    def _record(
+        self, models: Sequence[EvaluatedModel], evidence: Evidence, split: str, reason: str, caution: str
+    ) -> Event:
         """Decide, and keep the verdict in the ledger and among the artifacts of the challenger's run.
 
         `models` are those of the evidence: the challenger, and its opponent where there is one.
@@ -198,6 +202,7 @@ class CandidateEvaluation:
             objective=evidence.objective,
             scores=dict(zip((model.run for model in models), evidence.scores, strict=True)),
             models=len(compared),
+            caution=caution,
             images=len(evidence.labels),
             correct=dict(zip((model.run for model in models), num_correct, strict=True)),
             onnx_sha256=sha256_of(challenger.folder / MODEL),
@@ -212,6 +217,8 @@ class CandidateEvaluation:
         names = ["the challenger", *(f"the {model.name}" for model in opponents)]
         rates = [f"{name} {share(number, record.images)}" for name, number in zip(names, num_correct, strict=True)]
         self.observer.note(f"accuracy on the {record.images:,} images of the test split: {', '.join(rates)}")
+        if caution:
+            self.observer.note(f"caution: {caution}")
         if record.models > 1:
             chance = 1 - (1 - self.rules.alpha) ** record.models
             self.observer.note(
@@ -221,6 +228,30 @@ class CandidateEvaluation:
         artifact = f"gate/verdict-{event.id}.json"
         self.registry.tracker.client.log_text(challenger.run, event.evidence.model_dump_json(indent=2), artifact)
         return event
+
+    def _caution(self, opponent: EvaluatedModel, data: LocatedData) -> str:
+        """That the opponent was trained on other images, and how many of the test split are among them; else empty.
+
+        Equal data sets have the same test images, and so do two of which the same images are sealed.
+        """
+        tracker, listed = self.registry.tracker, data.images.listed
+        run = tracker.store.run(opponent.run)
+        sealed = RunTags.of(run).test_digest if run else None
+        if opponent.metadata.data_digest == data.images.digest or (
+            sealed and listed and sealed == listed.listing.test_digest
+        ):
+            return ""
+        try:
+            its = export.find_data_of(opponent.metadata, tracker, self.data_dir, None, download=False).images.listed
+        except UserError:
+            its = None  # not where it was
+        seen = "whether it has seen images of this test split can't be told"
+        if listed and its:
+            shared, count = test_split.num_shared(data.about, tracker.home, its.listing.usable.files)
+            flatters = ", which flatters it" if shared else ""
+            seen = f"{shared:,} of the {count:,} images of this test split are among those{flatters}"
+        whose = opponent.name.partition(",")[0]
+        return f"the {whose} was trained and validated on images of another data set, or of another version: {seen}"
 
     def _check_classes(self, challenger: EvaluatedModel, opponent: EvaluatedModel) -> None:
         mine, others = challenger.metadata.classes, opponent.metadata.classes

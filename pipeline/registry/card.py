@@ -252,13 +252,17 @@ def _evidence(evidence: VerdictEvidence) -> str:
     return (
         f"{'; '.join(shares)}.\n\n"
         f"Against the {opponent}{record.terms}, by {_plain(evidence.user)} on {evidence.decided[:10]}: {passed}. Test split "
-        f"`{evidence.test_split[:16]}`.{_reason(evidence.reason)}\n\n"
+        f"`{evidence.test_split[:16]}`.{_reason(evidence.reason)}{_caution(record.caution)}\n\n"
         + _table(("rule", "result", "should be", "passed", "how"), rows)
     )
 
 
 def _reason(text: str) -> str:
     return f" Why this model: {_plain(text)}." if text else ""
+
+
+def _caution(text: str) -> str:
+    return f"\n\nCaution: {_plain(text)}." if text else ""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -168,6 +168,7 @@ class GateRecord(BaseModel):
     objective: str = ACCURACY  # by which the two were compared
     scores: Mapping[str, float] = {}  # by run, of the objective; empty in records that are older than the field
     models: int = 1  # that were compared on this test split by then, this one included
+    caution: str = ""  # that the opponent may have seen images of the test split
     images: int  # of the test split
     correct: Mapping[str, int]  # by run: images that it has right
     onnx_sha256: str  # of the challenger's model that was evaluated

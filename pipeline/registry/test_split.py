@@ -6,6 +6,7 @@ on the size of the images, so that models that see the same images at different 
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def digest_of(about: Data, data_dir: Path, home: Path | None = None) -> str:
             size, content = MISSING, b""
         digest.update(json.dumps([in_class, size]).encode() + content)
     return digest.hexdigest()
+
+
+def num_shared(about: Data, home: Path | None, files: Sequence[str]) -> tuple[int, int]:
+    """How many images of a folder's or manifest's test split equal one of `files` byte for byte, and how many it has."""
+    test = _test_images(about, home).files
+    sizes = {size for path in test if (size := _size_of(path))}
+    others = {sha256_of(Path(path)) for path in files if _size_of(path) in sizes}
+    return sum(bool(_size_of(path)) and sha256_of(Path(path)) in others for path in test), len(test)
+
+
+def _size_of(path: str) -> int:
+    """In bytes; 0 of a file that can't be read."""
+    return os.path.getsize(path) if os.access(path, os.R_OK) else 0
 
 
 def open_test_split(about: Data, form: Form, data_dir: Path, classes: Sequence[str], home: Path | None = None) -> Split:

@@ -1,5 +1,6 @@
 """Candidates evaluated in a real MLflow store: the opponent, the verdict, the stored predictions."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -8,20 +9,28 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
 from pipeline.cli.exit_codes import exit_code
+from pipeline.data.datasets import listed, load
+from pipeline.data.prepare import prepare
 from pipeline.disk import sha256_of
 from pipeline.errors import PromotionRefused, UserError
+from pipeline.inference.classifier import ModelMetadata
+from pipeline.recipe import Recipe
 from pipeline.registry import candidate_evaluation
 from pipeline.registry import test_split as opener
-from pipeline.registry.candidate_evaluation import TEST_EVALUATIONS, CandidateEvaluation
+from pipeline.registry.candidate_evaluation import TEST_EVALUATIONS, CandidateEvaluation, EvaluatedModel
 from pipeline.registry.ledger import PASSED, REFUSED, TEST_EVALUATION, Ledger
 from pipeline.registry.promote import promote
 from pipeline.registry.registered_model import Registry
 from pipeline.sections.data import Data
 from pipeline.tracking import queries
-from pipeline.tracking.tracker import MlflowTracker
+from pipeline.tracking.run_data import LocatedData
+from pipeline.tracking.tags import State
+from pipeline.tracking.tracker import MlflowTracker, RunRequest
 from registry.helpers import DATA, RULES, RecordingObserver, Store, kinds, record
 
 pytestmark = pytest.mark.usefixtures("one_export_a_model")
@@ -58,7 +67,11 @@ def test_control_as_first_champion_must_beat_constant_answer(store: Store, tmp_p
     assert "must be better than a constant answer" in view.lines[0]
 
 
-def test_promotion_judges_by_the_objective_of_the_study(store: Store, tmp_path: Path) -> None:
+def test_promotion_judges_by_the_objective_of_the_study(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caution = "the control was trained on other images"
+    monkeypatch.setattr(CandidateEvaluation, "_caution", lambda *_: caution)
     registry, view = store.registry(tmp_path, "balanced"), RecordingObserver()
     client = registry.tracker.client
     [study] = queries.studies(registry.tracker)
@@ -75,6 +88,55 @@ def test_promotion_judges_by_the_objective_of_the_study(store: Store, tmp_path: 
     assert sorted(record.scores.values()) == pytest.approx(sorted(expected)) and store.good in record.scores
     version = client.get_model_version("balanced", "1")
     assert f"balanced accuracy, the study's objective: {record.scores[store.good]:.1%} against" in version.description
+    assert record.caution == caution and f"caution: {caution}" in view.lines
+    assert f"\n\nCaution: {caution}.\n\n| rule" in version.description
+
+
+def grey_folder(root: Path, greys: Sequence[int]) -> Path:
+    """Two classes; an image's grey says which it is."""
+    for name, brighter in (("cat", 0), ("dog", 100)):
+        (root / name).mkdir(parents=True)
+        for grey in greys:
+            Image.new("RGB", (8, 8), (grey + brighter,) * 3).save(root / name / f"{grey}.png")
+    return root
+
+
+def test_opponent_that_has_seen_test_images_is_named(small_recipe: Recipe, tmp_path: Path) -> None:
+    """A second version of a folder at another place has a seal of its own; a folder that only grew keeps its seal."""
+    home = tmp_path / "mlruns"
+    registry = Registry(MlflowTracker(home), Ledger(home), "versions")
+    evaluation = CandidateEvaluation(registry, RULES, DATA, tmp_path / "files", RecordingObserver())
+
+    def run_on(root: Path) -> tuple[EvaluatedModel, LocatedData]:
+        """A run that was trained on a folder, and the folder."""
+        changes = {"data.dataset": str(root), "data.test_fraction": 0.4, "data.validation_fraction": 0.3}
+        about = small_recipe.changed(changes)
+        listed(about.data, home).fix(home)
+        images = load(about.data, DATA, home)
+        data = prepare(images, about.data, torch.device("cpu"))
+        with registry.tracker.run(RunRequest(name="x", recipe=about, data=data)) as run:
+            run.end(State.FINISHED)
+        id = registry.tracker.id_of(run.key)
+        metadata = SimpleNamespace(run_id=id, recipe=about, data_digest=images.digest)
+        model = EvaluatedModel(id, "champion, version 1", cast(ModelMetadata, metadata), tmp_path)
+        return model, LocatedData(images, about.data, DATA)
+
+    first, first_data = run_on(grey_folder(tmp_path / "v1", range(10)))
+    second, second_data = run_on(grey_folder(tmp_path / "v2", range(20)))
+    usable = {Path(file).read_bytes() for file in listed(first_data.about, home).listing.usable.files}
+    test = [Path(file).read_bytes() for file in listed(second_data.about, home).listing.sealed_part.files]
+    seen = sum(file in usable for file in test)
+    assert seen and evaluation._caution(first, second_data) == (
+        "the champion was trained and validated on images of another data set, or of another version: "
+        f"{seen} of the {len(test)} images of this test split are among those, which flatters it"
+    )
+    assert evaluation._caution(second, second_data) == ""
+    grey_folder(tmp_path / "more", range(20, 22))
+    for file in (tmp_path / "more").rglob("*.png"):
+        file.rename(tmp_path / "v1" / file.relative_to(tmp_path / "more"))
+    _, grown = run_on(tmp_path / "v1")
+    assert grown.images.digest != first_data.images.digest and evaluation._caution(first, grown) == ""
+    assert evaluation._caution(first, second_data).endswith("images of this test split can't be told"), "it is gone"
 
 
 def test_other_onnx_than_was_evaluated_is_not_registered(store: Store, tmp_path: Path) -> None:
