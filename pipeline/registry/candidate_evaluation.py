@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from pipeline.disk import replacing, sha256_of
-from pipeline.errors import DataError, PromotionRefused, UserError, lines_of
+from pipeline.errors import DataError, PromotionRefused, UserError, counted, lines_of
 from pipeline.evaluation.significance import small_split_line
 from pipeline.inference.classifier import Classifier, ModelMetadata
 from pipeline.registry import export, test_split
@@ -109,6 +109,14 @@ class CandidateEvaluation:
             event for event in self.registry.ledger.events() if event.kind in (PASSED, REFUSED) and event.split == split
         ]
 
+    def _num_on_other_splits(self, run: str, split: str) -> int:
+        """Verdicts on other test splits, about runs whose data set lay where this run's did."""
+        tracker = self.registry.tracker
+        places = set(queries.data_places(tracker, run))
+        others = [e.run for e in self.registry.ledger.events() if e.kind in (PASSED, REFUSED) and e.split != split]
+        here = {other for other in set(others) if places.intersection(queries.data_places(tracker, other))}
+        return sum(other in here for other in others)
+
     def _check_that_it_holds(self, former: Event, opponent_run: str | None) -> None:
         """PromotionRefused where it doesn't, and by the way out: evaluate again, roll back, or nothing."""
         subject, record = f"run {former.run}", former.evidence.record
@@ -192,7 +200,6 @@ class CandidateEvaluation:
         verdict = decide(evidence, self.rules)
         sides = filter(None, (evidence.challenger, evidence.opponent))
         num_correct = [int((side.probabilities.argmax(1) == evidence.labels).sum()) for side in sides]
-        compared = {event.run for event in self._verdicts(split)} | {challenger.run}
         record = GateRecord(
             opponent=evidence.opponent_name,
             opponent_run=opponents[0].run if opponents else None,
@@ -201,7 +208,7 @@ class CandidateEvaluation:
             recipe_digest=challenger.metadata.recipe_digest,
             objective=evidence.objective,
             scores=dict(zip((model.run for model in models), evidence.scores, strict=True)),
-            models=len(compared),
+            comparison=len(self._verdicts(split)) + 1,
             caution=caution,
             images=len(evidence.labels),
             correct=dict(zip((model.run for model in models), num_correct, strict=True)),
@@ -219,11 +226,17 @@ class CandidateEvaluation:
         self.observer.note(f"accuracy on the {record.images:,} images of the test split: {', '.join(rates)}")
         if caution:
             self.observer.note(f"caution: {caution}")
-        if record.models > 1:
-            chance = 1 - (1 - self.rules.alpha) ** record.models
+        if record.comparison > 1:
+            chance = 1 - (1 - self.rules.alpha) ** record.comparison
             self.observer.note(
-                f"model number {record.models} that was compared on this test split: alpha = {self.rules.alpha:g} is the "
-                f"chance that one passes which isn't better; that any of {record.models} does, up to {100 * chance:.0f} %"
+                f"comparison number {record.comparison} on this test split: alpha = {self.rules.alpha:g} is the chance "
+                f"that one passes a model which isn't better; that any of {record.comparison} does, up to "
+                f"{100 * chance:.0f} %"
+            )
+        if earlier := self._num_on_other_splits(challenger.run, split):
+            self.observer.note(
+                f"{counted(earlier, 'earlier comparison')} on other test splits of this data set's place, which may have "
+                "images in common with this one: not in this number"
             )
         artifact = f"gate/verdict-{event.id}.json"
         self.registry.tracker.client.log_text(challenger.run, event.evidence.model_dump_json(indent=2), artifact)

@@ -252,8 +252,8 @@ def _evidence(evidence: VerdictEvidence) -> str:
     return (
         f"{'; '.join(shares)}.\n\n"
         f"Against the {opponent}{record.terms}, by {_plain(evidence.user)} on {evidence.decided[:10]}: {passed}. Test split "
-        f"`{evidence.test_split[:16]}`.{_reason(evidence.reason)}{_caution(record.caution)}\n\n"
-        + _table(("rule", "result", "should be", "passed", "how"), rows)
+        f"`{evidence.test_split[:16]}`, comparison number {record.comparison} on it.{_reason(evidence.reason)}"
+        f"{_caution(record.caution)}\n\n" + _table(("rule", "result", "should be", "passed", "how"), rows)
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import Problem, UserError, did_you_mean, validation_problems
 from pipeline.evaluation.resampling import image_columns, image_counts, resampled, scores_from, swap_errors, swap_test
@@ -167,7 +167,8 @@ class GateRecord(BaseModel):
     recipe_digest: str
     objective: str = ACCURACY  # by which the two were compared
     scores: Mapping[str, float] = {}  # by run, of the objective; empty in records that are older than the field
-    models: int = 1  # that were compared on this test split by then, this one included
+    # On this test split, this one included; records that are older than the field have the number of compared models.
+    comparison: int = Field(1, validation_alias=AliasChoices("comparison", "models"))
     caution: str = ""  # that the opponent may have seen images of the test split
     images: int  # of the test split
     correct: Mapping[str, int]  # by run: images that it has right

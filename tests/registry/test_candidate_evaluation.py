@@ -58,6 +58,7 @@ def test_model_that_is_not_better_is_refused_once(store: Store, tmp_path: Path) 
         promote(registry, store.good, RULES, DATA, view, forced="to be sure")
     last = registry.ledger.events()[-1]
     assert (last.kind, last.reason) == (REFUSED, "to be sure")
+    assert last.evidence.record.comparison == 3, "a model that is evaluated again has a second chance, too"
 
 
 def test_control_as_first_champion_must_beat_constant_answer(store: Store, tmp_path: Path) -> None:
@@ -134,8 +135,14 @@ def test_opponent_that_has_seen_test_images_is_named(small_recipe: Recipe, tmp_p
     grey_folder(tmp_path / "more", range(20, 22))
     for file in (tmp_path / "more").rglob("*.png"):
         file.rename(tmp_path / "v1" / file.relative_to(tmp_path / "more"))
-    _, grown = run_on(tmp_path / "v1")
+    later, grown = run_on(tmp_path / "v1")
     assert grown.images.digest != first_data.images.digest and evaluation._caution(first, grown) == ""
+    registry.ledger.record(REFUSED, "versions", first.run, split="before it grew", details=record())
+    counts = [
+        evaluation._num_on_other_splits(run, split)
+        for run, split in ((later.run, "now"), (later.run, "before it grew"), (second.run, "now"))
+    ]
+    assert counts == [1, 0, 0], "of other images at this place"
     assert evaluation._caution(first, second_data).endswith("images of this test split can't be told"), "it is gone"
 
 

@@ -48,7 +48,8 @@ def test_card_shows_origin_evidence_and_how_to_reproduce(packed: Package, traine
         f"{run.data.metrics['model/parameters']:,.0f} parameters",
         f"{run.data.metrics['val/ece']:.4f} as trained, {run.data.metrics['calibration/ece']:.4f} with the temperature",
         "Test accuracy 75.0% (68.6% to 80.5%), 200 images; that of the control, run `c0ffee`: 60.0% (53.1% to 66.5%)",
-        "Against the control, by me on 2026-01-02: passed. Test split `abababababababab`. Why this model: finals\\_won.",
+        "Against the control, by me on 2026-01-02: passed. Test split `abababababababab`, comparison number 1 on it. "
+        "Why this model: finals\\_won.",
         "| better | p = 0.0123 | at most 0.05 | yes | McNemar |",
     ):
         assert text in packed.card

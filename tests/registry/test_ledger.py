@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PromotionRefused, UserError
+from pipeline.registry.gate import GateRecord
 from pipeline.registry.ledger import FILE, PROMOTED, ROLLED_BACK, TEST_EVALUATION, UNDONE, Champion, Event, Ledger
+from registry.helpers import record
 
 
 @pytest.fixture
@@ -85,3 +87,10 @@ def test_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("no database, but long enough to look like one" * 50)
     with pytest.raises(UserError, match="can't be used as the ledger"):
         Ledger(tmp_path)
+
+
+def test_verdict_of_before_comparisons_were_counted_is_read() -> None:
+    """It says how many models were compared, which is at least as low."""
+    details = record(comparison=3)
+    former = {"models" if name == "comparison" else name: value for name, value in details.items()}
+    assert GateRecord.model_validate(former) == GateRecord.model_validate(details)

@@ -84,9 +84,9 @@ def test_first_champion_second_champion_and_rollback(
 
     second = promote(registry, store.best, RULES, DATA, view)
     assert second == Champion("2", store.best)
-    assert [event.evidence.record.models for event in registry.ledger.events() if event.kind == PASSED] == [1, 2]
-    [line] = [line for line in view.lines if line.startswith("model number")]
-    assert line.startswith("model number 2 that was compared on this test split: alpha = 0.05") and "up to 10 %" in line
+    assert [event.evidence.record.comparison for event in registry.ledger.events() if event.kind == PASSED] == [1, 2]
+    [line] = [line for line in view.lines if line.startswith("comparison number")]
+    assert line.startswith("comparison number 2 on this test split: alpha = 0.05") and "up to 10 %" in line
     assert (registry.alias("champion"), registry.alias("previous")) == ("2", "1")
     assert len(opened) == 3, "the champion's predictions were stored"
     assert [e.details["source"] for e in registry.ledger.events() if e.kind == TEST_EVALUATION][-2:] == [
