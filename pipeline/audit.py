@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import socket
 import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -154,10 +153,12 @@ class _Auditor:
                 continue
             if tags.run_key in self._journals.other_tracker:
                 continue  # said of its journal, from which alone it can be closed
-            if tags.host != socket.gethostname():
-                self._skip(run_label(run), f"runs on {tags.host}; whether it still does can be seen only there")
-            else:
+            if tags.worker is None:
+                self._skip(run_label(run), "is RUNNING in MLflow, and has no tag `worker` that says in which process")
+            elif process_has_exited(tags.worker):
                 self._find(run_label(run), "is RUNNING in MLflow, and its process is gone", f"{_FIX} closes it")
+            else:
+                self._skip(run_label(run), f"its process on {tags.worker['host']} runs, or can't be seen from here")
 
     def _check_study_runs(self) -> None:
         run_ids = {study.name: study.run_id for study in self._studies}
@@ -428,12 +429,12 @@ def repair(storage: RetryingStorage | None, tracker: MlflowTracker) -> list[str]
 
 
 def _close_runs(tracker: MlflowTracker, live: Collection[str]) -> Iterator[str]:
-    """Close the RUNNING runs of this machine that have no journal, and no command that runs their study."""
+    """Close the RUNNING runs of processes that are gone, if they have no journal, and no command runs their study."""
     with_journal = other_journals(tracker).keys
     for run in all_runs(tracker):
         tags = RunTags.of(run)
         is_abandoned = tags.run_key not in with_journal and tags.study not in live
-        if run.info.status == "RUNNING" and is_abandoned and tags.host == socket.gethostname():
+        if run.info.status == "RUNNING" and is_abandoned and tags.worker and process_has_exited(tags.worker):
             close_run(tracker, run)
             yield f"{run_label(run)}: was RUNNING, and its process was gone; closed as interrupted"
 

@@ -129,6 +129,8 @@ def test_trials_without_run_keys_are_unchecked_and_not_lost(home: Path) -> None:
 
 TRIALS = "SELECT run_uuid FROM tags WHERE key = 'trial'"
 RUN = "(SELECT run_uuid FROM tags WHERE key = 'trial' AND value = '1')"
+RUNNING = f"UPDATE runs SET status = 'RUNNING', end_time = NULL WHERE run_uuid = {RUN}"
+OF_A_DEAD_PROCESS = f"UPDATE tags SET value = '{GONE}' WHERE key = 'worker' AND run_uuid = {RUN}"
 ATTRIBUTE = "trial_user_attributes(trial_id, key, value_json)"
 FAULTS = {
     "a run is gone": (
@@ -203,7 +205,7 @@ def test_each_fault_is_found_and_not_repaired_by_guessing(fault: str, home: Path
 
 
 def test_what_a_dead_process_left_running_is_repaired(home: Path) -> None:
-    change(home, "mlflow.db", f"UPDATE runs SET status = 'RUNNING', end_time = NULL WHERE run_uuid = {RUN}")
+    change(home, "mlflow.db", RUNNING, OF_A_DEAD_PROCESS)
     change(
         home,
         "optuna.db",
@@ -221,8 +223,23 @@ def test_what_a_dead_process_left_running_is_repaired(home: Path) -> None:
     assert [trial.state.name for trial in open_storage(home).get_all_trials(1)] == ["COMPLETE", "FAIL", "WAITING"]
 
 
+def test_runs_of_living_and_of_unknown_processes_are_left_alone(home: Path) -> None:
+    """Of another folder mlruns, with the same tracker: neither journal nor lock nor trial of theirs is here."""
+    change(home, "mlflow.db", RUNNING)
+    for change_of_tags, expected in (
+        (None, "runs, or can't be seen from here"),
+        (f"DELETE FROM tags WHERE key = 'worker' AND run_uuid = {RUN}", "has no tag `worker`"),
+    ):
+        if change_of_tags:
+            change(home, "mlflow.db", change_of_tags)
+        seen = audit(None, MlflowTracker(home))
+        assert not seen.findings
+        assert any(expected in line for line in all_lines(seen.unchecked)), seen
+        assert repair(None, MlflowTracker(home)) == []
+
+
 def test_running_study_is_checked_by_what_has_ended(home: Path) -> None:
-    change(home, "mlflow.db", f"UPDATE runs SET status = 'RUNNING' WHERE run_uuid = {RUN}")
+    change(home, "mlflow.db", RUNNING, OF_A_DEAD_PROCESS)
     change(home, "optuna.db", "UPDATE trials SET state = 'RUNNING' WHERE trial_id = 2")
     with FileLock(home / "tiny-v1-digits.lock"):
         seen = check(home)
@@ -304,7 +321,7 @@ def test_leftovers_of_killed_processes_are_repaired_losslessly(home: Path) -> No
 
 
 def test_run_whose_journal_is_another_trackers_is_not_said_to_be_closable(home: Path) -> None:
-    change(home, "mlflow.db", f"UPDATE runs SET status = 'RUNNING', end_time = NULL WHERE run_uuid = {RUN}")
+    change(home, "mlflow.db", RUNNING)
     journal = Journal(home / FOLDER / key_of(home, 1))
     journal.append({"kind": "start", "address": "http://elsewhere"})
     journal.release()

@@ -24,7 +24,6 @@ from pipeline.experiment import ExperimentRequest
 from pipeline.inference.classifier import Classifier
 from pipeline.models.build import build_network, num_parameters, prediction_flop
 from pipeline.models.pruning import LIBRARY, narrower, pruned
-from pipeline.processes import this_process
 from pipeline.recipe import Recipe
 from pipeline.registry import export, initial_weights
 from pipeline.registry.finals import check_same_data
@@ -152,7 +151,6 @@ def train(
         sparsity=compression.sparsity,
         method=compression.method,
         pruner=LIBRARY if compression.method == "pruned" else None,
-        worker=this_process(),
     )
     request = ExperimentRequest(
         recipe=compression.recipe,

@@ -19,7 +19,6 @@ from pipeline.disk import sha256_of
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.logits import predict_logits
 from pipeline.inference.classifier import MOST_MEMBERS, Classifier, ModelMetadata, mean_of
-from pipeline.processes import this_process
 from pipeline.registry.decision import FinalsDecision
 from pipeline.registry.finals import check_same_data
 from pipeline.tracking import queries
@@ -236,7 +235,6 @@ def _publish(
             method=method,
             members=_tag_of(members),
             device=str(first.classifier.device),
-            worker=this_process(),
         ),
     )
     seconds = sum(member.run.data.metrics.get("time/training_s", 0.0) for member in members)

@@ -18,7 +18,7 @@ from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError
 from pipeline.experiment import ExperimentRequest, Interrupted, Outcome
-from pipeline.processes import StopOnSignal, this_process
+from pipeline.processes import StopOnSignal
 from pipeline.recipe import Recipe
 from pipeline.registry.racing import Candidate
 from pipeline.sections.data import Data
@@ -93,7 +93,6 @@ class Trainer:
             trial_run=candidate.trial_run,
             candidate=candidate.digest,
             seed=recipe.training.seed,
-            worker=this_process(),
         )
         request = ExperimentRequest(
             recipe=recipe,

@@ -19,7 +19,6 @@ from pipeline.errors import NotReproduced, UserError
 from pipeline.evaluation.robustness import PREFIX as ROBUSTNESS
 from pipeline.experiment import ExperimentRequest, Outcome, Prune
 from pipeline.models.build import weights_digest
-from pipeline.processes import this_process
 from pipeline.recipe import Recipe
 from pipeline.registry import initial_weights
 from pipeline.registry.finals import check_same_data, execution_line, recipe_of
@@ -192,7 +191,6 @@ def reproduce(
         role="reproduction",
         reproduces=original.run.info.run_id,
         study=original.tags.study,
-        worker=this_process(),
     )
     with use_threads(original.threads if device.type == "cpu" else None):
         request = ExperimentRequest(

@@ -111,7 +111,7 @@ def close_abandoned_trials(
 
 
 def close_abandoned_runs(tracker: MlflowTracker, experiment: str) -> None:
-    """Close the RUNNING runs of processes of this machine that are gone: runs with a tag `worker`, as finals have.
+    """Close the RUNNING runs of processes of this machine that are gone, by the runs' tag `worker`.
 
     What is pending in their journals is sent first.
     """

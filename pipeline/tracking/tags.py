@@ -56,7 +56,7 @@ class RunTags:
     pruner: str | None = None  # of a pruned run: the library and its version
     method: str | None = None  # of a compressed run: pruned or distilled; of an ensemble: mean or soup
     members: Mapping[str, str] | None = None  # of an ensemble: run -> SHA-256 of its weights
-    worker: Mapping[str, Any] | None = None  # the process that trains it; see processes.this_process
+    worker: Mapping[str, Any] | None = None  # the process that writes it; see processes.this_process
     recipe_digest: str | None = None
     data_digest: str | None = None
     split_digest: str | None = None

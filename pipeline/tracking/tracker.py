@@ -22,6 +22,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import UserError, first_line, redact_uri
 from pipeline.models.build import weights_digest
+from pipeline.processes import this_process
 from pipeline.recipe import Recipe
 from pipeline.tracking.journal import FOLDER, Busy, Journal
 from pipeline.tracking.lineage import code, hardware
@@ -183,7 +184,7 @@ class MlflowTracker:
                 key = None
             key = key or (current and RunTags.of(current).run_key) or uuid.uuid4().hex
             own_tags = RunTags(study=name, role="study", objective=objective, view=view_key, run_key=key)
-            tags = replace(own_tags, constraints=constraints or None).to_mlflow()
+            tags = replace(own_tags, constraints=constraints or None, worker=this_process()).to_mlflow()
             if current is None:
                 replaces = (run_id, *((former and RunTags.of(former).replaces) or ())) if run_id else None
                 first_tags = tags | _provenance() | RunTags(note=note, replaces=replaces).to_mlflow()
@@ -312,7 +313,7 @@ class MlflowTracker:
 
 
 def _provenance() -> dict[str, str]:
-    """Tags of every run: which code, on what machine."""
+    """Tags of every run: which code, on what machine, in which process."""
     import getpass
     import socket
 
@@ -322,6 +323,7 @@ def _provenance() -> dict[str, str]:
         commit=code().commit,
         git_dirty=code().dirty,
         host=socket.gethostname(),
+        worker=this_process(),
         hardware="; ".join(hardware()),
         torch=torch.__version__,
     )

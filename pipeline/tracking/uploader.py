@@ -315,6 +315,10 @@ class Uploader:
     def _send_end(self, upload: _Upload, record: Mapping[str, Any]) -> None:
         run_id = self._id(upload)
         self._client.set_terminated(run_id, record["status"], record["time"])
+        # Another process may have closed the run meanwhile, as that of a process that is gone.
+        if "reason" not in record["tags"] and "reason" in self._client.get_run(run_id).data.tags:
+            with ignore_repeated():
+                self._client.delete_tag(run_id, "reason")
         if upload.create_requests > 1:  # the server may have obeyed the first request late: delete its run
             self._store.find(self._client.get_run(run_id).info.experiment_id, upload.journal.key, keep=run_id)
 

@@ -208,5 +208,17 @@ def test_runs_of_dead_workers_are_closed(
         recovery.close_abandoned_runs(sqlite_tracker, stored(sqlite_tracker, parent).info.experiment_id)
         statuses = {name: stored(sqlite_tracker, run).info.status for name, run in runs.items()}
         assert statuses == {"alive": "RUNNING", "gone": "KILLED", "elsewhere": "RUNNING"}
-        assert stored(sqlite_tracker, parent).info.status == "RUNNING", "what names no process is left alone"
+        assert stored(sqlite_tracker, parent).info.status == "RUNNING", "its process is this one"
         assert stored(sqlite_tracker, runs["gone"]).data.tags["reason"] == "its process is gone"
+
+
+def test_run_that_was_closed_while_its_process_lived_ends_without_that_reason(
+    sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    with sqlite_tracker.run(RunRequest(name="slow", recipe=small_recipe, data=digits)) as run:
+        assert sqlite_tracker.flush(30)
+        recovery.close_run(sqlite_tracker, stored(sqlite_tracker, run))
+        run.end(State.FINISHED)
+    assert sqlite_tracker.flush(30)
+    tags = stored(sqlite_tracker, run).data.tags
+    assert (tags["state"], tags.get("reason")) == ("finished", None)
