@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from cli.helpers import assert_refused, rows
 from pipeline.cli import study as module
 from pipeline.cli.common import make_console
 from pipeline.cli.options import StudyOptions
+from pipeline.search import budget
 from pipeline.search.local_pool import LocalPool
 from pipeline.sections.data import Data
 from pipeline.tracking import queries
@@ -343,3 +345,18 @@ def test_finished_study_only_lacks_its_links_when_the_server_goes_away(
     assert f"no links: MLflow does not answer any more (API request to {fading_server}/" in capsys.readouterr().out
     with pytest.raises(AttributeError):  # a bug isn't hidden
         study._links(make_console(), SimpleNamespace(), "attention")
+
+
+@pytest.mark.parametrize(
+    ("rejected", "line"),
+    [({"a" * 32: "it was deleted in MLflow"}, "no time is left for finals"), ({}, "no finals, as MLflow lacks trials")],
+)
+def test_a_deleted_run_does_not_keep_a_budget_from_its_finals(
+    rejected: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(queries, "find_studies", lambda tracker, name: [None])
+    monkeypatch.setattr(budget, "finals_in_time", lambda *arguments: None)
+    tracker, done = SimpleNamespace(pending=["a" * 32], rejected=rejected), SimpleNamespace(study_name="one")
+    nothing: Any = None
+    module._run_finals(make_console(), nothing, done, nothing, torch.device("cpu"), cast(MlflowTracker, tracker))
+    assert line in capsys.readouterr().out
