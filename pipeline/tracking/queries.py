@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -69,25 +69,24 @@ class Points(NamedTuple):
 def studies(tracker: MlflowTracker) -> list[StudyRuns]:
     """The studies in this store, the last one run first; a restored run that another one had replaced is none."""
     stored, replaced = [], set[str]()
-    for experiment in tracker.client.search_experiments(max_results=_MOST_EXPERIMENTS):
-        for parent in intact(tracker.store.search([experiment.experiment_id], "tags.role = 'study'")):
-            tags, info = RunTags.of(parent), parent.info
-            assert tags.study and tags.objective  # it is intact
-            replaced.update(tags.replaces or ())
-            # A study that was opened again is RUNNING, and still has an end.
-            end = float("inf") if info.status == "RUNNING" else info.end_time
-            study = StudyRuns(
-                tags.study,
-                info.run_id,
-                info.experiment_id,
-                tags.objective,
-                tags.view,
-                tags.data_places or (),
-                tags.constraints or {},
-                tags.planned_trials,
-                info.status == "RUNNING" or tags.state is not State.FINISHED,
-            )
-            stored.append((end, study))
+    for parent in _study_runs(tracker, ViewType.ACTIVE_ONLY, ViewType.ACTIVE_ONLY):
+        tags, info = RunTags.of(parent), parent.info
+        assert tags.study and tags.objective  # it is intact
+        replaced.update(tags.replaces or ())
+        # A study that was opened again is RUNNING, and still has an end.
+        end = float("inf") if info.status == "RUNNING" else info.end_time
+        study = StudyRuns(
+            tags.study,
+            info.run_id,
+            info.experiment_id,
+            tags.objective,
+            tags.view,
+            tags.data_places or (),
+            tags.constraints or {},
+            tags.planned_trials,
+            info.status == "RUNNING" or tags.state is not State.FINISHED,
+        )
+        stored.append((end, study))
     return [study for _, study in sorted(stored, key=lambda item: -item[0]) if study.parent not in replaced]
 
 
@@ -101,8 +100,7 @@ def find_studies(tracker: MlflowTracker, name: str) -> list[StudyRuns]:
         study for study in known if _matches(name, study.name)
     ]
     if not matching:
-        deleted = {key: restore for key, restore in deleted_studies(tracker).items() if _matches(name, key)}
-        if deleted:
+        if deleted := _deleted_studies(tracker, name):
             resume = f"`study {name}` resumes what remains of it"
             raise UserError.many(
                 [
@@ -145,14 +143,19 @@ def _with_place(study: StudyRuns) -> str:
     return f"{study.name} ({study.places[0]})" if study.places else study.name
 
 
-def deleted_studies(tracker: MlflowTracker) -> dict[str, str]:
-    """The names of studies that were deleted in MLflow -> how a person restores each."""
-    restore = {}
-    for experiment in tracker.client.search_experiments(ViewType.ALL, max_results=_MOST_EXPERIMENTS):
-        ids, query = [experiment.experiment_id], "tags.role = 'study'"
-        for run in intact(tracker.store.search(ids, query, view=ViewType.DELETED_ONLY)):
-            restore[str(RunTags.of(run).study)] = tracker.store.how_to_restore(experiment.experiment_id)
-    return restore
+def _deleted_studies(tracker: MlflowTracker, name: str) -> dict[str, str]:
+    """The names of studies that a name means and that were deleted in MLflow -> how a person restores each."""
+    deleted = {str(RunTags.of(run).study): run for run in _study_runs(tracker, ViewType.ALL, ViewType.DELETED_ONLY)}
+    return {
+        key: tracker.store.how_to_restore(run.info.experiment_id) for key, run in deleted.items() if _matches(name, key)
+    }
+
+
+def _study_runs(tracker: MlflowTracker, experiments: int, runs: int) -> Iterable[StoredRun]:
+    """Studies' own runs, in one query for all experiments: a server may hold hundreds of others; two ViewTypes."""
+    found = tracker.client.search_experiments(experiments, max_results=_MOST_EXPERIMENTS)
+    ids = [experiment.experiment_id for experiment in found]
+    return intact(tracker.store.search(ids, "tags.role = 'study'", view=runs))
 
 
 # ----------------------------------------------------------------------------------------------------- a study's runs

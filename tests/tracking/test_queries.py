@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tracking_stores import stored, trial_tags
@@ -51,6 +52,23 @@ def test_study_that_another_run_replaced_is_not_meant_when_it_is_restored(three_
     client.restore_run(first)
     study, line = find_study(three_studies, name)
     assert study.parent == second.id and not line
+
+
+def test_studies_are_found_by_one_request_however_many_experiments_there_are(
+    three_studies: MlflowTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests, search_runs = [], three_studies.client.search_runs
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        requests.append(arguments)
+        return search_runs(*arguments, **options)
+
+    monkeypatch.setattr(three_studies.client, "search_runs", count)
+    assert len(queries.studies(three_studies)) == 3
+    assert len(requests) == 1
+    with pytest.raises(UserError, match="no study other"):
+        find_studies(three_studies, "other")
+    assert len(requests) == 3, "those that were deleted, too"
 
 
 def test_unknown_study_names_the_known_ones(three_studies: MlflowTracker) -> None:
