@@ -270,9 +270,10 @@ def refusal(tracker: "MlflowTracker", journal: Path, reason: str) -> Problem:
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether MLflow's client says that the server's answer did not arrive, or only in part."""
+    """Whether MLflow says that the server's answer did not arrive, or only in part, or that its database is away."""
     # By its name, as importing mlflow takes a second, and is of no use where it was not imported yet.
-    return type(error).__name__ == "MlflowException" and str(error).startswith("API request to ")
+    is_of_mlflow, text = type(error).__name__ == "MlflowException", str(error)
+    return is_of_mlflow and (text.startswith("API request to ") or "sqlalche.me" in text)
 
 
 def say_what_is_missing(console: Console, tracker: "MlflowTracker", studies: "Sequence[StudyRuns]" = ()) -> None:

@@ -5,10 +5,11 @@ from unittest.mock import Mock
 
 import pytest
 import typer
+from mlflow.exceptions import MlflowException
 from rich.table import Table
 
 from pipeline.cli import common
-from pipeline.cli.common import expand, find_device, make_console, print_links, print_next, say, writable
+from pipeline.cli.common import expand, find_device, is_away, make_console, print_links, print_next, say, writable
 from pipeline.cli.main import app
 from pipeline.cli.options import _remember
 from pipeline.errors import UserError
@@ -92,3 +93,11 @@ def test_unknown_devices_are_refused() -> None:
     assert find_device("cpu").type == "cpu"
     with pytest.raises(UserError, match="`--device gpu`: should be auto"):
         find_device("gpu")
+
+
+def test_a_database_that_goes_away_is_no_bug() -> None:
+    lost = "(psycopg.OperationalError) connection failed (Background on this error at: https://sqlalche.me/e/20/e3q8)"
+    assert is_away(MlflowException(lost))
+    assert is_away(MlflowException("API request to http://127.0.0.1:5000/ failed"))
+    assert not is_away(MlflowException("no such run"))
+    assert not is_away(RuntimeError(lost)), "Optuna's storage waits for its database itself"
