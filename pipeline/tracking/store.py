@@ -14,7 +14,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.rest_utils import http_request, verify_rest_response
-from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import UserError, redact_uri
 from pipeline.tracking.journal import DiskFault
@@ -23,8 +22,6 @@ from pipeline.tracking.tags import Role, RunTags, StoredRun
 
 _PROBE_S = 12.0  # that a server may take for its first answer
 _PAGE_SIZE = 5_000  # runs
-# Another try doesn't help against these.
-_PERMANENT = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, UserError)
 
 
 class RequestRejected(Exception):
@@ -33,6 +30,14 @@ class RequestRejected(Exception):
 
 class Deleted(RequestRejected):
     """The run was deleted in MLflow, or its study was."""
+
+
+# Another try doesn't help against these.
+_PERMANENT = (
+    *(FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError),
+    *(RequestRejected, UserError),
+    *(TypeError, ValueError),  # of a request that can't be written
+)
 
 
 def connect(uri: str, own: Path | None) -> mlflow.MlflowClient:
@@ -238,16 +243,15 @@ def post(uri: str, endpoint: str, body: Mapping[str, Any], timeout_s: float | No
 def is_permanent(error: Exception) -> bool:
     """Whether another try can't succeed: MLflow understood the request and rejected it, or something here is wrong.
 
-    Of HTTP's 4xx, 408 (too slow) and 429 (too many) are worth another try.
+    What is not known to be permanent is retried: file stores in a cloud raise exceptions of their own. Of HTTP's 4xx, 408
+    (too slow) and 429 (too many) are worth another try.
     """
     if isinstance(error, MlflowException):
         code = error.get_http_status_code()
     elif isinstance(error, requests.RequestException):
         code = error.response.status_code if error.response is not None else 503
-    elif isinstance(error, (DiskFault, SQLAlchemyError)):
-        return False
     else:
-        return isinstance(error, (RequestRejected, *_PERMANENT)) or not isinstance(error, OSError)
+        return isinstance(error, _PERMANENT) and not isinstance(error, DiskFault)
     if "sqlalche.me" in str(error):  # the database behind MLflow is at fault, as when it restarts; MLflow answers 400
         return False
     return 400 <= code < 500 and code not in (408, 429)

@@ -14,6 +14,7 @@ from fork_server import shared_fork_server
 from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2 as codes
 from requests import ConnectionError
+from sqlalchemy.exc import OperationalError
 from tracking_stores import PRELOADED
 
 from pipeline.errors import UserError
@@ -126,12 +127,19 @@ def test_deleted_experiment_is_refused_with_a_remedy(tmp_path: Path) -> None:
     assert len(caught.value.lines) == 1
 
 
+class CloudFault(Exception):
+    """As botocore's, which derive from nothing else."""
+
+
 def test_outages_are_retried_and_rejections_are_not() -> None:
     assert not is_permanent(DiskFault("full"))
     assert not is_permanent(ConnectionError("no"))
     assert not is_permanent(MlflowException("503", codes.TEMPORARILY_UNAVAILABLE))
     assert not is_permanent(MlflowException("slow down", codes.REQUEST_LIMIT_EXCEEDED))
     assert not is_permanent(MlflowException("(Background on: https://sqlalche.me/e/20/rvf5)", codes.BAD_REQUEST))
+    assert not is_permanent(CloudFault("Could not connect to the endpoint URL"))
+    assert not is_permanent(KeyError("run"))  # of an empty answer
+    assert not is_permanent(OperationalError("SELECT", {}, Exception("away")))
     assert is_permanent(MlflowException("no such run", codes.RESOURCE_DOES_NOT_EXIST))
     assert is_permanent(UserError("deleted"))
     assert is_permanent(PermissionError("artifacts"))
