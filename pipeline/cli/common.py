@@ -195,7 +195,8 @@ def interruptible(
     try:
         yield
     except interrupts:
-        settle(console, tracker, timeout_s=5)
+        if not tracker.flush(5):
+            _say_unsent(console, tracker)
         say(console, line)
         raise typer.Exit(INTERRUPTED) from None
     except BaseException:
@@ -249,16 +250,22 @@ def page_file(output: Path) -> Path:
     return writable(file)
 
 
-def settle(console: Console, tracker: "MlflowTracker", timeout_s: float = 30.0) -> bool:
+def settle(console: Console, tracker: "MlflowTracker") -> bool:
     """Wait until MLflow has what this command measured; else print what it has not, and False."""
-    if tracker.flush(timeout_s):
-        return True
+    with make_console(stderr=True).status("sending MLflow what was measured"):
+        is_sent = tracker.wait_until_sent()
+    if not is_sent:
+        _say_unsent(console, tracker)
+    return is_sent
+
+
+def _say_unsent(console: Console, tracker: "MlflowTracker") -> None:
     refused, folder = tracker.rejected, HOME / "journal"
-    if waiting := set(tracker.pending) - set(refused):
-        say(console, f"MLflow doesn't answer: {counted(len(waiting), 'run')} wait in {folder}; `sync` sends them")
+    if waiting := tracker.unsent:
+        why = "MLflow doesn't answer" if tracker.outage_s else "MLflow has not taken all yet"
+        say(console, f"{why}: {counted(len(waiting), 'run')} wait in {folder}; `sync` sends them")
     for key, why in refused.items():
         say(console, *refusal(tracker, folder / key, why).lines)
-    return False
 
 
 def refusal(tracker: "MlflowTracker", journal: Path, reason: str) -> Problem:

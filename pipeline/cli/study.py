@@ -156,7 +156,7 @@ def _run_finals(
     from pipeline.training.placement import fair_workers
 
     name = done.study_name
-    if set(tracker.pending) - set(tracker.rejected):  # what is rejected never comes: the finals do without
+    if tracker.unsent:  # what is rejected never comes: the finals do without
         say(console, f"no finals, as MLflow lacks trials; `finals {name}` runs them once it has all")
         return
     finals = finals_in_time(tracker, find_studies(tracker, name)[0], device, plan, done)

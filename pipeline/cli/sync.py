@@ -8,8 +8,6 @@ from pipeline.cli.common import HOME, make_console, refusal, say
 from pipeline.cli.options import TrackingOption
 from pipeline.errors import PartialFailure, Problem, counted
 
-_GIVE_UP_S = 30.0  # MLflow has not answered for so long
-
 
 def sync(
     drop_deleted: Annotated[
@@ -36,10 +34,9 @@ def sync(
     others = recovery.other_journals(tracker)
     taken = recovery.adopt_journals(tracker)
     with make_console(stderr=True).status("") as status:
-        while not tracker.flush(1) and set(tracker.pending) - set(tracker.rejected) and tracker.outage_s < _GIVE_UP_S:
-            status.update(f"{len(tracker.pending)} of {taken} runs to go")
+        tracker.wait_until_sent(while_waiting=lambda: status.update(f"{len(tracker.pending)} of {taken} runs to go"))
     dropped = recovery.drop_deleted(tracker) if drop_deleted else []
-    refused, waiting = tracker.rejected, set(tracker.pending) - set(tracker.rejected)
+    refused, waiting = tracker.rejected, tracker.unsent
     say(console, f"sent {counted(taken - len(set(tracker.pending)) - len(dropped), 'run')}")
     if dropped:
         say(console, f"discarded, as they were deleted in MLflow: {counted(len(dropped), 'run')}")

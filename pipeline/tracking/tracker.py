@@ -41,6 +41,7 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prin
 
 log = logging.getLogger(__name__)
 
+_GIVE_UP_S = 30.0  # MLflow has not answered for so long
 _LOCK_TIMEOUT_S = 30.0  # for another process that sends a run's journal
 
 
@@ -275,6 +276,20 @@ class MlflowTracker:
         """Wait until MLflow has all that this process measured; False on timeout, or where it rejects some of it."""
         return self.uploader.flush(timeout_s)
 
+    def wait_until_sent(self, give_up_s: float = _GIVE_UP_S, while_waiting: Callable[[], None] = lambda: None) -> bool:
+        """`flush` for as long as it takes, also over a slow line; False where MLflow has not answered for `give_up_s`.
+
+        `while_waiting` is called every second.
+        """
+        while not self.flush(1) and self.unsent and self.outage_s < give_up_s:
+            while_waiting()
+        return not self.pending
+
+    @property
+    def unsent(self) -> set[str]:
+        """The keys of this process's runs of which something is still to be sent."""
+        return set(self.pending) - set(self.rejected)
+
     @property
     def pending(self) -> Sequence[str]:
         """The keys of this process's runs of which something is not in MLflow yet, rejected ones too."""
@@ -295,9 +310,9 @@ class MlflowTracker:
         """For so long MLflow has not answered the uploader; 0 where it does."""
         return self.uploader.outage_s
 
-    def id_of(self, key: str, timeout_s: float = 60.0) -> str:
-        """MLflow's id of a run of this process, once MLflow has all of the process; UserError where it isn't in time."""
-        self.flush(timeout_s)
+    def id_of(self, key: str, give_up_s: float = _GIVE_UP_S) -> str:
+        """MLflow's id of a run of this process, once MLflow has all of the process; see `wait_until_sent`. Else UserError."""
+        self.wait_until_sent(give_up_s)
         if key not in self.pending and (run_id := self.uploader.run_id(key)):  # others may be rejected
             return run_id
         subject, reason = f"run key {key}", self.rejected.get(key)
@@ -308,7 +323,7 @@ class MlflowTracker:
         raise UserError(
             subject,
             f"is pending in {self.home / FOLDER}, as MLflow doesn't answer",
-            "the same command resumes when it does",
+            "`sync` sends it when it does; then repeat the command",
         )
 
 

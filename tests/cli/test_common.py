@@ -1,6 +1,8 @@
 """What several commands need."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -9,7 +11,17 @@ from mlflow.exceptions import MlflowException
 from rich.table import Table
 
 from pipeline.cli import common
-from pipeline.cli.common import expand, find_device, is_away, make_console, print_links, print_next, say, writable
+from pipeline.cli.common import (
+    expand,
+    find_device,
+    is_away,
+    make_console,
+    print_links,
+    print_next,
+    say,
+    settle,
+    writable,
+)
 from pipeline.cli.main import app
 from pipeline.cli.options import _remember
 from pipeline.errors import UserError
@@ -101,3 +113,12 @@ def test_a_database_that_goes_away_is_no_bug() -> None:
     assert is_away(MlflowException("API request to http://127.0.0.1:5000/ failed"))
     assert not is_away(MlflowException("no such run"))
     assert not is_away(RuntimeError(lost)), "Optuna's storage waits for its database itself"
+
+
+@pytest.mark.parametrize(
+    ("outage_s", "words"), [(0.0, "MLflow has not taken all yet: 1 run"), (31.0, "MLflow doesn't answer: 1 run")]
+)
+def test_a_slow_server_is_not_said_to_be_away(outage_s: float, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker: Any = SimpleNamespace(wait_until_sent=lambda: False, unsent={"a"}, rejected={}, outage_s=outage_s)
+    assert not settle(make_console(), tracker)
+    assert words in capsys.readouterr().out

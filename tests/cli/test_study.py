@@ -348,15 +348,14 @@ def test_finished_study_only_lacks_its_links_when_the_server_goes_away(
 
 
 @pytest.mark.parametrize(
-    ("rejected", "line"),
-    [({"a" * 32: "it was deleted in MLflow"}, "no time is left for finals"), ({}, "no finals, as MLflow lacks trials")],
+    ("unsent", "line"), [(set(), "no time is left for finals"), ({"a" * 32}, "no finals, as MLflow lacks trials")]
 )
 def test_a_deleted_run_does_not_keep_a_budget_from_its_finals(
-    rejected: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    unsent: set[str], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(queries, "find_studies", lambda tracker, name: [None])
     monkeypatch.setattr(budget, "finals_in_time", lambda *arguments: None)
-    tracker, done = SimpleNamespace(pending=["a" * 32], rejected=rejected), SimpleNamespace(study_name="one")
+    tracker, done = SimpleNamespace(pending=["a" * 32], unsent=unsent), SimpleNamespace(study_name="one")
     nothing: Any = None
     module._run_finals(make_console(), nothing, done, nothing, torch.device("cpu"), cast(MlflowTracker, tracker))
     assert line in capsys.readouterr().out

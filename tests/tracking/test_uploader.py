@@ -4,6 +4,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.entities import ViewType
@@ -78,10 +79,39 @@ def test_everything_arrives_after_a_complete_outage(
     assert not proxied_tracker.flush(1.5)
     assert proxied_tracker.pending == [key] and proxied_tracker.outage_s > 1
     with pytest.raises(UserError, match="is pending in"):
-        proxied_tracker.id_of(key, timeout_s=0)
+        proxied_tracker.id_of(key, give_up_s=0)
     proxy.set("pass")
     assert proxied_tracker.id_of(key)
     assert_complete(proxied_tracker, key, small_recipe)
+
+
+def test_a_slow_upload_is_waited_for(
+    sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_artifacts = sqlite_tracker.client.log_artifacts
+
+    def slowly(*arguments: Any, **options: Any) -> None:
+        time.sleep(2.5)
+        log_artifacts(*arguments, **options)
+
+    monkeypatch.setattr(sqlite_tracker.client, "log_artifacts", slowly)
+    with sqlite_tracker.run(RunRequest(name="large", recipe=small_recipe, data=digits)) as run:
+        run.end(State.FINISHED)
+    assert not sqlite_tracker.flush(0.1) and sqlite_tracker.unsent == {run.key}
+    assert sqlite_tracker.id_of(run.key, give_up_s=0.1) == run.id
+    assert not sqlite_tracker.unsent
+
+
+def test_what_is_rejected_is_not_waited_for(
+    sqlite_tracker: MlflowTracker, small_recipe: Recipe, digits: TrainingData
+) -> None:
+    with sqlite_tracker.run(RunRequest(name="deleted", recipe=small_recipe, data=digits)) as run:
+        sqlite_tracker.client.delete_run(sqlite_tracker.id_of(run.key))
+        run.log_metrics({"val/accuracy": 0.5}, 1)
+        run.end(State.FINISHED)
+    assert not sqlite_tracker.wait_until_sent()
+    assert sqlite_tracker.pending == [run.key] and not sqlite_tracker.unsent
+    sqlite_tracker.uploader.forget(run.key)
 
 
 @pytest.mark.parametrize("behave", ["lose", "cut", "late"])
