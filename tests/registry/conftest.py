@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from conftest import Trained
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
 from pipeline.experiment import ExperimentRequest
-from pipeline.inference.classifier import Classifier
 from pipeline.recipe import Recipe
 from pipeline.registry import export
 from pipeline.registry.package import package
@@ -19,7 +17,7 @@ from pipeline.tracking.models import find_model
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 from registry.finals_harness import StudyHarness
-from registry.helpers import Store
+from registry.helpers import Store, export_once
 
 
 @pytest.fixture(scope="session")
@@ -32,15 +30,7 @@ def exports() -> dict[str, bytes]:
 def one_export_a_model(exports: dict[str, bytes]) -> Iterator[None]:
     """An export takes seconds, and its file is the same each time."""
     export_onnx = export.export_onnx
-
-    def cached(classifier: Classifier, path: Path) -> None:
-        run = classifier.metadata.run_id
-        if run not in exports:
-            export_onnx(classifier, path)
-            exports[run] = path.read_bytes()
-        path.write_bytes(exports[run])
-
-    export.export_onnx = cached
+    export_once(exports)
     yield
     export.export_onnx = export_onnx
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.inference.classifier import Classifier
+from pipeline.registry import export
 from pipeline.registry.gate import GateRecord, Rules, Verdict
 from pipeline.registry.ledger import Ledger
 from pipeline.registry.registered_model import Registry
@@ -41,6 +43,20 @@ class Store:
     def registry(self, home: Path, model: str) -> Registry:
         """With a ledger of its own, so that tests share MLflow's store and nothing else."""
         return Registry(MlflowTracker(self.home), Ledger(home), model)
+
+
+def export_once(exports: dict[str, bytes]) -> None:
+    """Let each run's model be exported once in this process; `exports` is run -> its ONNX file, and grows."""
+    export_onnx = export.export_onnx
+
+    def cached(classifier: Classifier, path: Path) -> None:
+        run = classifier.metadata.run_id
+        if run not in exports:
+            export_onnx(classifier, path)
+            exports[run] = path.read_bytes()
+        path.write_bytes(exports[run])
+
+    export.export_onnx = cached
 
 
 def record(**fields: Any) -> dict[str, Any]:

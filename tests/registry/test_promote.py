@@ -8,19 +8,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Trained
 from mlflow import MlflowClient
 
 from pipeline.data.prepare import TrainingData
 from pipeline.errors import DataError, PromotionRefused, UserError
+from pipeline.inference.classifier import Classifier
 from pipeline.recipe import Recipe
+from pipeline.registry import export
 from pipeline.registry import promote as module
 from pipeline.registry import test_split as opener
 from pipeline.registry.ledger import (
+    BEGUN,
     PASSED,
     PROMOTED,
     ROLLED_BACK,
@@ -38,7 +43,7 @@ from pipeline.sections.data import Data
 from pipeline.tracking.models import digests, find_model
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest
-from registry.helpers import DATA, RULES, RecordingObserver, Store, kinds, record
+from registry.helpers import DATA, RULES, RecordingObserver, Store, export_once, kinds, record
 
 pytestmark = pytest.mark.usefixtures("one_export_a_model")
 
@@ -263,6 +268,8 @@ KILLS = [
     ("end", "after"),
 ]
 UNDONE_UNTIL = 4  # of the kills, those before there is a version
+# The same of a first promotion, with its own evaluation and package: after an event of the ledger or an effect -> the run.
+FIRST_KILLS = {TEST_EVALUATION: "good", PASSED: "best", "create_registered_model": "rival"}
 
 
 def killing(effect: Callable[..., Any], when: str) -> Callable[..., Any]:
@@ -298,6 +305,19 @@ def be_killed(store: Store, home: Path, model: str, effect: str, when: str) -> N
     promote_rival(store, home, model)
 
 
+def be_killed_at_first(store: Store, home: Path, model: str, effect: str) -> None:
+    """As `be_killed`, without a champion, and from the beginning."""
+    if effect in (TEST_EVALUATION, PASSED):
+        append = Ledger.record
+        at = killing(append, "after")
+        Ledger.record = lambda self, kind, *words, **options: (  # type: ignore[method-assign]
+            (at if kind == effect else append)(self, kind, *words, **options)
+        )
+    else:
+        setattr(MlflowClient, effect, killing(getattr(MlflowClient, effect), "after"))
+    promote(store.registry(home, model), getattr(store, FIRST_KILLS[effect]), RULES, DATA, RecordingObserver())
+
+
 def in_a_fork(work: Callable[[], None]) -> int:
     """The id of a process that does the work: exit code 0, or 5 where it was refused."""
     if pid := os.fork():
@@ -311,18 +331,26 @@ def in_a_fork(work: Callable[[], None]) -> int:
     os._exit(0)
 
 
-def kills_and_a_race(store: Store, root: Path) -> None:
+def kills_and_a_race(store: Store, new_store: Store, root: Path, exports: dict[str, bytes]) -> None:
     """In a process that has opened no store, as connections must not be forked; what is slow to import is imported once."""
     for name in (
         "mlflow.store.tracking.sqlalchemy_store",
         "mlflow.store.model_registry.sqlalchemy_store",
         "sklearn.datasets",
+        "mlflow.onnx",
+        "onnxruntime",
     ):
         importlib.import_module(name)
+    export_once(exports)
     for number, (effect, when) in enumerate(KILLS):
         pid = in_a_fork(lambda: be_killed(store, root / str(number), f"killed-{number}", effect, when))  # noqa: B023
         status = os.waitpid(pid, 0)[1]
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (effect, when, status)
+    for number, effect in enumerate(FIRST_KILLS):
+        model = f"first-{number}"
+        pid = in_a_fork(lambda: be_killed_at_first(new_store, root / model, model, effect))  # noqa: B023
+        status = os.waitpid(pid, 0)[1]
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (effect, status)
     read, write = os.pipe()
 
     def run() -> None:
@@ -336,15 +364,36 @@ def kills_and_a_race(store: Store, root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def aftermath(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder mlruns for each kill, and `race`: the good run is champion, the rival has passed, and then it happens."""
+def new_store(candidates: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A copy in which nothing is registered."""
+    home = tmp_path_factory.mktemp("new") / "mlruns"
+    Trained(candidates.home, candidates.best, "").copy(home)
+    return replace(candidates, home=home)
+
+
+@pytest.fixture(scope="module")
+def aftermath(
+    store: Store, new_store: Store, exports: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder mlruns for each kill, and `race`: the good run is champion, the rival has passed, and then it happens.
+
+    And one for each of FIRST_KILLS, which happens in `new_store`, where there is no champion.
+    """
+    exports[store.rival] = (store.packed / "model.onnx").read_bytes()
+    for run in (store.control, store.good, store.best):  # once here, not in each process that is killed
+        with find_model(store.home, None, run) as model:
+            export.export_onnx(
+                Classifier.load(model.folder, torch.device("cpu")), tmp_path_factory.mktemp("onnx") / "x"
+            )
     root, split = tmp_path_factory.mktemp("aftermath"), opener.digest_of(Data(dataset="digits"), DATA)
     details = record(opponent="champion", opponent_run=store.good)
-    for folder, model in [*((str(n), f"killed-{n}") for n in range(len(KILLS))), ("race", "race")]:
-        registry = store.registry(root / folder, model)
+    for folder, name in [*((str(n), f"killed-{n}") for n in range(len(KILLS))), ("race", "race")]:
+        registry = store.registry(root / folder, name)
         make_champion(registry, store.good)
-        registry.ledger.record(PASSED, model, store.rival, split=split, details=details)
-    process = multiprocessing.get_context("spawn").Process(target=kills_and_a_race, args=(store, root))
+        registry.ledger.record(PASSED, name, store.rival, split=split, details=details)
+    process = multiprocessing.get_context("spawn").Process(
+        target=kills_and_a_race, args=(store, new_store, root, exports)
+    )
     process.start()
     process.join(400)
     assert process.exitcode == 0
@@ -380,6 +429,31 @@ def test_kill_at_any_point_is_repaired_by_the_next_command(
     assert TEST_EVALUATION not in kinds(registry)
     with find_model(store.home, None, f"models:/{registry.model}@champion") as model:
         assert (model.folder / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("effect", "before", "after"),
+    [
+        (TEST_EVALUATION, [TEST_EVALUATION], [TEST_EVALUATION, TEST_EVALUATION, PASSED, BEGUN, PROMOTED]),
+        (PASSED, [TEST_EVALUATION, TEST_EVALUATION, PASSED], [BEGUN, PROMOTED]),
+        (
+            "create_registered_model",
+            [TEST_EVALUATION, TEST_EVALUATION, PASSED, BEGUN],
+            [UNDONE, BEGUN, PROMOTED],
+        ),
+    ],
+)
+def test_first_promotion_that_was_killed_is_repeated(
+    effect: str, before: list[str], after: list[str], new_store: Store, aftermath: Path
+) -> None:
+    model = f"first-{list(FIRST_KILLS).index(effect)}"
+    registry, run = new_store.registry(aftermath / model, model), getattr(new_store, FIRST_KILLS[effect])
+    assert kinds(registry) == before and registry.alias("champion") is None and registry.version_of(run) is None
+    assert promote(registry, run, RULES, DATA, RecordingObserver()) == registry.champion() == Champion("1", run)
+    assert kinds(registry) == before + after
+    passed = next(event for event in registry.ledger.events() if event.kind == PASSED)
+    with find_model(new_store.home, None, f"models:/{model}@champion") as found:  # compares every digest
+        assert VerdictEvidence.model_validate_json((found.folder / "evidence.json").read_text()) == passed.evidence
 
 
 def test_of_two_concurrent_promotions_one_wins(store: Store, aftermath: Path) -> None:
