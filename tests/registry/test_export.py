@@ -161,7 +161,7 @@ def test_a_file_gives_the_same_probabilities_everywhere(
     evaluated = load(changed.data, tmp_path).train.images[: len(names)]
     tested = open_test_split(changed.data, changed.data.form, tmp_path, ["a", "b"]).images[: len(names)]
     said = export.preprocessing(torchs.metadata)
-    sent = torch.stack([torch.from_numpy(as_said(file, said)) for file in paths])
+    sent = torch.stack([torch.from_numpy(as_said(file, said).copy()) for file in paths])
     predicted = predict_files(torchs, paths, "plain").probabilities
     session = export.session(path)
     assert len(np.unique(predicted.round(5), axis=0)) == len(names), "equal because nothing differs"
