@@ -86,7 +86,10 @@ class CandidateEvaluation:
         )
         split = test_split.digest_of(data.about, data.data_dir, self.registry.ledger.home)
         opponent_run = champion.run if champion else control_of(self.registry.tracker, challenger.run)
-        former = next((e for e in reversed(self._verdicts(split)) if e.run == challenger.run), None)
+        of_run = [event for event in self._verdicts(split) if event.run == challenger.run]
+        for event in of_run:
+            self._store(event)
+        former = of_run[-1] if of_run else None
         if former and not forced:
             self._check_that_it_holds(former, opponent_run)
             self.observer.note(f"evaluated already, {former.time}: passed; the test split is not opened again")
@@ -108,6 +111,12 @@ class CandidateEvaluation:
         return [
             event for event in self.registry.ledger.events() if event.kind in (PASSED, REFUSED) and event.split == split
         ]
+
+    def _store(self, verdict: Event) -> None:
+        """Among the artifacts of its run, if it isn't there: the ledger has it first, and a kill may have come between."""
+        tracker, artifact = self.registry.tracker, f"gate/verdict-{verdict.id}.json"
+        if queries.read_file(tracker, verdict.run, artifact) is None:
+            tracker.client.log_text(verdict.run, verdict.evidence.model_dump_json(indent=2), artifact)
 
     def _num_on_other_splits(self, run: str, split: str) -> int:
         """Verdicts on other test splits, about runs whose data set lay where this run's did."""
@@ -238,8 +247,7 @@ class CandidateEvaluation:
                 f"{counted(earlier, 'earlier comparison')} on other test splits of this data set's place, which may have "
                 "images in common with this one: not in this number"
             )
-        artifact = f"gate/verdict-{event.id}.json"
-        self.registry.tracker.client.log_text(challenger.run, event.evidence.model_dump_json(indent=2), artifact)
+        self._store(event)
         return event
 
     def _caution(self, opponent: EvaluatedModel, data: LocatedData) -> str:

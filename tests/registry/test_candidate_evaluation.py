@@ -23,7 +23,7 @@ from pipeline.recipe import Recipe
 from pipeline.registry import candidate_evaluation
 from pipeline.registry import test_split as opener
 from pipeline.registry.candidate_evaluation import TEST_EVALUATIONS, CandidateEvaluation, EvaluatedModel
-from pipeline.registry.ledger import PASSED, REFUSED, TEST_EVALUATION, Ledger
+from pipeline.registry.ledger import PASSED, REFUSED, TEST_EVALUATION, Ledger, VerdictEvidence
 from pipeline.registry.promote import promote
 from pipeline.registry.registered_model import Registry
 from pipeline.sections.data import Data
@@ -46,12 +46,14 @@ def test_model_that_is_not_better_is_refused_once(store: Store, tmp_path: Path) 
     assert [line.split(":")[0] for line in caught.value.lines[:3]] == ["better", "gain", "beyond seeds"]
     assert kinds(registry)[before:] == [TEST_EVALUATION, TEST_EVALUATION, REFUSED]
     assert registry.alias("champion") == "1"
-    assert registry.tracker.client.list_artifacts(store.good, "gate")
+    [stored] = store.home.glob(f"**/{store.good}/artifacts/gate/verdict-{registry.ledger.events()[-1].id}.json")
+    stored.unlink()  # as where a kill came before it was written
     with pytest.raises(
         PromotionRefused, match=r"was evaluated on this test split by .*, and refused; `--force`"
     ) as caught:
         promote(registry, store.good, RULES, DATA, view)
     assert caught.value.lines[1].startswith("  better: p = ")
+    assert VerdictEvidence.model_validate_json(stored.read_text()) == registry.ledger.events()[-1].evidence
     with pytest.raises(PromotionRefused, match=r"and refused, to become worse; `--force`"):
         promote(Registry(registry.tracker, registry.ledger, "worse-too"), store.good, RULES, DATA, view)
     with pytest.raises(PromotionRefused, match=r"^better"):
