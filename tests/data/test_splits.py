@@ -170,6 +170,14 @@ def test_large_group_with_all_classes_is_not_drawn_for_a_small_share(
     assert len(labels[validation].unique()) == 5
 
 
+def test_share_counts_before_a_class_that_only_large_groups_have() -> None:
+    sizes = [900, 400, *[20] * 9]
+    groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    labels = torch.cat([torch.arange(1300) % 5, *[torch.arange(20) % 4] * 9])
+    validation = partition(labels, 0.1, 0, groups).validation
+    assert len(validation) / len(labels) == pytest.approx(0.1, abs=0.05) and len(labels[validation].unique()) == 4
+
+
 def test_classes_are_drawn_evenly_from_groups_of_all_sizes() -> None:
     """Each patient has one class, and from 1 to hundreds of images."""
     random = np.random.RandomState(1)
