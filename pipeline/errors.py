@@ -132,6 +132,12 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
+def first_names(names: Sequence[str], most: int) -> str:
+    """`cat, dog and 3 more`: at most so many of them by name."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
 def escape_control(text: str) -> str:
     """Line breaks and control characters as escapes, so that a value can't look like a message or move the cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -16,6 +16,7 @@ from pipeline.errors import (
     did_you_mean,
     escape_control,
     first_line,
+    first_names,
     proxies,
     validation_problems,
 )
@@ -106,3 +107,8 @@ def test_proxies_are_shown_without_passwords(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("http_proxy", "http://ann:secret@proxy:1")
     monkeypatch.setenv("no_proxy", "localhost")
     assert proxies() == "http_proxy=http://***@proxy:1"
+
+
+def test_first_names_say_how_many_more_there_are() -> None:
+    assert first_names(("cat", "dog"), 2) == "cat, dog"
+    assert first_names(["cat", "dog", "cow"], 1) == "cat and 2 more"

@@ -23,8 +23,8 @@ from pipeline.data.exclusions import COPY, Excluded
 from pipeline.data.files import read as read_files
 from pipeline.data.folder import read_folder
 from pipeline.data.images import LabelledImages
-from pipeline.data.listing import TEST, Listing
-from pipeline.data.manifest import SUFFIXES, read_manifest
+from pipeline.data.listing import MANIFESTS, TEST, Listing
+from pipeline.data.manifest import read_manifest
 from pipeline.data.mapped import MappedImages
 from pipeline.data.seal import Seal
 from pipeline.errors import DataError, UserError, counted, did_you_mean
@@ -253,17 +253,17 @@ def existing_place(dataset: str) -> Path:
     """The folder or manifest of this path; DataError, or UserError for what is more like a mistyped name, for neither."""
     place = Path(os.path.abspath(os.path.expanduser(dataset)))
     try:
-        if place.is_dir() or (place.is_file() and place.suffix.lower() in SUFFIXES):
+        if place.is_dir() or (place.is_file() and place.suffix.lower() in MANIFESTS):
             return place
         exists = place.exists()
     except OSError as error:
         raise DataError(str(error.filename), error.strerror or "") from error
     subject = f"data.dataset = {dataset}"
     known = (
-        f"{', '.join(SOURCES)}, or the path of a folder of images by class, or of a manifest ({', '.join(SUFFIXES)})"
+        f"{', '.join(SOURCES)}, or the path of a folder of images by class, or of a manifest ({', '.join(MANIFESTS)})"
     )
     if exists:
         raise DataError(subject, "neither a folder nor a manifest", f"give one of {known}")
-    if os.sep in dataset or place.suffix.lower() in SUFFIXES:
+    if os.sep in dataset or place.suffix.lower() in MANIFESTS:
         raise DataError(subject, "there is nothing", f"give one of {known}")
     raise UserError(subject, f"not one of {known}{did_you_mean(dataset, SOURCES)}")

@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 
 from pipeline.data.images import SUFFIXES, left_out_line
-from pipeline.errors import DataError, Problem, did_you_mean
+from pipeline.errors import DataError, Problem, did_you_mean, first_names
 
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 ORDER = (TRAIN, VALIDATION, TEST)  # of the rows
@@ -27,7 +27,13 @@ SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), VALIDATION),
     **dict.fromkeys(("test", "testing"), TEST),
 }
+MANIFESTS = (".csv", ".parquet")  # how their names end, in any case
 MAX_LISTED = 20  # problems that an error lists
+
+
+def root_of(place: str) -> str:
+    """The folder that all images of a folder or manifest lie in; it may be gone."""
+    return os.path.dirname(place) if place.lower().endswith(MANIFESTS) and not os.path.isdir(place) else place
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +52,7 @@ class Listing:
     @property
     def root(self) -> Path:
         """The folder that all images lie in."""
-        return self.place.parent if self.is_manifest else self.place
+        return Path(root_of(str(self.place)))
 
     @cached_property
     def is_manifest(self) -> bool:
@@ -106,8 +112,7 @@ class Listing:
         """What a person should know of it, a line each: files and columns that aren't used, and splits that were given."""
         lines = [line] if (line := left_out_line(self.place, self.left_out)) else []
         if self.unused:
-            more = f" and {len(self.unused) - MAX_LISTED} more" if len(self.unused) > MAX_LISTED else ""
-            lines.append(f"columns of {self.place.name} not used: {', '.join(self.unused[:MAX_LISTED])}{more}")
+            lines.append(f"columns of {self.place.name} not used: {first_names(self.unused, MAX_LISTED)}")
         if self.has(VALIDATION):
             count = int((self.splits == VALIDATION).sum())
             lines.append(f"{self.place.name} has a validation split of its own, {count:,} images: none is drawn")

@@ -27,13 +27,7 @@ from pipeline.sections.data import COLUMNS
 if TYPE_CHECKING:
     import pandas as pd
 
-SUFFIXES = (".csv", ".parquet")  # in any case
 REQUIRED = ("path", "label")
-
-
-def root_of(place: str) -> str:
-    """The folder that all images of a folder or manifest lie in; it may be gone."""
-    return os.path.dirname(place) if place.lower().endswith(SUFFIXES) and not os.path.isdir(place) else place
 
 
 def read_manifest(place: Path, columns: Mapping[str, str]) -> Listing:

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from pipeline.data.listing import TEST, TRAIN, VALIDATION, Listing, check_groups, first
-from pipeline.data.manifest import root_of
+from pipeline.data.listing import TEST, TRAIN, VALIDATION, Listing, check_groups, first, root_of
 from pipeline.data.splits import sealed
 from pipeline.disk import replacing
 from pipeline.errors import DataError, Problem, UserError

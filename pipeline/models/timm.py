@@ -20,7 +20,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from pipeline.disk import sha256_of
-from pipeline.errors import DataError, UserError, did_you_mean, first_line
+from pipeline.errors import DataError, UserError, did_you_mean, first_line, first_names
 from pipeline.sections.model import Timm
 from pipeline.sections.weights import file_digest
 
@@ -209,8 +209,7 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Non
 
 
 def _listed(what: str, names: Sequence[str]) -> list[str]:
-    more = f", and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return [f"{what}: {', '.join(names[:MAX_LISTED])}{more}"] if names else []
+    return [f"{what}: {first_names(names, MAX_LISTED)}"] if names else []
 
 
 def _of_file(path: Path, sha256: str) -> dict[str, Tensor]:

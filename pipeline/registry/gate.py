@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.errors import Problem, UserError, did_you_mean, validation_problems
+from pipeline.errors import Problem, UserError, did_you_mean, first_names, validation_problems
 from pipeline.evaluation.resampling import image_columns, image_counts, resampled, scores_from, swap_errors, swap_test
 from pipeline.evaluation.scores import SCORE_NAMES
 from pipeline.evaluation.significance import mcnemar_one_sided, paired_difference
@@ -326,10 +326,9 @@ def _no_class_worse(
     chance = float(ndtri(1 - rules.alpha / (2 * len(classes)))) * 100 * errors
     worse = [i for i in np.argsort(-lost) if lost[i] > max(rules.class_margin, chance[i])]
     shown = worse or [int(lost.argmax())]
-    named = ", ".join(f"{classes[i]} {-lost[i]:+.1f} (chance: {chance[i]:.1f})" for i in shown[:5])
-    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+    named = first_names([f"{classes[i]} {-lost[i]:+.1f} (chance: {chance[i]:.1f})" for i in shown], 5)
     threshold = f"above -{rules.class_margin:g}, or within chance"
-    reason = f"the worst of {len(classes)} classes: {named}{more}"
+    reason = f"the worst of {len(classes)} classes: {named}"
     return _result(f"{score} by class", f"{-lost[shown[0]]:+.1f} points", threshold, not worse, reason)
 
 

@@ -23,6 +23,8 @@ from pipeline.report.label_suspects import Suspects, find_suspects
 from pipeline.sections.data import Data, Form
 from pipeline.tracking.tracker import MlflowTracker
 
+DARK = 0.25  # of the range of 16 bits: 12- and 14-bit values stay below it
+
 
 class DuplicateKind(NamedTuple):
     """Where the images of a set lie, and what to do about it."""
@@ -30,8 +32,6 @@ class DuplicateKind(NamedTuple):
     where: str
     remedy: str
 
-
-DARK = 0.25  # of the range of 16 bits: 12- and 14-bit values stay below it
 
 # By severity, the worst first.
 DUPLICATES = (

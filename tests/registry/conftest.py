@@ -1,11 +1,9 @@
 """Fixtures of the tests of promotions."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Trained
 
 from pipeline import experiment
 from pipeline.data.prepare import TrainingData
@@ -17,7 +15,7 @@ from pipeline.tracking.models import find_model
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker
 from registry.finals_harness import StudyHarness
-from registry.helpers import Store, export_once
+from registry.helpers import Store, copy_of, export_once
 
 
 @pytest.fixture(scope="session")
@@ -65,9 +63,7 @@ def candidates(tmp_path_factory: pytest.TempPathFactory, small_recipe: Recipe, d
 @pytest.fixture(scope="module")
 def store(candidates: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A copy for each file of tests: what a promotion puts into a run is never written again."""
-    home = tmp_path_factory.mktemp("copy") / "mlruns"
-    Trained(candidates.home, candidates.best, "").copy(home)
-    return replace(candidates, home=home)
+    return copy_of(candidates, "copy", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,11 @@
 """What the tests of promotions share: a store with candidates, and an observer that records."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import pytest
+from conftest import Trained
 
 from pipeline.inference.classifier import Classifier
 from pipeline.registry import export
@@ -43,6 +46,13 @@ class Store:
     def registry(self, home: Path, model: str) -> Registry:
         """With a ledger of its own, so that tests share MLflow's store and nothing else."""
         return Registry(MlflowTracker(self.home), Ledger(home), model)
+
+
+def copy_of(candidates: Store, name: str, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The store with the same runs in a folder of its own."""
+    home = tmp_path_factory.mktemp(name) / "mlruns"
+    Trained(candidates.home, candidates.best, "").copy(home)
+    return replace(candidates, home=home)
 
 
 def export_once(exports: dict[str, bytes]) -> None:

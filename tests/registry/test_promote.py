@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from pipeline.sections.data import Data
 from pipeline.tracking.models import digests, find_model
 from pipeline.tracking.tags import RunTags, State
 from pipeline.tracking.tracker import MlflowTracker, RunRequest
-from registry.helpers import DATA, RULES, RecordingObserver, Store, export_once, kinds, record
+from registry.helpers import DATA, RULES, RecordingObserver, Store, copy_of, export_once, kinds, record
 
 pytestmark = pytest.mark.usefixtures("one_export_a_model")
 
@@ -366,9 +365,7 @@ def kills_and_a_race(store: Store, new_store: Store, root: Path, exports: dict[s
 @pytest.fixture(scope="module")
 def new_store(candidates: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A copy in which nothing is registered."""
-    home = tmp_path_factory.mktemp("new") / "mlruns"
-    Trained(candidates.home, candidates.best, "").copy(home)
-    return replace(candidates, home=home)
+    return copy_of(candidates, "new", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
